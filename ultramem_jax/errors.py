@@ -1,0 +1,25 @@
+"""The one error that a user can cause, and the words that help them out of it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. Its message is one line that names the field, the value and what is allowed.
+
+    `launch.py` prints the message alone, without a traceback, and exits with status 2.
+    """
+
+
+def require(condition: bool, field: str, value: object, allowed: str) -> None:
+    """Raises `UserError` "field = value: allowed" unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{field} = {value!r}: {allowed}")
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not among `known`, with the nearest one that is."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UserError(f"unknown {what} {name!r}: {hint}known are {', '.join(known)}")
