@@ -1,0 +1,142 @@
+"""The pooled lookup, its derivative, and the row gradients that a row-sparse optimizer needs.
+
+pooled[t, p, c] = Σ_j [blocks[t, j] = p] · scores[t, j, c] · table[slots[t, j], slice c]
+
+The E·N expanded table of Implicit Value Expansion is never built: rows are summed within each virtual block
+first and projected afterwards. Rows are gathered again in the backward pass instead of being kept.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_CHUNK_VALUES = 1 << 24
+"""Values gathered at a time (64 MB of float32): bounds the memory of a lookup whatever the batch."""
+
+
+class RowGradients(NamedTuple):
+    """Gradients of the rows that were read, each row once, sorted; what the optimizer touches."""
+
+    slots: jax.Array
+    """(U,) int32, increasing; the entries past the last row read are N, out of range on purpose."""
+    values: jax.Array
+    """(U, d_v) float32; zero past the last row read."""
+    counts: jax.Array
+    """(U,) int32 reads of each row; zero past the last row read."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def pooled_lookup(
+    table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, expansion: int
+) -> jax.Array:
+    """Score-weighted sums of table rows, one per virtual block.
+
+    Args:
+        table: (N, d_v).
+        slots: (T, R) int32 in [0, N).
+        blocks: (T, R) int32 in [0, E).
+        scores: (T, R, h); score c weighs the c-th slice of d_v/h values of a row. Its dtype is that of the
+            computation and of the result.
+        expansion: E.
+
+    Returns:
+        (T, E, d_v). Differentiable in `table` (a dense gradient, for the dense way of training) and `scores`.
+    """
+
+    def pool(slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
+        rows = _gather(table, slots, scores)
+        return jnp.einsum("tjpc,tjcd->tpcd", _block_weights(blocks, scores, expansion), rows)
+
+    pooled = _by_chunks(pool, slots.shape[1] * table.shape[1], slots, blocks, scores)
+    return pooled.reshape(slots.shape[0], expansion, table.shape[1])
+
+
+def _forward(table, slots, blocks, scores, expansion):
+    return pooled_lookup(table, slots, blocks, scores, expansion), (table, slots, blocks, scores)
+
+
+def _backward(expansion, saved, cotangent):
+    table, slots, blocks, scores = saved
+
+    def score_gradient(slots, blocks, scores, cotangent):
+        rows = _gather(table, slots, scores)
+        every_block = jnp.einsum("tjcd,tpcd->tjpc", rows, cotangent.reshape(*cotangent.shape[:2], *rows.shape[2:]))
+        return (every_block * _one_hot(blocks, expansion, scores.dtype)[..., None]).sum(2)
+
+    width = slots.shape[1] * table.shape[1]
+    d_scores = _by_chunks(score_gradient, width, slots, blocks, scores, cotangent)
+    # Dead code, removed by the compiler, unless the table itself is differentiated.
+    tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
+    per_read = _read_gradients(
+        cotangent[tokens, blocks.reshape(-1)], scores.reshape(-1, scores.shape[-1])
+    )
+    d_table = jnp.zeros(table.shape, jnp.float32).at[slots.reshape(-1)].add(per_read)
+    return d_table.astype(table.dtype), None, None, d_scores
+
+
+pooled_lookup.defvjp(_forward, _backward)
+
+
+def row_gradients(
+    slots: jax.Array, blocks: jax.Array, scores: jax.Array, cotangent: jax.Array, num_slots: int
+) -> RowGradients:
+    """The gradient of every row that was read, summed over its reads. Nothing here is of the table's size.
+
+    Args:
+        slots: (T, R) int32 in [0, N).
+        blocks: (T, R) int32 in [0, E).
+        scores: (T, R, h).
+        cotangent: (T, E, d_v), of `pooled_lookup`'s result.
+        num_slots: N.
+
+    Returns:
+        U = min(T·R, N) rows.
+    """
+    reads_per_token = slots.shape[1]
+    num_rows = min(slots.size, num_slots)
+    # Reads are put in the order of their slots before their gradients are formed: the largest array here,
+    # (T·R, d_v), is then written once and summed in the order in which it lies.
+    ordered, order = jax.lax.sort_key_val(slots.reshape(-1), jnp.arange(slots.size, dtype=jnp.int32))
+    first = jnp.concatenate([jnp.ones((1,), bool), ordered[1:] != ordered[:-1]])
+    row_of_read = jnp.cumsum(first.astype(jnp.int32)) - 1
+    per_read = _read_gradients(
+        cotangent[order // reads_per_token, blocks.reshape(-1)[order]],
+        scores.reshape(-1, scores.shape[-1])[order],
+    )
+    total = partial(
+        jax.ops.segment_sum, segment_ids=row_of_read, num_segments=num_rows, indices_are_sorted=True
+    )
+    unique = jnp.full((num_rows,), num_slots, jnp.int32).at[row_of_read].set(ordered)
+    return RowGradients(unique, total(per_read), total(jnp.ones_like(row_of_read)))
+
+
+def _read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:
+    """What each read sends to its row: scores (M, h) times the cotangent of its block (M, d_v), float32."""
+    slices = cotangents.reshape(*scores.shape, -1).astype(jnp.float32)
+    return (slices * scores[..., None].astype(jnp.float32)).reshape(cotangents.shape)
+
+
+def _gather(table: jax.Array, slots: jax.Array, scores: jax.Array) -> jax.Array:
+    """Rows as (T, R, h, d_v/h) in the dtype of the computation."""
+    rows = table.at[slots].get(mode="promise_in_bounds").astype(scores.dtype)
+    return rows.reshape(*scores.shape, -1)
+
+
+def _one_hot(blocks: jax.Array, expansion: int, dtype: jnp.dtype) -> jax.Array:
+    """(T, R, E): which block a read belongs to."""
+    return jax.nn.one_hot(blocks, expansion, dtype=dtype)
+
+
+def _block_weights(blocks: jax.Array, scores: jax.Array, expansion: int) -> jax.Array:
+    """(T, R, E, h): the score of a read in its own block, zero in the others."""
+    return _one_hot(blocks, expansion, scores.dtype)[..., None] * scores[:, :, None]
+
+
+def _by_chunks(function, width: int, *arrays: jax.Array) -> jax.Array:
+    """`function` of arrays over tokens, by chunks of tokens whose gathered rows stay within bounds."""
+    chunk = max(1, _CHUNK_VALUES // width)
+    if arrays[0].shape[0] <= chunk:
+        return function(*arrays)
+    return jax.lax.map(lambda token: function(*(a[None] for a in token))[0], arrays, batch_size=chunk)
