@@ -1,0 +1,10 @@
+"""The experiments: programs driven by absl flags, run by `python launch.py <experiment> [flags]`."""
+
+EXPERIMENTS = {
+    "train": "train a language model, or go on with a run that was cut off",
+    "evaluate": "validation and test bits per byte of a checkpoint",
+    "generate": "continue a prompt with a checkpoint",
+    "compare": "dense, MoE, PKM and UltraMem at equal compute and equal sparse parameters",
+    "count": "parameters, FLOPs and bytes read per token of the presets, without building them",
+}
+"""Name of the module -> what it does, in a line."""

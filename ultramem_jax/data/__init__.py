@@ -1,0 +1,21 @@
+"""Text in, batches of token ids out.
+
+`sources` says where documents come from and which split each belongs to, `tokenizers` turns them into ids,
+`builder` writes a corpus once as a TFDS dataset of fixed-length records into a cache, and `pipeline` reads it
+as sequences of S + 1 tokens: a shuffled, endless, resumable stream for training and a fixed order for
+evaluation.
+"""
+
+from ultramem_jax.data.pipeline import Corpus, SequenceSource, eval_batches, load_corpus, train_iterator
+from ultramem_jax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
+
+__all__ = [
+    "BpeTokenizer",
+    "ByteTokenizer",
+    "Corpus",
+    "SequenceSource",
+    "Tokenizer",
+    "eval_batches",
+    "load_corpus",
+    "train_iterator",
+]

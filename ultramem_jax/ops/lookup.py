@@ -16,15 +16,27 @@ _CHUNK_VALUES = 1 << 24
 """Values gathered at a time (64 MB of float32): bounds the memory of a lookup whatever the batch."""
 
 
-class RowGradients(NamedTuple):
-    """Gradients of the rows that were read, each row once, sorted; what the optimizer touches."""
+class RowsRead(NamedTuple):
+    """The rows that M reads touch, each row once and sorted, and which read belongs to which row."""
 
     slots: jax.Array
-    """(U,) int32, increasing; the entries past the last row read are N, out of range on purpose."""
+    """(U,) int32, strictly increasing; the entries past the last row read are N and more, out of range on
+    purpose: a scatter with `mode="drop"` passes them over."""
+    counts: jax.Array
+    """(U,) int32, reads of each row; zero past the last row read."""
+    order: jax.Array
+    """(M,) int32, the reads sorted by slot."""
+    row_of_read: jax.Array
+    """(M,) int32 in [0, U), the row of each read in that order; increasing."""
+
+
+class RowGradients(NamedTuple):
+    """The gradient of a table where it is not zero."""
+
+    slots: jax.Array
+    """(U,) int32, as in `RowsRead`."""
     values: jax.Array
     """(U, d_v) float32; zero past the last row read."""
-    counts: jax.Array
-    """(U,) int32 reads of each row; zero past the last row read."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -62,16 +74,16 @@ def _backward(expansion, saved, cotangent):
 
     def score_gradient(slots, blocks, scores, cotangent):
         rows = _gather(table, slots, scores)
-        every_block = jnp.einsum("tjcd,tpcd->tjpc", rows, cotangent.reshape(*cotangent.shape[:2], *rows.shape[2:]))
+        every_block = jnp.einsum(
+            "tjcd,tpcd->tjpc", rows, cotangent.reshape(*cotangent.shape[:2], *rows.shape[2:])
+        )
         return (every_block * _one_hot(blocks, expansion, scores.dtype)[..., None]).sum(2)
 
     width = slots.shape[1] * table.shape[1]
     d_scores = _by_chunks(score_gradient, width, slots, blocks, scores, cotangent)
     # Dead code, removed by the compiler, unless the table itself is differentiated.
     tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
-    per_read = _read_gradients(
-        cotangent[tokens, blocks.reshape(-1)], scores.reshape(-1, scores.shape[-1])
-    )
+    per_read = _read_gradients(cotangent[tokens, blocks.reshape(-1)], scores.reshape(-1, scores.shape[-1]))
     d_table = jnp.zeros(table.shape, jnp.float32).at[slots.reshape(-1)].add(per_read)
     return d_table.astype(table.dtype), None, None, d_scores
 
@@ -79,37 +91,50 @@ def _backward(expansion, saved, cotangent):
 pooled_lookup.defvjp(_forward, _backward)
 
 
-def row_gradients(
-    slots: jax.Array, blocks: jax.Array, scores: jax.Array, cotangent: jax.Array, num_slots: int
-) -> RowGradients:
-    """The gradient of every row that was read, summed over its reads. Nothing here is of the table's size.
+def rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
+    """Sorts the reads by slot and counts them. Nothing here is of the table's size.
 
     Args:
-        slots: (T, R) int32 in [0, N).
-        blocks: (T, R) int32 in [0, E).
-        scores: (T, R, h).
-        cotangent: (T, E, d_v), of `pooled_lookup`'s result.
+        slots: int32 in [0, N), any shape, M in all.
         num_slots: N.
 
     Returns:
-        U = min(T·R, N) rows.
+        U = min(M, N) rows.
     """
-    reads_per_token = slots.shape[1]
-    num_rows = min(slots.size, num_slots)
-    # Reads are put in the order of their slots before their gradients are formed: the largest array here,
-    # (T·R, d_v), is then written once and summed in the order in which it lies.
-    ordered, order = jax.lax.sort_key_val(slots.reshape(-1), jnp.arange(slots.size, dtype=jnp.int32))
+    num_reads = slots.size
+    num_rows = min(num_reads, num_slots)
+    ordered, order = jax.lax.sort_key_val(slots.reshape(-1), jnp.arange(num_reads, dtype=jnp.int32))
     first = jnp.concatenate([jnp.ones((1,), bool), ordered[1:] != ordered[:-1]])
     row_of_read = jnp.cumsum(first.astype(jnp.int32)) - 1
+    past_the_end = num_slots + jnp.arange(num_rows, dtype=jnp.int32)
+    return RowsRead(
+        slots=past_the_end.at[row_of_read].set(ordered),
+        counts=_sum_by_row(jnp.ones_like(row_of_read), row_of_read, num_rows),
+        order=order,
+        row_of_read=row_of_read,
+    )
+
+
+def row_gradients(rows: RowsRead, blocks: jax.Array, scores: jax.Array, cotangent: jax.Array) -> RowGradients:
+    """The gradient of every row that was read, summed over its reads.
+
+    Args:
+        rows: of the slots (T, R) that were read.
+        blocks: (T, R) int32 in [0, E).
+        scores: (T, R, h).
+        cotangent: (T, E, d_v), of `pooled_lookup`'s result.
+    """
+    # Reads are put in the order of their slots before their gradients are formed: the largest array here,
+    # (T·R, d_v), is then written once and summed in the order in which it lies.
     per_read = _read_gradients(
-        cotangent[order // reads_per_token, blocks.reshape(-1)[order]],
-        scores.reshape(-1, scores.shape[-1])[order],
+        cotangent[rows.order // blocks.shape[1], blocks.reshape(-1)[rows.order]],
+        scores.reshape(-1, scores.shape[-1])[rows.order],
     )
-    total = partial(
-        jax.ops.segment_sum, segment_ids=row_of_read, num_segments=num_rows, indices_are_sorted=True
-    )
-    unique = jnp.full((num_rows,), num_slots, jnp.int32).at[row_of_read].set(ordered)
-    return RowGradients(unique, total(per_read), total(jnp.ones_like(row_of_read)))
+    return RowGradients(rows.slots, _sum_by_row(per_read, rows.row_of_read, rows.slots.shape[0]))
+
+
+def _sum_by_row(reads: jax.Array, row_of_read: jax.Array, num_rows: int) -> jax.Array:
+    return jax.ops.segment_sum(reads, row_of_read, num_rows, indices_are_sorted=True)
 
 
 def _read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:

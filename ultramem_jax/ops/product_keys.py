@@ -157,8 +157,7 @@ def singular_values(cores: jax.Array) -> jax.Array:
 def _combine_ranks(weights: jax.Array, scores: jax.Array) -> jax.Array:
     """Σ_r weights (H, r) · scores (H, r, T, any) -> (H, T, any), as one fused pass over the scores."""
     terms = [
-        weights[:, rank, None, None].astype(scores.dtype) * scores[:, rank]
-        for rank in range(scores.shape[1])
+        weights[:, rank, None, None].astype(scores.dtype) * scores[:, rank] for rank in range(scores.shape[1])
     ]
     return sum(terms[1:], terms[0])
 

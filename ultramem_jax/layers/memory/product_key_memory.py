@@ -79,7 +79,8 @@ class ProductKeyMemory(nn.Module):
         def identity(_: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
             return jnp.zeros(shape, dtype).at[0].set(1)
 
-        taps = self.param("query_conv", identity, (width, x.shape[-1]), jnp.float32).astype(self.dtype)
+        kernel = self.param("query_conv", identity, (width, x.shape[-1]), jnp.float32)
+        taps = kernel.astype(self.dtype)[:, None, None]
         length = x.shape[1]
         shifted = [jnp.pad(x, ((0, 0), (i, 0), (0, 0)))[:, :length] for i in range(width)]
         return sum((taps[i] * shifted[i] for i in range(1, width)), taps[0] * shifted[0])

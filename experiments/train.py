@@ -1,0 +1,56 @@
+"""Trains a language model, or goes on with a run that was cut off.
+
+The same command again resumes from the newest whole checkpoint in --workdir; SIGTERM saves and exits.
+"""
+
+import pathlib
+
+from absl import flags
+
+from experiments import cli
+from experiments.report import plot_loss_curve
+from ultramem_jax import RunConfig
+from ultramem_jax.data import load_corpus
+from ultramem_jax.models.generation import continue_text
+from ultramem_jax.presets import preset
+from ultramem_jax.training.loop import train
+from ultramem_jax.training.state import model_variables
+
+BASE_CONFIG = RunConfig(model=preset("ultramem-tiny"))
+
+WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run; empty: runs/<name of preset or config>")
+SAMPLE = flags.DEFINE_integer(
+    "sample", 0, "tokens to sample from the trained model at the end", lower_bound=0
+)
+
+
+def main() -> None:
+    """Trains, draws the loss curve, and says what to run next."""
+    config = cli.run_config()
+    workdir = pathlib.Path(WORKDIR.value or f"runs/{cli.config_name()}")
+    corpus = load_corpus(config.data)
+    result = train(config, workdir, corpus=corpus)
+    if not result.finished:
+        print(f"stopped at step {result.step} of {config.train.steps}; the same command goes on from there")
+        return
+    curve = workdir / "loss_curve.png"
+    plot_loss_curve(workdir / "metrics.jsonl", curve, f"{cli.config_name()} on {config.data.dataset}")
+    print(f"validation: {result.validation_bits_per_byte:.3f} bits per byte")
+    print(f"loss curve: {curve}")
+    print(f"checkpoint: {workdir / 'checkpoints'} (step {result.step})")
+    if SAMPLE.value:
+        prompt = "def "
+        text = continue_text(
+            config.model,
+            model_variables(result.state),
+            corpus.tokenizer,
+            prompt,
+            num_tokens=SAMPLE.value,
+            window=config.data.seq_len,
+            temperature=0.7,
+        )
+        print(f"\na continuation of {prompt!r}:\n{prompt}{text}\n")
+    print("next:")
+    print(f"  python launch.py evaluate --workdir={workdir}")
+    print(f"  python launch.py generate --workdir={workdir} --prompt='import '")
+    print("  python launch.py compare --help")

@@ -1,0 +1,340 @@
+"""What a model costs, from its `ModelConfig` alone: parameters, FLOPs, bytes touched. No array is built.
+
+Two ways of counting stand side by side. The *papers'* (UltraMem, arXiv 2411.12364, tables 1 and 2) leaves out
+embeddings, norm gains, attention scores and value lookups, and takes two FLOPs per weight that a token is
+multiplied by; use it to stand beside published numbers. The *whole* count holds every parameter of the
+parameter tree and every term of the forward pass that grows with a width. The letters are those of the axis
+legend in `ultramem_jax`; c is the number of matrices in an MLP, 2 for `gelu` and 3 for `swiglu`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ultramem_jax.config import MemoryConfig, ModelConfig
+from ultramem_jax.errors import require
+from ultramem_jax.presets import preset
+
+_MLP_MATRICES = {"gelu": 2, "swiglu": 3}
+"""c: in and out; a gated MLP (arXiv 2002.05202) has a second matrix in."""
+_FLOPS_PER_WEIGHT = 2
+"""One multiplication and one addition."""
+_PARAMETER_BYTES = 4
+"""Parameters, tables and moments are float32 whatever the computation's dtype."""
+_MOMENTS = 2
+"""AdamW keeps a first and a second moment of every parameter."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Number of parameters by component, over all layers and memories.
+
+    Buffers are not parameters: the stored permutation of a shuffle, and the singular vectors u and t.
+    """
+
+    embedding: int
+    """V·D."""
+    output: int
+    """D·V, or 0 when it is the embedding, transposed."""
+    attention: int
+    """L·(2·D·D + 2·D·(kv heads)·D/A): query, output, key, value."""
+    feed_forward: int
+    """L·c·D·F, or 0 when experts take the MLPs' place."""
+    router: int
+    """L·D·X."""
+    norms: int
+    """(2·L + 1)·D: a gain before attention, one before the feed-forward, one at the end."""
+    memory_queries: int
+    """Per memory D·2·(queries)·d_k: a row and a column query, one pair shared by the heads or one each."""
+    memory_keys: int
+    """Per memory 2·H·max(r, 1)·K·(width of a rank's key): 2·H·K·d_k if split, r times that if full."""
+    memory_norms: int
+    """Per memory 2·d_k: a gain of queries and one of keys, common to sides and heads (and to full ranks)."""
+    memory_cores: int
+    """Per memory h·H·r²."""
+    memory_projection: int
+    """Per memory E·d_v·D."""
+    memory_conv: int
+    """Per memory D·w, a causal depthwise convolution of width w."""
+    memory_tables: int
+    """Per memory N·d_v. Sparse."""
+    experts: int
+    """L·X·c·D·F. Sparse."""
+    active_experts: int
+    """L·k·c·D·F: the part of `experts` that one token is multiplied by. Not in any sum of parameters."""
+
+    @property
+    def dense(self) -> int:
+        """Every parameter that is neither a table's nor an expert's."""
+        return self.paper_dense + self.embedding + self.output + self.norms + self.memory_norms
+
+    @property
+    def sparse(self) -> int:
+        """Value tables and all experts' weights: "sparse params" of table 2."""
+        return self.memory_tables + self.experts
+
+    @property
+    def total(self) -> int:
+        """Every parameter."""
+        return self.dense + self.sparse
+
+    @property
+    def paper_dense(self) -> int:
+        """The "dense params" of table 2: no embeddings, no gains. 12·L·D² for dense models."""
+        return self._token_weights + self.memory_cores
+
+    @property
+    def paper_total(self) -> int:
+        """The "params" of table 1: without embeddings and gains."""
+        return self.paper_dense + self.sparse
+
+    @property
+    def active(self) -> int:
+        """Weights of the matrices that one token's vector is multiplied by, k experts among them.
+
+        Cores are left out: they meet scores, never a token's vector (16 numbers a memory; see
+        `Flops.memory_scoring` for what they cost).
+        """
+        return self._token_weights + self.active_experts
+
+    @property
+    def _token_weights(self) -> int:
+        memory = self.memory_queries + self.memory_keys + self.memory_projection + self.memory_conv
+        return self.attention + self.feed_forward + self.router + memory
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one token's forward pass; a multiplication and an addition are two.
+
+    Left out of every field, because no width multiplies them: norms, activations, softmaxes, residual sums,
+    the comparisons of a top-k, and the integer arithmetic of addresses.
+    """
+
+    attention: int
+    """Query, key, value and output projections."""
+    feed_forward: int
+    """The MLPs, or the k experts of a token."""
+    router: int
+    memory_queries: int
+    """Query projections and convolutions."""
+    memory_keys: int
+    """Scores of all K row and K column keys, for every head and rank."""
+    memory_projection: int
+    """E·d_v -> D."""
+    memory_scoring: int
+    """From key scores to cells, per head. r = 0: m² sums and m for the chosen. r >= 1: 2·2·r·K for the best
+    rank-1 scores of both sides, 2·r²·m + 2·r·m² for the exact grid, h·m·(2·r² + 2·r) for the cores."""
+    memory_lookup: int
+    """Weighted sum of the values read: 2·H·m·d_v per memory."""
+    attention_scores: int
+    """2·D·(S + 1) per layer: a token meets (S + 1)/2 positions on average, 2·D for the scores and 2·D for the
+    weighted sum each. 0 where no sequence length was given."""
+    logits: int
+    """2·D·V."""
+
+    @property
+    def paper(self) -> int:
+        """The papers' convention: 2 × `Parameters.active`."""
+        memory = self.memory_queries + self.memory_keys + self.memory_projection
+        return self.attention + self.feed_forward + self.router + memory
+
+    @property
+    def matched(self) -> int:
+        """`paper` plus scoring and lookup: all that differs between systems of one D, L, V and S."""
+        return self.paper + self.memory_scoring + self.memory_lookup
+
+    @property
+    def total(self) -> int:
+        """Everything, the logits and (if a sequence length was given) the attention scores among it."""
+        return self.matched + self.attention_scores + self.logits
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes that one step over `batch_tokens` tokens reads from parameters, each of them once.
+
+    What all systems share is left out: activations and the cache of attention.
+    """
+
+    batch_tokens: int
+    dense: int
+    """Every dense parameter; of an embedding that is not also the output, the tokens' rows alone."""
+    experts: int
+    """Σ over layers of min(k·B, X) experts' weights, B the tokens of the step (UltraMem paper, figure 1c)."""
+    memory: int
+    """Σ over memories of min(B·H·m, N) values of width d_v (ibid.)."""
+    optimizer: int
+    """Training only: AdamW's moments that a step reads and then writes. Those of dense parameters and of all
+    experts, whose gradient is a dense array; of tables, those of the rows that were read."""
+
+    @property
+    def sparse(self) -> int:
+        """Experts and values."""
+        return self.experts + self.memory
+
+    @property
+    def step(self) -> int:
+        """Of a forward pass: dense and sparse."""
+        return self.dense + self.sparse
+
+    @property
+    def per_token(self) -> float:
+        """`step`, shared out among the tokens."""
+        return self.step / self.batch_tokens
+
+
+def count_parameters(config: ModelConfig) -> Parameters:
+    """Parameters of a model by component; the formulas stand with the fields of `Parameters`."""
+    d, layers, memories = config.embed_dim, config.num_layers, len(config.spans)
+    kv_width = config.num_kv_heads * (d // config.num_heads)
+    moe, memory = config.moe, config.memory
+    expert = _MLP_MATRICES[moe.activation] * d * moe.expert_dim if moe else 0
+    return Parameters(
+        embedding=config.vocab_size * d,
+        output=0 if config.tie_embeddings else d * config.vocab_size,
+        attention=layers * (2 * d * d + 2 * d * kv_width),
+        feed_forward=0 if moe else layers * _MLP_MATRICES[config.mlp] * d * config.mlp_dim,
+        router=layers * d * moe.num_experts if moe else 0,
+        norms=(2 * layers + 1) * d,
+        memory_queries=memories * d * 2 * memory.num_queries * memory.key_dim if memory else 0,
+        memory_keys=memories * _key_weights(memory) if memory else 0,
+        memory_norms=memories * 2 * memory.key_dim if memory and memory.norm_query_key else 0,
+        memory_cores=memories * memory.num_cores * memory.num_heads * memory.tucker_rank**2
+        if memory and memory.tucker_rank
+        else 0,
+        memory_projection=memories * memory.expansion * memory.value_dim * d
+        if memory and memory.project_values
+        else 0,
+        memory_conv=memories * d * memory.query_conv_width if memory else 0,
+        memory_tables=memories * memory.num_slots * memory.value_dim if memory else 0,
+        experts=layers * moe.num_experts * expert if moe else 0,
+        active_experts=layers * moe.top_k * expert if moe else 0,
+    )
+
+
+def flops_per_token(config: ModelConfig, seq_len: int | None = None) -> Flops:
+    """FLOPs of one token's forward pass; a training step takes about three times as many.
+
+    Args:
+        config: the model.
+        seq_len: S, for the attention scores of a causal sequence; None leaves them out.
+    """
+    parameters, memory, memories = count_parameters(config), config.memory, len(config.spans)
+    weight = _FLOPS_PER_WEIGHT
+    lookup = weight * memory.num_heads * memory.top_m * memory.value_dim if memory else 0
+    scores = 2 * config.embed_dim * (seq_len + 1) * config.num_layers if seq_len else 0
+    return Flops(
+        attention=weight * parameters.attention,
+        feed_forward=weight * (parameters.feed_forward + parameters.active_experts),
+        router=weight * parameters.router,
+        memory_queries=weight * (parameters.memory_queries + parameters.memory_conv),
+        memory_keys=weight * parameters.memory_keys,
+        memory_projection=weight * parameters.memory_projection,
+        memory_scoring=memories * _scoring_flops(memory) if memory else 0,
+        memory_lookup=memories * lookup,
+        attention_scores=scores,
+        logits=weight * config.embed_dim * config.vocab_size,
+    )
+
+
+def bytes_per_token(config: ModelConfig, batch_tokens: int, dtype_bytes: int = _PARAMETER_BYTES) -> Bytes:
+    """Bytes of parameters that a step over `batch_tokens` tokens reads; `.per_token` shares them out.
+
+    Experts and values are counted as if no two tokens chose the same one until all are chosen, as the paper
+    does; choices that coincide read less.
+
+    Args:
+        config: the model.
+        batch_tokens: tokens of the step: B·S in training and prefill, B in decoding.
+        dtype_bytes: bytes of a stored parameter, 2 for weights served in bfloat16.
+    """
+    require(batch_tokens >= 1, "batch_tokens", batch_tokens, "must be at least 1")
+    parameters, moe, memory = count_parameters(config), config.moe, config.memory
+    experts_read, values_read = 0, 0
+    if moe:
+        weights = parameters.experts // moe.num_experts
+        experts_read = min(moe.top_k * batch_tokens, moe.num_experts) * weights
+    if memory:
+        rows = min(batch_tokens * memory.num_heads * memory.top_m, memory.num_slots)
+        values_read = len(config.spans) * rows * memory.value_dim
+    dense_read = parameters.dense
+    if not config.tie_embeddings:
+        dense_read -= max(config.vocab_size - batch_tokens, 0) * config.embed_dim
+    return Bytes(
+        batch_tokens=batch_tokens,
+        dense=dtype_bytes * dense_read,
+        experts=dtype_bytes * experts_read,
+        memory=dtype_bytes * values_read,
+        optimizer=_MOMENTS * _PARAMETER_BYTES * (parameters.dense + parameters.experts + values_read),
+    )
+
+
+def optimizer_bytes(config: ModelConfig) -> int:
+    """Bytes that AdamW's two float32 moments of all parameters, tables included, occupy."""
+    return _MOMENTS * _PARAMETER_BYTES * count_parameters(config).total
+
+
+def count_rows(
+    configs: Mapping[str, ModelConfig], batch_tokens: int, seq_len: int | None = None
+) -> list[dict[str, object]]:
+    """One row per model for a table: parameters, FLOPs of a token, bytes that a step reads."""
+    rows: list[dict[str, object]] = []
+    for name, config in configs.items():
+        parameters, flops = count_parameters(config), flops_per_token(config, seq_len)
+        read = bytes_per_token(config, batch_tokens)
+        rows.append(
+            {
+                "model": name,
+                "dense params": parameters.dense,
+                "sparse params": parameters.sparse,
+                "total params": parameters.total,
+                "FLOPs/token (paper)": flops.paper,
+                "FLOPs/token (all)": flops.total,
+                f"bytes/token read at B = {batch_tokens:,}": round(read.per_token),
+                "of these sparse": round(read.sparse / batch_tokens),
+            }
+        )
+    return rows
+
+
+def count_table(names: Sequence[str], batch_tokens: int) -> str:
+    """The table of `count` for presets, in Markdown.
+
+    Args:
+        names: presets.
+        batch_tokens: B of the bytes column.
+
+    Raises:
+        UserError: an unknown preset.
+    """
+    rows = count_rows({name: preset(name) for name in names}, batch_tokens)
+    if not rows:
+        return ""
+    cells = [list(rows[0])]
+    cells += [[v if isinstance(v, str) else f"{v:,}" for v in row.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+
+    def line(values: list[str]) -> str:
+        first, *numbers = values
+        padded = [first.ljust(widths[0]), *(v.rjust(w) for v, w in zip(numbers, widths[1:], strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(cells[0]), line(rule), *(line(values) for values in cells[1:])])
+
+
+def _key_weights(memory: MemoryConfig) -> int:
+    """Weights of one memory's keys, both sides."""
+    ranks = max(memory.tucker_rank, 1)
+    return 2 * memory.num_heads * ranks * memory.num_virtual_keys * memory.rank_key_dim
+
+
+def _scoring_flops(memory: MemoryConfig) -> int:
+    """FLOPs of one memory's retrieval after the key scores; the formula stands at `Flops.memory_scoring`."""
+    r, m, k = memory.tucker_rank, memory.top_m, memory.num_virtual_keys
+    if r == 0:
+        return memory.num_heads * (m * m + m)
+    candidates = 2 * 2 * r * k
+    grid = 2 * r * r * m + 2 * r * m * m
+    cores = memory.num_cores * m * (2 * r * r + 2 * r)
+    return memory.num_heads * (candidates + grid + cores)

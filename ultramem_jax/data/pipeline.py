@@ -1,0 +1,205 @@
+"""Sequences and batches of a corpus: random access, a resumable shuffled stream, a fixed order to evaluate.
+
+Sequence i of a split is its tokens [i·S, (i+1)·S]: S + 1 of them, so that S inputs have S targets; the last
+token of a sequence is the first of the next, and every token but the first is a target once. What remains at
+the end, fewer than S targets, is in no sequence.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import logging
+
+from ultramem_jax.config import DataConfig
+from ultramem_jax.data import builder
+from ultramem_jax.data.sources import SPLITS
+from ultramem_jax.data.tokenizers import Tokenizer
+from ultramem_jax.errors import require, unknown
+
+_RECORD_CACHE_BYTES = 1 << 28
+"""Decoded records that a split keeps in memory. All of `stdlib` and `enwik8` fit."""
+_READ_THREADS = 2
+_BATCHES_AHEAD = 8
+
+
+class SequenceSource:
+    """Random access to the sequences of one split, each (S + 1,) int32."""
+
+    def __init__(self, records: Any, num_tokens: int, seq_len: int):
+        self._records = records  # a TFDS data source of {"tokens": (C,)}
+        self._num_sequences = (num_tokens - 1) // seq_len
+        self._seq_len = seq_len
+        record_bytes = records[0]["tokens"].nbytes
+        self._record_tokens = len(records[0]["tokens"])
+        self._record = functools.lru_cache(max(1, _RECORD_CACHE_BYTES // record_bytes))(self._read_record)
+
+    def _read_record(self, c: int) -> np.ndarray:
+        return self._records[c]["tokens"]
+
+    def __len__(self) -> int:
+        return self._num_sequences
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Sequence i.
+
+        Raises:
+            IndexError: i is not in [0, len(self)).
+        """
+        if not 0 <= i < self._num_sequences:
+            raise IndexError(f"sequence {i} of {self._num_sequences}")
+        return self.read([i])[0]
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The sequences `indices`, (len(indices), S + 1) int32."""
+        length = self._seq_len + 1
+        tokens = np.empty((len(indices), length), np.int32)
+        for row, i in zip(tokens, indices, strict=True):
+            start = int(i) * self._seq_len
+            filled = 0
+            while filled < length:
+                c, offset = divmod(start + filled, self._record_tokens)
+                piece = self._record(c)[offset : offset + length - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        return tokens
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized corpus in the cache. Made by `load_corpus`."""
+
+    tokenizer: Tokenizer
+    seq_len: int
+    """S."""
+    corpus_hash: str
+    """sha256 over split, name and bytes of every document; says which data a result was measured on."""
+    num_tokens: dict[str, int]
+    """Per split, one end-of-document token per document included."""
+    num_bytes: dict[str, int]
+    """Per split, of the documents."""
+    folder: Path
+    """Where it lies in the cache."""
+    _parts: dict[str, list[str]]
+
+    def bytes_per_token(self, split: str) -> float:
+        """Bytes of text per token; bits per byte = bits per token / this.
+
+        End-of-document tokens count as tokens of no bytes: what a model spends on them is charged to the
+        text.
+        """
+        self._require_sequences(split)
+        return self.num_bytes[split] / self.num_tokens[split]
+
+    def source(self, split: str) -> SequenceSource:
+        """The sequences of `train`, `validation` or `test`.
+
+        Raises:
+            UserError: an unknown split, or one with fewer than S + 1 tokens.
+        """
+        self._require_sequences(split)
+        records = builder.open_records(self.folder).as_data_source(split="+".join(self._parts[split]))
+        return SequenceSource(records, self.num_tokens[split], self.seq_len)
+
+    def _require_sequences(self, split: str) -> None:
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        size = self.num_tokens[split]
+        allowed = f"a sequence needs seq_len + 1 tokens, the {split} split of this corpus has {size:,}"
+        require(size > self.seq_len, "data.seq_len", self.seq_len, allowed)
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """The corpus that `config` describes; tokenized into the cache first if it is not there yet.
+
+    Raises:
+        UserError: see `builder.prepare`.
+    """
+    folder = builder.prepare(config)
+    metadata = builder.open_records(folder).info.metadata
+    logging.info("corpus %s (%s) in %s", metadata["corpus_hash"], config.dataset, folder)
+    return Corpus(
+        tokenizer=builder.load_tokenizer(config, folder),
+        seq_len=config.seq_len,
+        corpus_hash=metadata["corpus_hash"],
+        num_tokens=metadata["num_tokens"],
+        num_bytes=metadata["num_bytes"],
+        folder=folder,
+        _parts=metadata["parts"],
+    )
+
+
+def train_iterator(
+    corpus: Corpus, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Endless batches {"tokens": (batch_size / process_count, S + 1) int32} of the training split.
+
+    Every epoch is a new permutation of all sequences; a batch may span two. Batch t is a function of `seed`
+    and t alone, and the iterator's state is t, so `grain.checkpoint` saves and restores its position. Process
+    p of P gets rows [p, p + 1) · batch_size / P of the batch that one process would get, and the state means
+    the same for any P.
+
+    Args:
+        corpus: see `load_corpus`.
+        batch_size: sequences per batch, over all processes.
+        seed: of the order; any non-negative integer.
+        process_index: p.
+        process_count: P.
+
+    Raises:
+        UserError: a training split shorter than one sequence, or a batch that P does not divide.
+    """
+    allowed = f"must be at least 1 and divisible by the {process_count} processes"
+    require(batch_size > 0 and batch_size % process_count == 0, "train.batch_size", batch_size, allowed)
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index = {process_index}: must be in [0, {process_count})")
+    source = corpus.source("train")
+    rows = batch_size // process_count
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {"tokens": source.read(indices[process_index * rows : (process_index + 1) * rows])}
+
+    # grain takes 32 bits and adds the epoch to them: neighbouring seeds would share their epochs, shifted by
+    # one.
+    spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    # Indices are batched, not sequences, so that a process reads its own rows alone.
+    batches = grain.MapDataset.range(len(source)).shuffle(spread_seed).repeat().batch(batch_size).map(read)
+    options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
+    return iter(batches.to_iter_dataset(options))
+
+
+def eval_batches(
+    corpus: Corpus, split: str, batch_size: int, limit: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches {"tokens": (batch_size, S + 1) int32, "mask": (batch_size,) float32} in a fixed order.
+
+    The mask is 1 for sequences and 0 for the rows of zeros that fill up the last batch. With a `limit` the
+    sequences are spread evenly over the split, whose beginning may not be like the rest.
+
+    Args:
+        corpus: see `load_corpus`.
+        split: `train`, `validation` or `test`.
+        batch_size: rows per batch.
+        limit: batches at most; 0 is the whole split, each sequence once.
+
+    Raises:
+        UserError: at the call; see `Corpus.source`.
+    """
+    require(batch_size > 0, "train.batch_size", batch_size, "must be at least 1")
+    require(limit >= 0, "train.eval_batches", limit, "must be at least 0")
+    source = corpus.source(split)
+    count = min(limit * batch_size, len(source)) if limit else len(source)
+    indices = np.arange(count) * len(source) // count
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, count, batch_size):
+            sequences = source.read(indices[start : start + batch_size])
+            tokens = np.zeros((batch_size, corpus.seq_len + 1), np.int32)
+            tokens[: len(sequences)] = sequences
+            yield {"tokens": tokens, "mask": (np.arange(batch_size) < len(sequences)).astype(np.float32)}
+
+    return batches()

@@ -1,0 +1,190 @@
+"""Bytes to token ids and back: raw bytes, or byte-pair encoding trained on the corpus.
+
+Both are lossless for every byte string, text or not, and both hold one end-of-document token that no document
+can produce by itself.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+EOS_TOKEN = "<|endoftext|>"
+"""Written form of the end-of-document token in the json of a BPE tokenizer."""
+
+_PIECE_BYTES = 1 << 16
+"""A document is cut (at a line end where there is one) into pieces of at most this many bytes."""
+_PIECES_PER_CALL = 64
+"""Pieces encoded in parallel at a time. The library needs about 100 bytes per token while it encodes."""
+
+
+class Tokenizer(Protocol):
+    """What the pipeline asks of a tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """As in `DataConfig.tokenizer`."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the end-of-document token included."""
+
+    @property
+    def eos_id(self) -> int:
+        """The id of the end-of-document token."""
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """Ids of one document, (num_tokens,) int32, without an end-of-document token."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes of `ids`; end-of-document tokens yield nothing.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+
+
+class ByteTokenizer:
+    """One token per byte: ids 0 to 255 are the bytes, 256 ends a document."""
+
+    name = "bytes"
+    vocab_size = 257
+    eos_id = 256
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """See `Tokenizer.encode`.
+
+        >>> ByteTokenizer().encode(b"hi").tolist()
+        [104, 105]
+        """
+        return np.frombuffer(data, np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """See `Tokenizer.decode`.
+
+        >>> ByteTokenizer().decode([104, 105, 256])
+        b'hi'
+        """
+        array = _check_ids(ids, self.vocab_size)
+        return array[array != self.eos_id].astype(np.uint8).tobytes()
+
+
+class BpeTokenizer:
+    """Byte-level byte-pair encoding (Radford et al. 2019, GPT-2), by the Hugging Face `tokenizers` library.
+
+    Valid UTF-8 is split by GPT-2's regular expression and merged; bytes that are not UTF-8 become one token
+    each. The vocabulary is smaller than asked for when the corpus has fewer pairs to merge.
+    """
+
+    name = "bpe"
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        # Without this a document that contains the written form of EOS_TOKEN would encode to eos_id and lose
+        # text.
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self.vocab_size: int = backend.get_vocab_size()
+        id_of = backend.get_vocab()
+        self.eos_id: int = id_of[EOS_TOKEN]
+        characters = _byte_characters()
+        byte_of = {character: byte for byte, character in characters.items()}
+        self._bytes_of_id = [b""] * self.vocab_size
+        for token, i in id_of.items():
+            if i != self.eos_id:
+                self._bytes_of_id[i] = bytes(byte_of[character] for character in token)
+        self._id_of_byte = np.array([id_of[characters[byte]] for byte in range(256)], np.int32)
+
+    @classmethod
+    def train(cls, documents: Iterable[bytes], vocab_size: int) -> "BpeTokenizer":
+        """Learns merges from `documents`; `vocab_size` counts the 256 bytes and the end-of-document token."""
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOS_TOKEN],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        runs = (run for data in documents for run in _runs(data))
+        backend.train_from_iterator((run for run in runs if isinstance(run, str)), trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: Path) -> "BpeTokenizer":
+        """Reads what `save` wrote."""
+        return cls(tokenizers.Tokenizer.from_file(str(path)))
+
+    def save(self, path: Path) -> None:
+        """Writes the json of the `tokenizers` library."""
+        self._backend.save(str(path))
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """See `Tokenizer.encode`."""
+        ids: list[np.ndarray] = [np.empty(0, np.int32)]
+        runs = _runs(data)
+        while group := list(itertools.islice(runs, _PIECES_PER_CALL)):
+            texts = [run for run in group if isinstance(run, str)]
+            encoded = iter(self._backend.encode_batch_fast(texts, add_special_tokens=False))
+            for run in group:
+                if isinstance(run, str):
+                    ids.append(np.asarray(next(encoded).ids, np.int32))
+                else:
+                    ids.append(self._id_of_byte[np.frombuffer(run, np.uint8)])
+        return np.concatenate(ids)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """See `Tokenizer.decode`."""
+        return b"".join(self._bytes_of_id[i] for i in _check_ids(ids, self.vocab_size))
+
+
+def _check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+    array = np.asarray(ids, np.int64).reshape(-1)
+    if array.size and not (array.min() >= 0 and array.max() < vocab_size):
+        raise ValueError(f"ids must be in [0, {vocab_size}), got {array.min()} to {array.max()}")
+    return array
+
+
+def _byte_characters() -> dict[int, str]:
+    """Byte -> the printable character that byte-level BPE writes for it (GPT-2's table).
+
+    Printable Latin-1 characters stand for themselves, the other 68 bytes for the characters from 256 on.
+    """
+    own = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    table = {byte: chr(byte) for byte in own}
+    others = (byte for byte in range(256) if byte not in own)
+    return table | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _pieces(data: bytes) -> Iterator[bytes]:
+    """Cuts a document so that no string grows with it: after a line end, else between two characters."""
+    start = 0
+    while start < len(data):
+        end = min(start + _PIECE_BYTES, len(data))
+        if end < len(data):
+            line_end = data.rfind(b"\n", start, end)
+            if line_end >= 0:
+                end = line_end + 1
+            else:
+                # A character of UTF-8 has at most three continuation bytes, 10xxxxxx.
+                end -= next((i for i in range(4) if data[end - i] & 0xC0 != 0x80), 0)
+        yield data[start:end]
+        start = end
+
+
+def _runs(data: bytes) -> Iterator[str | bytes]:
+    """A document as runs of valid UTF-8 (str) and of bytes that are not (bytes), in order."""
+    for piece in _pieces(data):
+        try:
+            yield piece.decode("utf-8")
+            continue
+        except UnicodeDecodeError:
+            # "surrogateescape" turns each undecodable byte b into the lone surrogate 0xDC00 + b.
+            text = piece.decode("utf-8", "surrogateescape")
+        for i, run in enumerate(re.split("([\udc80-\udcff]+)", text)):
+            if run:
+                yield run.encode("utf-8", "surrogateescape") if i % 2 else run

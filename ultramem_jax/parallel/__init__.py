@@ -1,0 +1,1 @@
+"""Devices: the mesh that a run is laid over."""

@@ -1,0 +1,514 @@
+"""Checkpoints of a run, and the only file that knows Orbax.
+
+A checkpoint of step 250 is the directory `<workdir>/checkpoints/250`:
+
+    state/          the train state, arrays cut into chunks and compressed (Orbax's own format)
+    data/           the position of the data iterator, one file per process (Grain's own format)
+    meta/           JSON: the run's configuration, its corpus, the validation loss, library versions
+    manifest.json   the size and a checksum of every file above
+
+It is written in `250.orbax-checkpoint-tmp` and renamed when all of it is there, manifest included, so a
+process that is killed while it saves leaves a directory that nothing reads and the next run removes. Damage
+that comes later (a truncated or deleted file, a kill while an old checkpoint is being deleted) shows when the
+files are compared with the manifest. That comparison is needed: TensorStore reads a missing chunk as zeros.
+"""
+
+import dataclasses
+import gc
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from grain import checkpoint as grain_checkpoint
+
+import ultramem_jax
+from ultramem_jax.errors import UserError
+
+PyTree = Any
+T = TypeVar("T")
+
+CHUNK_BYTES = 64 * 2**20
+"""Size that arrays are cut into. Chunks are compressed in parallel, and a restore onto another mesh reads
+only the chunks of its own shards; by default Orbax writes one chunk per shard, however large."""
+
+_MANIFEST = "manifest.json"
+_WRITTEN_AFTER_MANIFEST = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})
+"""Files of Orbax in a checkpoint's own directory that it touches last. Nothing here reads them."""
+
+_CHECKSUM_WHOLE_BYTES = 256 * 2**20
+"""A larger file is sampled: CRC-32 takes about half a second per GB here, and a read of the whole file."""
+_CHECKSUM_BLOCKS, _CHECKSUM_BLOCK_BYTES = 256, 64 * 2**10
+_MESSAGE_ENTRIES = 8
+"""Differences that an error message spells out; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a checkpoint says about itself."""
+
+    step: int
+    config: dict[str, Any]
+    """The run's configuration as `ultramem_jax.config.to_dict` gives it, after a trip through JSON."""
+    corpus: dict[str, Any]
+    versions: dict[str, str]
+    """Of Python and the libraries that wrote it."""
+    validation_loss: float | None = None
+    """As given to `save`; None where the run did not evaluate at that step."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A state that was read back."""
+
+    state: PyTree
+    step: int
+    meta: Meta
+    skipped: tuple[tuple[int, str], ...] = ()
+    """Newer checkpoints that are not whole: (step, reason), newest first."""
+
+
+class Checkpoints:
+    """The checkpoints of one run; saves in the background. Use as a context manager: leaving it waits.
+
+    Kept are the newest `keep_last` and the `keep_best` of lowest validation loss. A checkpoint without a
+    validation loss, or with one that is not finite, is kept by recency alone.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        keep_last: int = 2,
+        keep_best: int = 1,
+        read_only: bool = False,
+    ):
+        """Opens `directory`, creating it, and removes what killed saves left there, unless `read_only`.
+
+        Raises:
+            UserError: `read_only`, and there is no such directory.
+        """
+        self.directory = Path(os.path.abspath(directory))
+        if read_only and not self.directory.is_dir():
+            raise UserError(f"no checkpoints: there is no directory {self.directory}")
+        self._losses = {
+            step: loss for step in self.all_steps() if (loss := self._loss_on_disk(step)) is not None
+        }
+        self._position: int | None = None  # the step that this object last restored or saved
+        self._saving = -1
+        self._manager = None if read_only else self._open_manager(keep_last, keep_best)
+
+    def _open_manager(self, keep_last: int, keep_best: int) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            epath.Path(self.directory),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_NewestAndBest(keep_last, keep_best, self._losses),
+                cleanup_tmp_directories=True,
+                # Its own reading of metadata and metrics would fail on a damaged checkpoint, so that a run
+                # could not even start; `_losses` above is read with patience instead.
+                lightweight_initialize=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for the save in flight and ends the background threads."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def wait(self) -> None:
+        """Blocks until the save in flight is on disk; raises what it failed with."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def all_steps(self) -> list[int]:
+        """Steps with a committed checkpoint, rising. A save in flight counts after `wait`."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def latest_step(self) -> int | None:
+        """The newest of `all_steps`, or None. It is not checked for damage."""
+        return max(self.all_steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step of lowest validation loss among `all_steps`, the newest of equals, or None."""
+        ranking = _by_loss(self._losses, self.all_steps())
+        return ranking[0] if ranking else None
+
+    # ---- writing
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        data_iterator: Any,
+        config: dict[str, Any],
+        corpus: dict[str, Any],
+        validation_loss: float | None = None,
+    ) -> None:
+        """Saves in the background; waits first for a save that is still in flight.
+
+        The state's buffers may be donated as soon as this returns. On an accelerator they have been copied to
+        the host by then. On CPU Orbax reads them in place, and XLA, which knows of its readers, gives the
+        computation that they are donated to a copy: the first step after a save needs that much more memory.
+
+        Args:
+            step: must be above every step in the directory, except those of a later part of the run that this
+                object was restored before (damaged ones that were skipped, say): these are deleted.
+            state: nested dicts, dataclasses of `flax.struct`, named tuples of optax; leaves are arrays.
+            data_iterator: a `grain.DatasetIterator`, whose position is saved; or None.
+            config: the run's configuration, from `ultramem_jax.config.to_dict`.
+            corpus: what identifies the data (its hash and the like), for JSON.
+            validation_loss: ranks the checkpoint for `keep_best`, lower is better.
+
+        Raises:
+            UserError: there is a checkpoint of this step or a later one, of a run that was not restored.
+            Exception: whatever the save before this one failed with (a full disk, say).
+        """
+        if self._manager is None:
+            raise RuntimeError("these checkpoints are closed, or open for reading alone")
+        self._manager.wait_until_finished()
+        self._drop_later_than_position(self._manager, step)
+        meta = Meta(
+            step, config, corpus, _versions(), None if validation_loss is None else float(validation_loss)
+        )
+        save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardSave(state, save_args=save_args),
+            "meta": ocp.args.JsonSave(dataclasses.asdict(meta)),
+        }
+        if data_iterator is not None:
+            items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
+        if meta.validation_loss is not None:
+            self._losses[step] = meta.validation_loss
+        self._saving = self._position = step
+        # Without `force` Orbax skips, silently, a step that is not above all those it knows.
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def _drop_later_than_position(self, manager: ocp.CheckpointManager, step: int) -> None:
+        later = [old for old in manager.all_steps() if old >= step]
+        if not later:
+            return
+        if self._position is None or step <= self._position:
+            raise UserError(
+                f"cannot save step {step}: {self.directory} already holds {_steps(later)};"
+                " resume from there or choose another directory"
+            )
+        logging.warning(
+            "deleting %s of %s: this run went on from step %d", _steps(later), self.directory, self._position
+        )
+        for old in later:
+            manager.delete(old)
+            self._losses.pop(old, None)
+
+    def _write_manifest(self) -> None:
+        """Called by Orbax, in its thread and one process alone, when all is written and not yet renamed."""
+        target = self.directory / str(self._saving)
+        if not target.is_dir():
+            (target,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        write_manifest(target)
+
+    # ---- reading
+
+    def read_meta(self, step: int | None = None) -> Meta:
+        """The `Meta` of `step`, or of the newest whole checkpoint. Errors as in `restore`."""
+        return self._read(step, lambda directory, meta: meta)[1]
+
+    def restore(
+        self,
+        abstract_state: PyTree,
+        data_iterator: Any = None,
+        step: int | None = None,
+        expect_config: dict[str, Any] | None = None,
+    ) -> Restored:
+        """Reads the state of `step`, or of the newest whole checkpoint.
+
+        A newer one that is damaged is skipped with a warning in the log; see `Restored.skipped`.
+
+        Args:
+            abstract_state: the state's structure with `jax.ShapeDtypeStruct` leaves. A leaf with a sharding
+                is restored onto it, whatever mesh it was saved from; one without, onto the first device.
+            data_iterator: set to the saved position, if given.
+            step: this one and no other.
+            expect_config: a run's configuration; the checkpoint's `model` and `data.tokenizer` must equal it.
+
+        Raises:
+            UserError: no checkpoint, none that is whole, one of another model, or a state of other entries,
+                shapes or dtypes than `abstract_state`.
+        """
+
+        def read(directory: Path, meta: Meta) -> PyTree:
+            if expect_config is not None:
+                _require_same_model(directory, meta.config, expect_config)
+            state = _read_state(directory, abstract_state, partial=False)
+            if data_iterator is not None:
+                handler = grain_checkpoint.CheckpointHandler()
+                handler.restore(epath.Path(directory / "data"), item=data_iterator)
+            return state
+
+        return self._restored(step, read)
+
+    def restore_subtree(self, abstract_subtree: dict[str, PyTree], step: int | None = None) -> Restored:
+        """Reads some top-level entries of the state, `{"params": ...}`, and nothing else of it.
+
+        Arguments and errors are those of `restore`; `Restored.state` is a dict of the same entries.
+        """
+        return self._restored(
+            step, lambda directory, meta: _read_state(directory, abstract_subtree, partial=True)
+        )
+
+    def _restored(self, step: int | None, read: Callable[[Path, Meta], PyTree]) -> Restored:
+        state, meta, skipped = self._read(step, read)
+        self._position = meta.step
+        return Restored(state, meta.step, meta, skipped)
+
+    def _read(
+        self, step: int | None, read: Callable[[Path, Meta], T]
+    ) -> tuple[T, Meta, tuple[tuple[int, str], ...]]:
+        """Applies `read` to the newest checkpoint that is whole and that it can read."""
+        self.wait()
+        skipped: list[tuple[int, str]] = []
+        cause: Exception | None = None
+        for candidate in self._candidates(step):
+            directory = self.directory / str(candidate)
+            try:
+                if (damage := find_damage(directory)) is not None:
+                    raise _Damaged(damage)
+                meta = _load_meta(directory)
+                return read(directory, meta), meta, tuple(skipped)
+            except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+                raise  # not the checkpoint's fault, and an older one would meet the same
+            except Exception as error:
+                # So broad because Orbax and TensorStore raise bare Exception, ValueError, KeyError, OSError.
+                cause = error
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                skipped.append((candidate, reason))
+                if step is None:
+                    logging.warning("skipping damaged checkpoint %s: %s", directory, reason)
+        reasons = "; ".join(f"step {bad}: {reason}" for bad, reason in skipped)
+        raise UserError(f"no whole checkpoint in {self.directory}: {reasons}") from cause
+
+    def _candidates(self, step: int | None) -> list[int]:
+        steps = self.all_steps()
+        if not steps:
+            raise UserError(f"no checkpoints in {self.directory}")
+        if step is None:
+            return steps[::-1]
+        if step not in steps:
+            raise UserError(f"no checkpoint of step {step} in {self.directory}: it holds {_steps(steps)}")
+        return [step]
+
+    def _loss_on_disk(self, step: int) -> float | None:
+        try:
+            return _load_meta(self.directory / str(step)).validation_loss
+        except Exception:  # damaged: it has no rank, and `restore` will say what is wrong with it
+            return None
+
+
+class _Damaged(Exception):
+    """A checkpoint that differs from its manifest."""
+
+
+# ---- which checkpoints are kept
+
+
+def _by_loss(losses: dict[int, float], steps: Sequence[int]) -> list[int]:
+    """The steps that have a finite loss, best first, the newer of equals first."""
+    ranked = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
+    return sorted(ranked, key=lambda step: (losses[step], -step))
+
+
+@dataclass
+class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Orbax's `AnyPreservationPolicy` of `LatestN` and `BestN`, but for two points.
+
+    `BestN` keeps everything while there are no more than n checkpoints in all, ranked or not, and its order
+    is undefined when a loss is NaN.
+    """
+
+    keep_last: int
+    keep_best: int
+    losses: dict[int, float]
+    """Validation loss by step; shared with `Checkpoints`, which fills it."""
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: ocp.checkpoint_managers.PreservationContext,
+    ) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        newest = sorted(steps)[-self.keep_last :]
+        best = _by_loss(self.losses, steps)[: self.keep_best]
+        return [step in newest or step in best for step in steps]
+
+
+# ---- whole or damaged
+
+
+def write_manifest(directory: Path) -> None:
+    """Writes the sizes and checksums of all files below `directory` into its `manifest.json`."""
+    files = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+        for path in _files(directory)
+    }
+    partial = directory / (_MANIFEST + ".partial")
+    partial.write_text(json.dumps({"format": 1, "files": files}, indent=1))
+    partial.replace(directory / _MANIFEST)
+
+
+def find_damage(directory: Path) -> str | None:
+    """What is wrong with the checkpoint at `directory`, in one line; None if it equals its manifest.
+
+    Of a file above 256 MiB the size is checked and 256 blocks of 64 KiB, so that tables of many GB open at
+    once. That finds what was cut off, left out or never flushed, but not a few bytes that changed in between:
+    the chunks of arrays carry no checksum of their own.
+    """
+    try:
+        files = json.loads((directory / _MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{_MANIFEST} cannot be read ({type(error).__name__})"
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if (size := path.stat().st_size) != expected["bytes"]:
+            return f"{name} has {size} bytes instead of {expected['bytes']}"
+        if _checksum(path) != expected["crc32"]:
+            return f"{name} has other content than was written"
+    return None
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.rglob("*")):
+        own = path.parent == directory and path.name in _WRITTEN_AFTER_MANIFEST
+        if path.is_file() and not own:
+            yield path
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file, or of blocks spread evenly over a large one, its first and last bytes included."""
+    size, checksum = path.stat().st_size, 0
+    if size <= _CHECKSUM_WHOLE_BYTES:
+        starts: Sequence[int] = range(0, size, _CHECKSUM_BLOCK_BYTES)
+    else:
+        last = size - _CHECKSUM_BLOCK_BYTES
+        starts = [last * block // (_CHECKSUM_BLOCKS - 1) for block in range(_CHECKSUM_BLOCKS)]
+    with path.open("rb") as file:
+        for start in starts:
+            file.seek(start)
+            checksum = zlib.crc32(file.read(_CHECKSUM_BLOCK_BYTES), checksum)
+    return checksum
+
+
+# ---- reading one checkpoint
+
+
+def _load_meta(directory: Path) -> Meta:
+    return Meta(**ocp.JsonCheckpointHandler().restore(epath.Path(directory / "meta")))
+
+
+def _read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTree:
+    """The state of one checkpoint; with `partial`, the top-level entries of `abstract_state` alone."""
+    handler = ocp.PyTreeCheckpointHandler()
+    path = epath.Path(directory / "state")
+    _require_same_tree(directory, handler.metadata(path).tree, abstract_state, partial)
+    target = jax.tree.map(_with_sharding, abstract_state)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
+    with ocp.Checkpointer(handler) as checkpointer:
+        state = checkpointer.restore(path, args=args)
+    # Orbax leaves the host buffers that it read into in reference cycles; a table's worth cannot wait there.
+    gc.collect()
+    return state
+
+
+def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    # Left without one, Orbax takes the sharding of the run that saved, which this machine may not have.
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _require_same_tree(directory: Path, saved_tree: PyTree, wanted_tree: PyTree, partial: bool) -> None:
+    saved, wanted = _entries(saved_tree), _entries(wanted_tree)
+    if partial:
+        roots = {name.split(".")[0] for name in wanted}
+        saved = {name: kind for name, kind in saved.items() if name.split(".")[0] in roots}
+    names = [*wanted, *(name for name in saved if name not in wanted)]
+    differences = [
+        f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
+        for name in names
+        if saved.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise UserError(f"checkpoint at {directory} holds another state: {_listed(differences)}")
+
+
+def _entries(tree: PyTree) -> dict[str, str]:
+    """Dotted names of the leaves, with dtype and shape: {"params.w": "float32[3,4]"}."""
+    return {
+        ".".join(map(str, path)): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        for path, leaf in ocp.tree.to_flat_dict(tree).items()
+    }
+
+
+def _require_same_model(directory: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    here = json.loads(json.dumps(here))  # as the checkpoint's own: tuples become lists
+    differences = _differences("model", there.get("model"), here.get("model"))
+    tokenizers = [config.get("data", {}).get("tokenizer") for config in (there, here)]
+    differences += _differences("data.tokenizer", *tokenizers)
+    if differences:
+        raise UserError(f"checkpoint at {directory} is of another model: {_listed(differences)}")
+
+
+def _differences(name: str, there: Any, here: Any) -> list[str]:
+    """One clause for each field below `name` in which two configurations differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        fields = [*there, *(field for field in here if field not in there)]
+        return [
+            clause
+            for field in fields
+            for clause in _differences(f"{name}.{field}", there.get(field), here.get(field))
+        ]
+    if there == here:
+        return []
+    shown = ["given" if isinstance(value, dict) else repr(value) for value in (there, here)]
+    return [f"{name} is {shown[0]} there and {shown[1]} here"]
+
+
+def _listed(clauses: list[str]) -> str:
+    more = len(clauses) - _MESSAGE_ENTRIES
+    return "; ".join(clauses[:_MESSAGE_ENTRIES]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _steps(steps: Sequence[int]) -> str:
+    return f"checkpoint{'s' if len(steps) > 1 else ''} of step {', '.join(map(str, steps))}"
+
+
+def _versions() -> dict[str, str]:
+    libraries = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+    return {
+        "ultramem_jax": ultramem_jax.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in libraries},
+    }

@@ -1,0 +1,262 @@
+"""The run: build or resume, step, evaluate, save, and stop in good order."""
+
+import dataclasses
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import logging
+from tqdm import tqdm
+
+from ultramem_jax.config import RunConfig, to_dict
+from ultramem_jax.data import Corpus, eval_batches, load_corpus, train_iterator
+from ultramem_jax.errors import UserError, require
+from ultramem_jax.parallel.mesh import data_mesh, replicated, shard_batch
+from ultramem_jax.training.checkpoints import Checkpoints
+from ultramem_jax.training.metrics import MetricWriter
+from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.state import TrainState, init_state, model_variables
+from ultramem_jax.training.step import make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    step: int
+    """Steps done."""
+    finished: bool
+    """False if a signal stopped it early; the same command goes on from there."""
+    validation_loss: float
+    """Nats per token at the last evaluation; NaN if there was none."""
+    validation_bits_per_byte: float
+    tokens_per_second: float
+    """Median over the steps of this process, evaluations and checkpoints left out; NaN before the second."""
+    state: TrainState
+
+
+def train(
+    config: RunConfig,
+    workdir: str | pathlib.Path,
+    *,
+    progress: bool = True,
+    corpus: Corpus | None = None,
+) -> TrainResult:
+    """Trains, or goes on with the run that `workdir` holds.
+
+    Writes `metrics.jsonl` and `checkpoints/` into `workdir`. The same config and workdir resume bit for bit:
+    a run that was cut off ends on the same numbers as one that was not.
+
+    Args:
+        config: of the run.
+        workdir: folder of this run; made if it is missing.
+        progress: whether to draw a progress bar on standard error.
+        corpus: prepared data, if it is at hand already; else it is made from `config.data`.
+
+    Raises:
+        UserError: bad input, a checkpoint of another model, or a loss that is not finite (the checkpoints
+            before it stay).
+    """
+    workdir = pathlib.Path(workdir)
+    corpus = corpus if corpus is not None else load_corpus(config.data)
+    check_vocabulary(config, corpus)
+    mesh = data_mesh()
+    micro_batch = config.train.batch_size // config.train.grad_accumulation
+    require(
+        micro_batch % mesh.size == 0,
+        "train.batch_size",
+        config.train.batch_size,
+        f"a micro-batch of {micro_batch} sequences does not divide over {mesh.size} devices",
+    )
+    data = train_iterator(corpus, config.train.batch_size, config.train.seed)
+    optimizers = make_optimizers(config)
+    sharding = replicated(mesh)
+    abstract = jax.eval_shape(lambda: init_state(config, optimizers))
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract)
+    step_function = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
+    evaluate = Evaluator(config, corpus)
+    meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus.metadata()}
+    with (
+        Checkpoints(workdir / "checkpoints", config.train.keep_last, config.train.keep_best) as checkpoints,
+        _StopOnSigterm() as stop,
+    ):
+        if checkpoints.latest_step() is None:
+            state, start = jax.jit(lambda: init_state(config, optimizers), out_shardings=sharding)(), 0
+        else:
+            restored = checkpoints.restore(abstract, data, expect_config=to_dict(config))
+            state, start = restored.state, restored.step
+            logging.info("resumed from step %d of %s", start, workdir)
+            _check_corpus(restored.meta, corpus, workdir)
+        with MetricWriter(workdir, config.train.tensorboard, resume_step=start) as writer:
+            run = _Run(config, corpus, checkpoints, writer, evaluate, data, meta, stop)
+            return run.steps(state, start, step_function, lambda tokens: shard_batch(tokens, mesh), progress)
+
+
+class Evaluator:
+    """The mean loss over a split, on the same batches each time."""
+
+    def __init__(self, config: RunConfig, corpus: Corpus):
+        self._config, self._corpus = config, corpus
+        self._step = jax.jit(make_eval_step(config))
+
+    def __call__(
+        self, variables: dict[str, Any], split: str = "validation", batches: int | None = None
+    ) -> tuple[float, float]:
+        """Loss in nats per token and bits per byte.
+
+        Args:
+            variables: of the model.
+            split: `train`, `validation` or `test`.
+            batches: how many; 0 is all of the split, None is `train.eval_batches`.
+        """
+        limit = self._config.train.eval_batches if batches is None else batches
+        total = np.zeros(2, np.float64)
+        for batch in eval_batches(self._corpus, split, self._config.train.batch_size, limit):
+            total += np.asarray(self._step(variables, batch["tokens"], batch["mask"]), np.float64)
+        loss = float(total[0] / total[1])
+        return loss, bits_per_byte(loss, self._corpus.bytes_per_token(split))
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats per token as bits per byte of text."""
+    return loss / math.log(2) / bytes_per_token
+
+
+def check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
+    """Refuses a tokenizer that produces ids which the model does not have."""
+    size = corpus.tokenizer.vocab_size
+    require(
+        size <= config.model.vocab_size,
+        "model.vocab_size",
+        config.model.vocab_size,
+        f"must be at least the {size} ids of the tokenizer {config.data.tokenizer!r}",
+    )
+
+
+def _check_corpus(meta: dict[str, Any], corpus: Corpus, workdir: pathlib.Path) -> None:
+    then, now = meta["corpus"]["corpus_hash"], corpus.corpus_hash
+    if then != now:
+        raise UserError(
+            f"corpus {now[:12]} is not the one that {workdir} was trained on, {then[:12]}: "
+            "give another --workdir, or the same data"
+        )
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the steps of a run share."""
+
+    config: RunConfig
+    corpus: Corpus
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    evaluate: Evaluator
+    data: Iterator[dict[str, np.ndarray]]
+    meta: dict[str, Any]
+    stop: "_StopOnSigterm"
+
+    def steps(
+        self,
+        state: TrainState,
+        start: int,
+        step_function: Callable[[TrainState, Any], tuple[TrainState, Any]],
+        shard: Callable[[np.ndarray], Any],
+        progress: bool,
+    ) -> TrainResult:
+        """Steps `start` + 1 to the last one of the config."""
+        train = self.config.train
+        tokens_per_step = train.batch_size * self.config.data.seq_len
+        validation = (math.nan, math.nan)
+        seconds: list[float] = []
+        step, finished, saved = start, True, start
+        bar = tqdm(total=train.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
+        with bar:
+            if start == train.steps:  # finished before; its numbers are still wanted
+                validation = self.evaluate(model_variables(state))
+            while step < train.steps:
+                began = time.perf_counter()
+                state, metrics = step_function(state, shard(next(self.data)["tokens"]))
+                loss = self._finite(metrics, step + 1)
+                seconds.append(time.perf_counter() - began)
+                step += 1
+                bits = bits_per_byte(loss, self.corpus.bytes_per_token("train"))
+                speed = tokens_per_step / float(np.median(seconds[-20:]))
+                bar.set_postfix_str(f"loss {loss:.3f} ({bits:.3f} bits/byte), {speed:,.0f} tokens/s")
+                bar.update()
+                last = step == train.steps
+                stopping = self.stop.requested and not last
+                if last or step % train.log_every == 0:
+                    scalars = {name: float(value) for name, value in metrics.items()}
+                    self.writer.write(
+                        step, "train", scalars | {"bits_per_byte": bits, "tokens_per_second": speed}
+                    )
+                evaluated = _due(step, train.eval_every, last)
+                if evaluated:
+                    validation = self.evaluate(model_variables(state))
+                    self.writer.write(
+                        step, "validation", {"loss": validation[0], "bits_per_byte": validation[1]}
+                    )
+                if stopping or _due(step, train.checkpoint_every, last):
+                    self._save(step, state, validation[0] if evaluated else None)
+                    saved = step
+                if stopping:
+                    finished = False
+                    break
+        self.checkpoints.wait()
+        if not finished:
+            logging.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", saved)
+        # The first step of a process compiles.
+        speed = tokens_per_step / float(np.median(seconds[1:])) if len(seconds) > 1 else math.nan
+        return TrainResult(step, finished, *validation, speed, state)
+
+    def _save(self, step: int, state: TrainState, validation_loss: float | None) -> None:
+        self.checkpoints.save(
+            step,
+            state,
+            self.data,
+            config=self.meta["config"],
+            corpus=self.meta["corpus"],
+            validation_loss=validation_loss,
+        )
+
+    def _finite(self, metrics: dict[str, Any], step: int) -> float:
+        """The loss of a step, which must be a number, as must its gradient."""
+        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
+        if math.isfinite(loss) and math.isfinite(norm):
+            return loss
+        self.checkpoints.wait()
+        kept = self.checkpoints.latest_step()
+        raise UserError(
+            f"step {step}: loss = {loss}, gradient norm = {norm}: must be finite; "
+            f"the last good checkpoint is of step {kept}; lower train.learning_rate, or raise train.warmup_fraction"
+        )
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)
+
+
+class _StopOnSigterm:
+    """Turns SIGTERM into a wish that the loop reads after the step in hand."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "_StopOnSigterm":
+        try:
+            self._previous = signal.signal(signal.SIGTERM, self._request)
+        except ValueError:  # not in the main thread: signals are the caller's
+            self._previous = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True

@@ -1,0 +1,301 @@
+"""What a run measures: JSON lines on disk, TensorBoard beside them, and the loss curve drawn from them.
+
+`metrics.jsonl` holds one object per line, strict JSON, flat:
+
+    {"step": 250, "split": "train", "bits_per_byte": 3.12, "memory_0/slots_read_share": 0.41}
+
+A number that JSON has no word for is written as a string, "NaN", "Infinity" or "-Infinity", and
+`read_metrics` turns it back into the float: a diverged run shows as diverged and not as a gap.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+LOSS = "bits_per_byte"
+"""Name under which a loss comparable across tokenizers is written; the curve's default."""
+
+_NOT_IN_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+Record = dict[str, Any]
+
+
+class MetricWriter:
+    """Appends records to `<workdir>/metrics.jsonl`, each on disk when `write` returns.
+
+    A killed process loses at most the line it was writing. Use as a context manager.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike[str], tensorboard: bool = False, resume_step: int | None = None
+    ):
+        """Opens the file for appending.
+
+        Args:
+            workdir: created if it does not exist.
+            tensorboard: also write event files to `<workdir>/tensorboard`.
+            resume_step: the step that the run goes on from. Records of later steps, and a half-written last
+                line, are dropped, so that no step appears twice. None, a run from its start, drops all.
+        """
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        self.path = Path(workdir) / METRICS_FILE
+        kept = [] if resume_step is None else _records_until(self.path, resume_step)
+        _rewrite(self.path, kept)
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")  # 1: by lines
+        self._events: Any = None
+        if tensorboard:
+            # Heavy to import, and most runs do without.
+            from tensorboardX import SummaryWriter
+
+            # TensorBoard hides what earlier event files say of steps from `purge_step` on.
+            purge_step = None if resume_step is None else resume_step + 1
+            self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=purge_step)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, step: int, split: str, scalars: Mapping[str, Any]) -> None:
+        """Writes one record.
+
+        Args:
+            step: optimizer steps done.
+            split: `train`, `validation` or `test`; first part of the names in TensorBoard.
+            scalars: numbers or arrays of one element, in any nesting of dicts; see `flatten`.
+
+        Raises:
+            ValueError: a name is `step` or `split`, or a value is not a scalar.
+        """
+        flat = flatten(scalars)
+        if reserved := flat.keys() & {"step", "split"}:
+            raise ValueError(f"metric names {sorted(reserved)} are taken")
+        self._file.write(_line({"step": int(step), "split": split, **flat}))
+        if self._events is not None:
+            for name, value in flat.items():
+                self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
+    """Nested dicts of scalars as one dict: {"memory_0": {"usage": 0.5}} is {"memory_0/usage": 0.5}.
+
+    A tuple or list of one element, as Flax's `sow` leaves it, counts as its element.
+
+    Raises:
+        ValueError: a leaf is not a scalar, or two leaves get the same name.
+    """
+    flat: dict[str, int | float] = {}
+    for name, value in _leaves(tree, prefix):
+        if name in flat:
+            raise ValueError(f"two metrics are named {name!r}")
+        flat[name] = _scalar(name, value)
+    return flat
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
+    """The records of a `metrics.jsonl`, in the order written; a half-written last line is left out.
+
+    Raises:
+        ValueError: another line is not a record.
+        FileNotFoundError: there is no such file.
+    """
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    # What follows the last newline is empty, or was cut off by a kill.
+    return [_parse(line, number, path) for number, line in enumerate(lines[:-1], start=1)]
+
+
+def plot_loss_curve(
+    metrics_path: str | os.PathLike[str],
+    out_png: str | os.PathLike[str],
+    title: str,
+    metric: str = LOSS,
+    unit: str = "bits per byte",
+) -> None:
+    """Draws `metric` over steps, training as a line and validation as points: a PNG of 1200 × 750.
+
+    A training record without the metric, or with one that is not finite, breaks the line.
+
+    Args:
+        metrics_path: a `metrics.jsonl`.
+        out_png: written, with its folders.
+        title: above the axes.
+        metric: its name in the records.
+        unit: shown on the vertical axis after the word loss.
+
+    Raises:
+        ValueError: no record has the metric.
+    """
+    # Not `pyplot`: it would keep the figure, and a backend, for the whole process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(metrics_path)
+    if not any(metric in record for record in records):
+        raise ValueError(f"no record of {metrics_path} has the metric {metric!r}")
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _draw_training(axes, *_curve(records, "train", metric))
+    _draw_validation(axes, *_curve(records, "validation", metric), unit)
+    _dress(axes, title, unit)
+    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out_png)
+
+
+# ---- lines
+
+
+def _line(record: Record) -> str:
+    return json.dumps({name: _to_json(value) for name, value in record.items()}, allow_nan=False) + "\n"
+
+
+def _to_json(value: Any) -> Any:
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _parse(line: str, number: int, path: str | os.PathLike[str]) -> Record:
+    try:
+        record = json.loads(line)
+        return {
+            name: value if name == "split" else _NOT_IN_JSON.get(value, value)
+            for name, value in record.items()
+        }
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}, line {number}: not a record of metrics") from error
+
+
+def _records_until(path: Path, step: int) -> list[Record]:
+    if not path.exists():
+        return []
+    return [record for record in read_metrics(path) if record["step"] <= step]
+
+
+def _rewrite(path: Path, records: list[Record]) -> None:
+    """Replaces the file in one motion: a kill leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(map(_line, records)), encoding="utf-8")
+    partial.replace(path)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}/{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            yield from _leaves(value, name)
+        else:
+            yield name, value
+
+
+def _scalar(name: str, value: Any) -> int | float:
+    while isinstance(value, tuple | list) and len(value) == 1:
+        value = value[0]
+    if getattr(value, "size", 1) == 1 and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, bool | int | float):
+        raise ValueError(f"metric {name!r} is not a scalar but {type(value).__name__}")
+    return int(value) if isinstance(value, bool) else value
+
+
+# ---- the curve
+
+_TRAIN_COLOUR, _VALIDATION_COLOUR, _TEXT_COLOUR = "#4c78a8", "#e4572e", "#333333"
+_MANY_POINTS = 200
+"""From here on the raw training loss is drawn pale, under its running mean."""
+_MEAN_SHARE = 50
+"""The running mean spans this fraction (1/50) of the points before it."""
+
+
+def _curve(records: list[Record], split: str, metric: str) -> tuple[list[int], list[float]]:
+    points = [
+        (record["step"], float(record[metric]))
+        for record in records
+        if record.get("split") == split and metric in record
+    ]
+    finite = [(step, value if math.isfinite(value) else math.nan) for step, value in points]
+    return [step for step, _ in finite], [value for _, value in finite]
+
+
+def _draw_training(axes: Any, steps: list[int], losses: list[float]) -> None:
+    many = len(steps) >= _MANY_POINTS
+    if steps:
+        axes.plot(
+            steps,
+            losses,
+            color=_TRAIN_COLOUR,
+            linewidth=0.8 if many else 1.6,
+            alpha=0.3 if many else 1.0,
+            label=None if many else "training",
+        )
+    if many:
+        window = len(steps) // _MEAN_SHARE
+        axes.plot(
+            steps,
+            _running_mean(losses, window),
+            color=_TRAIN_COLOUR,
+            linewidth=1.8,
+            label=f"training (mean of {window} records)",
+        )
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """Mean of the last `window` values, fewer at the start; NaNs do not count."""
+    means = []
+    for end in range(1, len(values) + 1):
+        recent = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
+        means.append(sum(recent) / len(recent) if recent else math.nan)
+    return means
+
+
+def _draw_validation(axes: Any, steps: list[int], losses: list[float], unit: str) -> None:
+    if not steps:
+        return
+    axes.plot(
+        steps,
+        losses,
+        "o",
+        color=_VALIDATION_COLOUR,
+        markersize=6,
+        markeredgecolor="white",
+        label="validation",
+    )
+    finite = [(loss, step) for loss, step in zip(losses, steps, strict=True) if not math.isnan(loss)]
+    if finite:
+        best, at = min(finite)
+        axes.annotate(
+            f"{best:.3f} {unit}",
+            (at, best),
+            textcoords="offset points",
+            xytext=(0, 10),
+            ha="right" if at > (steps[0] + steps[-1]) / 2 else "left",
+            color=_VALIDATION_COLOUR,
+        )
+
+
+def _dress(axes: Any, title: str, unit: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_title(title, loc="left", color=_TEXT_COLOUR, fontweight="bold")
+    axes.set_xlabel("optimizer steps", color=_TEXT_COLOUR)
+    axes.set_ylabel(f"loss ({unit})", color=_TEXT_COLOUR)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)

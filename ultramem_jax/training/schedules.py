@@ -1,0 +1,38 @@
+"""Learning rates as functions of the step, which counts from 0."""
+
+import math
+
+import jax.numpy as jnp
+import optax
+
+from ultramem_jax.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up to the peak, then a cosine to `final_lr_fraction` of it at the last step.
+
+    Step s takes the rate of s + 1, so that the first step already learns.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=min(math.ceil(config.warmup_fraction * config.steps), config.steps - 1),
+        decay_steps=config.steps,
+        end_value=config.learning_rate * config.final_lr_fraction,
+    )
+    return lambda step: schedule(step + 1)
+
+
+def value_learning_rate(config: TrainConfig, multiple: float) -> optax.Schedule:
+    """The tables' rate: the dense one times a factor that falls linearly from `multiple` to 1.
+
+    UltraMem paper, section 4 ("value lr decay"). The factor is 1 at the last step and never below.
+    """
+    base = learning_rate(config)
+    span = max(config.steps - 1, 1)
+
+    def schedule(step: jnp.ndarray) -> jnp.ndarray:
+        done = jnp.clip(jnp.asarray(step, jnp.float32) / span, 0.0, 1.0)
+        return base(step) * (multiple + (1.0 - multiple) * done)
+
+    return schedule

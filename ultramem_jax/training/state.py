@@ -1,0 +1,60 @@
+"""Everything that changes during training, as one tree: what a checkpoint holds."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from ultramem_jax.config import RunConfig
+from ultramem_jax.models import Transformer
+from ultramem_jax.training.optimizer import Optimizers
+from ultramem_jax.training.slot_usage import init_usage
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state of a run between two steps."""
+
+    step: jax.Array
+    """() int32, steps done."""
+    params: Any
+    """Dense parameters."""
+    opt_state: Any
+    tables: Any
+    """The `memory` collection: per memory `values` (N, d_v)."""
+    table_state: Any
+    """Moments of the tables: `RowMoments` per memory, or optax's state in the dense way."""
+    usage: Any
+    """`SlotUsage` per memory."""
+    buffers: Any
+    """The `buffers` collection: last rank-1 vectors, stored permutations."""
+    seed: jax.Array
+    """() uint32; with the step, it determines every random number of the run."""
+
+
+def init_state(config: RunConfig, optimizers: Optimizers) -> TrainState:
+    """The state at step 0. Traceable: compile it, or ask `jax.eval_shape` for its shapes."""
+    model = Transformer(config.model)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    variables = model.init(jax.random.key(config.train.seed), tokens)
+    params, tables = variables["params"], variables.get("memory", {})
+    if config.train.table_gradient == "dense":
+        table_state: Any = optimizers.tables.init(tables)
+    else:
+        table_state = {name: optimizers.rows.init(table["values"]) for name, table in tables.items()}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizers.params.init(params),
+        tables=tables,
+        table_state=table_state,
+        usage={name: init_usage(table["values"].shape[0]) for name, table in tables.items()},
+        buffers=variables.get("buffers", {}),
+        seed=jnp.asarray(config.train.seed, jnp.uint32),
+    )
+
+
+def model_variables(state: TrainState) -> dict[str, Any]:
+    """The variables that `Transformer.apply` takes."""
+    return {"params": state.params, "memory": state.tables, "buffers": state.buffers}

@@ -1,0 +1,160 @@
+"""One training step, and the loss of one evaluation batch.
+
+The loss is differentiated with respect to the dense parameters and to the pooled reads of every memory, not
+to the tables. The reads that were sown and the cotangents of the pooled sums give the gradients of the rows
+that were read, which is all that the tables' optimizer touches: no array of a table's size exists in the
+compiled step besides the donated tables and moments themselves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ultramem_jax.config import RunConfig
+from ultramem_jax.models import Transformer
+from ultramem_jax.ops.lookup import row_gradients, rows_read
+from ultramem_jax.training.optimizer import Optimizers
+from ultramem_jax.training.schedules import learning_rate
+from ultramem_jax.training.slot_usage import record_reads
+from ultramem_jax.training.state import TrainState, model_variables
+
+Metrics = dict[str, Any]
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """(B, S) cross-entropies in nats of logits (B, S, V) float32 for targets (B, S)."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def make_train_step(
+    config: RunConfig, optimizers: Optimizers
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    """The step (state, tokens (B, S + 1) int32) -> (state, metrics); to be compiled with the state donated.
+
+    Metrics are float32 scalars: `loss` (nats per token, without auxiliary losses), `auxiliary_loss`,
+    `gradient_norm` (of the dense parameters, before clipping), `learning_rate`, and per memory those of
+    `record_reads` and of the layer.
+    """
+    model, dense = Transformer(config.model), config.train.table_gradient == "dense"
+    micro_batches = config.train.grad_accumulation
+    rate = learning_rate(config.train)
+
+    def loss(differentiated: Any, state: TrainState, buffers: Any, tokens: jax.Array, key: jax.Array) -> Any:
+        variables = model_variables(state) | {"buffers": buffers} | differentiated
+        logits, sown = model.apply(
+            variables,
+            tokens[:, :-1],
+            train=True,
+            rngs={"dropout": key},
+            mutable=["reads", "losses", "metrics", "buffers"],
+        )
+        cross_entropy = token_losses(logits, tokens[:, 1:]).mean()
+        auxiliary = sum(jax.tree.leaves(sown.get("losses", {})), jnp.zeros((), jnp.float32))
+        metrics = {"loss": cross_entropy, "auxiliary_loss": auxiliary} | _flatten(sown.get("metrics", {}))
+        return cross_entropy + auxiliary, (sown.get("buffers", {}), sown.get("reads", {}), metrics)
+
+    def gradients(state: TrainState, buffers: Any, tokens: jax.Array, key: jax.Array) -> Any:
+        """Gradients, and what the forward pass left, of one micro-batch."""
+        if dense:
+            differentiated = {"params": state.params, "memory": state.tables}
+        else:
+            reads = (tokens.shape[0] * (tokens.shape[1] - 1), config.model)
+            differentiated = {"params": state.params, "perturbations": _zero_reads(state.tables, *reads)}
+        grads, left = jax.grad(loss, has_aux=True)(differentiated, state, buffers, tokens, key)
+        return grads, *left
+
+    def accumulated(state: TrainState, tokens: jax.Array, key: jax.Array) -> Any:
+        """Means over micro-batches; reads and their cotangents side by side."""
+        if micro_batches == 1:
+            return gradients(state, state.buffers, tokens, key)
+
+        def body(carry: Any, batch: Any) -> Any:
+            total, buffers = carry
+            grads, buffers, reads, metrics = gradients(state, buffers, *batch)
+            cotangents = grads.pop("perturbations", {})
+            return (jax.tree.map(jnp.add, total, grads), buffers), (reads, cotangents, metrics)
+
+        split = tokens.reshape(micro_batches, -1, tokens.shape[1])
+        keys = jax.random.split(key, micro_batches)
+        start = {"params": state.params} | ({"memory": state.tables} if dense else {})
+        zeros = jax.tree.map(jnp.zeros_like, start)
+        (total, buffers), (reads, cotangents, metrics) = jax.lax.scan(
+            body, (zeros, state.buffers), (split, keys)
+        )
+        grads = jax.tree.map(lambda g: g / micro_batches, total)
+        side_by_side = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
+        if not dense:
+            scaled = jax.tree.map(lambda c: side_by_side(c) / micro_batches, cotangents)
+            grads["perturbations"] = scaled
+        reads = jax.tree.map(side_by_side, reads)
+        return grads, buffers, reads, jax.tree.map(lambda m: m.mean(0), metrics)
+
+    def train_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        grads, buffers, reads, metrics = accumulated(state, tokens, key)
+        # Tables are written in place, so whoever still reads them has to come first: the barrier lets no
+        # row update start before the last gradient, and the compiler has no reason to copy a table.
+        grads, tables = jax.lax.optimization_barrier((grads, state.tables))
+        updates, opt_state = optimizers.params.update(grads["params"], state.opt_state, state.params)
+        metrics["gradient_norm"] = optax.global_norm(grads["params"])
+        metrics["learning_rate"] = rate(state.step)
+
+        rows = {name: rows_read(reads[name]["slots"], t["values"].shape[0]) for name, t in tables.items()}
+        recorded = {name: record_reads(state.usage[name], rows[name]) for name in tables}
+        usage = {name: usage for name, (usage, _) in recorded.items()}
+        usage_metrics = {name: of_memory for name, (_, of_memory) in recorded.items()}
+        if dense:
+            change, table_state = optimizers.tables.update(grads["memory"], state.table_state, tables)
+            tables = optax.apply_updates(tables, change)
+        else:
+            table_state = {}
+            for name, table in tables.items():
+                read, cotangent = reads[name], grads["perturbations"][name]["pooled"]
+                of_rows = row_gradients(rows[name], read["blocks"], read["scores"], cotangent)
+                values, table_state[name] = optimizers.rows.update(
+                    of_rows, state.table_state[name], table["values"], state.step
+                )
+                tables = tables | {name: {"values": values}}
+        state = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            tables=tables,
+            table_state=table_state,
+            usage=usage,
+            buffers=buffers,
+        )
+        return state, metrics | _flatten(usage_metrics)
+
+    return train_step
+
+
+def make_eval_step(config: RunConfig) -> Callable[[dict[str, Any], jax.Array, jax.Array], jax.Array]:
+    """(variables, tokens (B, S + 1), mask (B,)) -> (2,) float32: sum of the losses in nats, tokens counted."""
+    model = Transformer(config.model)
+
+    def eval_step(variables: dict[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        losses = token_losses(model.apply(variables, tokens[:, :-1]), tokens[:, 1:])
+        return jnp.stack([(losses.sum(1) * mask).sum(), mask.sum() * losses.shape[1]])
+
+    return eval_step
+
+
+def _zero_reads(tables: Any, num_tokens: int, model: Any) -> Any:
+    """The point at which the pooled reads are perturbed: zeros (T, E, d_v) for every memory."""
+    if not tables:
+        return {}
+    shape = (num_tokens, model.memory.expansion, model.memory.value_dim)
+    return {name: {"pooled": jnp.zeros(shape, jnp.dtype(model.dtype))} for name in tables}
+
+
+def _flatten(sown: Any) -> Metrics:
+    """Sown scalars as {"memory_0/output_std": value}; flax keeps each in a tuple of one."""
+    flat = {}
+    for path, value in jax.tree_util.tree_flatten_with_path(sown)[0]:
+        names = [p.key for p in path if isinstance(p, jax.tree_util.DictKey)]
+        flat["/".join(names)] = jnp.asarray(value, jnp.float32)
+    return flat
