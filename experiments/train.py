@@ -8,12 +8,12 @@ import pathlib
 from absl import flags
 
 from experiments import cli
-from experiments.report import plot_loss_curve
 from ultramem_jax import RunConfig
 from ultramem_jax.data import load_corpus
 from ultramem_jax.models.generation import continue_text
 from ultramem_jax.presets import preset
 from ultramem_jax.training.loop import train
+from ultramem_jax.training.metrics import plot_loss_curve
 from ultramem_jax.training.state import model_variables
 
 BASE_CONFIG = RunConfig(model=preset("ultramem-tiny"))

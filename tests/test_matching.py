@@ -26,8 +26,8 @@ def test_dense_by_hand():
 
 
 def test_moe_by_hand():
-    # ultramem-151m-x12: number × width of the experts is 1,858,560,000 / (12·2·1024) = 75,625. The FLOPs without
-    # attention, 347,555,424 - 2·12·4·1024², are 2·12·1024 × (number + 2·2·width), so that sum is 10,045.9:
+    # ultramem-151m-x12: number × width of the experts is 1,858,560,000 / (12·2·1024) = 75,625. The FLOPs left
+    # by attention, 347,555,424 - 2·12·4·1024², are 2·12·1024 × (number + 2·2·width), so that sum is 10,045.9:
     # width 2,503.8 and number 30.2.
     base = PRESETS["ultramem-151m-x12"]
     moe = match(base, "moe").moe
@@ -61,7 +61,10 @@ BASES = {
     "memory everywhere": with_memory(PRESETS["ultramem-tiny"], placement="full"),
     "few slots": with_memory(PRESETS["ultramem-tiny"], num_keys=160),
     "wide keys": with_memory(PRESETS["ultramem-tiny"], rank_keys="full", key_dim=256),
-    "narrow keys": with_memory(PRESETS["ultramem-tiny"], key_dim=2, query_conv_width=0, expansion=1),
+    "narrow keys": replace(
+        PRESETS["ultramem-tiny"],
+        memory=MemoryConfig.pkm(placement="2:2", num_keys=320, num_heads=1, key_dim=2, value_dim=128),
+    ),
     "grouped queries": replace(PRESETS["ultramem-tiny"], num_kv_heads=2, tie_embeddings=False),
 }
 

@@ -154,7 +154,7 @@ def test_enwik8_with_one_byte_changed(tmp_path, monkeypatch):
         ("text", "{tmp}/bad.gz", "data.path: cannot read "),
         ("text", "{tmp}/cut.gz", "data.path: cannot read "),
         ("tfds:lm2b", "{tmp}", "unknown data.dataset 'tfds:lm2b': did you mean 'tfds:lm1b'? "),
-        ("tfds:", "{tmp}", "data.dataset 'tfds:': "),
+        ("tfds:", "{tmp}", "data.dataset = 'tfds:': must name a text dataset"),
     ],
 )
 def test_bad_input_is_one_line_that_helps(tmp_path, dataset, path, message):

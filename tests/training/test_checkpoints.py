@@ -290,20 +290,25 @@ def test_of_a_large_file_blocks_are_checked(tmp_path, monkeypatch):
     assert find_damage(tmp_path) == f"large has {2**20 + 1} bytes instead of {2**20 + 2}"
 
 
-def test_damage_that_the_manifest_hides_falls_back_when_orbax_raises(copy):
-    flip(
-        max((copy / "20" / "state" / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
-    )
-    module.write_manifest(copy / "20")
-    assert find_damage(copy / "20") is None
-    with Checkpoints(copy, read_only=True) as checkpoints:
-        restored = checkpoints.restore(abstract(make_state()))
-    assert [step for step, _ in restored.skipped] == [20]
-    assert_same_bits(restored.state, make_state(10))
+def test_damage_that_the_manifest_hides_falls_back_when_orbax_raises(tmp_path):
+    # One array alone: of several, Orbax leaves the others' reads to fail loudly in a closed event loop.
+    state = {"table": jnp.arange(5.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, None, CONFIG, CORPUS)
+    flip(tmp_path / "2" / "state" / "manifest.ocdbt")
+    module.write_manifest(tmp_path / "2")
+    assert find_damage(tmp_path / "2") is None
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        restored = checkpoints.restore(abstract(state))
+    ((step, reason),) = restored.skipped
+    assert step == 2
+    assert len(reason) <= 200
+    assert_same_bits(restored.state, state)
 
 
 def test_running_out_of_memory_is_no_damage(saved, monkeypatch):
-    def exhaust(*_):
+    def exhaust(*_, **__):
         raise MemoryError
 
     monkeypatch.setattr(module, "_read_state", exhaust)
@@ -345,7 +350,7 @@ def test_a_run_that_was_not_restored_overwrites_nothing(copy):
 # ---- kills
 
 KILLED = """
-    import os, pathlib, signal, sys
+    import os, signal, sys
     import jax
     jax.config.update("jax_platforms", "cpu")
     import jax.numpy as jnp
@@ -362,17 +367,11 @@ KILLED = """
     if moment == "before the manifest":
         module.write_manifest = die
     if moment == "while the old one is deleted":
-        original = os.unlink
-        def unlink(path, **options):
-            if str(path).endswith("manifest.ocdbt"):
-                die()
-            original(path, **options)
-        os.unlink = unlink
-        import orbax.checkpoint._src.path.deleter as deleter
-        deleter.os.unlink = unlink
-        pathlib.Path.rmtree = die
-        import etils.epath.gpath as gpath
-        gpath.PosixGPath.rmtree = die
+        unlink, calls = os.unlink, []
+        def unlink_some(*where, **options):
+            calls.append(where)
+            die() if len(calls) == 8 else unlink(*where, **options)
+        os.unlink = unlink_some
     checkpoints.save(2, state, None, {}, {})
     if moment == "while the arrays are written":
         die()
@@ -394,6 +393,7 @@ def test_killed_while_saving(tmp_path, moment, step):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     remains = {path.name for path in tmp_path.iterdir()}
     assert len(remains) == 2, remains
+    assert (find_damage(tmp_path / "1") is None) == (step == 1)
     expected = {"table": jnp.arange(2**22, dtype=jnp.float32)}
     with Checkpoints(tmp_path, keep_last=1, keep_best=0) as checkpoints:
         restored = checkpoints.restore(abstract(expected))
@@ -408,7 +408,7 @@ def test_killed_while_saving(tmp_path, moment, step):
 
 
 def test_another_model_is_refused_before_arrays_are_read(saved, monkeypatch):
-    monkeypatch.setattr(module, "_read_state", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(module, "_read_state", lambda *_, **__: pytest.fail("read"))
     here = to_dict(RunConfig(model=ModelConfig(embed_dim=256, memory=MemoryConfig(placement="1:2"))))
     here["data"]["tokenizer"] = "bpe"
     expected = (

@@ -27,7 +27,7 @@ from ultramem_jax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from ultramem_jax.errors import UserError, require
 
 RECORD_TOKENS = 4096
-"""C, tokens per record. A random sequence of S tokens costs about 1 + S/C reads; smaller records are no faster."""
+"""C, tokens per record. A random sequence costs about 1 + S/C reads; smaller records are no faster."""
 _PART_BYTES = 1 << 28
 """Records of one TFDS split, which TFDS holds in memory while it writes; beyond 1 GiB it needs TensorFlow."""
 _FORMAT = 1

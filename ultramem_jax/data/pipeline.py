@@ -153,7 +153,7 @@ def train_iterator(
     Raises:
         UserError: a training split shorter than one sequence, or a batch that P does not divide.
     """
-    allowed = f"must be at least 1 and divisible by the {process_count} processes"
+    allowed = f"must be at least 1 and divisible by {process_count} processes"
     require(batch_size > 0 and batch_size % process_count == 0, "train.batch_size", batch_size, allowed)
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index = {process_index}: must be in [0, {process_count})")
@@ -167,7 +167,10 @@ def train_iterator(
     # one.
     spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     # Indices are batched, not sequences, so that a process reads its own rows alone.
-    batches = grain.MapDataset.range(len(source)).shuffle(spread_seed).repeat().batch(batch_size).map(read)
+    # Nothing remains of an endless stream; drop_remainder only keeps grain from rounding its length
+    # (sys.maxsize) up.
+    order = grain.MapDataset.range(len(source)).shuffle(spread_seed).repeat()
+    batches = order.batch(batch_size, drop_remainder=True).map(read)
     options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
     return iter(batches.to_iter_dataset(options))
 

@@ -171,7 +171,8 @@ def _pieces(data: bytes) -> Iterator[bytes]:
                 end = line_end + 1
             else:
                 # A character of UTF-8 has at most three continuation bytes, 10xxxxxx.
-                end -= next((i for i in range(4) if data[end - i] & 0xC0 != 0x80), 0)
+                back = next((i for i in range(4) if data[end - i] & 0xC0 != 0x80), 0)
+                end = max(end - back, start + 1)
         yield data[start:end]
         start = end
 

@@ -87,7 +87,7 @@ class Attention(nn.Module):
         return self._output(jnp.concatenate(parts, axis=1))
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Maps x (B, S, D) at positions (S,) or (B, S) to q (B, S, A, d) and k, v (B, S, A_kv, d); q, k rotated."""
+        """Maps x (B, S, D), positions (S,) or (B, S) to q (B, S, A, d), k and v (B, S, A_kv, d)."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         x = x.astype(dtype)
         batch, length, width = x.shape

@@ -41,7 +41,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps x (B, S, D) -> (B, S, D) in `config.dtype`. `train` changes nothing: all layers share the call."""
+        """Maps x (B, S, D) -> (B, S, D) in `config.dtype`, the same whatever `train` says."""
         del train
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         x = x.astype(dtype)

@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x (..., d) of any float dtype -> (..., d) in `dtype`. Parameter `scale` (d,), float32."""
+        """Maps x (..., d) of any float dtype -> (..., d) in `dtype`. Parameter `scale` (d,), float32."""
         gain = self.param("scale", nn.initializers.constant(self.gain_init), (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)

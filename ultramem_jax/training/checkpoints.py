@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,14 +45,16 @@ CHUNK_BYTES = 64 * 2**20
 only the chunks of its own shards; by default Orbax writes one chunk per shard, however large."""
 
 _MANIFEST = "manifest.json"
-_WRITTEN_AFTER_MANIFEST = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})
-"""Files of Orbax in a checkpoint's own directory that it touches last. Nothing here reads them."""
+_NOT_IN_MANIFEST = frozenset({_MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"})
+"""The two of Orbax in a checkpoint's own directory are written last of all, and nothing here reads them."""
 
 _CHECKSUM_WHOLE_BYTES = 256 * 2**20
 """A larger file is sampled: CRC-32 takes about half a second per GB here, and a read of the whole file."""
 _CHECKSUM_BLOCKS, _CHECKSUM_BLOCK_BYTES = 256, 64 * 2**10
 _MESSAGE_ENTRIES = 8
 """Differences that an error message spells out; the rest are counted."""
+_REASON_CHARACTERS = 200
+"""TensorStore appends its whole specification of an array to every error."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +269,9 @@ class Checkpoints:
                 handler.restore(epath.Path(directory / "data"), item=data_iterator)
             return state
 
-        return self._restored(step, read)
+        restored = self._restored(step, read)
+        self._position = restored.step
+        return restored
 
     def restore_subtree(self, abstract_subtree: dict[str, PyTree], step: int | None = None) -> Restored:
         """Reads some top-level entries of the state, `{"params": ...}`, and nothing else of it.
@@ -279,7 +284,6 @@ class Checkpoints:
 
     def _restored(self, step: int | None, read: Callable[[Path, Meta], PyTree]) -> Restored:
         state, meta, skipped = self._read(step, read)
-        self._position = meta.step
         return Restored(state, meta.step, meta, skipped)
 
     def _read(
@@ -301,7 +305,7 @@ class Checkpoints:
             except Exception as error:
                 # So broad because Orbax and TensorStore raise bare Exception, ValueError, KeyError, OSError.
                 cause = error
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+                reason = textwrap.shorten(str(error) or type(error).__name__, _REASON_CHARACTERS)
                 skipped.append((candidate, reason))
                 if step is None:
                     logging.warning("skipping damaged checkpoint %s: %s", directory, reason)
@@ -401,7 +405,7 @@ def find_damage(directory: Path) -> str | None:
 
 def _files(directory: Path) -> Iterator[Path]:
     for path in sorted(directory.rglob("*")):
-        own = path.parent == directory and path.name in _WRITTEN_AFTER_MANIFEST
+        own = path.parent == directory and path.name in _NOT_IN_MANIFEST
         if path.is_file() and not own:
             yield path
 

@@ -1,6 +1,7 @@
 """The run: build or resume, step, evaluate, save, and stop in good order."""
 
 import dataclasses
+import logging
 import math
 import pathlib
 import signal
@@ -10,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import logging
 from tqdm import tqdm
 
 from ultramem_jax.config import RunConfig, to_dict
@@ -20,8 +20,11 @@ from ultramem_jax.parallel.mesh import data_mesh, replicated, shard_batch
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.restore import save_tokenizer
 from ultramem_jax.training.state import TrainState, init_state, model_variables
 from ultramem_jax.training.step import make_eval_step, make_train_step
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,9 @@ def train(
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract)
     step_function = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
     evaluate = Evaluator(config, corpus)
-    meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus.metadata()}
+    workdir.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(corpus.tokenizer, workdir)
+    meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus_identity(corpus)}
     with (
         Checkpoints(workdir / "checkpoints", config.train.keep_last, config.train.keep_best) as checkpoints,
         _StopOnSigterm() as stop,
@@ -90,9 +95,9 @@ def train(
         else:
             restored = checkpoints.restore(abstract, data, expect_config=to_dict(config))
             state, start = restored.state, restored.step
-            logging.info("resumed from step %d of %s", start, workdir)
-            _check_corpus(restored.meta, corpus, workdir)
-        with MetricWriter(workdir, config.train.tensorboard, resume_step=start) as writer:
+            log.info("resumed from step %d of %s", start, workdir)
+            _check_corpus(restored.meta.corpus, corpus, workdir)
+        with MetricWriter(workdir, config.train.tensorboard, start or None) as writer:
             run = _Run(config, corpus, checkpoints, writer, evaluate, data, meta, stop)
             return run.steps(state, start, step_function, lambda tokens: shard_batch(tokens, mesh), progress)
 
@@ -138,8 +143,18 @@ def check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
     )
 
 
-def _check_corpus(meta: dict[str, Any], corpus: Corpus, workdir: pathlib.Path) -> None:
-    then, now = meta["corpus"]["corpus_hash"], corpus.corpus_hash
+def corpus_identity(corpus: Corpus) -> dict[str, Any]:
+    """What a checkpoint says of its data."""
+    return {
+        "corpus_hash": corpus.corpus_hash,
+        "num_tokens": corpus.num_tokens,
+        "num_bytes": corpus.num_bytes,
+        "tokenizer": corpus.tokenizer.name,
+    }
+
+
+def _check_corpus(of_checkpoint: dict[str, Any], corpus: Corpus, workdir: pathlib.Path) -> None:
+    then, now = of_checkpoint["corpus_hash"], corpus.corpus_hash
     if then != now:
         raise UserError(
             f"corpus {now[:12]} is not the one that {workdir} was trained on, {then[:12]}: "
@@ -209,7 +224,7 @@ class _Run:
                     break
         self.checkpoints.wait()
         if not finished:
-            logging.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", saved)
+            log.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", saved)
         # The first step of a process compiles.
         speed = tokens_per_step / float(np.median(seconds[1:])) if len(seconds) > 1 else math.nan
         return TrainResult(step, finished, *validation, speed, state)
@@ -225,15 +240,19 @@ class _Run:
         )
 
     def _finite(self, metrics: dict[str, Any], step: int) -> float:
-        """The loss of a step, which must be a number, as must its gradient."""
-        loss, norm = float(metrics["loss"]), float(metrics["gradient_norm"])
-        if math.isfinite(loss) and math.isfinite(norm):
-            return loss
+        """The loss of a step, which must be a number, as must its gradient and what it made of the parameters.
+
+        A state that fails this is not saved.
+        """
+        names = ("loss", "gradient_norm", "parameter_norm")
+        values = {name: float(metrics[name]) for name in names}
+        if all(math.isfinite(value) for value in values.values()):
+            return values["loss"]
         self.checkpoints.wait()
-        kept = self.checkpoints.latest_step()
+        found = ", ".join(f"{name} = {value}" for name, value in values.items())
         raise UserError(
-            f"step {step}: loss = {loss}, gradient norm = {norm}: must be finite; "
-            f"the last good checkpoint is of step {kept}; lower train.learning_rate, or raise train.warmup_fraction"
+            f"step {step}: {found}: must be finite; the last good checkpoint is that of step "
+            f"{self.checkpoints.latest_step()}; lower train.learning_rate or raise train.warmup_fraction"
         )
 
 

@@ -35,7 +35,7 @@ def make_train_step(
     """The step (state, tokens (B, S + 1) int32) -> (state, metrics); to be compiled with the state donated.
 
     Metrics are float32 scalars: `loss` (nats per token, without auxiliary losses), `auxiliary_loss`,
-    `gradient_norm` (of the dense parameters, before clipping), `learning_rate`, and per memory those of
+    `gradient_norm` (of the dense parameters, before clipping), `parameter_norm`, `learning_rate`, and per memory those of
     `record_reads` and of the layer.
     """
     model, dense = Transformer(config.model), config.train.table_gradient == "dense"
@@ -99,7 +99,7 @@ def make_train_step(
         # row update start before the last gradient, and the compiler has no reason to copy a table.
         grads, tables = jax.lax.optimization_barrier((grads, state.tables))
         updates, opt_state = optimizers.params.update(grads["params"], state.opt_state, state.params)
-        metrics["gradient_norm"] = optax.global_norm(grads["params"])
+        metrics["gradient_norm"] = optax.tree.norm(grads["params"])
         metrics["learning_rate"] = rate(state.step)
 
         rows = {name: rows_read(reads[name]["slots"], t["values"].shape[0]) for name, t in tables.items()}
@@ -118,9 +118,11 @@ def make_train_step(
                     of_rows, state.table_state[name], table["values"], state.step
                 )
                 tables = tables | {name: {"values": values}}
+        params = optax.apply_updates(state.params, updates)
+        metrics["parameter_norm"] = optax.tree.norm(params)
         state = state.replace(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             opt_state=opt_state,
             tables=tables,
             table_state=table_state,

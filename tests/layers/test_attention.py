@@ -1,0 +1,184 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ultramem_jax import ModelConfig
+from ultramem_jax.layers import attention
+from ultramem_jax.layers.attention import Attention, rotary
+
+THETA = 100.0
+
+
+def config(**fields):
+    return ModelConfig(**(dict(embed_dim=16, num_heads=4, num_kv_heads=2, rope_theta=THETA) | fields))
+
+
+def inputs(length, batch=2):
+    return np.random.default_rng(0).normal(size=(batch, length, 16)).astype(np.float32)
+
+
+@functools.cache
+def variables_of(num_kv_heads=2):
+    layer = Attention(config(num_kv_heads=num_kv_heads))
+    return jax.jit(lambda x: layer.init(jax.random.key(0), x, train=False))(inputs(1))
+
+
+def run(layer, variables, *args, **fields):
+    """`layer.apply`, compiled as one program: op by op takes many times as long."""
+    return jax.jit(lambda variables, *args: layer.apply(variables, *args, **fields))(variables, *args)
+
+
+def rotary64(x, position):
+    """One head's features (d,) as complex numbers x_i + i·x_(i + d/2), turned."""
+    half = len(x) // 2
+    turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * THETA ** (-np.arange(half) / half))
+    return np.concatenate([turned.real, turned.imag])
+
+
+def attention64(x, w, heads, kv_heads):
+    """Definition, one query and head at a time."""
+    x = x.astype(np.float64)
+    w = {name: np.asarray(value, np.float64) for name, value in w.items()}
+    batch, length, width = x.shape
+    d = width // heads
+    out = np.zeros_like(x)
+    for b in range(batch):
+        for s in range(length):
+            pooled = []
+            for a in range(heads):
+                kv = a // (heads // kv_heads)
+                q = rotary64((x[b, s] @ w["w_query"])[a * d : (a + 1) * d], s)
+                k = np.array(
+                    [rotary64((x[b, u] @ w["w_key"])[kv * d : (kv + 1) * d], u) for u in range(s + 1)]
+                )
+                v = np.array([(x[b, u] @ w["w_value"])[kv * d : (kv + 1) * d] for u in range(s + 1)])
+                weight = np.exp(k @ q / np.sqrt(d))
+                pooled.append(weight @ v / weight.sum())
+            out[b, s] = np.concatenate(pooled) @ w["w_out"]
+    return out
+
+
+def test_rotary_hand_worked():
+    # d 4, theta 100: frequencies 1 and 100^(-1/2) = 0.1; at position 2 the angles are 2 and 0.2 radians.
+    # (1, 0 | 0, 1): feature pair 0 is (1, 0) -> (cos 2, sin 2), pair 1 is (0, 1) -> (-sin 0.2, cos 0.2).
+    x = jnp.asarray([1.0, 0.0, 0.0, 1.0], jnp.float32).reshape(1, 1, 1, 4)
+    y = jax.jit(rotary, static_argnums=2)(x, jnp.asarray([2], jnp.int32), 100.0)
+    np.testing.assert_allclose(y.ravel(), [np.cos(2), -np.sin(0.2), np.sin(2), np.cos(0.2)], rtol=1e-6)
+
+
+def test_rotary_products_depend_on_distance_alone():
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+
+    @jax.jit
+    def product(query_at, key_at):
+        at = [rotary(x, jnp.asarray([p]), THETA) for x, p in ((q, query_at), (k, key_at))]
+        return jnp.sum(at[0] * at[1])
+
+    assert float(product(7, 4)) == pytest.approx(float(product(103, 100)), abs=1e-4)
+    assert float(product(7, 4)) != pytest.approx(float(product(7, 5)), abs=1e-2)
+
+
+def test_rotary_takes_positions_per_sequence():
+    x = np.random.default_rng(0).normal(size=(2, 3, 1, 4)).astype(np.float32)
+    positions = jnp.asarray([[0, 1, 2], [5, 6, 7]], jnp.int32)
+    turn = jax.jit(rotary, static_argnums=2)
+    y = np.asarray(turn(x, positions, THETA))
+    np.testing.assert_allclose(y[0], np.asarray(turn(x, positions[0], THETA))[0], atol=1e-6)
+    np.testing.assert_allclose(y[1], np.asarray(turn(x, positions[1], THETA))[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kv_heads, min_chunk", [(4, 32), (2, 32), (1, 2)], ids=["each", "grouped", "one, chunked"]
+)
+def test_equals_float64(kv_heads, min_chunk, monkeypatch):
+    # 7 positions in 4 chunks are 2 + 2 + 2 + 1.
+    monkeypatch.setattr(attention, "MIN_CHUNK", min_chunk)
+    x = inputs(7)
+    layer = Attention(config(num_kv_heads=kv_heads))
+    variables = variables_of(kv_heads)
+    y = run(layer, variables, x, train=False)
+    np.testing.assert_allclose(y, attention64(x, variables["params"], 4, kv_heads), rtol=1e-4, atol=1e-6)
+
+
+def test_later_tokens_do_not_matter():
+    layer = Attention(config())
+    x = inputs(70)
+    variables = variables_of()
+    y = run(layer, variables, x, train=False)
+    changed = x.copy()
+    changed[:, 40:] += 1.0
+    z = run(layer, variables, changed, train=False)
+    y, z = np.asarray(y), np.asarray(z)
+    np.testing.assert_array_equal(y[:, :40], z[:, :40])
+    assert np.all(np.abs(y[:, 40:] - z[:, 40:]).max(axis=-1) > 1e-4)
+
+
+def test_one_token_at_a_time_equals_the_whole():
+    # As decoding does it: keys and values of earlier positions are kept, the rest of the cache is masked.
+    layer, x, size = Attention(config()), inputs(5), 8
+    variables = variables_of()
+    whole = run(layer, variables, x, train=False)
+
+    @jax.jit
+    def step(keys, values, x, s):
+        q, k, v = layer.apply(variables, x, s[None], method="project")
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, s, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v, s, axis=1)
+        mask = jnp.broadcast_to(jnp.arange(size)[None, None, :] <= s, (2, 1, size))
+        return keys, values, layer.apply(variables, q, keys, values, mask, method="attend")
+
+    keys = values = jnp.full((2, size, 2, 4), 9.0, jnp.float32)
+    for s in range(5):
+        keys, values, y = step(keys, values, x[:, s : s + 1], jnp.asarray(s, jnp.int32))
+        np.testing.assert_allclose(y, whole[:, s : s + 1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_query_without_keys_stays_finite():
+    layer, x = Attention(config()), inputs(3)
+    variables = variables_of()
+    q, k, v = run(layer, variables, x, jnp.arange(3), method="project")
+    y = run(layer, variables, q, k, v, jnp.zeros((3, 3), bool), method="attend")
+    mean = np.repeat(np.asarray(v).mean(axis=1, keepdims=True), 2, axis=2).reshape(2, 1, 16)
+    np.testing.assert_allclose(
+        y, np.repeat(mean @ np.asarray(variables["params"]["w_out"]), 3, axis=1), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_gradient_equals_finite_differences():
+    layer, x = Attention(config()), inputs(6, batch=1)
+    variables = variables_of()
+    step = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    loss = jax.jit(lambda x: jnp.sum(jnp.sin(3 * layer.apply(variables, x, train=False))))
+    slope = float(np.sum(np.asarray(jax.jit(jax.grad(loss))(x)) * step))
+    assert slope == pytest.approx(
+        (float(loss(x + 1e-2 * step)) - float(loss(x - 1e-2 * step))) / 2e-2, rel=1e-2
+    )
+
+
+def test_dropout_acts_in_training_alone_and_keeps_the_mean():
+    layer, x = Attention(config(dropout=0.25)), inputs(6, batch=1)
+    variables = variables_of()
+    still = np.asarray(run(layer, variables, x, train=False))
+    np.testing.assert_array_equal(still, run(Attention(config()), variables, x, train=True))
+
+    def dropped(key):
+        return layer.apply(variables, x, train=True, rngs={"dropout": key})
+
+    samples = np.asarray(jax.jit(jax.vmap(dropped))(jax.random.split(jax.random.key(1), 4000)))
+    assert samples.std(axis=0).min() > 1e-3
+    error = np.abs(np.mean(samples, axis=0) - still) / (np.std(samples, axis=0) / np.sqrt(4000))
+    assert error.max() < 5
+
+
+def test_computes_in_bfloat16_on_float32_parameters():
+    x = inputs(6)
+    variables = variables_of()
+    y = run(Attention(config(dtype="bfloat16")), variables, x, train=False)
+    assert y.dtype == jnp.bfloat16
+    assert {w.dtype.name for w in jax.tree.leaves(variables)} == {"float32"}
+    np.testing.assert_allclose(
+        y.astype(np.float32), run(Attention(config()), variables, x, train=False), atol=0.02
+    )

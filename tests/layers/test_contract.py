@@ -1,0 +1,102 @@
+"""What every layer in the registry promises, whatever it is."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
+from ultramem_jax.layers import LAYERS
+
+BASE = ModelConfig(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=24)
+MEMORY = dict(num_keys=8, top_m=4, num_heads=2, key_dim=8)
+CONFIGS = {
+    "attention": BASE,
+    "mlp": BASE,
+    "moe": replace(BASE, moe=MoEConfig(num_experts=6, top_k=2, expert_dim=8)),
+    "pkm": replace(BASE, memory=MemoryConfig.pkm(**MEMORY, value_dim=16)),
+    "ultramem": replace(BASE, memory=MemoryConfig.ultramem(**MEMORY, value_dim=8)),
+}
+BY_TOKEN = ("mlp", "moe", "pkm")
+"""Layers that see one token at a time. Attention and the query convolution look back."""
+
+
+def test_every_layer_of_the_registry_is_under_contract():
+    assert set(CONFIGS) == set(LAYERS)
+
+
+@functools.cache
+def _made(name, dtype="float32"):
+    config = CONFIGS[name]
+    module = LAYERS[name](replace(config, dtype=dtype))
+    x = jax.random.normal(jax.random.key(1), (2, 6, 16))
+    made = jax.jit(lambda x: module.init(jax.random.key(0), x, train=False))(x)
+    variables = {k: made[k] for k in ("params", "memory", "buffers") if k in made}
+    return module, variables, x
+
+
+@pytest.fixture(params=sorted(LAYERS))
+def name(request):
+    return request.param
+
+
+def test_jit_equals_eager_and_does_not_recompile(name):
+    module, variables, x = _made(name)
+    compiled = jax.jit(lambda v, x: module.apply(v, x, train=False))
+    y = compiled(variables, x)
+    assert y.shape == x.shape and y.dtype == jnp.float32
+    np.testing.assert_allclose(y, module.apply(variables, x, train=False), rtol=1e-4, atol=1e-5)
+    compiled(variables, x + 1)
+    assert compiled._cache_size() == 1
+
+
+def test_gradients_are_finite_and_reach_every_parameter(name):
+    module, variables, x = _made(name)
+
+    def loss(params, x):
+        y, sown = module.apply(variables | {"params": params}, x, train=True, mutable=["losses"])
+        return (y**2).sum() + sum(jax.tree.leaves(sown), jnp.zeros(()))
+
+    grads, d_x = jax.jit(jax.grad(loss, (0, 1)))(variables["params"], x)
+    for path, grad in jax.tree_util.tree_flatten_with_path((grads, d_x))[0]:
+        assert jnp.isfinite(grad).all(), path
+        assert grad.any(), path
+
+
+def test_bfloat16_computation_keeps_float32_parameters(name):
+    module, variables, x = _made(name, "bfloat16")
+    assert {a.dtype for a in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
+    y = jax.jit(lambda v, x: module.apply(v, x, train=False))(variables, x)
+    assert y.dtype == jnp.bfloat16
+    exact_module, _, _ = _made(name)
+    exact = exact_module.apply(variables, x, train=False)
+    # Near ties may send a token elsewhere (another expert, another slot), so the bound is on the mean.
+    assert jnp.abs(y.astype(jnp.float32) - exact).mean() < 0.05 * jnp.abs(exact).mean()
+
+
+def test_a_sequence_alone_gives_what_it_gives_in_a_batch(name):
+    module, variables, x = _made(name)
+    together = module.apply(variables, x, train=False)
+    np.testing.assert_allclose(module.apply(variables, x[:1], train=False), together[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_no_token_sees_what_comes_after_it(name):
+    module, variables, x = _made(name)
+    later = x.at[:, 4:].set(jax.random.normal(jax.random.key(5), (2, 2, 16)))
+    before, after = (module.apply(variables, a, train=False) for a in (x, later))
+    np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_token", BY_TOKEN)
+def test_permuted_tokens_give_permuted_outputs(by_token):
+    module, variables, x = _made(by_token)
+    order = jnp.array([3, 0, 5, 1, 4, 2])
+    np.testing.assert_allclose(
+        module.apply(variables, x[:, order], train=False),
+        module.apply(variables, x, train=False)[:, order],
+        rtol=1e-4,
+        atol=1e-5,
+    )

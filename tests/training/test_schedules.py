@@ -1,0 +1,28 @@
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from ultramem_jax.config import TrainConfig
+from ultramem_jax.training.schedules import learning_rate, value_learning_rate
+
+
+def test_warm_up_then_cosine_to_ten_percent():
+    rate = learning_rate(TrainConfig(steps=100, learning_rate=1.0, warmup_fraction=0.1))
+    # Steps count from 0 and take the rate of the step that they complete: 1/10 first, the peak tenth.
+    assert [float(rate(s)) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    halfway = 0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2
+    assert float(rate(54)) == pytest.approx(halfway)
+    assert float(rate(99)) == pytest.approx(0.1)
+
+
+def test_single_step_runs_at_some_rate():
+    assert float(learning_rate(TrainConfig(steps=1))(0)) > 0
+
+
+def test_values_learn_at_a_multiple_that_falls_linearly_to_one():
+    config = TrainConfig(steps=101, learning_rate=1.0, warmup_fraction=0.0, final_lr_fraction=1.0)
+    multiple = value_learning_rate(config, 10.0)
+    assert [float(multiple(jnp.asarray(s))) for s in (0, 50, 100)] == pytest.approx([10.0, 5.5, 1.0])
+    # Beyond the last step, in a run that is carried on, it stays at one and never turns negative.
+    assert float(multiple(jnp.asarray(500))) == pytest.approx(1.0)

@@ -1,0 +1,163 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
+from ultramem_jax.models import Transformer
+from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.state import init_state
+from ultramem_jax.training.step import make_eval_step, make_train_step
+
+MODEL = ModelConfig(vocab_size=11, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=16)
+ULTRAMEM = replace(
+    MODEL,
+    memory=MemoryConfig.ultramem(
+        placement="1:2/2:2", num_keys=4, top_m=8, num_heads=2, key_dim=8, value_dim=8, shuffle_seed=3
+    ),
+)
+TRAIN = TrainConfig(steps=6, batch_size=8, learning_rate=1e-2, warmup_fraction=0.0)
+
+
+def _run(config, batches, fresh=True):
+    optimizers = make_optimizers(config)
+    step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
+    state = jax.jit(lambda: init_state(config, optimizers))()
+    history = []
+    for tokens in batches:
+        state, metrics = step(state, tokens)
+        history.append({name: float(value) for name, value in metrics.items()})
+    return state, history
+
+
+def _batches(count, sequences=8, length=17, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.integers(0, 11, (sequences, length)), jnp.int32) for _ in range(count)]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_row_sparse_equals_dense_where_every_row_is_read(micro_batches):
+    train = replace(TRAIN, grad_accumulation=micro_batches)
+    batches = _batches(3)
+    sparse, rows = _run(RunConfig(ULTRAMEM, train=train), batches)
+    dense, plain = _run(RunConfig(ULTRAMEM, train=replace(train, table_gradient="dense")), batches)
+    for metrics in rows:  # 2048 reads of 16 slots: the premise of the comparison
+        assert metrics["memory_0/slots_read_share"] == metrics["memory_1/slots_read_share"] == 1.0
+    np.testing.assert_allclose([m["loss"] for m in rows], [m["loss"] for m in plain], rtol=1e-5)
+    for name in ("memory_0", "memory_1"):
+        table, dense_table = sparse.tables[name]["values"], dense.tables[name]["values"]
+        np.testing.assert_allclose(table, dense_table, rtol=1e-4, atol=1e-6)
+        adam = dense.table_state[0]
+        moments = sparse.table_state[name]
+        np.testing.assert_allclose(moments.first, adam.mu[name]["values"], rtol=1e-4, atol=1e-8)
+        np.testing.assert_allclose(moments.second, adam.nu[name]["values"], rtol=1e-4, atol=1e-12)
+    for ours, theirs in zip(jax.tree.leaves(sparse.params), jax.tree.leaves(dense.params), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
+
+
+def test_rows_that_are_not_read_keep_every_bit():
+    model = replace(ULTRAMEM, memory=replace(ULTRAMEM.memory, num_keys=40, top_m=2))
+    config = RunConfig(model, train=TRAIN)
+    batches = _batches(2)
+    start = jax.jit(lambda: init_state(config, make_optimizers(config)))()
+    after, _ = _run(config, batches)
+    for name in start.tables:
+        seen = np.asarray(after.usage[name].seen)
+        assert 0 < seen.sum() < 0.5 * 1600 and seen.sum() == after.usage[name].num_seen
+        before_table, table = start.tables[name]["values"], after.tables[name]["values"]
+        np.testing.assert_array_equal(table[~seen], before_table[~seen])
+        assert (np.asarray(table[seen]) != np.asarray(before_table[seen])).any(1).all()
+        for moment in after.table_state[name]:
+            assert not np.asarray(moment)[~seen].any()
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    # Sequences of a micro-batch do not meet, so the mean of their gradients is that of the whole batch. The
+    # core's sign buffers do meet, and give the same vectors for the same core.
+    batches = _batches(2)
+    whole, one = _run(RunConfig(ULTRAMEM, train=TRAIN), batches)
+    parts, four = _run(RunConfig(ULTRAMEM, train=replace(TRAIN, grad_accumulation=4)), batches)
+    for name in one[0]:
+        if "std" not in name:  # a mean of four standard deviations is not that of the whole
+            np.testing.assert_allclose(four[1][name], one[1][name], rtol=2e-4, err_msg=name)
+    for a, b in zip(jax.tree.leaves(whole.tables), jax.tree.leaves(parts.tables), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_compiled_step_holds_nothing_of_the_tables_size(micro_batches):
+    # 1,048,576 slots of 32 values: 134 MB a table, three of them with the moments.
+    memory = replace(ULTRAMEM.memory, placement="1:2", num_keys=1024, value_dim=32)
+    train = replace(TRAIN, grad_accumulation=micro_batches)
+    config = RunConfig(replace(MODEL, memory=memory), train=train)
+    optimizers = make_optimizers(config)
+    state = jax.eval_shape(lambda: init_state(config, optimizers))
+    tokens = jax.ShapeDtypeStruct((8, 17), jnp.int32)
+    step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
+    analysis = step.lower(state, tokens).compile().memory_analysis()
+    table = 1024 * 1024 * 32 * 4
+    assert analysis.argument_size_in_bytes > 3 * table
+    assert analysis.alias_size_in_bytes > 3 * table  # table and moments are updated in place
+    assert analysis.temp_size_in_bytes < 0.1 * table
+    dense = replace(config, train=replace(train, table_gradient="dense"))
+    step = jax.jit(make_train_step(dense, make_optimizers(dense)), donate_argnums=0)
+    state = jax.eval_shape(lambda: init_state(dense, make_optimizers(dense)))
+    assert step.lower(state, tokens).compile().memory_analysis().temp_size_in_bytes > table
+
+
+def test_initialising_a_table_takes_little_more_than_the_table():
+    memory = replace(ULTRAMEM.memory, placement="1:2", num_keys=1024, value_dim=32)
+    config = RunConfig(replace(MODEL, memory=memory), train=TRAIN)
+    made = jax.jit(lambda: init_state(config, make_optimizers(config))).lower().compile()
+    assert made.memory_analysis().temp_size_in_bytes < 0.2 * 1024 * 1024 * 32 * 4
+
+
+def test_loss_is_the_cross_entropy_of_the_model_and_auxiliary_losses_are_apart():
+    moe = replace(MODEL, moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8))
+    config, tokens = RunConfig(moe, train=TRAIN), _batches(1)[0]
+    state = init_state(config, make_optimizers(config))
+    logits = np.asarray(Transformer(moe).apply({"params": state.params}, tokens[:, :-1]), np.float64)
+    log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_probability, np.asarray(tokens)[:, 1:, None], -1).mean()
+    total = make_eval_step(config)({"params": state.params}, tokens, jnp.ones(8))
+    assert float(total[1]) == 8 * 16 and float(total[0] / total[1]) == pytest.approx(expected, rel=1e-5)
+    _, history = _run(config, [tokens])
+    assert history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert history[0]["auxiliary_loss"] > 0  # two layers of balance and router losses
+
+
+def test_masked_sequences_do_not_count():
+    config, tokens = RunConfig(MODEL, train=TRAIN), _batches(1)[0]
+    params = {"params": init_state(config, make_optimizers(config)).params}
+    evaluate = make_eval_step(config)
+    mask = jnp.array([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    kept = evaluate(params, tokens[jnp.array([0, 1, 3])], jnp.ones(3))
+    np.testing.assert_allclose(evaluate(params, tokens, mask), kept, rtol=1e-5)
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    config = RunConfig(replace(ULTRAMEM, dropout=0.3), train=TRAIN)
+    batch = _batches(1) * 2
+    _, once = _run(config, batch)
+    _, again = _run(config, batch)
+    assert once == again
+    _, other = _run(replace(config, train=replace(TRAIN, seed=1)), batch)
+    assert once[0]["loss"] != other[0]["loss"]
+
+
+def test_sharded_over_devices_equals_one_device():
+    from ultramem_jax.parallel.mesh import data_mesh, replicated, shard_batch
+
+    assert jax.device_count() == 8
+    config, batches = RunConfig(ULTRAMEM, train=TRAIN), _batches(2)
+    alone, history = _run(config, batches)
+    mesh, optimizers = data_mesh(), make_optimizers(config)
+    state = jax.jit(lambda: init_state(config, optimizers), out_shardings=replicated(mesh))()
+    step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
+    for tokens, expected in zip(batches, history, strict=True):
+        state, metrics = step(state, shard_batch(np.asarray(tokens), mesh))
+        assert float(metrics["loss"]) == pytest.approx(expected["loss"], rel=1e-4)
+    for a, b in zip(jax.tree.leaves(alone.tables), jax.tree.leaves(state.tables), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)

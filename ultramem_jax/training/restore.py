@@ -1,0 +1,83 @@
+"""A trained model from its run's folder, for evaluation, sampling and notebooks."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from ultramem_jax.config import RunConfig, run_config_from_dict
+from ultramem_jax.data import BpeTokenizer, ByteTokenizer, Tokenizer
+from ultramem_jax.errors import UserError
+from ultramem_jax.training.checkpoints import Checkpoints
+from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.state import init_state
+
+_TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """What a checkpoint makes of a run: `Transformer(config.model).apply(variables, tokens)` works."""
+
+    config: RunConfig
+    variables: dict[str, Any]
+    """`params`, `memory` and `buffers`; moments are not read."""
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> LoadedModel:
+    """Reads a run's model; its config comes from the checkpoint itself.
+
+    Args:
+        workdir: folder of the run.
+        checkpoint: `last`, `best` (by validation loss), or a step.
+
+    Raises:
+        UserError: no such folder, step or whole checkpoint.
+    """
+    folder = pathlib.Path(workdir) / "checkpoints"
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        step = _step(checkpoints, checkpoint)
+        meta = checkpoints.read_meta(step)
+        config = run_config_from_dict(meta.config)
+        abstract = jax.eval_shape(lambda: init_state(config, make_optimizers(config)))
+        parts = {"params": abstract.params, "tables": abstract.tables, "buffers": abstract.buffers}
+        # An empty collection (a model without memories) is not an entry of the checkpoint.
+        wanted = {name: tree for name, tree in parts.items() if jax.tree.leaves(tree)}
+        restored = checkpoints.restore_subtree(wanted, meta.step).state
+    return LoadedModel(
+        config=config,
+        variables={
+            "params": restored["params"],
+            "memory": restored.get("tables", {}),
+            "buffers": restored.get("buffers", {}),
+        },
+        tokenizer=_tokenizer(config, pathlib.Path(workdir)),
+        step=meta.step,
+    )
+
+
+def save_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
+    """Keeps a trained tokenizer with the run, which then needs no corpus to be read back."""
+    if isinstance(tokenizer, BpeTokenizer):
+        tokenizer.save(workdir / _TOKENIZER_FILE)
+
+
+def _tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
+    if config.data.tokenizer == "bytes":
+        return ByteTokenizer()
+    return BpeTokenizer.load(workdir / _TOKENIZER_FILE)
+
+
+def _step(checkpoints: Checkpoints, checkpoint: str | int) -> int | None:
+    """The step meant; None for the newest whole one."""
+    if checkpoint == "last":
+        return None
+    if checkpoint == "best":
+        return checkpoints.best_step()
+    if not str(checkpoint).isdigit() or int(checkpoint) not in checkpoints.all_steps():
+        steps = ", ".join(map(str, checkpoints.all_steps()))
+        raise UserError(f"--checkpoint = {checkpoint!r}: allowed are 'last', 'best' and the steps {steps}")
+    return int(checkpoint)
