@@ -8,8 +8,12 @@ implementations is only how the T·k assignments of tokens to experts become mat
   experts that reads the weights where they lie; assignments beyond C are computed in blocks of Z rows of one
   expert, by a loop whose length is known only at run time. For CPU, where XLA multiplies every row of a
   `ragged_dot` by every expert. With C near the mean load, all but a few assignments are in the batched
-  product, the loop is short, and nothing is padded to a worst case. At the batch sizes of decoding C is 0
-  and the loop reads only the experts that were chosen.
+  product, the loop is short, and nothing is padded to a worst case. With fewer assignments than experts, as
+  in decoding, C is 0 and the loop reads only the experts that were chosen.
+
+Forward and backward at T 4096, D 192, F 384, X 32, k 2, float32, 2 CPU cores, against an MLP on T·k tokens
+(the same products without routing): `blocks` takes 1.4 times as long under even loads, 1.6 when the busiest
+expert has 2.2 times the mean, 2.4 when two experts get everything; the loop alone 2.1, `ragged` about 25.
 """
 
 import math
@@ -24,7 +28,7 @@ from jax import lax
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.layers.mlp import fan_in_normal, gelu, output_normal
 
-MAX_OVERFLOW_ROWS = 64
+MAX_OVERFLOW_ROWS = 128
 """Rows of an overflow block, at most: more are mostly padding, fewer do not pay for fetching the weights."""
 
 

@@ -13,8 +13,10 @@ from ultramem_jax.config import MemoryConfig
 
 Initializer = Callable[..., jax.Array]
 
-_BLOCK_ROWS = 1 << 16
+_BLOCK_VALUES = 1 << 20
+"""Values of a table drawn at a time."""
 _SAMPLED_TOKENS = 128
+"""Draws that `query_gain` averages over."""
 
 
 class MemoryInit(NamedTuple):
@@ -108,9 +110,9 @@ def query_gain(config: MemoryConfig) -> float:
 def draw_table(key: jax.Array, num_slots: int, value_dim: int, std: float) -> jax.Array:
     """A table (N, d_v) float32 of N(0, std²), drawn block by block.
 
-    The generator's bits of a whole table would take twice the table again; here they take two blocks.
+    The generator's bits of a whole table would take a multiple of the table; here they take a multiple of a block.
     """
-    rows = min(_BLOCK_ROWS, num_slots)
+    rows = min(max(_BLOCK_VALUES // value_dim, 1), num_slots)
 
     def fill(block: jax.Array, table: jax.Array) -> jax.Array:
         # The last block starts early enough to fit; what it draws again is as random as the first time.
