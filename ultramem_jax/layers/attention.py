@@ -14,6 +14,7 @@ import numpy as np
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.layers.mlp import fan_in_normal, output_normal
+from ultramem_jax.ops.linear import project
 
 CAUSAL_CHUNKS = 4
 """Parts that the queries of a causal pass are cut into; each leaves out the keys behind its end, 3/8 of the
@@ -92,9 +93,9 @@ class Attention(nn.Module):
         x = x.astype(dtype)
         batch, length, width = x.shape
         head_dim = width // config.num_heads
-        q = (x @ self.w_query.astype(dtype)).reshape(batch, length, config.num_heads, head_dim)
-        k = (x @ self.w_key.astype(dtype)).reshape(batch, length, config.num_kv_heads, head_dim)
-        v = (x @ self.w_value.astype(dtype)).reshape(batch, length, config.num_kv_heads, head_dim)
+        q = project(x, self.w_query).reshape(batch, length, config.num_heads, head_dim)
+        k = project(x, self.w_key).reshape(batch, length, config.num_kv_heads, head_dim)
+        v = project(x, self.w_value).reshape(batch, length, config.num_kv_heads, head_dim)
         return rotary(q, positions, config.rope_theta), rotary(k, positions, config.rope_theta), v
 
     def attend(
@@ -116,7 +117,7 @@ class Attention(nn.Module):
         return self._output(self._pool(q, k, v, mask, train))
 
     def _output(self, pooled: jax.Array) -> jax.Array:
-        return pooled.reshape(*pooled.shape[:2], -1) @ self.w_out.astype(pooled.dtype)
+        return project(pooled.reshape(*pooled.shape[:2], -1), self.w_out)
 
     def _pool(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
         """As `attend`, before the output projection: (B, S, A, d). The softmax is in float32."""

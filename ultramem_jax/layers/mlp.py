@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.ops.linear import project
 
 
 def fan_in_normal(scale: float = 1.0, batch_axis: tuple[int, ...] = ()) -> Initializer:
@@ -47,11 +48,11 @@ class MLP(nn.Module):
         x = x.astype(dtype)
         embed_dim, inner_dim = x.shape[-1], config.mlp_dim
         into = (embed_dim, inner_dim)
-        inner = x @ self.param("w_in", fan_in_normal(), into, jnp.float32).astype(dtype)
+        inner = project(x, self.param("w_in", fan_in_normal(), into, jnp.float32))
         if config.mlp == "swiglu":
-            gate = x @ self.param("w_gate", fan_in_normal(), into, jnp.float32).astype(dtype)
+            gate = project(x, self.param("w_gate", fan_in_normal(), into, jnp.float32))
             inner = jax.nn.silu(gate) * inner
         else:
             inner = gelu(inner)
         w_out = self.param("w_out", output_normal(config.num_layers), (inner_dim, embed_dim), jnp.float32)
-        return inner @ w_out.astype(dtype)
+        return project(inner, w_out)

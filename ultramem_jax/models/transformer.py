@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.layers import Attention, RMSNorm, feed_forward, memory
+from ultramem_jax.ops.linear import project
 
 
 class Block(nn.Module):
@@ -79,4 +80,4 @@ class Transformer(nn.Module):
         else:
             shape = (config.embed_dim, config.vocab_size)
             output = self.param("output", nn.initializers.lecun_normal(), shape, jnp.float32)
-        return jnp.matmul(x, output.astype(dtype), preferred_element_type=jnp.float32)
+        return project(x, output, result_dtype=jnp.float32)

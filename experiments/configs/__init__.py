@@ -1,0 +1,1 @@
+"""Configs of runs: `--config=experiments/configs/NAME.py`."""
