@@ -5,12 +5,13 @@ Python file with `get_config() -> RunConfig`), takes its model from `--preset=NA
 `--config.part.field=value`, whatever their order on the command line.
 """
 
+import contextlib
 import importlib.util
 import logging
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags
@@ -48,9 +49,7 @@ def run(main: Callable[[], None], argv: list[str], usage: str, base: RunConfig |
         if any(flag in ("--help", "-h", "-help") for flag in argv[1:]):
             print(f"{usage}\n\n{_flag_help(main.__module__, base is not None)}")
             return 0
-        rest = FLAGS(argv)[1:]
-        if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+        _parse(argv)
         main()
     except (UserError, flags.Error) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -78,6 +77,13 @@ def config_name() -> str:
 _name = "run"
 
 
+def _parse(argv: list[str]) -> None:
+    with _sys_argv(argv):
+        rest = FLAGS(argv)[1:]
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+
+
 def _define_config(argv: list[str], base: RunConfig) -> list[str]:
     """Defines the flag `config` from file and preset; returns the command line without those two."""
     global _name
@@ -96,8 +102,19 @@ def _define_config(argv: list[str], base: RunConfig) -> list[str]:
     for argument in rest:
         if match := _OVERRIDE.fullmatch(argument):
             _check_key(tree, match[1])
-    config_flags.DEFINE_config_dict("config", ConfigDict(tree), "the run; --config.part.field=value")
+    with _sys_argv(rest):
+        config_flags.DEFINE_config_dict("config", ConfigDict(tree), "the run; --config.part.field=value")
     return rest
+
+
+@contextlib.contextmanager
+def _sys_argv(argv: list[str]) -> Iterator[None]:
+    """ml_collections looks for its overrides in `sys.argv`, whatever list it is given to parse."""
+    real, sys.argv = sys.argv, argv
+    try:
+        yield
+    finally:
+        sys.argv = real
 
 
 def _read_config(path: str) -> RunConfig:

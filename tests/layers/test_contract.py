@@ -80,7 +80,9 @@ def test_bfloat16_computation_keeps_float32_parameters(name):
 def test_a_sequence_alone_gives_what_it_gives_in_a_batch(name):
     module, variables, x = _made(name)
     together = module.apply(variables, x, train=False)
-    np.testing.assert_allclose(module.apply(variables, x[:1], train=False), together[:1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        module.apply(variables, x[:1], train=False), together[:1], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_no_token_sees_what_comes_after_it(name):

@@ -47,7 +47,10 @@ def test_equals_optax_where_every_row_is_read():
     def rate(step):
         return 0.1 / (1 + step)
 
-    ours, theirs = row_sparse_adamw(rate, 0.9, 0.95, 1e-8, 0.1), optax.adamw(rate, 0.9, 0.95, 1e-8, weight_decay=0.1)
+    ours, theirs = (
+        row_sparse_adamw(rate, 0.9, 0.95, 1e-8, 0.1),
+        optax.adamw(rate, 0.9, 0.95, 1e-8, weight_decay=0.1),
+    )
     sparse, moments = table, ours.init(table)
     dense, state = table, theirs.init(table)
     for step in range(5):
