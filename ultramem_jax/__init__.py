@@ -32,8 +32,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DataConfig",
     "MemoryConfig",
-    "ModelConfig",
     "MoEConfig",
+    "ModelConfig",
     "RunConfig",
     "TrainConfig",
     "UserError",

@@ -60,12 +60,13 @@ class MemoryConfig:
     expansion: int = 4
     """Change 6, Implicit Value Expansion: E virtual blocks per table, a square. 1 is off."""
     shuffle: str = "keyed"
-    """How virtual addresses are permuted when E > 1: `keyed` computes a bijection on the fly, `explicit` reads
-    a stored permutation of E·N entries (for imported weights), `none` leaves them as they are."""
+    """How virtual addresses are permuted: `keyed` computes a bijection on the fly (where E > 1; one block has
+    nothing to gain), `explicit` reads a stored permutation of E·N entries (for imported weights), `none`
+    leaves them as they are."""
     shuffle_seed: int = 0
     """Key of the `keyed` shuffle; each memory of a model adds its own index."""
     tucker_rank: int = 2
-    """Change 7, TDQKR: r, the rank of the Tucker core. 0 is off: row and column scores are added, as in PKM."""
+    """Change 7, TDQKR: r, rank of the Tucker core. 0 is off: row and column scores are added, as in PKM."""
     rank_keys: str = "split"
     """`split`: the d_k dimensions fall into r groups, one per rank (the paper). `full`: every rank has keys
     of full width d_k and all ranks share the query (the authors' code)."""
@@ -76,7 +77,7 @@ class MemoryConfig:
     core_loss_margin: float = 0.15
     """τ: the singular values λ_i, i >= 2, are pushed below it."""
     init: str = "paper"
-    """Change 9. `paper`: output variance starts at 1/(2L). `reference`: the authors' code. `pkm`: as in PKM."""
+    """Change 9. `paper`: output variance starts at 1/(2L). `reference`: the authors' code. `pkm`: PKM's."""
     value_lr_multiple: float = 10.0
     """Change 10: the values' learning rate starts at this multiple and falls linearly to 1x (paper: 10; the
     authors' code and V2: 4). 1 is off."""
@@ -292,7 +293,7 @@ class DataConfig:
     dataset: str = "stdlib"
     """`stdlib` (this Python's own sources), `enwik8` or `text` (both by `path`), or `tfds:NAME`."""
     path: str = ""
-    """A file or folder for `enwik8` (plain or .gz) and `text`."""
+    """A file or folder for `enwik8` (plain or .gz) and `text`; TFDS' data folder, or empty, for `tfds:NAME`."""
     tokenizer: str = "bytes"
     """`bytes`, or `bpe`: byte-pair encoding trained on the corpus' training split."""
     bpe_vocab_size: int = 8192
@@ -310,7 +311,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How it is trained. Defaults that have a source are the UltraMem paper's (appendix, training of table 1)."""
+    """How it is trained. Defaults that have a source are the UltraMem paper's (its training of table 1)."""
 
     steps: int = 1000
     batch_size: int = 16

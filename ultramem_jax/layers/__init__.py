@@ -1,4 +1,4 @@
-"""Layers. Every one answers the call `(x (B, S, D), *, train) -> y (B, S, D)` and sows its metrics and losses.
+"""Layers. Each answers the call `(x (B, S, D), *, train) -> y (B, S, D)` and sows its metrics and losses.
 
 `LAYERS` is the registry: a name for every system, and how its layer is made from a `ModelConfig`. One
 contract suite, tests/layers/test_contract.py, runs over all of it.

@@ -13,10 +13,12 @@ from ultramem_jax.models.transformer import Transformer
 class Tokenizer(Protocol):
     """What sampling needs of a tokenizer; those of `ultramem_jax.data` have it."""
 
-    eos_id: int
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a document."""
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """Bytes -> (tokens,) int32."""
+    def encode(self, data: bytes) -> np.ndarray:
+        """Text -> (tokens,) int32."""
 
     def decode(self, ids: np.ndarray) -> bytes:
         """The inverse of `encode`; special ids are left out."""
@@ -53,7 +55,8 @@ def generate_tokens(
     @jax.jit
     def next_token(variables: Any, context: jax.Array, length: jax.Array, key: jax.Array) -> jax.Array:
         # The context is padded on the right: a causal model does not see it from where it reads.
-        logits = model.apply(variables, context[None])[0, length - 1]
+        every: Any = model.apply(variables, context[None])
+        logits = every[0, length - 1]
         if temperature == 0:
             return logits.argmax().astype(jnp.int32)
         return jax.random.categorical(key, logits / temperature).astype(jnp.int32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def project(x: jax.Array, weights: jax.Array, result_dtype: Any = None) -> jax.Array:
-    """x (..., D) times weights (D, F) -> (..., F), as one product of two matrices.
+    """X (..., D) times weights (D, F) -> (..., F), as one product of two matrices.
 
     The leading axes are flattened because the gradient of the weights sums over them: XLA on CPU takes 2.3
     times as long for a sum over two axes as for one over their product (MLP of 4096 tokens, D 128, F 768,

@@ -131,7 +131,7 @@ def leading_singular_vectors(
 
 
 def core_loss(cores: jax.Array, margin: float) -> jax.Array:
-    """Mean over heads of Σ_{i>=2} max(0, λ_i - τ)² / (r - 1) for the singular values λ of C (paper, section 3).
+    """Mean over heads of Σ_{i>=2} max(0, λ_i - τ)² / (r - 1), λ the singular values of C (paper, section 3).
 
     It keeps C near rank 1, where the candidates of `retrieve_tucker` are the right ones. Zero for r = 1.
 

@@ -204,7 +204,6 @@ class _Run:
                 bar.set_postfix_str(f"loss {loss:.3f} ({bits:.3f} bits/byte), {speed:,.0f} tokens/s")
                 bar.update()
                 last = step == train.steps
-                stopping = self.stop.requested and not last
                 if last or step % train.log_every == 0:
                     scalars = {name: float(value) for name, value in metrics.items()}
                     self.writer.write(
@@ -216,6 +215,7 @@ class _Run:
                     self.writer.write(
                         step, "validation", {"loss": validation[0], "bits_per_byte": validation[1]}
                     )
+                stopping = self.stop.requested and not last
                 if stopping or _due(step, train.checkpoint_every, last):
                     self._save(step, state, validation[0] if evaluated else None)
                     saved = step
@@ -240,7 +240,7 @@ class _Run:
         )
 
     def _finite(self, metrics: dict[str, Any], step: int) -> float:
-        """The loss of a step, which must be a number, as must its gradient and what it made of the parameters.
+        """The loss of a step, which must be a number, as must the norms of gradient and parameters.
 
         A state that fails this is not saved.
         """

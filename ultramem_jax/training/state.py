@@ -12,8 +12,7 @@ from ultramem_jax.training.optimizer import Optimizers
 from ultramem_jax.training.slot_usage import init_usage
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """The state of a run between two steps."""
 
     step: jax.Array

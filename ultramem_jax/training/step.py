@@ -35,8 +35,8 @@ def make_train_step(
     """The step (state, tokens (B, S + 1) int32) -> (state, metrics); to be compiled with the state donated.
 
     Metrics are float32 scalars: `loss` (nats per token, without auxiliary losses), `auxiliary_loss`,
-    `gradient_norm` (of the dense parameters, before clipping), `parameter_norm`, `learning_rate`, and per memory those of
-    `record_reads` and of the layer.
+    `gradient_norm` (of the dense parameters, before clipping), `parameter_norm`, `learning_rate`, and per
+    memory those of `record_reads` and of the layer.
     """
     model, dense = Transformer(config.model), config.train.table_gradient == "dense"
     micro_batches = config.train.grad_accumulation
@@ -135,11 +135,15 @@ def make_train_step(
 
 
 def make_eval_step(config: RunConfig) -> Callable[[dict[str, Any], jax.Array, jax.Array], jax.Array]:
-    """(variables, tokens (B, S + 1), mask (B,)) -> (2,) float32: sum of the losses in nats, tokens counted."""
+    """The function (variables, tokens (B, S + 1), mask (B,)) -> sum of the losses in nats and tokens counted.
+
+    Both are in one array (2,) float32; sequences whose mask is 0 do not count.
+    """
     model = Transformer(config.model)
 
     def eval_step(variables: dict[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        losses = token_losses(model.apply(variables, tokens[:, :-1]), tokens[:, 1:])
+        logits: Any = model.apply(variables, tokens[:, :-1])
+        losses = token_losses(logits, tokens[:, 1:])
         return jnp.stack([(losses.sum(1) * mask).sum(), mask.sum() * losses.shape[1]])
 
     return eval_step

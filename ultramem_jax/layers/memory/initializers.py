@@ -110,7 +110,7 @@ def query_gain(config: MemoryConfig) -> float:
 def draw_table(key: jax.Array, num_slots: int, value_dim: int, std: float) -> jax.Array:
     """A table (N, d_v) float32 of N(0, std²), drawn block by block.
 
-    The generator's bits of a whole table would take a multiple of the table; here they take a multiple of a block.
+    The generator's bits for a whole table would take a multiple of the table; these take that of a block.
     """
     rows = min(max(_BLOCK_VALUES // value_dim, 1), num_slots)
 

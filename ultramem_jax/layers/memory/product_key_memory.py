@@ -86,7 +86,7 @@ class ProductKeyMemory(nn.Module):
         return sum((taps[i] * shifted[i] for i in range(1, width)), taps[0] * shifted[0])
 
     def _queries(self, x: jax.Array, init: nn.initializers.Initializer, gain: float) -> jax.Array:
-        """(2, H, r, T, d): both sides' queries of every head and rank, d the width that a rank scores with."""
+        """(2, H, r, T, d): both sides' queries of every head and rank, of the width d that a rank has."""
         config = self.config
         shape = (x.shape[-1], 2 * config.num_queries * config.key_dim)
         kernel = self.param("query", init, shape, jnp.float32)
@@ -146,8 +146,9 @@ class ProductKeyMemory(nn.Module):
         if config.shuffle == "explicit":
             size = config.expansion * config.num_slots
             permutation = self.variable("buffers", "permutation", jnp.arange, size, dtype=jnp.int32)
+            stored = jnp.asarray(permutation.value)
             return addressing.permuted_block_and_slot(
-                rows, columns, config.num_virtual_keys, config.num_slots, permutation.value
+                rows, columns, config.num_virtual_keys, config.num_slots, stored
             )
         if config.expansion == 1 or config.shuffle == "none":
             return addressing.block_and_slot(rows, columns, config.num_keys, config.expansion)

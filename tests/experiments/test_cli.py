@@ -1,0 +1,213 @@
+"""The command line as a user meets it: what runs, and the one line that bad input gets."""
+
+import json
+import pathlib
+import sys
+
+import jax
+import pytest
+from absl import flags
+
+import launch
+from experiments import EXPERIMENTS
+
+TINY = [
+    "--preset=ultramem-tiny",
+    "--config.model.embed_dim=16",
+    "--config.model.num_layers=2",
+    "--config.model.num_heads=2",
+    "--config.model.num_kv_heads=2",
+    "--config.model.mlp_dim=16",
+    "--config.model.memory.placement=1:2",
+    "--config.model.memory.num_keys=16",
+    "--config.model.memory.top_m=4",
+    "--config.model.memory.key_dim=8",
+    "--config.model.memory.value_dim=8",
+    "--config.data.seq_len=16",
+    "--config.train.batch_size=8",
+    "--config.train.steps=2",
+    "--config.train.eval_batches=2",
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Flags that name a small corpus."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text("the slot of a key is read by a query\n" * 200)
+    return [
+        "--config.data.dataset=text",
+        f"--config.data.path={folder / 'text.txt'}",
+        f"--config.data.cache_dir={folder / 'cache'}",
+    ]
+
+
+def _forget_flags():
+    """A process runs one experiment and parses its flags once; here they follow each other in one."""
+    values = flags.FLAGS
+    own = [
+        flag.name
+        for module, defined in values.flags_by_module_dict().items()
+        if module.startswith(("experiments.", "ml_collections."))
+        for flag in defined
+    ]
+    for name in {*own, *(n for n in values if n == "config" or n.startswith("config."))}:
+        delattr(values, name)
+    values.unparse_flags()
+    for name in EXPERIMENTS:
+        sys.modules.pop(f"experiments.{name}", None)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    def run(*argv):
+        _forget_flags()
+        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, argv)])
+        status = launch.main(sys.argv)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_alone_it_lists_the_experiments(run):
+    status, out, _ = run()
+    assert status == 0
+    for name, summary in EXPERIMENTS.items():
+        assert f"{name}" in out and summary in out
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_help(run, name):
+    status, out, _ = run(name, "--help")
+    assert status == 0 and "--" in out
+    assert len(out.splitlines()[0]) > 20
+
+
+def test_train_evaluate_generate(run, text, tmp_path):
+    status, out, err = run("train", *TINY, *text, f"--workdir={tmp_path}", "--sample=5")
+    assert status == 0, err
+    assert "bits per byte" in out and "continuation" in out and "launch.py evaluate" in out
+    assert (tmp_path / "loss_curve.png").stat().st_size > 10_000
+    status, out, err = run("evaluate", f"--workdir={tmp_path}")
+    assert status == 0 and "validation" in out and "test" in out, err
+    status, out, err = run("generate", f"--workdir={tmp_path}", "--prompt=the ", "--num_tokens=4")
+    assert status == 0 and out.startswith("the "), err
+    again = run("generate", f"--workdir={tmp_path}", "--prompt=the ", "--num_tokens=4")[1]
+    assert out == again
+
+
+def test_a_config_file_a_preset_and_overrides_in_any_order(run, text, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from ultramem_jax import *\n"
+        "def get_config():\n"
+        "    return RunConfig(train=TrainConfig(steps=3, batch_size=8, eval_batches=1))\n"
+    )
+    flags_in_odd_order = ["--config.train.steps=1", *TINY[1:-2], f"--config={file}", TINY[0]]
+    status, _, err = run("train", *flags_in_odd_order, *text, f"--workdir={tmp_path}")
+    assert status == 0, err
+    meta = next((tmp_path / "checkpoints" / "1").rglob("meta/*"))
+    config = json.loads(meta.read_text())["config"]
+    assert config["train"]["steps"] == 1 and config["train"]["batch_size"] == 8
+    assert config["model"]["memory"]["num_keys"] == 16
+
+
+def test_compare_writes_table_and_figure_and_goes_on_where_it_was(run, text, tmp_path):
+    arguments = [*TINY, *text, f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}"]
+    arguments += ["--config.train.eval_every=1", "--seeds=1", "--test_batches=1"]
+    arguments += ["--systems=dense,ultramem"]
+    status, out, err = run("compare", *arguments)
+    assert status == 0, err
+    table = (tmp_path / "results" / "compare.md").read_text()
+    assert "| dense" in table and "| ultramem" in table and "launch.py compare" in table
+    assert (tmp_path / "results" / "compare.csv").exists()
+    assert (tmp_path / "results" / "compare.png").stat().st_size > 10_000
+    written = (tmp_path / "runs" / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns
+    status, _, err = run("compare", *arguments)
+    assert status == 0, err
+    assert (tmp_path / "runs" / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns == written
+    status, _, err = run("compare", *arguments, "--config.train.learning_rate=0.5")
+    assert status == 2 and "another config" in err
+
+
+def test_count_lists_every_preset(run):
+    from ultramem_jax.presets import PRESETS
+
+    status, out, _ = run("count")
+    assert status == 0 and all(name in out for name in PRESETS)
+    status, out, _ = run("count", "--preset=dense-tiny,moe-tiny")
+    assert status == 0 and "dense-tiny" in out and "pkm-tiny" not in out
+
+
+M = "--config.model.memory."
+BAD = {
+    "unknown experiment": (["trian"], "'trian'", "'train'"),
+    "unknown flag": (["train", "--wrokdir=x"], "wrokdir", "workdir"),
+    "unknown preset": (["train", "--preset=ultramem-tny"], "ultramem-tny", "'ultramem-tiny'"),
+    "unknown config key": (["train", f"{M}topm=4"], "topm", "'top_m'"),
+    "unknown config part": (["train", "--config.modle.dropout=0.1"], "modle", "'model'"),
+    "a part that is not there": (["train", "--preset=dense-tiny", f"{M}top_m=4"], "model.memory", "None"),
+    "a part instead of a field": (["train", "--config.model.memory=4"], "config.model.memory", "top_m"),
+    "a value of another type": (["train", f"{M}top_m=many"], "top_m", "many"),
+    "no such config file": (["train", "--config=experiments/configs/dmo.py"], "dmo.py", "demo.py"),
+    "unknown dataset": (["train", "--config.data.dataset=enwik9"], "enwik9", "'enwik8'"),
+    "missing corpus": (
+        ["train", "--config.data.dataset=text", "--config.data.path=/no/such"],
+        "data.path",
+        "/no/such",
+    ),
+    "missing enwik8": (["train", "--config.data.dataset=enwik8"], "data.path", "enwik8"),
+    "more reads than candidates": (["train", f"{M}num_keys=16", f"{M}top_m=64"], "top_m = 64", "32"),
+    "expansion that is no square": (["train", f"{M}expansion=3"], "expansion = 3", "square"),
+    "cores that do not divide": (["train", f"{M}num_cores=5"], "num_cores = 5", "value_dim = 64"),
+    "malformed placement": (["train", f"{M}placement=1-2"], "placement = '1-2'", "'3:7/8:12'"),
+    "placement backwards": (["train", f"{M}placement=3:2"], "3:2", "before it starts"),
+    "placement beyond the end": (["train", f"{M}placement=2:9"], "2:9", "last layer, 4"),
+    "placement from zero": (["train", f"{M}placement=0:1"], "0:1", "layer 1"),
+    "micro-batches that do not divide": (
+        ["train", "--config.train.grad_accumulation=5"],
+        "grad_accumulation = 5",
+        "batch_size = 16",
+    ),
+    "uneven devices": (["train", "--config.train.batch_size=12"], "batch_size = 12", "8 devices"),
+    "no run to evaluate": (["evaluate", "--workdir=/no/such"], "/no/such", "no checkpoints"),
+    "no run to generate from": (["generate", "--workdir=/no/such"], "/no/such", "no checkpoints"),
+    "unknown system": (["compare", "--systems=dens"], "'dens'", "'dense'"),
+    "base without a memory": (["compare", "--preset=dense-tiny"], "memory", "base"),
+    "a stray argument": (["count", "all"], "'all'", "--name=value"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_that_names_it_and_what_is_allowed(run, case, tmp_path, monkeypatch):
+    argv, *said = BAD[case]
+    root = pathlib.Path(__file__).parents[2]
+    (tmp_path / "experiments").symlink_to(root / "experiments")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ULTRAMEM_CACHE", str(tmp_path / "cache"))
+    status, _, err = run(*argv)
+    message = err.strip().splitlines()
+    assert status == 2 and message[-1].startswith("error: ")
+    assert all(words in message[-1] for words in said), message[-1]
+    assert "Traceback" not in err
+    # The stdlib corpus may have been tokenized on the way; nothing else was written.
+    left = {p.name for p in tmp_path.iterdir()} - {"experiments", "cache", "runs"}
+    assert not left
+
+
+def test_a_corpus_shorter_than_a_sequence_is_refused(run, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    status, _, err = run(
+        "train",
+        "--config.data.dataset=text",
+        f"--config.data.path={tmp_path / 'short.txt'}",
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+    )
+    assert status == 2 and "data.seq_len = 256" in err.splitlines()[-1]

@@ -1,0 +1,256 @@
+import json
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from ultramem_jax import UserError
+from ultramem_jax.config import (
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    run_config_from_dict,
+    to_dict,
+)
+from ultramem_jax.training import loop
+from ultramem_jax.training.loop import Evaluator, train
+from ultramem_jax.training.metrics import MetricWriter, read_metrics
+from ultramem_jax.training.restore import load_model
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Six steps of a model with every moving part: memory, buffers, dropout, accumulation, checkpoints."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    words = ["memory", "slot", "key", "query", "\n", "token ", "value;"]
+    (folder / "text.txt").write_text(" ".join(rng.choice(words, 3000)))
+    memory = MemoryConfig.ultramem(
+        placement="1:2", num_keys=24, top_m=4, num_heads=2, key_dim=8, value_dim=8
+    )
+    model = ModelConfig(
+        embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, dropout=0.1, memory=memory
+    )
+    return RunConfig(
+        model=model,
+        data=DataConfig("text", str(folder / "text.txt"), seq_len=16, cache_dir=str(folder / "cache")),
+        train=TrainConfig(
+            steps=6,
+            batch_size=16,
+            grad_accumulation=2,
+            learning_rate=1e-2,
+            log_every=1,
+            eval_every=3,
+            eval_batches=2,
+            checkpoint_every=2,
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The run without an interruption."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return train(config, workdir, progress=False), workdir
+
+
+def _same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def _scalars(workdir):
+    """Every record, without the one metric that is a measurement of time."""
+    records = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+
+
+def test_a_run_learns_and_records_what_it_promises(config, whole):
+    result, workdir = whole
+    assert result.finished and result.step == 6
+    records = _scalars(workdir)
+    training = [r for r in records if r["split"] == "train"]
+    validation = [r for r in records if r["split"] == "validation"]
+    assert [r["step"] for r in training] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in validation] == [3, 6]
+    assert validation[1]["loss"] < validation[0]["loss"] < np.log(257)
+    assert result.validation_loss == validation[1]["loss"]
+    names = {"loss", "bits_per_byte", "learning_rate", "gradient_norm", "auxiliary_loss"}
+    of_memory = {"slots_read_share", "read_entropy", "top_1_score", "top_m_score", "output_std"}
+    of_memory |= {"core_singular_value_1", "core_singular_value_2"}
+    assert names | {f"memory_0/{name}" for name in of_memory} <= set(training[0])
+    shares = [r["memory_0/slots_read_share"] for r in training]
+    assert 0 < shares[0] <= shares[-1] <= 1 and shares == sorted(shares)
+
+
+def test_half_and_half_is_the_whole_bit_for_bit(config, whole, tmp_path, monkeypatch):
+    write = MetricWriter.write
+
+    def stop_at_three(self, step, split, scalars):
+        write(self, step, split, scalars)
+        if step == 3 and split == "train":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MetricWriter, "write", stop_at_three)
+    first = train(config, tmp_path, progress=False)
+    assert not first.finished and first.step == 3
+    monkeypatch.undo()
+    second = train(config, tmp_path, progress=False)
+    assert second.finished and second.step == 6
+    _same(whole[0].state, second.state)
+    assert _scalars(tmp_path) == _scalars(whole[1])
+
+
+def test_a_finished_run_started_again_only_reports(config, whole):
+    result, workdir = whole
+    again = train(config, workdir, progress=False)
+    assert again.step == 6 and again.validation_loss == pytest.approx(result.validation_loss, rel=1e-6)
+    _same(result.state, again.state)
+
+
+def _command(config, workdir):
+    """A process that runs `train` on the same number of devices as this one."""
+    code = (
+        "import json, sys; from ultramem_jax.config import run_config_from_dict;"
+        "from ultramem_jax.training.loop import train;"
+        "train(run_config_from_dict(json.loads(sys.argv[1])), sys.argv[2], progress=False)"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
+    argv = [sys.executable, "-c", code, json.dumps(to_dict(config)), str(workdir)]
+    return subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_at_a_random_moment_it_ends_on_the_same_numbers(config, tmp_path):
+    # Long enough that the moment falls anywhere: in a step, in a save, between the two.
+    longer = replace(config, train=replace(config.train, steps=16, eval_every=0, checkpoint_every=1))
+    process = _command(longer, tmp_path / "killed")
+    folder = tmp_path / "killed" / "checkpoints"
+    while process.poll() is None and not (folder / "3").exists():
+        time.sleep(0.02)
+    time.sleep(np.random.default_rng().uniform(0, 0.5))
+    process.kill()
+    process.communicate()
+    assert any(folder.iterdir())
+    resumed = train(longer, tmp_path / "killed", progress=False)
+    uninterrupted = train(longer, tmp_path / "other", progress=False)
+    assert resumed.finished
+    _same(resumed.state, uninterrupted.state)
+    assert _scalars(tmp_path / "killed") == _scalars(tmp_path / "other")
+
+
+def test_a_truncated_checkpoint_gives_way_to_the_one_before(config, whole, tmp_path, caplog):
+    import shutil
+
+    shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "checkpoints" / "6"
+    files = [f for f in newest.rglob("*") if f.is_file() and f.stat().st_size > 100 and "state" in f.parts]
+    largest = max(files, key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-50])
+    with caplog.at_level(logging.WARNING):
+        result = train(config, tmp_path, progress=False)
+    assert "skipping damaged checkpoint" in caplog.text and str(newest) in caplog.text
+    _same(whole[0].state, result.state)
+
+
+def test_a_checkpoint_of_another_model_is_refused(config, whole):
+    other = replace(config, model=replace(config.model, mlp_dim=32))
+    with pytest.raises(UserError, match=r"model\.mlp_dim.*16.*32"):
+        train(other, whole[1], progress=False)
+
+
+def test_other_data_than_the_checkpoints_is_refused(config, whole, tmp_path):
+    text = pathlib.Path(config.data.path).read_text()
+    (tmp_path / "other.txt").write_text(text[::-1])
+    other = replace(config, data=replace(config.data, path=str(tmp_path / "other.txt")))
+    with pytest.raises(UserError, match="is not the one that .* was trained on"):
+        train(other, whole[1], progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch):
+    make = loop.make_train_step
+
+    def poisoned(config, optimizers):
+        step = make(config, optimizers)
+
+        def at_four(state, tokens):
+            state, metrics = step(state, tokens)
+            bad = jax.numpy.where(state.step == 4, jax.numpy.nan, metrics["loss"])
+            return state, metrics | {"loss": bad}
+
+        return at_four
+
+    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    with pytest.raises(UserError, match=r"step 4: loss = nan.*checkpoint is that of step 2"):
+        train(config, tmp_path, progress=False)
+    assert load_model(tmp_path).step == 2
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(config, tmp_path):
+    uneven = replace(config, train=replace(config.train, batch_size=12, grad_accumulation=1))
+    with pytest.raises(UserError, match=r"train\.batch_size = 12: .* does not divide over 8 devices"):
+        train(uneven, tmp_path, progress=False)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(config, tmp_path):
+    small = replace(config, model=replace(config.model, vocab_size=200))
+    with pytest.raises(UserError, match=r"model\.vocab_size = 200: must be at least the 257"):
+        train(small, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("checkpoint, step", [("last", 6), ("best", 6), ("4", 4)])
+def test_a_loaded_model_is_the_one_that_was_trained(config, whole, checkpoint, step):
+    result, workdir = whole
+    loaded = load_model(workdir, checkpoint)
+    assert loaded.step == step and loaded.config == config
+    if step == 6:
+        _same(result.state.params, loaded.variables["params"])
+        _same(result.state.tables, loaded.variables["memory"])
+        loss, bits = Evaluator(loaded.config, _corpus(config))(loaded.variables)
+        assert loss == pytest.approx(result.validation_loss, rel=1e-5)
+        assert bits == pytest.approx(result.validation_bits_per_byte, rel=1e-5)
+
+
+def test_a_step_that_is_not_there_is_refused(whole):
+    with pytest.raises(UserError, match=r"checkpoint = '5': allowed are 'last', 'best' and the steps"):
+        load_model(whole[1], "5")
+
+
+def test_bits_per_byte_are_bits_per_token_over_bytes_per_token():
+    assert loop.bits_per_byte(np.log(2) * 3, 1.0) == pytest.approx(3.0)
+    assert loop.bits_per_byte(np.log(2) * 3, 4.0) == pytest.approx(0.75)
+
+
+def test_a_trained_tokenizer_stays_with_the_run(config, tmp_path):
+    data = replace(config.data, tokenizer="bpe", bpe_vocab_size=280)
+    model = replace(config.model, vocab_size=280)
+    bpe = RunConfig(model, data, replace(config.train, steps=1))
+    result = train(bpe, tmp_path, progress=False)
+    tokenizer = load_model(tmp_path).tokenizer
+    ids = tokenizer.encode(b"memory slot")
+    assert len(ids) < 11 and tokenizer.decode(ids) == b"memory slot"
+    per_token = _corpus(bpe).bytes_per_token("validation")
+    assert per_token > 1
+    expected = result.validation_loss / np.log(2) / per_token
+    assert result.validation_bits_per_byte == pytest.approx(expected)
+
+
+def test_a_config_survives_json(config):
+    assert run_config_from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def _corpus(config):
+    from ultramem_jax.data import load_corpus
+
+    return load_corpus(config.data)
