@@ -1,0 +1,44 @@
+# make demo · make test · make lint · make compare: each sets up what it needs.
+# Another interpreter: make demo PYTHON=python3.12. What is installed already is not installed again.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint format compare help
+
+help:
+	@grep '^# make' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are as old as the requirements that were installed last.
+$(VENV)/runtime.stamp: requirements.txt pyproject.toml | $(BIN)/python
+	@echo "installing what requirements.txt lists into $(VENV)"
+	$(INSTALL) -r requirements.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/runtime.stamp
+	@echo "installing what requirements-dev.txt lists into $(VENV)"
+	$(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/runtime.stamp
+	$(BIN)/python launch.py train --config=experiments/configs/demo.py --sample=300
+
+compare: $(VENV)/runtime.stamp
+	$(BIN)/python launch.py compare --config=experiments/configs/compare.py
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
