@@ -165,7 +165,6 @@ def _log_plainly() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     logger = logging.getLogger("ultramem_jax")
     logger.setLevel(logging.INFO)
-    logger.propagate = False
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))

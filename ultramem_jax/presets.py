@@ -43,9 +43,8 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "ultramem-demo": replace(
         _LAYERS_TINY,
-        num_layers=2,
         memory=MemoryConfig.ultramem(
-            placement="1:2", num_keys=256, top_m=16, num_heads=2, key_dim=32, value_dim=64
+            placement="1:2/3:4", num_keys=192, top_m=16, num_heads=2, key_dim=32, value_dim=64
         ),
     ),
     "dense-151m": _LAYERS_151M,
@@ -81,7 +80,7 @@ NOTES: dict[str, str] = {
     "dense-tiny": _TINY_NOTE,
     "moe-tiny": _TINY_NOTE,
     "pkm-tiny": _TINY_NOTE,
-    "ultramem-demo": "Not a published model: two layers and one table, for a run of minutes.",
+    "ultramem-demo": "Not a published model: `ultramem-tiny` with tables of 192² slots, for runs of minutes.",
     "dense-151m": (
         "UltraMem paper, table 1. Published: 0.15 B parameters, 0.30 GFLOPs, dropout 0.1. " + _LAYERS_NOTE
     ),

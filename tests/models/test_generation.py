@@ -57,9 +57,7 @@ def test_a_seed_gives_the_same_sample_again_and_another_seed_another(variables):
 def test_a_stop_token_ends_the_continuation_and_is_not_part_of_it(variables):
     free = generate_tokens(CONFIG, variables, PROMPT, num_tokens=8, window=16, temperature=0.0).tolist()
     stop = free[3]
-    found = generate_tokens(
-        CONFIG, variables, PROMPT, num_tokens=8, window=16, temperature=0.0, stop_id=stop
-    )
+    found = generate_tokens(CONFIG, variables, PROMPT, num_tokens=8, window=16, temperature=0.0, stop_id=stop)
     assert found.tolist() == free[: free.index(stop)]
 
 

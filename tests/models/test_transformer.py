@@ -54,9 +54,7 @@ def test_memories_read_and_land_where_the_placement_says(placement):
 
 def test_where_a_memory_lands_matters():
     variables = _variables(_with_memory("1:3"))
-    outputs = [
-        jax.jit(Transformer(_with_memory(p)).apply)(variables, TOKENS) for p in ("1:1", "1:2", "1:3")
-    ]
+    outputs = [jax.jit(Transformer(_with_memory(p)).apply)(variables, TOKENS) for p in ("1:1", "1:2", "1:3")]
     assert jnp.abs(outputs[0] - outputs[1]).max() > 1e-3 and jnp.abs(outputs[1] - outputs[2]).max() > 1e-3
 
 

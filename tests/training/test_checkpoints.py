@@ -88,7 +88,7 @@ def copy(saved, tmp_path):
 @pytest.fixture
 def warnings(monkeypatch):
     lines = []
-    monkeypatch.setattr(module.logging, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(module.log, "warning", lambda text, *values: lines.append(text % values))
     return lines
 
 

@@ -37,9 +37,7 @@ def config(tmp_path_factory):
     rng = np.random.default_rng(0)
     words = ["memory", "slot", "key", "query", "\n", "token ", "value;"]
     (folder / "text.txt").write_text(" ".join(rng.choice(words, 3000)))
-    memory = MemoryConfig.ultramem(
-        placement="1:2", num_keys=24, top_m=4, num_heads=2, key_dim=8, value_dim=8
-    )
+    memory = MemoryConfig.ultramem(placement="1:2", num_keys=24, top_m=4, num_heads=2, key_dim=8, value_dim=8)
     model = ModelConfig(
         embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, dropout=0.1, memory=memory
     )

@@ -6,6 +6,7 @@ the end, fewer than S targets, is in no sequence.
 """
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import logging
 
 from ultramem_jax.config import DataConfig
 from ultramem_jax.data import builder
 from ultramem_jax.data.sources import SPLITS
 from ultramem_jax.data.tokenizers import Tokenizer
 from ultramem_jax.errors import require, unknown
+
+log = logging.getLogger(__name__)
 
 _RECORD_CACHE_BYTES = 1 << 28
 """Decoded records that a split keeps in memory. All of `stdlib` and `enwik8` fit."""
@@ -121,7 +123,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     """
     folder = builder.prepare(config)
     metadata = builder.open_records(folder).info.metadata
-    logging.info("corpus %s (%s) in %s", metadata["corpus_hash"], config.dataset, folder)
+    log.info("corpus %s (%s) in %s", metadata["corpus_hash"], config.dataset, folder)
     return Corpus(
         tokenizer=builder.load_tokenizer(config, folder),
         seq_len=config.seq_len,

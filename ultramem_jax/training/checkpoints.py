@@ -17,6 +17,7 @@ import dataclasses
 import gc
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -30,12 +31,13 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from grain import checkpoint as grain_checkpoint
 
 import ultramem_jax
 from ultramem_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PyTree = Any
 T = TypeVar("T")
@@ -217,7 +219,7 @@ class Checkpoints:
                 f"cannot save step {step}: {self.directory} already holds {_steps(later)};"
                 " resume from there or choose another directory"
             )
-        logging.warning(
+        log.warning(
             "deleting %s of %s: this run went on from step %d", _steps(later), self.directory, self._position
         )
         for old in later:
@@ -308,7 +310,7 @@ class Checkpoints:
                 reason = textwrap.shorten(str(error) or type(error).__name__, _REASON_CHARACTERS)
                 skipped.append((candidate, reason))
                 if step is None:
-                    logging.warning("skipping damaged checkpoint %s: %s", directory, reason)
+                    log.warning("skipping damaged checkpoint %s: %s", directory, reason)
         reasons = "; ".join(f"step {bad}: {reason}" for bad, reason in skipped)
         raise UserError(f"no whole checkpoint in {self.directory}: {reasons}") from cause
 
