@@ -10,7 +10,16 @@ from ultramem_jax.errors import UserError
 from ultramem_jax.matching import SYSTEMS, differences, match, match_all, verify_match
 from ultramem_jax.presets import PRESETS
 
-DEMO = PRESETS["ultramem-demo"]
+DEMO = ModelConfig(
+    embed_dim=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    mlp_dim=512,
+    memory=MemoryConfig.ultramem(
+        placement="1:2", num_keys=256, top_m=16, num_heads=2, key_dim=32, value_dim=64
+    ),
+)
 
 
 def with_memory(config, **changes):

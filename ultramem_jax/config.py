@@ -293,7 +293,7 @@ class DataConfig:
     dataset: str = "stdlib"
     """`stdlib` (this Python's own sources), `enwik8` or `text` (both by `path`), or `tfds:NAME`."""
     path: str = ""
-    """A file or folder for `enwik8` (plain or .gz) and `text`; TFDS' data folder, or empty, for `tfds:NAME`."""
+    """A file or folder for `enwik8` (plain or .gz) and `text`; for `tfds:NAME` TFDS' own, or empty."""
     tokenizer: str = "bytes"
     """`bytes`, or `bpe`: byte-pair encoding trained on the corpus' training split."""
     bpe_vocab_size: int = 8192

@@ -123,7 +123,7 @@ def test_compare_writes_table_and_figure_and_goes_on_where_it_was(run, text, tmp
     arguments = [*TINY, *text, f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}"]
     arguments += ["--config.train.eval_every=1", "--seeds=1", "--test_batches=1"]
     arguments += ["--systems=dense,ultramem"]
-    status, out, err = run("compare", *arguments)
+    status, _, err = run("compare", *arguments)
     assert status == 0, err
     table = (tmp_path / "results" / "compare.md").read_text()
     assert "| dense" in table and "| ultramem" in table and "launch.py compare" in table

@@ -41,7 +41,7 @@ def test_seeds_give_different_shuffles_and_the_same_seed_the_same():
 
 
 def test_stored_permutation_by_hand():
-    # K = 2, N = 2, E = 2: cells 0..3 go to addresses 2, 0, 3, 1, as (block, slot) 1,0 and 0,0 and 1,1 and 0,1.
+    # K = 2, N = 2, E = 2: cells 0..3 go to addresses 2, 0, 3, 1: (block, slot) 1,0 and 0,0 and 1,1 and 0,1.
     rows, columns = _grid(2)
     permutation = jnp.array([2, 0, 3, 1], jnp.int32)
     blocks, slots = addressing.permuted_block_and_slot(rows, columns, 2, 2, permutation)

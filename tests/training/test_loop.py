@@ -172,7 +172,7 @@ def test_other_data_than_the_checkpoints_is_refused(config, whole, tmp_path):
     text = pathlib.Path(config.data.path).read_text()
     (tmp_path / "other.txt").write_text(text[::-1])
     other = replace(config, data=replace(config.data, path=str(tmp_path / "other.txt")))
-    with pytest.raises(UserError, match="is not the one that .* was trained on"):
+    with pytest.raises(UserError, match=r"is not the one that .* was trained on"):
         train(other, whole[1], progress=False)
 
 
