@@ -18,7 +18,9 @@ import pytest
 from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig, to_dict
 from ultramem_jax.errors import UserError
 from ultramem_jax.training import checkpoints as module
-from ultramem_jax.training.checkpoints import Checkpoints, find_damage
+from ultramem_jax.training import manifest
+from ultramem_jax.training.checkpoints import Checkpoints
+from ultramem_jax.training.manifest import find_damage
 
 CONFIG = to_dict(RunConfig())
 CORPUS = {"name": "stdlib", "sha256": "0123abcd"}
@@ -275,12 +277,12 @@ def test_orbax_own_marks_are_not_needed(copy, name, harm):
 
 
 def test_of_a_large_file_blocks_are_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_CHECKSUM_WHOLE_BYTES", 2**20)
-    monkeypatch.setattr(module, "_CHECKSUM_BLOCKS", 3)
+    monkeypatch.setattr(manifest, "_CHECKSUM_WHOLE_BYTES", 2**20)
+    monkeypatch.setattr(manifest, "_CHECKSUM_BLOCKS", 3)
     path = tmp_path / "large"
     content = np.random.default_rng(0).bytes(2**20 + 2)
     path.write_bytes(content)
-    module.write_manifest(tmp_path)
+    manifest.write_manifest(tmp_path)
     middle = (2**20 + 2 - 2**16) // 2
     checked = [0, 2**16 - 1, middle, middle + 2**16 - 1, 2**20 + 1 - 2**16 + 1, 2**20 + 1]
     for place in checked:
@@ -297,7 +299,7 @@ def test_damage_that_the_manifest_hides_falls_back_when_orbax_raises(tmp_path):
         for step in (1, 2):
             checkpoints.save(step, state, None, CONFIG, CORPUS)
     flip(tmp_path / "2" / "state" / "manifest.ocdbt")
-    module.write_manifest(tmp_path / "2")
+    manifest.write_manifest(tmp_path / "2")
     assert find_damage(tmp_path / "2") is None
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         restored = checkpoints.restore(abstract(state))

@@ -22,8 +22,7 @@ import math
 import os
 import platform
 import textwrap
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +35,7 @@ from grain import checkpoint as grain_checkpoint
 
 import ultramem_jax
 from ultramem_jax.errors import UserError
+from ultramem_jax.training.manifest import find_damage, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,6 @@ CHUNK_BYTES = 64 * 2**20
 """Size that arrays are cut into. Chunks are compressed in parallel, and a restore onto another mesh reads
 only the chunks of its own shards; by default Orbax writes one chunk per shard, however large."""
 
-_MANIFEST = "manifest.json"
-_NOT_IN_MANIFEST = frozenset({_MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"})
-"""The two of Orbax in a checkpoint's own directory are written last of all, and nothing here reads them."""
-
-_CHECKSUM_WHOLE_BYTES = 256 * 2**20
-"""A larger file is sampled: CRC-32 takes about half a second per GB here, and a read of the whole file."""
-_CHECKSUM_BLOCKS, _CHECKSUM_BLOCK_BYTES = 256, 64 * 2**10
 _MESSAGE_ENTRIES = 8
 """Differences that an error message spells out; the rest are counted."""
 _REASON_CHARACTERS = 200
@@ -367,64 +360,6 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         newest = sorted(steps)[-self.keep_last :]
         best = _by_loss(self.losses, steps)[: self.keep_best]
         return [step in newest or step in best for step in steps]
-
-
-# ---- whole or damaged
-
-
-def write_manifest(directory: Path) -> None:
-    """Writes the sizes and checksums of all files below `directory` into its `manifest.json`."""
-    files = {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
-        for path in _files(directory)
-    }
-    partial = directory / (_MANIFEST + ".partial")
-    partial.write_text(json.dumps({"format": 1, "files": files}, indent=1))
-    partial.replace(directory / _MANIFEST)
-
-
-def find_damage(directory: Path) -> str | None:
-    """What is wrong with the checkpoint at `directory`, in one line; None if it equals its manifest.
-
-    Of a file above 256 MiB the size is checked and 256 blocks of 64 KiB, so that tables of many GB open at
-    once. That finds what was cut off, left out or never flushed, but not a few bytes that changed in between:
-    the chunks of arrays carry no checksum of their own.
-    """
-    try:
-        files = json.loads((directory / _MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{_MANIFEST} cannot be read ({type(error).__name__})"
-    for name, expected in files.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (size := path.stat().st_size) != expected["bytes"]:
-            return f"{name} has {size} bytes instead of {expected['bytes']}"
-        if _checksum(path) != expected["crc32"]:
-            return f"{name} has other content than was written"
-    return None
-
-
-def _files(directory: Path) -> Iterator[Path]:
-    for path in sorted(directory.rglob("*")):
-        own = path.parent == directory and path.name in _NOT_IN_MANIFEST
-        if path.is_file() and not own:
-            yield path
-
-
-def _checksum(path: Path) -> int:
-    """CRC-32 of a file, or of blocks spread evenly over a large one, its first and last bytes included."""
-    size, checksum = path.stat().st_size, 0
-    if size <= _CHECKSUM_WHOLE_BYTES:
-        starts: Sequence[int] = range(0, size, _CHECKSUM_BLOCK_BYTES)
-    else:
-        last = size - _CHECKSUM_BLOCK_BYTES
-        starts = [last * block // (_CHECKSUM_BLOCKS - 1) for block in range(_CHECKSUM_BLOCKS)]
-    with path.open("rb") as file:
-        for start in starts:
-            file.seek(start)
-            checksum = zlib.crc32(file.read(_CHECKSUM_BLOCK_BYTES), checksum)
-    return checksum
 
 
 # ---- reading one checkpoint
