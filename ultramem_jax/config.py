@@ -358,6 +358,7 @@ class TrainConfig:
         _at_least(0, train__weight_decay=self.weight_decay, train__learning_rate=self.learning_rate)
         _fraction(train__warmup_fraction=self.warmup_fraction, train__b1=self.b1, train__b2=self.b2)
         require(self.eps > 0, "train.eps", self.eps, "must be above 0")
+        require(self.seed < 2**32, "train.seed", self.seed, "must be below 2**32")
         require(
             0 <= self.final_lr_fraction <= 1,
             "train.final_lr_fraction",

@@ -168,6 +168,12 @@ def test_a_checkpoint_of_another_model_is_refused(config, whole):
         train(other, whole[1], progress=False)
 
 
+def test_fewer_steps_than_were_done_are_refused(config, whole):
+    fewer = replace(config, train=replace(config.train, steps=5))
+    with pytest.raises(UserError, match=r"train\.steps = 5: must be at least 6"):
+        train(fewer, whole[1], progress=False)
+
+
 def test_other_data_than_the_checkpoints_is_refused(config, whole, tmp_path):
     text = pathlib.Path(config.data.path).read_text()
     (tmp_path / "other.txt").write_text(text[::-1])

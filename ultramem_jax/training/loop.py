@@ -95,6 +95,12 @@ def train(
         else:
             restored = checkpoints.restore(abstract, data, expect_config=to_dict(config))
             state, start = restored.state, restored.step
+            require(
+                start <= config.train.steps,
+                "train.steps",
+                config.train.steps,
+                f"must be at least {start}, the steps that {workdir} has done",
+            )
             log.info("resumed from step %d of %s", start, workdir)
             _check_corpus(restored.meta.corpus, corpus, workdir)
         with MetricWriter(workdir, config.train.tensorboard, start or None) as writer:
