@@ -265,6 +265,7 @@ def _running_mean(values: list[float], window: int) -> list[float]:
 def _draw_validation(axes: Any, steps: list[int], losses: list[float], unit: str) -> None:
     if not steps:
         return
+    finite = [loss for loss in losses if not math.isnan(loss)]
     axes.plot(
         steps,
         losses,
@@ -272,19 +273,8 @@ def _draw_validation(axes: Any, steps: list[int], losses: list[float], unit: str
         color=_VALIDATION_COLOUR,
         markersize=6,
         markeredgecolor="white",
-        label="validation",
+        label=f"validation, best {min(finite):.3f} {unit}" if finite else "validation",
     )
-    finite = [(loss, step) for loss, step in zip(losses, steps, strict=True) if not math.isnan(loss)]
-    if finite:
-        best, at = min(finite)
-        axes.annotate(
-            f"{best:.3f} {unit}",
-            (at, best),
-            textcoords="offset points",
-            xytext=(0, 10),
-            ha="right" if at > (steps[0] + steps[-1]) / 2 else "left",
-            color=_VALIDATION_COLOUR,
-        )
 
 
 def _dress(axes: Any, title: str, unit: str) -> None:
