@@ -83,7 +83,7 @@ def _run(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) -> dict[str, 
     if not trained.finished:
         return None
     evaluate = Evaluator(config, corpus)
-    test = evaluate(model_variables(trained.state), "test", TEST_BATCHES.value)
+    test = evaluate(model_variables(trained.state), "test", TEST_BATCHES.value, progress=True)
     records = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "validation"]
     result = {
         "config": to_dict(config),

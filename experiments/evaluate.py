@@ -19,5 +19,5 @@ def main() -> None:
     print(f"step {loaded.step} of {WORKDIR.value}, corpus {corpus.corpus_hash[:12]}")
     print(f"{'split':12}{'nats/token':>12}{'bits/byte':>12}")
     for split in ("validation", "test"):
-        loss, bits = evaluate(loaded.variables, split, BATCHES.value)
+        loss, bits = evaluate(loaded.variables, split, BATCHES.value, progress=True)
         print(f"{split:12}{loss:12.4f}{bits:12.4f}")

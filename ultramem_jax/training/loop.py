@@ -116,7 +116,12 @@ class Evaluator:
         self._step = jax.jit(make_eval_step(config))
 
     def __call__(
-        self, variables: dict[str, Any], split: str = "validation", batches: int | None = None
+        self,
+        variables: dict[str, Any],
+        split: str = "validation",
+        batches: int | None = None,
+        *,
+        progress: bool = False,
     ) -> tuple[float, float]:
         """Loss in nats per token and bits per byte.
 
@@ -124,10 +129,20 @@ class Evaluator:
             variables: of the model.
             split: `train`, `validation` or `test`.
             batches: how many; 0 is all of the split, None is `train.eval_batches`.
+            progress: whether to draw a progress bar on standard error.
         """
+        size = self._config.train.batch_size
         limit = self._config.train.eval_batches if batches is None else batches
+        every = -(-len(self._corpus.source(split)) // size)
         total = np.zeros(2, np.float64)
-        for batch in eval_batches(self._corpus, split, self._config.train.batch_size, limit):
+        for batch in tqdm(
+            eval_batches(self._corpus, split, size, limit),
+            desc=split,
+            total=min(limit, every) if limit else every,
+            unit="batch",
+            disable=not progress,
+            leave=False,
+        ):
             total += np.asarray(self._step(variables, batch["tokens"], batch["mask"]), np.float64)
         loss = float(total[0] / total[1])
         return loss, bits_per_byte(loss, self._corpus.bytes_per_token(split))
