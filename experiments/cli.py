@@ -6,10 +6,10 @@ Python file with `get_config() -> RunConfig`), takes its model from `--preset=NA
 """
 
 import contextlib
-import importlib.util
 import logging
 import pathlib
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,8 +25,6 @@ from ultramem_jax.presets import preset
 
 FLAGS = flags.FLAGS
 
-_CONFIG_FILE = re.compile(r"--?config=(.*)")
-_PRESET = re.compile(r"--?preset=(.*)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?")
 
 
@@ -42,21 +40,21 @@ def run(main: Callable[[], None], argv: list[str], usage: str, base: RunConfig |
     Returns:
         0, 2 after an error of the user's (one line on standard error), or 130 after an interrupt.
     """
-    _log_plainly()
-    try:
-        if base is not None:
-            argv = _define_config(argv, base)
-        if any(flag in ("--help", "-h", "-help") for flag in argv[1:]):
-            print(f"{usage}\n\n{_flag_help(main.__module__, base is not None)}")
-            return 0
-        _parse(argv)
-        main()
-    except (UserError, flags.Error) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    with _plain_log():
+        try:
+            if base is not None:
+                argv = _define_config(argv, base)
+            if any(flag in ("--help", "-h", "-help") for flag in argv[1:]):
+                print(f"{usage}\n\n{_flag_help(main.__module__, base is not None)}")
+                return 0
+            _parse(argv)
+            main()
+        except (UserError, flags.Error) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
     return 0
 
 
@@ -87,15 +85,12 @@ def _parse(argv: list[str]) -> None:
 def _define_config(argv: list[str], base: RunConfig) -> list[str]:
     """Defines the flag `config` from file and preset; returns the command line without those two."""
     global _name
-    tree, rest, preset_name = to_dict(base), [], None
-    for argument in argv:
-        if match := _CONFIG_FILE.fullmatch(argument):
-            tree = to_dict(_read_config(match[1]))
-            _name = pathlib.Path(match[1]).stem
-        elif match := _PRESET.fullmatch(argument):
-            preset_name = match[1]
-        else:
-            rest.append(argument)
+    tree = to_dict(base)
+    file, rest = _take(argv, "config")
+    preset_name, rest = _take(rest, "preset")
+    if file is not None:
+        tree = to_dict(_read_config(file))
+        _name = pathlib.Path(file).stem
     if preset_name is not None:
         tree["model"] = to_dict(preset(preset_name))
         _name = preset_name
@@ -105,6 +100,24 @@ def _define_config(argv: list[str], base: RunConfig) -> list[str]:
     with _sys_argv(rest):
         config_flags.DEFINE_config_dict("config", ConfigDict(tree), "the run; --config.part.field=value")
     return rest
+
+
+def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of `--flag=value` or `--flag value`, the last one if there are several, and the rest."""
+    value, rest, position = None, [], 0
+    while position < len(argv):
+        name, equals, given = argv[position].partition("=")
+        if name not in (f"--{flag}", f"-{flag}"):
+            rest.append(argv[position])
+        elif equals:
+            value = given
+        elif position + 1 < len(argv):
+            position += 1
+            value = argv[position]
+        else:
+            raise UserError(f"--{flag}: needs a value, --{flag}=VALUE")
+        position += 1
+    return value, rest
 
 
 @contextlib.contextmanager
@@ -119,15 +132,19 @@ def _sys_argv(argv: list[str]) -> Iterator[None]:
 
 def _read_config(path: str) -> RunConfig:
     if not pathlib.Path(path).is_file():
-        known = [str(p) for p in sorted(pathlib.Path("experiments/configs").glob("[!_]*.py"))]
+        folder = pathlib.Path(__file__).parent / "configs"
+        known = [f"experiments/configs/{file.name}" for file in folder.glob("[!_]*.py")]
         raise unknown("config file", path, known)
-    spec = importlib.util.spec_from_file_location("run_config_file", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config = {path!r}: has no function get_config() -> RunConfig")
-    return module.get_config()
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever a file of Python can do wrong is the user's to mend, and one line says what it was.
+        raise UserError(f"--config = {path!r}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, RunConfig):
+        raise UserError(f"--config = {path!r}: get_config() must return a RunConfig, not {config!r}")
+    return config
 
 
 def _check_key(tree: dict[str, Any], key: str) -> None:
@@ -160,12 +177,21 @@ def _flag_help(module: str, with_config: bool) -> str:
     return "\n".join(lines)
 
 
-def _log_plainly() -> None:
-    """Our own messages as plain lines; from the libraries, warnings alone."""
+@contextlib.contextmanager
+def _plain_log() -> Iterator[None]:
+    """Our own messages as plain lines on standard error, once; from the libraries, warnings alone."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     logger = logging.getLogger("ultramem_jax")
+    before = logger.level, logger.propagate
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+    # Libraries give the root logger handlers of their own, which would print every line again.
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

@@ -38,12 +38,17 @@ RESULTS = flags.DEFINE_string("results", "experiments/results/compare", "folder 
 def main() -> None:
     """Trains every system with every seed; writes the table and the figure."""
     base = cli.run_config()
+    if not SYSTEM_NAMES.value:
+        raise UserError(f"--systems = '': name at least one of {', '.join(SYSTEMS)}")
     for system in SYSTEM_NAMES.value:
         if system not in SYSTEMS:
             raise unknown("system", system, SYSTEMS)
+    # Taken now: the code that runs is the one that was checked out when the process started.
+    environment = report.environment()
     models = {system: match(base.model, system) for system in SYSTEM_NAMES.value}
     verify_match({"base": base.model, **models})
     corpus = load_corpus(base.data)
+    corpus.source("test")  # refuses a split that is too short before anything is trained
     results: dict[str, list[dict[str, Any]]] = {system: [] for system in models}
     # Seed by seed, so that a comparison cut short has every system.
     for seed in range(SEEDS.value):
@@ -52,7 +57,7 @@ def main() -> None:
             config = dataclasses.replace(base, model=model, train=settings)
             workdir = pathlib.Path(WORKDIR.value) / f"{system}-seed{seed}"
             print(f"{system}, seed {seed}: {workdir}", flush=True)
-            result = _run(config, corpus, workdir)
+            result = _run(config, corpus, workdir, environment)
             if result is None:
                 print("stopped; the same command goes on from there")
                 return
@@ -60,7 +65,11 @@ def main() -> None:
     folder = pathlib.Path(RESULTS.value)
     rows = [_row(system, models[system], runs) for system, runs in results.items()]
     table, _ = report.write_table(
-        rows, folder / "compare", "Systems at equal compute", report.environment(), _notes(base, corpus)
+        rows,
+        folder / "compare",
+        "Systems at equal compute",
+        _common([run["environment"] for runs in results.values() for run in runs]),
+        _notes(base, corpus),
     )
     figure = report.plot_curves(
         {system: [(run["steps"], run["bits"]) for run in runs] for system, runs in results.items()},
@@ -71,13 +80,22 @@ def main() -> None:
     print(f"\n{table.read_text()}\nfigure: {figure}")
 
 
-def _run(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) -> dict[str, Any] | None:
+def _run(
+    config: RunConfig, corpus: Corpus, workdir: pathlib.Path, environment: dict[str, str]
+) -> dict[str, Any] | None:
     """One run's validation curve and test loss, from its folder if it was done before; None if stopped."""
     done = workdir / "result.json"
+    identity = {
+        "config": to_dict(config),
+        "corpus_hash": corpus.corpus_hash,
+        "test_batches": TEST_BATCHES.value,
+    }
     if done.exists():
         result = json.loads(done.read_text())
-        if result["config"] != to_dict(config) or result["corpus_hash"] != corpus.corpus_hash:
-            raise UserError(f"{workdir} holds a run of another config or corpus; give another --workdir")
+        if {name: result[name] for name in identity} != identity:
+            raise UserError(
+                f"{workdir} holds a run of another config, corpus or --test_batches; give another --workdir"
+            )
         return result
     trained = train(config, workdir, corpus=corpus)
     if not trained.finished:
@@ -86,8 +104,8 @@ def _run(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) -> dict[str, 
     test = evaluate(model_variables(trained.state), "test", TEST_BATCHES.value, progress=True)
     records = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "validation"]
     result = {
-        "config": to_dict(config),
-        "corpus_hash": corpus.corpus_hash,
+        **identity,
+        "environment": environment,
         "steps": [record["step"] for record in records],
         "bits": [record["bits_per_byte"] for record in records],
         "test_bits": test[1],
@@ -99,18 +117,32 @@ def _run(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) -> dict[str, 
     return result
 
 
+def _common(environments: list[dict[str, str]]) -> dict[str, str]:
+    """Where the runs were made; where they differ, all that was found."""
+    found: dict[str, list[str]] = {}
+    for environment in environments:
+        for name, value in environment.items():
+            found.setdefault(name, [])
+            if value not in found[name]:
+                found[name].append(value)
+    return {name: "; ".join(values) for name, values in found.items()}
+
+
 def _row(system: str, model: ModelConfig, runs: list[dict[str, Any]]) -> dict[str, Any]:
     parameters, flops = count_parameters(model), flops_per_token(model)
+    validation, test = ([run["bits"][-1] for run in runs], [run["test_bits"] for run in runs])
     speed = [run["tokens_per_second"] for run in runs if math.isfinite(run["tokens_per_second"])]
     return {
         "system": system,
         "shape": _shape(model),
-        "dense parameters": f"{parameters.dense:,}",
-        "sparse parameters": f"{parameters.sparse:,}",
-        "FLOPs per token (M)": f"{flops.matched / 1e6:.3f}",
-        "validation bits/byte": _spread([run["bits"][-1] for run in runs]),
-        "test bits/byte": _spread([run["test_bits"] for run in runs]),
-        "tokens/s": f"{statistics.median(speed):,.0f}" if speed else "",
+        "dense parameters": parameters.dense,
+        "sparse parameters": parameters.sparse,
+        "FLOPs per token": flops.matched,
+        "validation bits/byte": statistics.fmean(validation),
+        "± (val.)": statistics.stdev(validation) if len(runs) > 1 else None,
+        "test bits/byte": statistics.fmean(test),
+        "± (test)": statistics.stdev(test) if len(runs) > 1 else None,
+        "tokens/s": round(statistics.median(speed)) if speed else None,
     }
 
 
@@ -125,11 +157,6 @@ def _shape(model: ModelConfig) -> str:
     return f"MLP {model.mlp_dim}"
 
 
-def _spread(values: list[float]) -> str:
-    mean = statistics.fmean(values)
-    return f"{mean:.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{mean:.4f}"
-
-
 def _notes(base: RunConfig, corpus: Corpus) -> list[str]:
     tokens = base.train.steps * base.train.batch_size * base.data.seq_len
     return [
@@ -138,6 +165,9 @@ def _notes(base: RunConfig, corpus: Corpus) -> list[str]:
         f"{corpus.num_tokens['train'] / 1e6:.2f} M tokens of training, hash {corpus.corpus_hash[:12]}.",
         "FLOPs per token: forward, two per weight that a token is multiplied by, plus scoring and lookups; "
         "attention scores and logits, equal for all, are left out.",
-        f"Mean ± standard deviation over {SEEDS.value} seeds; the same batches for every system.",
-        "tokens/s: median training step, on a machine that may have been shared; not a benchmark.",
+        f"Means over {SEEDS.value} seeds, ± one standard deviation; the same batches for every system.",
+        "One learning rate for all systems, not tuned for each. The values of UltraMem learn at "
+        f"{base.model.memory.value_lr_multiple if base.model.memory else 1:g} times that rate at first (one "
+        "of its changes), those of PKM at 1 times, as published.",
+        "tokens/s: median training step, on a machine that other work shared; not a benchmark.",
     ]

@@ -3,7 +3,7 @@
 from absl import flags
 
 from ultramem_jax.data import load_corpus
-from ultramem_jax.training.loop import Evaluator
+from ultramem_jax.training.loop import Evaluator, check_corpus
 from ultramem_jax.training.restore import load_model
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder of the run")
@@ -15,6 +15,7 @@ def main() -> None:
     """Prints a table: a row per split."""
     loaded = load_model(WORKDIR.value, CHECKPOINT.value)
     corpus = load_corpus(loaded.config.data)
+    check_corpus(loaded.corpus, corpus, WORKDIR.value)
     evaluate = Evaluator(loaded.config, corpus)
     print(f"step {loaded.step} of {WORKDIR.value}, corpus {corpus.corpus_hash[:12]}")
     print(f"{'split':12}{'nats/token':>12}{'bits/byte':>12}")

@@ -61,10 +61,10 @@ class MemoryConfig:
     """Change 6, Implicit Value Expansion: E virtual blocks per table, a square. 1 is off."""
     shuffle: str = "keyed"
     """How virtual addresses are permuted: `keyed` computes a bijection on the fly (where E > 1; one block has
-    nothing to gain), `explicit` reads a stored permutation of E·N entries (for imported weights), `none`
-    leaves them as they are."""
+    nothing to gain), `explicit` reads a stored permutation of E·N entries (random at first; for imported
+    weights), `none` leaves them as they are."""
     shuffle_seed: int = 0
-    """Key of the `keyed` shuffle; each memory of a model adds its own index."""
+    """Which permutation; each memory of a model adds its own index."""
     tucker_rank: int = 2
     """Change 7, TDQKR: r, rank of the Tucker core. 0 is off: row and column scores are added, as in PKM."""
     rank_keys: str = "split"
@@ -77,7 +77,8 @@ class MemoryConfig:
     core_loss_margin: float = 0.15
     """τ: the singular values λ_i, i >= 2, are pushed below it."""
     init: str = "paper"
-    """Change 9. `paper`: output variance starts at 1/(2L). `reference`: the authors' code. `pkm`: PKM's."""
+    """Change 9. `paper`: output variance starts at 1/(2L) (without softmax, whose weights are smaller).
+    `reference`: as in the authors' code. `pkm`: as in Product-Key Memory."""
     value_lr_multiple: float = 10.0
     """Change 10: the values' learning rate starts at this multiple and falls linearly to 1x (paper: 10; the
     authors' code and V2: 4). 1 is off."""
@@ -115,6 +116,12 @@ class MemoryConfig:
             prefix + "num_keys",
             self.num_keys,
             "num_keys squared must stay below 2**31, slots are int32",
+        )
+        require(
+            self.shuffle != "explicit" or self.num_virtual_keys**2 < 2**31,
+            prefix + "shuffle",
+            self.shuffle,
+            "must be 'keyed' where expansion * num_keys squared reaches 2**31, addresses are int32",
         )
         require(
             self.value_dim % self.num_cores == 0,
@@ -255,6 +262,8 @@ class ModelConfig:
         _at_least(1, model__num_layers=self.num_layers, model__num_heads=self.num_heads)
         _at_least(1, model__num_kv_heads=self.num_kv_heads, model__mlp_dim=self.mlp_dim)
         _fraction(model__dropout=self.dropout)
+        require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "must be above 1")
+        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "must be above 0")
         _choice("model.mlp", self.mlp, ("gelu", "swiglu"))
         _choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         require(
@@ -344,7 +353,8 @@ class TrainConfig:
     """Steps between checkpoints. The last step always saves. 0 is the last step alone."""
     keep_last: int = 2
     keep_best: int = 1
-    """Checkpoints kept: the newest ones, and the best by validation loss."""
+    """Checkpoints kept: the newest ones, and the best by validation loss. Only a checkpoint of a step that
+    also evaluates can be among the best: make `checkpoint_every` a multiple of `eval_every`."""
     tensorboard: bool = False
     """Also write TensorBoard event files."""
 

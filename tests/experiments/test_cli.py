@@ -181,6 +181,10 @@ BAD = {
     "no run to generate from": (["generate", "--workdir=/no/such"], "/no/such", "no checkpoints"),
     "unknown system": (["compare", "--systems=dens"], "'dens'", "'dense'"),
     "base without a memory": (["compare", "--preset=dense-tiny"], "memory", "base"),
+    "no system": (["compare", "--systems="], "--systems", "dense"),
+    "rotary base of zero": (["train", "--config.model.rope_theta=0"], "rope_theta = 0", "above 1"),
+    "a workdir that is a file": (["train", "--workdir=experiments/cli.py"], "--workdir", "folder"),
+    "a flag without its value": (["train", "--preset"], "--preset", "VALUE"),
     "a stray argument": (["count", "all"], "'all'", "--name=value"),
 }
 
@@ -198,7 +202,7 @@ def test_bad_input_gets_one_line_that_names_it_and_what_is_allowed(run, case, tm
     assert all(words in message[-1] for words in said), message[-1]
     assert "Traceback" not in err
     # The stdlib corpus may have been tokenized on the way; nothing else was written.
-    left = {p.name for p in tmp_path.iterdir()} - {"experiments", "cache", "runs"}
+    left = {p.name for p in tmp_path.iterdir()} - {"experiments", "cache"}
     assert not left
 
 

@@ -160,7 +160,7 @@ def test_auxiliary_loss_is_weighted_and_absent_when_off():
     module, variables, x = _layer(MemoryConfig.ultramem(**SMALL, core_loss_weight=0.5, core_loss_margin=0.0))
     _, sown = module.apply(variables, x, train=True, mutable=["losses"])
     minor = np.linalg.svd(np.asarray(variables["params"]["cores"]).sum(1), compute_uv=False)[:, 1]
-    np.testing.assert_allclose(sown["losses"]["core"][0], 0.5 * (minor**2).mean(), rtol=1e-4)
+    np.testing.assert_allclose(sown["losses"]["core"], 0.5 * (minor**2).mean(), rtol=1e-4)
     module, variables, x = _layer(MemoryConfig.ultramem(**SMALL, core_loss_weight=0.0))
     assert "losses" not in module.apply(variables, x, train=True, mutable=["losses"])[1]
 
@@ -168,7 +168,7 @@ def test_auxiliary_loss_is_weighted_and_absent_when_off():
 def test_metrics_are_what_they_say():
     module, variables, x = _layer(CONFIGS["ultramem"])
     y, sown = module.apply(variables, x, train=True, mutable=["metrics", "reads"])
-    metrics = {name: float(value[0]) for name, value in sown["metrics"].items()}
+    metrics = {name: float(value) for name, value in sown["metrics"].items()}
     total = np.asarray(sown["reads"]["scores"]).sum(-1).reshape(10, 2, 4)
     assert metrics["top_1_score"] == pytest.approx(total[..., 0].mean(), rel=1e-5)
     assert metrics["top_m_score"] == pytest.approx(total[..., -1].mean(), rel=1e-5)

@@ -28,11 +28,12 @@ def test_touched_rows_follow_adamw_and_the_rest_keeps_every_bit():
     values = jnp.asarray(rng.standard_normal((5, 3)), jnp.float32)
     step = jnp.asarray(4, jnp.int32)
     update = jax.jit(_optimizer().update)
-    after, after_moments = update(RowGradients(slots, values), moments, table, step)
+    after, after_moments, norm = update(RowGradients(slots, values), moments, table, step)
     read = np.array([2, 7, 11])
     expected = _adamw_by_hand(
         *(np.asarray(a, np.float64)[read] for a in (table, *moments)), np.asarray(values, np.float64)[:3], 4
     )
+    assert norm == pytest.approx(np.linalg.norm(expected[0]), rel=1e-5)
     others = np.setdiff1d(np.arange(12), read)
     before = (table, *moments)
     for found, wanted, old in zip((after, *after_moments), expected, before, strict=True):
@@ -56,7 +57,7 @@ def test_equals_optax_where_every_row_is_read():
     for step in range(5):
         grads = jnp.asarray(rng.standard_normal((6, 4)), jnp.float32)
         rows = RowGradients(jnp.arange(6, dtype=jnp.int32), grads)
-        sparse, moments = ours.update(rows, moments, sparse, jnp.asarray(step))
+        sparse, moments, _ = ours.update(rows, moments, sparse, jnp.asarray(step))
         change, state = theirs.update(grads, state, dense)
         dense = optax.apply_updates(dense, change)
     np.testing.assert_allclose(sparse, dense, rtol=1e-5, atol=1e-6)

@@ -19,7 +19,7 @@ from ultramem_jax.config import DataConfig
 from ultramem_jax.data import builder
 from ultramem_jax.data.sources import SPLITS
 from ultramem_jax.data.tokenizers import Tokenizer
-from ultramem_jax.errors import require, unknown
+from ultramem_jax.errors import UserError, require, unknown
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,11 @@ class Corpus:
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
         size = self.num_tokens[split]
+        if size == 0:
+            raise UserError(
+                f"data.path: no document of this corpus falls into its {split} split (a folder is split by "
+                "the names of its files); give more files, or one file"
+            )
         allowed = f"a sequence needs seq_len + 1 tokens, the {split} split of this corpus has {size:,}"
         require(size > self.seq_len, "data.seq_len", self.seq_len, allowed)
 

@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import gzip
 import hashlib
+import os
 import sys
 import sysconfig
 import zlib
@@ -86,10 +87,9 @@ def open_source(config: DataConfig) -> Source:
 
     Raises:
         UserError: an unknown dataset; a path that is missing, empty, unreadable or not what it is said to be;
-        a
-            TFDS dataset that cannot be had.
+            a TFDS dataset that cannot be had.
     """
-    dataset, path = config.dataset, config.path
+    dataset, path = config.dataset, os.path.expanduser(config.path)
     if dataset == "stdlib":
         require(not path, "data.path", path, "must be empty with data.dataset = 'stdlib'")
         return stdlib_source()

@@ -27,6 +27,7 @@ from jax import lax
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.layers.mlp import fan_in_normal, gelu, output_normal
+from ultramem_jax.layers.sowing import sow
 
 MAX_OVERFLOW_ROWS = 128
 """Rows of an overflow block, at most: more are mostly padding, fewer do not pay for fetching the weights."""
@@ -366,11 +367,11 @@ class MoE(nn.Module):
         # bfloat16 would round close probabilities to ties (Switch Transformer, section 2.4).
         router = route(tokens.astype(jnp.float32) @ w_router, moe.top_k, moe.normalize_gates)
         plan = dispatch_plan(router.experts, moe.num_experts)
-        self.sow("losses", "load_balance", moe.load_balance_weight * router.load_balance)
-        self.sow("losses", "router_z", moe.router_z_weight * router.router_z)
+        sow(self, "losses", "load_balance", moe.load_balance_weight * router.load_balance)
+        sow(self, "losses", "router_z", moe.router_z_weight * router.router_z)
         mean_load = router.experts.size / moe.num_experts
-        self.sow("metrics", "load_max_over_mean", jnp.max(plan.load).astype(jnp.float32) / mean_load)
-        self.sow("metrics", "router_entropy", router.entropy)
+        sow(self, "metrics", "load_max_over_mean", jnp.max(plan.load).astype(jnp.float32) / mean_load)
+        sow(self, "metrics", "router_entropy", router.entropy)
 
         compute = block_experts if _implementation(moe.implementation) == "blocks" else ragged_experts
         y = compute(tokens.astype(dtype), router.gates, weights, plan)

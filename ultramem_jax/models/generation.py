@@ -1,27 +1,14 @@
 """Sampling from a model by full forward passes over a window, without a cache."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.data.tokenizers import Tokenizer
 from ultramem_jax.models.transformer import Transformer
-
-
-class Tokenizer(Protocol):
-    """What sampling needs of a tokenizer; those of `ultramem_jax.data` have it."""
-
-    @property
-    def eos_id(self) -> int:
-        """The id that ends a document."""
-
-    def encode(self, data: bytes) -> np.ndarray:
-        """Text -> (tokens,) int32."""
-
-    def decode(self, ids: np.ndarray) -> bytes:
-        """The inverse of `encode`; special ids are left out."""
 
 
 def generate_tokens(
@@ -34,6 +21,7 @@ def generate_tokens(
     temperature: float,
     seed: int = 0,
     stop_id: int | None = None,
+    num_ids: int | None = None,
 ) -> np.ndarray:
     """Samples a continuation, one token at a time.
 
@@ -46,6 +34,7 @@ def generate_tokens(
         temperature: logits are divided by it; 0 takes the likeliest token.
         seed: of the sampling.
         stop_id: ends the continuation, and is not part of it.
+        num_ids: only ids below it are sampled, those that the tokenizer has; None is all of the model's.
 
     Returns:
         (<= num_tokens,) int32.
@@ -56,7 +45,7 @@ def generate_tokens(
     def next_token(variables: Any, context: jax.Array, length: jax.Array, key: jax.Array) -> jax.Array:
         # The context is padded on the right: a causal model does not see it from where it reads.
         every: Any = model.apply(variables, context[None])
-        logits = every[0, length - 1]
+        logits = every[0, length - 1, :num_ids]
         if temperature == 0:
             return logits.argmax().astype(jnp.int32)
         return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
@@ -100,5 +89,6 @@ def continue_text(
         temperature=temperature,
         seed=seed,
         stop_id=tokenizer.eos_id,
+        num_ids=tokenizer.vocab_size,
     )
     return tokenizer.decode(ids).decode(errors="replace")

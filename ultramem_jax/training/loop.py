@@ -6,6 +6,7 @@ import math
 import pathlib
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,18 +14,22 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import RunConfig, to_dict
 from ultramem_jax.data import Corpus, eval_batches, load_corpus, train_iterator
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.parallel.mesh import data_mesh, replicated, shard_batch
-from ultramem_jax.training.checkpoints import Checkpoints
+from ultramem_jax.training.checkpoints import Checkpoints, Meta
 from ultramem_jax.training.metrics import MetricWriter
-from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.optimizer import Optimizers, make_optimizers
 from ultramem_jax.training.restore import save_tokenizer
 from ultramem_jax.training.state import TrainState, init_state, model_variables
 from ultramem_jax.training.step import make_eval_step, make_train_step
 
 log = logging.getLogger(__name__)
+
+_TIMED_STEPS = 1000
+"""Steps that the speed at the end is the median of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,7 @@ class TrainResult:
     """Nats per token at the last evaluation; NaN if there was none."""
     validation_bits_per_byte: float
     tokens_per_second: float
-    """Median over the steps of this process, evaluations and checkpoints left out; NaN before the second."""
+    """Median over the last steps of this process, without evaluations and checkpoints; NaN after one step."""
     state: TrainState
 
 
@@ -77,32 +82,27 @@ def train(
         f"a micro-batch of {micro_batch} sequences does not divide over {mesh.size} devices",
     )
     data = train_iterator(corpus, config.train.batch_size, config.train.seed)
+    corpus.source("validation")  # refuses a split that is too short now, not after hours of training
     optimizers = make_optimizers(config)
     sharding = replicated(mesh)
     abstract = jax.eval_shape(lambda: init_state(config, optimizers))
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract)
     step_function = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
     evaluate = Evaluator(config, corpus)
-    workdir.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(corpus.tokenizer, workdir)
+    _make_folder(workdir)
     meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus_identity(corpus)}
     with (
         Checkpoints(workdir / "checkpoints", config.train.keep_last, config.train.keep_best) as checkpoints,
         _StopOnSigterm() as stop,
     ):
         if checkpoints.latest_step() is None:
-            state, start = jax.jit(lambda: init_state(config, optimizers), out_shardings=sharding)(), 0
+            save_tokenizer(corpus.tokenizer, workdir)
+            state, start = _fresh_state(config, optimizers, sharding), 0
         else:
+            _check_same_run(checkpoints.read_meta(), config, corpus, workdir)
             restored = checkpoints.restore(abstract, data, expect_config=to_dict(config))
             state, start = restored.state, restored.step
-            require(
-                start <= config.train.steps,
-                "train.steps",
-                config.train.steps,
-                f"must be at least {start}, the steps that {workdir} has done",
-            )
             log.info("resumed from step %d of %s", start, workdir)
-            _check_corpus(restored.meta.corpus, corpus, workdir)
         with MetricWriter(workdir, config.train.tensorboard, start or None) as writer:
             run = _Run(config, corpus, checkpoints, writer, evaluate, data, meta, stop)
             return run.steps(state, start, step_function, lambda tokens: shard_batch(tokens, mesh), progress)
@@ -174,13 +174,59 @@ def corpus_identity(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _check_corpus(of_checkpoint: dict[str, Any], corpus: Corpus, workdir: pathlib.Path) -> None:
+_FIXED = ("data.seq_len", "train.batch_size", "train.seed", "train.table_gradient")
+"""What a position in the data, or the state of the optimizer, has no meaning without."""
+
+
+def _check_same_run(meta: Meta, config: RunConfig, corpus: Corpus, workdir: pathlib.Path) -> None:
+    """Refuses to go on with a run under settings, or on data, that would make it another one."""
+    require(
+        meta.step <= config.train.steps,
+        "train.steps",
+        config.train.steps,
+        f"must be at least {meta.step}, the steps that {workdir} has done",
+    )
+    for name in _FIXED:
+        part, field = name.split(".")
+        then, now = meta.config[part][field], to_dict(config)[part][field]
+        require(then == now, name, now, f"must stay {then!r}, as {workdir} began; or give another --workdir")
+    check_corpus(meta.corpus, corpus, workdir)
+
+
+def check_corpus(of_checkpoint: dict[str, Any], corpus: Corpus, workdir: str | pathlib.Path) -> None:
+    """Refuses a corpus that is not the one a checkpoint was trained on.
+
+    Raises:
+        UserError: with both hashes.
+    """
     then, now = of_checkpoint["corpus_hash"], corpus.corpus_hash
     if then != now:
         raise UserError(
             f"corpus {now[:12]} is not the one that {workdir} was trained on, {then[:12]}: "
             "give another --workdir, or the same data"
         )
+
+
+def _make_folder(workdir: pathlib.Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir = {str(workdir)!r}: must be a folder that can be written: {error}"
+        ) from None
+
+
+def _fresh_state(config: RunConfig, optimizers: Optimizers, sharding: jax.sharding.Sharding) -> TrainState:
+    try:
+        return jax.jit(lambda: init_state(config, optimizers), out_shardings=sharding)()
+    except jax.errors.JaxRuntimeError as error:
+        if "memory" not in str(error).lower():
+            raise
+        total = count_parameters(config.model).total
+        raise UserError(
+            f"not enough memory for {total:,} parameters and their moments: "
+            "lower model.memory.num_keys, or choose a smaller model"
+        ) from None
 
 
 @dataclasses.dataclass
@@ -208,8 +254,8 @@ class _Run:
         train = self.config.train
         tokens_per_step = train.batch_size * self.config.data.seq_len
         validation = (math.nan, math.nan)
-        seconds: list[float] = []
-        step, finished, saved = start, True, start
+        seconds: deque[float] = deque(maxlen=_TIMED_STEPS)
+        step, finished = start, True
         bar = tqdm(total=train.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
         with bar:
             if start == train.steps:  # finished before; its numbers are still wanted
@@ -221,7 +267,7 @@ class _Run:
                 seconds.append(time.perf_counter() - began)
                 step += 1
                 bits = bits_per_byte(loss, self.corpus.bytes_per_token("train"))
-                speed = tokens_per_step / float(np.median(seconds[-20:]))
+                speed = tokens_per_step / float(np.median(list(seconds)[-20:]))
                 bar.set_postfix_str(f"loss {loss:.3f} ({bits:.3f} bits/byte), {speed:,.0f} tokens/s")
                 bar.update()
                 last = step == train.steps
@@ -233,21 +279,21 @@ class _Run:
                 evaluated = _due(step, train.eval_every, last)
                 if evaluated:
                     validation = self.evaluate(model_variables(state))
+                    self._require_finite({"validation loss": validation[0]}, step)
                     self.writer.write(
                         step, "validation", {"loss": validation[0], "bits_per_byte": validation[1]}
                     )
                 stopping = self.stop.requested and not last
                 if stopping or _due(step, train.checkpoint_every, last):
                     self._save(step, state, validation[0] if evaluated else None)
-                    saved = step
                 if stopping:
                     finished = False
                     break
         self.checkpoints.wait()
         if not finished:
-            log.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", saved)
+            log.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", step)
         # The first step of a process compiles.
-        speed = tokens_per_step / float(np.median(seconds[1:])) if len(seconds) > 1 else math.nan
+        speed = tokens_per_step / float(np.median(list(seconds)[1:])) if len(seconds) > 1 else math.nan
         return TrainResult(step, finished, *validation, speed, state)
 
     def _save(self, step: int, state: TrainState, validation_loss: float | None) -> None:
@@ -261,19 +307,28 @@ class _Run:
         )
 
     def _finite(self, metrics: dict[str, Any], step: int) -> float:
-        """The loss of a step, which must be a number, as must the norms of gradient and parameters.
+        """The loss of a step, which must be a number, as must its gradient and all that it wrote.
 
         A state that fails this is not saved.
         """
-        names = ("loss", "gradient_norm", "parameter_norm")
-        values = {name: float(metrics[name]) for name in names}
-        if all(math.isfinite(value) for value in values.values()):
-            return values["loss"]
+        names = ["loss", "gradient_norm", "parameter_norm", *(n for n in metrics if n.endswith("/row_norm"))]
+        self._require_finite({name: float(metrics[name]) for name in names}, step)
+        return float(metrics["loss"])
+
+    def _require_finite(self, values: dict[str, float], step: int) -> None:
+        bad = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
+        if not bad:
+            return
         self.checkpoints.wait()
-        found = ", ".join(f"{name} = {value}" for name, value in values.items())
+        kept = self.checkpoints.latest_step()
+        last = (
+            "there is no checkpoint yet"
+            if kept is None
+            else f"the last good checkpoint is that of step {kept}"
+        )
         raise UserError(
-            f"step {step}: {found}: must be finite; the last good checkpoint is that of step "
-            f"{self.checkpoints.latest_step()}; lower train.learning_rate or raise train.warmup_fraction"
+            f"step {step}: {bad}: must be finite; {last}; lower train.learning_rate or raise "
+            "train.warmup_fraction"
         )
 
 

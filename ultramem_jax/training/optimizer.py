@@ -23,13 +23,18 @@ def make_optimizers(config: RunConfig) -> Optimizers:
     """AdamW with clipping for the parameters, AdamW at the tables' own rate for the tables."""
     train = config.train
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
-    multiple = config.model.memory.value_lr_multiple if config.model.memory else 1.0
-    table_rate = value_learning_rate(train, multiple)
+    table_rate = table_learning_rate(config)
     return Optimizers(
         params=optax.chain(clip, _adamw(train, learning_rate(train), mask=_matrices)),
         rows=row_sparse_adamw(table_rate, train.b1, train.b2, train.eps, train.weight_decay),
         tables=_adamw(train, table_rate, mask=None),
     )
+
+
+def table_learning_rate(config: RunConfig) -> optax.Schedule:
+    """The learning rate of the value tables."""
+    multiple = config.model.memory.value_lr_multiple if config.model.memory else 1.0
+    return value_learning_rate(config.train, multiple)
 
 
 def _adamw(train: TrainConfig, rate: optax.Schedule, mask: Any) -> optax.GradientTransformation:

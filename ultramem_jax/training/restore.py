@@ -25,6 +25,8 @@ class LoadedModel:
     """`params`, `memory` and `buffers`; moments are not read."""
     tokenizer: Tokenizer
     step: int
+    corpus: dict[str, Any]
+    """What the checkpoint says of its data: `corpus_hash` and sizes."""
 
 
 def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> LoadedModel:
@@ -56,13 +58,16 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
         },
         tokenizer=_tokenizer(config, pathlib.Path(workdir)),
         step=meta.step,
+        corpus=meta.corpus,
     )
 
 
 def save_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
     """Keeps a trained tokenizer with the run, which then needs no corpus to be read back."""
     if isinstance(tokenizer, BpeTokenizer):
-        tokenizer.save(workdir / _TOKENIZER_FILE)
+        partial = workdir / (_TOKENIZER_FILE + ".partial")
+        tokenizer.save(partial)
+        partial.replace(workdir / _TOKENIZER_FILE)
 
 
 def _tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
@@ -76,8 +81,13 @@ def _step(checkpoints: Checkpoints, checkpoint: str | int) -> int | None:
     if checkpoint == "last":
         return None
     if checkpoint == "best":
-        return checkpoints.best_step()
-    if not str(checkpoint).isdigit() or int(checkpoint) not in checkpoints.all_steps():
+        best = checkpoints.best_step()
+        if best is None:
+            raise UserError(
+                "--checkpoint = 'best': no checkpoint here has a validation loss; allowed is 'last'"
+            )
+        return best
+    if not str(checkpoint).isdecimal() or int(checkpoint) not in checkpoints.all_steps():
         steps = ", ".join(map(str, checkpoints.all_steps()))
         raise UserError(f"--checkpoint = {checkpoint!r}: allowed are 'last', 'best' and the steps {steps}")
     return int(checkpoint)

@@ -30,8 +30,11 @@ class RowSparseTransformation(NamedTuple):
 
     init: Callable[[jax.Array], RowMoments]
     """table (N, d_v) -> moments."""
-    update: Callable[[RowGradients, RowMoments, jax.Array, jax.Array], tuple[jax.Array, RowMoments]]
-    """(gradients, moments, table, step from 0) -> (table, moments), to be compiled with both donated."""
+    update: Callable[
+        [RowGradients, RowMoments, jax.Array, jax.Array], tuple[jax.Array, RowMoments, jax.Array]
+    ]
+    """(gradients, moments, table, step from 0) -> (table, moments, norm () float32 of the rows written). To
+    be compiled with table and moments donated. The norm is not finite if any value written is not."""
 
 
 def row_sparse_adamw(
@@ -44,7 +47,7 @@ def row_sparse_adamw(
 
     def update(
         gradients: RowGradients, moments: RowMoments, table: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, RowMoments]:
+    ) -> tuple[jax.Array, RowMoments, jax.Array]:
         count = step.astype(jnp.float32) + 1
         rows = _take(table, gradients.slots).astype(jnp.float32)
         first = b1 * _take(moments.first, gradients.slots) + (1 - b1) * gradients.values
@@ -54,7 +57,9 @@ def row_sparse_adamw(
         moments = RowMoments(
             _put(moments.first, gradients.slots, first), _put(moments.second, gradients.slots, second)
         )
-        return _put(table, gradients.slots, rows.astype(table.dtype)), moments
+        written = gradients.slots[:, None] < table.shape[0]
+        norm = jnp.sqrt(jnp.sum(jnp.where(written, rows * rows, 0.0)))
+        return _put(table, gradients.slots, rows.astype(table.dtype)), moments, norm
 
     return RowSparseTransformation(init, update)
 

@@ -16,7 +16,7 @@ import optax
 from ultramem_jax.config import RunConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.ops.lookup import row_gradients, rows_read
-from ultramem_jax.training.optimizer import Optimizers
+from ultramem_jax.training.optimizer import Optimizers, table_learning_rate
 from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.slot_usage import record_reads
 from ultramem_jax.training.state import TrainState, model_variables
@@ -35,12 +35,13 @@ def make_train_step(
     """The step (state, tokens (B, S + 1) int32) -> (state, metrics); to be compiled with the state donated.
 
     Metrics are float32 scalars: `loss` (nats per token, without auxiliary losses), `auxiliary_loss`,
-    `gradient_norm` (of the dense parameters, before clipping), `parameter_norm`, `learning_rate`, and per
-    memory those of `record_reads` and of the layer.
+    `gradient_norm` (of the dense parameters, before clipping), `parameter_norm`, `learning_rate`, with
+    memories `value_learning_rate`, and per memory those of `record_reads`, those of the layer, and
+    `row_norm`, the norm of the rows that the step wrote (of the whole table in the dense way).
     """
     model, dense = Transformer(config.model), config.train.table_gradient == "dense"
     micro_batches = config.train.grad_accumulation
-    rate = learning_rate(config.train)
+    rate, value_rate = learning_rate(config.train), table_learning_rate(config)
 
     def loss(differentiated: Any, state: TrainState, buffers: Any, tokens: jax.Array, key: jax.Array) -> Any:
         variables = model_variables(state) | {"buffers": buffers} | differentiated
@@ -101,6 +102,8 @@ def make_train_step(
         updates, opt_state = optimizers.params.update(grads["params"], state.opt_state, state.params)
         metrics["gradient_norm"] = optax.tree.norm(grads["params"])
         metrics["learning_rate"] = rate(state.step)
+        if state.tables:
+            metrics["value_learning_rate"] = value_rate(state.step)
 
         rows = {name: rows_read(reads[name]["slots"], t["values"].shape[0]) for name, t in tables.items()}
         recorded = {name: record_reads(state.usage[name], rows[name]) for name in tables}
@@ -109,14 +112,17 @@ def make_train_step(
         if dense:
             change, table_state = optimizers.tables.update(grads["memory"], state.table_state, tables)
             tables = optax.apply_updates(tables, change)
+            for name in tables:
+                usage_metrics[name]["row_norm"] = optax.tree.norm(tables[name])
         else:
             table_state = {}
             for name, table in tables.items():
                 read, cotangent = reads[name], grads["perturbations"][name]["pooled"]
                 of_rows = row_gradients(rows[name], read["blocks"], read["scores"], cotangent)
-                values, table_state[name] = optimizers.rows.update(
+                values, table_state[name], norm = optimizers.rows.update(
                     of_rows, state.table_state[name], table["values"], state.step
                 )
+                usage_metrics[name]["row_norm"] = norm
                 tables = tables | {name: {"values": values}}
         params = optax.apply_updates(state.params, updates)
         metrics["parameter_norm"] = optax.tree.norm(params)
@@ -158,7 +164,7 @@ def _zero_reads(tables: Any, num_tokens: int, model: Any) -> Any:
 
 
 def _flatten(sown: Any) -> Metrics:
-    """Sown scalars as {"memory_0/output_std": value}; flax keeps each in a tuple of one."""
+    """Nested scalars as {"memory_0/output_std": value}."""
     flat = {}
     for path, value in jax.tree_util.tree_flatten_with_path(sown)[0]:
         names = [p.key for p in path if isinstance(p, jax.tree_util.DictKey)]

@@ -46,7 +46,8 @@ def memory_init(config: MemoryConfig, embed_dim: int, num_layers: int) -> Memory
             query=normal(1 / math.sqrt(embed_dim)),
             keys=_symmetric_uniform(1 / math.sqrt(d_k)),
             query_gain=1.0,
-            key_gain=1.0,
+            # PKM has no norms. Where they are switched on, scores are to start at a variance of one.
+            key_gain=1 / math.sqrt(d_k),
             values_std=1 / math.sqrt(d_v),
             projection=projection,
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from ultramem_jax.config import MemoryConfig
 from ultramem_jax.layers.memory.initializers import draw_table, memory_init
+from ultramem_jax.layers.sowing import sow
 from ultramem_jax.ops import addressing, lookup, product_keys
 
 _ROWS, _COLUMNS = 0, 1
@@ -67,7 +68,7 @@ class ProductKeyMemory(nn.Module):
             y = pooled.reshape(tokens, width) @ kernel.astype(self.dtype)
         else:
             y = pooled.reshape(tokens, embed_dim)
-        self.sow("metrics", "output_std", jnp.std(y.astype(jnp.float32)))
+        sow(self, "metrics", "output_std", jnp.std(y.astype(jnp.float32)))
         return y.reshape(x.shape)
 
     def _convolved(self, x: jax.Array) -> jax.Array:
@@ -135,9 +136,9 @@ class ProductKeyMemory(nn.Module):
             last_u.value, last_t.value = u, t
         if config.core_loss_weight and config.tucker_rank > 1:
             loss = product_keys.core_loss(cores, config.core_loss_margin)
-            self.sow("losses", "core", config.core_loss_weight * loss)
+            sow(self, "losses", "core", config.core_loss_weight * loss)
         for i, value in enumerate(product_keys.singular_values(cores).mean(0)):
-            self.sow("metrics", f"core_singular_value_{i + 1}", value)
+            sow(self, "metrics", f"core_singular_value_{i + 1}", value)
         return product_keys.retrieve_tucker(row_scores, column_scores, cores, u, t, config.top_m)
 
     def _addresses(self, rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -145,7 +146,11 @@ class ProductKeyMemory(nn.Module):
         config = self.config
         if config.shuffle == "explicit":
             size = config.expansion * config.num_slots
-            permutation = self.variable("buffers", "permutation", jnp.arange, size, dtype=jnp.int32)
+            permutation = self.variable(
+                "buffers",
+                "permutation",
+                lambda: jax.random.permutation(jax.random.key(config.shuffle_seed + self.index), size),
+            )
             stored = jnp.asarray(permutation.value)
             return addressing.permuted_block_and_slot(
                 rows, columns, config.num_virtual_keys, config.num_slots, stored
@@ -164,15 +169,16 @@ class ProductKeyMemory(nn.Module):
             lambda: draw_table(self.make_rng("params"), config.num_slots, config.value_dim, std),
         )
         for name, value in (("slots", slots), ("blocks", blocks), ("scores", scores)):
-            self.sow("reads", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+            sow(self, "reads", name, value)
         pooled = lookup.pooled_lookup(table.value, slots, blocks, scores, config.expansion)
-        return self.perturb("pooled", pooled)
+        # A perturbation has the shape of a batch: it is the training step's, not a variable of the layer.
+        return pooled if self.is_initializing() else self.perturb("pooled", pooled)
 
     def _record_scores(self, scores: jax.Array) -> None:
         """Mean over heads and tokens of the best and of the last chosen score, summed over cores."""
         total = scores.sum(-1)
-        self.sow("metrics", "top_1_score", total[..., 0].mean())
-        self.sow("metrics", "top_m_score", total[..., -1].mean())
+        sow(self, "metrics", "top_1_score", total[..., 0].mean())
+        sow(self, "metrics", "top_m_score", total[..., -1].mean())
 
 
 def _by_token(a: jax.Array) -> jax.Array:
