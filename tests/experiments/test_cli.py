@@ -119,6 +119,35 @@ def test_a_config_file_a_preset_and_overrides_in_any_order(run, text, tmp_path):
     assert config["model"]["memory"]["num_keys"] == 16
 
 
+def test_evaluation_refuses_another_corpus(run, text, tmp_path):
+    path = pathlib.Path(text[1].partition("path=")[2])
+    copy = [text[0], f"--config.data.path={tmp_path / 'copy.txt'}", text[2]]
+    (tmp_path / "copy.txt").write_text(path.read_text())
+    status, _, err = run("train", *TINY, *copy, f"--workdir={tmp_path / 'run'}")
+    assert status == 0, err
+    assert err.count("corpus ") == 1  # every message once
+    (tmp_path / "copy.txt").write_text(path.read_text().upper())
+    status, _, err = run("evaluate", f"--workdir={tmp_path / 'run'}")
+    assert status == 2 and "was trained on" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("def get_config(: pass", "SyntaxError"),
+        ("get_conf = 1", "get_config"),
+        ("def get_config(): return {}", "must return a RunConfig"),
+        ("from ultramem_jax import *\ndef get_config(): return TrainConfig(stepz=3)", "stepz"),
+        ("from ultramem_jax import *\ndef get_config(): return TrainConfig(steps=0)", "steps = 0"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_gets_one_line(run, tmp_path, text, said):
+    (tmp_path / "config.py").write_text(text)
+    status, _, err = run("train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}")
+    assert status == 2 and len(err.strip().splitlines()) == 1 and said in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_compare_writes_table_and_figure_and_goes_on_where_it_was(run, text, tmp_path):
     arguments = [*TINY, *text, f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}"]
     arguments += ["--config.train.eval_every=1", "--seeds=1", "--test_batches=1"]

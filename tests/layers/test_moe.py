@@ -171,13 +171,13 @@ def test_sown_losses_carry_their_weights_and_metrics_do_not():
     config = model(top_k=2, load_balance_weight=0.5, router_z_weight=0.25)
     params, _, sown = layer_outputs(config)
     router = jax.jit(route, static_argnums=(1, 2))(TOKENS @ np.asarray(params["router"]), 2, True)
-    losses = {name: float(value) for name, (value,) in sown["losses"].items()}
+    losses = {name: float(value) for name, value in sown["losses"].items()}
     assert losses == {
         "load_balance": pytest.approx(0.5 * float(router.load_balance), rel=1e-5),
         "router_z": pytest.approx(0.25 * float(router.router_z), rel=1e-5),
     }
     loads = np.bincount(np.asarray(router.experts).ravel(), minlength=NUM_EXPERTS)
-    metrics = {name: float(value) for name, (value,) in sown["metrics"].items()}
+    metrics = {name: float(value) for name, value in sown["metrics"].items()}
     assert metrics == {
         "load_max_over_mean": pytest.approx(loads.max() / (2 * T / NUM_EXPERTS), rel=1e-5),
         "router_entropy": pytest.approx(float(router.entropy), rel=1e-5),

@@ -117,6 +117,29 @@ def test_output_variance_starts_at_one_over_two_layers(switches, num_layers):
     assert variance * 2 * num_layers == pytest.approx(1.0, rel=0.25)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_product_key_initialisation_with_norms_scores_near_one(rank):
+    config = MemoryConfig.pkm(
+        num_keys=64, top_m=16, key_dim=64, value_dim=64, softmax=False, norm_query_key=True, tucker_rank=rank
+    )
+    module = ProductKeyMemory(config, 12)
+    x = jax.random.normal(jax.random.key(1), (2, 32, 64))
+    variables = module.init(jax.random.key(0), x, train=False)
+    scores = module.apply(variables, x, train=False, mutable=["reads"])[1]["reads"]["scores"]
+    # The best of 64 + 64 standard normal scores, summed or multiplied under a core: some units, not d_k.
+    assert 1 < float(jnp.sqrt((scores**2).mean())) < 12
+
+
+def test_initialisation_returns_what_apply_takes():
+    module, _, x = _layer(CONFIGS["stored permutation"])
+    made = module.init(jax.random.key(0), x, train=False)
+    assert set(made) == {"params", "memory", "buffers"}
+    assert module.apply(made, x[:1], train=False).shape == (1, 5, 16)  # another batch than that of init
+    permutation = np.asarray(made["buffers"]["permutation"])
+    np.testing.assert_array_equal(np.sort(permutation), np.arange(4 * 36))
+    assert (permutation != np.arange(4 * 36)).mean() > 0.9
+
+
 def test_table_is_drawn_in_blocks_with_the_right_spread():
     # 2²⁰ values are one block: this is one and a part of another.
     table = draw_table(jax.random.key(0), (1 << 16) + 1000, 16, 0.5)

@@ -61,6 +61,11 @@ def test_a_stop_token_ends_the_continuation_and_is_not_part_of_it(variables):
     assert found.tolist() == free[: free.index(stop)]
 
 
+def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(variables):
+    found = generate_tokens(CONFIG, variables, PROMPT, num_tokens=20, window=16, temperature=100.0, num_ids=3)
+    assert set(found.tolist()) == {0, 1, 2}
+
+
 def test_text_is_continued_by_text(variables):
     tokenizer = ByteTokenizer()
     text = continue_text(CONFIG, variables, tokenizer, "key ", num_tokens=6, window=16, temperature=0.0)

@@ -118,34 +118,53 @@ def test_a_finished_run_started_again_only_reports(config, whole):
     _same(result.state, again.state)
 
 
-def _command(config, workdir):
-    """A process that runs `train` on the same number of devices as this one."""
-    code = (
-        "import json, sys; from ultramem_jax.config import run_config_from_dict;"
-        "from ultramem_jax.training.loop import train;"
-        "train(run_config_from_dict(json.loads(sys.argv[1])), sys.argv[2], progress=False)"
+def _launch(config, folder, workdir):
+    """`python launch.py train` in a process of its own, on the same number of devices as this one."""
+    file = folder / "config.py"
+    file.write_text(
+        "from ultramem_jax.config import run_config_from_dict\n"
+        f"def get_config():\n    return run_config_from_dict({to_dict(config)!r})\n"
     )
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
-    argv = [sys.executable, "-c", code, json.dumps(to_dict(config)), str(workdir)]
-    return subprocess.Popen(argv, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(jax.device_count()),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    argv = [sys.executable, "launch.py", "train", f"--config={file}", f"--workdir={workdir}"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(argv, cwd=ROOT, env=environment, **pipes)
 
 
-def test_killed_at_a_random_moment_it_ends_on_the_same_numbers(config, tmp_path):
-    # Long enough that the moment falls anywhere: in a step, in a save, between the two.
-    longer = replace(config, train=replace(config.train, steps=16, eval_every=0, checkpoint_every=1))
-    process = _command(longer, tmp_path / "killed")
-    folder = tmp_path / "killed" / "checkpoints"
-    while process.poll() is None and not (folder / "3").exists():
+def _wait_for(path, process):
+    while process.poll() is None and not path.exists():
         time.sleep(0.02)
-    time.sleep(np.random.default_rng().uniform(0, 0.5))
+
+
+def test_stopped_or_killed_the_same_command_ends_on_the_same_numbers(config, tmp_path):
+    # Long enough that the moment falls anywhere: in a step, in a save, between the two.
+    longer = replace(config, train=replace(config.train, steps=14, eval_every=0, checkpoint_every=1))
+    workdir = tmp_path / "interrupted"
+    process = _launch(longer, tmp_path, workdir)
+    _wait_for(workdir / "checkpoints" / "2", process)
+    time.sleep(np.random.default_rng().uniform(0, 0.3))
     process.kill()
     process.communicate()
-    assert any(folder.iterdir())
-    resumed = train(longer, tmp_path / "killed", progress=False)
+    killed_at = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
+    assert killed_at < 14
+
+    process = _launch(longer, tmp_path, workdir)
+    _wait_for(workdir / "checkpoints" / str(killed_at + 1), process)
+    process.terminate()
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "the same command goes on from there" in out and f"resumed from step {killed_at}" in err
+
+    resumed = train(longer, workdir, progress=False)
     uninterrupted = train(longer, tmp_path / "other", progress=False)
     assert resumed.finished
     _same(resumed.state, uninterrupted.state)
-    assert _scalars(tmp_path / "killed") == _scalars(tmp_path / "other")
+    assert _scalars(workdir) == _scalars(tmp_path / "other")
 
 
 def test_a_truncated_checkpoint_gives_way_to_the_one_before(config, whole, tmp_path, caplog):
@@ -178,8 +197,74 @@ def test_other_data_than_the_checkpoints_is_refused(config, whole, tmp_path):
     text = pathlib.Path(config.data.path).read_text()
     (tmp_path / "other.txt").write_text(text[::-1])
     other = replace(config, data=replace(config.data, path=str(tmp_path / "other.txt")))
+    before = _files(whole[1])
     with pytest.raises(UserError, match=r"is not the one that .* was trained on"):
         train(other, whole[1], progress=False)
+    assert _files(whole[1]) == before
+
+
+@pytest.mark.parametrize(
+    "part, field, value",
+    [
+        ("data", "seq_len", 8),
+        ("train", "batch_size", 32),
+        ("train", "seed", 1),
+        ("train", "table_gradient", "dense"),
+    ],
+)
+def test_settings_that_would_make_it_another_run_are_refused(config, whole, part, field, value):
+    other = replace(config, **{part: replace(getattr(config, part), **{field: value})})
+    before = _files(whole[1])
+    with pytest.raises(UserError, match=rf"{part}\.{field} = {value!r}: must stay"):
+        train(other, whole[1], progress=False)
+    assert _files(whole[1]) == before
+
+
+def _files(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_refused_run_keeps_the_tokenizer_of_the_one_before(config, tmp_path):
+    model, train_once = replace(config.model, vocab_size=300), replace(config.train, steps=1)
+    data = replace(config.data, tokenizer="bpe", bpe_vocab_size=280)
+    train(RunConfig(model, data, train_once), tmp_path / "run", progress=False)
+    before = _files(tmp_path / "run")
+    (tmp_path / "other.txt").write_text("quite another text, with other pairs of bytes\n" * 300)
+    other = replace(data, path=str(tmp_path / "other.txt"))
+    with pytest.raises(UserError, match="was trained on"):
+        train(RunConfig(model, other, train_once), tmp_path / "run", progress=False)
+    assert _files(tmp_path / "run") == before
+
+
+def test_a_validation_split_that_is_too_short_is_refused_before_training(config, tmp_path):
+    (tmp_path / "short.txt").write_text("x" * 3000)
+    short = replace(config, data=replace(config.data, path=str(tmp_path / "short.txt"), seq_len=200))
+    with pytest.raises(UserError, match=r"data\.seq_len = 200: .* the validation split"):
+        train(short, tmp_path / "run", progress=False)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "one.txt").write_text("x" * 3000)
+    one = replace(config, data=replace(config.data, path=str(tmp_path / "folder")))
+    with pytest.raises(UserError, match=r"data\.path: no document .* (validation|train) split"):
+        train(one, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_table_that_is_not_finite_is_not_saved(config, tmp_path):
+    memory = replace(config.model.memory, value_lr_multiple=1e30)
+    wild = replace(config, model=replace(config.model, memory=memory))
+    wild = replace(wild, train=replace(wild.train, checkpoint_every=1))
+    with pytest.raises(UserError, match=r"step 1: memory_0/row_norm = (inf|nan).*there is no checkpoint yet"):
+        train(wild, tmp_path, progress=False)
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_model(tmp_path)
+
+
+def test_the_best_checkpoint_needs_a_validation_loss(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(MetricWriter, "write", lambda *_: signal.raise_signal(signal.SIGTERM))
+    train(config, tmp_path, progress=False)
+    assert load_model(tmp_path).step == 1
+    with pytest.raises(UserError, match="checkpoint = 'best': no checkpoint here has a validation loss"):
+        load_model(tmp_path, "best")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch):
