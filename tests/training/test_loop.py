@@ -244,7 +244,7 @@ def test_a_validation_split_that_is_too_short_is_refused_before_training(config,
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "one.txt").write_text("x" * 3000)
     one = replace(config, data=replace(config.data, path=str(tmp_path / "folder")))
-    with pytest.raises(UserError, match=r"data\.path: no document .* (validation|train) split"):
+    with pytest.raises(UserError, match=r"data\.path: no text .* (validation|train) split"):
         train(one, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 

@@ -113,8 +113,8 @@ class Corpus:
         size = self.num_tokens[split]
         if size == 0:
             raise UserError(
-                f"data.path: no document of this corpus falls into its {split} split (a folder is split by "
-                "the names of its files); give more files, or one file"
+                f"data.path: no text of this corpus falls into its {split} split (a folder is split by the "
+                "names of its files); give more text, or one file in place of a few"
             )
         allowed = f"a sequence needs seq_len + 1 tokens, the {split} split of this corpus has {size:,}"
         require(size > self.seq_len, "data.seq_len", self.seq_len, allowed)
