@@ -21,15 +21,19 @@ ULTRAMEM = replace(
 TRAIN = TrainConfig(steps=6, batch_size=8, learning_rate=1e-2, warmup_fraction=0.0)
 
 
-def _run(config, batches, fresh=True):
+def _run(config, batches):
     optimizers = make_optimizers(config)
     step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
-    state = jax.jit(lambda: init_state(config, optimizers))()
+    state = _start(config)
     history = []
     for tokens in batches:
         state, metrics = step(state, tokens)
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
+
+
+def _start(config):
+    return jax.jit(lambda: init_state(config, make_optimizers(config)))()
 
 
 def _batches(count, sequences=8, length=17, seed=0):
@@ -61,7 +65,7 @@ def test_rows_that_are_not_read_keep_every_bit():
     model = replace(ULTRAMEM, memory=replace(ULTRAMEM.memory, num_keys=40, top_m=2))
     config = RunConfig(model, train=TRAIN)
     batches = _batches(2)
-    start = jax.jit(lambda: init_state(config, make_optimizers(config)))()
+    start = _start(config)
     after, _ = _run(config, batches)
     for name in start.tables:
         seen = np.asarray(after.usage[name].seen)
@@ -118,11 +122,12 @@ def test_initialising_a_table_takes_little_more_than_the_table():
 def test_loss_is_the_cross_entropy_of_the_model_and_auxiliary_losses_are_apart():
     moe = replace(MODEL, moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8))
     config, tokens = RunConfig(moe, train=TRAIN), _batches(1)[0]
-    state = init_state(config, make_optimizers(config))
-    logits = np.asarray(Transformer(moe).apply({"params": state.params}, tokens[:, :-1]), np.float64)
+    state = _start(config)
+    apply = jax.jit(Transformer(moe).apply)
+    logits = np.asarray(apply({"params": state.params}, tokens[:, :-1]), np.float64)
     log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_probability, np.asarray(tokens)[:, 1:, None], -1).mean()
-    total = make_eval_step(config)({"params": state.params}, tokens, jnp.ones(8))
+    total = jax.jit(make_eval_step(config))({"params": state.params}, tokens, jnp.ones(8))
     assert float(total[1]) == 8 * 16 and float(total[0] / total[1]) == pytest.approx(expected, rel=1e-5)
     _, history = _run(config, [tokens])
     assert history[0]["loss"] == pytest.approx(expected, rel=1e-5)
@@ -131,8 +136,8 @@ def test_loss_is_the_cross_entropy_of_the_model_and_auxiliary_losses_are_apart()
 
 def test_masked_sequences_do_not_count():
     config, tokens = RunConfig(MODEL, train=TRAIN), _batches(1)[0]
-    params = {"params": init_state(config, make_optimizers(config)).params}
-    evaluate = make_eval_step(config)
+    params = {"params": _start(config).params}
+    evaluate = jax.jit(make_eval_step(config))
     mask = jnp.array([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
     kept = evaluate(params, tokens[jnp.array([0, 1, 3])], jnp.ones(3))
     np.testing.assert_allclose(evaluate(params, tokens, mask), kept, rtol=1e-5)
