@@ -6,190 +6,12 @@ the axis legend in `ultramem_jax`.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ultramem_jax.errors import require, unknown
+from ultramem_jax.errors import at_least, choice, fraction, require, unknown
+from ultramem_jax.memory_config import MemoryConfig, TableLayout
 from ultramem_jax.placement import Span, parse_placement
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise unknown(name, value, allowed)
-
-
-def _at_least(low: float, **fields: float) -> None:
-    for name, value in fields.items():
-        require(value >= low, name.replace("__", "."), value, f"must be at least {low}")
-
-
-def _fraction(**fields: float) -> None:
-    for name, value in fields.items():
-        require(0 <= value < 1, name.replace("__", "."), value, "must be in [0, 1)")
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """One memory layer, from Product-Key Memory to UltraMem: each of the paper's changes is a switch.
-
-    `MemoryConfig.pkm()` has all switches off, `MemoryConfig.ultramem()` has all of them on (numbers as in
-    the ablation of the UltraMem paper, table 2). The defaults are UltraMem's.
-    """
-
-    placement: str = "full"
-    """Which layer feeds which memory (`ultramem_jax.placement`). Change 4, "split big memory & skip"."""
-    num_keys: int = 128
-    """n, keys per side of the physical grid; the table has N = n² slots."""
-    top_m: int = 16
-    """m, values read per head and token."""
-    num_heads: int = 2
-    """H, retrieval heads; their reads are summed."""
-    key_dim: int = 64
-    """d_k, width of a query and of a key, per side."""
-    value_dim: int = 128
-    """d_v, width of a stored value. Change 2, "half vdim + proj", is D/2 with `project_values`."""
-    softmax: bool = False
-    """Scores pass through a softmax over the m reads of a head. Change 1 removes it."""
-    project_values: bool = True
-    """A linear map (E·d_v -> D) after pooling; without it d_v must equal D and E must be 1."""
-    share_query: bool = True
-    """Change 3: all heads use one query."""
-    norm_query_key: bool = True
-    """Change 5: RMS norms with gain over d_k on queries and keys."""
-    expansion: int = 4
-    """Change 6, Implicit Value Expansion: E virtual blocks per table, a square. 1 is off."""
-    shuffle: str = "keyed"
-    """How virtual addresses are permuted: `keyed` computes a bijection on the fly (where E > 1; one block has
-    nothing to gain), `explicit` reads a stored permutation of E·N entries (random at first; for imported
-    weights), `none` leaves them as they are."""
-    shuffle_seed: int = 0
-    """Which permutation; each memory of a model adds its own index."""
-    tucker_rank: int = 2
-    """Change 7, TDQKR: r, rank of the Tucker core. 0 is off: row and column scores are added, as in PKM."""
-    rank_keys: str = "split"
-    """`split`: the d_k dimensions fall into r groups, one per rank (the paper). `full`: every rank has keys
-    of full width d_k and all ranks share the query (the authors' code)."""
-    num_cores: int = 2
-    """Change 8, Multi-Core Scoring: h cores, one score per slice of d_v/h. 1 is off."""
-    core_loss_weight: float = 1e-3
-    """α of the auxiliary loss on the core's singular values (paper, section 3). 0 is off."""
-    core_loss_margin: float = 0.15
-    """τ: the singular values λ_i, i >= 2, are pushed below it."""
-    init: str = "paper"
-    """Change 9. `paper`: output variance starts at 1/(2L) (without softmax, whose weights are smaller).
-    `reference`: as in the authors' code. `pkm`: as in Product-Key Memory."""
-    value_lr_multiple: float = 10.0
-    """Change 10: the values' learning rate starts at this multiple and falls linearly to 1x (paper: 10; the
-    authors' code and V2: 4). 1 is off."""
-    query_conv_width: int = 4
-    """Change 11: width of the causal depthwise convolution before the query projection. 0 is off."""
-
-    def __post_init__(self) -> None:
-        _at_least(1, model__memory__num_keys=self.num_keys, model__memory__top_m=self.top_m)
-        _at_least(1, model__memory__num_heads=self.num_heads, model__memory__key_dim=self.key_dim)
-        _at_least(1, model__memory__value_dim=self.value_dim, model__memory__num_cores=self.num_cores)
-        _at_least(1, model__memory__value_lr_multiple=self.value_lr_multiple)
-        _at_least(0, model__memory__tucker_rank=self.tucker_rank)
-        _at_least(0, model__memory__query_conv_width=self.query_conv_width)
-        _at_least(0, model__memory__core_loss_weight=self.core_loss_weight)
-        _at_least(0, model__memory__core_loss_margin=self.core_loss_margin)
-        _at_least(0, model__memory__shuffle_seed=self.shuffle_seed)
-        _choice("model.memory.shuffle", self.shuffle, ("keyed", "explicit", "none"))
-        _choice("model.memory.rank_keys", self.rank_keys, ("split", "full"))
-        _choice("model.memory.init", self.init, ("paper", "reference", "pkm"))
-        prefix = "model.memory."
-        require(
-            self.expansion >= 1 and math.isqrt(self.expansion) ** 2 == self.expansion,
-            prefix + "expansion",
-            self.expansion,
-            "must be a square: 1, 4, 9, 16, ...",
-        )
-        require(
-            self.top_m <= self.num_virtual_keys,
-            prefix + "top_m",
-            self.top_m,
-            f"must be at most the candidates of a side, sqrt(expansion) * num_keys = {self.num_virtual_keys}",
-        )
-        require(
-            self.num_slots < 2**31,
-            prefix + "num_keys",
-            self.num_keys,
-            "num_keys squared must stay below 2**31, slots are int32",
-        )
-        require(
-            self.shuffle != "explicit" or self.num_virtual_keys**2 < 2**31,
-            prefix + "shuffle",
-            self.shuffle,
-            "must be 'keyed' where expansion * num_keys squared reaches 2**31, addresses are int32",
-        )
-        require(
-            self.value_dim % self.num_cores == 0,
-            prefix + "num_cores",
-            self.num_cores,
-            f"must divide value_dim = {self.value_dim}",
-        )
-        require(
-            self.num_cores == 1 or self.tucker_rank >= 1,
-            prefix + "num_cores",
-            self.num_cores,
-            "must be 1 while tucker_rank is 0: the cores are Tucker cores",
-        )
-        if self.tucker_rank > 1 and self.rank_keys == "split":
-            require(
-                self.key_dim % self.tucker_rank == 0,
-                prefix + "tucker_rank",
-                self.tucker_rank,
-                f"must divide key_dim = {self.key_dim} while rank_keys is 'split'",
-            )
-        require(
-            self.expansion == 1 or self.project_values,
-            prefix + "project_values",
-            self.project_values,
-            f"must be True while expansion is {self.expansion}: each block needs its projector",
-        )
-
-    @property
-    def num_slots(self) -> int:
-        """N = n², physical values in one table."""
-        return self.num_keys**2
-
-    @property
-    def num_virtual_keys(self) -> int:
-        """√E·n, keys per side of the expanded grid."""
-        return math.isqrt(self.expansion) * self.num_keys
-
-    @property
-    def num_queries(self) -> int:
-        """Queries per side: one if the heads share it, else one per head."""
-        return 1 if self.share_query else self.num_heads
-
-    @property
-    def rank_key_dim(self) -> int:
-        """Width of the part of a key that one rank scores with."""
-        return self.key_dim // max(self.tucker_rank, 1) if self.rank_keys == "split" else self.key_dim
-
-    @classmethod
-    def pkm(cls, **fields: Any) -> "MemoryConfig":
-        """Product-Key Memory (arXiv 1907.05242): every switch off. Give `value_dim` = D."""
-        off: dict[str, Any] = dict(
-            softmax=True,
-            project_values=False,
-            share_query=False,
-            norm_query_key=False,
-            expansion=1,
-            tucker_rank=0,
-            num_cores=1,
-            init="pkm",
-            value_lr_multiple=1.0,
-            query_conv_width=0,
-        )
-        return cls(**(off | fields))
-
-    @classmethod
-    def ultramem(cls, **fields: Any) -> "MemoryConfig":
-        """UltraMem (arXiv 2411.12364): every switch on."""
-        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -213,12 +35,12 @@ class MoEConfig:
     `ragged` on GPU and TPU and `blocks` on CPU, where `ragged_dot` multiplies by every expert."""
 
     def __post_init__(self) -> None:
-        _at_least(1, model__moe__num_experts=self.num_experts, model__moe__top_k=self.top_k)
-        _at_least(1, model__moe__expert_dim=self.expert_dim)
-        _at_least(0, model__moe__load_balance_weight=self.load_balance_weight)
-        _at_least(0, model__moe__router_z_weight=self.router_z_weight)
-        _choice("model.moe.activation", self.activation, ("gelu", "swiglu"))
-        _choice("model.moe.implementation", self.implementation, ("auto", "blocks", "ragged"))
+        at_least(1, model__moe__num_experts=self.num_experts, model__moe__top_k=self.top_k)
+        at_least(1, model__moe__expert_dim=self.expert_dim)
+        at_least(0, model__moe__load_balance_weight=self.load_balance_weight)
+        at_least(0, model__moe__router_z_weight=self.router_z_weight)
+        choice("model.moe.activation", self.activation, ("gelu", "swiglu"))
+        choice("model.moe.implementation", self.implementation, ("auto", "blocks", "ragged"))
         require(
             self.top_k <= self.num_experts,
             "model.moe.top_k",
@@ -241,6 +63,8 @@ class ModelConfig:
     """A, attention heads; D/A wide each."""
     num_kv_heads: int = 4
     """Heads of keys and values; fewer than `num_heads` is grouped-query attention."""
+    attention_qk_norm: bool = False
+    """RMS norms with gain over all heads' queries and over all heads' keys (OLMoE, arXiv 2409.02060)."""
     mlp: str = "gelu"
     """`gelu` or `swiglu`."""
     mlp_dim: int = 512
@@ -258,14 +82,14 @@ class ModelConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _at_least(1, model__vocab_size=self.vocab_size, model__embed_dim=self.embed_dim)
-        _at_least(1, model__num_layers=self.num_layers, model__num_heads=self.num_heads)
-        _at_least(1, model__num_kv_heads=self.num_kv_heads, model__mlp_dim=self.mlp_dim)
-        _fraction(model__dropout=self.dropout)
+        at_least(1, model__vocab_size=self.vocab_size, model__embed_dim=self.embed_dim)
+        at_least(1, model__num_layers=self.num_layers, model__num_heads=self.num_heads)
+        at_least(1, model__num_kv_heads=self.num_kv_heads, model__mlp_dim=self.mlp_dim)
+        fraction(model__dropout=self.dropout)
         require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "must be above 1")
         require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "must be above 0")
-        _choice("model.mlp", self.mlp, ("gelu", "swiglu"))
-        _choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        choice("model.mlp", self.mlp, ("gelu", "swiglu"))
+        choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         require(
             self.embed_dim % (2 * self.num_heads) == 0,
             "model.num_heads",
@@ -279,13 +103,18 @@ class ModelConfig:
             f"must divide num_heads = {self.num_heads}",
         )
         if self.memory is not None:
-            require(
-                self.memory.project_values or self.memory.value_dim == self.embed_dim,
-                "model.memory.value_dim",
-                self.memory.value_dim,
-                f"must equal embed_dim = {self.embed_dim} while project_values is False",
-            )
-        _ = self.spans  # a malformed placement must not wait until the model is built
+            memory = self.memory
+            for field, width, projected in (
+                ("value_dim", memory.value_dim, "project_values"),
+                ("pre_value_dim", memory.pre_value_dim, "project_pre_values"),
+            ):
+                require(
+                    getattr(memory, projected) or width == self.embed_dim,
+                    f"model.memory.{field}",
+                    width,
+                    f"must equal embed_dim = {self.embed_dim} while {projected} is False",
+                )
+        _ = self.layout  # a malformed placement must not wait until the model is built
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -293,6 +122,11 @@ class ModelConfig:
         if self.memory is None:
             return ()
         return parse_placement(self.memory.placement, self.num_layers, "model.memory.placement")
+
+    @property
+    def layout(self) -> TableLayout | None:
+        """The tables that the memories read; None without a memory config."""
+        return None if self.memory is None else self.memory.layout(len(self.spans))
 
 
 @dataclass(frozen=True)
@@ -313,9 +147,9 @@ class DataConfig:
     """Where prepared corpora are kept; empty: $ULTRAMEM_CACHE, else ~/.cache/ultramem_jax."""
 
     def __post_init__(self) -> None:
-        _choice("data.tokenizer", self.tokenizer, ("bytes", "bpe"))
-        _at_least(2, data__seq_len=self.seq_len)
-        _at_least(258, data__bpe_vocab_size=self.bpe_vocab_size)
+        choice("data.tokenizer", self.tokenizer, ("bytes", "bpe"))
+        at_least(2, data__seq_len=self.seq_len)
+        at_least(258, data__bpe_vocab_size=self.bpe_vocab_size)
 
 
 @dataclass(frozen=True)
@@ -359,14 +193,14 @@ class TrainConfig:
     """Also write TensorBoard event files."""
 
     def __post_init__(self) -> None:
-        _at_least(1, train__steps=self.steps, train__batch_size=self.batch_size)
-        _at_least(1, train__grad_accumulation=self.grad_accumulation, train__log_every=self.log_every)
-        _at_least(1, train__keep_last=self.keep_last)
-        _at_least(0, train__keep_best=self.keep_best, train__eval_every=self.eval_every)
-        _at_least(0, train__eval_batches=self.eval_batches, train__seed=self.seed)
-        _at_least(0, train__checkpoint_every=self.checkpoint_every, train__clip_norm=self.clip_norm)
-        _at_least(0, train__weight_decay=self.weight_decay, train__learning_rate=self.learning_rate)
-        _fraction(train__warmup_fraction=self.warmup_fraction, train__b1=self.b1, train__b2=self.b2)
+        at_least(1, train__steps=self.steps, train__batch_size=self.batch_size)
+        at_least(1, train__grad_accumulation=self.grad_accumulation, train__log_every=self.log_every)
+        at_least(1, train__keep_last=self.keep_last)
+        at_least(0, train__keep_best=self.keep_best, train__eval_every=self.eval_every)
+        at_least(0, train__eval_batches=self.eval_batches, train__seed=self.seed)
+        at_least(0, train__checkpoint_every=self.checkpoint_every, train__clip_norm=self.clip_norm)
+        at_least(0, train__weight_decay=self.weight_decay, train__learning_rate=self.learning_rate)
+        fraction(train__warmup_fraction=self.warmup_fraction, train__b1=self.b1, train__b2=self.b2)
         require(self.eps > 0, "train.eps", self.eps, "must be above 0")
         require(self.seed < 2**32, "train.seed", self.seed, "must be below 2**32")
         require(
@@ -375,7 +209,7 @@ class TrainConfig:
             self.final_lr_fraction,
             "must be in [0, 1]",
         )
-        _choice("train.table_gradient", self.table_gradient, ("row_sparse", "dense"))
+        choice("train.table_gradient", self.table_gradient, ("row_sparse", "dense"))
         require(
             self.batch_size % self.grad_accumulation == 0,
             "train.grad_accumulation",

@@ -23,3 +23,21 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"unknown {what} {name!r}: {hint}known are {', '.join(known)}")
+
+
+def choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises the error of `unknown` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise unknown(field, value, allowed)
+
+
+def at_least(low: float, **fields: float) -> None:
+    """Raises unless every field is `low` or more. A keyword `a__b=value` stands for the field `a.b`."""
+    for name, value in fields.items():
+        require(value >= low, name.replace("__", "."), value, f"must be at least {low}")
+
+
+def fraction(**fields: float) -> None:
+    """Raises unless every field, named as for `at_least`, is in [0, 1)."""
+    for name, value in fields.items():
+        require(0 <= value < 1, name.replace("__", "."), value, "must be in [0, 1)")

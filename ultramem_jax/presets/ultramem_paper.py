@@ -1,19 +1,8 @@
-"""One named `ModelConfig` per published model, and tiny families to try things with.
-
-`NOTES` says of every preset what is published and what was inferred. Published counts leave out embeddings
-and gains (`Parameters.paper_dense`, `Parameters.paper_total`); `tests/test_presets.py` holds the exact ones.
-"""
+"""The models of the UltraMem paper (arXiv 2411.12364), table 1."""
 
 from dataclasses import replace
 
 from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
-from ultramem_jax.errors import unknown
-
-# The tiny family: bytes, 4 layers, width 128. `ultramem-tiny` is the base: its MLP keeps the usual 4·D, and
-# two tables of 320² values of width 64 hold 16.7 times the 12·L·D² weights of its layers. The others are what
-# `ultramem_jax.matching.match` finds for it, with equal FLOPs per token and equal sparse parameters; a test
-# holds them to that.
-_LAYERS_TINY = ModelConfig(embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=512)
 
 # The 151M family of the UltraMem paper. 12·L·D² = 150,994,944 is the published dense count exactly.
 _LAYERS_151M = ModelConfig(
@@ -27,26 +16,6 @@ _LAYERS_151M = ModelConfig(
 )
 
 PRESETS: dict[str, ModelConfig] = {
-    "ultramem-tiny": replace(
-        _LAYERS_TINY,
-        memory=MemoryConfig.ultramem(
-            placement="1:2/3:4", num_keys=320, top_m=16, num_heads=2, key_dim=32, value_dim=64
-        ),
-    ),
-    "dense-tiny": replace(_LAYERS_TINY, mlp_dim=768),
-    "moe-tiny": replace(_LAYERS_TINY, moe=MoEConfig(num_experts=34, top_k=2, expert_dim=376)),
-    "pkm-tiny": replace(
-        _LAYERS_TINY,
-        memory=MemoryConfig.pkm(
-            placement="2:2", num_keys=320, top_m=32, num_heads=2, key_dim=144, value_dim=128
-        ),
-    ),
-    "ultramem-demo": replace(
-        _LAYERS_TINY,
-        memory=MemoryConfig.ultramem(
-            placement="1:2/3:4", num_keys=192, top_m=16, num_heads=2, key_dim=32, value_dim=64
-        ),
-    ),
     "dense-151m": _LAYERS_151M,
     "moe-151m-2in32": replace(_LAYERS_151M, moe=MoEConfig(num_experts=32, top_k=2, expert_dim=2528)),
     "pkm-151m-x10": replace(
@@ -62,12 +31,7 @@ PRESETS: dict[str, ModelConfig] = {
         ),
     ),
 }
-"""Every named model."""
 
-_TINY_NOTE = (
-    "Not a published model: one of a family of equal FLOPs per token and (but for the dense one) "
-    "equal sparse parameters, small enough for the CPU of a laptop."
-)
 _LAYERS_NOTE = (
     "Inferred of the layers: 12 of width 1024 and a GELU MLP of 4·1024 (12·L·D² is the published count of "
     "weights); 16 attention heads of width 64; rotary positions; tied embeddings; a vocabulary of "
@@ -76,11 +40,6 @@ _LAYERS_NOTE = (
 )
 
 NOTES: dict[str, str] = {
-    "ultramem-tiny": _TINY_NOTE,
-    "dense-tiny": _TINY_NOTE,
-    "moe-tiny": _TINY_NOTE,
-    "pkm-tiny": _TINY_NOTE,
-    "ultramem-demo": "Not a published model: `ultramem-tiny` with tables of 192² slots, for runs of minutes.",
     "dense-151m": (
         "UltraMem paper, table 1. Published: 0.15 B parameters, 0.30 GFLOPs, dropout 0.1. " + _LAYERS_NOTE
     ),
@@ -102,15 +61,3 @@ NOTES: dict[str, str] = {
         "head, as there; convolutions 4 wide, from the last rung of table 2. " + _LAYERS_NOTE
     ),
 }
-"""Where each preset comes from: what is published, what was inferred."""
-
-
-def preset(name: str) -> ModelConfig:
-    """The preset of that name.
-
-    Raises:
-        UserError: unknown; it names the nearest one and lists all.
-    """
-    if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
-    return PRESETS[name]

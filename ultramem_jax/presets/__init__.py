@@ -1,0 +1,28 @@
+"""One named `ModelConfig` per published model, and tiny families to try things with.
+
+`NOTES` says of every preset what is published and what was inferred. Published counts leave out embeddings
+and gains (`Parameters.paper_dense`, `Parameters.paper_total`); `tests/test_presets.py` holds the exact ones.
+"""
+
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.errors import unknown
+from ultramem_jax.presets import tiny, ultramem_paper
+
+_FAMILIES = (tiny, ultramem_paper)
+
+PRESETS: dict[str, ModelConfig] = {name: model for part in _FAMILIES for name, model in part.PRESETS.items()}
+"""Every named model."""
+
+NOTES: dict[str, str] = {name: note for part in _FAMILIES for name, note in part.NOTES.items()}
+"""Where each preset comes from: what is published, what was inferred."""
+
+
+def preset(name: str) -> ModelConfig:
+    """The preset of that name.
+
+    Raises:
+        UserError: unknown; it names the nearest one and lists all.
+    """
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    return PRESETS[name]

@@ -1,0 +1,46 @@
+"""Models small enough for the CPU of a laptop, of equal FLOPs per token and equal sparse parameters."""
+
+from dataclasses import replace
+
+from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
+
+# The tiny family: bytes, 4 layers, width 128. `ultramem-tiny` is the base: its MLP keeps the usual 4·D, and
+# two tables of 320² values of width 64 hold 16.7 times the 12·L·D² weights of its layers. The others are what
+# `ultramem_jax.matching.match` finds for it, with equal FLOPs per token and equal sparse parameters; a test
+# holds them to that.
+_LAYERS_TINY = ModelConfig(embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=512)
+
+PRESETS: dict[str, ModelConfig] = {
+    "ultramem-tiny": replace(
+        _LAYERS_TINY,
+        memory=MemoryConfig.ultramem(
+            placement="1:2/3:4", num_keys=320, top_m=16, num_heads=2, key_dim=32, value_dim=64
+        ),
+    ),
+    "dense-tiny": replace(_LAYERS_TINY, mlp_dim=768),
+    "moe-tiny": replace(_LAYERS_TINY, moe=MoEConfig(num_experts=34, top_k=2, expert_dim=376)),
+    "pkm-tiny": replace(
+        _LAYERS_TINY,
+        memory=MemoryConfig.pkm(
+            placement="2:2", num_keys=320, top_m=32, num_heads=2, key_dim=144, value_dim=128
+        ),
+    ),
+    "ultramem-demo": replace(
+        _LAYERS_TINY,
+        memory=MemoryConfig.ultramem(
+            placement="1:2/3:4", num_keys=192, top_m=16, num_heads=2, key_dim=32, value_dim=64
+        ),
+    ),
+}
+
+_TINY_NOTE = (
+    "Not a published model: one of a family of equal FLOPs per token and (but for the dense one) "
+    "equal sparse parameters, small enough for the CPU of a laptop."
+)
+NOTES: dict[str, str] = {
+    "ultramem-tiny": _TINY_NOTE,
+    "dense-tiny": _TINY_NOTE,
+    "moe-tiny": _TINY_NOTE,
+    "pkm-tiny": _TINY_NOTE,
+    "ultramem-demo": "Not a published model: `ultramem-tiny` with tables of 192² slots, for runs of minutes.",
+}
