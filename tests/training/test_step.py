@@ -7,6 +7,7 @@ import pytest
 
 from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.models import Transformer
+from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.state import init_state
 from ultramem_jax.training.step import make_eval_step, make_train_step
@@ -41,22 +42,51 @@ def _batches(count, sequences=8, length=17, seed=0):
     return [jnp.asarray(rng.integers(0, 11, (sequences, length)), jnp.int32) for _ in range(count)]
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_row_sparse_equals_dense_where_every_row_is_read(micro_batches):
+SMALL = dict(num_keys=4, top_m=4, num_heads=2, key_dim=8, value_dim=8)
+# Both layers of these read one table; the ring's windows overlap, the other half of it is a second window's.
+SHARED = {
+    "ultramem-v2": MemoryConfig.ultramem_v2(
+        **SMALL | dict(num_keys=3, num_heads=1),
+        pre_value_dim=6,
+        pre_value_activation="gelu",
+        share_ratio=0.9,
+        value_lr_multiple=2.0,
+        balance_loss_weight=0.1,
+    ),
+    "memory-plus": MemoryConfig.memory_plus(**SMALL),
+    "peer": MemoryConfig.peer(**SMALL | dict(value_dim=16), pre_value_dim=16, placement="1:2"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "micro_batches"),
+    [
+        ("ultramem", 1),
+        ("ultramem", 2),
+        ("ultramem-v2", 1),
+        ("ultramem-v2", 2),
+        ("memory-plus", 1),
+        ("peer", 1),
+    ],
+)
+def test_row_sparse_equals_dense_where_every_row_is_read(name, micro_batches):
+    model = ULTRAMEM if name == "ultramem" else replace(MODEL, memory=SHARED[name])
     train = replace(TRAIN, grad_accumulation=micro_batches)
     batches = _batches(3)
-    sparse, rows = _run(RunConfig(ULTRAMEM, train=train), batches)
-    dense, plain = _run(RunConfig(ULTRAMEM, train=replace(train, table_gradient="dense")), batches)
+    sparse, rows = _run(RunConfig(model, train=train), batches)
+    dense, plain = _run(RunConfig(model, train=replace(train, table_gradient="dense")), batches)
+    assert set(sparse.tables) == set(table_readers(model))
     for metrics in rows:  # 2048 reads of 16 slots: the premise of the comparison
-        assert metrics["memory_0/slots_read_share"] == metrics["memory_1/slots_read_share"] == 1.0
+        assert {metrics[f"{table}/slots_read_share"] for table in sparse.tables} == {1.0}
     np.testing.assert_allclose([m["loss"] for m in rows], [m["loss"] for m in plain], rtol=1e-5)
-    for name in ("memory_0", "memory_1"):
-        table, dense_table = sparse.tables[name]["values"], dense.tables[name]["values"]
-        np.testing.assert_allclose(table, dense_table, rtol=1e-4, atol=1e-6)
-        adam = dense.table_state[0]
-        moments = sparse.table_state[name]
-        np.testing.assert_allclose(moments.first, adam.mu[name]["values"], rtol=1e-4, atol=1e-8)
-        np.testing.assert_allclose(moments.second, adam.nu[name]["values"], rtol=1e-4, atol=1e-12)
+    adam = dense.table_state[0]
+    for table, parts in sparse.tables.items():
+        assert ("pre_values" in parts) == (name in ("ultramem-v2", "peer"))
+        for part, values in parts.items():
+            np.testing.assert_allclose(values, dense.tables[table][part], rtol=1e-4, atol=1e-6)
+            moments = sparse.table_state[table][part]
+            np.testing.assert_allclose(moments.first, adam.mu[table][part], rtol=1e-4, atol=1e-8)
+            np.testing.assert_allclose(moments.second, adam.nu[table][part], rtol=1e-4, atol=1e-12)
     for ours, theirs in zip(jax.tree.leaves(sparse.params), jax.tree.leaves(dense.params), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
 
@@ -73,7 +103,7 @@ def test_rows_that_are_not_read_keep_every_bit():
         before_table, table = start.tables[name]["values"], after.tables[name]["values"]
         np.testing.assert_array_equal(table[~seen], before_table[~seen])
         assert (np.asarray(table[seen]) != np.asarray(before_table[seen])).any(1).all()
-        for moment in after.table_state[name]:
+        for moment in after.table_state[name]["values"]:
             assert not np.asarray(moment)[~seen].any()
 
 
@@ -90,10 +120,12 @@ def test_accumulated_micro_batches_equal_one_batch():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_compiled_step_holds_nothing_of_the_tables_size(micro_batches):
+@pytest.mark.parametrize(("shared", "micro_batches"), [(False, 1), (False, 2), (True, 1)])
+def test_compiled_step_holds_nothing_of_the_tables_size(shared, micro_batches):
     # 1,048,576 slots of 32 values: 134 MB a table, three of them with the moments.
     memory = replace(ULTRAMEM.memory, placement="1:2", num_keys=1024, value_dim=32)
+    if shared:  # two memories of 724² slots of 16 values and 16 pre-values
+        memory = replace(SHARED["ultramem-v2"], num_keys=724, value_dim=16, pre_value_dim=16)
     train = replace(TRAIN, batch_size=2, grad_accumulation=micro_batches)
     config = RunConfig(replace(MODEL, memory=memory), train=train)
     optimizers = make_optimizers(config)

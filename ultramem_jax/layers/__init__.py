@@ -5,18 +5,30 @@ contract suite, tests/layers/test_contract.py, runs over all of it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.layers.attention import Attention
-from ultramem_jax.layers.memory import ProductKeyMemory
+from ultramem_jax.layers.memory import ProductKeyMemory, SharedTables
 from ultramem_jax.layers.mlp import MLP
 from ultramem_jax.layers.moe import MoE
 from ultramem_jax.layers.norms import RMSNorm
 
-__all__ = ["LAYERS", "MLP", "Attention", "MoE", "ProductKeyMemory", "RMSNorm", "feed_forward", "memory"]
+__all__ = [
+    "LAYERS",
+    "MLP",
+    "Attention",
+    "MoE",
+    "ProductKeyMemory",
+    "RMSNorm",
+    "SharedTables",
+    "feed_forward",
+    "memory",
+    "shared_tables",
+]
 
 
 def feed_forward(config: ModelConfig, name: str | None = None) -> nn.Module:
@@ -24,18 +36,37 @@ def feed_forward(config: ModelConfig, name: str | None = None) -> nn.Module:
     return MLP(config, name=name) if config.moe is None else MoE(config, name=name)
 
 
-def memory(config: ModelConfig, index: int = 0, name: str | None = None) -> nn.Module:
+def memory(config: ModelConfig, index: int = 0, name: str | None = None) -> ProductKeyMemory:
     """The model's memory number `index`, of the kind that `config.memory` describes."""
-    assert config.memory is not None
     dtype = jnp.dtype(config.dtype)
-    return ProductKeyMemory(config.memory, config.num_layers, index, dtype, config.norm_eps, name=name)
+    return ProductKeyMemory(**_family(config), index=index, dtype=dtype, norm_eps=config.norm_eps, name=name)
+
+
+def shared_tables(config: ModelConfig, name: str | None = None) -> SharedTables:
+    """The table that the model's memories have in common."""
+    return SharedTables(**_family(config), name=name)
+
+
+def _family(config: ModelConfig) -> dict[str, Any]:
+    assert config.memory is not None
+    inner = config.moe.top_k * config.moe.expert_dim if config.moe else config.mlp_dim
+    return dict(
+        config=config.memory,
+        num_layers=config.num_layers,
+        num_memories=len(config.spans),
+        inner_ratio=inner / config.embed_dim,
+    )
 
 
 LAYERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "attention": Attention,
     "mlp": feed_forward,
     "moe": feed_forward,
+    "moe-fine": feed_forward,
     "pkm": memory,
+    "memory-plus": memory,
+    "peer": memory,
     "ultramem": memory,
+    "ultramem-v2": memory,
 }
 """System -> its layer, from a config whose `mlp`, `moe` and `memory` describe that system."""

@@ -7,8 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
-from ultramem_jax.layers import Attention, RMSNorm, feed_forward, memory
+from ultramem_jax.layers import Attention, RMSNorm, feed_forward, memory, shared_tables
 from ultramem_jax.ops.linear import project
+
+SHARED_TABLES = "memory_tables"
+"""Name of the module that holds the table which all memories read, where they share one."""
+
+
+def table_readers(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """The memories that read each table: name in the collection `memory` -> names in `reads`."""
+    names = tuple(_memory_name(index) for index in range(len(config.spans)))
+    if names and config.memory is not None and config.memory.shares_table:
+        return {SHARED_TABLES: names}
+    return {name: (name,) for name in names}
+
+
+def _memory_name(index: int) -> str:
+    return f"memory_{index}"
 
 
 class Block(nn.Module):
@@ -65,12 +80,15 @@ class Transformer(nn.Module):
             jnp.float32,
         )
         x = dropout(embedding.at[tokens].get(mode="clip").astype(dtype))
+        tables = None
+        if config.memory is not None and config.memory.shares_table and config.spans:
+            tables = shared_tables(config, name=SHARED_TABLES)(config.embed_dim)
         landing: dict[int, list[jax.Array]] = {}
         for layer in range(1, config.num_layers + 1):
             x, h = Block(config, name=f"layer_{layer}")(x, train=train)
             for index, span in enumerate(config.spans):
                 if span.start == layer:
-                    read = memory(config, index, name=f"memory_{index}")(h, train=train)
+                    read = memory(config, index, name=_memory_name(index))(h, train=train, tables=tables)
                     landing.setdefault(span.end, []).append(dropout(read))
             for y in landing.pop(layer, ()):
                 x = x + y

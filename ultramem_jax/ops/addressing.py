@@ -53,6 +53,18 @@ def permuted_block_and_slot(
     return address // num_slots, address % num_slots
 
 
+def windowed(slots: jax.Array, offset: int, num_slots: int) -> jax.Array:
+    """The rows of a shared table that the slots of a window are: (slot + offset) mod N.
+
+    Args:
+        slots: int32 in [0, N), any shape.
+        offset: first row of the window, in [0, N).
+        num_slots: N, at most 2**31 - 1; no sum here exceeds it.
+    """
+    before_the_end = num_slots - offset
+    return jnp.where(slots < before_the_end, slots + offset, slots - before_the_end)
+
+
 def keyed_shuffle(
     rows: jax.Array, columns: jax.Array, num_virtual_keys: int, seed: int
 ) -> tuple[jax.Array, jax.Array]:

@@ -1,9 +1,12 @@
-"""The pooled lookup, its derivative, and the row gradients that a row-sparse optimizer needs.
+"""The pooled lookup, the products with rows, their derivatives, and the row gradients of a sparse optimizer.
 
-pooled[t, p, c] = Σ_j [blocks[t, j] = p] · scores[t, j, c] · table[slots[t, j], slice c]
+pooled[t, p, c]  = Σ_j [blocks[t, j] = p] · scores[t, j, c] · table[slots[t, j], slice c]
+products[t, j]   = table[slots[t, j]] · vectors[t]
 
-The E·N expanded table of Implicit Value Expansion is never built: rows are summed within each virtual block
-first and projected afterwards. Rows are gathered again in the backward pass instead of being kept.
+Each is the other's derivative: that of `pooled` by its scores is a product of rows and cotangents, that of
+`products` by its vectors is a pooled lookup. Rows are gathered again in the backward pass instead of being
+kept. The E·N expanded table of Implicit Value Expansion is never built: rows are summed within each virtual
+block first and projected afterwards.
 """
 
 from functools import partial
@@ -91,6 +94,44 @@ def _backward(expansion, saved, cotangent):
 pooled_lookup.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def row_products(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.Array:
+    """Inner products of every token's vector with the rows that it reads.
+
+    Args:
+        table: (N, d).
+        slots: (T, R) int32 in [0, N).
+        vectors: (T, d). Its dtype is that of the computation and of the result.
+
+    Returns:
+        (T, R). Differentiable in `table` (a dense gradient) and `vectors`.
+    """
+
+    def multiply(slots: jax.Array, vectors: jax.Array) -> jax.Array:
+        rows = table.at[slots].get(mode="promise_in_bounds").astype(vectors.dtype)
+        return jnp.einsum("tjd,td->tj", rows, vectors)
+
+    return _by_chunks(multiply, slots.shape[1] * table.shape[1], slots, vectors)
+
+
+def _products_forward(table, slots, vectors):
+    return row_products(table, slots, vectors), (table, slots, vectors)
+
+
+def _products_backward(saved, cotangent):
+    table, slots, vectors = saved
+    one_block = jnp.zeros_like(slots)
+    d_vectors = pooled_lookup(table, slots, one_block, cotangent[..., None], 1)[:, 0]
+    # Dead code, as in `_backward`.
+    tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
+    per_read = _read_gradients(vectors[tokens], cotangent.reshape(-1, 1))
+    d_table = jnp.zeros(table.shape, jnp.float32).at[slots.reshape(-1)].add(per_read)
+    return d_table.astype(table.dtype), None, d_vectors
+
+
+row_products.defvjp(_products_forward, _products_backward)
+
+
 def rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
     """Sorts the reads by slot and counts them. Nothing here is of the table's size.
 
@@ -117,6 +158,9 @@ def rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
 
 def row_gradients(rows: RowsRead, blocks: jax.Array, scores: jax.Array, cotangent: jax.Array) -> RowGradients:
     """The gradient of every row that was read, summed over its reads.
+
+    The gradient of a table of `row_products` is this too, with blocks of zeros, the products' cotangent
+    (T, R, 1) as scores and the vectors (T, 1, d) as cotangent.
 
     Args:
         rows: of the slots (T, R) that were read.

@@ -23,6 +23,10 @@ class Retrieved(NamedTuple):
     """(H, T, m) int32 in [0, K)."""
     scores: jax.Array
     """(H, T, m, h), differentiable; one score per core, a single one without cores."""
+    row_candidates: jax.Array
+    """(H, T, m) int32, the rows whose cells were compared, best first."""
+    column_candidates: jax.Array
+    """(H, T, m) int32."""
 
 
 def retrieve_product_keys(row_scores: jax.Array, column_scores: jax.Array, top_m: int) -> Retrieved:
@@ -41,7 +45,7 @@ def retrieve_product_keys(row_scores: jax.Array, column_scores: jax.Array, top_m
     grid = row_best[..., :, None] + column_best[..., None, :]
     rows, columns = _best_cells(grid, row_index, column_index, top_m)
     scores = _pick(row_scores, rows) + _pick(column_scores, columns)
-    return Retrieved(rows, columns, scores[..., None])
+    return Retrieved(rows, columns, scores[..., None], row_index, column_index)
 
 
 def retrieve_tucker(
@@ -71,18 +75,18 @@ def retrieve_tucker(
     """
     stop = jax.lax.stop_gradient
     fixed_rows, fixed_columns, fixed_core = stop(row_scores), stop(column_scores), stop(cores).sum(1)
-    row_index = jax.lax.top_k(_combine_ranks(stop(row_direction), fixed_rows), top_m)[1]
-    column_index = jax.lax.top_k(_combine_ranks(stop(column_direction), fixed_columns), top_m)[1]
+    row_index = jax.lax.top_k(combine_ranks(stop(row_direction), fixed_rows), top_m)[1]
+    column_index = jax.lax.top_k(combine_ranks(stop(column_direction), fixed_columns), top_m)[1]
     candidate_rows = _pick(fixed_rows, row_index[:, None])
     candidate_columns = _pick(fixed_columns, column_index[:, None])
     grid = jnp.zeros((), row_scores.dtype)
     # The sum over ranks is written out: r is 1 to 4, and a contraction that short is no work for a matmul.
     for rank in range(cores.shape[-1]):
-        mixed = _combine_ranks(fixed_core[:, :, rank], candidate_rows)
+        mixed = combine_ranks(fixed_core[:, :, rank], candidate_rows)
         grid = grid + mixed[..., :, None] * candidate_columns[:, rank, :, None, :]
     rows, columns = _best_cells(grid, row_index, column_index, top_m)
     scores = tucker_scores(_pick(row_scores, rows[:, None]), _pick(column_scores, columns[:, None]), cores)
-    return Retrieved(rows, columns, scores)
+    return Retrieved(rows, columns, scores, row_index, column_index)
 
 
 def tucker_scores(row_scores: jax.Array, column_scores: jax.Array, cores: jax.Array) -> jax.Array:
@@ -101,7 +105,7 @@ def tucker_scores(row_scores: jax.Array, column_scores: jax.Array, cores: jax.Ar
     for core in range(num_cores):
         score = jnp.zeros((), row_scores.dtype)
         for column_rank in range(rank):
-            mixed = _combine_ranks(cores[:, core, :, column_rank], row_scores)
+            mixed = combine_ranks(cores[:, core, :, column_rank], row_scores)
             score = score + mixed * column_scores[:, column_rank]
         per_core.append(score)
     return jnp.stack(per_core, axis=-1)
@@ -113,7 +117,8 @@ def leading_singular_vectors(
     """Leading singular vectors of the summed core, with a sign that does not jump.
 
     A pair (u, t) is defined up to a joint sign, and the sign decides which keys become candidates. It is
-    chosen to be closer to the last pair; from zeros, it is that of the singular value decomposition.
+    chosen to be closer to the last pair in the sum of absolute differences, as in the authors' code; from
+    zeros, and where both are equally close, it is that of the singular value decomposition.
 
     Args:
         core: (H, r, r), C.
@@ -125,9 +130,14 @@ def leading_singular_vectors(
     """
     left, _, right = jnp.linalg.svd(jax.lax.stop_gradient(core).astype(jnp.float32))
     u, t = left[:, :, 0], right[:, 0, :]
-    agreement = (u * last_u).sum(-1, keepdims=True) + (t * last_t).sum(-1, keepdims=True)
-    sign = jnp.where(agreement < 0, -1.0, 1.0).astype(jnp.float32)
+    distance = _distance(u, last_u) + _distance(t, last_t)
+    mirrored = _distance(-u, last_u) + _distance(-t, last_t)
+    sign = jnp.where(mirrored < distance, -1.0, 1.0).astype(jnp.float32)
     return u * sign, t * sign
+
+
+def _distance(vector: jax.Array, last: jax.Array) -> jax.Array:
+    return jnp.abs(vector - last).sum(-1, keepdims=True)
 
 
 def core_loss(cores: jax.Array, margin: float) -> jax.Array:
@@ -149,13 +159,35 @@ def core_loss(cores: jax.Array, margin: float) -> jax.Array:
     return (jax.nn.relu(minor - margin) ** 2).sum(-1).mean() / (rank - 1)
 
 
+def balance_loss(scores: jax.Array, candidates: jax.Array) -> jax.Array:
+    """K·Σ_i f_i·p_i over one side's keys: how unevenly they become candidates (UltraMemV2, arXiv 2508.18756).
+
+    f_i is the share of key i in all candidates, p_i its mean probability under a softmax of the scores; heads
+    count together. 1 if either is uniform. The gradient flows through p.
+
+    Args:
+        scores: (H, T, K), by which candidates are chosen.
+        candidates: (H, T, m) int32 in [0, K).
+
+    Returns:
+        () float32, without the weight β.
+    """
+    num_keys = scores.shape[-1]
+    counts = jnp.zeros((num_keys,), jnp.float32).at[candidates.reshape(-1)].add(1.0)
+    probability = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).mean((0, 1))
+    return num_keys * (counts / candidates.size * probability).sum()
+
+
 def singular_values(cores: jax.Array) -> jax.Array:
     """(H, r) float32 singular values of the summed core of `cores` (H, h, r, r), largest first."""
     return jnp.linalg.svd(cores.astype(jnp.float32).sum(1), compute_uv=False)
 
 
-def _combine_ranks(weights: jax.Array, scores: jax.Array) -> jax.Array:
-    """Σ_r weights (H, r) · scores (H, r, T, any) -> (H, T, any), as one fused pass over the scores."""
+def combine_ranks(weights: jax.Array, scores: jax.Array) -> jax.Array:
+    """Σ_r weights (H, r) · scores (H, r, T, any) -> (H, T, any), as one fused pass over the scores.
+
+    With u or t as weights, it gives the scores by which a side's candidates are chosen.
+    """
     terms = [
         weights[:, rank, None, None].astype(scores.dtype) * scores[:, rank] for rank in range(scores.shape[1])
     ]

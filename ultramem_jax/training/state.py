@@ -21,11 +21,11 @@ class TrainState(flax.struct.PyTreeNode):
     """Dense parameters."""
     opt_state: Any
     tables: Any
-    """The `memory` collection: per memory `values` (N, d_v)."""
+    """The `memory` collection: per table `values` (N, d_v) and, if any, `pre_values` (N, d_p)."""
     table_state: Any
-    """Moments of the tables: `RowMoments` per memory, or optax's state in the dense way."""
+    """Moments of the tables: `RowMoments` per array of a table, or optax's state in the dense way."""
     usage: Any
-    """`SlotUsage` per memory."""
+    """`SlotUsage` per table."""
     buffers: Any
     """The `buffers` collection: last rank-1 vectors, stored permutations."""
     seed: jax.Array
@@ -41,7 +41,10 @@ def init_state(config: RunConfig, optimizers: Optimizers) -> TrainState:
     if config.train.table_gradient == "dense":
         table_state: Any = optimizers.tables.init(tables)
     else:
-        table_state = {name: optimizers.rows.init(table["values"]) for name, table in tables.items()}
+        table_state = {
+            name: {part: optimizers.rows.init(rows) for part, rows in table.items()}
+            for name, table in tables.items()
+        }
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

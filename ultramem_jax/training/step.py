@@ -2,8 +2,8 @@
 
 The loss is differentiated with respect to the dense parameters and to the pooled reads of every memory, not
 to the tables. The reads that were sown and the cotangents of the pooled sums give the gradients of the rows
-that were read, which is all that the tables' optimizer touches: no array of a table's size exists in the
-compiled step besides the donated tables and moments themselves.
+that were read (`table_gradients`), which is all that the tables' optimizer touches: no array of a table's
+size exists in the compiled step besides the donated tables and moments themselves.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,12 @@ import optax
 
 from ultramem_jax.config import RunConfig
 from ultramem_jax.models import Transformer
-from ultramem_jax.ops.lookup import row_gradients, rows_read
 from ultramem_jax.training.optimizer import Optimizers, table_learning_rate
+from ultramem_jax.training.row_sparse import RowSparseTransformation
 from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.slot_usage import record_reads
 from ultramem_jax.training.state import TrainState, model_variables
+from ultramem_jax.training.table_gradients import perturbations, rows_of_tables, table_gradients
 
 Metrics = dict[str, Any]
 
@@ -36,7 +37,7 @@ def make_train_step(
 
     Metrics are float32 scalars: `loss` (nats per token, without auxiliary losses), `auxiliary_loss`,
     `gradient_norm` (of the dense parameters, before clipping), `parameter_norm`, `learning_rate`, with
-    memories `value_learning_rate`, and per memory those of `record_reads`, those of the layer, and
+    memories `value_learning_rate`, per memory those of the layer, and per table those of `record_reads` and
     `row_norm`, the norm of the rows that the step wrote (of the whole table in the dense way).
     """
     model, dense = Transformer(config.model), config.train.table_gradient == "dense"
@@ -62,8 +63,8 @@ def make_train_step(
         if dense:
             differentiated = {"params": state.params, "memory": state.tables}
         else:
-            reads = (tokens.shape[0] * (tokens.shape[1] - 1), config.model)
-            differentiated = {"params": state.params, "perturbations": _zero_reads(state.tables, *reads)}
+            zeros = perturbations(config.model, tokens.shape[0] * (tokens.shape[1] - 1))
+            differentiated = {"params": state.params, "perturbations": zeros}
         grads, left = jax.grad(loss, has_aux=True)(differentiated, state, buffers, tokens, key)
         return grads, *left
 
@@ -105,7 +106,7 @@ def make_train_step(
         if state.tables:
             metrics["value_learning_rate"] = value_rate(state.step)
 
-        rows = {name: rows_read(reads[name]["slots"], t["values"].shape[0]) for name, t in tables.items()}
+        rows = rows_of_tables(config.model, reads)
         recorded = {name: record_reads(state.usage[name], rows[name]) for name in tables}
         usage = {name: usage for name, (usage, _) in recorded.items()}
         usage_metrics = {name: of_memory for name, (_, of_memory) in recorded.items()}
@@ -115,15 +116,12 @@ def make_train_step(
             for name in tables:
                 usage_metrics[name]["row_norm"] = optax.tree.norm(tables[name])
         else:
-            table_state = {}
-            for name, table in tables.items():
-                read, cotangent = reads[name], grads["perturbations"][name]["pooled"]
-                of_rows = row_gradients(rows[name], read["blocks"], read["scores"], cotangent)
-                values, table_state[name], norm = optimizers.rows.update(
-                    of_rows, state.table_state[name], table["values"], state.step
-                )
+            of_rows = table_gradients(config.model, rows, reads, grads.get("perturbations", {}))
+            tables, table_state, norms = _update_tables(
+                optimizers.rows, of_rows, state.table_state, tables, state.step
+            )
+            for name, norm in norms.items():
                 usage_metrics[name]["row_norm"] = norm
-                tables = tables | {name: {"values": values}}
         params = optax.apply_updates(state.params, updates)
         metrics["parameter_norm"] = optax.tree.norm(params)
         state = state.replace(
@@ -155,12 +153,21 @@ def make_eval_step(config: RunConfig) -> Callable[[dict[str, Any], jax.Array, ja
     return eval_step
 
 
-def _zero_reads(tables: Any, num_tokens: int, model: Any) -> Any:
-    """The point at which the pooled reads are perturbed: zeros (T, E, d_v) for every memory."""
-    if not tables:
-        return {}
-    shape = (num_tokens, model.memory.expansion, model.memory.value_dim)
-    return {name: {"pooled": jnp.zeros(shape, jnp.dtype(model.dtype))} for name in tables}
+def _update_tables(
+    optimizer: RowSparseTransformation, gradients: Any, moments: Any, tables: Any, step: jax.Array
+) -> tuple[Any, Any, dict[str, jax.Array]]:
+    """Tables and moments after the step, and per table the norm of the rows that it wrote."""
+    new_tables: Any = {name: {} for name in tables}
+    new_moments: Any = {name: {} for name in tables}
+    norms = {}
+    for name, parts in tables.items():
+        of_parts = {}
+        for part, rows in parts.items():
+            new_tables[name][part], new_moments[name][part], of_parts[part] = optimizer.update(
+                gradients[name][part], moments[name][part], rows, step
+            )
+        norms[name] = optax.tree.norm(of_parts)
+    return new_tables, new_moments, norms
 
 
 def _flatten(sown: Any) -> Metrics:

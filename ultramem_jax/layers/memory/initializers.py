@@ -1,4 +1,4 @@
-"""How a memory starts: the paper's improved initialisation, that of the authors' code, and that of PKM."""
+"""How a memory starts: as in the UltraMem paper, the authors' code, Product-Key Memory, or UltraMemV2."""
 
 import functools
 import math
@@ -9,119 +9,172 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultramem_jax.config import MemoryConfig
+from ultramem_jax.memory_config import MemoryConfig
 
 Initializer = Callable[..., jax.Array]
 
 _BLOCK_VALUES = 1 << 20
 """Values of a table drawn at a time."""
 _SAMPLED_TOKENS = 128
-"""Draws that `query_gain` averages over."""
+"""Draws that `chosen_scores` averages over."""
+_SMALL_INIT = 2 / 5
+"""D times the variance of weights in the "small init" (2/(5·D)) that UltraMemV2's models start from."""
+_V2_SCALE = 0.2
+"""The constant of UltraMemV2's value initialisation."""
 
 
 class MemoryInit(NamedTuple):
-    """Initialisers of one memory's parameters; gains are constants, `values_std` a standard deviation."""
+    """Initialisers of one memory's parameters; gains are constants, `*_std` standard deviations of tables."""
 
     query: Initializer
     keys: Initializer
     query_gain: float
     key_gain: float
     values_std: float
+    pre_values_std: float
     projection: Initializer
+    input: Initializer
+    """Of the maps that meet x beside the query: the projection of pre-values, and the gate."""
 
 
-def memory_init(config: MemoryConfig, embed_dim: int, num_layers: int) -> MemoryInit:
+class ChosenScores(NamedTuple):
+    """Moments of the m chosen scores of a token at a query gain of one."""
+
+    mean: float
+    mean_square: float
+
+
+def memory_init(
+    config: MemoryConfig, num_virtual_keys: int, embed_dim: int, num_layers: int, inner_ratio: float
+) -> MemoryInit:
     """The initialisers that `config.init` names.
 
     Args:
         config: of the memory.
+        num_virtual_keys: K, of its layout.
         embed_dim: D.
         num_layers: L of the whole Transformer.
+        inner_ratio: inner width of the feed-forward over D; for `v2` alone.
     """
-    d_k, d_v, expansion = config.key_dim, config.value_dim, config.expansion
+    d_k, d_v, d_p = config.key_dim, config.value_dim, config.pre_value_dim
     normal = jax.nn.initializers.normal
-    projection = normal(1 / math.sqrt(expansion * d_v))
+    pkm = MemoryInit(
+        query=normal(1 / math.sqrt(embed_dim)),
+        keys=_symmetric_uniform(1 / math.sqrt(d_k)),
+        query_gain=1.0,
+        # PKM has no norms. Where they are switched on, scores are to start at a variance of one.
+        key_gain=1 / math.sqrt(d_k),
+        values_std=1 / math.sqrt(d_v),
+        # x has a mean square of one, and so have the products with pre-values.
+        pre_values_std=1 / math.sqrt(max(d_p, 1)),
+        projection=normal(1 / math.sqrt(config.num_blocks * d_v)),
+        input=normal(1 / math.sqrt(embed_dim)),
+    )
+    normed = pkm._replace(keys=normal(1 / math.sqrt(d_k)))
     if config.init == "pkm":
-        return MemoryInit(
-            query=normal(1 / math.sqrt(embed_dim)),
-            keys=_symmetric_uniform(1 / math.sqrt(d_k)),
-            query_gain=1.0,
-            # PKM has no norms. Where they are switched on, scores are to start at a variance of one.
-            key_gain=1 / math.sqrt(d_k),
-            values_std=1 / math.sqrt(d_v),
-            projection=projection,
-        )
+        return pkm
     if config.init == "reference":
-        return MemoryInit(
+        return normed._replace(
             query=normal(1 / math.sqrt(d_k)),
-            keys=normal(1 / math.sqrt(d_k)),
             query_gain=d_k**-0.33,
             key_gain=d_k**-0.33,
             values_std=0.02,
-            projection=projection,
+            pre_values_std=0.02,
         )
-    gain = 1.0 if config.softmax else query_gain(config)
-    reads = config.top_m * config.num_heads
-    return MemoryInit(
-        # Without norms the gain has no parameter of its own and goes into the weights of the query.
-        query=normal((1.0 if config.norm_query_key else gain) / math.sqrt(embed_dim)),
-        keys=normal(1 / math.sqrt(d_k)),
-        query_gain=gain,
-        key_gain=1 / math.sqrt(d_k),
-        values_std=math.sqrt(expansion / (2 * reads * num_layers)),
-        projection=projection,
-    )
+    scores = chosen_scores(config, num_virtual_keys)
+    if config.init == "v2":
+        gain = _gain(config, scores.mean)
+        spread = scores.mean_square / scores.mean**2  # 1 + σ_s²
+        reads = config.top_m * config.num_heads
+        variance = _V2_SCALE * inner_ratio * embed_dim / (reads * spread * max(d_p, 1) * d_v * num_layers)
+        # With pre-values it is the variance of a product of two, which share it.
+        std = variance ** (1 / 4 if d_p else 1 / 2)
+        projection = normal(math.sqrt(_SMALL_INIT / embed_dim))
+        normed = normed._replace(values_std=std, pre_values_std=std, projection=projection)
+    else:
+        gain = _gain(config, math.sqrt(scores.mean_square))
+        reads = config.top_m * config.num_heads
+        power = (_second_moment("gelu") if config.pre_value_activation == "gelu" else 1.0) * (
+            _second_moment("silu") if config.gate else 1.0
+        )
+        values_std = math.sqrt(config.num_blocks / (2 * reads * num_layers * power))
+        normed = normed._replace(values_std=values_std)
+    # Without norms the gain has no parameter of its own and goes into the weights of the query.
+    query = normal((1.0 if config.norm_query else gain) / math.sqrt(embed_dim))
+    return normed._replace(query=query, query_gain=gain)
+
+
+def _gain(config: MemoryConfig, chosen: float) -> float:
+    """The query gain that brings scores of size `chosen` to one; of a softmax, it is one.
+
+    A Tucker score is bilinear in the query, a product-key score linear.
+    """
+    if config.softmax:
+        return 1.0
+    return 1 / math.sqrt(chosen) if config.tucker_rank else 1 / chosen
 
 
 @functools.lru_cache(maxsize=64)
-def query_gain(config: MemoryConfig) -> float:
-    """The gain of the query norm that gives the chosen scores a mean square of one, estimated by sampling.
+def chosen_scores(config: MemoryConfig, num_virtual_keys: int) -> ChosenScores:
+    """What the retrieval chooses among random scores, by sampling it.
 
     With keys of norm one, the score of a key is N(0, gain²) (per rank N(0, gain²/r) where the ranks split
-    d_k). Values drawn from N(0, E/(2·m·H·L)) then give an output variance of 1/(2L) exactly if the m chosen
-    scores have mean square one. A Tucker score is bilinear in the query, so that the gain is 1/√Y, with Y the
-    root mean square of the chosen scores at gain one; a product-key score is linear in it, gain 1/Y. The
-    paper writes 1/√E[Y] with the mean of the top m; the two differ by the spread of the m scores.
+    d_k). Values drawn from N(0, E/(2·m·H·L)) give an output variance of 1/(2L) exactly if the m chosen scores
+    have mean square one; the paper writes the gain as 1/√E[Y] with Y their mean, and the two differ by the
+    spread of the m scores.
+
+    Args:
+        config: of the memory.
+        num_virtual_keys: K.
 
     Returns:
-        The gain, the same for the same `config` on every machine.
+        The moments, the same for the same arguments on every machine; ones for a softmax.
     """
+    if config.softmax:
+        return ChosenScores(1.0, 1.0)
     rng = np.random.default_rng(0)
-    rank, num_keys, top_m = config.tucker_rank, config.num_virtual_keys, config.top_m
-    squares = []
+    rank, top_m = config.tucker_rank, config.top_m
+    drawn = []
     for _ in range(_SAMPLED_TOKENS):
         if rank == 0:
-            row, column = np.sort(rng.standard_normal((2, num_keys)))[:, -top_m:]
-            chosen = np.sort((row[:, None] + column).ravel())[-top_m:]
-            squares.append(np.mean(chosen**2))
+            row, column = np.sort(rng.standard_normal((2, num_virtual_keys)))[:, -top_m:]
+            drawn.append(np.sort((row[:, None] + column).ravel())[-top_m:])
             continue
         scale = 1 / math.sqrt(rank) if config.rank_keys == "split" else 1.0
-        row, column = rng.standard_normal((2, rank, num_keys)) * scale
+        row, column = rng.standard_normal((2, rank, num_virtual_keys)) * scale
         cores = rng.uniform(size=(config.num_cores, rank, rank))
         left, _, right = np.linalg.svd(cores.sum(0))
         row = row[:, np.argsort(left[:, 0] @ row)[-top_m:]]
         column = column[:, np.argsort(right[0] @ column)[-top_m:]]
         cells = np.argsort((row.T @ cores.sum(0) @ column).ravel())[-top_m:]
-        per_core = np.einsum("qi,cqs,sj->cij", row, cores, column).reshape(config.num_cores, -1)
-        squares.append(np.mean(per_core[:, cells] ** 2))
-    rms = math.sqrt(np.mean(squares))
-    return 1 / rms if rank == 0 else 1 / math.sqrt(rms)
+        drawn.append(np.einsum("qi,cqs,sj->cij", row, cores, column).reshape(config.num_cores, -1)[:, cells])
+    return ChosenScores(float(np.mean(drawn)), float(np.mean(np.square(drawn))))
 
 
-def draw_table(key: jax.Array, num_slots: int, value_dim: int, std: float) -> jax.Array:
-    """A table (N, d_v) float32 of N(0, std²), drawn block by block.
+def _second_moment(activation: str) -> float:
+    """E[act(z)²] for z ~ N(0, 1), by Gauss-Hermite quadrature."""
+    z, weights = np.polynomial.hermite_e.hermegauss(64)
+    if activation == "gelu":
+        y = z * (1 + np.vectorize(math.erf)(z / math.sqrt(2))) / 2
+    else:
+        y = z / (1 + np.exp(-z))
+    return float((weights * y**2).sum() / weights.sum())
+
+
+def draw_table(key: jax.Array, num_slots: int, width: int, std: float) -> jax.Array:
+    """A table (N, width) float32 of N(0, std²), drawn block by block.
 
     The generator's bits for a whole table would take a multiple of the table; these take that of a block.
     """
-    rows = min(max(_BLOCK_VALUES // value_dim, 1), num_slots)
+    rows = min(max(_BLOCK_VALUES // width, 1), num_slots)
 
     def fill(block: jax.Array, table: jax.Array) -> jax.Array:
         # The last block starts early enough to fit; what it draws again is as random as the first time.
         start = jnp.minimum(block * rows, num_slots - rows)
-        drawn = std * jax.random.normal(jax.random.fold_in(key, block), (rows, value_dim), jnp.float32)
+        drawn = std * jax.random.normal(jax.random.fold_in(key, block), (rows, width), jnp.float32)
         return jax.lax.dynamic_update_slice(table, drawn, (start, 0))
 
-    table = jnp.zeros((num_slots, value_dim), jnp.float32)
+    table = jnp.zeros((num_slots, width), jnp.float32)
     return jax.lax.fori_loop(0, -(-num_slots // rows), fill, table)
 
 

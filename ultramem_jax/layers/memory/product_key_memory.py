@@ -1,56 +1,86 @@
-"""The memory layer: Product-Key Memory and, with all of its switches on, UltraMem.
+"""The memory layer: Product-Key Memory and, by its switches, UltraMem, UltraMemV2, Memory+ and PEER.
 
 The way of a token: x -> query -> scores of both sides' keys -> retrieval of m cells a head -> virtual block
-and slot of each cell -> pooled lookup -> projection. Every change of the UltraMem paper is a field of
-`MemoryConfig`; the steps themselves are the pure functions of `ultramem_jax.ops`.
+and slot of each cell -> pooled lookup -> projection. Every difference between the members of the family is a
+field of `MemoryConfig`; the steps themselves are the pure functions of `ultramem_jax.ops`.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ultramem_jax.config import MemoryConfig
-from ultramem_jax.layers.memory.initializers import draw_table, memory_init
+from ultramem_jax.layers.memory.initializers import MemoryInit, memory_init
+from ultramem_jax.layers.memory.tables import Tables, declare_tables
 from ultramem_jax.layers.sowing import sow
+from ultramem_jax.memory_config import MemoryConfig, TableLayout
 from ultramem_jax.ops import addressing, lookup, product_keys
+from ultramem_jax.ops.linear import project
 
 _ROWS, _COLUMNS = 0, 1
 
 
-class ProductKeyMemory(nn.Module):
-    """Reads m values of a table of N for every token and head; (x, *, train) -> y like every layer.
-
-    Collections besides `params`:
-        memory: `values` (N, d_v), the table. Apart from `params` because its training is row-sparse.
-        buffers: `row_direction` and `column_direction` (H, r), the last u and t, for their sign; with the
-            explicit shuffle also `permutation` (E·N,).
-        reads (sown): `slots`, `blocks` (T, R) and `scores` (T, R, h), what was read.
-        perturbations: `pooled` (T, E, d_v), whose gradient is the cotangent of the pooled reads.
-        losses, metrics (sown): the core's auxiliary loss; scores, output and singular values.
-    """
+class _Family(nn.Module):
+    """What the layer, and the table that several of them share, must know of the model around them."""
 
     config: MemoryConfig
     num_layers: int
-    """L of the Transformer around it, for the initial scale of the values."""
+    """L of the Transformer, for the initial scale of the values."""
+    num_memories: int = 1
+    """M, memories of the model: a shared table has a part for each."""
+    inner_ratio: float = 4.0
+    """Inner width of the feed-forward over D, for the initial scale of UltraMemV2."""
+
+    def _layout(self) -> TableLayout:
+        return self.config.layout(self.num_memories)
+
+    def _init(self, embed_dim: int) -> MemoryInit:
+        keys = self._layout().num_virtual_keys
+        return memory_init(self.config, keys, embed_dim, self.num_layers, self.inner_ratio)
+
+
+class SharedTables(_Family):
+    """The one table that all memories of a model read, in its collection `memory`."""
+
+    @nn.compact
+    def __call__(self, embed_dim: int) -> Tables:
+        """The tables, for a model of width D."""
+        return declare_tables(self, self.config, self._layout().num_slots, self._init(embed_dim))
+
+
+class ProductKeyMemory(_Family):
+    """Reads m values of a table of N for every token and head; (x, *, train) -> y like every layer.
+
+    Collections besides `params`:
+        memory: `values` (N, d_v) and `pre_values` (N, d_p), unless the caller gives the tables.
+        buffers: `row_direction` and `column_direction` (H, r), the last u and t, for their sign; with the
+            explicit shuffle also `permutation` (E·n²,).
+        reads (sown): `slots`, `blocks` (T, R) and `scores` (T, R, h), what was read; with pre-values also
+            `inputs` (T, d_p), what they were multiplied by.
+        perturbations: `pooled` (T, blocks, d_v) and `products` (T, R), whose gradients are the cotangents of
+            the pooled reads and of the products with pre-values.
+        losses, metrics (sown): the auxiliary losses; scores, output and singular values.
+    """
+
     index: int = 0
-    """Which of the model's memories this is; each has a shuffle of its own."""
+    """Which of the model's memories this is; each has a shuffle and a window of a shared table of its own."""
     dtype: jnp.dtype = jnp.float32
     norm_eps: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, tables: Tables | None = None) -> jax.Array:
         """Reads the memory.
 
         Args:
             x: (B, S, D).
             train: unused, part of the call that all layers share.
+            tables: those of `SharedTables`; None if the layer has its own.
 
         Returns:
             (B, S, D) in the computation's dtype.
         """
         del train
-        config, tokens, embed_dim = self.config, x.shape[0] * x.shape[1], x.shape[2]
-        init = memory_init(config, embed_dim, self.num_layers)
+        config, embed_dim = self.config, x.shape[2]
+        init = self._init(embed_dim)
         x = x.astype(self.dtype)
         queries = self._queries(self._convolved(x), init.query, init.query_gain)
         keys = self._keys(init.keys, init.key_gain)
@@ -61,13 +91,19 @@ class ProductKeyMemory(nn.Module):
         self._record_scores(weights)
 
         blocks, slots = (_by_token(a) for a in self._addresses(retrieved.rows, retrieved.columns))
-        pooled = self._lookup(slots, blocks, _by_token(weights).astype(self.dtype), init.values_std)
+        weights = _by_token(weights).astype(self.dtype)
+        if tables is None:
+            tables = declare_tables(self, config, self._layout().num_slots, init)
+        tokens = x.reshape(-1, embed_dim)
+        if config.pre_value_dim:
+            weights = weights * self._activations(tables["pre_values"], slots, tokens, init)[..., None]
+        pooled = self._pooled(tables["values"], slots, blocks, weights)
+        y = pooled.reshape(tokens.shape[0], config.num_blocks * config.value_dim)
+        if config.gate:
+            kernel = self.param("gate", init.input, (embed_dim, config.value_dim), jnp.float32)
+            y = y * nn.silu(project(tokens, kernel))
         if config.project_values:
-            width = config.expansion * config.value_dim
-            kernel = self.param("projection", init.projection, (width, embed_dim), jnp.float32)
-            y = pooled.reshape(tokens, width) @ kernel.astype(self.dtype)
-        else:
-            y = pooled.reshape(tokens, embed_dim)
+            y = project(y, self.param("projection", init.projection, (y.shape[1], embed_dim), jnp.float32))
         sow(self, "metrics", "output_std", jnp.std(y.astype(jnp.float32)))
         return y.reshape(x.shape)
 
@@ -88,33 +124,35 @@ class ProductKeyMemory(nn.Module):
 
     def _queries(self, x: jax.Array, init: nn.initializers.Initializer, gain: float) -> jax.Array:
         """(2, H, r, T, d): both sides' queries of every head and rank, of the width d that a rank has."""
-        config = self.config
-        shape = (x.shape[-1], 2 * config.num_queries * config.key_dim)
-        kernel = self.param("query", init, shape, jnp.float32)
-        queries = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
-        queries = queries.reshape(-1, 2, config.num_queries, config.key_dim)
-        if config.norm_query_key:
+        config, ranks = self.config, self.config.num_ranks
+        kernel = self.param(
+            "query", init, (x.shape[-1], 2 * config.num_queries * config.key_dim), jnp.float32
+        )
+        of_each_rank = ranks if config.query_per_rank else 1
+        queries = project(x, kernel).reshape(
+            -1, 2, config.num_queries // of_each_rank, of_each_rank, config.key_dim
+        )
+        if config.norm_query:
             scale = self.param("query_scale", nn.initializers.constant(gain), (config.key_dim,), jnp.float32)
             queries = self._rms_norm(queries.astype(jnp.float32), (-1,), scale).astype(self.dtype)
-        ranks, split = max(config.tucker_rank, 1), config.rank_keys == "split"
-        # Broadcasting the shared query over heads (and ranks) costs little beside K·d products of each.
-        queries = queries.reshape(*queries.shape[:3], ranks if split else 1, config.rank_key_dim)
+        if config.rank_keys == "split":
+            queries = queries.reshape(*queries.shape[:3], ranks, config.rank_key_dim)
         queries = queries.transpose(1, 2, 3, 0, 4)
+        # Broadcasting a shared query over heads and ranks costs little beside K·d products of each.
         return jnp.broadcast_to(queries, (2, config.num_heads, ranks, *queries.shape[3:]))
 
     def _keys(self, init: nn.initializers.Initializer, gain: float) -> jax.Array:
         """(2, H, r, K, d): both sides' keys of every head and rank, normed."""
-        config = self.config
-        ranks, width = max(config.tucker_rank, 1), config.rank_key_dim
-        shape = (2, config.num_heads, ranks, config.num_virtual_keys, width)
+        config, ranks, width = self.config, self.config.num_ranks, self.config.rank_key_dim
+        shape = (2, config.num_key_sets, ranks, self._layout().num_virtual_keys, width)
         keys = self.param("keys", init, shape, jnp.float32)
-        if config.norm_query_key:
+        if config.norm_keys:
             scale = self.param("key_scale", nn.initializers.constant(gain), (config.key_dim,), jnp.float32)
             # A key is d_k wide. Where the ranks split it, its norm is over all of its parts.
             split = config.rank_keys == "split"
             over = (2, 4) if split else (4,)
             keys = self._rms_norm(keys, over, scale.reshape(ranks if split else 1, 1, width))
-        return keys.astype(self.dtype)
+        return jnp.broadcast_to(keys.astype(self.dtype), (2, config.num_heads, *shape[2:]))
 
     def _rms_norm(self, x: jax.Array, axes: tuple[int, ...], scale: jax.Array) -> jax.Array:
         mean_square = jnp.mean(x * x, axis=axes, keepdims=True)
@@ -125,7 +163,21 @@ class ProductKeyMemory(nn.Module):
         """The m cells of every head and token from both sides' scores (H, r, T, K)."""
         config = self.config
         if config.tucker_rank == 0:
-            return product_keys.retrieve_product_keys(row_scores[:, 0], column_scores[:, 0], config.top_m)
+            sides = row_scores[:, 0], column_scores[:, 0]
+            retrieved = product_keys.retrieve_product_keys(*sides, config.top_m)
+        else:
+            cores, u, t = self._core()
+            sides = product_keys.combine_ranks(u, row_scores), product_keys.combine_ranks(t, column_scores)
+            retrieved = product_keys.retrieve_tucker(row_scores, column_scores, cores, u, t, config.top_m)
+        if config.balance_loss_weight:
+            candidates = retrieved.row_candidates, retrieved.column_candidates
+            rows, columns = map(product_keys.balance_loss, sides, candidates)
+            sow(self, "losses", "balance", config.balance_loss_weight * (rows + columns))
+        return retrieved
+
+    def _core(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The Tucker cores (H, h, r, r), and u and t (H, r) of their sum."""
+        config = self.config
         shape = (config.num_heads, config.num_cores, config.tucker_rank, config.tucker_rank)
         cores = self.param("cores", nn.initializers.uniform(1.0), shape, jnp.float32)
         direction = (config.num_heads, config.tucker_rank)
@@ -139,40 +191,58 @@ class ProductKeyMemory(nn.Module):
             sow(self, "losses", "core", config.core_loss_weight * loss)
         for i, value in enumerate(product_keys.singular_values(cores).mean(0)):
             sow(self, "metrics", f"core_singular_value_{i + 1}", value)
-        return product_keys.retrieve_tucker(row_scores, column_scores, cores, u, t, config.top_m)
+        return cores, u, t
 
     def _addresses(self, rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Virtual blocks and physical slots of the cells, same shape."""
-        config = self.config
+        config, layout = self.config, self._layout()
         if config.shuffle == "explicit":
-            size = config.expansion * config.num_slots
+            size = layout.num_virtual_keys**2
             permutation = self.variable(
                 "buffers",
                 "permutation",
                 lambda: jax.random.permutation(jax.random.key(config.shuffle_seed + self.index), size),
             )
             stored = jnp.asarray(permutation.value)
-            return addressing.permuted_block_and_slot(
-                rows, columns, config.num_virtual_keys, config.num_slots, stored
+            blocks, slots = addressing.permuted_block_and_slot(
+                rows, columns, layout.num_virtual_keys, layout.window_slots, stored
             )
-        if config.expansion == 1 or config.shuffle == "none":
-            return addressing.block_and_slot(rows, columns, config.num_keys, config.expansion)
-        seed = config.shuffle_seed + self.index
-        return addressing.shuffled_block_and_slot(rows, columns, config.num_keys, config.expansion, seed)
+        elif config.shuffle == "none" or (config.expansion == 1 and not config.shares_table):
+            blocks, slots = addressing.block_and_slot(rows, columns, layout.num_keys, config.expansion)
+        else:
+            seed = config.shuffle_seed + self.index
+            blocks, slots = addressing.shuffled_block_and_slot(
+                rows, columns, layout.num_keys, config.expansion, seed
+            )
+        if config.sum_blocks:
+            blocks = jnp.zeros_like(blocks)
+        return blocks, addressing.windowed(slots, layout.offsets[self.index], layout.num_slots)
 
-    def _lookup(self, slots: jax.Array, blocks: jax.Array, scores: jax.Array, std: float) -> jax.Array:
-        """The pooled reads (T, E, d_v), recorded for the row-sparse optimizer."""
+    def _activations(
+        self, pre_values: jax.Array, slots: jax.Array, x: jax.Array, init: MemoryInit
+    ) -> jax.Array:
+        """(T, R): act(u·p) of every slot read, u its pre-value and p the token's projection of x (T, D)."""
         config = self.config
-        table = self.variable(
-            "memory",
-            "values",
-            lambda: draw_table(self.make_rng("params"), config.num_slots, config.value_dim, std),
-        )
-        for name, value in (("slots", slots), ("blocks", blocks), ("scores", scores)):
+        if config.project_pre_values:
+            shape = (x.shape[-1], config.pre_value_dim)
+            x = project(x, self.param("pre_projection", init.input, shape, jnp.float32))
+        sow(self, "reads", "inputs", x)
+        products = self._perturbed("products", lookup.row_products(pre_values, slots, x))
+        return nn.gelu(products, approximate=False) if config.pre_value_activation == "gelu" else products
+
+    def _pooled(
+        self, values: jax.Array, slots: jax.Array, blocks: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        """The pooled reads (T, blocks, d_v), recorded for the row-sparse optimizer."""
+        for name, value in (("slots", slots), ("blocks", blocks), ("scores", weights)):
             sow(self, "reads", name, value)
-        pooled = lookup.pooled_lookup(table.value, slots, blocks, scores, config.expansion)
+        return self._perturbed(
+            "pooled", lookup.pooled_lookup(values, slots, blocks, weights, self.config.num_blocks)
+        )
+
+    def _perturbed(self, name: str, value: jax.Array) -> jax.Array:
         # A perturbation has the shape of a batch: it is the training step's, not a variable of the layer.
-        return pooled if self.is_initializing() else self.perturb("pooled", pooled)
+        return value if self.is_initializing() else self.perturb(name, value)
 
     def _record_scores(self, scores: jax.Array) -> None:
         """Mean over heads and tokens of the best and of the last chosen score, summed over cores."""

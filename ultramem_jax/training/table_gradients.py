@@ -1,0 +1,75 @@
+"""From what the memories read, and the cotangents of that, to the gradients of the rows of every table."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.models.transformer import table_readers
+from ultramem_jax.ops.lookup import RowGradients, RowsRead, row_gradients, rows_read
+
+
+def perturbations(config: ModelConfig, num_tokens: int) -> dict[str, dict[str, jax.Array]]:
+    """The point at which reads are perturbed: zeros, whose gradients are the cotangents of the reads.
+
+    Returns:
+        Per memory `pooled` (T, blocks, d_v) and, with pre-values, `products` (T, R), of the model's dtype.
+    """
+    memory, dtype = config.memory, jnp.dtype(config.dtype)
+    if memory is None:
+        return {}
+    zeros = {"pooled": jnp.zeros((num_tokens, memory.num_blocks, memory.value_dim), dtype)}
+    if memory.pre_value_dim:
+        zeros["products"] = jnp.zeros((num_tokens, memory.num_heads * memory.top_m), dtype)
+    return {name: zeros for readers in table_readers(config).values() for name in readers}
+
+
+def rows_of_tables(config: ModelConfig, reads: Any) -> dict[str, RowsRead]:
+    """The rows of every table that a step read, over all memories that read it.
+
+    Args:
+        config: of the model.
+        reads: what the memories sowed into `reads`.
+    """
+    if config.layout is None:
+        return {}
+    return {
+        table: rows_read(_together([reads[name]["slots"] for name in readers]), config.layout.num_slots)
+        for table, readers in table_readers(config).items()
+    }
+
+
+def table_gradients(
+    config: ModelConfig, rows: dict[str, RowsRead], reads: Any, cotangents: Any
+) -> dict[str, dict[str, RowGradients]]:
+    """The gradients of the rows that were read: per table those of `values` and, if any, of `pre_values`.
+
+    Args:
+        config: of the model.
+        rows: of `rows_of_tables`.
+        reads: what the memories sowed into `reads`.
+        cotangents: gradients with respect to `perturbations`.
+    """
+    gradients: dict[str, dict[str, RowGradients]] = {}
+    for table, readers in table_readers(config).items():
+        read = {key: _together([reads[name][key] for name in readers]) for key in reads[readers[0]]}
+        cotangent = {
+            key: _together([cotangents[name][key] for name in readers]) for key in cotangents[readers[0]]
+        }
+        gradients[table] = {
+            "values": row_gradients(rows[table], read["blocks"], read["scores"], cotangent["pooled"])
+        }
+        if "products" in cotangent:
+            gradients[table]["pre_values"] = row_gradients(
+                rows[table],
+                jnp.zeros_like(read["slots"]),
+                cotangent["products"][..., None],
+                read["inputs"][:, None],
+            )
+    return gradients
+
+
+def _together(of_memories: list[jax.Array]) -> jax.Array:
+    """Arrays over tokens, one behind the other: to a table, M memories are M times as many tokens."""
+    return of_memories[0] if len(of_memories) == 1 else jnp.concatenate(of_memories)
