@@ -1,8 +1,14 @@
-"""Parameters, FLOPs per token and bytes read per token, from configs alone: nothing is built."""
+"""Parameters, FLOPs per token and bytes read per token of presets, beside what was published of them.
+
+Counted from configs alone: nothing is built. The first table counts every parameter, embeddings among them;
+active ones leave out tables and the experts that a token does not visit. FLOPs and bytes are per token, of a
+forward pass: FLOPs as the papers count them and with lookups and logits, bytes of float32 parameters. The
+second table follows the convention of each source; `(rounding)` marks a difference that its digits hide.
+"""
 
 from absl import flags
 
-from ultramem_jax.accounting import count_table
+from ultramem_jax.count_table import count_table, published_table
 from ultramem_jax.presets import NOTES, PRESETS, preset
 
 PRESET = flags.DEFINE_string("preset", "all", "names of presets, with commas between them, or `all`")
@@ -11,11 +17,13 @@ NOTES_TOO = flags.DEFINE_boolean("notes", False, "also say what of each preset i
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
     names = list(PRESETS) if PRESET.value == "all" else PRESET.value.split(",")
     for name in names:
         preset(name)
     print(count_table(names, BATCH.value))
+    if against := published_table(names):
+        print(f"\nAgainst what was published:\n\n{against}")
     if NOTES_TOO.value:
         for name in names:
             print(f"\n{name}: {NOTES[name]}")

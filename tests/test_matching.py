@@ -9,7 +9,9 @@ from ultramem_jax.config import MemoryConfig, ModelConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.matching import SYSTEMS, differences, match, match_all, verify_match
 from ultramem_jax.presets import PRESETS
+from ultramem_jax.rivals import reads_per_token
 
+TINY = PRESETS["ultramem-tiny"]
 DEMO = ModelConfig(
     embed_dim=128,
     num_layers=2,
@@ -57,24 +59,116 @@ def test_pkm_by_hand():
     assert pkm.memory.key_dim == pytest.approx(wanted, abs=8)
 
 
+def test_fine_grained_moe_by_hand():
+    # ultramem-tiny: number × width is 13,107,200 / (4·3·128) = 8,533.3. The FLOPs left by attention,
+    # 2,101,248 - 2·4·4·128², are 2·4·128 × (number + 3·8·width), so that sum is 1,540: width 58.0 and
+    # number 147.1.
+    moe = match(TINY, "moe-fine").moe
+    assert (moe.num_experts, moe.top_k, moe.expert_dim) == (147, 8, 58)
+    assert (moe.activation, moe.normalize_gates) == ("swiglu", False)
+
+
+def test_improved_pkm_is_pkm_but_for_norms_and_rate():
+    pkm, improved = match(TINY, "pkm").memory, match(TINY, "pkm-improved").memory
+    assert improved == replace(pkm, norm_query=True, norm_keys=True, value_lr_multiple=4.0)
+
+
+def test_memory_plus_by_hand():
+    # √(13,107,200 / 128) = 320 keys per side; 64 reads over 2 memories of 2 heads. A key dimension costs
+    # 2·2·2·2·(128 + 320) = 7,168 FLOPs. The base's memories cost 493,568 in weights, 26,624 in scoring and
+    # 8,192 in lookups; gate and projection take 131,072 of that, scoring 1,088, lookups 16,384.
+    wanted = (2 * 2 * 123_392 + 2 * 2 * 6_656 + 8_192 - 131_072 - 2 * 2 * 272 - 16_384) / 7_168
+    plus = match(TINY, "memory-plus")
+    assert plus.mlp_dim == TINY.mlp_dim
+    assert plus.memory == MemoryConfig.memory_plus(
+        placement="1:1/3:3",
+        num_keys=320,
+        top_m=16,
+        num_heads=2,
+        key_dim=round(wanted),
+        value_dim=128,
+        value_lr_multiple=4.0,
+    )
+    assert (plus.layout.num_tables, plus.layout.num_slots) == (1, 320**2)
+    assert plus.layout.offsets == (0, 0)
+
+
+def test_memory_plus_sits_at_a_regular_interval():
+    # Three memories: each in the middle of four of the twelve layers.
+    plus = match(PRESETS["ultramem-151m-x12"], "memory-plus")
+    assert plus.memory.placement == "2:2/6:6/10:10"
+    assert plus.layout.num_tables == 1
+
+
+def test_peer_by_hand():
+    # √(13,107,200 / 256) = 226.3 keys per side; 64 reads over 8 heads, values and pre-values of width D.
+    peer = match(TINY, "peer")
+    assert peer.memory == MemoryConfig.peer(
+        placement="2:2",
+        num_keys=226,
+        top_m=8,
+        num_heads=8,
+        key_dim=peer.memory.key_dim,
+        value_dim=128,
+        pre_value_dim=128,
+    )
+    # A key dimension costs 2·8·2·(128 + 226) = 11,328; scoring takes 8·(64 + 8), lookups 2·64·256.
+    wanted = (2 * 2 * 123_392 + 2 * 2 * 6_656 + 8_192 - 576 - 32_768) / 11_328
+    assert peer.memory.key_dim == pytest.approx(wanted, abs=1)
+
+
+@pytest.mark.parametrize(("reads", "heads"), [(64, 8), (252, 7), (36, 6), (50, 5), (44, 4), (22, 8)])
+def test_heads_of_peer_divide_the_reads(reads, heads):
+    peer = match(with_memory(TINY, placement="2:2", num_heads=2, top_m=reads // 2), "peer").memory
+    assert (peer.num_heads, peer.top_m) == (heads, reads // heads)
+
+
+def test_ultramem_v2_by_hand():
+    # A ring of 4·226² slots of 32 + 32 numbers; each of the four memories reads half of it, 319² of 102,152
+    # slots, from its own start; 64 reads over 4 memories.
+    v2 = match(TINY, "ultramem-v2")
+    assert v2.memory == MemoryConfig.ultramem_v2(
+        placement="full",
+        num_keys=226,
+        top_m=16,
+        num_heads=1,
+        key_dim=32,
+        value_dim=32,
+        pre_value_dim=32,
+        share_ratio=0.5,
+    )
+    layout = v2.layout
+    assert (layout.num_tables, layout.num_slots, layout.num_virtual_keys) == (1, 4 * 226**2, 319)
+    assert layout.offsets == (0, 226**2, 2 * 226**2, 3 * 226**2)
+    # Its memories are cheaper than the base's, and the MLPs get what is left: 24 units of 2·2·4·128 FLOPs.
+    assert v2.mlp_dim == 512 + 24
+
+
+def test_ultramem_v2_in_one_layer_reads_its_whole_table():
+    v2 = match(replace(with_memory(DEMO, placement="1:1"), num_layers=1), "ultramem-v2")
+    assert v2.memory.share_ratio == 1
+    assert v2.layout.window_slots == v2.layout.num_slots
+
+
 def test_the_base_stands_for_itself():
     assert match(DEMO, "ultramem") is DEMO
-    assert list(match_all(DEMO)) == list(SYSTEMS) == ["ultramem", "dense", "moe", "pkm"]
+    assert list(match_all(DEMO)) == list(SYSTEMS)
+    assert SYSTEMS[0] == "ultramem"
 
 
 BASES = {
-    "tiny": PRESETS["ultramem-tiny"],
+    "tiny": TINY,
     "demo": DEMO,
     "151m": PRESETS["ultramem-151m-x12"],
-    "gated": replace(PRESETS["ultramem-tiny"], mlp="swiglu", mlp_dim=344),
-    "memory everywhere": with_memory(PRESETS["ultramem-tiny"], placement="full"),
-    "few slots": with_memory(PRESETS["ultramem-tiny"], num_keys=160),
-    "wide keys": with_memory(PRESETS["ultramem-tiny"], rank_keys="full", key_dim=256),
+    "gated": replace(TINY, mlp="swiglu", mlp_dim=344),
+    "memory everywhere": with_memory(TINY, placement="full"),
+    "few slots": with_memory(TINY, num_keys=160),
+    "wide keys": with_memory(TINY, rank_keys="full", key_dim=256),
     "narrow keys": replace(
-        PRESETS["ultramem-tiny"],
+        TINY,
         memory=MemoryConfig.pkm(placement="2:2", num_keys=320, num_heads=1, key_dim=2, value_dim=128),
     ),
-    "grouped queries": replace(PRESETS["ultramem-tiny"], num_kv_heads=2, tie_embeddings=False),
+    "grouped queries": replace(TINY, num_kv_heads=2, tie_embeddings=False),
 }
 
 
@@ -92,6 +186,8 @@ def test_counterparts_match_within_the_tolerance(name):
         if system != "dense":
             sparse = accounting.count_parameters(config).sparse
             assert sparse == pytest.approx(accounting.count_parameters(base).sparse, rel=0.02), system
+        if config.memory:
+            assert reads_per_token(config) == reads_per_token(base), system
 
 
 def test_the_mlp_takes_what_keys_cannot():
@@ -100,12 +196,26 @@ def test_the_mlp_takes_what_keys_cannot():
     assert wide.mlp_dim > 512 and narrow.mlp_dim < 512
 
 
+def test_reads_per_token_by_hand():
+    assert reads_per_token(TINY) == 2 * 2 * 16
+    assert reads_per_token(match(TINY, "dense")) == 0
+
+
 def test_pkm_reads_no_more_than_its_keys_allow():
     # 4 memories × 2 heads × 16 reads would be 64 for each of the two heads.
-    base = with_memory(PRESETS["ultramem-tiny"], placement="full", num_keys=40, value_dim=64)
+    base = with_memory(TINY, placement="full", num_keys=40, value_dim=64)
     pkm = match(base, "pkm")
     assert pkm.memory.num_keys == 57  # √(4·1600·64/128) = 56.6
     assert pkm.memory.top_m == 57
+
+
+def test_a_window_reads_no_more_than_its_keys_allow():
+    # 4·n²·64 numbers are 6,400·64 of the base: n 40, in windows of 56² of 3,200 slots; 600 reads would be 150
+    # for each of the four memories.
+    base = with_memory(TINY, num_keys=80, expansion=4, top_m=150, placement="1:4", value_dim=64)
+    v2 = match(base, "ultramem-v2")
+    assert (v2.memory.num_keys, v2.layout.num_keys) == (40, 56)
+    assert v2.memory.top_m == 56
 
 
 def test_activation_of_the_experts_is_the_mlps():
@@ -114,12 +224,18 @@ def test_activation_of_the_experts_is_the_mlps():
 
 def test_impossible_matches_say_what_failed():
     # 2·8²·96 = 12,288 sparse parameters are 96 values of width 128: the nearest square is 100, 4.2 % off.
-    few = with_memory(PRESETS["ultramem-tiny"], num_keys=8, top_m=8, value_dim=96)
+    few = with_memory(TINY, num_keys=8, top_m=8, value_dim=96)
     with pytest.raises(UserError, match=r"no pkm model .* within 2.0%; .*sparse parameters off by 4.2%"):
         match(few, "pkm")
     # As two experts in each of 4 layers they are 6 units wide: nowhere near the compute.
     with pytest.raises(UserError, match=r"no moe model .* FLOPs per token off by"):
         match(few, "moe")
+    # ... and 48 values and pre-values of width 128: 7² are 2.1 % off.
+    with pytest.raises(UserError, match=r"no peer model .* within 2.0%; .*sparse parameters off by 2.1%"):
+        match(few, "peer")
+    # Four memories with keys of D/4 cost more than one head with keys 2 wide and hardly an MLP.
+    with pytest.raises(UserError, match="no ultramem-v2 model is as small as the base"):
+        match(replace(BASES["narrow keys"], mlp_dim=8), "ultramem-v2")
 
 
 def test_only_a_model_with_a_memory_has_counterparts():
@@ -127,6 +243,8 @@ def test_only_a_model_with_a_memory_has_counterparts():
         match(ModelConfig(), "moe")
     with pytest.raises(UserError, match="did you mean 'dense'"):
         match(DEMO, "dens")
+    with pytest.raises(UserError, match="did you mean 'ultramem-v2'"):
+        match(DEMO, "ultramem-v3")
 
 
 def test_differences_are_shares_of_the_base():

@@ -4,15 +4,18 @@ Two ways of counting stand side by side. The *papers'* (UltraMem, arXiv 2411.123
 embeddings, norm gains, attention scores and value lookups, and takes two FLOPs per weight that a token is
 multiplied by; use it to stand beside published numbers. The *whole* count holds every parameter of the
 parameter tree and every term of the forward pass that grows with a width. The letters are those of the axis
-legend in `ultramem_jax`; c is the number of matrices in an MLP, 2 for `gelu` and 3 for `swiglu`.
+legend in `ultramem_jax`; c is the number of matrices in an MLP, 2 for `gelu` and 3 for `swiglu`; d_p is the
+width of a pre-value. K and N are those of `ModelConfig.layout`: a table that memories share may have more
+slots than the n² of one memory, and a memory that reads a wider window of it has more keys.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 
 from ultramem_jax.config import MemoryConfig, ModelConfig
 from ultramem_jax.errors import require
-from ultramem_jax.presets import preset
+from ultramem_jax.memory_config import TableLayout
 
 _MLP_MATRICES = {"gelu": 2, "swiglu": 3}
 """c: in and out; a gated MLP (arXiv 2002.05202) has a second matrix in."""
@@ -42,21 +45,29 @@ class Parameters:
     router: int
     """L·D·X."""
     norms: int
-    """(2·L + 1)·D: a gain before attention, one before the feed-forward, one at the end."""
+    """(2·L + 1)·D: a gain before attention, one before the feed-forward, one at the end. With
+    `attention_qk_norm` L·(D + (kv heads)·D/A) more: gains of the queries and of the keys of attention."""
     memory_queries: int
-    """Per memory D·2·(queries)·d_k: a row and a column query, one pair shared by the heads or one each."""
+    """Per memory D·2·(queries)·d_k: a row and a column query, one pair shared by the heads or one each, and
+    r times as many with `query_per_rank`."""
     memory_keys: int
-    """Per memory 2·H·max(r, 1)·K·(width of a rank's key): 2·H·K·d_k if split, r times that if full."""
+    """Per memory 2·(key sets)·max(r, 1)·K·(width of a rank's key); H key sets, or one that the heads share.
+    With H sets that is 2·H·K·d_k where the ranks split d_k, and r times that where each has all of it."""
     memory_norms: int
-    """Per memory 2·d_k: a gain of queries and one of keys, common to sides and heads (and to full ranks)."""
+    """Per memory d_k for the gain of queries and d_k for that of keys, where there is such a norm. A gain is
+    common to sides and heads (and to full ranks)."""
     memory_cores: int
     """Per memory h·H·r²."""
     memory_projection: int
-    """Per memory E·d_v·D."""
+    """Per memory E·d_v·D, or d_v·D if the blocks are summed first."""
+    memory_pre_projection: int
+    """Per memory D·d_p, the map from x to what the pre-values are multiplied by."""
+    memory_gate: int
+    """Per memory D·d_v."""
     memory_conv: int
     """Per memory D·w, a causal depthwise convolution of width w."""
     memory_tables: int
-    """Per memory N·d_v. Sparse."""
+    """Per table N·(d_v + d_p); one table for every memory, or one for all. Sparse."""
     experts: int
     """L·X·c·D·F. Sparse."""
     active_experts: int
@@ -91,14 +102,25 @@ class Parameters:
     def active(self) -> int:
         """Weights of the matrices that one token's vector is multiplied by, k experts among them.
 
+        Stored weights, each once: keys that the heads share are used once per head, which `Flops` counts.
         Cores are left out: they meet scores, never a token's vector (16 numbers a memory; see
         `Flops.memory_scoring` for what they cost).
         """
         return self._token_weights + self.active_experts
 
     @property
+    def active_total(self) -> int:
+        """The "active parameters" of OLMoE (arXiv 2409.02060) and UltraMemV2: embeddings and gains count.
+
+        Every parameter but the tables and the experts that a token does not visit. The rows that a token
+        reads are left out as well; in the published models they are 0.2 % of this or less.
+        """
+        return self.dense + self.active_experts
+
+    @property
     def _token_weights(self) -> int:
-        memory = self.memory_queries + self.memory_keys + self.memory_projection + self.memory_conv
+        memory = self.memory_queries + self.memory_conv + self.memory_keys + self.memory_projection
+        memory += self.memory_pre_projection + self.memory_gate
         return self.attention + self.feed_forward + self.router + memory
 
 
@@ -107,7 +129,8 @@ class Flops:
     """Floating-point operations of one token's forward pass; a multiplication and an addition are two.
 
     Left out of every field, because no width multiplies them: norms, activations, softmaxes, residual sums,
-    the comparisons of a top-k, and the integer arithmetic of addresses.
+    the gate's products, the comparisons of a top-k, and the integer arithmetic of addresses. Auxiliary losses
+    belong to training and are left out too.
     """
 
     attention: int
@@ -118,14 +141,19 @@ class Flops:
     memory_queries: int
     """Query projections and convolutions."""
     memory_keys: int
-    """Scores of all K row and K column keys, for every head and rank."""
+    """Scores of all K row and K column keys, for every head and rank; also where the heads share the keys."""
     memory_projection: int
-    """E·d_v -> D."""
+    """Pooled values -> D."""
+    memory_pre_projection: int
+    """D -> d_p."""
+    memory_gate: int
+    """D -> d_v."""
     memory_scoring: int
     """From key scores to cells, per head. r = 0: m² sums and m for the chosen. r >= 1: 2·2·r·K for the best
     rank-1 scores of both sides, 2·r²·m + 2·r·m² for the exact grid, h·m·(2·r² + 2·r) for the cores."""
     memory_lookup: int
-    """Weighted sum of the values read: 2·H·m·d_v per memory."""
+    """Per memory 2·H·m·(d_v + d_p): the weighted sum of the values read, and the products with their
+    pre-values."""
     attention_scores: int
     """2·D·(S + 1) per layer: a token meets (S + 1)/2 positions on average, 2·D for the scores and 2·D for the
     weighted sum each. 0 where no sequence length was given."""
@@ -134,8 +162,9 @@ class Flops:
 
     @property
     def paper(self) -> int:
-        """The papers' convention: 2 × `Parameters.active`."""
+        """The papers' convention: 2 × `Parameters.active`, and shared keys once per head that uses them."""
         memory = self.memory_queries + self.memory_keys + self.memory_projection
+        memory += self.memory_pre_projection + self.memory_gate
         return self.attention + self.feed_forward + self.router + memory
 
     @property
@@ -162,7 +191,8 @@ class Bytes:
     experts: int
     """Σ over layers of min(k·B, X) experts' weights, B the tokens of the step (UltraMem paper, figure 1c)."""
     memory: int
-    """Σ over memories of min(B·H·m, N) values of width d_v (ibid.)."""
+    """Rows of width d_v + d_p: min(B·H·m, N) for every memory (ibid.); from a table that memories share, as
+    many as all of them read of it, up to the slots of their windows."""
     optimizer: int
     """Training only: AdamW's moments that a step reads and then writes. Those of dense parameters and of all
     experts, whose gradient is a dense array; of tables, those of the rows that were read."""
@@ -185,9 +215,9 @@ class Bytes:
 
 def count_parameters(config: ModelConfig) -> Parameters:
     """Parameters of a model by component; the formulas stand with the fields of `Parameters`."""
-    d, layers, memories = config.embed_dim, config.num_layers, len(config.spans)
+    d, layers, moe = config.embed_dim, config.num_layers, config.moe
     kv_width = config.num_kv_heads * (d // config.num_heads)
-    moe, memory = config.moe, config.memory
+    attention_gains = d + kv_width if config.attention_qk_norm else 0
     expert = _MLP_MATRICES[moe.activation] * d * moe.expert_dim if moe else 0
     return Parameters(
         embedding=config.vocab_size * d,
@@ -195,20 +225,10 @@ def count_parameters(config: ModelConfig) -> Parameters:
         attention=layers * (2 * d * d + 2 * d * kv_width),
         feed_forward=0 if moe else layers * _MLP_MATRICES[config.mlp] * d * config.mlp_dim,
         router=layers * d * moe.num_experts if moe else 0,
-        norms=(2 * layers + 1) * d,
-        memory_queries=memories * d * 2 * memory.num_queries * memory.key_dim if memory else 0,
-        memory_keys=memories * _key_weights(memory) if memory else 0,
-        memory_norms=memories * 2 * memory.key_dim if memory and memory.norm_query_key else 0,
-        memory_cores=memories * memory.num_cores * memory.num_heads * memory.tucker_rank**2
-        if memory and memory.tucker_rank
-        else 0,
-        memory_projection=memories * memory.expansion * memory.value_dim * d
-        if memory and memory.project_values
-        else 0,
-        memory_conv=memories * d * memory.query_conv_width if memory else 0,
-        memory_tables=memories * memory.num_slots * memory.value_dim if memory else 0,
+        norms=(2 * layers + 1) * d + layers * attention_gains,
         experts=layers * moe.num_experts * expert if moe else 0,
         active_experts=layers * moe.top_k * expert if moe else 0,
+        **_memory_parameters(config),
     )
 
 
@@ -219,19 +239,25 @@ def flops_per_token(config: ModelConfig, seq_len: int | None = None) -> Flops:
         config: the model.
         seq_len: S, for the attention scores of a causal sequence; None leaves them out.
     """
-    parameters, memory, memories = count_parameters(config), config.memory, len(config.spans)
-    weight = _FLOPS_PER_WEIGHT
-    lookup = weight * memory.num_heads * memory.top_m * memory.value_dim if memory else 0
+    parameters, weight = count_parameters(config), _FLOPS_PER_WEIGHT
+    memory, layout, memories = config.memory, config.layout, len(config.spans)
+    key_uses, scoring, lookup = 1, 0, 0
+    if memory and layout:
+        key_uses = memory.num_heads // memory.num_key_sets
+        scoring = memories * _scoring_flops(memory, layout)
+        lookup = memories * weight * memory.num_heads * memory.top_m * memory.row_dim
     scores = 2 * config.embed_dim * (seq_len + 1) * config.num_layers if seq_len else 0
     return Flops(
         attention=weight * parameters.attention,
         feed_forward=weight * (parameters.feed_forward + parameters.active_experts),
         router=weight * parameters.router,
         memory_queries=weight * (parameters.memory_queries + parameters.memory_conv),
-        memory_keys=weight * parameters.memory_keys,
+        memory_keys=weight * parameters.memory_keys * key_uses,
         memory_projection=weight * parameters.memory_projection,
-        memory_scoring=memories * _scoring_flops(memory) if memory else 0,
-        memory_lookup=memories * lookup,
+        memory_pre_projection=weight * parameters.memory_pre_projection,
+        memory_gate=weight * parameters.memory_gate,
+        memory_scoring=scoring,
+        memory_lookup=lookup,
         attention_scores=scores,
         logits=weight * config.embed_dim * config.vocab_size,
     )
@@ -249,14 +275,11 @@ def bytes_per_token(config: ModelConfig, batch_tokens: int, dtype_bytes: int = _
         dtype_bytes: bytes of a stored parameter, 2 for weights served in bfloat16.
     """
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "must be at least 1")
-    parameters, moe, memory = count_parameters(config), config.moe, config.memory
-    experts_read, values_read = 0, 0
+    parameters, moe = count_parameters(config), config.moe
+    experts_read, values_read = 0, _values_read(config, batch_tokens)
     if moe:
         weights = parameters.experts // moe.num_experts
         experts_read = min(moe.top_k * batch_tokens, moe.num_experts) * weights
-    if memory:
-        rows = min(batch_tokens * memory.num_heads * memory.top_m, memory.num_slots)
-        values_read = len(config.spans) * rows * memory.value_dim
     dense_read = parameters.dense
     if not config.tie_embeddings:
         dense_read -= max(config.vocab_size - batch_tokens, 0) * config.embed_dim
@@ -274,67 +297,47 @@ def optimizer_bytes(config: ModelConfig) -> int:
     return _MOMENTS * _PARAMETER_BYTES * count_parameters(config).total
 
 
-def count_rows(
-    configs: Mapping[str, ModelConfig], batch_tokens: int, seq_len: int | None = None
-) -> list[dict[str, object]]:
-    """One row per model for a table: parameters, FLOPs of a token, bytes that a step reads."""
-    rows: list[dict[str, object]] = []
-    for name, config in configs.items():
-        parameters, flops = count_parameters(config), flops_per_token(config, seq_len)
-        read = bytes_per_token(config, batch_tokens)
-        rows.append(
-            {
-                "model": name,
-                "dense params": parameters.dense,
-                "sparse params": parameters.sparse,
-                "total params": parameters.total,
-                "FLOPs/token (paper)": flops.paper,
-                "FLOPs/token (all)": flops.total,
-                f"bytes/token read at B = {batch_tokens:,}": round(read.per_token),
-                "of these sparse": round(read.sparse / batch_tokens),
-            }
-        )
-    return rows
+def _memory_parameters(config: ModelConfig) -> dict[str, int]:
+    """The fields of `Parameters` that belong to memories."""
+    memory, layout, memories, d = config.memory, config.layout, len(config.spans), config.embed_dim
+    if memory is None or layout is None:
+        return {f.name: 0 for f in dataclasses.fields(Parameters) if f.name.startswith("memory_")}
+    key_sets = 2 * memory.num_key_sets * memory.num_ranks
+    pre_projected = memory.pre_value_dim if memory.project_pre_values else 0
+    return {
+        "memory_queries": memories * d * 2 * memory.num_queries * memory.key_dim,
+        "memory_keys": memories * key_sets * layout.num_virtual_keys * memory.rank_key_dim,
+        "memory_norms": memories * (memory.norm_query + memory.norm_keys) * memory.key_dim,
+        "memory_cores": memories * memory.num_cores * memory.num_heads * memory.tucker_rank**2,
+        "memory_projection": memories * memory.project_values * memory.num_blocks * memory.value_dim * d,
+        "memory_pre_projection": memories * d * pre_projected,
+        "memory_gate": memories * memory.gate * d * memory.value_dim,
+        "memory_conv": memories * d * memory.query_conv_width,
+        "memory_tables": layout.num_tables * layout.num_slots * memory.row_dim,
+    }
 
 
-def count_table(names: Sequence[str], batch_tokens: int) -> str:
-    """The table of `count` for presets, in Markdown.
-
-    Args:
-        names: presets.
-        batch_tokens: B of the bytes column.
-
-    Raises:
-        UserError: an unknown preset.
-    """
-    rows = count_rows({name: preset(name) for name in names}, batch_tokens)
-    if not rows:
-        return ""
-    cells = [list(rows[0])]
-    cells += [[v if isinstance(v, str) else f"{v:,}" for v in row.values()] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-
-    def line(values: list[str]) -> str:
-        first, *numbers = values
-        padded = [first.ljust(widths[0]), *(v.rjust(w) for v, w in zip(numbers, widths[1:], strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(cells[0]), line(rule), *(line(values) for values in cells[1:])])
-
-
-def _key_weights(memory: MemoryConfig) -> int:
-    """Weights of one memory's keys, both sides."""
-    ranks = max(memory.tucker_rank, 1)
-    return 2 * memory.num_heads * ranks * memory.num_virtual_keys * memory.rank_key_dim
-
-
-def _scoring_flops(memory: MemoryConfig) -> int:
+def _scoring_flops(memory: MemoryConfig, layout: TableLayout) -> int:
     """FLOPs of one memory's retrieval after the key scores; the formula stands at `Flops.memory_scoring`."""
-    r, m, k = memory.tucker_rank, memory.top_m, memory.num_virtual_keys
+    r, m, k = memory.tucker_rank, memory.top_m, layout.num_virtual_keys
     if r == 0:
         return memory.num_heads * (m * m + m)
     candidates = 2 * 2 * r * k
     grid = 2 * r * r * m + 2 * r * m * m
     cores = memory.num_cores * m * (2 * r * r + 2 * r)
     return memory.num_heads * (candidates + grid + cores)
+
+
+def _values_read(config: ModelConfig, batch_tokens: int) -> int:
+    """Numbers that a step reads from tables, pre-values included, each slot once."""
+    memory, layout, memories = config.memory, config.layout, len(config.spans)
+    if memory is None or layout is None:
+        return 0
+    reads = batch_tokens * memory.num_heads * memory.top_m
+    if not memory.shares_table:
+        rows = memories * min(reads, layout.num_slots)
+    else:
+        # Memories with one window together read at most that window; windows that overlap, at most the table.
+        readers = Counter(layout.offsets).values()
+        rows = min(sum(min(n * reads, layout.window_slots) for n in readers), layout.num_slots)
+    return rows * memory.row_dim

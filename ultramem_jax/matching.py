@@ -1,4 +1,4 @@
-"""Fair counterparts of an UltraMem model: dense, MoE and PKM models of equal compute and equal sparse size.
+"""Fair counterparts of an UltraMem model: its rivals, at equal compute and equal sparse size.
 
 What is matched, each within a tolerance:
 
@@ -6,33 +6,27 @@ What is matched, each within a tolerance:
   scoring and lookup of memories. Attention scores and logits stay out: with D, L, V and S in common they are
   the same for all systems, so they would only make a difference look smaller. Lookups are in, because a match
   on the papers' count alone would give memories their reads for free.
-- Sparse parameters: all experts' weights against all tables. A dense model has none.
+- Sparse parameters: all experts' weights against all tables, pre-values among them. A dense model has none.
+- Reads of a token over all memories, as far as heads and keys per side allow. They are what is left of
+  compute and traffic that a FLOP count hardly sees, so they are set beforehand and no tolerance applies.
 
-Everything that is not part of a system (D, L, attention, vocabulary, dropout) is taken from the base.
+Everything that is not part of a system (D, L, attention, vocabulary, dropout) is taken from the base. What
+the systems are is in `ultramem_jax.rivals`.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from math import isqrt
+from collections.abc import Mapping
 
 from ultramem_jax.accounting import count_parameters, flops_per_token
-from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
+from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError, unknown
+from ultramem_jax.rivals import RIVALS
 
-SYSTEMS = ("ultramem", "dense", "moe", "pkm")
+SYSTEMS = ("ultramem", *RIVALS)
 """What `match` can build; `ultramem` is the base itself."""
 
 TOLERANCE = 0.02
 """Largest relative difference in FLOPs and in sparse parameters."""
 
-_TOP_K = 2
-"""Experts of a token in the UltraMem paper's baseline."""
-_PKM_HEADS = 2
-"""Heads of the paper's PKM, each with its own query (from the counts of table 2)."""
-_MIN_KEY_DIM = 8
-"""Narrower keys hardly tell slots apart; below, the MLP gives way instead."""
-_MAX_KEY_DIM_MULTIPLE = 4
-"""Keys at most this many times D wide (the paper's PKM: 2.4); beyond, the MLP takes the rest."""
 _STEPS = (8, 1)
 """Widths are multiples of 8 where that matches well, any integer where not."""
 _GOOD_SHARE = 0.25
@@ -40,13 +34,7 @@ _GOOD_SHARE = 0.25
 
 
 def match(base: ModelConfig, system: str, *, tolerance: float = TOLERANCE) -> ModelConfig:
-    """The counterpart of an UltraMem model.
-
-    `dense`: an MLP wide enough for the compute of the memories. `moe`: top-2 experts of the base's kind of
-    MLP; their width and number are free. `pkm`: Product-Key Memory as published, one memory in the middle
-    layer, with values as wide as the model and as many reads per token as all memories of the base together
-    (as far as its n keys per side allow); n and the width of the keys are free, and so is the width of the
-    MLP where keys would be too narrow or too wide.
+    """The counterpart of an UltraMem model; `ultramem_jax.rivals.RIVALS` says what each system is.
 
     Args:
         base: a model with a memory.
@@ -62,14 +50,9 @@ def match(base: ModelConfig, system: str, *, tolerance: float = TOLERANCE) -> Mo
         raise UserError(f"no {system} model can be matched: the base must have a memory and no experts")
     if system == "ultramem":
         return base
-    candidates: dict[str, Callable[[ModelConfig, int], Iterator[ModelConfig]]] = {
-        "dense": _dense,
-        "moe": _moe,
-        "pkm": _pkm,
-    }
     best, least = None, float("inf")
     for step in _STEPS:
-        for candidate in candidates[system](base, step):
+        for candidate in RIVALS[system](base, step):
             difference = max(differences(base, candidate).values())
             if difference < least:
                 best, least = candidate, difference
@@ -135,70 +118,3 @@ def verify_match(configs: Mapping[str, ModelConfig], tolerance: float = TOLERANC
 def _describe(config: ModelConfig) -> str:
     flops, sparse = flops_per_token(config).matched, count_parameters(config).sparse
     return f"{flops:,} FLOPs per token, {sparse:,} sparse parameters"
-
-
-def _around(value: float, step: int, low: int) -> list[int]:
-    """The multiples of `step` next to `value`, below and above, that are at least `low`."""
-    below = int(value // step) * step
-    return [multiple for multiple in (below, below + step) if multiple >= low]
-
-
-def _mlp_widths(config: ModelConfig, target: int, step: int) -> Iterator[ModelConfig]:
-    """`config` with the MLP widths that bring it nearest to `target` FLOPs."""
-    # FLOPs are linear in the width of the MLP, so two points say everything.
-    fixed = flops_per_token(dataclasses.replace(config, mlp_dim=1)).matched
-    slope = flops_per_token(dataclasses.replace(config, mlp_dim=2)).matched - fixed
-    for mlp_dim in _around(1 + (target - fixed) / slope, step, low=step):
-        yield dataclasses.replace(config, mlp_dim=mlp_dim)
-
-
-def _dense(base: ModelConfig, step: int) -> Iterator[ModelConfig]:
-    plain = dataclasses.replace(base, memory=None)
-    yield from _mlp_widths(plain, flops_per_token(base).matched, step)
-
-
-def _moe(base: ModelConfig, step: int) -> Iterator[ModelConfig]:
-    target, sparse = flops_per_token(base).matched, count_parameters(base).sparse
-
-    def model(num_experts: int, expert_dim: int) -> ModelConfig:
-        experts = MoEConfig(num_experts, _TOP_K, expert_dim, activation=base.mlp)
-        return dataclasses.replace(base, memory=None, moe=experts)
-
-    one = count_parameters(model(_TOP_K, 1)).experts // _TOP_K
-    # Equal sparse size fixes number × width, and compute picks the pair. The widest experts tried have all
-    # the FLOPs of the base.
-    for expert_dim in range(step, target // (_TOP_K * one) + step, step):
-        for num_experts in _around(sparse / (one * expert_dim), 1, low=_TOP_K):
-            yield model(num_experts, expert_dim)
-
-
-def _pkm(base: ModelConfig, step: int) -> Iterator[ModelConfig]:
-    assert base.memory is not None
-    target, sparse = flops_per_token(base).matched, count_parameters(base).sparse
-    d = base.embed_dim
-    middle = (base.num_layers + 1) // 2
-    reads = len(base.spans) * base.memory.num_heads * base.memory.top_m
-
-    def model(num_keys: int, key_dim: int) -> ModelConfig:
-        memory = MemoryConfig.pkm(
-            placement=f"{middle}:{middle}",
-            num_keys=num_keys,
-            # As many reads as there are, up to the m <= n that the exactness of product keys needs.
-            top_m=max(min(reads // _PKM_HEADS, num_keys), 1),
-            num_heads=_PKM_HEADS,
-            key_dim=key_dim,
-            value_dim=d,
-        )
-        return dataclasses.replace(base, memory=memory)
-
-    for num_keys in _around(isqrt(sparse // d), 1, low=1):
-        fixed = flops_per_token(model(num_keys, 1)).matched
-        slope = flops_per_token(model(num_keys, 2)).matched - fixed
-        wanted = 1 + (target - fixed) / slope
-        widest = _MAX_KEY_DIM_MULTIPLE * d
-        if _MIN_KEY_DIM <= wanted <= widest:
-            for key_dim in _around(wanted, step, low=_MIN_KEY_DIM):
-                yield model(num_keys, key_dim)
-        else:
-            key_dim = _MIN_KEY_DIM if wanted < _MIN_KEY_DIM else widest
-            yield from _mlp_widths(model(num_keys, key_dim), target, step)

@@ -1,14 +1,16 @@
 """One named `ModelConfig` per published model, and tiny families to try things with.
 
-`NOTES` says of every preset what is published and what was inferred. Published counts leave out embeddings
-and gains (`Parameters.paper_dense`, `Parameters.paper_total`); `tests/test_presets.py` holds the exact ones.
+`NOTES` says of every preset what is published and what was inferred; `presets.published` holds the published
+numbers, and `tests/test_presets.py` the exact counts. The UltraMem paper's counts leave out embeddings and
+gains (`Parameters.paper_dense`, `Parameters.paper_total`), the UltraMemV2 paper's have them (`active_total`,
+`total`).
 """
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import unknown
-from ultramem_jax.presets import tiny, ultramem_paper
+from ultramem_jax.presets import ladder, tiny, ultramem_paper, v2_paper
 
-_FAMILIES = (tiny, ultramem_paper)
+_FAMILIES = (tiny, ultramem_paper, ladder, v2_paper)
 
 PRESETS: dict[str, ModelConfig] = {name: model for part in _FAMILIES for name, model in part.PRESETS.items()}
 """Every named model."""

@@ -5,9 +5,9 @@ from dataclasses import replace
 from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
 
 # The tiny family: bytes, 4 layers, width 128. `ultramem-tiny` is the base: its MLP keeps the usual 4·D, and
-# two tables of 320² values of width 64 hold 16.7 times the 12·L·D² weights of its layers. The others are what
-# `ultramem_jax.matching.match` finds for it, with equal FLOPs per token and equal sparse parameters; a test
-# holds them to that.
+# two tables of 320² values of width 64 hold 16.7 times the 12·L·D² weights of its layers; a token reads 64 of
+# them. The others are what `ultramem_jax.matching.match` finds for it, with equal FLOPs per token, equal
+# sparse parameters and, where there are memories, equal reads; a test holds them to that.
 _LAYERS_TINY = ModelConfig(embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=512)
 
 PRESETS: dict[str, ModelConfig] = {
@@ -25,6 +25,55 @@ PRESETS: dict[str, ModelConfig] = {
             placement="2:2", num_keys=320, top_m=32, num_heads=2, key_dim=144, value_dim=128
         ),
     ),
+    "moe-fine-tiny": replace(
+        _LAYERS_TINY,
+        moe=MoEConfig(num_experts=147, top_k=8, expert_dim=58, activation="swiglu", normalize_gates=False),
+    ),
+    "pkm-improved-tiny": replace(
+        _LAYERS_TINY,
+        memory=MemoryConfig.pkm(
+            placement="2:2",
+            num_keys=320,
+            top_m=32,
+            num_heads=2,
+            key_dim=144,
+            value_dim=128,
+            norm_query=True,
+            norm_keys=True,
+            value_lr_multiple=4.0,
+        ),
+    ),
+    "memory-plus-tiny": replace(
+        _LAYERS_TINY,
+        memory=MemoryConfig.memory_plus(
+            placement="1:1/3:3",
+            num_keys=320,
+            top_m=16,
+            num_heads=2,
+            key_dim=53,
+            value_dim=128,
+            value_lr_multiple=4.0,
+        ),
+    ),
+    "peer-tiny": replace(
+        _LAYERS_TINY,
+        memory=MemoryConfig.peer(
+            placement="2:2",
+            num_keys=226,
+            top_m=8,
+            num_heads=8,
+            key_dim=44,
+            value_dim=128,
+            pre_value_dim=128,
+        ),
+    ),
+    "ultramem-v2-tiny": replace(
+        _LAYERS_TINY,
+        mlp_dim=536,
+        memory=MemoryConfig.ultramem_v2(
+            num_keys=226, top_m=16, key_dim=32, value_dim=32, pre_value_dim=32, share_ratio=0.5
+        ),
+    ),
     "ultramem-demo": replace(
         _LAYERS_TINY,
         memory=MemoryConfig.ultramem(
@@ -37,10 +86,6 @@ _TINY_NOTE = (
     "Not a published model: one of a family of equal FLOPs per token and (but for the dense one) "
     "equal sparse parameters, small enough for the CPU of a laptop."
 )
-NOTES: dict[str, str] = {
-    "ultramem-tiny": _TINY_NOTE,
-    "dense-tiny": _TINY_NOTE,
-    "moe-tiny": _TINY_NOTE,
-    "pkm-tiny": _TINY_NOTE,
+NOTES: dict[str, str] = {name: _TINY_NOTE for name in PRESETS if name.endswith("-tiny")} | {
     "ultramem-demo": "Not a published model: `ultramem-tiny` with tables of 192² slots, for runs of minutes.",
 }
