@@ -1,0 +1,153 @@
+"""The authors' hyper-parameters and the `MemoryConfig` that they amount to."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ultramem_jax.errors import UserError, choice, require
+from ultramem_jax.memory_config import MemoryConfig
+
+_LAYERS = ("v1", "v2", "memory_plus")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The layers of one state dict."""
+
+    layer: str
+    """`v1`: one UltraMem layer with a table of its own; `v2`, `memory_plus`: layers over one table."""
+    config: MemoryConfig
+    num_layers: int
+    """Layers in the state dict."""
+    num_memories: int
+    """M, layers that the table is made for; more than `num_layers` if the state holds the first of them."""
+    embed_dim: int
+    """D."""
+    norm_eps: float
+    """Of the RMS norms."""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether arrays of tokens have a leading axis of layers."""
+        return self.layer != "v1"
+
+    def prefix(self, index: int) -> str:
+        """What the names of layer `index` start with."""
+        return f"mem_blocks.{index}." if self.stacked else ""
+
+    @property
+    def table_prefix(self) -> str:
+        """What the names of the tables start with."""
+        return "full_memory_layer." if self.stacked else ""
+
+    @classmethod
+    def of(cls, hyper: Mapping[str, Any]) -> "Reference":
+        """Reads the hyper-parameters; those that follow from others, and unknown ones, are passed over.
+
+        Needed are `layer` ("v1", "v2" or "memory_plus"), `hidden_size` (D), `knum` (n), `kdim` (d_k), `vdim`
+        (d_v), `knn` (m), `head` (H) and `norm_eps`. V1 and V2 need also `tucker_rank` (r), `tucker_multihead`
+        (h) and `value_expand_time` (V1: E; V2: 1 where the blocks are summed, else E). V2 and Memory+ need
+        `layers`, and V2 `pre_vdim` (d_p), `key_expand_time` (√E), `share_ratio`, `use_glu_act`,
+        `q_for_each_tucker_rank` and `key_balance_reg_coef`.
+
+        Raises:
+            UserError: a field is missing, or has a value that the layer cannot have.
+        """
+        layer = _value(hyper, "layer")
+        choice("hyper.layer", str(layer), _LAYERS)
+        # RMS norms with a gain are the only ones that the state dict of a fixture can come from.
+        require(hyper.get("norm", "rms") == "rms", "hyper.norm", hyper.get("norm"), "must be 'rms'")
+        affine = hyper.get("norm_affine", True)
+        require(affine is True, "hyper.norm_affine", affine, "must be true: the norms have gains")
+        fields: dict[str, Any] = dict(
+            num_keys=_integer(hyper, "knum"),
+            key_dim=_integer(hyper, "kdim"),
+            value_dim=_integer(hyper, "vdim"),
+            top_m=_integer(hyper, "knn"),
+            num_heads=_integer(hyper, "head"),
+            # How the layer starts does not matter here; of the ways to start, this one costs nothing.
+            init="reference",
+        )
+        num_layers = num_memories = 1 if layer == "v1" else _integer(hyper, "layers")
+        if layer == "memory_plus":
+            # The authors' release computes the norm of the keys and scores with the plain keys.
+            config = MemoryConfig.memory_plus(norm_keys=False, **fields)
+        else:
+            fields |= dict(
+                tucker_rank=_integer(hyper, "tucker_rank"),
+                num_cores=_integer(hyper, "tucker_multihead"),
+                rank_keys="full",
+                shuffle="explicit",
+                core_loss_weight=0.0,
+                query_conv_width=0,
+            )
+            fields |= _v1_fields(hyper) if layer == "v1" else _v2_fields(hyper)
+            config = MemoryConfig(**fields)
+        if layer == "v2" and hyper.get("mem_layer_num") is not None:
+            num_memories = _integer(hyper, "mem_layer_num", low=num_layers)
+        embed_dim, norm_eps = _integer(hyper, "hidden_size"), _number(hyper, "norm_eps")
+        config.layout(num_memories)  # raises where the table and the reads do not fit each other
+        return cls(layer, config, num_layers, num_memories, embed_dim, norm_eps)
+
+
+def _v1_fields(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    expansion = _integer(hyper, "value_expand_time")
+    square = math.isqrt(expansion) ** 2 == expansion
+    require(square, "hyper.value_expand_time", expansion, "must be a square: 1, 4, 9, 16, ...")
+    return dict(expansion=expansion)
+
+
+def _v2_fields(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    expansion = _integer(hyper, "key_expand_time") ** 2
+    blocks = _integer(hyper, "value_expand_time")
+    require(
+        blocks in (1, expansion),
+        "hyper.value_expand_time",
+        blocks,
+        f"must be 1 or the square of key_expand_time, {expansion}",
+    )
+    pre_value_dim = _integer(hyper, "pre_vdim", low=0)
+    gelu = _switch(hyper, "use_glu_act") and pre_value_dim > 0  # it acts on the products with pre-values
+    return dict(
+        expansion=expansion,
+        sum_blocks=blocks == 1,
+        pre_value_dim=pre_value_dim,
+        pre_value_activation="gelu" if gelu else "none",
+        query_per_rank=_switch(hyper, "q_for_each_tucker_rank"),
+        balance_loss_weight=_number(hyper, "key_balance_reg_coef"),
+        table_sharing="ring",
+        share_ratio=_number(hyper, "share_ratio"),
+    )
+
+
+def _value(hyper: Mapping[str, Any], name: str) -> Any:
+    if name not in hyper:
+        raise UserError(f"hyper has no {name!r}, which the layer {hyper.get('layer')!r} needs")
+    return hyper[name]
+
+
+def _integer(hyper: Mapping[str, Any], name: str, low: int = 1) -> int:
+    value = _value(hyper, name)
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= low
+    require(bool(whole), f"hyper.{name}", value, f"must be an integer of at least {low}")
+    return int(value)
+
+
+def _number(hyper: Mapping[str, Any], name: str) -> float:
+    value = _value(hyper, name)
+    number = (
+        isinstance(value, int | float | np.integer | np.floating)
+        and not isinstance(value, bool)
+        and 0 <= value < math.inf
+    )
+    require(bool(number), f"hyper.{name}", value, "must be a number of at least 0")
+    return float(value)
+
+
+def _switch(hyper: Mapping[str, Any], name: str) -> bool:
+    value = _value(hyper, name)
+    require(isinstance(value, bool), f"hyper.{name}", value, "must be true or false")
+    return value

@@ -1,0 +1,222 @@
+"""The authors' PyTorch weights: their state dicts as a module and its variables, and the way back.
+
+    module, variables = load("memory.safetensors", hyper)
+    y = module.apply(variables, x)
+    write_safetensors("again.safetensors", dump(variables, hyper))
+
+Three of their layers are known: `v1` (UltraMem), `v2` (UltraMemV2 layers over one table) and `memory_plus`
+(Memory+ layers over one table). `Reference.of` lists the hyper-parameters that `hyper` must hold, under the
+authors' names. Where their code reads the leading singular vectors of the Tucker core from buffers, the layer
+computes them from the core and takes their sign from the buffers: the same, if the buffers belong to the
+core.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ultramem_jax.errors import UserError, require
+from ultramem_jax.interop.constant import Constant
+from ultramem_jax.interop.hyper import Reference
+from ultramem_jax.interop.names import TABLES, Entry, Path, entries, layer_name
+from ultramem_jax.interop.safetensors_files import read_safetensors, write_safetensors
+from ultramem_jax.layers.memory import ProductKeyMemory, SharedTables
+
+__all__ = ["Constant", "ReferenceModule", "dump", "load", "read_safetensors", "write_safetensors"]
+
+Variables = dict[str, Any]
+_LOSSES = "losses"
+
+
+class _Layers(nn.Module):
+    """Layer i applied to x[i], all over the same tables."""
+
+    reference: Reference
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Outputs (layers, B, S, D) for x of the same shape."""
+        reference = self.reference
+        family: dict[str, Any] = dict(
+            config=reference.config, num_layers=reference.num_memories, num_memories=reference.num_memories
+        )
+        tables = SharedTables(**family, name=TABLES)(reference.embed_dim)
+        outputs = []
+        for index in range(reference.num_layers):
+            layer = ProductKeyMemory(
+                **family, index=index, norm_eps=reference.norm_eps, name=layer_name(index)
+            )
+            outputs.append(layer(x[index], train=False, tables=tables))
+        return jnp.stack(outputs)
+
+
+class ReferenceModule:
+    """What `load` returns: `apply` as a Flax module has it, with the gradients of the authors' code.
+
+    Their balance loss is no part of what they minimise. A hook on the layer's output adds its gradient,
+    whatever the cotangent of the output is. So does `apply` here: a loss that is made of its output must not
+    have the sown `losses` added once more.
+    """
+
+    def __init__(self, reference: Reference):
+        self.reference = reference
+        self._layers = _Layers(reference)
+
+    def apply(
+        self, variables: Variables, x: jax.Array, *, mutable: bool | str | Sequence[str] = False
+    ) -> Any:
+        """Applies the layers.
+
+        Args:
+            variables: those of `load`, or a tree of the same structure.
+            x: (B, S, D) for `v1`; (layers, B, S, D) for the others, layer i applied to x[i].
+            mutable: the collections to return beside the output, as for a Flax module: `reads` holds what was
+                read, `losses` the balance loss, `buffers` the updated singular vectors. Each has one
+                `memory_{i}` for every layer.
+
+        Returns:
+            The output, float32 and of the shape of x; with `mutable` also a dict of the collections.
+
+        Raises:
+            UserError: x has another shape.
+        """
+        reference = self.reference
+        axes = "(layers, B, S, D)" if reference.stacked else "(B, S, D)"
+        fits = x.ndim == 3 + reference.stacked and x.shape[-1] == reference.embed_dim
+        fits = fits and (not reference.stacked or x.shape[0] == reference.num_layers)
+        sizes = f"layers = {reference.num_layers}, D = {reference.embed_dim}"
+        require(fits, "x.shape", x.shape, f"must be {axes} with {sizes}")
+        x = x.astype(jnp.float32)
+        asked = [mutable] if isinstance(mutable, str) else mutable
+        # Also where nobody asked for it: the layer tells its loss only where `losses` is mutable.
+        opened = True if asked is True else [*(asked or ()), _LOSSES]
+        y, sown = self._layers.apply(variables, x if reference.stacked else x[None], mutable=opened)
+        y = y if reference.stacked else y[0]
+        balance = [layer["balance"] for layer in sown.get(_LOSSES, {}).values()]
+        if balance:
+            y = _with_gradient_of(y, sum(balance[1:], balance[0]))
+        if asked is False:
+            return y
+        wanted = set(sown) if asked is True else set(asked)
+        return y, {name: collection for name, collection in sown.items() if name in wanted}
+
+
+def load(
+    state: Mapping[str, Any] | str | os.PathLike[str], hyper: Mapping[str, Any]
+) -> tuple[ReferenceModule, Variables]:
+    """The module and the variables that a state dict of the authors' code amounts to.
+
+    Args:
+        state: arrays by name, or the path of a `.safetensors` file. Floats of any width become float32.
+        hyper: the hyper-parameters, see `Reference.of`.
+
+    Returns:
+        The module and its variables: `params`, `memory` (the tables) and `buffers`. All leaves are float32,
+        so that `jax.grad` takes the whole tree; permutations are a `Constant`.
+
+    Raises:
+        UserError: an entry is missing, extra, misshapen or no array of numbers; a shuffled address is out of
+            range; a hyper-parameter or the file is not as it must be.
+    """
+    if isinstance(state, str | os.PathLike):
+        state = read_safetensors(state)
+    reference = Reference.of(hyper)
+    expected = entries(reference)
+    _compare_names(state, [name for entry in expected for name in entry.names], "the state dict")
+    variables: Variables = {}
+    for entry in expected:
+        arrays = [_checked(name, state[name], entry) for name in entry.names]
+        value = Constant(arrays[0]) if entry.constant else jnp.asarray(entry.pack(arrays))
+        collection, module, name = entry.path
+        variables.setdefault(collection, {}).setdefault(module, {})[name] = value
+    return ReferenceModule(reference), variables
+
+
+def dump(variables: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The authors' state dict for variables of `load`, or for a tree of gradients by them.
+
+    Args:
+        variables: with the collections `params`, `memory` and, but for Memory+, `buffers`. Others are passed
+            over.
+        hyper: the hyper-parameters that they were loaded with.
+
+    Returns:
+        NumPy arrays by name, in the dtypes of the variables; permutations in the dtype that was loaded.
+
+    Raises:
+        UserError: a variable is missing, extra or misshapen, or a hyper-parameter is not as it must be.
+    """
+    expected = entries(Reference.of(hyper))
+    collections = {entry.path[0] for entry in expected}
+    given = {
+        "/".join(path): value
+        for path, value in _flatten({name: variables.get(name, {}) for name in collections})
+    }
+    _compare_names(given, ["/".join(entry.path) for entry in expected], "the tree of variables")
+    state: dict[str, np.ndarray] = {}
+    for entry in expected:
+        path = "/".join(entry.path)
+        variable = np.asarray(given[path])
+        shape = entry.variable_shape
+        require(variable.shape == shape, f"{path}.shape", variable.shape, f"must be {shape}")
+        state |= zip(entry.names, entry.unpack(variable), strict=True)
+    return state
+
+
+@jax.custom_vjp
+def _with_gradient_of(y: jax.Array, loss: jax.Array) -> jax.Array:
+    """`y` itself; the backward pass adds the gradient of `loss`, whatever the cotangent of `y`."""
+    del loss
+    return y
+
+
+def _hook_forward(y, loss):
+    return y, jnp.ones_like(loss)
+
+
+def _hook_backward(ones, cotangent):
+    return cotangent, ones
+
+
+_with_gradient_of.defvjp(_hook_forward, _hook_backward)
+
+
+def _compare_names(given: Mapping[str, Any], expected: Sequence[str], what: str) -> None:
+    """Raises an error that names the entries that are missing from, or too many in, `given`."""
+    missing = [name for name in expected if name not in given]
+    extra = sorted(set(given) - set(expected))
+    complaints = [f"has no {', '.join(map(repr, missing))}"] if missing else []
+    complaints += [f"has {', '.join(map(repr, extra))}, which the layers do not have"] if extra else []
+    if complaints:
+        raise UserError(f"{what} {'; it '.join(complaints)}")
+
+
+def _checked(name: str, value: Any, entry: Entry) -> np.ndarray:
+    """The array under `name`, float32 unless the entry is a constant."""
+    try:
+        array = np.asarray(value) if entry.constant else np.asarray(value).astype(np.float32)
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: must be an array of numbers, not a {type(value).__name__}") from None
+    require(array.shape == entry.shape, f"{name}.shape", array.shape, f"must be {entry.shape}")
+    if entry.constant:
+        whole = np.issubdtype(array.dtype, np.integer)
+        require(whole, f"{name}.dtype", array.dtype.name, "must be one of integers")
+        # The layer reads through these addresses without a check of its own.
+        inside = array.min() >= 0 and array.max() < array.size
+        require(inside, name, (array.min(), array.max()), f"its range must be within [0, {array.size})")
+    return array
+
+
+def _flatten(tree: Mapping[str, Any], path: Path = ()) -> list[tuple[Path, Any]]:
+    flat = []
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat += _flatten(value, (*path, name))
+        else:
+            flat.append(((*path, name), value))
+    return flat
