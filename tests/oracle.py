@@ -1,16 +1,38 @@
-"""A memory layer in float64 NumPy, written from its definition: token by token, nothing shared with the code.
+"""The memory layers in float64 NumPy, from their definitions: token by token, nothing shared with the code.
 
-The whole virtual grid is scored, the expanded tables Ṽ_p = V·W_p are built, and loops run where the layer has
-matrix products.
+One function, `memory_layer`, is every member of the family: Product-Key Memory, UltraMem, UltraMemV2, Memory+
+and PEER. The whole virtual grid is scored where the layer scores candidates, and every value that is read
+goes through the projector of its own block, as in the expanded tables Ṽ_p = V·W_p; the layer pools first.
 """
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from ultramem_jax.config import MemoryConfig
 
+Cell = tuple[int, int]
+
+
+def float64(arrays: dict) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value, np.float64) for name, value in arrays.items()}
+
 
 def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float = 1e-5) -> np.ndarray:
+    """Of one vector."""
     return x / np.sqrt((x**2).mean() + eps) * scale
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Over the first axis."""
+    e = np.exp(x - x.max(0))
+    return e / e.sum(0)
+
+
+def gelu(x: float) -> float:
+    return x * (1 + math.erf(x / math.sqrt(2))) / 2
 
 
 def best(values: np.ndarray, count: int) -> np.ndarray:
@@ -18,7 +40,7 @@ def best(values: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(-values, kind="stable")[:count]
 
 
-def tucker_cells(row, column, core, u, t, top_m):
+def tucker_cells(row, column, core, u, t, top_m) -> list[Cell]:
     """The chosen cells of S_rowᵀ·C·S_col among the candidates; row and column are (r, K)."""
     rows, columns = best(u @ row, top_m), best(t @ column, top_m)
     grid = row.T @ core @ column
@@ -26,83 +48,175 @@ def tucker_cells(row, column, core, u, t, top_m):
     return [(i, j) for _, i, j in cells]
 
 
-def product_key_cells(row, column, top_m):
+def product_key_cells(row, column, top_m) -> list[Cell]:
     """The top_m cells of row[i] + column[j] over all K·K."""
     grid = row[:, None] + column
     return [divmod(cell, len(column)) for cell in best(grid.ravel(), top_m)]
 
 
 def leading_vectors(core, last_u, last_t):
+    """u and t of the largest singular value; of both signs the closer to the last, by absolute values."""
     left, _, right = np.linalg.svd(core)
     u, t = left[:, 0], right[0]
-    closer = np.sum((u - last_u) ** 2) + np.sum((t - last_t) ** 2)
-    mirrored = np.sum((-u - last_u) ** 2) + np.sum((-t - last_t) ** 2)
+    closer = np.abs(u - last_u).sum() + np.abs(t - last_t).sum()
+    mirrored = np.abs(-u - last_u).sum() + np.abs(-t - last_t).sum()
     return (u, t) if closer <= mirrored else (-u, -t)
 
 
-def memory_layer(config: MemoryConfig, variables: dict, x: np.ndarray, block_and_slot, eps: float = 1e-5):
+def seen_by_query(p: dict, x: np.ndarray, s: int) -> np.ndarray:
+    """Token s of x (S, D), or its causal depthwise convolution: tap i looks i back."""
+    if "query_conv" not in p:
+        return x[s]
+    return sum(tap * x[s - i] for i, tap in enumerate(p["query_conv"]) if i <= s)
+
+
+def head_queries(config: MemoryConfig, p: dict, seen: np.ndarray, head: int, eps: float) -> list:
+    """queries[side][rank], each as wide as the keys of a rank."""
+    heads = 1 if config.share_query else config.num_heads
+    ranks = max(config.tucker_rank, 1)
+    of_its_own = ranks if config.query_per_rank else 1
+    columns = (seen @ p["query"]).reshape(2, heads, of_its_own, config.key_dim)
+    queries = []
+    for side in range(2):
+        wide = list(columns[side, 0 if config.share_query else head])
+        if config.norm_query:
+            wide = [rms_norm(query, p["query_scale"], eps) for query in wide]
+        if config.rank_keys == "split":
+            queries.append(np.split(wide[0], ranks))
+        else:
+            queries.append(wide if config.query_per_rank else wide * ranks)
+    return queries
+
+
+def head_keys(config: MemoryConfig, p: dict, head: int, eps: float) -> np.ndarray:
+    """(2, r, K, d)."""
+    keys = p["keys"][:, 0 if config.share_keys else head].copy()
+    if not config.norm_keys:
+        return keys
+    _, ranks, num_keys, width = keys.shape
+    for side in range(2):
+        for k in range(num_keys):
+            if config.rank_keys == "split":  # one key of width d_k, its parts side by side
+                whole = rms_norm(keys[side, :, k].reshape(-1), p["key_scale"], eps)
+                keys[side, :, k] = whole.reshape(ranks, width)
+            else:
+                for rank in range(ranks):
+                    keys[side, rank, k] = rms_norm(keys[side, rank, k], p["key_scale"], eps)
+    return keys
+
+
+class Scored(NamedTuple):
+    """What one head makes of one token, before anything is chosen."""
+
+    b: int
+    s: int
+    head: int
+    row: np.ndarray
+    """(r, K)."""
+    column: np.ndarray
+    """(r, K)."""
+    u: np.ndarray
+    """(r,), with `t` what candidates are chosen by; ones without a Tucker core."""
+    t: np.ndarray
+
+
+def scored(config: MemoryConfig, variables: dict, x: np.ndarray, eps: float) -> Iterator[Scored]:
+    """Every token and head."""
+    p = float64(variables["params"])
+    for head in range(config.num_heads):
+        keys = head_keys(config, p, head, eps)
+        u = t = np.ones(1)
+        if config.tucker_rank:
+            last = float64(variables["buffers"])
+            last_u, last_t = last["row_direction"][head], last["column_direction"][head]
+            u, t = leading_vectors(p["cores"][head].sum(0), last_u, last_t)
+        for b in range(x.shape[0]):
+            for s in range(x.shape[1]):
+                queries = head_queries(config, p, seen_by_query(p, x[b], s), head, eps)
+                row, column = (
+                    np.array([k @ q for k, q in zip(keys[side], queries[side], strict=True)])
+                    for side in range(2)
+                )
+                yield Scored(b, s, head, row, column, u, t)
+
+
+def chosen(config: MemoryConfig, p: dict, found: Scored) -> tuple[list[Cell], np.ndarray]:
+    """The m cells and their scores (m, h)."""
+    row, column, m = found.row, found.column, config.top_m
+    if config.tucker_rank:
+        cores = p["cores"][found.head]
+        cells = tucker_cells(row, column, cores.sum(0), found.u, found.t, m)
+        scores = np.array([[row[:, i] @ core @ column[:, j] for core in cores] for i, j in cells])
+    else:
+        cells = product_key_cells(row[0], column[0], m)
+        scores = np.array([[row[0, i] + column[0, j]] for i, j in cells])
+    return cells, softmax(scores) if config.softmax else scores
+
+
+def inner_value(config: MemoryConfig, p: dict, u: np.ndarray, x: np.ndarray) -> float:
+    """act(u·p), what an expert of inner width 1 makes of the token x; u is the pre-value of its slot."""
+    dot = float(u @ (x @ p["pre_projection"] if config.project_pre_values else x))
+    return gelu(dot) if config.pre_value_activation == "gelu" else dot
+
+
+def projectors(config: MemoryConfig, p: dict, embed_dim: int) -> list[np.ndarray]:
+    """One (d_v, D) for each of the E blocks."""
+    if not config.project_values:
+        return [np.eye(embed_dim)]
+    if config.sum_blocks:
+        return [p["projection"]] * config.expansion
+    return list(p["projection"].reshape(config.expansion, config.value_dim, embed_dim))
+
+
+def memory_layer(
+    config: MemoryConfig,
+    variables: dict,
+    x: np.ndarray,
+    block_and_slot: Callable[[int, int], tuple[int, int]],
+    tables: dict | None = None,
+    eps: float = 1e-5,
+) -> np.ndarray:
     """The output (B, S, D) of `ProductKeyMemory` for x (B, S, D).
 
     Args:
         config: of the layer.
-        variables: its `params`, `memory` and `buffers`.
+        variables: its `params`, `buffers` and, unless it shares a table, `memory`.
         x: float64.
-        block_and_slot: (row, column) -> (p, a), the addressing, tested on its own.
+        block_and_slot: (row, column) -> (p, a), a row of the table: the addressing, tested on its own.
+        tables: `values` and `pre_values`, where the layer does not own them.
         eps: of the norms.
     """
-    p = {k: np.asarray(v, np.float64) for k, v in variables["params"].items()}
-    table = np.asarray(variables["memory"]["values"], np.float64)
-    heads, ranks, d_k = config.num_heads, max(config.tucker_rank, 1), config.key_dim
-    batch, length, embed_dim = x.shape
-    slice_width = config.value_dim // config.num_cores
-    if config.project_values:
-        projectors = p["projection"].reshape(config.expansion, config.value_dim, embed_dim)
-    else:
-        projectors = np.eye(embed_dim)[None]
+    p, tables = float64(variables["params"]), float64(tables or variables["memory"])
+    through = projectors(config, p, x.shape[-1])
     y = np.zeros_like(x)
-    for b in range(batch):
-        for s in range(length):
-            seen = x[b, s]
-            if config.query_conv_width:
-                back = range(min(config.query_conv_width, s + 1))
-                seen = sum(p["query_conv"][i] * x[b, s - i] for i in back)
-            queries = (seen @ p["query"]).reshape(2, config.num_queries, d_k)
-            for head in range(heads):
-                sides = []
-                for side in range(2):
-                    query = queries[side, 0 if config.share_query else head]
-                    keys = p["keys"][side, head]  # (r, K, d)
-                    if config.norm_query_key:
-                        query = rms_norm(query, p["query_scale"], eps)
-                    scores = np.zeros((ranks, config.num_virtual_keys))
-                    for k in range(config.num_virtual_keys):
-                        for rank in range(ranks):
-                            if config.rank_keys == "split":
-                                key = keys[:, k].reshape(d_k)
-                                part = slice(rank * d_k // ranks, (rank + 1) * d_k // ranks)
-                            else:
-                                key, part = keys[rank, k], slice(None)
-                            if config.norm_query_key:
-                                key = rms_norm(key, p["key_scale"], eps)
-                            scores[rank, k] = query[part] @ key[part]
-                    sides.append(scores)
-                row, column = sides
-                if config.tucker_rank:
-                    cores = p["cores"][head]
-                    last = [
-                        np.asarray(variables["buffers"][f"{n}_direction"])[head] for n in ("row", "column")
-                    ]
-                    u, t = leading_vectors(cores.sum(0), *last)
-                    cells = tucker_cells(row, column, cores.sum(0), u, t, config.top_m)
-                    weights = np.array([[row[:, i] @ c @ column[:, j] for c in cores] for i, j in cells])
-                else:
-                    cells = product_key_cells(row[0], column[0], config.top_m)
-                    weights = np.array([[row[0, i] + column[0, j]] for i, j in cells])
-                if config.softmax:
-                    weights = np.exp(weights - weights.max(0))
-                    weights /= weights.sum(0)
-                for (i, j), weight in zip(cells, weights, strict=True):
-                    block, slot = block_and_slot(i, j)
-                    value = table[slot] * np.repeat(weight, slice_width)
-                    y[b, s] += value @ projectors[block]
+    for found in scored(config, variables, x, eps):
+        token = x[found.b, found.s]
+        for cell, weight in zip(*chosen(config, p, found), strict=True):
+            block, slot = block_and_slot(*cell)
+            if config.pre_value_dim:
+                weight = weight * inner_value(config, p, tables["pre_values"][slot], token)
+            value = tables["values"][slot] * np.repeat(weight, config.value_dim // config.num_cores)
+            if config.gate:
+                gate = token @ p["gate"]
+                value = value * gate / (1 + np.exp(-gate))
+            y[found.b, found.s] += value @ through[block]
     return y
+
+
+def balance_loss(config: MemoryConfig, variables: dict, x: np.ndarray, eps: float = 1e-5) -> float:
+    """Σ over both sides of K·Σ_i f_i·p_i, without its weight β.
+
+    f_i is the share of key i among the m candidates of all tokens and heads, p_i the mean over them of a
+    softmax over the K scores that the candidates are chosen by.
+    """
+    loss = 0.0
+    for side in range(2):
+        selections, probabilities = [], []
+        for found in scored(config, variables, x, eps):
+            scores = found.t @ found.column if side else found.u @ found.row
+            selections.extend(best(scores, config.top_m))
+            probabilities.append(softmax(scores))
+        p = np.mean(probabilities, axis=0)
+        f = np.array([selections.count(i) for i in range(len(p))]) / len(selections)
+        loss += len(p) * float(f @ p)
+    return loss

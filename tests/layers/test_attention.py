@@ -21,8 +21,8 @@ def inputs(length, batch=2):
 
 
 @functools.cache
-def variables_of(num_kv_heads=2):
-    layer = Attention(config(num_kv_heads=num_kv_heads))
+def variables_of(num_kv_heads=2, **fields):
+    layer = Attention(config(num_kv_heads=num_kv_heads, **fields))
     return jax.jit(lambda x: layer.init(jax.random.key(0), x, train=False))(inputs(1))
 
 
@@ -38,22 +38,32 @@ def rotary64(x, position):
     return np.concatenate([turned.real, turned.imag])
 
 
+def normed64(x, gain):
+    return x / np.sqrt(np.mean(x**2) + 1e-5) * np.asarray(gain["scale"], np.float64)
+
+
 def attention64(x, w, heads, kv_heads):
-    """Definition, one query and head at a time."""
+    """Definition, one query and head at a time; the norms act where their gains are given."""
     x = x.astype(np.float64)
-    w = {name: np.asarray(value, np.float64) for name, value in w.items()}
+    norms = {name: w[name] for name in ("query_norm", "key_norm") if name in w}
+    w = {name: np.asarray(value, np.float64) for name, value in w.items() if name not in norms}
     batch, length, width = x.shape
     d = width // heads
     out = np.zeros_like(x)
+
+    def query(token):
+        return normed64(token @ w["w_query"], norms["query_norm"]) if norms else token @ w["w_query"]
+
+    def key(token):
+        return normed64(token @ w["w_key"], norms["key_norm"]) if norms else token @ w["w_key"]
+
     for b in range(batch):
         for s in range(length):
             pooled = []
             for a in range(heads):
                 kv = a // (heads // kv_heads)
-                q = rotary64((x[b, s] @ w["w_query"])[a * d : (a + 1) * d], s)
-                k = np.array(
-                    [rotary64((x[b, u] @ w["w_key"])[kv * d : (kv + 1) * d], u) for u in range(s + 1)]
-                )
+                q = rotary64(query(x[b, s])[a * d : (a + 1) * d], s)
+                k = np.array([rotary64(key(x[b, u])[kv * d : (kv + 1) * d], u) for u in range(s + 1)])
                 v = np.array([(x[b, u] @ w["w_value"])[kv * d : (kv + 1) * d] for u in range(s + 1)])
                 weight = np.exp(k @ q / np.sqrt(d))
                 pooled.append(weight @ v / weight.sum())
@@ -101,6 +111,47 @@ def test_equals_float64(kv_heads, min_chunk, monkeypatch):
     variables = variables_of(kv_heads)
     y = run(layer, variables, x, train=False)
     np.testing.assert_allclose(y, attention64(x, variables["params"], 4, kv_heads), rtol=1e-4, atol=1e-6)
+
+
+@functools.cache
+def normed_variables():
+    """Of an attention with norms, their gains drawn at random: they start at 1."""
+    params = dict(variables_of(attention_qk_norm=True)["params"])
+    rng = np.random.default_rng(3)
+    for name in ("query_norm", "key_norm"):
+        gain = rng.uniform(0.5, 1.5, params[name]["scale"].shape).astype(np.float32)
+        params[name] = {"scale": jnp.asarray(gain)}
+    return {"params": params}
+
+
+def test_norms_of_queries_and_keys_equal_float64():
+    x, variables = inputs(7), normed_variables()
+    y = run(Attention(config(attention_qk_norm=True)), variables, x, train=False)
+    expected = attention64(x, variables["params"], 4, 2)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
+    # Without the norms the result would be far from it.
+    plain = {name: w for name, w in variables["params"].items() if not name.endswith("norm")}
+    assert np.abs(attention64(x, plain, 4, 2) - expected).max() > 0.1
+
+
+def test_norms_run_over_all_heads_at_once():
+    # 4 query heads and 2 of keys, each 4 wide: gains of 16 and 8, and none without the norms.
+    shapes = jax.tree.map(jnp.shape, variables_of(attention_qk_norm=True)["params"])
+    assert shapes["query_norm"] == {"scale": (16,)} and shapes["key_norm"] == {"scale": (8,)}
+    assert set(variables_of()["params"]) == {"w_query", "w_key", "w_value", "w_out"}
+    # At position 0, where nothing is turned, with gains of 1, the mean square over all heads is 1.
+    layer, variables = Attention(config(attention_qk_norm=True)), variables_of(attention_qk_norm=True)
+    q, k, _ = run(layer, variables, inputs(1), jnp.zeros(1, jnp.int32), method="project")
+    for turned in (np.asarray(q), np.asarray(k)):
+        np.testing.assert_allclose((turned**2).mean(axis=(1, 2, 3)), 1.0, rtol=1e-3)
+        assert np.abs((turned**2).mean(axis=-1) - 1).max() > 0.1  # but not that of a head
+
+
+def test_norms_ignore_the_length_of_a_token_in_its_scores():
+    # Queries and keys of 3·x are those of x, up to eps; the values are three times as large.
+    layer, variables, x = Attention(config(attention_qk_norm=True)), normed_variables(), 10 * inputs(6)
+    y, z = (run(layer, variables, a, train=False) for a in (x, 3 * x))
+    np.testing.assert_allclose(z, 3 * np.asarray(y), rtol=1e-3, atol=1e-4)
 
 
 def test_later_tokens_do_not_matter():

@@ -13,14 +13,30 @@ from ultramem_jax.layers import LAYERS
 
 BASE = ModelConfig(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=24)
 MEMORY = dict(num_keys=8, top_m=4, num_heads=2, key_dim=8)
+OWN_TABLE = dict(table_sharing="none")  # a layer on its own; sharing is in test_memory_family.py
+PLUS = MemoryConfig.memory_plus(**MEMORY, **OWN_TABLE, value_dim=8, balance_loss_weight=0.1)
+V2 = MemoryConfig.ultramem_v2(
+    **MEMORY | OWN_TABLE | dict(num_heads=1),
+    value_dim=8,
+    pre_value_dim=8,
+    pre_value_activation="gelu",
+    query_per_rank=True,
+)
 CONFIGS = {
     "attention": BASE,
     "mlp": BASE,
     "moe": replace(BASE, moe=MoEConfig(num_experts=6, top_k=2, expert_dim=8)),
+    "moe-fine": replace(
+        BASE,
+        moe=MoEConfig(num_experts=8, top_k=3, expert_dim=4, activation="swiglu", normalize_gates=False),
+    ),
     "pkm": replace(BASE, memory=MemoryConfig.pkm(**MEMORY, value_dim=16)),
+    "memory-plus": replace(BASE, memory=PLUS),
+    "peer": replace(BASE, memory=MemoryConfig.peer(**MEMORY, value_dim=16, pre_value_dim=16)),
     "ultramem": replace(BASE, memory=MemoryConfig.ultramem(**MEMORY, value_dim=8)),
+    "ultramem-v2": replace(BASE, memory=V2),
 }
-BY_TOKEN = ("mlp", "moe", "pkm")
+BY_TOKEN = sorted(set(CONFIGS) - {"attention", "ultramem"})
 """Layers that see one token at a time. Attention and the query convolution look back."""
 
 
@@ -36,6 +52,12 @@ def _made(name, dtype="float32"):
     made = jax.jit(lambda x: module.init(jax.random.key(0), x, train=False))(x)
     variables = {k: made[k] for k in ("params", "memory", "buffers") if k in made}
     return module, variables, x
+
+
+@functools.cache
+def _compiled(name, dtype="float32"):
+    module, _, _ = _made(name, dtype)
+    return jax.jit(lambda variables, x: module.apply(variables, x, train=False))
 
 
 @pytest.fixture(params=sorted(LAYERS))
@@ -67,38 +89,30 @@ def test_gradients_are_finite_and_reach_every_parameter(name):
 
 
 def test_bfloat16_computation_keeps_float32_parameters(name):
-    module, variables, x = _made(name, "bfloat16")
+    _, variables, x = _made(name, "bfloat16")
     assert {a.dtype for a in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
-    y = jax.jit(lambda v, x: module.apply(v, x, train=False))(variables, x)
+    y, exact = (_compiled(name, dtype)(variables, x) for dtype in ("bfloat16", "float32"))
     assert y.dtype == jnp.bfloat16
-    exact_module, _, _ = _made(name)
-    exact = exact_module.apply(variables, x, train=False)
     # Near ties may send a token elsewhere (another expert, another slot), so the bound is on the mean.
     assert jnp.abs(y.astype(jnp.float32) - exact).mean() < 0.05 * jnp.abs(exact).mean()
 
 
 def test_a_sequence_alone_gives_what_it_gives_in_a_batch(name):
-    module, variables, x = _made(name)
-    together = module.apply(variables, x, train=False)
-    np.testing.assert_allclose(
-        module.apply(variables, x[:1], train=False), together[:1], rtol=1e-4, atol=1e-5
-    )
+    _, variables, x = _made(name)
+    alone, together = (_compiled(name)(variables, a) for a in (x[:1], x))
+    np.testing.assert_allclose(alone, together[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_no_token_sees_what_comes_after_it(name):
-    module, variables, x = _made(name)
+    _, variables, x = _made(name)
     later = x.at[:, 4:].set(jax.random.normal(jax.random.key(5), (2, 2, 16)))
-    before, after = (module.apply(variables, a, train=False) for a in (x, later))
+    before, after = (_compiled(name)(variables, a) for a in (x, later))
     np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("by_token", BY_TOKEN)
 def test_permuted_tokens_give_permuted_outputs(by_token):
-    module, variables, x = _made(by_token)
+    _, variables, x = _made(by_token)
     order = jnp.array([3, 0, 5, 1, 4, 2])
-    np.testing.assert_allclose(
-        module.apply(variables, x[:, order], train=False),
-        module.apply(variables, x, train=False)[:, order],
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    permuted, y = (_compiled(by_token)(variables, a) for a in (x[:, order], x))
+    np.testing.assert_allclose(permuted, y[:, order], rtol=1e-4, atol=1e-5)

@@ -138,6 +138,15 @@ def test_one_expert_for_all_is_the_worst_load_balance():
     assert float(jax.jit(route, static_argnums=(1, 2))(logits, 1, True).load_balance) == pytest.approx(4.0)
 
 
+def router64(params, k, normalize):
+    """Gates and experts (T, k) of the tokens, and the logits and probabilities (T, X), in float64."""
+    logits = TOKENS.astype(np.float64) @ np.asarray(params["router"], np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    experts = np.argsort(-p, axis=1)[:, :k]
+    gates = np.take_along_axis(p, experts, axis=1)
+    return gates / gates.sum(axis=1, keepdims=True) if normalize else gates, experts, logits, p
+
+
 def layer_outputs(config, seed=0):
     layer, x = MoE(config), TOKENS.reshape(2, T // 2, D)
     params = jax.jit(lambda x: layer.init(jax.random.key(seed), x, train=False)["params"])(x)
@@ -158,13 +167,32 @@ def layer_outputs(config, seed=0):
 def test_layer_equals_float64(implementation, activation, normalize, k):
     config = model(implementation, activation=activation, normalize_gates=normalize, top_k=k)
     params, y, _ = layer_outputs(config)
-    logits = TOKENS.astype(np.float64) @ np.asarray(params["router"], np.float64)
-    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    experts = np.argsort(-p, axis=1)[:, :k]
-    gates = np.take_along_axis(p, experts, axis=1)
-    gates = gates / gates.sum(axis=1, keepdims=True) if normalize else gates
+    gates, experts, _, _ = router64(params, k, normalize)
     expected = moe64(TOKENS, gates, experts, (params["w_in"], params["w_out"], params.get("w_gate")))
     np.testing.assert_allclose(np.asarray(y).reshape(T, D), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_fine_grained_layer_and_its_losses_equal_float64():
+    # As in OLMoE: many narrow SwiGLU experts, gates as the softmax gave them.
+    config = model(
+        activation="swiglu",
+        normalize_gates=False,
+        num_experts=8,
+        top_k=3,
+        expert_dim=4,
+        load_balance_weight=0.5,
+        router_z_weight=0.25,
+    )
+    params, y, sown = layer_outputs(config)
+    gates, experts, logits, p = router64(params, 3, normalize=False)
+    expected = moe64(TOKENS, gates, experts, (params["w_in"], params["w_out"], params["w_gate"]))
+    np.testing.assert_allclose(np.asarray(y).reshape(T, D), expected, rtol=2e-5, atol=2e-6)
+    f = np.bincount(experts.ravel(), minlength=8) / (3 * T)
+    losses = {name: float(value) for name, value in sown["losses"].items()}
+    assert losses == {
+        "load_balance": pytest.approx(0.5 * 8 * (f @ p.mean(axis=0)), rel=1e-5),
+        "router_z": pytest.approx(0.25 * np.mean(np.log(np.exp(logits).sum(axis=1)) ** 2), rel=1e-5),
+    }
 
 
 def test_sown_losses_carry_their_weights_and_metrics_do_not():

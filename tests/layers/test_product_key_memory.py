@@ -1,4 +1,5 @@
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +8,8 @@ import pytest
 
 from tests import oracle
 from ultramem_jax.config import MemoryConfig
-from ultramem_jax.layers import ProductKeyMemory
-from ultramem_jax.layers.memory.initializers import draw_table
+from ultramem_jax.layers import ProductKeyMemory, SharedTables
+from ultramem_jax.layers.memory.initializers import chosen_scores, draw_table, memory_init
 from ultramem_jax.ops import addressing
 
 SMALL = dict(num_keys=6, top_m=4, num_heads=2, key_dim=8, value_dim=8)
@@ -17,7 +18,9 @@ CONFIGS = {
     "without softmax": MemoryConfig.pkm(**SMALL | dict(value_dim=16), softmax=False),
     "projected": MemoryConfig.pkm(**SMALL, project_values=True),
     "shared query": MemoryConfig.pkm(**SMALL, project_values=True, share_query=True),
-    "normed": MemoryConfig.pkm(**SMALL, project_values=True, norm_query_key=True),
+    "normed": MemoryConfig.pkm(**SMALL, project_values=True, norm_query=True, norm_keys=True),
+    "normed queries": MemoryConfig.pkm(**SMALL, project_values=True, norm_query=True),
+    "normed keys": MemoryConfig.pkm(**SMALL, project_values=True, norm_keys=True),
     "expanded": MemoryConfig.pkm(**SMALL, project_values=True, expansion=4),
     "convolved": MemoryConfig.pkm(**SMALL, project_values=True, query_conv_width=3),
     "rank 1": MemoryConfig.ultramem(**SMALL, tucker_rank=1),
@@ -30,59 +33,91 @@ CONFIGS = {
 }
 
 
-def _layer(config, seed=0, dtype=jnp.float32, num_layers=4):
-    """Module, variables of no special values, and x."""
-    module = ProductKeyMemory(config, num_layers, index=1, dtype=dtype)
-    x = jax.random.normal(jax.random.key(seed + 1), (2, 5, 16))
-    made = module.init(jax.random.key(seed), x, train=False)
-    variables = {name: dict(made[name]) for name in ("params", "memory", "buffers") if name in made}
+class Case(NamedTuple):
+    module: ProductKeyMemory
+    variables: dict
+    x: jax.Array
+    tables: dict | None
+    """Of the model, if its memories share one."""
+
+    def run(self):
+        """The output, compiled as one program."""
+        apply = jax.jit(lambda *args: self.module.apply(*args[:2], train=False, tables=args[2]))
+        return apply(self.variables, self.x, self.tables)
+
+    def expected(self):
+        """The same in float64, from the definition."""
+        x = np.asarray(self.x, np.float64)
+        return oracle.memory_layer(self.module.config, self.variables, x, self.cell(), self.tables)
+
+    def cell(self):
+        """(row, column) -> (block, row of the table)."""
+        return addressing_of(self.module, self.variables)
+
+
+def case(config, num_memories=2, index=1, seed=0, embed_dim=16):
+    """A memory in a model of several, with variables of no special values, and x (2, 5, D)."""
+    module = ProductKeyMemory(config, num_layers=4, num_memories=num_memories, index=index)
     rng = np.random.default_rng(seed)
-    for name in ("query_scale", "key_scale", "query_conv"):
-        if name in variables["params"]:
-            shape = variables["params"][name].shape
-            variables["params"][name] = jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.float32)
-    if config.shuffle == "explicit":
-        permutation = rng.permutation(config.expansion * config.num_slots)
-        variables["buffers"]["permutation"] = jnp.asarray(permutation, jnp.int32)
-    return module, variables, x
+    x = jnp.asarray(rng.normal(size=(2, 5, embed_dim)), jnp.float32)
+
+    def draw(path, a):
+        name = path[-1].key
+        if name == "permutation":
+            return jnp.asarray(rng.permutation(len(a)), jnp.int32)
+        if name in ("cores", "query_scale", "key_scale", "query_conv"):
+            return jnp.asarray(rng.uniform(0.5, 1.5, a.shape), jnp.float32)
+        return jnp.asarray(rng.normal(size=a.shape) * 0.4, jnp.float32)
+
+    key, tables = jax.random.key(0), None
+    if config.shares_table:
+        shared = SharedTables(config, num_layers=4, num_memories=num_memories)
+        tables, _ = jax.eval_shape(lambda: shared.init_with_output(key, embed_dim))
+        tables = jax.tree.map_with_path(draw, tables)
+    # Shapes alone: to run the initialisation takes as long as to compile the layer.
+    made = jax.eval_shape(lambda: module.init(key, x, train=False, tables=tables))
+    return Case(module, jax.tree.map_with_path(draw, dict(made)), x, tables)
 
 
-def _addressing(config, variables):
-    """(row, column) -> (block, slot) as the layer with index 1 has it."""
-    size = config.num_virtual_keys
-    rows, columns = np.divmod(np.arange(size * size, dtype=np.int32), size)
+def addressing_of(module, variables):
+    """(row, column) -> (block, row of the table) as the layer has it, each part tested on its own."""
+    config, layout = module.config, module.config.layout(module.num_memories)
+    keys, size = layout.num_keys, layout.num_virtual_keys
+    cells = (jnp.asarray(a, jnp.int32) for a in np.divmod(np.arange(size * size), size))
     if config.shuffle == "explicit":
         address = np.asarray(variables["buffers"]["permutation"])
-        blocks, slots = np.divmod(address, config.num_slots)
-    elif config.shuffle == "none" or config.expansion == 1:
-        blocks, slots = addressing.block_and_slot(rows, columns, config.num_keys, config.expansion)
+        blocks, slots = np.divmod(address, keys * keys)
+    elif config.shuffle == "none" or (config.expansion == 1 and not config.shares_table):
+        blocks, slots = addressing.block_and_slot(*cells, keys, config.expansion)
     else:
-        blocks, slots = addressing.shuffled_block_and_slot(
-            jnp.asarray(rows), jnp.asarray(columns), config.num_keys, config.expansion, seed=1
-        )
-    return lambda i, j: (int(blocks[i * size + j]), int(slots[i * size + j]))
+        shuffled = jax.jit(addressing.shuffled_block_and_slot, static_argnums=(2, 3, 4))
+        blocks, slots = shuffled(*cells, keys, config.expansion, config.shuffle_seed + module.index)
+    blocks, slots = np.asarray(blocks), np.asarray(slots)
+    offset, rows = layout.offsets[module.index], layout.num_slots
+    return lambda i, j: (int(blocks[i * size + j]), (int(slots[i * size + j]) + offset) % rows)
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.std())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_the_definition_in_float64(name):
-    config = CONFIGS[name]
-    module, variables, x = _layer(config)
-    y = jax.jit(lambda v, x: module.apply(v, x, train=False))(variables, x)
-    expected = oracle.memory_layer(
-        config, variables, np.asarray(x, np.float64), _addressing(config, variables)
-    )
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5 * expected.std())
+    memory = case(CONFIGS[name])
+    close(memory.run(), memory.expected())
 
 
 def test_all_switches_on_is_ultramem_and_all_off_is_pkm():
     pkm = MemoryConfig.pkm(value_dim=128)
-    assert pkm.softmax and not pkm.project_values and not pkm.share_query and not pkm.norm_query_key
+    assert pkm.softmax and not pkm.project_values and not pkm.share_query
+    assert not pkm.norm_query and not pkm.norm_keys
     assert pkm.expansion == pkm.num_cores == 1 and pkm.tucker_rank == pkm.query_conv_width == 0
     every_switch = dict(
         softmax=False,
         project_values=True,
         share_query=True,
-        norm_query_key=True,
+        norm_query=True,
+        norm_keys=True,
         expansion=4,
         tucker_rank=2,
         num_cores=2,
@@ -107,34 +142,37 @@ def test_output_variance_starts_at_one_over_two_layers(switches, num_layers):
     config = MemoryConfig.ultramem(**dict(num_keys=64, top_m=16, key_dim=64, value_dim=64) | switches)
     module = ProductKeyMemory(config, num_layers)
     x = jax.random.normal(jax.random.key(1), (4, 64, 128))
+    variance_of = jax.jit(lambda key: module.init_with_output(key, x, train=False)[0].var())
     # The core is drawn anew with every seed and sets the scale of all scores: the promise is of the mean.
-    variance = np.mean(
-        [
-            module.init_with_output(jax.random.key(seed), x, train=False)[0].var()
-            for seed in range(8 if config.tucker_rank else 2)
-        ]
-    )
+    variance = np.mean([variance_of(jax.random.key(s)) for s in range(8 if config.tucker_rank else 2)])
     assert variance * 2 * num_layers == pytest.approx(1.0, rel=0.25)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_product_key_initialisation_with_norms_scores_near_one(rank):
+    norms = dict(norm_query=True, norm_keys=True)
     config = MemoryConfig.pkm(
-        num_keys=64, top_m=16, key_dim=64, value_dim=64, softmax=False, norm_query_key=True, tucker_rank=rank
+        num_keys=64, top_m=16, key_dim=64, value_dim=64, softmax=False, tucker_rank=rank, **norms
     )
     module = ProductKeyMemory(config, 12)
     x = jax.random.normal(jax.random.key(1), (2, 32, 64))
-    variables = module.init(jax.random.key(0), x, train=False)
-    scores = module.apply(variables, x, train=False, mutable=["reads"])[1]["reads"]["scores"]
+
+    def scores_of(key):
+        variables = module.init(key, x, train=False)
+        return module.apply(variables, x, train=False, mutable=["reads"])[1]["reads"]["scores"]
+
+    scores = jax.jit(scores_of)(jax.random.key(0))
     # The best of 64 + 64 standard normal scores, summed or multiplied under a core: some units, not d_k.
     assert 1 < float(jnp.sqrt((scores**2).mean())) < 12
 
 
 def test_initialisation_returns_what_apply_takes():
-    module, _, x = _layer(CONFIGS["stored permutation"])
-    made = module.init(jax.random.key(0), x, train=False)
+    module, _, x, _ = case(CONFIGS["stored permutation"])
+    made = jax.jit(lambda x: module.init(jax.random.key(0), x, train=False))(x)
     assert set(made) == {"params", "memory", "buffers"}
-    assert module.apply(made, x[:1], train=False).shape == (1, 5, 16)  # another batch than that of init
+    # Another batch than that of init.
+    y = jax.eval_shape(lambda made: module.apply(made, x[:1], train=False), made)
+    assert y.shape == (1, 5, 16)
     permutation = np.asarray(made["buffers"]["permutation"])
     np.testing.assert_array_equal(np.sort(permutation), np.arange(4 * 36))
     assert (permutation != np.arange(4 * 36)).mean() > 0.9
@@ -151,11 +189,11 @@ def test_table_is_drawn_in_blocks_with_the_right_spread():
 
 def test_reads_are_recorded_as_they_were_used():
     config = CONFIGS["ultramem"]
-    module, variables, x = _layer(config)
-    y, sown = module.apply(variables, x, train=True, mutable=["reads"])
-    reads = sown["reads"]
+    module, variables, x, _ = case(config)
+    y, sown = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable=["reads"]))(variables, x)
+    reads = jax.tree.map(np.asarray, sown["reads"])
     assert reads["slots"].shape == reads["blocks"].shape == (10, 8) and reads["scores"].shape == (10, 8, 2)
-    table, projection = variables["memory"]["values"], variables["params"]["projection"]
+    table, projection = np.asarray(variables["memory"]["values"]), variables["params"]["projection"]
     pooled = np.zeros((10, 4, 8))
     for t in range(10):
         for j in range(8):
@@ -165,7 +203,8 @@ def test_reads_are_recorded_as_they_were_used():
 
 
 def test_rank_one_vectors_follow_the_core_in_training_only():
-    module, variables, x = _layer(CONFIGS["ultramem"])
+    module, _, x, _ = case(CONFIGS["ultramem"])
+    variables = dict(module.init(jax.random.key(0), x, train=False))
     assert not variables["buffers"]["row_direction"].any()  # from zeros, like the authors' buffers
     _, left = module.apply(variables, x, train=True, mutable=["buffers"])
     direction = left["buffers"]["row_direction"]
@@ -180,16 +219,16 @@ def test_rank_one_vectors_follow_the_core_in_training_only():
 
 
 def test_auxiliary_loss_is_weighted_and_absent_when_off():
-    module, variables, x = _layer(MemoryConfig.ultramem(**SMALL, core_loss_weight=0.5, core_loss_margin=0.0))
+    module, variables, x, _ = case(MemoryConfig.ultramem(**SMALL, core_loss_weight=0.5, core_loss_margin=0.0))
     _, sown = module.apply(variables, x, train=True, mutable=["losses"])
     minor = np.linalg.svd(np.asarray(variables["params"]["cores"]).sum(1), compute_uv=False)[:, 1]
     np.testing.assert_allclose(sown["losses"]["core"], 0.5 * (minor**2).mean(), rtol=1e-4)
-    module, variables, x = _layer(MemoryConfig.ultramem(**SMALL, core_loss_weight=0.0))
+    module, variables, x, _ = case(MemoryConfig.ultramem(**SMALL, core_loss_weight=0.0))
     assert "losses" not in module.apply(variables, x, train=True, mutable=["losses"])[1]
 
 
 def test_metrics_are_what_they_say():
-    module, variables, x = _layer(CONFIGS["ultramem"])
+    module, variables, x, _ = case(CONFIGS["ultramem"])
     y, sown = module.apply(variables, x, train=True, mutable=["metrics", "reads"])
     metrics = {name: float(value) for name, value in sown["metrics"].items()}
     total = np.asarray(sown["reads"]["scores"]).sum(-1).reshape(10, 2, 4)
@@ -203,11 +242,9 @@ def test_metrics_are_what_they_say():
 
 def test_memories_of_a_model_shuffle_differently():
     config = CONFIGS["ultramem"]
-    _, variables, x = _layer(config)
-    reads = [
-        ProductKeyMemory(config, 4, index).apply(variables, x, train=False, mutable=["reads"])[1]["reads"]
-        for index in (0, 1)
-    ]
+    _, variables, x, _ = case(config)
+    modules = [ProductKeyMemory(config, 4, 2, index=index) for index in (0, 1)]
+    reads = [m.apply(variables, x, train=False, mutable=["reads"])[1]["reads"] for m in modules]
     np.testing.assert_array_equal(reads[0]["scores"], reads[1]["scores"])
     assert (reads[0]["slots"] != reads[1]["slots"]).mean() > 0.8
 
@@ -215,14 +252,13 @@ def test_memories_of_a_model_shuffle_differently():
 def test_query_convolution_is_causal_and_starts_as_the_identity():
     off = MemoryConfig.ultramem(**SMALL, query_conv_width=0)
     on = MemoryConfig.ultramem(**SMALL, query_conv_width=3)
-    module, _, x = _layer(on)
+    module, _, x, _ = case(on)
     variables = module.init(jax.random.key(0), x, train=False)
     without = {"params": {k: v for k, v in variables["params"].items() if k != "query_conv"}}
     y = module.apply(variables, x, train=False)
-    np.testing.assert_array_equal(
-        y, ProductKeyMemory(off, 4, index=1).apply(dict(variables) | without, x, train=False)
-    )
-    module, variables, x = _layer(on)
+    plain = ProductKeyMemory(off, 4, 2, index=1)
+    np.testing.assert_array_equal(y, plain.apply(dict(variables) | without, x, train=False))
+    module, variables, x, _ = case(on)
     later = x.at[:, 3:].set(jax.random.normal(jax.random.key(9), (2, 2, 16)))
     before, after = module.apply(variables, x, train=False), module.apply(variables, later, train=False)
     np.testing.assert_array_equal(before[:, :3], after[:, :3])
@@ -230,12 +266,15 @@ def test_query_convolution_is_causal_and_starts_as_the_identity():
 
 
 def test_query_gain_is_deterministic_and_scales_as_it_says():
-    from ultramem_jax.layers.memory.initializers import memory_init, query_gain
+    def started(config):
+        return memory_init(config, num_virtual_keys=128, embed_dim=128, num_layers=4, inner_ratio=4.0)
 
     config = MemoryConfig.ultramem(num_keys=64, key_dim=32, value_dim=32)
-    assert query_gain(config) == memory_init(config, 128, 4).query_gain
-    assert memory_init(config, 128, 4).key_gain == pytest.approx(1 / math.sqrt(32))
-    assert memory_init(config, 128, 4).values_std == pytest.approx(math.sqrt(4 / (2 * 16 * 2 * 4)))
+    assert started(config).query_gain == chosen_scores(config, 128).mean_square ** -0.25
+    chosen_scores.cache_clear()
+    assert started(config).query_gain == chosen_scores(config, 128).mean_square ** -0.25
+    assert started(config).key_gain == pytest.approx(1 / math.sqrt(32))
+    assert started(config).values_std == pytest.approx(math.sqrt(4 / (2 * 16 * 2 * 4)))
     # Full-width keys score √2 as high per rank, a Tucker score is a product of two: half the squared gain.
     full = MemoryConfig.ultramem(num_keys=64, key_dim=32, value_dim=32, rank_keys="full")
-    assert query_gain(full) ** 2 == pytest.approx(query_gain(config) ** 2 / 2, rel=1e-6)
+    assert started(full).query_gain ** 2 == pytest.approx(started(config).query_gain ** 2 / 2, rel=1e-6)

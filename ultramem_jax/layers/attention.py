@@ -14,6 +14,7 @@ import numpy as np
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.layers.mlp import fan_in_normal, output_normal
+from ultramem_jax.layers.norms import RMSNorm
 from ultramem_jax.ops.linear import project
 
 CAUSAL_CHUNKS = 4
@@ -56,7 +57,9 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 class Attention(nn.Module):
     """softmax(q·kᵀ/√d)·v per head, then the output projection. No biases; dropout on the weights.
 
-    Parameters, float32: `w_query` (D, A·d), `w_key` and `w_value` (D, A_kv·d), `w_out` (A·d, D).
+    Parameters, float32: `w_query` (D, A·d), `w_key` and `w_value` (D, A_kv·d), `w_out` (A·d, D). With
+    `attention_qk_norm` also the gains of an RMS norm over the queries of all heads together, `query_norm`
+    (A·d,), and of one over the keys, `key_norm` (A_kv·d,), both before the rotation.
     """
 
     config: ModelConfig
@@ -70,6 +73,9 @@ class Attention(nn.Module):
         self.w_key = self.param("w_key", fan_in_normal(), (width, kv_width), jnp.float32)
         self.w_value = self.param("w_value", fan_in_normal(), (width, kv_width), jnp.float32)
         self.w_out = self.param("w_out", output_normal(config.num_layers), (width, width), jnp.float32)
+        if config.attention_qk_norm:
+            self.query_norm = RMSNorm(config.norm_eps, jnp.dtype(config.dtype))
+            self.key_norm = RMSNorm(config.norm_eps, jnp.dtype(config.dtype))
         self.dropout = nn.Dropout(config.dropout)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -93,8 +99,11 @@ class Attention(nn.Module):
         x = x.astype(dtype)
         batch, length, width = x.shape
         head_dim = width // config.num_heads
-        q = project(x, self.w_query).reshape(batch, length, config.num_heads, head_dim)
-        k = project(x, self.w_key).reshape(batch, length, config.num_kv_heads, head_dim)
+        q, k = project(x, self.w_query), project(x, self.w_key)
+        if config.attention_qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q = q.reshape(batch, length, config.num_heads, head_dim)
+        k = k.reshape(batch, length, config.num_kv_heads, head_dim)
         v = project(x, self.w_value).reshape(batch, length, config.num_kv_heads, head_dim)
         return rotary(q, positions, config.rope_theta), rotary(k, positions, config.rope_theta), v
 
