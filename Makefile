@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make compare: each sets up what it needs.
+# make demo · make test · make lint · make compare · make ablate: each sets up what it needs.
 # Another interpreter: make demo PYTHON=python3.12. What is installed already is not installed again.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format compare help
+.PHONY: demo test lint format compare ablate help
 
 help:
 	@grep '^# make' Makefile
@@ -29,7 +29,10 @@ demo: $(VENV)/runtime.stamp
 	$(BIN)/python launch.py train --config=experiments/configs/demo.py --sample=300
 
 compare: $(VENV)/runtime.stamp
-	$(BIN)/python launch.py compare --config=experiments/configs/compare.py
+	$(BIN)/python launch.py compare --config=experiments/configs/compare.py --systems=ultramem,dense,moe,pkm
+
+ablate: $(VENV)/runtime.stamp
+	$(BIN)/python launch.py ablate --scale=tiny --config=experiments/configs/ablate.py
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest

@@ -4,7 +4,8 @@ EXPERIMENTS = {
     "train": "train a language model, or go on with a run that was cut off",
     "evaluate": "validation and test bits per byte of a checkpoint",
     "generate": "continue a prompt with a checkpoint",
-    "compare": "dense, MoE, PKM and UltraMem at equal compute and equal sparse parameters",
+    "compare": "UltraMem and its rivals at equal compute and equal sparse parameters",
+    "ablate": "the ladder from PKM to UltraMem, one change at a time, and the grids of E, r and h",
     "count": "parameters, FLOPs and bytes read per token of the presets, without building them",
 }
 """Name of the module -> what it does, in a line."""

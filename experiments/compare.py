@@ -1,4 +1,4 @@
-"""Dense, MoE, PKM and UltraMem at equal compute and equal sparse parameters.
+"""UltraMem and its rivals at equal compute and equal sparse parameters.
 
 The base is a model with UltraMem memories; `ultramem_jax.matching` builds the other systems with the same
 FLOPs per token and the same sparse parameters, within 2 %. All train with the same settings on the same
@@ -6,8 +6,6 @@ batches, over several seeds. A run that was cut off, or an experiment that was, 
 """
 
 import dataclasses
-import json
-import math
 import pathlib
 import statistics
 from typing import Any
@@ -15,16 +13,20 @@ from typing import Any
 from absl import flags
 
 from experiments import cli, report
+from experiments.seeds import (
+    Result,
+    common_environment,
+    deviation,
+    final_bits,
+    median_speed,
+    train_over_seeds,
+)
 from ultramem_jax import ModelConfig, RunConfig, UserError
 from ultramem_jax.accounting import count_parameters, flops_per_token
-from ultramem_jax.config import to_dict
 from ultramem_jax.data import Corpus, load_corpus
 from ultramem_jax.errors import unknown
 from ultramem_jax.matching import SYSTEMS, match, verify_match
 from ultramem_jax.presets import preset
-from ultramem_jax.training.loop import Evaluator, train
-from ultramem_jax.training.metrics import read_metrics
-from ultramem_jax.training.state import model_variables
 
 BASE_CONFIG = RunConfig(model=preset("ultramem-tiny"))
 
@@ -49,27 +51,20 @@ def main() -> None:
     verify_match({"base": base.model, **models})
     corpus = load_corpus(base.data)
     corpus.source("test")  # refuses a split that is too short before anything is trained
-    results: dict[str, list[dict[str, Any]]] = {system: [] for system in models}
-    # Seed by seed, so that a comparison cut short has every system.
-    for seed in range(SEEDS.value):
-        for system, model in models.items():
-            settings = dataclasses.replace(base.train, seed=seed)
-            config = dataclasses.replace(base, model=model, train=settings)
-            workdir = pathlib.Path(WORKDIR.value) / f"{system}-seed{seed}"
-            print(f"{system}, seed {seed}: {workdir}", flush=True)
-            result = _run(config, corpus, workdir, environment)
-            if result is None:
-                print("stopped; the same command goes on from there")
-                return
-            results[system].append(result)
+    configs = {system: dataclasses.replace(base, model=model) for system, model in models.items()}
+    results = train_over_seeds(
+        configs, SEEDS.value, corpus, WORKDIR.value, environment, test_batches=TEST_BATCHES.value
+    )
+    if results is None:
+        return
     folder = pathlib.Path(RESULTS.value)
     rows = [_row(system, models[system], runs) for system, runs in results.items()]
     table, _ = report.write_table(
         rows,
         folder / "compare",
         "Systems at equal compute",
-        _common([run["environment"] for runs in results.values() for run in runs]),
-        _notes(base, corpus),
+        common_environment(results),
+        _notes(base, corpus, models),
     )
     figure = report.plot_curves(
         {system: [(run["steps"], run["bits"]) for run in runs] for system, runs in results.items()},
@@ -80,58 +75,9 @@ def main() -> None:
     print(f"\n{table.read_text()}\nfigure: {figure}")
 
 
-def _run(
-    config: RunConfig, corpus: Corpus, workdir: pathlib.Path, environment: dict[str, str]
-) -> dict[str, Any] | None:
-    """One run's validation curve and test loss, from its folder if it was done before; None if stopped."""
-    done = workdir / "result.json"
-    identity = {
-        "config": to_dict(config),
-        "corpus_hash": corpus.corpus_hash,
-        "test_batches": TEST_BATCHES.value,
-    }
-    if done.exists():
-        result = json.loads(done.read_text())
-        if {name: result[name] for name in identity} != identity:
-            raise UserError(
-                f"{workdir} holds a run of another config, corpus or --test_batches; give another --workdir"
-            )
-        return result
-    trained = train(config, workdir, corpus=corpus)
-    if not trained.finished:
-        return None
-    evaluate = Evaluator(config, corpus)
-    test = evaluate(model_variables(trained.state), "test", TEST_BATCHES.value, progress=True)
-    records = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "validation"]
-    result = {
-        **identity,
-        "environment": environment,
-        "steps": [record["step"] for record in records],
-        "bits": [record["bits_per_byte"] for record in records],
-        "test_bits": test[1],
-        "tokens_per_second": trained.tokens_per_second,
-    }
-    partial = done.with_suffix(".tmp")
-    partial.write_text(json.dumps(result))
-    partial.rename(done)
-    return result
-
-
-def _common(environments: list[dict[str, str]]) -> dict[str, str]:
-    """Where the runs were made; where they differ, all that was found."""
-    found: dict[str, list[str]] = {}
-    for environment in environments:
-        for name, value in environment.items():
-            found.setdefault(name, [])
-            if value not in found[name]:
-                found[name].append(value)
-    return {name: "; ".join(values) for name, values in found.items()}
-
-
-def _row(system: str, model: ModelConfig, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(system: str, model: ModelConfig, runs: list[Result]) -> dict[str, Any]:
     parameters, flops = count_parameters(model), flops_per_token(model)
-    validation, test = ([run["bits"][-1] for run in runs], [run["test_bits"] for run in runs])
-    speed = [run["tokens_per_second"] for run in runs if math.isfinite(run["tokens_per_second"])]
+    validation, test = final_bits(runs), [run["test_bits"] for run in runs]
     return {
         "system": system,
         "shape": _shape(model),
@@ -139,25 +85,51 @@ def _row(system: str, model: ModelConfig, runs: list[dict[str, Any]]) -> dict[st
         "sparse parameters": parameters.sparse,
         "FLOPs per token": flops.matched,
         "validation bits/byte": statistics.fmean(validation),
-        "± (val.)": statistics.stdev(validation) if len(runs) > 1 else None,
+        "± (val.)": deviation(validation),
         "test bits/byte": statistics.fmean(test),
-        "± (test)": statistics.stdev(test) if len(runs) > 1 else None,
-        "tokens/s": round(statistics.median(speed)) if speed else None,
+        "± (test)": deviation(test),
+        "tokens/s": median_speed(runs),
     }
 
 
 def _shape(model: ModelConfig) -> str:
     """What distinguishes a system from the others, in a few words."""
-    if model.moe:
-        return f"{model.moe.top_k} of {model.moe.num_experts} experts, {model.moe.expert_dim} wide"
+    if moe := model.moe:
+        kind = "SwiGLU experts" if moe.activation == "swiglu" else "experts"
+        return f"{moe.top_k} of {moe.num_experts} {kind}, {moe.expert_dim} wide"
     if memory := model.memory:
-        size = f"n {memory.num_keys}, d_k {memory.key_dim}, d_v {memory.value_dim}"
-        reads = f"{memory.num_heads}·{memory.top_m} reads"
-        return f"{len(model.spans)} × ({size}, {reads}), MLP {model.mlp_dim}"
+        words = [f"n {memory.num_keys}"]
+        if memory.expansion > 1:
+            words.append(f"E {memory.expansion}")
+        if memory.tucker_rank:
+            words.append(f"r {memory.tucker_rank}")
+        words += [f"d_k {memory.key_dim}", f"d_v {memory.value_dim}"]
+        if memory.pre_value_dim:
+            words.append(f"d_p {memory.pre_value_dim}")
+        words.append(f"{memory.num_heads}·{memory.top_m} reads")
+        norms = {"query": memory.norm_query, "key": memory.norm_keys}
+        words += ["/".join(name for name, on in norms.items() if on) + " norm"] if any(norms.values()) else []
+        if memory.gate:
+            words.append("gate")
+        shape = f"{len(model.spans)} × ({', '.join(words)})"
+        if memory.shares_table and model.layout:
+            part = model.layout.window_slots / model.layout.num_slots
+            shape += " on one table" if part == 1 else f", each on {part:.0%} of one table"
+        return f"{shape}, MLP {model.mlp_dim}"
     return f"MLP {model.mlp_dim}"
 
 
-def _notes(base: RunConfig, corpus: Corpus) -> list[str]:
+def _value_rates(models: dict[str, ModelConfig]) -> str:
+    """The note on the learning rates of tables; empty without any."""
+    systems: dict[float, list[str]] = {}
+    for system, model in models.items():
+        if model.memory:
+            systems.setdefault(model.memory.value_lr_multiple, []).append(system)
+    rates = [f"{multiple:g} × ({', '.join(systems[multiple])})" for multiple in sorted(systems)]
+    return f" As multiples of it, the rate of the values starts at {', '.join(rates)}." if rates else ""
+
+
+def _notes(base: RunConfig, corpus: Corpus, models: dict[str, ModelConfig]) -> list[str]:
     tokens = base.train.steps * base.train.batch_size * base.data.seq_len
     return [
         f"{base.train.steps} steps of {base.train.batch_size} × {base.data.seq_len} tokens "
@@ -166,8 +138,6 @@ def _notes(base: RunConfig, corpus: Corpus) -> list[str]:
         "FLOPs per token: forward, two per weight that a token is multiplied by, plus scoring and lookups; "
         "attention scores and logits, equal for all, are left out.",
         f"Means over {SEEDS.value} seeds, ± one standard deviation; the same batches for every system.",
-        "One learning rate for all systems, not tuned for each. The values of UltraMem learn at "
-        f"{base.model.memory.value_lr_multiple if base.model.memory else 1:g} times that rate at first (one "
-        "of its changes), those of PKM at 1 times, as published.",
+        f"One learning rate for all systems, not tuned for each.{_value_rates(models)}",
         "tokens/s: median training step, on a machine that other work shared; not a benchmark.",
     ]

@@ -30,7 +30,7 @@ UltraMemV2 paper."""
 _PEER_HEADS = range(8, 3, -1)
 """Heads of PEER: 8 as published, or else the most that divide the base's reads."""
 _V2_PAPER_LR_MULTIPLE = 4.0
-"""The multiple that values start at in the UltraMemV2 authors' runs of every memory model, Memory+ among them;
+"""The multiple that values start at in the UltraMemV2 authors' runs of all memory models, Memory+ among them;
 here also of the improved PKM."""
 _V2_SHARE_RATIO = 0.5
 """The part of the ring that one memory of UltraMemV2 reads."""

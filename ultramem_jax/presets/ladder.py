@@ -176,7 +176,8 @@ _SHAPES = {
     ),
     "tiny": _Shapes(
         layers=ModelConfig(embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=512),
-        top_m=16,
+        # About 1 key in 24 of a side, as in the shapes above.
+        top_m=10,
         place="2:2",
         # Tables 10 times the layers' 12·L·D² weights, as published.
         num_keys=248,

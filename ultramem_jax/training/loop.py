@@ -218,7 +218,9 @@ def _make_folder(workdir: pathlib.Path) -> None:
 
 def _fresh_state(config: RunConfig, optimizers: Optimizers, sharding: jax.sharding.Sharding) -> TrainState:
     try:
-        return jax.jit(lambda: init_state(config, optimizers), out_shardings=sharding)()
+        # The seed is an argument, so that a cache of compiled programs has one for all seeds.
+        start = jax.jit(lambda seed: init_state(config, optimizers, seed), out_shardings=sharding)
+        return start(np.uint32(config.train.seed))
     except jax.errors.JaxRuntimeError as error:
         if "memory" not in str(error).lower():
             raise

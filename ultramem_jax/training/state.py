@@ -32,11 +32,18 @@ class TrainState(flax.struct.PyTreeNode):
     """() uint32; with the step, it determines every random number of the run."""
 
 
-def init_state(config: RunConfig, optimizers: Optimizers) -> TrainState:
-    """The state at step 0. Traceable: compile it, or ask `jax.eval_shape` for its shapes."""
+def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None = None) -> TrainState:
+    """The state at step 0. Traceable: compile it, or ask `jax.eval_shape` for its shapes.
+
+    Args:
+        config: of the run.
+        optimizers: of `make_optimizers`.
+        seed: () uint32; `train.seed` if None.
+    """
+    seed = jnp.asarray(config.train.seed, jnp.uint32) if seed is None else seed
     model = Transformer(config.model)
     tokens = jnp.zeros((1, 2), jnp.int32)
-    variables = model.init(jax.random.key(config.train.seed), tokens)
+    variables = model.init(jax.random.key(seed), tokens)
     params, tables = variables["params"], variables.get("memory", {})
     if config.train.table_gradient == "dense":
         table_state: Any = optimizers.tables.init(tables)
@@ -53,7 +60,7 @@ def init_state(config: RunConfig, optimizers: Optimizers) -> TrainState:
         table_state=table_state,
         usage={name: init_usage(table["values"].shape[0]) for name, table in tables.items()},
         buffers=variables.get("buffers", {}),
-        seed=jnp.asarray(config.train.seed, jnp.uint32),
+        seed=seed,
     )
 
 

@@ -1,0 +1,55 @@
+"""What each change of UltraMem brings: the ladder of its paper's table 2, and the grids of table 3.
+
+Twelve models lead from Product-Key Memory to UltraMem, each the one before it with one change; the grids vary
+E, r and h, and try a change alone. All train on the same batches, over several seeds, and stand beside the
+published differences. An experiment that was cut off goes on with the same command.
+"""
+
+import dataclasses
+
+from absl import flags
+
+from experiments import ablate_tables, cli, report
+from experiments.configs import ablate as ablate_config
+from experiments.seeds import train_over_seeds
+from ultramem_jax import ModelConfig, UserError
+from ultramem_jax.data import load_corpus
+from ultramem_jax.presets import ladder
+
+BASE_CONFIG = ablate_config.get_config()
+
+SCALE = flags.DEFINE_enum("scale", "tiny", list(ladder.SCALES), "sizes of the models: tiny, or the paper's")
+PART_NAMES = flags.DEFINE_list(
+    "parts", list(ablate_tables.PARTS), "what to train, of " + ", ".join(ablate_tables.PARTS)
+)
+SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each config, seeds 0 to this - 1", lower_bound=1)
+WORKDIR = flags.DEFINE_string("workdir", "", "folder of the runs; empty: runs/ablate, or runs/ablate-151m")
+RESULTS = flags.DEFINE_string(
+    "results", "", "folder of tables and figures; empty: experiments/results/ablate, or ablate-151m"
+)
+KEEP = flags.DEFINE_bool("keep_checkpoints", False, "keep the checkpoints of runs that have ended")
+
+
+def main() -> None:
+    """Trains every config with every seed; writes the tables and the figures."""
+    base = cli.run_config()
+    if dataclasses.replace(base.model, dtype="float32") != ModelConfig():
+        raise UserError("config.model: the models are those of --scale; dtype is all that can be set here")
+    study = ablate_tables.make_study(SCALE.value, PART_NAMES.value)
+    # Taken now: the code that runs is the one that was checked out when the process started.
+    environment = report.environment()
+    corpus = load_corpus(base.data)
+    configs = {
+        name: dataclasses.replace(base, model=dataclasses.replace(model, dtype=base.model.dtype))
+        for name, model in study.trained.items()
+    }
+    name = "ablate" if SCALE.value == "tiny" else f"ablate-{SCALE.value}"
+    workdir = WORKDIR.value or f"runs/{name}"
+    results = train_over_seeds(
+        configs, SEEDS.value, corpus, workdir, environment, keep_checkpoints=KEEP.value
+    )
+    if results is None:
+        return
+    notes = ablate_tables.training_notes(study, base, corpus, SEEDS.value)
+    for path in ablate_tables.write(study, results, RESULTS.value or f"experiments/results/{name}", notes):
+        print(f"\n{path.read_text()}" if path.suffix == ".md" else f"figure: {path}")

@@ -1,0 +1,121 @@
+"""The figures of the ablation: our differences beside the published ones, each in its own unit."""
+
+import os
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, as in the other figures: distinct for the colour-blind.
+_OURS, _PAPER = "#0072B2", "#D55E00"
+_OUR_UNIT = "bits per byte"
+_PAPER_UNIT = "nats per token"
+_DPI = 160
+
+Point = tuple[str, Sequence[float], float | None]
+"""Label, our differences over the seeds, the published one."""
+
+
+def plot_ladder(points: Sequence[Point], path: str | os.PathLike[str]) -> pathlib.Path:
+    """Draws the change of the validation loss since the first rung: ours on the left, the paper's beside it.
+
+    Args:
+        points: the rungs, first to last.
+        path: of the figure; folders are made.
+
+    Returns:
+        The path.
+    """
+    labels, ours = [label for label, _, _ in points], [values for _, values, _ in points]
+    published = [value for _, _, value in points]
+    figure = Figure(figsize=(9.6, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows = range(len(labels))
+    for row, values in zip(rows, ours, strict=True):
+        left.plot(values, [row] * len(values), "o", color=_OURS, alpha=0.3, markersize=4, markeredgewidth=0)
+    left.errorbar(
+        [statistics.fmean(values) for values in ours],
+        rows,
+        xerr=[_spread(values) for values in ours],
+        fmt="o-",
+        color=_OURS,
+        linewidth=1.4,
+        capsize=3,
+    )
+    right.plot(published, rows, "o-", color=_PAPER, linewidth=1.4)
+    left.set_yticks(list(rows), [("" if row == 0 else "+ ") + label for row, label in enumerate(labels)])
+    left.invert_yaxis()
+    seeds = len(ours[0])
+    about = f"mean ± standard deviation, {seeds} seeds" if seeds > 1 else "one seed"
+    left.set_xlabel(f"change since the first rung, {_OUR_UNIT}\n({about})")
+    right.set_xlabel(f"change since the first rung, {_PAPER_UNIT}\n(151 M parameters, table 2)")
+    _title(left, "here")
+    _title(right, "UltraMem paper")
+    for axes in (left, right):
+        _plain(axes, "x")
+        axes.axvline(0, color="#999999", linewidth=0.8, zorder=0)
+    return _save(figure, path)
+
+
+def plot_grids(grids: Mapping[str, Sequence[Point]], path: str | os.PathLike[str]) -> pathlib.Path:
+    """Draws each grid's differences to its base: ours above, the paper's below where it has any.
+
+    Args:
+        grids: points by name of the grid, which their labels begin or end with.
+        path: of the figure; folders are made.
+
+    Returns:
+        The path.
+    """
+    figure = Figure(figsize=(1.6 + 2.2 * len(grids), 5.2), layout="constrained")
+    rows = figure.subplots(2, len(grids), squeeze=False)
+    for column, (name, points) in enumerate(grids.items()):
+        labels = [label.removeprefix(f"{name}-").removesuffix(f"-{name}") for label, _, _ in points]
+        places = range(len(points))
+        above, below = rows[0][column], rows[1][column]
+        above.errorbar(
+            places,
+            [statistics.fmean(ours) for _, ours, _ in points],
+            yerr=[_spread(ours) for _, ours, _ in points],
+            fmt="o",
+            color=_OURS,
+            capsize=3,
+        )
+        known = [(place, p[2]) for place, p in zip(places, points, strict=True) if p[2] is not None]
+        if known:
+            below.plot(*zip(*known, strict=True), "o", color=_PAPER)
+        _title(above, name)
+        drawn = [above, below] if known else [above]
+        below.set_axis_off()
+        for axes in drawn:
+            axes.set_axis_on()
+            axes.set_xticks(list(places), labels)
+            axes.set_xlim(-0.5, len(points) - 0.5)
+            axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+            _plain(axes, "y")
+    rows[0][0].set_ylabel(f"here: Δ, {_OUR_UNIT}")
+    rows[1][0].set_ylabel(f"paper: Δ, {_PAPER_UNIT}")
+    return _save(figure, path)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=11, fontweight="bold")
+
+
+def _plain(axes: Axes, grid_axis: str) -> None:
+    axes.grid(True, axis="x" if grid_axis == "x" else "y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> pathlib.Path:
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+    return path
