@@ -170,7 +170,7 @@ def _flag_help(module: str, with_config: bool) -> str:
         lines = [
             "  --config=FILE: a Python file with get_config() -> RunConfig, as in experiments/configs/",
             "  --preset=NAME: the model, one of `python launch.py count`",
-            "  --config.part.field=value: any field of ultramem_jax/config.py",
+            "  --config.part.field=value: any field of ultramem_jax/config.py or memory_config.py",
         ]
     own = FLAGS.flags_by_module_dict().get(module, [])
     lines += [f"  --{flag.name}: {flag.help} (default {flag.default!r})" for flag in own]

@@ -214,7 +214,7 @@ def test_a_window_reads_no_more_than_its_keys_allow():
     # for each of the four memories.
     base = with_memory(TINY, num_keys=80, expansion=4, top_m=150, placement="1:4", value_dim=64)
     v2 = match(base, "ultramem-v2")
-    assert (v2.memory.num_keys, v2.layout.num_keys) == (40, 56)
+    assert (v2.memory.num_keys, v2.layout.window_keys) == (40, 56)
     assert v2.memory.top_m == 56
 
 

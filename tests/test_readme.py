@@ -1,8 +1,13 @@
+import json
 import pathlib
 import re
 
 import jax
+import numpy as np
 import pytest
+
+from tests.interop import synthetic
+from ultramem_jax.interop.reference_torch import read_safetensors, write_safetensors
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -14,6 +19,18 @@ def test_the_library_example_runs():
         exec(BLOCKS[0], names)
     assert names["logits"].shape == (2, 64, 257)
     assert set(names["variables"]) == {"params", "memory", "buffers"}
+
+
+def test_the_example_of_the_authors_weights_runs(tmp_path, monkeypatch):
+    hyper, state, x, result = synthetic.case("v2_summed_gelu")
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("memory.json").write_text(json.dumps(hyper))
+    write_safetensors("memory.safetensors", state)
+    (example,) = (block for block in BLOCKS if "interop" in block)
+    names = {"x": x}
+    exec(example, names)
+    np.testing.assert_allclose(names["y"], result.output, rtol=1e-4, atol=1e-5)
+    synthetic.equal_states(read_safetensors("again.safetensors"), state)
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))

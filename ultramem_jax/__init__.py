@@ -1,17 +1,18 @@
-"""ultramem_jax: memory layers for Transformers in JAX, from Product-Key Memory to UltraMem.
+"""ultramem_jax: memory layers for Transformers in JAX, from Product-Key Memory to UltraMemV2.
 
 Axis legend, used in every shape comment and einsum of this project:
 
     B  sequences in a batch                 H  retrieval heads of a memory (num_heads)
-    S  positions in a sequence              n  keys per side of the physical grid (num_keys)
-    T  tokens, B·S flattened                N  slots of one table, n² (num_slots)
-    V  vocabulary (vocab_size)              E  virtual blocks per table (expansion)
-    D  residual stream (embed_dim)          K  keys per side of the virtual grid, √E·n
-    L  layers (num_layers)                  m  values read per head and token (top_m)
-    A  attention heads                      R  reads of a token, H·m
-    F  inner width of an MLP or expert      r  rank of the Tucker core (tucker_rank)
-    X  experts (num_experts)                h  cores of Multi-Core Scoring (num_cores)
-    k  experts of a token (moe.top_k)       d_k, d_v  width of a key, of a value
+    S  positions in a sequence              n  keys per side: a memory adds n² slots (num_keys)
+    T  tokens, B·S flattened                M  memories of the model
+    V  vocabulary (vocab_size)              N  rows of a table: n², or M·n² in a ring (num_slots)
+    D  residual stream (embed_dim)          E  virtual blocks per table (expansion)
+    L  layers (num_layers)                  K  keys per side of the virtual grid: √E·n, more in a ring
+    A  attention heads                      m  values read per head and token (top_m)
+    F  inner width of an MLP or expert      R  reads of a token, H·m
+    X  experts (num_experts)                r  rank of the Tucker core (tucker_rank)
+    k  experts of a token (moe.top_k)       h  cores of Multi-Core Scoring (num_cores)
+                                            d_k, d_v, d_p  width of a key, a value, a pre-value
 
 In einsum strings, where an axis is one lower-case or upper-case letter: t tokens, p virtual block (of E),
 j read (of R), c core (of h), d the width at hand, q and s the ranks of the row and the column side.

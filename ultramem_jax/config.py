@@ -27,7 +27,7 @@ class MoEConfig:
     normalize_gates: bool = True
     """The k gates are divided by their sum (top-2 models); OLMoE leaves them as softmax gave them."""
     load_balance_weight: float = 0.01
-    """Weight of E·Σ f_i·p_i (Switch Transformer, arXiv 2101.03961; OLMoE uses 0.01)."""
+    """Weight of X·Σ f_i·p_i (Switch Transformer, arXiv 2101.03961; OLMoE uses 0.01)."""
     router_z_weight: float = 1e-3
     """Weight of mean(logsumexp(router logits)²) (ST-MoE, arXiv 2202.08906)."""
     implementation: str = "auto"

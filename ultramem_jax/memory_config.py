@@ -17,21 +17,22 @@ _PREFIX = "model.memory."
 class TableLayout:
     """Which rows of which table the memories of a model read; made by `MemoryConfig.layout`."""
 
-    num_keys: int
-    """n, keys per side of the physical grid of one memory's window."""
+    window_keys: int
+    """Keys per side of the physical grid of one memory's window: n, or more where a memory reads more of a
+    shared table than the n² slots that it adds."""
     num_virtual_keys: int
-    """K = √E·n, keys per side of its virtual grid."""
+    """K, keys per side of its virtual grid, √E times those of the window."""
     num_tables: int
     """1 if all memories share a table, else one per memory."""
     num_slots: int
     """N, rows of a table."""
     offsets: tuple[int, ...]
-    """First row of each memory's window. A window of n² slots wraps around at the end of the table."""
+    """First row of each memory's window, which wraps around at the end of the table."""
 
     @property
     def window_slots(self) -> int:
-        """n², the slots that one memory can reach."""
-        return self.num_keys**2
+        """The slots that one memory can reach."""
+        return self.window_keys**2
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class MemoryConfig:
     """One memory layer. UltraMem's defaults; the constructors name the members of the family.
 
     `pkm()` has every change of the UltraMem paper off, `ultramem()` (numbers of the ablation in its table 2)
-    every one on; `memory_plus()`, `peer()` and `ultramem_v2()` switch on what those papers added.
+    every one on; `memory_plus()`, `peer()` and `ultramem_v2()` switch on what those papers added. Places and
+    sizes are yours to set: with the default placement every layer has a memory, also of the older systems,
+    which were published with one (PKM, PEER) or a few.
     """
 
     placement: str = "full"
@@ -106,13 +109,13 @@ class MemoryConfig:
     slots that starts at i·n² and wraps around (UltraMemV2). `blocks`: the same table in 1/`share_ratio`
     windows, each read by neighbouring memories."""
     share_ratio: float = 1.0
-    """The part of a `ring` or `blocks` table that one memory reads."""
+    """The part of a `ring` or `blocks` table that one memory reads: the largest square of slots within it."""
     init: str = "paper"
     """Change 9. `paper`: output variance starts at 1/(2L) (without softmax, whose weights are smaller).
-    `reference`: as in the authors' code. `pkm`: as in Product-Key Memory. `v2`: UltraMemV2."""
+    `reference`: as in the authors' code of UltraMem. `pkm`: as in Product-Key Memory. `v2`: UltraMemV2."""
     value_lr_multiple: float = 10.0
-    """Change 10: the values' learning rate starts at this multiple and falls linearly to 1x (paper: 10; the
-    authors' code and V2: 4). 1 is off."""
+    """Change 10: the learning rate of values and pre-values starts at this multiple and falls linearly to 1x
+    (paper: 10; the authors' code and V2: 4). 1 is off."""
     query_conv_width: int = 4
     """Change 11: width of the causal depthwise convolution before the query projection. 0 is off."""
 
@@ -203,9 +206,10 @@ class MemoryConfig:
             if self.table_sharing == "ring":
                 offsets = tuple(i * own for i in range(num_memories))
             else:
-                group = round(self.share_ratio * num_memories)
+                group = max(round(self.share_ratio * num_memories), 1)
+                exact = math.isclose(group, self.share_ratio * num_memories)
                 self._require(
-                    group == self.share_ratio * num_memories and (group == 0 or num_memories % group == 0),
+                    num_memories == 0 or (exact and num_memories % group == 0),
                     "share_ratio",
                     f"must cut {num_memories} memories into groups of equal size",
                 )

@@ -54,7 +54,7 @@ def reads(module, variables, x):
     """Output, slots, blocks and scores, with a leading axis of layers."""
     y, sown = jax.jit(lambda v, x: module.apply(v, x, mutable=["reads"]))(variables, x)
     layers = [sown["reads"][f"memory_{i}"] for i in range(len(sown["reads"]))]
-    return y, *(np.stack([layer[name] for layer in layers]) for name in ("slots", "blocks", "scores"))
+    return y, *(np.stack([layer[name] for layer in layers]) for name in ("slots", "blocks", "weights"))
 
 
 def inner_values(hyper, state, x, slots):

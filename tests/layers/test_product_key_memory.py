@@ -82,7 +82,7 @@ def case(config, num_memories=2, index=1, seed=0, embed_dim=16):
 def addressing_of(module, variables):
     """(row, column) -> (block, row of the table) as the layer has it, each part tested on its own."""
     config, layout = module.config, module.config.layout(module.num_memories)
-    keys, size = layout.num_keys, layout.num_virtual_keys
+    keys, size = layout.window_keys, layout.num_virtual_keys
     cells = (jnp.asarray(a, jnp.int32) for a in np.divmod(np.arange(size * size), size))
     if config.shuffle == "explicit":
         address = np.asarray(variables["buffers"]["permutation"])
@@ -159,7 +159,7 @@ def test_product_key_initialisation_with_norms_scores_near_one(rank):
 
     def scores_of(key):
         variables = module.init(key, x, train=False)
-        return module.apply(variables, x, train=False, mutable=["reads"])[1]["reads"]["scores"]
+        return module.apply(variables, x, train=False, mutable=["reads"])[1]["reads"]["weights"]
 
     scores = jax.jit(scores_of)(jax.random.key(0))
     # The best of 64 + 64 standard normal scores, summed or multiplied under a core: some units, not d_k.
@@ -192,12 +192,12 @@ def test_reads_are_recorded_as_they_were_used():
     module, variables, x, _ = case(config)
     y, sown = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable=["reads"]))(variables, x)
     reads = jax.tree.map(np.asarray, sown["reads"])
-    assert reads["slots"].shape == reads["blocks"].shape == (10, 8) and reads["scores"].shape == (10, 8, 2)
+    assert reads["slots"].shape == reads["blocks"].shape == (10, 8) and reads["weights"].shape == (10, 8, 2)
     table, projection = np.asarray(variables["memory"]["values"]), variables["params"]["projection"]
     pooled = np.zeros((10, 4, 8))
     for t in range(10):
         for j in range(8):
-            weight = np.repeat(reads["scores"][t, j], 4)
+            weight = np.repeat(reads["weights"][t, j], 4)
             pooled[t, reads["blocks"][t, j]] += table[reads["slots"][t, j]] * weight
     np.testing.assert_allclose(y.reshape(10, -1), pooled.reshape(10, -1) @ projection, rtol=1e-4, atol=1e-5)
 
@@ -231,7 +231,7 @@ def test_metrics_are_what_they_say():
     module, variables, x, _ = case(CONFIGS["ultramem"])
     y, sown = module.apply(variables, x, train=True, mutable=["metrics", "reads"])
     metrics = {name: float(value) for name, value in sown["metrics"].items()}
-    total = np.asarray(sown["reads"]["scores"]).sum(-1).reshape(10, 2, 4)
+    total = np.asarray(sown["reads"]["weights"]).sum(-1).reshape(10, 2, 4)
     assert metrics["top_1_score"] == pytest.approx(total[..., 0].mean(), rel=1e-5)
     assert metrics["top_m_score"] == pytest.approx(total[..., -1].mean(), rel=1e-5)
     assert metrics["output_std"] == pytest.approx(float(y.std()), rel=1e-5)
@@ -245,7 +245,7 @@ def test_memories_of_a_model_shuffle_differently():
     _, variables, x, _ = case(config)
     modules = [ProductKeyMemory(config, 4, 2, index=index) for index in (0, 1)]
     reads = [m.apply(variables, x, train=False, mutable=["reads"])[1]["reads"] for m in modules]
-    np.testing.assert_array_equal(reads[0]["scores"], reads[1]["scores"])
+    np.testing.assert_array_equal(reads[0]["weights"], reads[1]["scores"])
     assert (reads[0]["slots"] != reads[1]["slots"]).mean() > 0.8
 
 

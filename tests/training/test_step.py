@@ -43,8 +43,8 @@ def _batches(count, sequences=8, length=17, seed=0):
 
 
 SMALL = dict(num_keys=4, top_m=4, num_heads=2, key_dim=8, value_dim=8)
-# Both layers of these read one table; the ring's windows overlap, the other half of it is a second window's.
-SHARED = {
+# Both layers of the first two read one table; the windows of the ring overlap.
+FAMILY = {
     "ultramem-v2": MemoryConfig.ultramem_v2(
         **SMALL | dict(num_keys=3, num_heads=1),
         pre_value_dim=6,
@@ -70,7 +70,7 @@ SHARED = {
     ],
 )
 def test_row_sparse_equals_dense_where_every_row_is_read(name, micro_batches):
-    model = ULTRAMEM if name == "ultramem" else replace(MODEL, memory=SHARED[name])
+    model = ULTRAMEM if name == "ultramem" else replace(MODEL, memory=FAMILY[name])
     train = replace(TRAIN, grad_accumulation=micro_batches)
     batches = _batches(3)
     sparse, rows = _run(RunConfig(model, train=train), batches)
@@ -125,7 +125,7 @@ def test_compiled_step_holds_nothing_of_the_tables_size(shared, micro_batches):
     # 1,048,576 slots of 32 values: 134 MB a table, three of them with the moments.
     memory = replace(ULTRAMEM.memory, placement="1:2", num_keys=1024, value_dim=32)
     if shared:  # two memories of 724² slots of 16 values and 16 pre-values
-        memory = replace(SHARED["ultramem-v2"], num_keys=724, value_dim=16, pre_value_dim=16)
+        memory = replace(FAMILY["ultramem-v2"], num_keys=724, value_dim=16, pre_value_dim=16)
     train = replace(TRAIN, batch_size=2, grad_accumulation=micro_batches)
     config = RunConfig(replace(MODEL, memory=memory), train=train)
     optimizers = make_optimizers(config)

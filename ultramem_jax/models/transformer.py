@@ -16,13 +16,14 @@ SHARED_TABLES = "memory_tables"
 
 def table_readers(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """The memories that read each table: name in the collection `memory` -> names in `reads`."""
-    names = tuple(_memory_name(index) for index in range(len(config.spans)))
+    names = tuple(memory_name(index) for index in range(len(config.spans)))
     if names and config.memory is not None and config.memory.shares_table:
         return {SHARED_TABLES: names}
     return {name: (name,) for name in names}
 
 
-def _memory_name(index: int) -> str:
+def memory_name(index: int) -> str:
+    """The module of memory number `index`, which counts from 0."""
     return f"memory_{index}"
 
 
@@ -88,7 +89,7 @@ class Transformer(nn.Module):
             x, h = Block(config, name=f"layer_{layer}")(x, train=train)
             for index, span in enumerate(config.spans):
                 if span.start == layer:
-                    read = memory(config, index, name=_memory_name(index))(h, train=train, tables=tables)
+                    read = memory(config, index, name=memory_name(index))(h, train=train, tables=tables)
                     landing.setdefault(span.end, []).append(dropout(read))
             for y in landing.pop(layer, ()):
                 x = x + y

@@ -20,7 +20,7 @@ _CHUNK_VALUES = 1 << 24
 
 
 class RowsRead(NamedTuple):
-    """The rows that M reads touch, each row once and sorted, and which read belongs to which row."""
+    """The rows that T·R reads touch, each row once and sorted, and which read belongs to which row."""
 
     slots: jax.Array
     """(U,) int32, strictly increasing; the entries past the last row read are N and more, out of range on
@@ -28,9 +28,9 @@ class RowsRead(NamedTuple):
     counts: jax.Array
     """(U,) int32, reads of each row; zero past the last row read."""
     order: jax.Array
-    """(M,) int32, the reads sorted by slot."""
+    """(T·R,) int32, the reads sorted by slot."""
     row_of_read: jax.Array
-    """(M,) int32 in [0, U), the row of each read in that order; increasing."""
+    """(T·R,) int32 in [0, U), the row of each read in that order; increasing."""
 
 
 class RowGradients(NamedTuple):
@@ -136,11 +136,11 @@ def rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
     """Sorts the reads by slot and counts them. Nothing here is of the table's size.
 
     Args:
-        slots: int32 in [0, N), any shape, M in all.
+        slots: int32 in [0, N), any shape, T·R in all.
         num_slots: N.
 
     Returns:
-        U = min(M, N) rows.
+        U = min(T·R, N) rows.
     """
     num_reads = slots.size
     num_rows = min(num_reads, num_slots)
@@ -182,7 +182,7 @@ def _sum_by_row(reads: jax.Array, row_of_read: jax.Array, num_rows: int) -> jax.
 
 
 def _read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:
-    """What each read sends to its row: scores (M, h) times the cotangent of its block (M, d_v), float32."""
+    """What each read sends to its row, float32: scores (T·R, h) times the cotangents (T·R, d_v)."""
     slices = cotangents.reshape(*scores.shape, -1).astype(jnp.float32)
     return (slices * scores[..., None].astype(jnp.float32)).reshape(cotangents.shape)
 

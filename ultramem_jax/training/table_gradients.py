@@ -58,7 +58,7 @@ def table_gradients(
             key: _together([cotangents[name][key] for name in readers]) for key in cotangents[readers[0]]
         }
         gradients[table] = {
-            "values": row_gradients(rows[table], read["blocks"], read["scores"], cotangent["pooled"])
+            "values": row_gradients(rows[table], read["blocks"], read["weights"], cotangent["pooled"])
         }
         if "products" in cotangent:
             gradients[table]["pre_values"] = row_gradients(

@@ -18,9 +18,10 @@ _BLOCK_VALUES = 1 << 20
 _SAMPLED_TOKENS = 128
 """Draws that `chosen_scores` averages over."""
 _SMALL_INIT = 2 / 5
-"""D times the variance of weights in the "small init" (2/(5·D)) that UltraMemV2's models start from."""
+"""D times the variance of weights in the "small init" of N(0, 2/(5·D)), which UltraMemV2's models start from
+(their initial standard deviation at D = 768 is 0.0228)."""
 _V2_SCALE = 0.2
-"""The constant of UltraMemV2's value initialisation."""
+"""The constant of UltraMemV2's value initialisation (paper, appendix A.3, equation 26)."""
 
 
 class MemoryInit(NamedTuple):
@@ -87,7 +88,7 @@ def memory_init(
         spread = scores.mean_square / scores.mean**2  # 1 + σ_s²
         reads = config.top_m * config.num_heads
         variance = _V2_SCALE * inner_ratio * embed_dim / (reads * spread * max(d_p, 1) * d_v * num_layers)
-        # With pre-values it is the variance of a product of two, which share it.
+        # With pre-values it is the variance of a product of two, drawn with the same standard deviation.
         std = variance ** (1 / 4 if d_p else 1 / 2)
         projection = normal(math.sqrt(_SMALL_INIT / embed_dim))
         normed = normed._replace(values_std=std, pre_values_std=std, projection=projection)

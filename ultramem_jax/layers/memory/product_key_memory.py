@@ -1,8 +1,9 @@
 """The memory layer: Product-Key Memory and, by its switches, UltraMem, UltraMemV2, Memory+ and PEER.
 
 The way of a token: x -> query -> scores of both sides' keys -> retrieval of m cells a head -> virtual block
-and slot of each cell -> pooled lookup -> projection. Every difference between the members of the family is a
-field of `MemoryConfig`; the steps themselves are the pure functions of `ultramem_jax.ops`.
+and slot of each cell -> [products with pre-values] -> pooled lookup -> [gate] -> projection. Every difference
+between the members of the family is a field of `MemoryConfig`; the steps themselves are the pure functions of
+`ultramem_jax.ops`.
 """
 
 import flax.linen as nn
@@ -54,8 +55,9 @@ class ProductKeyMemory(_Family):
         memory: `values` (N, d_v) and `pre_values` (N, d_p), unless the caller gives the tables.
         buffers: `row_direction` and `column_direction` (H, r), the last u and t, for their sign; with the
             explicit shuffle also `permutation` (E·n²,).
-        reads (sown): `slots`, `blocks` (T, R) and `scores` (T, R, h), what was read; with pre-values also
-            `inputs` (T, d_p), what they were multiplied by.
+        reads (sown): `slots`, `blocks` (T, R), what was read, and `weights` (T, R, h), what it was summed
+            with: the scores, after a softmax if there is one, times act(u·p) if there are pre-values; with
+            these also `inputs` (T, d_p), the p.
         perturbations: `pooled` (T, blocks, d_v) and `products` (T, R), whose gradients are the cotangents of
             the pooled reads and of the products with pre-values.
         losses, metrics (sown): the auxiliary losses; scores, output and singular values.
@@ -208,11 +210,11 @@ class ProductKeyMemory(_Family):
                 rows, columns, layout.num_virtual_keys, layout.window_slots, stored
             )
         elif config.shuffle == "none" or (config.expansion == 1 and not config.shares_table):
-            blocks, slots = addressing.block_and_slot(rows, columns, layout.num_keys, config.expansion)
+            blocks, slots = addressing.block_and_slot(rows, columns, layout.window_keys, config.expansion)
         else:
             seed = config.shuffle_seed + self.index
             blocks, slots = addressing.shuffled_block_and_slot(
-                rows, columns, layout.num_keys, config.expansion, seed
+                rows, columns, layout.window_keys, config.expansion, seed
             )
         if config.sum_blocks:
             blocks = jnp.zeros_like(blocks)
@@ -234,7 +236,7 @@ class ProductKeyMemory(_Family):
         self, values: jax.Array, slots: jax.Array, blocks: jax.Array, weights: jax.Array
     ) -> jax.Array:
         """The pooled reads (T, blocks, d_v), recorded for the row-sparse optimizer."""
-        for name, value in (("slots", slots), ("blocks", blocks), ("scores", weights)):
+        for name, value in (("slots", slots), ("blocks", blocks), ("weights", weights)):
             sow(self, "reads", name, value)
         return self._perturbed(
             "pooled", lookup.pooled_lookup(values, slots, blocks, weights, self.config.num_blocks)
