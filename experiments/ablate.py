@@ -2,21 +2,28 @@
 
 Twelve models lead from Product-Key Memory to UltraMem, each the one before it with one change; the grids vary
 E, r and h, and try a change alone. All train on the same batches, over several seeds, and stand beside the
-published differences. An experiment that was cut off goes on with the same command.
+published differences. An experiment that was cut off goes on with the same command. Without --config the
+training is that of experiments/configs/ablate.py, for the tiny models; the paper's sizes need another.
 """
 
 import dataclasses
+import pathlib
 
 from absl import flags
 
 from experiments import ablate_tables, cli, report
-from experiments.configs import ablate as ablate_config
+from experiments.configs import ablate as tiny_config
 from experiments.seeds import train_over_seeds
 from ultramem_jax import ModelConfig, UserError
 from ultramem_jax.data import load_corpus
 from ultramem_jax.presets import ladder
 
-BASE_CONFIG = ablate_config.get_config()
+BASE_CONFIG = tiny_config.get_config()
+CONFIG_HELP = (
+    "--config=FILE: a Python file with get_config() -> RunConfig; --scale=151m needs one",
+    "--config.data.field=value, --config.train.field=value: any field of ultramem_jax/config.py",
+    "--config.model.dtype=value: all that can be set of the models, which are those of --scale",
+)
 
 SCALE = flags.DEFINE_enum("scale", "tiny", list(ladder.SCALES), "sizes of the models: tiny, or the paper's")
 PART_NAMES = flags.DEFINE_list(
@@ -35,6 +42,11 @@ def main() -> None:
     base = cli.run_config()
     if dataclasses.replace(base.model, dtype="float32") != ModelConfig():
         raise UserError("config.model: the models are those of --scale; dtype is all that can be set here")
+    if SCALE.value != "tiny" and _trains_as_tiny():
+        raise UserError(
+            f"--scale={SCALE.value}: these models need another training than the tiny ones; give "
+            f"--config=experiments/configs/ablate_{SCALE.value}.py, or a config of your own"
+        )
     study = ablate_tables.make_study(SCALE.value, PART_NAMES.value)
     # Taken now: the code that runs is the one that was checked out when the process started.
     environment = report.environment()
@@ -53,3 +65,9 @@ def main() -> None:
     notes = ablate_tables.training_notes(study, base, corpus, SEEDS.value)
     for path in ablate_tables.write(study, results, RESULTS.value or f"experiments/results/{name}", notes):
         print(f"\n{path.read_text()}" if path.suffix == ".md" else f"figure: {path}")
+
+
+def _trains_as_tiny() -> bool:
+    """Whether the config is that of the tiny models, whatever single fields were set."""
+    file = cli.config_file()
+    return file is None or file.resolve() == pathlib.Path(tiny_config.__file__).resolve()

@@ -5,14 +5,12 @@ import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from experiments import figures
+from experiments.seeds import deviation
 
-# Okabe and Ito's palette, as in the other figures: distinct for the colour-blind.
-_OURS, _PAPER = "#0072B2", "#D55E00"
+_OURS, _PAPER = figures.BLUE, figures.VERMILION
 _OUR_UNIT = "bits per byte"
 _PAPER_UNIT = "nats per token"
-_DPI = 160
 
 Point = tuple[str, Sequence[float], float | None]
 """Label, our differences over the seeds, the published one."""
@@ -30,7 +28,7 @@ def plot_ladder(points: Sequence[Point], path: str | os.PathLike[str]) -> pathli
     """
     labels, ours = [label for label, _, _ in points], [values for _, values, _ in points]
     published = [value for _, _, value in points]
-    figure = Figure(figsize=(9.6, 4.6), layout="constrained")
+    figure = figures.new_figure(9.6, 4.6)
     left, right = figure.subplots(1, 2, sharey=True)
     rows = range(len(labels))
     for row, values in zip(rows, ours, strict=True):
@@ -38,7 +36,7 @@ def plot_ladder(points: Sequence[Point], path: str | os.PathLike[str]) -> pathli
     left.errorbar(
         [statistics.fmean(values) for values in ours],
         rows,
-        xerr=[_spread(values) for values in ours],
+        xerr=[deviation(values) or 0.0 for values in ours],
         fmt="o-",
         color=_OURS,
         linewidth=1.4,
@@ -51,12 +49,12 @@ def plot_ladder(points: Sequence[Point], path: str | os.PathLike[str]) -> pathli
     about = f"mean ± standard deviation, {seeds} seeds" if seeds > 1 else "one seed"
     left.set_xlabel(f"change since the first rung, {_OUR_UNIT}\n({about})")
     right.set_xlabel(f"change since the first rung, {_PAPER_UNIT}\n(151 M parameters, table 2)")
-    _title(left, "here")
-    _title(right, "UltraMem paper")
+    figures.set_title(left, "here")
+    figures.set_title(right, "UltraMem paper")
     for axes in (left, right):
-        _plain(axes, "x")
+        figures.set_plain(axes, y_grid=False)
         axes.axvline(0, color="#999999", linewidth=0.8, zorder=0)
-    return _save(figure, path)
+    return figures.save(figure, path)
 
 
 def plot_grids(grids: Mapping[str, Sequence[Point]], path: str | os.PathLike[str]) -> pathlib.Path:
@@ -69,7 +67,7 @@ def plot_grids(grids: Mapping[str, Sequence[Point]], path: str | os.PathLike[str
     Returns:
         The path.
     """
-    figure = Figure(figsize=(1.6 + 2.2 * len(grids), 5.2), layout="constrained")
+    figure = figures.new_figure(1.6 + 2.2 * len(grids), 5.2)
     rows = figure.subplots(2, len(grids), squeeze=False)
     for column, (name, points) in enumerate(grids.items()):
         labels = [label.removeprefix(f"{name}-").removesuffix(f"-{name}") for label, _, _ in points]
@@ -78,7 +76,7 @@ def plot_grids(grids: Mapping[str, Sequence[Point]], path: str | os.PathLike[str
         above.errorbar(
             places,
             [statistics.fmean(ours) for _, ours, _ in points],
-            yerr=[_spread(ours) for _, ours, _ in points],
+            yerr=[deviation(ours) or 0.0 for _, ours, _ in points],
             fmt="o",
             color=_OURS,
             capsize=3,
@@ -86,7 +84,7 @@ def plot_grids(grids: Mapping[str, Sequence[Point]], path: str | os.PathLike[str
         known = [(place, p[2]) for place, p in zip(places, points, strict=True) if p[2] is not None]
         if known:
             below.plot(*zip(*known, strict=True), "o", color=_PAPER)
-        _title(above, name)
+        figures.set_title(above, name)
         drawn = [above, below] if known else [above]
         below.set_axis_off()
         for axes in drawn:
@@ -94,28 +92,7 @@ def plot_grids(grids: Mapping[str, Sequence[Point]], path: str | os.PathLike[str
             axes.set_xticks(list(places), labels)
             axes.set_xlim(-0.5, len(points) - 0.5)
             axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
-            _plain(axes, "y")
+            figures.set_plain(axes, x_grid=False)
     rows[0][0].set_ylabel(f"here: Δ, {_OUR_UNIT}")
     rows[1][0].set_ylabel(f"paper: Δ, {_PAPER_UNIT}")
-    return _save(figure, path)
-
-
-def _spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=11, fontweight="bold")
-
-
-def _plain(axes: Axes, grid_axis: str) -> None:
-    axes.grid(True, axis="x" if grid_axis == "x" else "y", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> pathlib.Path:
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
-    return path
+    return figures.save(figure, path)

@@ -10,17 +10,26 @@ import math
 import pathlib
 import statistics
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
 from experiments import ablate_figures, report
-from experiments.seeds import Result, common_environment, deviation, final_bits, median_speed
-from ultramem_jax import ModelConfig, RunConfig, UserError
+from experiments.seeds import (
+    Result,
+    check_names,
+    common_environment,
+    deviation,
+    final_bits,
+    median_speed,
+    training_in_words,
+)
+from ultramem_jax import ModelConfig, RunConfig
 from ultramem_jax.accounting import count_parameters, flops_per_token
 from ultramem_jax.data import Corpus
-from ultramem_jax.errors import unknown
-from ultramem_jax.presets.ladder import GRID, GRID_PARTS, RUNGS, TABLE_2, grid, ladder
+from ultramem_jax.presets.ladder import GRID, GRID_PARTS, LADDER, RUNGS, grid, ladder
+from ultramem_jax.presets.published import PUBLISHED, TABLE_3
 
 PARTS = ("ladder", *GRID_PARTS)
 
@@ -47,7 +56,8 @@ class Difference:
 
     label: str
     ours: list[float]
-    published: float | None
+    published: Decimal | None
+    """With the digits that it is printed with."""
 
     @property
     def mean(self) -> float:
@@ -65,11 +75,7 @@ def make_study(scale: str, parts: Sequence[str]) -> Study:
     Raises:
         UserError: no part, or an unknown one.
     """
-    if not parts:
-        raise UserError(f"--parts = '': name at least one of {', '.join(PARTS)}")
-    for part in parts:
-        if part not in PARTS:
-            raise unknown("part", part, PARTS)
+    check_names("parts", parts, PARTS)
     models = ladder(scale) | grid(scale)
     # The first name of a model is its run's, whichever parts are asked for: runs stay recognisable.
     first: dict[ModelConfig, str] = {}
@@ -105,21 +111,32 @@ def write(
     written = []
     if "ladder" in study.parts:
         steps = _ladder_differences(runs)
-        words = [_WORDS_TITLE, _order_in_words(runs), *in_words(steps)]
         table, _ = report.write_table(
-            _ladder_rows(study, runs, steps), folder / "ladder", _LADDER_TITLE, environment, [*notes, *words]
+            _ladder_rows(study, runs, steps),
+            folder / "ladder",
+            _LADDER_TITLE,
+            environment,
+            notes,
+            {_COMPARED: [_order_in_words(runs), *in_words(steps)]},
         )
-        whole = [_difference(runs, r.name, RUNGS[0], r.change, _since_first(r.val_loss)) for r in TABLE_2]
+        whole = [
+            _difference(runs, rung.name, RUNGS[0], rung.change, _loss_between(RUNGS[0], rung.name))
+            for rung in LADDER
+        ]
         written += [table, ablate_figures.plot_ladder(_points(whole), folder / "ladder.png")]
     grids = {
-        point.name: _difference(runs, point.name, point.base, point.name, point.difference)
+        point.name: _difference(runs, point.name, point.base, point.name, TABLE_3.get(point.name))
         for point in GRID
         if point.part in study.parts
     }
     if grids:
-        words = [_WORDS_TITLE, *in_words(list(grids.values()))]
         table, _ = report.write_table(
-            _grid_rows(study, runs, grids), folder / "grids", _GRIDS_TITLE, environment, [*notes, *words]
+            _grid_rows(study, runs, grids),
+            folder / "grids",
+            _GRIDS_TITLE,
+            environment,
+            notes,
+            {_COMPARED: in_words(list(grids.values()))},
         )
         panels = {
             part: _points([grids[point.name] for point in GRID if point.part == part])
@@ -132,14 +149,10 @@ def write(
 
 def training_notes(study: Study, base: RunConfig, corpus: Corpus, seeds: int) -> list[str]:
     """How all runs were trained, and how the columns are to be read."""
-    tokens = base.train.steps * base.train.batch_size * base.data.seq_len
     model = next(iter(study.models.values()))
     return [
-        f"Models of width {model.embed_dim} with {model.num_layers} layers, {base.train.steps} steps of "
-        f"{base.train.batch_size} × {base.data.seq_len} tokens "
-        f"({tokens / 1e6:.2f} M), learning rate {base.train.learning_rate} for every config; corpus "
-        f"{base.data.dataset}, {corpus.num_tokens['train'] / 1e6:.2f} M tokens of training, hash "
-        f"{corpus.corpus_hash[:12]}.",
+        f"Models of width {model.embed_dim} with {model.num_layers} layers, "
+        f"{training_in_words(base, corpus)} The learning rate is the same for every config.",
         f"Means over {seeds} seeds, ± one standard deviation over them. Δ is taken seed by seed, between "
         "runs on the same batches. Ours in bits per byte of the validation split; the paper's in nats per "
         "token of C4, at 151 M parameters and after far more training: signs and order can be compared, "
@@ -155,12 +168,12 @@ def in_words(differences: Sequence[Difference]) -> list[str]:
     known = [d for d in differences if d.published is not None]
     words = []
     if len(known) > 2:
-        rho = rank_correlation([d.mean for d in known], [d.published or 0.0 for d in known])
+        rho = rank_correlation([d.mean for d in known], [float(d.published or 0) for d in known])
         words.append(f"Rank correlation (Spearman) of our {len(known)} Δ with the published ones: {rho:.2f}.")
     signed = [d for d in known if d.published]
-    opposite = [d for d in signed if d.mean * (d.published or 0.0) < 0]
+    opposite = [d for d in signed if d.mean * float(d.published or 0) < 0]
     if signed:
-        listed = "; ".join(f"{d.label} ({_signed(d)} here, {d.published:+.4g} published)" for d in opposite)
+        listed = "; ".join(f"{d.label} ({_signed(d)} here, {d.published:+} published)" for d in opposite)
         words.append(
             f"Their signs differ at {len(opposite)} of {len(signed)}" + (f": {listed}." if listed else ".")
         )
@@ -185,7 +198,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 _LADDER_TITLE = "From Product-Key Memory to UltraMem, one change at a time (bits per byte)"
-_WORDS_TITLE = "## Where it differs from the paper"
+_COMPARED = "Where it differs from the paper"
 _GRIDS_TITLE = "How far each change goes (bits per byte)"
 
 
@@ -195,15 +208,22 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 
 
 def _points(differences: Sequence[Difference]) -> list[ablate_figures.Point]:
-    return [(d.label, d.ours, d.published) for d in differences]
+    return [(d.label, d.ours, None if d.published is None else float(d.published)) for d in differences]
 
 
-def _since_first(loss: float) -> float:
-    return round(loss - TABLE_2[0].val_loss, 4)
+def _published_loss(rung: str) -> Decimal:
+    loss = PUBLISHED[rung].val_loss
+    assert loss is not None, "table 2 has a validation loss in every row"
+    return loss
+
+
+def _loss_between(first: str, second: str) -> Decimal:
+    """The published difference of the second rung to the first, nats per token."""
+    return _published_loss(second) - _published_loss(first)
 
 
 def _difference(
-    runs: dict[str, list[Result]], name: str, base: str, label: str, published: float | None
+    runs: dict[str, list[Result]], name: str, base: str, label: str, published: Decimal | None
 ) -> Difference:
     pairs = zip(final_bits(runs[name]), final_bits(runs[base]), strict=True)
     return Difference(label, [new - old for new, old in pairs], published)
@@ -212,14 +232,14 @@ def _difference(
 def _ladder_differences(runs: dict[str, list[Result]]) -> list[Difference]:
     """Of each rung but the first to the one before it."""
     return [
-        _difference(runs, rung.name, before.name, rung.change, round(rung.val_loss - before.val_loss, 4))
-        for before, rung in itertools.pairwise(TABLE_2)
+        _difference(runs, rung.name, before.name, rung.change, _loss_between(before.name, rung.name))
+        for before, rung in itertools.pairwise(LADDER)
     ]
 
 
 def _order_in_words(runs: dict[str, list[Result]]) -> str:
     ours = [statistics.fmean(final_bits(runs[name])) for name in RUNGS]
-    rho = rank_correlation(ours, [rung.val_loss for rung in TABLE_2])
+    rho = rank_correlation(ours, [float(_published_loss(name)) for name in RUNGS])
     return f"Rank correlation (Spearman) of the {len(ours)} losses with the published ones: {rho:.2f}."
 
 
@@ -232,10 +252,10 @@ def _ladder_rows(
     study: Study, runs: dict[str, list[Result]], steps: list[Difference]
 ) -> list[dict[str, Any]]:
     rows = []
-    for rung, step in zip(TABLE_2, [None, *steps], strict=True):
+    for rung, step in zip(LADDER, [None, *steps], strict=True):
         row: dict[str, Any] = {"rung": rung.change if step is None else f"+ {rung.change}"}
         row |= _measured(runs[rung.name], step)
-        row |= {"paper val. loss": rung.val_loss, "paper Δ": step.published if step else None}
+        row |= {"paper val. loss": _published_loss(rung.name), "paper Δ": step.published if step else None}
         rows.append(row | _costs(study.models[rung.name], runs[rung.name]))
     return rows
 
@@ -252,7 +272,7 @@ def _grid_rows(
         rows.append(first | _costs(study.models[points[0].base], runs[points[0].base]))
         for point in points:
             row: dict[str, Any] = {"grid": part, "config": point.name, "compared with": point.base}
-            row |= _measured(runs[point.name], grids[point.name]) | {"paper Δ": point.difference}
+            row |= _measured(runs[point.name], grids[point.name]) | {"paper Δ": grids[point.name].published}
             rows.append(row | _costs(study.models[point.name], runs[point.name]))
     return rows
 

@@ -25,6 +25,11 @@ from ultramem_jax.presets import preset
 
 FLAGS = flags.FLAGS
 
+_CONFIG_HELP = (
+    "--config=FILE: a Python file with get_config() -> RunConfig, as in experiments/configs/",
+    "--preset=NAME: the model, one of `python launch.py count`",
+    "--config.part.field=value: any field of ultramem_jax/config.py or memory_config.py",
+)
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?")
 
 
@@ -72,7 +77,13 @@ def config_name() -> str:
     return _name
 
 
+def config_file() -> pathlib.Path | None:
+    """The file of `--config`; None if it was not given."""
+    return _file
+
+
 _name = "run"
+_file: pathlib.Path | None = None
 
 
 def _parse(argv: list[str]) -> None:
@@ -84,10 +95,11 @@ def _parse(argv: list[str]) -> None:
 
 def _define_config(argv: list[str], base: RunConfig) -> list[str]:
     """Defines the flag `config` from file and preset; returns the command line without those two."""
-    global _name
+    global _name, _file
     tree = to_dict(base)
     file, rest = _take(argv, "config")
     preset_name, rest = _take(rest, "preset")
+    _file = None if file is None else pathlib.Path(file)
     if file is not None:
         tree = to_dict(_read_config(file))
         _name = pathlib.Path(file).stem
@@ -167,11 +179,8 @@ def _check_key(tree: dict[str, Any], key: str) -> None:
 def _flag_help(module: str, with_config: bool) -> str:
     lines = []
     if with_config:
-        lines = [
-            "  --config=FILE: a Python file with get_config() -> RunConfig, as in experiments/configs/",
-            "  --preset=NAME: the model, one of `python launch.py count`",
-            "  --config.part.field=value: any field of ultramem_jax/config.py or memory_config.py",
-        ]
+        # An experiment that does not take them all says which it takes.
+        lines = [f"  {line}" for line in getattr(sys.modules[module], "CONFIG_HELP", _CONFIG_HELP)]
     own = FLAGS.flags_by_module_dict().get(module, [])
     lines += [f"  --{flag.name}: {flag.help} (default {flag.default!r})" for flag in own]
     return "\n".join(lines)

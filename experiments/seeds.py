@@ -11,7 +11,7 @@ import math
 import pathlib
 import shutil
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import jax
 from ultramem_jax import RunConfig, UserError
 from ultramem_jax.config import to_dict
 from ultramem_jax.data import Corpus
+from ultramem_jax.errors import unknown
 from ultramem_jax.training.loop import Evaluator, train
 from ultramem_jax.training.metrics import read_metrics
 from ultramem_jax.training.state import model_variables
@@ -72,6 +73,35 @@ def train_over_seeds(
     return results
 
 
+def check_names(flag: str, names: Sequence[str], known: Iterable[str]) -> None:
+    """Checks a flag that lists names.
+
+    Args:
+        flag: without its dashes.
+        names: what it was given.
+        known: what is allowed.
+
+    Raises:
+        UserError: no name, or an unknown one.
+    """
+    known = list(known)
+    if not names:
+        raise UserError(f"--{flag} = '': name at least one of {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise unknown(f"name in --{flag}", name, known)
+
+
+def training_in_words(base: RunConfig, corpus: Corpus) -> str:
+    """Steps, batches, learning rate and corpus of runs that differ in their models and seeds alone."""
+    tokens = base.train.steps * base.train.batch_size * base.data.seq_len
+    return (
+        f"{base.train.steps} steps of {base.train.batch_size} × {base.data.seq_len} tokens "
+        f"({tokens / 1e6:.2f} M), learning rate {base.train.learning_rate}; corpus {base.data.dataset}, "
+        f"{corpus.num_tokens['train'] / 1e6:.2f} M tokens of training, hash {corpus.corpus_hash[:12]}."
+    )
+
+
 def common_environment(results: Mapping[str, Iterable[Result]]) -> dict[str, str]:
     """Where the runs were made; where they differ, all that was found."""
     found: dict[str, list[str]] = {}
@@ -88,7 +118,7 @@ def final_bits(runs: Iterable[Result]) -> list[float]:
     return [run["bits"][-1] for run in runs]
 
 
-def deviation(values: list[float]) -> float | None:
+def deviation(values: Sequence[float]) -> float | None:
     """Standard deviation of a sample (n - 1); None of a single value."""
     return statistics.stdev(values) if len(values) > 1 else None
 

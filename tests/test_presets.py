@@ -8,12 +8,12 @@ from decimal import Decimal
 
 import pytest
 
+from experiments.count_table import compare_counts
 from ultramem_jax import accounting
-from ultramem_jax.count_table import differences
 from ultramem_jax.errors import UserError
 from ultramem_jax.matching import match_all, verify_match
 from ultramem_jax.presets import NOTES, PRESETS, ladder, preset, ultramem_paper, v2_paper
-from ultramem_jax.presets.published import PUBLISHED, Published, rounding
+from ultramem_jax.presets.published import PUBLISHED, TABLE_3, Printed, Published
 
 # 257·128 embeddings and 9·128 gains.
 TINY = 32_896 + 1_152
@@ -150,9 +150,19 @@ def test_the_ladder_is_published_with_these_figures(name):
     train, val, dense, sparse, flops = TABLE_2[name]
     published = PUBLISHED[name]
     assert (published.train_loss, published.val_loss) == (Decimal(train), Decimal(val))
-    assert published.dense_params == Decimal(f"{dense}e6")
-    assert published.sparse_params == Decimal(f"{sparse}e9")
-    assert published.flops == Decimal(f"{flops}e6")
+    assert str(published.dense_params) == f"{dense} M"
+    assert str(published.sparse_params) == f"{sparse} G"
+    assert str(published.flops) == f"{flops} M"
+    assert NOTES[name].endswith(
+        f"Published results: training loss {train} and C4 validation loss {val} nats per token."
+    )
+
+
+def test_the_grids_are_published_with_these_differences():
+    # Table 3: IVE E 4/9/16, TDQKR r 2/3/4, MCS h 2/4/8.
+    expected = ["-0.017", "-0.025", "-0.027", "-0.008", "-0.0084", "-0.0082", "-0.003", "0.001", "0.006"]
+    assert list(TABLE_3.values()) == [Decimal(change) for change in expected]
+    assert list(TABLE_3) == [point.name for point in ladder.GRID if point.part != "alone"]
 
 
 # Differences from published figures that their rounding does not explain, as shares of the figure. The ladder
@@ -170,18 +180,18 @@ MISFITS = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_our_shapes_have_the_published_counts(name):
-    compared = differences(name, PRESETS[name], PUBLISHED[name])
+    compared = compare_counts(name, PRESETS[name], PUBLISHED[name])
     assert compared
-    for difference in compared:
-        expected = MISFITS.get((name, difference.quantity))
+    for count in compared:
+        expected = MISFITS.get((name, count.quantity))
         if expected is not None:
-            assert difference.relative == pytest.approx(expected, abs=5e-5)
-            assert not difference.is_rounding
-        elif "UltraMem, table 2" in difference.source:
-            assert abs(difference.relative) < 0.001
+            assert count.relative == pytest.approx(expected, abs=5e-5)
+            assert not count.is_rounding
+        elif "UltraMem, table 2" in count.source:
+            assert abs(count.relative) < 0.001
         else:
-            assert difference.is_rounding, difference
-            assert abs(difference.relative) < (0.03 if difference.published == 1.2e9 else 0.01)
+            assert count.is_rounding, count
+            assert abs(count.relative) < (0.03 if str(count.published) == "1.2 B" else 0.01)
 
 
 def test_every_model_of_a_paper_has_published_figures_but_the_inferred_ones():
@@ -209,21 +219,37 @@ def test_rows_read_are_a_small_part_of_the_active_parameters():
 
 
 @pytest.mark.parametrize(
-    ("printed", "half_a_unit"), [("2.04e9", "5e6"), ("0.30e9", "5e6"), ("173.01e6", "5e3"), ("227e6", "5e5")]
+    ("digits", "unit", "value", "half_a_unit"),
+    [
+        ("2.04", "B", 2.04e9, 5e6),
+        ("0.30", "G", 0.3e9, 5e6),
+        ("173.01", "M", 173.01e6, 5e3),
+        ("227", "M", 227e6, 5e5),
+    ],
 )
-def test_rounding_is_half_a_unit_of_the_last_digit(printed, half_a_unit):
-    assert rounding(Decimal(printed)) == Decimal(half_a_unit)
+def test_a_printed_count_is_right_to_half_a_unit_of_its_last_digit(digits, unit, value, half_a_unit):
+    printed = Printed(digits, unit)
+    assert (printed.value, printed.rounding, str(printed)) == (value, half_a_unit, f"{digits} {unit}")
 
 
-def test_a_difference_follows_the_convention_of_its_source():
+def test_what_was_published_of_the_quality_in_a_sentence():
+    assert Published("x").results() == ""
+    assert PUBLISHED["dense-151m"].results() == (
+        "Published results: C4 validation loss 2.96 nats per token, 26.77 % on average over ten tasks."
+    )
+    results = PUBLISHED["olmoe-227m-1.2b"].results()
+    assert results == "Published results: evaluation loss 2.845 nats per token."
+
+
+def test_a_comparison_follows_the_convention_of_its_source():
     config = PRESETS["dense-151m"]
-    figures = Published(source="x", dense_params=Decimal("150e6"), active_params=Decimal("0.15e9"))
-    dense, active = differences("a", config, figures)
+    figures = Published(source="x", dense_params=Printed("150", "M"), active_params=Printed("0.15", "B"))
+    dense, active = compare_counts("a", config, figures)
     assert (dense.ours, active.ours) == (150_994_944, 150_994_944)
     assert dense.relative == pytest.approx(994_944 / 150e6)
     assert not dense.is_rounding and active.is_rounding
-    whole = differences("a", config, replace(figures, counts_embeddings=True))
-    assert [d.ours for d in whole] == [REST_151M + 150_994_944] * 2
+    whole = compare_counts("a", config, replace(figures, counts_embeddings=True))
+    assert [count.ours for count in whole] == [REST_151M + 150_994_944] * 2
 
 
 def test_the_tiny_family_is_what_matching_finds():

@@ -1,4 +1,4 @@
-"""Tables and figures hold the numbers given to them, and nothing about who made them."""
+"""Tables hold the numbers given to them, and nothing about who made them."""
 
 import csv
 import getpass
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import report
+from experiments import markdown, report
 
 
 def test_environment_names_versions_and_devices(monkeypatch):
@@ -71,17 +71,24 @@ def test_table_is_rounded_to_read_and_exact_to_compute_with(tmp_path):
         "Loss (nats)",
         {"cpu": "Fast One", "os": "Linux"},
         ["Three seeds."],
+        {"What it means": ["Little.", "Not much."]},
     )
     assert markdown.name == "table.v1.md"
     assert markdown.read_text() == (
         "# Loss (nats)\n"
         "\n"
-        "| system | loss | slots | met | extra |\n"
-        "| :-- | --: | --: | --: | --: |\n"
-        "| ultramem | 1.235 | 102,400 | yes |  |\n"
-        "| a\\|b | 1.234e-05 |  |  | nan |\n"
+        "| system   |      loss |   slots | met | extra |\n"
+        "| :------- | --------: | ------: | --: | ----: |\n"
+        "| ultramem |     1.235 | 102,400 | yes |       |\n"
+        "| a\\|b     | 1.234e-05 |         |     |   nan |\n"
         "\n"
         "Three seeds.\n"
+        "\n"
+        "## What it means\n"
+        "\n"
+        "Little.\n"
+        "\n"
+        "Not much.\n"
         "\n"
         "## Where this was measured\n"
         "\n"
@@ -106,6 +113,16 @@ def test_an_empty_table_is_written_too(tmp_path):
     assert table.read_text() == "\n"
 
 
+def test_columns_to_the_left_are_those_of_words_or_those_asked_for():
+    rows = [{"model": "a", "size": "1.5 M"}, {"model": "long", "size": "12 M"}]
+    assert markdown.table(rows, left=["model"]).splitlines()[1:] == [
+        "| :---- | ----: |",
+        "| a     | 1.5 M |",
+        "| long  |  12 M |",
+    ]
+    assert markdown.table(rows).splitlines()[1] == "| :---- | :---- |"
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -119,57 +136,4 @@ def test_an_empty_table_is_written_too(tmp_path):
     ],
 )
 def test_four_significant_digits(value, text):
-    assert report._significant(value, 4) == text
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were drawn, kept for a look at what is in them."""
-    figures = []
-    close = report.plt.close
-    monkeypatch.setattr(report.plt, "close", figures.append)
-    yield figures
-    for figure in figures:
-        close(figure)
-
-
-def test_curves_are_means_in_a_band(tmp_path, drawn):
-    curves = {
-        "ultramem": [([0, 10, 20], [3.0, 2.0, 1.0]), ([0, 10, 20], [5.0, 3.0, 1.5]), ([0, 10], [4.0, 2.5])],
-        "dense": [([0, 10], [6.0, 4.0])],
-        "other": [([10], [3.0])],
-    }
-    path = report.plot_curves(
-        curves, tmp_path / "deep" / "curves.png", title="Loss", xlabel="steps", ylabel="loss (nats per token)"
-    )
-    assert path.read_bytes().startswith(b"\x89PNG")
-    (axes,) = drawn[0].axes
-    ultramem, dense, other = axes.lines
-    # The third seed ended after two points, so the others are read up to there.
-    np.testing.assert_array_equal(ultramem.get_xdata(), [0, 10])
-    np.testing.assert_array_equal(ultramem.get_ydata(), [4.0, 2.5])
-    np.testing.assert_array_equal(dense.get_ydata(), [6.0, 4.0])
-    (band,) = axes.collections  # one seed has no band
-    corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
-    assert {(0, 3.0), (0, 5.0), (10, 2.0), (10, 3.0)} <= corners
-    assert other.get_marker() == "o"
-    assert ultramem.get_color() == "#0072B2"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "ultramem: final 2.500 (2.000–3.000, 3 seeds)",
-        "dense: final 4.000",
-        "other: final 3.000",
-    ]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("steps", "loss (nats per token)")
-
-
-def test_the_same_curves_give_the_same_file(tmp_path):
-    curves = {"moe": [([1, 1000, 2000], [3.0, 2.0, 1.0])]}
-    first = report.plot_curves(curves, tmp_path / "a.png", log_y=True).read_bytes()
-    assert report.plot_curves(curves, tmp_path / "b.png", log_y=True).read_bytes() == first
-
-
-def test_curves_that_cannot_be_averaged_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="dense: seed 1 was read at other positions"):
-        report.plot_curves({"dense": [([0, 1], [1, 2]), ([0, 2], [1, 2])]}, tmp_path / "a.png")
-    with pytest.raises(ValueError, match="moe has no value"):
-        report.plot_curves({"moe": []}, tmp_path / "a.png")
+    assert markdown.significant(value, 4) == text

@@ -2,24 +2,23 @@
 
 import csv
 import dataclasses
+import itertools
+import json
 import statistics
+from decimal import Decimal
 
-import jax
 import pytest
 
-from experiments import ablate_tables, report, seeds
+from experiments import ablate_tables, seeds
 from experiments.ablate_tables import Difference, in_words, make_study, rank_correlation, write
 from experiments.configs import ablate as ablate_config
-from ultramem_jax import DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
-from ultramem_jax.data import load_corpus
+from experiments.configs import ablate_151m
+from ultramem_jax import MemoryConfig, ModelConfig, UserError
 from ultramem_jax.presets import ladder as ladders
-from ultramem_jax.presets.ladder import GRID, RUNGS, TABLE_2
+from ultramem_jax.presets.ladder import GRID, LADDER, RUNGS
+from ultramem_jax.presets.published import PUBLISHED
 
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+LOSSES = {name: float(PUBLISHED[name].val_loss) for name in RUNGS}
 
 
 def _rows(path):
@@ -60,9 +59,23 @@ def test_the_config_is_for_the_tiny_ladder():
     assert config.model == dataclasses.replace(ladders.ladder("tiny")[RUNGS[0]], memory=None)
 
 
+def test_the_config_for_the_paper_s_sizes_has_the_paper_s_training():
+    config = ablate_151m.get_config()
+    train = config.train
+    # 1.0 T tokens; learning rate, warm-up, decay to a tenth; weight decay and betas of AdamW.
+    assert train.steps * train.batch_size * config.data.seq_len == 238_418 * 2048 * 2048
+    assert (train.learning_rate, train.warmup_fraction, train.final_lr_fraction) == (6e-4, 0.01, 0.1)
+    assert (train.weight_decay, train.b1, train.b2) == (0.1, 0.9, 0.95)
+    assert (config.data.dataset, config.data.tokenizer) == ("tfds:c4/en", "bpe")
+    assert config.model == ModelConfig()
+    models = make_study("151m", ablate_tables.PARTS).trained.values()
+    assert {model.vocab_size for model in models} == {config.data.bpe_vocab_size}
+    assert {model.dropout for model in models} == {0.1}
+
+
 def test_ladder_table_holds_paired_differences_beside_the_paper_s(tmp_path):
     study = make_study("tiny", ["ladder"])
-    losses = {rung.name: rung.val_loss for rung in TABLE_2}
+    losses = dict(LOSSES)
     losses["ladder-04-share-query"] = 2.790  # better than the rung before; the paper's is worse
     table, figure = write(study, _results(study, losses), tmp_path, ["Note."])
     rows = _rows(tmp_path / "ladder.csv")
@@ -71,10 +84,12 @@ def test_ladder_table_holds_paired_differences_beside_the_paper_s(tmp_path):
     bits = [losses[name] + 0.25 for name in RUNGS]
     assert [float(row["validation bits/byte"]) for row in rows] == pytest.approx(bits)
     assert float(rows[1]["± (val.)"]) == pytest.approx(statistics.stdev([0, 0.5]))
-    for row, rung, before in zip(rows[1:], TABLE_2[1:], TABLE_2, strict=False):
-        assert float(row["Δ"]) == pytest.approx(losses[rung.name] - losses[before.name])
+    assert [row["rung"].removeprefix("+ ") for row in rows] == [rung.change for rung in LADDER]
+    for row, (before, after) in zip(rows[1:], itertools.pairwise(RUNGS), strict=True):
+        assert float(row["Δ"]) == pytest.approx(losses[after] - losses[before])
         assert float(row["± (Δ)"]) == pytest.approx(0, abs=1e-12)
-        assert float(row["paper Δ"]) == pytest.approx(rung.val_loss - before.val_loss)
+        assert row["paper val. loss"] == str(PUBLISHED[after].val_loss)
+        assert row["paper Δ"] == f"{LOSSES[after] - LOSSES[before]:.3f}".replace("-0.000", "0.000")
     assert (rows[0]["dense parameters"], rows[0]["sparse parameters"]) == ("963904", str(248**2 * 128))
     text = table.read_text()
     assert "Their signs differ at 1 of 10: share query (-0.0100 ± 0.0000 here, +0.003 published)." in text
@@ -99,7 +114,7 @@ def test_grid_table_has_each_base_once_and_compares_alone_with_alone(tmp_path):
             expected = losses[study.trained_as[name]] - losses[study.trained_as[base]]
             assert float(row["Δ"]) == pytest.approx(expected)
     assert rows["alone", "mcs-alone"]["compared with"] == "tdqkr-alone"
-    assert float(rows["ive", "ive-e9"]["paper Δ"]) == -0.025
+    assert rows["ive", "ive-e9"]["paper Δ"] == "-0.025"
     assert rows["alone", "ive-alone"]["paper Δ"] == ""
     assert not (tmp_path / "ladder.md").exists()
     assert "Their signs differ at 0 of 3." in table.read_text()
@@ -108,9 +123,9 @@ def test_grid_table_has_each_base_once_and_compares_alone_with_alone(tmp_path):
 
 def test_words_are_computed_from_the_numbers():
     differences = [
-        Difference("a", [-0.3, -0.1], -0.02),
-        Difference("b", [0.2, -0.1], -0.01),
-        Difference("c", [0.3, 0.5], 0.01),
+        Difference("a", [-0.3, -0.1], Decimal("-0.02")),
+        Difference("b", [0.2, -0.1], Decimal("-0.01")),
+        Difference("c", [0.3, 0.5], Decimal("0.01")),
         Difference("d", [0.1, 0.1], None),
     ]
     assert in_words(differences) == [
@@ -136,50 +151,45 @@ def test_rank_correlation_by_hand(x, y, rho):
     assert rank_correlation(x, y) == pytest.approx(rho, nan_ok=True)
 
 
-def test_two_rungs_end_to_end_and_again_without_training(tmp_path, monkeypatch):
+def test_two_rungs_end_to_end_and_again_without_training(run, text, tmp_path, monkeypatch):
     layers = ModelConfig(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=16)
+    memory = MemoryConfig.pkm(placement="1:1", num_keys=8, top_m=4, key_dim=8, value_dim=16)
     small = dataclasses.replace(
         ladders._SHAPES["tiny"],
-        layers=layers,
-        top_m=4,
-        place="1:1",
-        num_keys=8,
-        half_num_keys=11,
-        places="1:1/2:2",
-        split_num_keys=8,
+        first=dataclasses.replace(layers, memory=memory),
+        sizes={
+            "ladder-03-half-vdim": dict(value_dim=8, num_keys=11),
+            "ladder-05-split-skip": dict(placement="1:1/2:2", num_keys=8),
+        },
     )
     monkeypatch.setitem(ladders._SHAPES, "tiny", small)
     monkeypatch.setattr(ablate_tables, "GRID", GRID[:1])
-    (tmp_path / "text.txt").write_text("the slot of a key is read by a query\n" * 200)
-    base = RunConfig(
-        data=DataConfig(
-            dataset="text", path=str(tmp_path / "text.txt"), cache_dir=str(tmp_path / "cache"), seq_len=16
-        ),
-        train=TrainConfig(steps=2, batch_size=8, eval_every=1, eval_batches=1, checkpoint_every=0),
-    )
-    study = make_study("tiny", ["ive"])
-    assert list(study.trained) == ["ladder-06-query-key-ln", "ladder-07-ive"]
-    configs = {name: dataclasses.replace(base, model=model) for name, model in study.trained.items()}
-    corpus = load_corpus(base.data)
-
-    def train():
-        arguments = configs, 1, corpus, tmp_path / "runs", report.environment()
-        return seeds.train_over_seeds(*arguments, keep_checkpoints=False)
-
-    results = train()
-    assert [run["steps"] for runs in results.values() for run in runs] == [[1, 2], [1, 2]]
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [f"{name}-seed0" for name in configs]
+    command = ["ablate", "--parts=ive", "--seeds=1", *text, "--config.data.seq_len=16"]
+    command += [f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}"]
+    command += ["--config.train.steps=2", "--config.train.eval_every=1", "--config.train.eval_batches=1"]
+    status, out, err = run(*command)
+    assert status == 0, err
+    names = ["ladder-06-query-key-ln", "ladder-07-ive"]
+    folders = [tmp_path / "runs" / f"{name}-seed0" for name in names]
+    assert sorted(p for p in (tmp_path / "runs").iterdir() if p.name != "compiled") == folders
     assert not list((tmp_path / "runs").rglob("checkpoints"))
-    monkeypatch.setattr(seeds, "train", None)  # the second time nothing is trained
-    assert train() == results
-    notes = ablate_tables.training_notes(study, base, corpus, 1)
-    table, _ = write(study, results, tmp_path / "results", notes)
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    assert [result["steps"] for result in results] == [[1, 2], [1, 2]]
+    # What makes a result recognisable when the tables are written anew.
+    assert all(result["test_batches"] is None and len(result["corpus_hash"]) == 64 for result in results)
+    assert [result["config"]["model"]["memory"]["expansion"] for result in results] == [1, 4]
     rows = _rows(tmp_path / "results" / "grids.csv")
-    bits = [results[name][0]["bits"][-1] for name in study.trained]
+    bits = [result["bits"][-1] for result in results]
     assert [float(row["validation bits/byte"]) for row in rows] == bits
     assert float(rows[1]["Δ"]) == bits[1] - bits[0]
     assert [row["sparse parameters"] for row in rows] == [str(2 * 64 * 8)] * 2
-    assert "Models of width 16 with 2 layers, 2 steps of 8 × 16 tokens" in table.read_text()
-    other = {name: dataclasses.replace(c, train=TrainConfig(steps=3)) for name, c in configs.items()}
-    with pytest.raises(UserError, match="another config"):
-        seeds.train_over_seeds(other, 1, corpus, tmp_path / "runs", {})
+    table = (tmp_path / "results" / "grids.md").read_text()
+    assert "Models of width 16 with 2 layers, 2 steps of 8 × 16 tokens" in table and table.strip() in out
+    assert not (tmp_path / "results" / "ladder.md").exists()
+
+    monkeypatch.setattr(seeds, "train", None)  # the second time nothing is trained
+    status, _, err = run(*command)
+    assert status == 0, err
+    assert (tmp_path / "results" / "grids.md").read_text() == table
+    status, _, err = run(*command, "--config.train.learning_rate=0.5")
+    assert status == 2 and "another config" in err

@@ -2,13 +2,9 @@
 
 import json
 import pathlib
-import sys
 
-import jax
 import pytest
-from absl import flags
 
-import launch
 from experiments import EXPERIMENTS
 
 TINY = [
@@ -30,52 +26,6 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Flags that name a small corpus."""
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "text.txt").write_text("the slot of a key is read by a query\n" * 200)
-    return [
-        "--config.data.dataset=text",
-        f"--config.data.path={folder / 'text.txt'}",
-        f"--config.data.cache_dir={folder / 'cache'}",
-    ]
-
-
-def _forget_flags():
-    """A process runs one experiment and parses its flags once; here they follow each other in one."""
-    values = flags.FLAGS
-    own = [
-        flag.name
-        for module, defined in values.flags_by_module_dict().items()
-        if module.startswith(("experiments.", "ml_collections."))
-        for flag in defined
-    ]
-    for name in {*own, *(n for n in values if n == "config" or n.startswith("config."))}:
-        delattr(values, name)
-    values.unparse_flags()
-    for name in EXPERIMENTS:
-        sys.modules.pop(f"experiments.{name}", None)
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    def run(*argv):
-        _forget_flags()
-        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, argv)])
-        status = launch.main(sys.argv)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
 def test_alone_it_lists_the_experiments(run):
     status, out, _ = run()
     assert status == 0
@@ -88,6 +38,14 @@ def test_every_experiment_has_help(run, name):
     status, out, _ = run(name, "--help")
     assert status == 0 and "--" in out
     assert len(out.splitlines()[0]) > 20
+
+
+def test_help_offers_what_is_not_refused(run):
+    _, out, _ = run("train", "--help")
+    assert "--preset" in out and "--config.part.field" in out
+    _, out, _ = run("ablate", "--help")
+    assert "--preset" not in out and "--config.part.field" not in out
+    assert "--config.train.field" in out and "--config.model.dtype" in out and "--scale" in out
 
 
 def test_train_evaluate_generate(run, text, tmp_path):
@@ -176,6 +134,7 @@ def test_count_lists_every_preset(run):
 
 
 M = "--config.model.memory."
+ABLATE_151M = "--config=experiments/configs/ablate_151m.py"
 BAD = {
     "unknown experiment": (["trian"], "'trian'", "'train'"),
     "unknown flag": (["train", "--wrokdir=x"], "wrokdir", "workdir"),
@@ -213,6 +172,17 @@ BAD = {
     "no system": (["compare", "--systems="], "--systems", "dense"),
     "rotary base of zero": (["train", "--config.model.rope_theta=0"], "rope_theta = 0", "above 1"),
     "a workdir that is a file": (["train", "--workdir=experiments/cli.py"], "--workdir", "folder"),
+    "ablation of an unknown part": (["ablate", "--parts=laddr"], "'laddr'", "'ladder'"),
+    "ablation of nothing": (["ablate", "--parts="], "--parts", "ladder"),
+    "ablation of a preset": (["ablate", "--preset=dense-tiny"], "--scale", "dtype"),
+    "ablation of another width": (["ablate", "--config.model.embed_dim=64"], "--scale", "dtype"),
+    "the paper's sizes without a config": (["ablate", "--scale=151m"], "151m", ABLATE_151M),
+    "the paper's sizes with the tiny config": (
+        ["ablate", "--scale=151m", "--config=experiments/configs/ablate.py", "--config.train.steps=9"],
+        "151m",
+        ABLATE_151M,
+    ),
+    "an unknown scale": (["ablate", "--scale=680m"], "scale", "151m"),
     "a flag without its value": (["train", "--preset"], "--preset", "VALUE"),
     "a stray argument": (["count", "all"], "'all'", "--name=value"),
 }

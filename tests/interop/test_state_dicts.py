@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.interop import synthetic
+from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop.constant import Constant
 from ultramem_jax.interop.hyper import Reference
@@ -117,9 +118,17 @@ def test_wrong_hyper_parameters_are_named(change, message):
 
 @pytest.mark.parametrize("hyper", (synthetic.V1, synthetic.V2, synthetic.MEMORY_PLUS))
 def test_every_missing_hyper_parameter_is_named(hyper):
-    for field in hyper:
+    for field in hyper.keys() - {"norm_eps"}:
         with pytest.raises(UserError, match=f"hyper has no '{field}'"):
             load({}, {k: v for k, v in hyper.items() if k != field})
+
+
+@pytest.mark.parametrize("hyper", (synthetic.V1, synthetic.V2, synthetic.MEMORY_PLUS))
+def test_hyper_parameters_that_may_be_left_out(hyper):
+    whole = Reference.of(hyper | dict(norm_eps=1e-5, norm="rms", norm_affine=True))
+    assert Reference.of({k: v for k, v in hyper.items() if k != "norm_eps"}) == whole
+    assert whole.norm_eps == ModelConfig().norm_eps and whole.num_memories == whole.num_layers
+    assert Reference.of(hyper | dict(norm_eps=1e-3)).norm_eps == 1e-3
 
 
 def test_safetensors(tmp_path):

@@ -11,6 +11,8 @@ from ultramem_jax.errors import UserError, choice, require
 from ultramem_jax.memory_config import MemoryConfig
 
 _LAYERS = ("v1", "v2", "memory_plus")
+_NORM_EPS = 1e-5
+"""The default of OLMo, which the authors' code is built on, and of `ModelConfig`."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,14 @@ class Reference:
         """Reads the hyper-parameters; those that follow from others, and unknown ones, are passed over.
 
         Needed are `layer` ("v1", "v2" or "memory_plus"), `hidden_size` (D), `knum` (n), `kdim` (d_k), `vdim`
-        (d_v), `knn` (m), `head` (H) and `norm_eps`. V1 and V2 need also `tucker_rank` (r), `tucker_multihead`
-        (h) and `value_expand_time` (V1: E; V2: 1 where the blocks are summed, else E). V2 and Memory+ need
-        `layers`, and V2 `pre_vdim` (d_p), `key_expand_time` (√E), `share_ratio`, `use_glu_act`,
-        `q_for_each_tucker_rank` and `key_balance_reg_coef`.
+        (d_v), `knn` (m) and `head` (H). V1 and V2 need also `tucker_rank` (r), `tucker_multihead` (h) and
+        `value_expand_time` (V1: E; V2: 1 where the blocks are summed, else E). V2 and Memory+ need `layers`
+        (those in the state dict), and V2 `pre_vdim` (d_p), `key_expand_time` (√E), `share_ratio`,
+        `use_glu_act`, `q_for_each_tucker_rank` and `key_balance_reg_coef`.
+
+        These may be left out: `norm_eps` (1e-5), `norm` and `norm_affine` ("rms" and true: no others are
+        known), and of V2 `mem_layer_num` (`layers`), the layers that the table is made for, where the state
+        dict holds only the first of them.
 
         Raises:
             UserError: a field is missing, or has a value that the layer cannot have.
@@ -88,7 +94,10 @@ class Reference:
             config = MemoryConfig(**fields)
         if layer == "v2" and hyper.get("mem_layer_num") is not None:
             num_memories = _integer(hyper, "mem_layer_num", low=num_layers)
-        embed_dim, norm_eps = _integer(hyper, "hidden_size"), _number(hyper, "norm_eps")
+        embed_dim, norm_eps = (
+            _integer(hyper, "hidden_size"),
+            _number({"norm_eps": _NORM_EPS} | dict(hyper), "norm_eps"),
+        )
         config.layout(num_memories)  # raises where the table and the reads do not fit each other
         return cls(layer, config, num_layers, num_memories, embed_dim, norm_eps)
 

@@ -5,20 +5,17 @@ as an array of its own.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ultramem_jax.interop.hyper import Reference
+from ultramem_jax.models.transformer import memory_name
 
 Path = tuple[str, ...]
 TABLES = "tables"
 """The module that holds the tables."""
-
-
-def layer_name(index: int) -> str:
-    """The module of layer `index`."""
-    return f"memory_{index}"
 
 
 def _same(array: np.ndarray) -> np.ndarray:
@@ -78,80 +75,102 @@ def entries(reference: Reference) -> list[Entry]:
 
 
 def _layer_entries(reference: Reference, index: int) -> list[Entry]:
-    config, embed_dim, prefix = reference.config, reference.embed_dim, reference.prefix(index)
-    layout = config.layout(reference.num_memories)
-    heads, ranks, d_k, num_keys = config.num_heads, config.num_ranks, config.key_dim, layout.num_virtual_keys
-
-    def linear(name: str, width_out: int, width_in: int, reference_name: str) -> Entry:
-        path, names = ("params", layer_name(index), name), (prefix + reference_name,)
-        return Entry(path, names, (width_out, width_in), _transposed, _transposed)
-
-    def gain(name: str, reference_name: str) -> Entry:
-        return Entry(("params", layer_name(index), name), (prefix + reference_name,), (d_k,))
-
-    blocks = config.num_blocks * config.value_dim
+    config, layer = reference.config, _Layer(reference, index)
+    gain = (config.key_dim,)
     found = [
-        gain("query_scale", "query_norm.weight"),
+        layer.entry("query_scale", "query_norm.weight", gain),
         # Memory+ does not use it, and the layer does not declare it; kept so that it comes out again.
-        gain("key_scale", "keys_norm.weight"),
-        linear("projection", embed_dim, blocks, "values_proj.weight"),
+        layer.entry("key_scale", "keys_norm.weight", gain),
+        layer.linear(
+            "projection", "values_proj.weight", reference.embed_dim, config.num_blocks * config.value_dim
+        ),
     ]
-    keys_path = ("params", layer_name(index), "keys")
-    query_path = ("params", layer_name(index), "query")
-    query_name, keys_name = (prefix + "query_proj.weight",), (prefix + "keys",)
-    query_shape = (2 * config.num_queries * d_k, embed_dim)
-    if config.gate:  # Memory+
-        found += [
-            linear("gate", config.value_dim, embed_dim, "swilu_projection.weight"),
-            Entry(
-                query_path,
-                query_name,
-                query_shape,
-                # Rows (head, side, d_k) to columns (side, head, d_k).
-                lambda w: w.reshape(heads, 2, d_k, -1).transpose(3, 1, 0, 2).reshape(-1, w.shape[0]),
-                lambda w: w.reshape(-1, 2, heads, d_k).transpose(2, 1, 3, 0).reshape(-1, w.shape[0]),
-            ),
-            Entry(
-                keys_path,
-                keys_name,
-                (heads, 2, num_keys, d_k),
-                lambda keys: keys.swapaxes(0, 1)[:, :, None],  # to (side, head, 1, K, d_k)
-                lambda keys: keys[:, :, 0].swapaxes(0, 1),
-            ),
-        ]
-        return found
-    found += [
+    own = _memory_plus_entries if reference.layer == "memory_plus" else _ultramem_entries
+    return found + own(layer)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Makes the entries of one layer."""
+
+    reference: Reference
+    index: int
+
+    def entry(
+        self,
+        name: str,
+        reference_name: str,
+        shape: tuple[int, ...],
+        *,
+        collection: str = "params",
+        **how: Any,
+    ) -> Entry:
+        """The variable `name` of the layer; `how` are fields of `Entry`."""
+        names = (self.reference.prefix(self.index) + reference_name,)
+        return Entry((collection, memory_name(self.index), name), names, shape, **how)
+
+    def linear(self, name: str, reference_name: str, width_out: int, width_in: int) -> Entry:
+        """A linear map without bias."""
+        shape = (width_out, width_in)
+        return self.entry(name, reference_name, shape, to_variable=_transposed, to_state=_transposed)
+
+
+def _memory_plus_entries(layer: _Layer) -> list[Entry]:
+    reference, config = layer.reference, layer.reference.config
+    heads, d_k, embed_dim = config.num_heads, config.key_dim, reference.embed_dim
+    num_keys = config.layout(reference.num_memories).num_virtual_keys
+    return [
+        layer.linear("gate", "swilu_projection.weight", config.value_dim, embed_dim),
+        layer.entry(
+            "query",
+            "query_proj.weight",
+            (2 * heads * d_k, embed_dim),
+            # Rows (head, side, d_k) to columns (side, head, d_k).
+            to_variable=lambda w: w.reshape(heads, 2, d_k, -1).transpose(3, 1, 0, 2).reshape(-1, w.shape[0]),
+            to_state=lambda w: w.reshape(-1, 2, heads, d_k).transpose(2, 1, 3, 0).reshape(-1, w.shape[0]),
+        ),
+        layer.entry(
+            "keys",
+            "keys",
+            (heads, 2, num_keys, d_k),
+            to_variable=lambda keys: keys.swapaxes(0, 1)[:, :, None],  # to (side, head, 1, K, d_k)
+            to_state=lambda keys: keys[:, :, 0].swapaxes(0, 1),
+        ),
+    ]
+
+
+def _ultramem_entries(layer: _Layer) -> list[Entry]:
+    """Those of UltraMem and UltraMemV2."""
+    reference, config = layer.reference, layer.reference.config
+    heads, ranks, d_k, embed_dim = config.num_heads, config.num_ranks, config.key_dim, reference.embed_dim
+    num_keys = config.layout(reference.num_memories).num_virtual_keys
+    cores = layer.entry("cores", "tucker_core", (heads, ranks, ranks))
+    found = [
         # Rows (side, d_k), or (side, rank, d_k): the order of the layer's columns.
-        Entry(query_path, query_name, query_shape, _transposed, _transposed),
-        Entry(
-            keys_path,
-            keys_name,
+        layer.linear("query", "query_proj.weight", 2 * config.num_queries * d_k, embed_dim),
+        layer.entry(
+            "keys",
+            "keys",
             (heads, 2, num_keys, d_k, ranks),
-            lambda keys: keys.transpose(1, 0, 4, 2, 3),  # to (side, head, rank, K, d_k)
-            lambda keys: keys.transpose(1, 0, 3, 4, 2),
+            to_variable=lambda keys: keys.transpose(1, 0, 4, 2, 3),  # to (side, head, rank, K, d_k)
+            to_state=lambda keys: keys.transpose(1, 0, 3, 4, 2),
         ),
-        Entry(
-            ("params", layer_name(index), "cores"),
-            tuple(f"{prefix}tucker_core.{core}" for core in range(config.num_cores)),
-            (heads, ranks, ranks),
-        ),
-        Entry(
-            ("buffers", layer_name(index), "permutation"),
-            (prefix + "shuffle_index",),
-            (num_keys**2,),
-            constant=True,
-        ),
+        replace(cores, names=tuple(f"{cores.names[0]}.{core}" for core in range(config.num_cores))),
+        layer.entry("permutation", "shuffle_index", (num_keys**2,), collection="buffers", constant=True),
     ]
     for name, reference_name in (("row_direction", "tucker_core_u"), ("column_direction", "tucker_core_v")):
         found.append(
-            Entry(
-                ("buffers", layer_name(index), name),
-                (prefix + reference_name,),
+            layer.entry(
+                name,
+                reference_name,
                 (1, heads, 1, ranks),
-                lambda vector: vector[0, :, 0],
-                lambda vector: vector[None, :, None],
+                collection="buffers",
+                to_variable=lambda vector: vector[0, :, 0],
+                to_state=lambda vector: vector[None, :, None],
             )
         )
     if config.pre_value_dim:
-        found.append(linear("pre_projection", config.pre_value_dim, embed_dim, "pre_values_proj.weight"))
+        found.append(
+            layer.linear("pre_projection", "pre_values_proj.weight", config.pre_value_dim, embed_dim)
+        )
     return found

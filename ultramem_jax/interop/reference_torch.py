@@ -23,9 +23,10 @@ import numpy as np
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.interop.constant import Constant
 from ultramem_jax.interop.hyper import Reference
-from ultramem_jax.interop.names import TABLES, Entry, Path, entries, layer_name
+from ultramem_jax.interop.names import TABLES, Entry, Path, entries
 from ultramem_jax.interop.safetensors_files import read_safetensors, write_safetensors
 from ultramem_jax.layers.memory import ProductKeyMemory, SharedTables
+from ultramem_jax.models.transformer import memory_name
 
 __all__ = ["Constant", "ReferenceModule", "dump", "load", "read_safetensors", "write_safetensors"]
 
@@ -49,7 +50,7 @@ class _Layers(nn.Module):
         outputs = []
         for index in range(reference.num_layers):
             layer = ProductKeyMemory(
-                **family, index=index, norm_eps=reference.norm_eps, name=layer_name(index)
+                **family, index=index, norm_eps=reference.norm_eps, name=memory_name(index)
             )
             outputs.append(layer(x[index], train=False, tables=tables))
         return jnp.stack(outputs)

@@ -2,108 +2,65 @@
 
 Each rung is the one before it with one change. The same mechanism builds the ladder at two scales, `151m`
 (the paper's shapes, whose counts agree with the published ones) and `tiny` (shapes in proportion, for the CPU
-of a laptop), and the grids of table 3, which vary one number of a change.
+of a laptop), and the grids of table 3, which vary one number of a change. What was published of the rungs and
+of the grids is in `presets.published`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ultramem_jax.config import MemoryConfig, ModelConfig
 from ultramem_jax.errors import choice
-from ultramem_jax.presets import ultramem_paper
+from ultramem_jax.presets import tiny, ultramem_paper
+from ultramem_jax.presets.published import PUBLISHED
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One row of table 2: what it changes, and what was published of it."""
+    """One row of table 2: what it changes of the rung before."""
 
     name: str
     change: str
     """The paper's name of it."""
-    fields: tuple[str, ...]
-    """Fields of `MemoryConfig` that differ from the rung before. Those after the first keep counts equal."""
-    train_loss: float
-    """Nats per token."""
-    val_loss: float
-    """Nats per token, C4."""
-    dense: float
-    """Millions of parameters, embeddings and gains left out."""
-    sparse: float
-    """Billions of parameters in the tables."""
-    flops: float
-    """Millions per token, forward."""
+    switches: Mapping[str, Any]
+    """Fields of `MemoryConfig` that it sets at any scale. Sizes that change with them are in `_SHAPES`."""
     inferred: str = ""
-    """What the paper does not say of the change."""
+    """What the paper does not say of the change, beside the sizes."""
 
 
-TABLE_2 = (
-    Rung("ladder-01-pkm", "PKM", (), 2.604, 2.828, 173.01, 1.534, 346.06),
-    Rung("ladder-02-rm-softmax", "rm softmax", ("softmax",), 2.570, 2.822, 173.01, 1.534, 346.06),
-    Rung(
-        "ladder-03-half-vdim",
-        "half vdim + proj",
-        ("value_dim", "project_values", "num_keys"),
-        2.556,
-        2.800,
-        178.47,
-        1.529,
-        356.98,
-        "1728² values of width 512, twice the slots, from the counts",
-    ),
-    Rung("ladder-04-share-query", "share query", ("share_query",), 2.560, 2.803, 173.46, 1.529, 346.96),
-    Rung(
-        "ladder-05-split-skip",
-        "split big mem & skip",
-        ("placement", "num_keys", "key_dim"),
-        2.554,
-        2.788,
-        161.64,
-        1.536,
-        323.32,
-        "three memories of 1000² values with keys 500 wide, from the counts; their places, at a regular "
-        "interval as in the 1.6 B model",
-    ),
+LADDER = (
+    Rung("ladder-01-pkm", "PKM", {}),
+    Rung("ladder-02-rm-softmax", "rm softmax", dict(softmax=False)),
+    Rung("ladder-03-half-vdim", "half vdim + proj", dict(project_values=True)),
+    Rung("ladder-04-share-query", "share query", dict(share_query=True)),
+    Rung("ladder-05-split-skip", "split big mem & skip", {}),
     Rung(
         "ladder-06-query-key-ln",
         "query/key LN",
-        ("norm_query", "norm_keys"),
-        2.553,
-        2.789,
-        161.64,
-        1.536,
-        323.54,
+        dict(norm_query=True, norm_keys=True),
         "RMS norms, as in the authors' code",
     ),
-    Rung("ladder-07-ive", "IVE", ("expansion",), 2.544, 2.772, 172.37, 1.536, 344.98),
+    Rung("ladder-07-ive", "IVE", dict(expansion=4)),
     Rung(
         "ladder-08-tdqkr",
         "TDQKR",
-        ("tucker_rank",),
-        2.538,
-        2.764,
-        172.37,
-        1.536,
-        344.98,
+        dict(tucker_rank=2),
         "the ranks split the 500 dimensions of a key: the published count does not grow",
     ),
-    Rung("ladder-09-mcs", "MCS", ("num_cores",), 2.521, 2.761, 172.37, 1.536, 344.98),
-    Rung("ladder-10-improved-init", "improved init", ("init",), 2.518, 2.758, 172.37, 1.536, 344.98),
-    Rung("ladder-11-value-lr", "value lr decay", ("value_lr_multiple",), 2.494, 2.736, 172.37, 1.536, 344.98),
+    Rung("ladder-09-mcs", "MCS", dict(num_cores=2)),
+    Rung("ladder-10-improved-init", "improved init", dict(init="paper")),
+    Rung("ladder-11-value-lr", "value lr decay", dict(value_lr_multiple=10.0)),
     Rung(
         "ladder-12-query-conv",
         "query conv",
-        ("query_conv_width",),
-        2.493,
-        2.736,
-        172.38,
-        1.536,
-        345.02,
-        "depthwise and 4 wide, from the 0.01 M parameters that it adds",
+        dict(query_conv_width=4),
+        "depthwise and 4 wide: 3·4·1024 weights are the 0.01 M that it adds",
     ),
 )
 """Table 2 of the paper, in its order."""
 
-RUNGS = tuple(rung.name for rung in TABLE_2)
+RUNGS = tuple(rung.name for rung in LADDER)
 
 
 @dataclass(frozen=True)
@@ -118,25 +75,26 @@ class GridPoint:
     field: str
     """Of `MemoryConfig`."""
     value: int
-    difference: float | None = None
-    """Published change of the validation loss to the base, nats per token."""
 
 
 GRID = (
-    GridPoint("ive-e4", "ive", "ladder-06-query-key-ln", "expansion", 4, -0.017),
-    GridPoint("ive-e9", "ive", "ladder-06-query-key-ln", "expansion", 9, -0.025),
-    GridPoint("ive-e16", "ive", "ladder-06-query-key-ln", "expansion", 16, -0.027),
-    GridPoint("tdqkr-r2", "tdqkr", "ladder-07-ive", "tucker_rank", 2, -0.008),
-    GridPoint("tdqkr-r3", "tdqkr", "ladder-07-ive", "tucker_rank", 3, -0.0084),
-    GridPoint("tdqkr-r4", "tdqkr", "ladder-07-ive", "tucker_rank", 4, -0.0082),
-    GridPoint("mcs-h2", "mcs", "ladder-08-tdqkr", "num_cores", 2, -0.003),
-    GridPoint("mcs-h4", "mcs", "ladder-08-tdqkr", "num_cores", 4, 0.001),
-    GridPoint("mcs-h8", "mcs", "ladder-08-tdqkr", "num_cores", 8, 0.006),
+    GridPoint("ive-e4", "ive", "ladder-06-query-key-ln", "expansion", 4),
+    GridPoint("ive-e9", "ive", "ladder-06-query-key-ln", "expansion", 9),
+    GridPoint("ive-e16", "ive", "ladder-06-query-key-ln", "expansion", 16),
+    GridPoint("tdqkr-r2", "tdqkr", "ladder-07-ive", "tucker_rank", 2),
+    GridPoint("tdqkr-r3", "tdqkr", "ladder-07-ive", "tucker_rank", 3),
+    GridPoint("tdqkr-r4", "tdqkr", "ladder-07-ive", "tucker_rank", 4),
+    GridPoint("mcs-h2", "mcs", "ladder-08-tdqkr", "num_cores", 2),
+    GridPoint("mcs-h4", "mcs", "ladder-08-tdqkr", "num_cores", 4),
+    GridPoint("mcs-h8", "mcs", "ladder-08-tdqkr", "num_cores", 8),
     GridPoint("ive-alone", "alone", "ladder-06-query-key-ln", "expansion", 4),
     GridPoint("tdqkr-alone", "alone", "ladder-06-query-key-ln", "tucker_rank", 2),
     GridPoint("mcs-alone", "alone", "tdqkr-alone", "num_cores", 2),
 )
 """Table 3 of the paper (`ive`, `tdqkr`, `mcs`), and what its reviewers missed (`alone`).
+
+The bases of table 3 are inferred: its changes for E 4, r 2 and h 2, -0.017, -0.008 and -0.003, are those of
+table 2 from rung 6 to 7, 7 to 8 and 8 to 9.
 
 Alone means: on the sixth rung, without the changes that the ladder makes after it. Multi-Core Scoring adds
 up Tucker cores and so needs one: `mcs-alone` has TDQKR but no IVE, and is compared with `tdqkr-alone`.
@@ -148,47 +106,44 @@ GRID_PARTS = tuple(dict.fromkeys(point.part for point in GRID))
 
 @dataclass(frozen=True)
 class _Shapes:
-    """The sizes of one scale. One wide memory, then one of half the width, then several."""
+    """The sizes of one scale."""
 
-    layers: ModelConfig
-    top_m: int
-    place: str
-    num_keys: int
-    key_dim: int
-    half_num_keys: int
-    places: str
-    split_num_keys: int
-    split_key_dim: int
+    first: ModelConfig
+    """The first rung: one memory, its values as wide as the model."""
+    sizes: Mapping[str, Mapping[str, Any]]
+    """Fields of `MemoryConfig` that a rung sets beside its switches, by its name."""
 
 
 _SHAPES = {
     "151m": _Shapes(
-        layers=ultramem_paper.PRESETS["dense-151m"],
-        top_m=42,
-        place="6:6",
-        num_keys=1224,
-        # Unshared, 2 heads: D·2·2·d_k + 2·2·n·d_k weights are the published 173.01 - 150.99 M.
-        key_dim=2448,
-        half_num_keys=1728,
-        places="3:5/6:8/9:11",
-        split_num_keys=1000,
-        split_key_dim=500,
+        first=ultramem_paper.PRESETS["pkm-151m-x10"],
+        sizes={
+            "ladder-03-half-vdim": dict(value_dim=512, num_keys=1728),
+            "ladder-05-split-skip": dict(placement="3:5/6:8/9:11", num_keys=1000, key_dim=500),
+        },
     ),
     "tiny": _Shapes(
-        layers=ModelConfig(embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=512),
-        # About 1 key in 24 of a side, as in the shapes above.
-        top_m=10,
-        place="2:2",
-        # Tables 10 times the layers' 12·L·D² weights, as published.
-        num_keys=248,
-        # 4.9 times the width after the split, as published. With these widths the memory's part of the dense
-        # weights (18 % in rungs 1 and 12, 9 % in rungs 5 and 6) is near the published one (13 %, 7 %).
-        key_dim=118,
-        half_num_keys=351,
-        places="1:2/3:4",
-        split_num_keys=248,
-        # Divisible by the ranks 2, 3 and 4.
-        split_key_dim=24,
+        first=replace(
+            tiny.LAYERS,
+            memory=MemoryConfig.pkm(
+                placement="2:2",
+                # Tables 10 times the layers' 12·L·D² weights, as published.
+                num_keys=248,
+                # About 1 key in 24 of a side, as in the paper's shapes.
+                top_m=10,
+                num_heads=2,
+                # 4.9 times the width after the split, as published. With these widths the memory's part of
+                # the dense weights (18 % in rungs 1 and 12, 9 % in rungs 5 and 6) is near the published one
+                # (13 %, 7 %).
+                key_dim=118,
+                value_dim=128,
+            ),
+        ),
+        sizes={
+            "ladder-03-half-vdim": dict(value_dim=64, num_keys=351),
+            # Keys whose width the ranks 2, 3 and 4 divide.
+            "ladder-05-split-skip": dict(placement="1:2/3:4", num_keys=248, key_dim=24),
+        },
     ),
 }
 
@@ -206,35 +161,11 @@ def ladder(scale: str) -> dict[str, ModelConfig]:
     """
     choice("scale", scale, SCALES)
     shapes = _SHAPES[scale]
-    width = shapes.layers.embed_dim
-    changes: dict[str, dict[str, Any]] = {
-        "ladder-01-pkm": {},
-        "ladder-02-rm-softmax": dict(softmax=False),
-        "ladder-03-half-vdim": dict(value_dim=width // 2, project_values=True, num_keys=shapes.half_num_keys),
-        "ladder-04-share-query": dict(share_query=True),
-        "ladder-05-split-skip": dict(
-            placement=shapes.places, num_keys=shapes.split_num_keys, key_dim=shapes.split_key_dim
-        ),
-        "ladder-06-query-key-ln": dict(norm_query=True, norm_keys=True),
-        "ladder-07-ive": dict(expansion=4),
-        "ladder-08-tdqkr": dict(tucker_rank=2),
-        "ladder-09-mcs": dict(num_cores=2),
-        "ladder-10-improved-init": dict(init="paper"),
-        "ladder-11-value-lr": dict(value_lr_multiple=10.0),
-        "ladder-12-query-conv": dict(query_conv_width=4),
-    }
-    memory = MemoryConfig.pkm(
-        placement=shapes.place,
-        num_keys=shapes.num_keys,
-        top_m=shapes.top_m,
-        num_heads=2,
-        key_dim=shapes.key_dim,
-        value_dim=width,
-    )
-    models = {}
-    for name, change in changes.items():
-        memory = replace(memory, **change)
-        models[name] = replace(shapes.layers, memory=memory)
+    models, memory = {}, shapes.first.memory
+    assert memory is not None
+    for rung in LADDER:
+        memory = replace(memory, **rung.switches, **shapes.sizes.get(rung.name, {}))
+        models[rung.name] = replace(shapes.first, memory=memory)
     return models
 
 
@@ -261,21 +192,39 @@ def grid(scale: str) -> dict[str, ModelConfig]:
 
 PRESETS: dict[str, ModelConfig] = ladder("151m")
 
-_SHAPE_NOTE = (
-    "Inferred of all rungs: the layers, as in `dense-151m`; 42 reads a head, as in the 1.6 B UltraMem. Of "
-    "the first four: one memory, at layer 6; 2 heads with keys 2,448 wide, since 1024·2·2·2448 weights of "
-    "queries and 2·2·1224·2448 of keys are the published 22.0 M beside the layers. The counts agree with the "
-    "published ones to 0.02 M (dense parameters) and 0.1 % (FLOPs). From the sixth rung on the published "
-    "FLOPs exceed two per dense weight by about 0.24 M, and rungs 7 to 11 come out as 172.36 M."
+_LAYERS_NOTE = (
+    "Inferred of all rungs: the layers, as in `dense-151m`, with 150.99 M weights; 2 heads; 42 reads a head, "
+    "as in the 1.6 B UltraMem. "
+)
+_ONE_MEMORY_NOTE = (
+    "Of the first four: one memory, at layer 6, with keys 2,448 wide. 1224² values of width 1024 are the "
+    "1.534 G of rungs 1 and 2; queries and keys, 1024·2·2·2448 + 2·2·1224·2448 weights, are 22.01 M, "
+    "published 173.01 - 150.99 = 22.02. 1728² values of width 512 are the 1.529 G of rungs 3 and 4; "
+    "1024·2·2·2448 + 2·2·1728·2448 + 512·1024 are 27.47 M, published 178.47 - 150.99 = 27.48; with one query "
+    "for both heads they are 22.46 M, published 173.46 - 150.99 = 22.47. "
+)
+_THREE_MEMORIES_NOTE = (
+    "From the fifth on: three memories with keys 500 wide, at a regular interval as in the 1.6 B model. "
+    "3·1000² values of width 512 are 1.536 G; 3·(1024·2·500 + 2·2·1000·500 + 512·1024) weights are 10.64 M, "
+    "published 161.64 - 150.99 = 10.65. With IVE the keys double and 4·512·1024 weights project: 21.36 M, "
+    "published 172.37 - 150.99 = 21.38. "
+)
+_FLOPS_NOTE = (
+    "FLOPs are two per dense weight; the published ones are 0.04 M more in the first five rungs and about "
+    "0.24 M more from the sixth on, which is unexplained."
 )
 
-NOTES: dict[str, str] = {
-    rung.name: (
-        f"UltraMem paper, table 2, rung {number}, {rung.change!r}. Published: validation loss "
-        f"{rung.val_loss:.3f}, {rung.dense:.2f} M dense and {rung.sparse:.3f} B sparse parameters, "
-        f"{rung.flops:.2f} MFLOPs. "
+
+def _note(number: int, rung: Rung) -> str:
+    published = PUBLISHED[rung.name]
+    return (
+        f"UltraMem paper, table 2, rung {number}, {rung.change!r}. Published: {published.dense_params} dense "
+        f"and {published.sparse_params} sparse parameters, {published.flops}FLOPs. "
         + (f"Inferred of the change: {rung.inferred}. " if rung.inferred else "")
-        + _SHAPE_NOTE
+        + _LAYERS_NOTE
+        + (_ONE_MEMORY_NOTE if number < 5 else _THREE_MEMORIES_NOTE)
+        + _FLOPS_NOTE
     )
-    for number, rung in enumerate(TABLE_2, 1)
-}
+
+
+NOTES: dict[str, str] = {rung.name: _note(number, rung) for number, rung in enumerate(LADDER, 1)}

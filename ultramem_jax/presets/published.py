@@ -1,31 +1,60 @@
-"""The published figures of the presets: size, compute, quality.
+"""What is published of the presets and of the grids of the ladder: size, compute, quality.
 
-A figure is a `Decimal`, so that it keeps the digits it was printed with: a difference smaller than half a
-unit of the last one (`rounding`) says nothing. Sources are tables 1 and 2 of UltraMem (arXiv 2411.12364), the
-open models of UltraMemV2 (arXiv 2508.18756), and OLMoE (arXiv 2409.02060).
+Numbers keep the digits and the unit that they are printed with: a difference smaller than half a unit of the
+last digit says nothing. Sources are tables 1, 2 and 3 of UltraMem (arXiv 2411.12364), the open models of
+UltraMemV2 (arXiv 2508.18756), and OLMoE (arXiv 2409.02060).
 """
 
 from dataclasses import dataclass
 from decimal import Decimal
 
-from ultramem_jax.presets.ladder import TABLE_2
+_UNITS = {"M": 10**6, "B": 10**9, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A count as its source prints it: 0.15 B has a digit less than 150 M."""
+
+    digits: str
+    unit: str
+    """`M`, `B` or `G`; a billion of parameters is a B in some tables and a G in others."""
+
+    def __str__(self) -> str:
+        return f"{self.digits} {self.unit}"
+
+    @property
+    def scale(self) -> int:
+        """How many make one of the unit."""
+        return _UNITS[self.unit]
+
+    @property
+    def value(self) -> float:
+        """The count itself."""
+        return float(Decimal(self.digits) * self.scale)
+
+    @property
+    def rounding(self) -> float:
+        """Half a unit of the last digit: by how much the true count may differ from `value`."""
+        exponent = Decimal(self.digits).as_tuple().exponent
+        assert isinstance(exponent, int), "a published count is finite"
+        return float(Decimal(5).scaleb(exponent - 1) * self.scale)
 
 
 @dataclass(frozen=True)
 class Published:
-    """What was printed of one model; None where nothing was."""
+    """What is printed of one model; None where nothing is."""
 
     source: str
     """Paper and table."""
     counts_embeddings: bool = False
     """Whether counts of parameters hold embeddings and gains: in the UltraMem paper no, with OLMoE yes."""
-    total_params: Decimal | None = None
-    dense_params: Decimal | None = None
-    sparse_params: Decimal | None = None
+    total_params: Printed | None = None
+    dense_params: Printed | None = None
+    sparse_params: Printed | None = None
     """Tables, or all experts."""
-    active_params: Decimal | None = None
+    active_params: Printed | None = None
     """Parameters that a token meets: all but the tables and the experts it does not visit."""
-    flops: Decimal | None = None
+    flops: Printed | None = None
     """Of a token's forward pass, embeddings left out: two per dense weight."""
     train_loss: Decimal | None = None
     """Nats per token; so are the others."""
@@ -36,38 +65,41 @@ class Published:
     tasks_average: Decimal | None = None
     """Mean score of the ten tasks of table 1, percent."""
 
-
-def rounding(figure: Decimal) -> Decimal:
-    """Half a unit of the last printed digit: by how much the true number may differ from the figure."""
-    exponent = figure.as_tuple().exponent
-    assert isinstance(exponent, int), "a published figure is finite"
-    return Decimal(5).scaleb(exponent - 1)
+    def results(self) -> str:
+        """The losses and the score in a sentence; empty if there are none."""
+        losses = {
+            "training": self.train_loss,
+            "C4 validation": self.val_loss,
+            "evaluation": self.eval_loss,
+        }
+        told = [f"{name} loss {loss}" for name, loss in losses.items() if loss is not None]
+        words = [" and ".join(told) + " nats per token"] if told else []
+        if self.tasks_average is not None:
+            words.append(f"{self.tasks_average} % on average over ten tasks")
+        return f"Published results: {', '.join(words)}." if words else ""
 
 
 def _table_1(params: str, flops: str, val_loss: str, tasks_average: str) -> Published:
     """A row of table 1: B parameters, GFLOPs."""
     return Published(
         source="UltraMem, table 1",
-        total_params=Decimal(f"{params}e9"),
-        flops=Decimal(f"{flops}e9"),
+        total_params=Printed(params, "B"),
+        flops=Printed(flops, "G"),
         val_loss=Decimal(val_loss),
         tasks_average=Decimal(tasks_average),
     )
 
 
-def _table_2() -> dict[str, Published]:
-    """The rungs of the ladder, with the digits that the paper prints."""
-    return {
-        rung.name: Published(
-            source="UltraMem, table 2",
-            dense_params=Decimal(f"{rung.dense:.2f}e6"),
-            sparse_params=Decimal(f"{rung.sparse:.3f}e9"),
-            flops=Decimal(f"{rung.flops:.2f}e6"),
-            train_loss=Decimal(f"{rung.train_loss:.3f}"),
-            val_loss=Decimal(f"{rung.val_loss:.3f}"),
-        )
-        for rung in TABLE_2
-    }
+def _table_2(train_loss: str, val_loss: str, dense: str, sparse: str, flops: str) -> Published:
+    """A row of table 2: M dense and G sparse parameters, MFLOPs."""
+    return Published(
+        source="UltraMem, table 2",
+        dense_params=Printed(dense, "M"),
+        sparse_params=Printed(sparse, "G"),
+        flops=Printed(flops, "M"),
+        train_loss=Decimal(train_loss),
+        val_loss=Decimal(val_loss),
+    )
 
 
 def _open_model(eval_loss: str) -> Published:
@@ -75,11 +107,26 @@ def _open_model(eval_loss: str) -> Published:
     return Published(
         source="UltraMemV2, open models",
         counts_embeddings=True,
-        active_params=Decimal("227e6"),
-        total_params=Decimal("1.2e9"),
+        active_params=Printed("227", "M"),
+        total_params=Printed("1.2", "B"),
         eval_loss=Decimal(eval_loss),
     )
 
+
+_LADDER = {
+    "ladder-01-pkm": _table_2("2.604", "2.828", "173.01", "1.534", "346.06"),
+    "ladder-02-rm-softmax": _table_2("2.570", "2.822", "173.01", "1.534", "346.06"),
+    "ladder-03-half-vdim": _table_2("2.556", "2.800", "178.47", "1.529", "356.98"),
+    "ladder-04-share-query": _table_2("2.560", "2.803", "173.46", "1.529", "346.96"),
+    "ladder-05-split-skip": _table_2("2.554", "2.788", "161.64", "1.536", "323.32"),
+    "ladder-06-query-key-ln": _table_2("2.553", "2.789", "161.64", "1.536", "323.54"),
+    "ladder-07-ive": _table_2("2.544", "2.772", "172.37", "1.536", "344.98"),
+    "ladder-08-tdqkr": _table_2("2.538", "2.764", "172.37", "1.536", "344.98"),
+    "ladder-09-mcs": _table_2("2.521", "2.761", "172.37", "1.536", "344.98"),
+    "ladder-10-improved-init": _table_2("2.518", "2.758", "172.37", "1.536", "344.98"),
+    "ladder-11-value-lr": _table_2("2.494", "2.736", "172.37", "1.536", "344.98"),
+    "ladder-12-query-conv": _table_2("2.493", "2.736", "172.38", "1.536", "345.02"),
+}
 
 PUBLISHED: dict[str, Published] = {
     "dense-151m": _table_1("0.15", "0.30", "2.96", "26.77"),
@@ -92,8 +139,8 @@ PUBLISHED: dict[str, Published] = {
     "moe-1.6b-2in34": _table_1("21.36", "3.52", "2.30", "37.14"),
     "ultramem-1.6b-x12": _table_1("21.41", "3.50", "2.24", "40.88"),
     "dense-6.5b": _table_1("6.44", "12.88", "2.30", "41.04"),
-    **_table_2(),
-    "pkm-151m-x10": _table_2()["ladder-01-pkm"],
+    **_LADDER,
+    "pkm-151m-x10": _LADDER["ladder-01-pkm"],
     "olmoe-227m-1.2b": _open_model("2.845"),
     "memory-plus-227m-1.2b": _open_model("2.920"),
     "ultramem-227m-1.2b": _open_model("2.885"),
@@ -101,8 +148,21 @@ PUBLISHED: dict[str, Published] = {
     "olmoe-1b-7b": Published(
         source="OLMoE",
         counts_embeddings=True,
-        active_params=Decimal("1.28e9"),
-        total_params=Decimal("6.92e9"),
+        active_params=Printed("1.28", "B"),
+        total_params=Printed("6.92", "B"),
     ),
 }
-"""By preset. The memory models at 1B/7B have no entry: nothing of theirs was published."""
+"""By preset. The memory models at 1B/7B have no entry: we found none."""
+
+TABLE_3 = {
+    "ive-e4": Decimal("-0.017"),
+    "ive-e9": Decimal("-0.025"),
+    "ive-e16": Decimal("-0.027"),
+    "tdqkr-r2": Decimal("-0.008"),
+    "tdqkr-r3": Decimal("-0.0084"),
+    "tdqkr-r4": Decimal("-0.0082"),
+    "mcs-h2": Decimal("-0.003"),
+    "mcs-h4": Decimal("0.001"),
+    "mcs-h8": Decimal("0.006"),
+}
+"""Change of the C4 validation loss to the base of a grid, nats per token; by `ladder.GridPoint.name`."""

@@ -8,29 +8,30 @@ from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
 # two tables of 320² values of width 64 hold 16.7 times the 12·L·D² weights of its layers; a token reads 64 of
 # them. The others are what `ultramem_jax.matching.match` finds for it, with equal FLOPs per token, equal
 # sparse parameters and, where there are memories, equal reads; a test holds them to that.
-_LAYERS_TINY = ModelConfig(embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=512)
+LAYERS = ModelConfig(embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=512)
+"""The dense part of `ultramem-tiny`, and of the ladder at the scale `tiny`."""
 
 PRESETS: dict[str, ModelConfig] = {
     "ultramem-tiny": replace(
-        _LAYERS_TINY,
+        LAYERS,
         memory=MemoryConfig.ultramem(
             placement="1:2/3:4", num_keys=320, top_m=16, num_heads=2, key_dim=32, value_dim=64
         ),
     ),
-    "dense-tiny": replace(_LAYERS_TINY, mlp_dim=768),
-    "moe-tiny": replace(_LAYERS_TINY, moe=MoEConfig(num_experts=34, top_k=2, expert_dim=376)),
+    "dense-tiny": replace(LAYERS, mlp_dim=768),
+    "moe-tiny": replace(LAYERS, moe=MoEConfig(num_experts=34, top_k=2, expert_dim=376)),
     "pkm-tiny": replace(
-        _LAYERS_TINY,
+        LAYERS,
         memory=MemoryConfig.pkm(
             placement="2:2", num_keys=320, top_m=32, num_heads=2, key_dim=144, value_dim=128
         ),
     ),
     "moe-fine-tiny": replace(
-        _LAYERS_TINY,
+        LAYERS,
         moe=MoEConfig(num_experts=147, top_k=8, expert_dim=58, activation="swiglu", normalize_gates=False),
     ),
     "pkm-improved-tiny": replace(
-        _LAYERS_TINY,
+        LAYERS,
         memory=MemoryConfig.pkm(
             placement="2:2",
             num_keys=320,
@@ -44,7 +45,7 @@ PRESETS: dict[str, ModelConfig] = {
         ),
     ),
     "memory-plus-tiny": replace(
-        _LAYERS_TINY,
+        LAYERS,
         memory=MemoryConfig.memory_plus(
             placement="1:1/3:3",
             num_keys=320,
@@ -56,7 +57,7 @@ PRESETS: dict[str, ModelConfig] = {
         ),
     ),
     "peer-tiny": replace(
-        _LAYERS_TINY,
+        LAYERS,
         memory=MemoryConfig.peer(
             placement="2:2",
             num_keys=226,
@@ -68,14 +69,14 @@ PRESETS: dict[str, ModelConfig] = {
         ),
     ),
     "ultramem-v2-tiny": replace(
-        _LAYERS_TINY,
+        LAYERS,
         mlp_dim=536,
         memory=MemoryConfig.ultramem_v2(
             num_keys=226, top_m=16, key_dim=32, value_dim=32, pre_value_dim=32, share_ratio=0.5
         ),
     ),
     "ultramem-demo": replace(
-        _LAYERS_TINY,
+        LAYERS,
         memory=MemoryConfig.ultramem(
             placement="1:2/3:4", num_keys=192, top_m=16, num_heads=2, key_dim=32, value_dim=64
         ),

@@ -42,7 +42,13 @@ PRESETS: dict[str, ModelConfig] = {
     "pkm-151m-x10": replace(
         _LAYERS_151M,
         memory=MemoryConfig.pkm(
-            placement="6:6", num_keys=1224, top_m=42, num_heads=2, key_dim=2448, value_dim=1024
+            placement="6:6",
+            num_keys=1224,
+            top_m=42,
+            num_heads=2,
+            # Unshared, 2 heads: D·2·2·d_k + 2·2·n·d_k weights are the published 173.01 - 150.99 M.
+            key_dim=2448,
+            value_dim=1024,
         ),
     ),
     "ultramem-151m-x12": _ultramem(_LAYERS_151M, "3:5/6:8/9:11", num_keys=1100, key_dim=500),
@@ -86,7 +92,7 @@ NOTES: dict[str, str] = {
         "0.35 GFLOPs, dropout 0.1. Inferred: experts 2,528 wide, from those two totals. " + _NOTE_151M
     ),
     "pkm-151m-x10": (
-        "UltraMem paper, table 2, first rung. Published: 173.01 M dense and 1.534 B sparse "
+        "UltraMem paper, table 2, first rung. Published: 173.01 M dense and 1.534 G sparse "
         "parameters, 346.06 MFLOPs, dropout 0.1. Inferred: one memory of 1224² values and 2 heads "
         "with keys 2,448 wide, from those counts and the next rungs'; its place, layer 6; 42 reads a "
         "head, as in the 1.6 B UltraMem. " + _NOTE_151M

@@ -1,8 +1,12 @@
 """The open models of the UltraMemV2 paper (arXiv 2508.18756): a MoE and three memories of equal cost, twice.
 
-At 227M/1.2B the shapes are those of the authors' released scripts. At 1B/7B only the MoE, OLMoE, is published
-(arXiv 2409.02060); the memory models are fitted to it. Counts of active and of all parameters include the
-embeddings here (`Parameters.active_total`, `Parameters.total`), unlike those of the UltraMem paper.
+At 227M/1.2B the shapes of the memory models are those of the commands that the authors released in
+https://github.com/ZihaoHuang-notabot/Ultra-Sparse-Memory-Network: run_memory_plus.sh, run_ultramem_v1.sh, and
+for UltraMemV2 README.md; run_ultramem_v2.sh has a larger UltraMemV2 in OLMoE-1B-7B. (Their places of memories
+count layers from 0, their `mlp_hidden_size` is twice the inner width of a SwiGLU.) At 1B/7B only the MoE,
+OLMoE, is published (arXiv 2409.02060); the memory models are fitted to it. Counts of active and of all
+parameters include the embeddings here (`Parameters.active_total`, `Parameters.total`), unlike those of the
+UltraMem paper.
 """
 
 from dataclasses import replace
@@ -120,6 +124,9 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }
 
+WHOLE = frozenset({"ultramem-227m-1.2b", "ultramem-v2-227m-1.2b", "olmoe-1b-7b"})
+"""Those whose whole shape is published; the notes on the others say what was inferred."""
+
 _LAYERS_227M_NOTE = (
     "Published: 20 layers of width 768, 12 heads, norms of queries and keys in attention, SwiGLU, tied "
     "embeddings of 50,304 tokens"
@@ -133,26 +140,27 @@ _INFERRED_1B = (
 
 NOTES: dict[str, str] = {
     "olmoe-227m-1.2b": (
-        f"UltraMemV2 paper, open models, evaluation loss 2.845. {_LAYERS_227M_NOTE}; 8 of 64 SwiGLU experts, "
+        f"UltraMemV2 paper, open models. {_LAYERS_227M_NOTE}; 8 of 64 SwiGLU experts, "
         "227 M active parameters, 1.2 B in all. Inferred: experts 384 wide, from those two totals, which "
         "include the embeddings: 227.4 M active without the router, 228.4 M with it. The two losses of the "
         "router are OLMoE's."
     ),
     "memory-plus-227m-1.2b": (
-        f"UltraMemV2 paper, open models, evaluation loss 2.920. {_LAYERS_227M_NOTE}; MLPs 3,008 wide, 4 "
+        f"UltraMemV2 paper, open models. {_LAYERS_227M_NOTE}; MLPs 3,008 wide, 4 "
         "memories with n 1138, keys 384 wide and 2·80 reads. Inferred: values 768 wide. The paper prints "
         "384, but one table of 1138² such values is half of 1.2 B; the authors' layer demands values as wide "
-        "as the model, and their script has 768. These shapes have 240.9 M active parameters, 6 % more than "
-        "227 M. The norm of the keys is applied here; the release computes it and scores with the plain keys."
+        "as the model, and run_memory_plus.sh has 768. These shapes have 240.9 M active parameters, 6 % more "
+        "than 227 M. The norm of the keys is applied here; the release computes it and scores with the plain "
+        "keys."
     ),
     "ultramem-227m-1.2b": (
-        f"UltraMemV2 paper, open models, evaluation loss 2.885. {_LAYERS_227M_NOTE}; MLPs 2,752 wide, 4 "
+        f"UltraMemV2 paper, open models. {_LAYERS_227M_NOTE}; MLPs 2,752 wide, 4 "
         "memories with n 808, keys 192 and values 384 wide, 2·80 reads, E 4, r 2, h 2, their places, keys of "
         "full width for every rank, no convolution, values that learn at 4 times the rate at first. The loss "
         "on the cores is switched off in the release. Inferred: nothing of the shape."
     ),
     "ultramem-v2-227m-1.2b": (
-        f"UltraMemV2 paper, open models, evaluation loss 2.853. {_LAYERS_227M_NOTE}; MLPs 2,496 wide, a "
+        f"UltraMemV2 paper, open models. {_LAYERS_227M_NOTE}; MLPs 2,496 wide, a "
         "memory in every layer with n 360, keys, values and pre-values 192 wide, one head of 32 reads, r 2, "
         "h 2, blocks not expanded, one query for both ranks, each memory reading half of a common ring. "
         "Inferred: nothing of the shape. These shapes have 230.2 M active parameters, 1.4 % more than 227 M."
@@ -172,7 +180,7 @@ NOTES: dict[str, str] = {
     ),
     "ultramem-v2-1b-7b": (
         _INFERRED_1B + "For UltraMemV2: keys 512, values 768 and pre-values 256 wide, a query for every "
-        "rank, E 4 with summed blocks and 32 reads are those of the authors' script for large models; each "
+        "rank, E 4 with summed blocks and 32 reads are those of the authors' run_ultramem_v2.sh; each "
         "memory reads its own sixteenth of the ring."
     ),
 }
