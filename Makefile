@@ -35,7 +35,7 @@ ablate: $(VENV)/runtime.stamp
 	$(BIN)/python launch.py ablate --scale=tiny --config=experiments/configs/ablate.py
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -78,8 +78,8 @@ def count_rows(configs: Mapping[str, ModelConfig], batch_tokens: int) -> list[di
                 "active params": parameters.active_total,
                 "FLOPs (paper)": flops.paper,
                 "FLOPs (all)": flops.total,
-                f"bytes at B = {batch_tokens:,}": round(read.per_token),
-                "sparse bytes": round(read.sparse / batch_tokens),
+                f"bytes/token, B = {batch_tokens:,}": round(read.per_token),
+                "of these sparse": round(read.sparse / batch_tokens),
             }
         )
     return rows

@@ -28,7 +28,7 @@ from ultramem_jax.config import (
 )
 from ultramem_jax.errors import UserError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DataConfig",

@@ -1,6 +1,7 @@
 """The one error that a user can cause, and the words that help them out of it."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -32,9 +33,10 @@ def choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def at_least(low: float, **fields: float) -> None:
-    """Raises unless every field is `low` or more. A keyword `a__b=value` stands for the field `a.b`."""
+    """Raises unless all fields are finite and at least `low`. A keyword `a__b=x` stands for the field a.b."""
     for name, value in fields.items():
-        require(value >= low, name.replace("__", "."), value, f"must be at least {low}")
+        allowed = f"must be at least {low}" + (" and finite" if value == math.inf else "")
+        require(low <= value < math.inf, name.replace("__", "."), value, allowed)
 
 
 def fraction(**fields: float) -> None:

@@ -109,7 +109,8 @@ class MemoryConfig:
     slots that starts at i·n² and wraps around (UltraMemV2). `blocks`: the same table in 1/`share_ratio`
     windows, each read by neighbouring memories."""
     share_ratio: float = 1.0
-    """The part of a `ring` or `blocks` table that one memory reads: the largest square of slots within it."""
+    """The part of a `ring` or `blocks` table that one memory reads: the largest square of slots within it. In
+    a ring of M memories less than 1/M leaves slots that no memory reaches, in blocks the square may."""
     init: str = "paper"
     """Change 9. `paper`: output variance starts at 1/(2L) (without softmax, whose weights are smaller).
     `reference`: as in the authors' code of UltraMem. `pkm`: as in Product-Key Memory. `v2`: UltraMemV2."""
@@ -161,6 +162,11 @@ class MemoryConfig:
             "must be False unless tucker_rank is 1 or more and rank_keys is 'full'",
         )
         self._require(
+            not (self.share_keys and self.share_query) or self.num_heads == 1 or self.tucker_rank > 0,
+            "share_keys",
+            "must be False while share_query is True and tucker_rank 0: all heads would read the same",
+        )
+        self._require(
             self.num_blocks == 1 or self.project_values,
             "project_values",
             f"must be True while expansion is {self.expansion}: each block needs its projector",
@@ -206,8 +212,10 @@ class MemoryConfig:
             if self.table_sharing == "ring":
                 offsets = tuple(i * own for i in range(num_memories))
             else:
+                # A third can only be written with an error.
                 group = max(round(self.share_ratio * num_memories), 1)
-                exact = math.isclose(group, self.share_ratio * num_memories)
+                exact = math.isclose(group, self.share_ratio * num_memories, abs_tol=1e-3)
+                side = math.isqrt(group * own)
                 self._require(
                     num_memories == 0 or (exact and num_memories % group == 0),
                     "share_ratio",

@@ -29,8 +29,8 @@ def test_counts_stand_in_aligned_columns():
         "active params",
         "FLOPs (paper)",
         "FLOPs (all)",
-        "bytes at B = 64",
-        "sparse bytes",
+        "bytes/token, B = 64",
+        "of these sparse",
     ]
     # 3 memories x 1100² x 512 values are 1,858,560,000; a token reads 3 x 84 x 512 of them, 4 bytes each.
     assert (ultramem[0], ultramem[2], ultramem[8]) == ("ultramem-151m-x12 *", "1.8586 G", "516.10 k")
@@ -42,7 +42,7 @@ def test_rows_hold_exact_numbers():
     (row,) = count_rows({"ours": PRESETS["ultramem-151m-x12"]}, 64)
     assert row["model"] == "ours"
     assert row["sparse params"] == 1_858_560_000
-    assert row["sparse bytes"] == 3 * 84 * 512 * 4
+    assert row["of these sparse"] == 3 * 84 * 512 * 4
     assert row["total params"] == row["active params"] + 1_858_560_000
 
 
@@ -92,7 +92,7 @@ def launch(*arguments):
 def test_count_prints_both_tables_and_the_notes():
     done = launch("--preset=moe-tiny,ultramem-1.6b-x12", "--batch_tokens=8", "--notes")
     assert done.returncode == 0, done.stderr
-    assert "bytes at B = 8" in done.stdout
+    assert "bytes/token, B = 8" in done.stdout
     assert "Against what was published" in done.stdout and "21.413 B" in done.stdout
     assert "ultramem-1.6b-x12: UltraMem paper, table 1. Published: 21.41 B" in done.stdout
     assert "C4 validation loss 2.24 nats per token, 40.88 % on average over ten tasks." in done.stdout

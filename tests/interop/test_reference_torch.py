@@ -37,10 +37,14 @@ def read_fixture(path: pathlib.Path) -> tuple[dict, dict, dict]:
 
 
 def close(actual, expected, name: str) -> None:
-    """Within 1e-5 of the standard deviation; what is zero must be zero."""
+    """Within 1e-5 of the size of the entries; what is zero must be zero.
+
+    Size is the root mean square: for arrays that scatter about zero the standard deviation, but also defined
+    for the single number that is the gradient of a core of rank one.
+    """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, name
-    assert np.abs(actual - expected).max() <= 1e-5 * expected.std(), name
+    assert np.abs(actual - expected).max() <= 1e-5 * np.sqrt(np.mean(expected**2)), name
 
 
 def gradients(module, variables, x, cotangent):
@@ -103,6 +107,8 @@ def test_core_loss_of_the_reference(path):
     names = [name for name in arrays if name.startswith("aux.") and name.endswith("tucker_svd_loss")]
     if not names:
         assert hyper["layer"] == "memory_plus"
+    if hyper.get("tucker_rank") == 1:
+        return  # there, the mean over r - 1 values is that of none
     for name in names:
         prefix = name.removeprefix("aux.").removesuffix("tucker_svd_loss")
         cores = [state[f"{prefix}tucker_core.{i}"] for i in range(hyper["tucker_multihead"])]

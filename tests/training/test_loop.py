@@ -25,7 +25,7 @@ from ultramem_jax.config import (
 from ultramem_jax.training import loop
 from ultramem_jax.training.loop import Evaluator, train
 from ultramem_jax.training.metrics import MetricWriter, read_metrics
-from ultramem_jax.training.restore import load_model
+from ultramem_jax.training.restore import _in_todays_fields, load_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -337,6 +337,16 @@ def test_a_trained_tokenizer_stays_with_the_run(config, tmp_path):
 
 def test_a_config_survives_json(config):
     assert run_config_from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_configs_of_older_versions_can_be_read(config):
+    today = to_dict(config)
+    memory = dict(today["model"]["memory"])
+    del memory["norm_keys"], memory["share_ratio"]
+    memory["norm_query_key"] = memory.pop("norm_query")
+    old = today | {"model": today["model"] | {"memory": memory}}
+    assert run_config_from_dict(_in_todays_fields(old)) == config
+    assert _in_todays_fields(today) == today
 
 
 def _corpus(config):

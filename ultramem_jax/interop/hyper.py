@@ -1,14 +1,16 @@
 """The authors' hyper-parameters and the `MemoryConfig` that they amount to."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ultramem_jax.errors import UserError, choice, require
 from ultramem_jax.memory_config import MemoryConfig
+
+T = TypeVar("T")
 
 _LAYERS = ("v1", "v2", "memory_plus")
 _NORM_EPS = 1e-5
@@ -80,7 +82,7 @@ class Reference:
         num_layers = num_memories = 1 if layer == "v1" else _integer(hyper, "layers")
         if layer == "memory_plus":
             # The authors' release computes the norm of the keys and scores with the plain keys.
-            config = MemoryConfig.memory_plus(norm_keys=False, **fields)
+            config = _of_hyper(lambda: MemoryConfig.memory_plus(norm_keys=False, **fields))
         else:
             fields |= dict(
                 tucker_rank=_integer(hyper, "tucker_rank"),
@@ -91,15 +93,23 @@ class Reference:
                 query_conv_width=0,
             )
             fields |= _v1_fields(hyper) if layer == "v1" else _v2_fields(hyper)
-            config = MemoryConfig(**fields)
+            config = _of_hyper(lambda: MemoryConfig(**fields))
         if layer == "v2" and hyper.get("mem_layer_num") is not None:
             num_memories = _integer(hyper, "mem_layer_num", low=num_layers)
         embed_dim, norm_eps = (
             _integer(hyper, "hidden_size"),
             _number({"norm_eps": _NORM_EPS} | dict(hyper), "norm_eps"),
         )
-        config.layout(num_memories)  # raises where the table and the reads do not fit each other
+        _of_hyper(lambda: config.layout(num_memories))  # raises where table and reads do not fit each other
         return cls(layer, config, num_layers, num_memories, embed_dim, norm_eps)
+
+
+def _of_hyper(make: Callable[[], T]) -> T:
+    """What `make` returns; its errors name our fields, and so say where the values came from."""
+    try:
+        return make()
+    except UserError as error:
+        raise UserError(f"hyper amounts to {error}") from None
 
 
 def _v1_fields(hyper: Mapping[str, Any]) -> dict[str, Any]:

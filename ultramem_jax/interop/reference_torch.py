@@ -210,6 +210,8 @@ def _checked(name: str, value: Any, entry: Entry) -> np.ndarray:
         # The layer reads through these addresses without a check of its own.
         inside = array.min() >= 0 and array.max() < array.size
         require(inside, name, (array.min(), array.max()), f"its range must be within [0, {array.size})")
+        distinct = np.unique(array).size
+        require(distinct == array.size, name, f"{distinct} distinct addresses", f"must be {array.size}")
     return array
 
 

@@ -43,7 +43,7 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
     with Checkpoints(folder, read_only=True) as checkpoints:
         step = _step(checkpoints, checkpoint)
         meta = checkpoints.read_meta(step)
-        config = run_config_from_dict(meta.config)
+        config = run_config_from_dict(_in_todays_fields(meta.config))
         abstract = jax.eval_shape(lambda: init_state(config, make_optimizers(config)))
         parts = {"params": abstract.params, "tables": abstract.tables, "buffers": abstract.buffers}
         # An empty collection (a model without memories) is not an entry of the checkpoint.
@@ -60,6 +60,15 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
         step=meta.step,
         corpus=meta.corpus,
     )
+
+
+def _in_todays_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a checkpoint, where an older version wrote it under other names; new fields default."""
+    memory = dict(config["model"]["memory"] or {})
+    if "norm_query_key" in memory:  # before version 0.2
+        memory["norm_query"] = memory["norm_keys"] = memory.pop("norm_query_key")
+        return config | {"model": config["model"] | {"memory": memory}}
+    return config
 
 
 def save_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
