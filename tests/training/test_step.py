@@ -62,8 +62,6 @@ FAMILY = {
     ("name", "micro_batches"),
     [
         ("ultramem", 1),
-        ("ultramem", 2),
-        ("ultramem-v2", 1),
         ("ultramem-v2", 2),
         ("memory-plus", 1),
         ("peer", 1),
