@@ -352,7 +352,7 @@ def test_a_run_that_was_not_restored_overwrites_nothing(copy):
 # ---- kills
 
 KILLED = """
-    import os, signal, sys
+    import os, pathlib, signal, sys, time
     import jax
     jax.config.update("jax_platforms", "cpu")
     import jax.numpy as jnp
@@ -376,6 +376,9 @@ KILLED = """
         os.unlink = unlink_some
     checkpoints.save(2, state, None, {}, {})
     if moment == "while the arrays are written":
+        # The save runs in the background, and on a busy machine has not begun when it returns.
+        while not list(pathlib.Path(sys.argv[1]).glob("2*")):
+            time.sleep(0.001)
         die()
     checkpoints.wait()
 """
