@@ -207,9 +207,9 @@ class MemoryConfig:
             tables = min(num_memories, 1)
         elif self.table_sharing != "none":
             tables, slots = min(num_memories, 1), max(num_memories, 1) * slots
-            side = int((slots * self.share_ratio) ** 0.5)
             own = self.num_keys**2
             if self.table_sharing == "ring":
+                side = int((slots * self.share_ratio) ** 0.5)
                 offsets = tuple(i * own for i in range(num_memories))
             else:
                 # A third can only be written with an error.

@@ -11,6 +11,8 @@ from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
 LAYERS = ModelConfig(embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=512)
 """The dense part of `ultramem-tiny`, and of the ladder at the scale `tiny`."""
 
+_PKM = MemoryConfig.pkm(placement="2:2", num_keys=320, top_m=32, num_heads=2, key_dim=144, value_dim=128)
+
 PRESETS: dict[str, ModelConfig] = {
     "ultramem-tiny": replace(
         LAYERS,
@@ -20,29 +22,13 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "dense-tiny": replace(LAYERS, mlp_dim=768),
     "moe-tiny": replace(LAYERS, moe=MoEConfig(num_experts=34, top_k=2, expert_dim=376)),
-    "pkm-tiny": replace(
-        LAYERS,
-        memory=MemoryConfig.pkm(
-            placement="2:2", num_keys=320, top_m=32, num_heads=2, key_dim=144, value_dim=128
-        ),
-    ),
+    "pkm-tiny": replace(LAYERS, memory=_PKM),
     "moe-fine-tiny": replace(
         LAYERS,
         moe=MoEConfig(num_experts=147, top_k=8, expert_dim=58, activation="swiglu", normalize_gates=False),
     ),
     "pkm-improved-tiny": replace(
-        LAYERS,
-        memory=MemoryConfig.pkm(
-            placement="2:2",
-            num_keys=320,
-            top_m=32,
-            num_heads=2,
-            key_dim=144,
-            value_dim=128,
-            norm_query=True,
-            norm_keys=True,
-            value_lr_multiple=4.0,
-        ),
+        LAYERS, memory=replace(_PKM, norm_query=True, norm_keys=True, value_lr_multiple=4.0)
     ),
     "memory-plus-tiny": replace(
         LAYERS,

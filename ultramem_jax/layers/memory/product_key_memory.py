@@ -165,13 +165,16 @@ class ProductKeyMemory(_Family):
         """The m cells of every head and token from both sides' scores (H, r, T, K)."""
         config = self.config
         if config.tucker_rank == 0:
-            sides = row_scores[:, 0], column_scores[:, 0]
-            retrieved = product_keys.retrieve_product_keys(*sides, config.top_m)
+            # A single rank is its own best combination.
+            u = t = jnp.ones((config.num_heads, 1), jnp.float32)
+            retrieved = product_keys.retrieve_product_keys(
+                row_scores[:, 0], column_scores[:, 0], config.top_m
+            )
         else:
             cores, u, t = self._core()
-            sides = product_keys.combine_ranks(u, row_scores), product_keys.combine_ranks(t, column_scores)
             retrieved = product_keys.retrieve_tucker(row_scores, column_scores, cores, u, t, config.top_m)
         if config.balance_loss_weight:
+            sides = product_keys.combine_ranks(u, row_scores), product_keys.combine_ranks(t, column_scores)
             candidates = retrieved.row_candidates, retrieved.column_candidates
             rows, columns = map(product_keys.balance_loss, sides, candidates)
             sow(self, "losses", "balance", config.balance_loss_weight * (rows + columns))
