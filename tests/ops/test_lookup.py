@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultramem_jax.ops import lookup
+from ultramem_jax.ops import chunks, lookup
 
 
 def _case(seed, tokens=6, reads=8, slots=10, blocks=4, cores=2, width=6):
@@ -124,7 +124,7 @@ def test_chunks_change_nothing(monkeypatch):
         return jax.value_and_grad(total)(args[3])
 
     whole = both()
-    monkeypatch.setattr(lookup, "_CHUNK_VALUES", 3 * 8 * 6)  # three tokens at a time: 7 = 3 + 3 + 1
+    monkeypatch.setattr(chunks, "_CHUNK_VALUES", 3 * 8 * 6)  # three tokens at a time: 7 = 3 + 3 + 1
     chunked = both()
     np.testing.assert_allclose(whole[0], chunked[0], rtol=1e-6)
     np.testing.assert_allclose(whole[1], chunked[1], rtol=1e-6)

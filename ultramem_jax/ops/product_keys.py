@@ -1,11 +1,11 @@
-"""Retrieval: from the scores of row and column keys to the m best cells of the virtual grid.
+"""Retrieval: from queries and keys to the m best cells of the virtual grid.
 
 A grid of K·K cells is never built. Each side is cut to its m best keys, and the best cells are sought among
 the m·m pairs of those. For a sum of two scores (Product-Key Memory) this finds the m best of all K·K cells;
 for a Tucker core it is the approximation of the UltraMem paper (section 3, TDQKR).
 
-Scores are laid out (H, T, K) for product keys and (H, r, T, K) for Tucker retrieval, heads and ranks first,
-because that is the order in which a batched matrix product of queries and keys writes them.
+Queries (T, 2, H, q, d) and keys (2, S, r, K, d) are laid out as `ultramem_jax.ops.key_scores` says: rows are
+side 0, columns side 1.
 """
 
 from typing import NamedTuple
@@ -13,48 +13,48 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.ops.chunks import map_chunks
+from ultramem_jax.ops.key_scores import best_keys, key_scores
+
 
 class Retrieved(NamedTuple):
-    """The m cells of every head and token, best first."""
+    """The m cells of every token and head, best first."""
 
     rows: jax.Array
-    """(H, T, m) int32 in [0, K)."""
+    """(T, H, m) int32 in [0, K)."""
     columns: jax.Array
-    """(H, T, m) int32 in [0, K)."""
+    """(T, H, m) int32 in [0, K)."""
     scores: jax.Array
-    """(H, T, m, h), differentiable; one score per core, a single one without cores."""
-    row_candidates: jax.Array
-    """(H, T, m) int32, the rows whose cells were compared, best first."""
-    column_candidates: jax.Array
-    """(H, T, m) int32."""
+    """(T, H, m, h) float32, differentiable; one score per core, a single one without cores."""
+    candidates: jax.Array
+    """(T, 2, H, m) int32, the keys of both sides whose cells were compared, best first."""
 
 
-def retrieve_product_keys(row_scores: jax.Array, column_scores: jax.Array, top_m: int) -> Retrieved:
+def retrieve_product_keys(queries: jax.Array, keys: jax.Array, top_m: int) -> Retrieved:
     """The `top_m` cells with the largest row score + column score (PKM, arXiv 1907.05242, section 3.2).
 
     Args:
-        row_scores: (H, T, K) scores of the row keys.
-        column_scores: (H, T, K) scores of the column keys.
+        queries: (T, 2, H, 1, d).
+        keys: (2, S, 1, K, d).
         top_m: m <= K.
 
     Returns:
-        Exactly the m best of all K² cells, with h = 1.
+        The m best of all K² cells, with h = 1.
     """
-    row_best, row_index = jax.lax.top_k(jax.lax.stop_gradient(row_scores), top_m)
-    column_best, column_index = jax.lax.top_k(jax.lax.stop_gradient(column_scores), top_m)
-    grid = row_best[..., :, None] + column_best[..., None, :]
-    rows, columns = _best_cells(grid, row_index, column_index, top_m)
-    scores = _pick(row_scores, rows) + _pick(column_scores, columns)
-    return Retrieved(rows, columns, scores[..., None], row_index, column_index)
+    heads = queries.shape[2]
+    candidates = best_keys(queries, keys, jnp.ones((2, heads, 1), jnp.float32), top_m)
+    row, column = jnp.unstack(key_scores(queries, keys, candidates)[:, :, :, 0], axis=1)
+
+    def best(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _best_cells(row[..., :, None] + column[..., None, :], top_m)
+
+    i, j = map_chunks(best, heads * top_m**2, *jax.lax.stop_gradient((row, column)))
+    scores = _pick(row, i) + _pick(column, j)
+    return Retrieved(_index(candidates[:, 0], i), _index(candidates[:, 1], j), scores[..., None], candidates)
 
 
 def retrieve_tucker(
-    row_scores: jax.Array,
-    column_scores: jax.Array,
-    cores: jax.Array,
-    row_direction: jax.Array,
-    column_direction: jax.Array,
-    top_m: int,
+    queries: jax.Array, keys: jax.Array, cores: jax.Array, directions: jax.Array, top_m: int
 ) -> Retrieved:
     """Tucker-decomposed query-key retrieval with multi-core scoring (UltraMem paper, section 3).
 
@@ -63,50 +63,50 @@ def retrieve_tucker(
     chosen cells alone, and neither u nor t.
 
     Args:
-        row_scores: (H, r, T, K), S_row.
-        column_scores: (H, r, T, K), S_col.
+        queries: (T, 2, H, q, d).
+        keys: (2, S, r, K, d).
         cores: (H, h, r, r), the C⁽ⁱ⁾; first r is the row side.
-        row_direction: (H, r), u, the leading left singular vector of C.
-        column_direction: (H, r), t, the leading right singular vector of C.
+        directions: (2, H, r), u and t, the leading left and right singular vectors of C.
         top_m: m <= K.
 
     Returns:
         The best m of the m·m candidate cells, with core i's own score at [..., i].
     """
-    stop = jax.lax.stop_gradient
-    fixed_rows, fixed_columns, fixed_core = stop(row_scores), stop(column_scores), stop(cores).sum(1)
-    row_index = jax.lax.top_k(combine_ranks(stop(row_direction), fixed_rows), top_m)[1]
-    column_index = jax.lax.top_k(combine_ranks(stop(column_direction), fixed_columns), top_m)[1]
-    candidate_rows = _pick(fixed_rows, row_index[:, None])
-    candidate_columns = _pick(fixed_columns, column_index[:, None])
-    grid = jnp.zeros((), row_scores.dtype)
-    # The sum over ranks is written out: r is 1 to 4, and a contraction that short is no work for a matmul.
-    for rank in range(cores.shape[-1]):
-        mixed = combine_ranks(fixed_core[:, :, rank], candidate_rows)
-        grid = grid + mixed[..., :, None] * candidate_columns[:, rank, :, None, :]
-    rows, columns = _best_cells(grid, row_index, column_index, top_m)
-    scores = tucker_scores(_pick(row_scores, rows[:, None]), _pick(column_scores, columns[:, None]), cores)
-    return Retrieved(rows, columns, scores, row_index, column_index)
+    candidates = best_keys(queries, keys, directions, top_m)
+    row, column = jnp.unstack(key_scores(queries, keys, candidates), axis=1)  # (T, H, r, m) each
+    core = jax.lax.stop_gradient(cores).sum(1)
+
+    def best(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
+        grid = jnp.zeros((), row.dtype)
+        # The sum over ranks is written out: r is 1 to 4, too short a contraction for a matrix product.
+        for rank in range(core.shape[-1]):
+            mixed = _combine_ranks(core[:, :, rank], row)
+            grid = grid + mixed[..., :, None] * column[:, :, rank, None, :]
+        return _best_cells(grid, top_m)
+
+    i, j = map_chunks(best, row.shape[1] * top_m**2, *jax.lax.stop_gradient((row, column)))
+    scores = tucker_scores(_pick(row, i[:, :, None]), _pick(column, j[:, :, None]), cores)
+    return Retrieved(_index(candidates[:, 0], i), _index(candidates[:, 1], j), scores, candidates)
 
 
 def tucker_scores(row_scores: jax.Array, column_scores: jax.Array, cores: jax.Array) -> jax.Array:
     """Scores of given cells under every core: Σ_qs row_q · C⁽ⁱ⁾_qs · column_s.
 
     Args:
-        row_scores: (H, r, T, m), of the cells' rows.
-        column_scores: (H, r, T, m), of the cells' columns.
+        row_scores: (T, H, r, m), of the cells' rows.
+        column_scores: (T, H, r, m), of the cells' columns.
         cores: (H, h, r, r).
 
     Returns:
-        (H, T, m, h).
+        (T, H, m, h).
     """
     num_cores, rank = cores.shape[1], cores.shape[-1]
     per_core = []
     for core in range(num_cores):
         score = jnp.zeros((), row_scores.dtype)
         for column_rank in range(rank):
-            mixed = combine_ranks(cores[:, core, :, column_rank], row_scores)
-            score = score + mixed * column_scores[:, column_rank]
+            mixed = _combine_ranks(cores[:, core, :, column_rank], row_scores)
+            score = score + mixed * column_scores[:, :, column_rank]
         per_core.append(score)
     return jnp.stack(per_core, axis=-1)
 
@@ -166,8 +166,8 @@ def balance_loss(scores: jax.Array, candidates: jax.Array) -> jax.Array:
     count together. 1 if either is uniform. The gradient flows through p.
 
     Args:
-        scores: (H, T, K), by which candidates are chosen.
-        candidates: (H, T, m) int32 in [0, K).
+        scores: (H, T, K), by which candidates are chosen: one side of `key_scores.combined_scores`.
+        candidates: (T, H, m) int32 in [0, K).
 
     Returns:
         () float32, without the weight β.
@@ -183,25 +183,24 @@ def singular_values(cores: jax.Array) -> jax.Array:
     return jnp.linalg.svd(cores.astype(jnp.float32).sum(1), compute_uv=False)
 
 
-def combine_ranks(weights: jax.Array, scores: jax.Array) -> jax.Array:
-    """Σ_r weights (H, r) · scores (H, r, T, any) -> (H, T, any), as one fused pass over the scores.
-
-    With u or t as weights, it gives the scores by which a side's candidates are chosen.
-    """
-    terms = [
-        weights[:, rank, None, None].astype(scores.dtype) * scores[:, rank] for rank in range(scores.shape[1])
-    ]
+def _combine_ranks(weights: jax.Array, scores: jax.Array) -> jax.Array:
+    """Σ_r weights (H, r) · scores (T, H, r, m) -> (T, H, m)."""
+    terms = [weights[None, :, rank, None] * scores[:, :, rank] for rank in range(scores.shape[2])]
     return sum(terms[1:], terms[0])
 
 
-def _best_cells(
-    grid: jax.Array, row_index: jax.Array, column_index: jax.Array, top_m: int
-) -> tuple[jax.Array, jax.Array]:
-    """Rows and columns (H, T, m) of the m best cells of a candidate grid (H, T, m, m)."""
+def _best_cells(grid: jax.Array, top_m: int) -> tuple[jax.Array, jax.Array]:
+    """Rows and columns (T, H, m) of the m best cells within a grid (T, H, m, m)."""
     cell = jax.lax.top_k(grid.reshape(*grid.shape[:-2], -1), top_m)[1]
-    return _pick(row_index, cell // top_m), _pick(column_index, cell % top_m)
+    return cell // top_m, cell % top_m
 
 
-def _pick(values: jax.Array, index: jax.Array) -> jax.Array:
-    """Entries along the last axis; every index is known to be in bounds."""
-    return jnp.take_along_axis(values, index, axis=-1, mode="promise_in_bounds")
+def _index(values: jax.Array, position: jax.Array) -> jax.Array:
+    """Entries along the last axis; every position is known to be in bounds."""
+    return jnp.take_along_axis(values, position, axis=-1, mode="promise_in_bounds")
+
+
+def _pick(values: jax.Array, position: jax.Array) -> jax.Array:
+    """The same for values with a gradient. Comparing with all m is quicker than scattering that gradient."""
+    chosen = jax.nn.one_hot(position, values.shape[-1], dtype=bool)
+    return jnp.where(chosen, values[..., None, :], 0).sum(-1)

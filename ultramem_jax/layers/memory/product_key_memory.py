@@ -15,9 +15,8 @@ from ultramem_jax.layers.memory.tables import Tables, declare_tables
 from ultramem_jax.layers.sowing import sow
 from ultramem_jax.memory_config import MemoryConfig, TableLayout
 from ultramem_jax.ops import addressing, lookup, product_keys
+from ultramem_jax.ops.key_scores import combined_scores
 from ultramem_jax.ops.linear import project
-
-_ROWS, _COLUMNS = 0, 1
 
 
 class _Family(nn.Module):
@@ -86,14 +85,15 @@ class ProductKeyMemory(_Family):
         x = x.astype(self.dtype)
         queries = self._queries(self._convolved(x), init.query, init.query_gain)
         keys = self._keys(init.keys, init.key_gain)
-        # (2, H, r, T, K), in float32 also where the product is bfloat16: near ties decide what is read.
-        scores = jnp.einsum("ahqtd,ahqkd->ahqtk", queries, keys, preferred_element_type=jnp.float32)
-        retrieved = self._retrieve(scores[_ROWS], scores[_COLUMNS])
+        retrieved = self._retrieve(queries, keys)
         weights = nn.softmax(retrieved.scores, axis=2) if config.softmax else retrieved.scores
         self._record_scores(weights)
 
-        blocks, slots = (_by_token(a) for a in self._addresses(retrieved.rows, retrieved.columns))
-        weights = _by_token(weights).astype(self.dtype)
+        # The R = H·m reads of a token side by side.
+        blocks, slots, weights = (
+            a.reshape(a.shape[0], -1, *a.shape[3:])
+            for a in (*self._addresses(retrieved.rows, retrieved.columns), weights.astype(self.dtype))
+        )
         if tables is None:
             tables = declare_tables(self, config, self._layout().num_slots, init)
         tokens = x.reshape(-1, embed_dim)
@@ -125,7 +125,10 @@ class ProductKeyMemory(_Family):
         return sum((taps[i] * shifted[i] for i in range(1, width)), taps[0] * shifted[0])
 
     def _queries(self, x: jax.Array, init: nn.initializers.Initializer, gain: float) -> jax.Array:
-        """(2, H, r, T, d): both sides' queries of every head and rank, of the width d that a rank has."""
+        """(T, 2, H, q, d): both sides' queries of every head and rank, of the width d that a rank has.
+
+        q is r, or 1 where the ranks share a query of full width.
+        """
         config, ranks = self.config, self.config.num_ranks
         kernel = self.param(
             "query", init, (x.shape[-1], 2 * config.num_queries * config.key_dim), jnp.float32
@@ -139,12 +142,10 @@ class ProductKeyMemory(_Family):
             queries = self._rms_norm(queries.astype(jnp.float32), (-1,), scale).astype(self.dtype)
         if config.rank_keys == "split":
             queries = queries.reshape(*queries.shape[:3], ranks, config.rank_key_dim)
-        queries = queries.transpose(1, 2, 3, 0, 4)
-        # Broadcasting a shared query over heads and ranks costs little beside K·d products of each.
-        return jnp.broadcast_to(queries, (2, config.num_heads, ranks, *queries.shape[3:]))
+        return jnp.broadcast_to(queries, (*queries.shape[:2], config.num_heads, *queries.shape[3:]))
 
     def _keys(self, init: nn.initializers.Initializer, gain: float) -> jax.Array:
-        """(2, H, r, K, d): both sides' keys of every head and rank, normed."""
+        """(2, S, r, K, d): both sides' keys of every head (or of all, S = 1) and rank, normed."""
         config, ranks, width = self.config, self.config.num_ranks, self.config.rank_key_dim
         shape = (2, config.num_key_sets, ranks, self._layout().num_virtual_keys, width)
         keys = self.param("keys", init, shape, jnp.float32)
@@ -154,34 +155,32 @@ class ProductKeyMemory(_Family):
             split = config.rank_keys == "split"
             over = (2, 4) if split else (4,)
             keys = self._rms_norm(keys, over, scale.reshape(ranks if split else 1, 1, width))
-        return jnp.broadcast_to(keys.astype(self.dtype), (2, config.num_heads, *shape[2:]))
+        return keys.astype(self.dtype)
 
     def _rms_norm(self, x: jax.Array, axes: tuple[int, ...], scale: jax.Array) -> jax.Array:
         mean_square = jnp.mean(x * x, axis=axes, keepdims=True)
         scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
         return x * jax.lax.rsqrt(mean_square + jnp.float32(self.norm_eps)) * scale
 
-    def _retrieve(self, row_scores: jax.Array, column_scores: jax.Array) -> product_keys.Retrieved:
-        """The m cells of every head and token from both sides' scores (H, r, T, K)."""
+    def _retrieve(self, queries: jax.Array, keys: jax.Array) -> product_keys.Retrieved:
+        """The m cells of every token and head."""
         config = self.config
         if config.tucker_rank == 0:
-            # A single rank is its own best combination.
-            u = t = jnp.ones((config.num_heads, 1), jnp.float32)
-            retrieved = product_keys.retrieve_product_keys(
-                row_scores[:, 0], column_scores[:, 0], config.top_m
-            )
+            directions = jnp.ones(
+                (2, config.num_heads, 1), jnp.float32
+            )  # one rank is its own best combination
+            retrieved = product_keys.retrieve_product_keys(queries, keys, config.top_m)
         else:
-            cores, u, t = self._core()
-            retrieved = product_keys.retrieve_tucker(row_scores, column_scores, cores, u, t, config.top_m)
+            cores, directions = self._core()
+            retrieved = product_keys.retrieve_tucker(queries, keys, cores, directions, config.top_m)
         if config.balance_loss_weight:
-            sides = product_keys.combine_ranks(u, row_scores), product_keys.combine_ranks(t, column_scores)
-            candidates = retrieved.row_candidates, retrieved.column_candidates
-            rows, columns = map(product_keys.balance_loss, sides, candidates)
-            sow(self, "losses", "balance", config.balance_loss_weight * (rows + columns))
+            scores = combined_scores(queries, keys, directions)
+            sides = [product_keys.balance_loss(scores[i], retrieved.candidates[:, i]) for i in range(2)]
+            sow(self, "losses", "balance", config.balance_loss_weight * (sides[0] + sides[1]))
         return retrieved
 
-    def _core(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The Tucker cores (H, h, r, r), and u and t (H, r) of their sum."""
+    def _core(self) -> tuple[jax.Array, jax.Array]:
+        """The Tucker cores (H, h, r, r), and u and t (2, H, r) of their sum."""
         config = self.config
         shape = (config.num_heads, config.num_cores, config.tucker_rank, config.tucker_rank)
         cores = self.param("cores", nn.initializers.uniform(1.0), shape, jnp.float32)
@@ -196,7 +195,7 @@ class ProductKeyMemory(_Family):
             sow(self, "losses", "core", config.core_loss_weight * loss)
         for i, value in enumerate(product_keys.singular_values(cores).mean(0)):
             sow(self, "metrics", f"core_singular_value_{i + 1}", value)
-        return cores, u, t
+        return cores, jnp.stack([u, t])
 
     def _addresses(self, rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Virtual blocks and physical slots of the cells, same shape."""
@@ -250,13 +249,7 @@ class ProductKeyMemory(_Family):
         return value if self.is_initializing() else self.perturb(name, value)
 
     def _record_scores(self, scores: jax.Array) -> None:
-        """Mean over heads and tokens of the best and of the last chosen score, summed over cores."""
+        """Mean over tokens and heads of the best and of the last chosen score, summed over cores."""
         total = scores.sum(-1)
         sow(self, "metrics", "top_1_score", total[..., 0].mean())
         sow(self, "metrics", "top_m_score", total[..., -1].mean())
-
-
-def _by_token(a: jax.Array) -> jax.Array:
-    """(H, T, m, ...) -> (T, H·m, ...): the reads of a token side by side."""
-    a = a.swapaxes(0, 1)
-    return a.reshape(a.shape[0], -1, *a.shape[3:])

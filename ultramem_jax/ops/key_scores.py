@@ -1,0 +1,132 @@
+"""Scores of keys: of all keys to choose candidates, and of the candidates, which is where gradients flow.
+
+Queries are laid out (T, 2, H, q, d) and keys (2, S, r, K, d): two sides (rows, columns), H heads, r ranks.
+There is a query for every rank (q = r), each of which scores with its own d of the d_k dimensions or with
+d_k of its own, or one that all ranks share (q = 1). The heads have keys of their own (S = H) or share them
+(S = 1).
+
+The scores of all 2·H·K keys of a token are the only part of a memory that grows with its slots, as their
+square root. They are made in one pass, combined over the ranks as the choice of candidates needs them, chunk
+by chunk of tokens, and forgotten once the m best are known. The r scores of a candidate are computed again
+from its key; so the derivative is that of T·2·H·m products and does not know of the other keys.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ultramem_jax.ops.chunks import fold_chunks, map_chunks
+from ultramem_jax.ops.topk import top_k
+
+
+def combined_scores(queries: jax.Array, keys: jax.Array, directions: jax.Array) -> jax.Array:
+    """Scores of all keys, ranks weighted: Σ_r directions_r · (query_r · key_r), one product a side and head.
+
+    Args:
+        queries: (T, 2, H, q, d).
+        keys: (2, S, r, K, d).
+        directions: (2, H, r), u and t.
+
+    Returns:
+        (2, H, T, K) float32.
+    """
+    keys = jnp.broadcast_to(keys, (2, queries.shape[2], *keys.shape[2:]))
+    if queries.shape[3] == keys.shape[2]:
+        queries = _weighted(queries, directions[None, ..., None])
+    else:  # one query meets the sum of the keys, which is r times less to multiply
+        keys = _weighted(keys, directions[..., None, None]).sum(2, keepdims=True)
+    return jnp.einsum("tahqd,ahqkd->ahtk", queries, keys, preferred_element_type=jnp.float32)
+
+
+def best_keys(queries: jax.Array, keys: jax.Array, directions: jax.Array, top_m: int) -> jax.Array:
+    """The `top_m` keys of every side and head with the largest `combined_scores`, best first.
+
+    Args:
+        queries: (T, 2, H, q, d).
+        keys: (2, S, r, K, d).
+        directions: (2, H, r).
+        top_m: m <= K.
+
+    Returns:
+        (T, 2, H, m) int32 in [0, K). No gradient flows through it.
+    """
+    queries, keys, directions = jax.lax.stop_gradient((queries, keys, directions))
+
+    def choose(queries: jax.Array) -> jax.Array:
+        index = top_k(combined_scores(queries, keys, directions), top_m)[1]
+        return jnp.moveaxis(index, 2, 0)
+
+    return map_chunks(choose, 2 * queries.shape[2] * keys.shape[3], queries)
+
+
+@jax.custom_vjp
+def key_scores(queries: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Array:
+    """Scores of given keys under every rank: query_r · key_r.
+
+    Args:
+        queries: (T, 2, H, q, d).
+        keys: (2, S, r, K, d).
+        index: (T, 2, H, m) int32 in [0, K).
+
+    Returns:
+        (T, 2, H, r, m) float32. Differentiable in queries and keys; the keys are gathered again for it.
+    """
+
+    def score(queries: jax.Array, index: jax.Array) -> jax.Array:
+        rows = _rows(keys, index)
+        queries = jnp.broadcast_to(queries, (*rows.shape[:4], rows.shape[-1]))
+        return jnp.einsum("tahrjd,tahrd->tahrj", rows, queries, preferred_element_type=jnp.float32)
+
+    return map_chunks(score, _gathered(keys, index), queries, index)
+
+
+def _forward(queries, keys, index):
+    return key_scores(queries, keys, index), (queries, keys, index)
+
+
+def _backward(saved, cotangent):
+    queries, keys, index = saved
+    shared = queries.shape[3] < keys.shape[2]
+
+    def query_gradient(cotangent, index):
+        by_rank = jnp.einsum(
+            "tahrj,tahrjd->tahrd",
+            cotangent.astype(keys.dtype),
+            _rows(keys, index),
+            preferred_element_type=jnp.float32,
+        )
+        return (by_rank.sum(3, keepdims=True) if shared else by_rank).astype(queries.dtype)
+
+    def add_key_gradient(total, cotangent, queries, index):
+        products = cotangent[..., None] * queries[..., None, :].astype(jnp.float32)
+        return total.at[_flat(keys, index)].add(products, mode="promise_in_bounds")
+
+    width = _gathered(keys, index)
+    d_queries = map_chunks(query_gradient, width, cotangent, index)
+    zeros = jnp.zeros((keys.size // keys.shape[-1], keys.shape[-1]), jnp.float32)
+    d_keys = fold_chunks(add_key_gradient, zeros, width, cotangent, queries, index)
+    return d_queries, d_keys.reshape(keys.shape).astype(keys.dtype), None
+
+
+key_scores.defvjp(_forward, _backward)
+
+
+def _weighted(x: jax.Array, weights: jax.Array) -> jax.Array:
+    return (x.astype(jnp.float32) * weights).astype(x.dtype)
+
+
+def _rows(keys: jax.Array, index: jax.Array) -> jax.Array:
+    """The keys (T, 2, H, r, m, d) of every rank."""
+    flat = keys.reshape(-1, keys.shape[-1])
+    return flat.at[_flat(keys, index)].get(mode="promise_in_bounds")
+
+
+def _flat(keys: jax.Array, index: jax.Array) -> jax.Array:
+    """Where the keys (T, 2, H, r, m) lie among those of all sides, sets and ranks."""
+    sides, sets, ranks, num_keys = keys.shape[:4]
+    first = jnp.arange(sides * sets * ranks, dtype=jnp.int32).reshape(sides, sets, ranks, 1) * num_keys
+    return index[:, :, :, None] + first[None]
+
+
+def _gathered(keys: jax.Array, index: jax.Array) -> int:
+    """Values of the keys that a token gathers."""
+    return index[0].size * keys.shape[2] * keys.shape[4]
