@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ultramem_jax.ops.hashing import mix
+
 _ROUNDS = 4  # Luby and Rackoff: four rounds of a good hash look random even to an adversary.
 
 
@@ -83,13 +85,5 @@ def keyed_shuffle(
     left, right = rows.astype(jnp.uint32), columns.astype(jnp.uint32)
     modulus = jnp.uint32(num_virtual_keys)
     for key in keys:
-        left, right = right, (left + _hash(right, key) % modulus) % modulus
+        left, right = right, (left + mix(right, key) % modulus) % modulus
     return left.astype(jnp.int32), right.astype(jnp.int32)
-
-
-def _hash(x: jax.Array, key: np.uint32) -> jax.Array:
-    """A 32-bit mixer (the finaliser of MurmurHash3), keyed by addition before and after the first step."""
-    x = (x + jnp.uint32(key)) * jnp.uint32(0x9E3779B1)
-    x = (x ^ (x >> jnp.uint32(16)) ^ jnp.uint32(key)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> jnp.uint32(16))

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_CHUNK_VALUES = 1 << 24
-"""Values gathered at a time (64 MB of float32): bounds the memory of a lookup whatever the batch."""
+from ultramem_jax.ops.chunks import map_chunks
+from ultramem_jax.ops.rows import is_on_host, take_rows
+from ultramem_jax.ops.sorting import sort_with_order
 
 
 class RowsRead(NamedTuple):
@@ -49,7 +50,7 @@ def pooled_lookup(
     """Score-weighted sums of table rows, one per virtual block.
 
     Args:
-        table: (N, d_v).
+        table: (N, d_v), as `ultramem_jax.ops.rows` stores it.
         slots: (T, R) int32 in [0, N).
         blocks: (T, R) int32 in [0, E).
         scores: (T, R, h); score c weighs the c-th slice of d_v/h values of a row. Its dtype is that of the
@@ -64,7 +65,7 @@ def pooled_lookup(
         rows = _gather(table, slots, scores)
         return jnp.einsum("tjpc,tjcd->tpcd", _block_weights(blocks, scores, expansion), rows)
 
-    pooled = _by_chunks(pool, slots.shape[1] * table.shape[1], slots, blocks, scores)
+    pooled = map_chunks(pool, slots.shape[1] * table.shape[1], slots, blocks, scores)
     return pooled.reshape(slots.shape[0], expansion, table.shape[1])
 
 
@@ -83,12 +84,10 @@ def _backward(expansion, saved, cotangent):
         return (every_block * _one_hot(blocks, expansion, scores.dtype)[..., None]).sum(2)
 
     width = slots.shape[1] * table.shape[1]
-    d_scores = _by_chunks(score_gradient, width, slots, blocks, scores, cotangent)
-    # Dead code, removed by the compiler, unless the table itself is differentiated.
+    d_scores = map_chunks(score_gradient, width, slots, blocks, scores, cotangent)
     tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
     per_read = _read_gradients(cotangent[tokens, blocks.reshape(-1)], scores.reshape(-1, scores.shape[-1]))
-    d_table = jnp.zeros(table.shape, jnp.float32).at[slots.reshape(-1)].add(per_read)
-    return d_table.astype(table.dtype), None, None, d_scores
+    return _table_gradient(table, slots, per_read), None, None, d_scores
 
 
 pooled_lookup.defvjp(_forward, _backward)
@@ -99,7 +98,7 @@ def row_products(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.
     """Inner products of every token's vector with the rows that it reads.
 
     Args:
-        table: (N, d).
+        table: (N, d), as `ultramem_jax.ops.rows` stores it.
         slots: (T, R) int32 in [0, N).
         vectors: (T, d). Its dtype is that of the computation and of the result.
 
@@ -108,10 +107,10 @@ def row_products(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.
     """
 
     def multiply(slots: jax.Array, vectors: jax.Array) -> jax.Array:
-        rows = table.at[slots].get(mode="promise_in_bounds").astype(vectors.dtype)
+        rows = take_rows(table, slots).astype(vectors.dtype)
         return jnp.einsum("tjd,td->tj", rows, vectors)
 
-    return _by_chunks(multiply, slots.shape[1] * table.shape[1], slots, vectors)
+    return map_chunks(multiply, slots.shape[1] * table.shape[1], slots, vectors)
 
 
 def _products_forward(table, slots, vectors):
@@ -122,11 +121,9 @@ def _products_backward(saved, cotangent):
     table, slots, vectors = saved
     one_block = jnp.zeros_like(slots)
     d_vectors = pooled_lookup(table, slots, one_block, cotangent[..., None], 1)[:, 0]
-    # Dead code, as in `_backward`.
     tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
     per_read = _read_gradients(vectors[tokens], cotangent.reshape(-1, 1))
-    d_table = jnp.zeros(table.shape, jnp.float32).at[slots.reshape(-1)].add(per_read)
-    return d_table.astype(table.dtype), None, d_vectors
+    return _table_gradient(table, slots, per_read), None, d_vectors
 
 
 row_products.defvjp(_products_forward, _products_backward)
@@ -144,7 +141,7 @@ def rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
     """
     num_reads = slots.size
     num_rows = min(num_reads, num_slots)
-    ordered, order = jax.lax.sort_key_val(slots.reshape(-1), jnp.arange(num_reads, dtype=jnp.int32))
+    ordered, order = sort_with_order(slots.reshape(-1), num_slots)
     first = jnp.concatenate([jnp.ones((1,), bool), ordered[1:] != ordered[:-1]])
     row_of_read = jnp.cumsum(first.astype(jnp.int32)) - 1
     past_the_end = num_slots + jnp.arange(num_rows, dtype=jnp.int32)
@@ -187,9 +184,19 @@ def _read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:
     return (slices * scores[..., None].astype(jnp.float32)).reshape(cotangents.shape)
 
 
+def _table_gradient(table: jax.Array, slots: jax.Array, per_read: jax.Array) -> jax.Array | None:
+    """The dense gradient of a table; dead code, removed by the compiler, unless the table is differentiated.
+
+    None for a table that is stored as words or in the memory of the host, which cannot be.
+    """
+    if not jnp.issubdtype(table.dtype, jnp.floating) or is_on_host(table):
+        return None
+    return jnp.zeros(table.shape, jnp.float32).at[slots.reshape(-1)].add(per_read).astype(table.dtype)
+
+
 def _gather(table: jax.Array, slots: jax.Array, scores: jax.Array) -> jax.Array:
     """Rows as (T, R, h, d_v/h) in the dtype of the computation."""
-    rows = table.at[slots].get(mode="promise_in_bounds").astype(scores.dtype)
+    rows = take_rows(table, slots).astype(scores.dtype)
     return rows.reshape(*scores.shape, -1)
 
 
@@ -201,11 +208,3 @@ def _one_hot(blocks: jax.Array, expansion: int, dtype: jnp.dtype) -> jax.Array:
 def _block_weights(blocks: jax.Array, scores: jax.Array, expansion: int) -> jax.Array:
     """(T, R, E, h): the score of a read in its own block, zero in the others."""
     return _one_hot(blocks, expansion, scores.dtype)[..., None] * scores[:, :, None]
-
-
-def _by_chunks(function, width: int, *arrays: jax.Array) -> jax.Array:
-    """`function` of arrays over tokens, by chunks of tokens whose gathered rows stay within bounds."""
-    chunk = max(1, _CHUNK_VALUES // width)
-    if arrays[0].shape[0] <= chunk:
-        return function(*arrays)
-    return jax.lax.map(lambda token: function(*(a[None] for a in token))[0], arrays, batch_size=chunk)
