@@ -1,4 +1,4 @@
-"""What a model costs, from its `ModelConfig` alone: parameters, FLOPs, bytes touched. No array is built.
+"""What a model costs, from its config alone: parameters, FLOPs, bytes touched and kept. No array is built.
 
 Two ways of counting stand side by side. The *papers'* (UltraMem, arXiv 2411.12364, tables 1 and 2) leaves out
 embeddings, norm gains, attention scores and value lookups, and takes two FLOPs per weight that a token is
@@ -13,7 +13,7 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
-from ultramem_jax.config import MemoryConfig, ModelConfig
+from ultramem_jax.config import MemoryConfig, ModelConfig, TrainConfig
 from ultramem_jax.errors import require
 from ultramem_jax.memory_config import TableLayout
 
@@ -21,10 +21,12 @@ _MLP_MATRICES = {"gelu": 2, "swiglu": 3}
 """c: in and out; a gated MLP (arXiv 2002.05202) has a second matrix in."""
 _FLOPS_PER_WEIGHT = 2
 """One multiplication and one addition."""
-_PARAMETER_BYTES = 4
-"""Parameters, tables and moments are float32 whatever the computation's dtype."""
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+_FLOAT32_BYTES = _DTYPE_BYTES["float32"]
+"""Parameters and their moments are float32 whatever the computation's dtype; rows of tables: `row_bytes`."""
 _MOMENTS = 2
 """AdamW keeps a first and a second moment of every parameter."""
+_DEFAULT_TRAINING = TrainConfig()
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,22 @@ class Flops:
 
 
 @dataclass(frozen=True)
+class RowBytes:
+    """Bytes that a slot occupies in training, its value and its pre-value together."""
+
+    table: int
+    """b·(d_v + d_p), b the bytes of `MemoryConfig.table_dtype`."""
+    moments: int
+    """2·b·(d_v + d_p), b the bytes of `TrainConfig.row_moment_dtype`. With one second moment per row
+    b·(d_v + d_p), and 4 for each of a slot's rows: one, or two where there are pre-values."""
+
+    @property
+    def total(self) -> int:
+        """Table and moments."""
+        return self.table + self.moments
+
+
+@dataclass(frozen=True)
 class Bytes:
     """Bytes that one step over `batch_tokens` tokens reads from parameters, each of them once.
 
@@ -263,7 +281,25 @@ def flops_per_token(config: ModelConfig, seq_len: int | None = None) -> Flops:
     )
 
 
-def bytes_per_token(config: ModelConfig, batch_tokens: int, dtype_bytes: int = _PARAMETER_BYTES) -> Bytes:
+def row_bytes(memory: MemoryConfig, train: TrainConfig = _DEFAULT_TRAINING) -> RowBytes:
+    """Bytes of a slot in the table and in the optimizer's state; the formulas stand with `RowBytes`.
+
+    Args:
+        memory: widths of a row, and what it is stored in.
+        train: which moments of it are kept, and in what.
+    """
+    first = second = _DTYPE_BYTES[train.row_moment_dtype] * memory.row_dim
+    if train.row_second_moment == "row":
+        second = _FLOAT32_BYTES * (2 if memory.pre_value_dim else 1)
+    return RowBytes(_DTYPE_BYTES[memory.table_dtype] * memory.row_dim, first + second)
+
+
+def bytes_per_token(
+    config: ModelConfig,
+    batch_tokens: int,
+    dtype_bytes: int | None = None,
+    train: TrainConfig = _DEFAULT_TRAINING,
+) -> Bytes:
     """Bytes of parameters that a step over `batch_tokens` tokens reads; `.per_token` shares them out.
 
     Experts and values are counted as if no two tokens chose the same one until all are chosen, as the paper
@@ -272,29 +308,45 @@ def bytes_per_token(config: ModelConfig, batch_tokens: int, dtype_bytes: int = _
     Args:
         config: the model.
         batch_tokens: tokens of the step: B·S in training and prefill, B in decoding.
-        dtype_bytes: bytes of a stored parameter, 2 for weights served in bfloat16.
+        dtype_bytes: bytes of every stored parameter, 2 for weights served in bfloat16; None as they are
+            trained, float32 and tables in their `table_dtype`.
+        train: which moments of a table's rows there are.
     """
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "must be at least 1")
-    parameters, moe = count_parameters(config), config.moe
-    experts_read, values_read = 0, _values_read(config, batch_tokens)
+    parameters, moe, memory = count_parameters(config), config.moe, config.memory
+    experts_read, table_read, moments_read = 0, 0, 0
+    if memory:
+        rows, of_row = _rows_read(config, batch_tokens), row_bytes(memory, train)
+        table_read = rows * (of_row.table if dtype_bytes is None else dtype_bytes * memory.row_dim)
+        moments_read = rows * of_row.moments
     if moe:
         weights = parameters.experts // moe.num_experts
         experts_read = min(moe.top_k * batch_tokens, moe.num_experts) * weights
     dense_read = parameters.dense
     if not config.tie_embeddings:
         dense_read -= max(config.vocab_size - batch_tokens, 0) * config.embed_dim
+    stored = _FLOAT32_BYTES if dtype_bytes is None else dtype_bytes
     return Bytes(
         batch_tokens=batch_tokens,
-        dense=dtype_bytes * dense_read,
-        experts=dtype_bytes * experts_read,
-        memory=dtype_bytes * values_read,
-        optimizer=_MOMENTS * _PARAMETER_BYTES * (parameters.dense + parameters.experts + values_read),
+        dense=stored * dense_read,
+        experts=stored * experts_read,
+        memory=table_read,
+        optimizer=_moment_bytes(parameters) + moments_read,
     )
 
 
-def optimizer_bytes(config: ModelConfig) -> int:
-    """Bytes that AdamW's two float32 moments of all parameters, tables included, occupy."""
-    return _MOMENTS * _PARAMETER_BYTES * count_parameters(config).total
+def optimizer_bytes(config: ModelConfig, train: TrainConfig = _DEFAULT_TRAINING) -> int:
+    """Bytes that AdamW's two moments of all parameters, tables included, occupy."""
+    parameters, memory = count_parameters(config), config.memory
+    if memory is None:
+        return _moment_bytes(parameters)
+    slots = parameters.memory_tables // memory.row_dim
+    return _moment_bytes(parameters) + slots * row_bytes(memory, train).moments
+
+
+def _moment_bytes(parameters: Parameters) -> int:
+    """Of the parameters whose gradient is a dense array: all but the tables."""
+    return _MOMENTS * _FLOAT32_BYTES * (parameters.dense + parameters.experts)
 
 
 def _memory_parameters(config: ModelConfig) -> dict[str, int]:
@@ -328,16 +380,14 @@ def _scoring_flops(memory: MemoryConfig, layout: TableLayout) -> int:
     return memory.num_heads * (candidates + grid + cores)
 
 
-def _values_read(config: ModelConfig, batch_tokens: int) -> int:
-    """Numbers that a step reads from tables, pre-values included, each slot once."""
+def _rows_read(config: ModelConfig, batch_tokens: int) -> int:
+    """Slots that a step reads of all tables, each once."""
     memory, layout, memories = config.memory, config.layout, len(config.spans)
     if memory is None or layout is None:
         return 0
     reads = batch_tokens * memory.num_heads * memory.top_m
     if not memory.shares_table:
-        rows = memories * min(reads, layout.num_slots)
-    else:
-        # Memories with one window together read at most that window; windows that overlap, at most the table.
-        readers = Counter(layout.offsets).values()
-        rows = min(sum(min(n * reads, layout.window_slots) for n in readers), layout.num_slots)
-    return rows * memory.row_dim
+        return memories * min(reads, layout.num_slots)
+    # Memories with one window together read at most that window; windows that overlap, at most the table.
+    readers = Counter(layout.offsets).values()
+    return min(sum(min(n * reads, layout.window_slots) for n in readers), layout.num_slots)

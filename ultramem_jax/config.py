@@ -76,7 +76,8 @@ class ModelConfig:
     dropout: float = 0.0
     """Probability; after the embedding, attention, the feed-forward and the memory."""
     dtype: str = "float32"
-    """Of the computation, `float32` or `bfloat16`; parameters and tables are float32 always."""
+    """Of the computation, `float32` or `bfloat16`; parameters are float32 always, tables as `MemoryConfig`
+    says."""
     rope_theta: float = 10_000.0
     """Base of the rotary position frequencies (RoFormer, arXiv 2104.09864)."""
     norm_eps: float = 1e-5
@@ -176,6 +177,12 @@ class TrainConfig:
     """Global norm that the gradient of the dense parameters is clipped to. 0 is off."""
     table_gradient: str = "row_sparse"
     """`row_sparse` touches the rows that were read; `dense` is the plain way, linear in slots: the oracle."""
+    row_second_moment: str = "element"
+    """Of Adam on a table's rows: `element` keeps one for every value, `row` one for all values of a row."""
+    row_moment_dtype: str = "float32"
+    """Of the moments of a row's values, `float32` or `bfloat16`. With `row`, the second moment is float32."""
+    row_rounding: str = "stochastic"
+    """Of what is kept in bfloat16: `stochastic`, right on average however small an update, or `nearest`."""
     seed: int = 0
     """Of initialisation, dropout and the order of the data."""
     log_every: int = 10
@@ -210,6 +217,16 @@ class TrainConfig:
             "must be in [0, 1]",
         )
         choice("train.table_gradient", self.table_gradient, ("row_sparse", "dense"))
+        choice("train.row_second_moment", self.row_second_moment, ("element", "row"))
+        choice("train.row_moment_dtype", self.row_moment_dtype, ("float32", "bfloat16"))
+        choice("train.row_rounding", self.row_rounding, ("stochastic", "nearest"))
+        for name, plain in (("row_second_moment", "element"), ("row_moment_dtype", "float32")):
+            require(
+                self.table_gradient == "row_sparse" or getattr(self, name) == plain,
+                f"train.{name}",
+                getattr(self, name),
+                f"must be {plain!r} while train.table_gradient is 'dense'",
+            )
         require(
             self.batch_size % self.grad_accumulation == 0,
             "train.grad_accumulation",
@@ -225,6 +242,16 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name, plain in (("table_dtype", "float32"), ("memory_kind", "device")):
+            value = getattr(self.model.memory, name, plain)
+            require(
+                value == plain or self.train.table_gradient == "row_sparse",
+                "train.table_gradient",
+                self.train.table_gradient,
+                f"must be 'row_sparse' while model.memory.{name} is {value!r}",
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

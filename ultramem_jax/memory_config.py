@@ -111,6 +111,12 @@ class MemoryConfig:
     share_ratio: float = 1.0
     """The part of a `ring` or `blocks` table that one memory reads: the largest square of slots within it. In
     a ring of M memories less than 1/M leaves slots that no memory reaches, in blocks the square may."""
+    table_dtype: str = "float32"
+    """Of the stored values and pre-values, `float32` or `bfloat16`; then rows are trained with stochastic
+    rounding (`TrainConfig.row_rounding`). Sums over rows are made in the model's dtype either way."""
+    memory_kind: str = "device"
+    """Where tables and their moments lie: `device`, or `pinned_host`, the memory of the host, from which
+    the rows of a step are fetched. For tables larger than an accelerator; the numbers are the same."""
     init: str = "paper"
     """Change 9. `paper`: output variance starts at 1/(2L) (without softmax, whose weights are smaller).
     `reference`: as in the authors' code of UltraMem. `pkm`: as in Product-Key Memory. `v2`: UltraMemV2."""
@@ -135,6 +141,8 @@ class MemoryConfig:
         choice(_PREFIX + "shuffle", self.shuffle, ("keyed", "explicit", "none"))
         choice(_PREFIX + "rank_keys", self.rank_keys, ("split", "full"))
         choice(_PREFIX + "init", self.init, ("paper", "reference", "pkm", "v2"))
+        choice(_PREFIX + "table_dtype", self.table_dtype, ("float32", "bfloat16"))
+        choice(_PREFIX + "memory_kind", self.memory_kind, ("device", "pinned_host"))
         choice(_PREFIX + "table_sharing", self.table_sharing, ("none", "all", "ring", "blocks"))
         choice(_PREFIX + "pre_value_activation", self.pre_value_activation, ("none", "gelu"))
         self._require(

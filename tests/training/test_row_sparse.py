@@ -4,9 +4,13 @@ import numpy as np
 import optax
 import pytest
 
-from ultramem_jax.ops.lookup import RowGradients, rows_read
+from ultramem_jax.ops import chunks
+from ultramem_jax.ops.lookup import RowGradients, row_gradients, rows_read
+from ultramem_jax.ops.rows import from_stored, stored_dtype, to_stored
 from ultramem_jax.training.row_sparse import RowMoments, row_sparse_adamw
 from ultramem_jax.training.slot_usage import init_usage, record_reads
+
+SEED = np.uint32(7)
 
 
 def _adamw_by_hand(rows, first, second, grads, step, rate=0.1, b1=0.9, b2=0.95, eps=1e-8, decay=0.1):
@@ -15,8 +19,8 @@ def _adamw_by_hand(rows, first, second, grads, step, rate=0.1, b1=0.9, b2=0.95, 
     return rows - rate * (unbiased[0] / (np.sqrt(unbiased[1]) + eps) + decay * rows), first, second
 
 
-def _optimizer():
-    return row_sparse_adamw(lambda step: 0.1, 0.9, 0.95, 1e-8, 0.1)
+def _optimizer(**kept):
+    return row_sparse_adamw(lambda step: 0.1, 0.9, 0.95, 1e-8, 0.1, **kept)
 
 
 def test_touched_rows_follow_adamw_and_the_rest_keeps_every_bit():
@@ -28,7 +32,7 @@ def test_touched_rows_follow_adamw_and_the_rest_keeps_every_bit():
     values = jnp.asarray(rng.standard_normal((5, 3)), jnp.float32)
     step = jnp.asarray(4, jnp.int32)
     update = jax.jit(_optimizer().update)
-    after, after_moments, norm = update(RowGradients(slots, values), moments, table, step)
+    after, after_moments, norm = update(RowGradients(slots, values), moments, table, step, SEED)
     read = np.array([2, 7, 11])
     expected = _adamw_by_hand(
         *(np.asarray(a, np.float64)[read] for a in (table, *moments)), np.asarray(values, np.float64)[:3], 4
@@ -39,6 +43,100 @@ def test_touched_rows_follow_adamw_and_the_rest_keeps_every_bit():
     for found, wanted, old in zip((after, *after_moments), expected, before, strict=True):
         np.testing.assert_allclose(found[read], wanted, rtol=1e-5, atol=1e-7)
         np.testing.assert_array_equal(found[others], old[others])
+
+
+def test_chunks_of_rows_change_no_bit(monkeypatch):
+    rng = np.random.default_rng(2)
+    table = jnp.asarray(rng.standard_normal((40, 3)), jnp.float32)
+    moments = RowMoments(*(jnp.asarray(rng.uniform(size=(40, 3)), jnp.float32) for _ in range(2)))
+    slots = jnp.concatenate([jnp.arange(0, 34, 2), jnp.array([44, 45, 46])]).astype(jnp.int32)
+    gradients = RowGradients(slots, jnp.asarray(rng.standard_normal((20, 3)), jnp.float32))
+    arguments = gradients, moments, table, jnp.asarray(2), SEED
+    for kept in ({}, {"moment_dtype": "bfloat16", "second_moment": "row"}):
+        optimizer = _optimizer(**kept)
+        start = optimizer.init(table) if kept else moments
+        arguments = gradients, start, table, jnp.asarray(2), SEED
+        whole = jax.jit(optimizer.update)(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(chunks, "_CHUNK_VALUES", 3 * 8 * 6)  # six rows at a time: 20 = 6 + 6 + 6 + 2
+            by_chunks = jax.jit(_optimizer(**kept).update)(*arguments)
+        for a, b in zip(jax.tree.leaves(whole[:2]), jax.tree.leaves(by_chunks[:2]), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert by_chunks[2] == pytest.approx(float(whole[2]), rel=1e-6)
+
+
+def test_repeated_and_unsorted_reads_are_one_update_of_their_sum():
+    # Slot 3 is read three times, slot 1 twice, slot 5 once, in no order.
+    rng = np.random.default_rng(3)
+    reads = jnp.array([[3, 5, 1], [1, 3, 3]], jnp.int32)
+    scores, cotangent = rng.standard_normal((2, 3, 1)), rng.standard_normal((2, 1, 4))
+    gradients = row_gradients(
+        rows_read(reads, 8),
+        jnp.zeros_like(reads),
+        jnp.asarray(scores, jnp.float32),
+        jnp.asarray(cotangent, jnp.float32),
+    )
+    table = jnp.asarray(rng.standard_normal((8, 4)), jnp.float32)
+    optimizer = _optimizer()
+    after, _, _ = jax.jit(optimizer.update)(gradients, optimizer.init(table), table, jnp.asarray(0), SEED)
+    summed = np.zeros((8, 4))
+    for token in range(2):
+        for read in range(3):
+            summed[reads[token, read]] += scores[token, read, 0] * cotangent[token, 0]
+    expected, _, _ = _adamw_by_hand(np.asarray(table, np.float64), 0.0, 0.0, summed, 0)
+    read = np.array([1, 3, 5])
+    np.testing.assert_allclose(after[read], expected[read], rtol=1e-5)
+    np.testing.assert_array_equal(np.delete(after, read, 0), np.delete(table, read, 0))
+
+
+def test_a_second_moment_per_row_is_the_mean_of_the_squares():
+    rng = np.random.default_rng(4)
+    table = jnp.asarray(rng.standard_normal((5, 4)), jnp.float32)
+    optimizer = _optimizer(second_moment="row")
+    moments = RowMoments(
+        jnp.asarray(rng.standard_normal((5, 4)), jnp.float32),
+        jnp.asarray(rng.uniform(size=(5, 1)), jnp.float32),
+    )
+    slots, values = jnp.array([0, 3, 5], jnp.int32), rng.standard_normal((3, 4))
+    gradients = RowGradients(slots, jnp.asarray(values, jnp.float32))
+    after, after_moments, _ = jax.jit(optimizer.update)(gradients, moments, table, jnp.asarray(4), SEED)
+    read = np.array([0, 3])
+    rows, first, second = (np.asarray(a, np.float64)[read] for a in (table, *moments))
+    root_mean_square = np.sqrt((values[:2] ** 2).mean(1, keepdims=True)) * np.ones(4)
+    _, _, expected_second = _adamw_by_hand(rows, first, second, root_mean_square, 4)
+    np.testing.assert_allclose(after_moments.second[read], expected_second[:, :1], rtol=1e-5)
+    first = 0.9 * first + 0.1 * values[:2]
+    direction = first / (1 - 0.9**5) / (np.sqrt(expected_second / (1 - 0.95**5)) + 1e-8)
+    np.testing.assert_allclose(after[read], rows - 0.1 * (direction + 0.1 * rows), rtol=1e-4, atol=1e-6)
+    assert optimizer.init(table).second.shape == (5, 1)
+
+
+def test_bfloat16_rows_follow_the_float32_ones_on_average():
+    # An update of a hundredth of the last bit: to nearest nothing ever happens.
+    table = to_stored(jnp.ones((512, 8)), stored_dtype("bfloat16"))
+    slots = jnp.arange(512, dtype=jnp.int32)
+    ends = {}
+    for rounding in ("stochastic", "nearest"):
+        optimizer = row_sparse_adamw(
+            lambda step: 1e-4, 0.9, 0.95, 1e-8, 0.0, moment_dtype="bfloat16", rounding=rounding
+        )
+        update = jax.jit(optimizer.update)
+        rows, moments = table, optimizer.init(table)
+        assert moments.first.dtype == moments.second.dtype == jnp.uint16
+        for step in range(30):
+            gradients = RowGradients(slots, jnp.full((512, 8), -0.3))
+            seed = jnp.asarray(step, jnp.uint32)
+            rows, moments, norm = update(gradients, moments, rows, jnp.asarray(step), seed)
+        ends[rounding] = np.asarray(from_stored(rows), np.float64)
+        # The norm is that of the last rows before they are rounded.
+        assert float(norm) == pytest.approx(np.linalg.norm(ends[rounding]), rel=1e-3)
+        # 4096 values of standard deviation below 0.01 each.
+        mean = np.asarray(from_stored(moments.first), np.float64).mean()
+        assert mean == pytest.approx(-0.3 * (1 - 0.9**30), rel=2e-3)
+    assert (ends["nearest"] == 1).all()
+    # Thirty steps of 1e-4, give or take 5 standard errors. A value has moved by 0 or by 1/128, so it deviates
+    # by less than 0.004.
+    assert ends["stochastic"].mean() == pytest.approx(1.003, abs=5 * 0.004 / np.sqrt(4096))
 
 
 def test_equals_optax_where_every_row_is_read():
@@ -57,7 +155,7 @@ def test_equals_optax_where_every_row_is_read():
     for step in range(5):
         grads = jnp.asarray(rng.standard_normal((6, 4)), jnp.float32)
         rows = RowGradients(jnp.arange(6, dtype=jnp.int32), grads)
-        sparse, moments, _ = ours.update(rows, moments, sparse, jnp.asarray(step))
+        sparse, moments, _ = ours.update(rows, moments, sparse, jnp.asarray(step), SEED)
         change, state = theirs.update(grads, state, dense)
         dense = optax.apply_updates(dense, change)
     np.testing.assert_allclose(sparse, dense, rtol=1e-5, atol=1e-6)

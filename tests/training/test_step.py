@@ -8,8 +8,9 @@ import pytest
 from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.transformer import table_readers
+from ultramem_jax.parallel.mesh import data_mesh, replicated, shard_batch
 from ultramem_jax.training.optimizer import make_optimizers
-from ultramem_jax.training.state import init_state
+from ultramem_jax.training.state import abstract_state, fresh_state, init_state, state_shardings
 from ultramem_jax.training.step import make_eval_step, make_train_step
 
 MODEL = ModelConfig(vocab_size=11, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=16)
@@ -142,6 +143,53 @@ def test_compiled_step_holds_nothing_of_the_tables_size(shared, micro_batches):
     assert step.lower(state, tokens).compile().memory_analysis().temp_size_in_bytes > table
 
 
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_temporaries_at_four_million_slots_are_a_twentieth_of_the_table(stored):
+    # The shape of the benchmark: 512 tokens, 4,194,304 slots of 128 values, R = 64 reads a token.
+    memory = MemoryConfig.ultramem(
+        placement="1:2", num_keys=2048, top_m=32, num_heads=2, key_dim=64, value_dim=128, table_dtype=stored
+    )
+    # Temporaries are those of the reads, which are float32 in either case.
+    table = 2048**2 * 128 * 4
+    train = replace(TRAIN, batch_size=2)
+    if stored == "bfloat16":
+        train = replace(train, row_moment_dtype="bfloat16", row_second_moment="row")
+    config = RunConfig(replace(MODEL, embed_dim=256, memory=memory), train=train)
+    optimizers = make_optimizers(config)
+    state = jax.eval_shape(lambda: init_state(config, optimizers))
+    tokens = jax.ShapeDtypeStruct((2, 257), jnp.int32)
+    step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
+    assert step.lower(state, tokens).compile().memory_analysis().temp_size_in_bytes < 0.05 * table
+
+
+@pytest.mark.parametrize("name", ["ultramem", "ultramem-v2"])
+def test_a_host_resident_table_trains_bit_for_bit_like_one_on_the_device(name):
+    memory = ULTRAMEM.memory if name == "ultramem" else FAMILY[name]
+    train = replace(TRAIN, grad_accumulation=2)
+    if name == "ultramem":
+        memory = replace(memory, table_dtype="bfloat16")
+        train = replace(train, row_moment_dtype="bfloat16", row_second_moment="row")
+    sharding = replicated(data_mesh(jax.devices()[:1]))
+    batches, ends = _batches(3), {}
+    for kind in ("device", "pinned_host"):
+        config = RunConfig(replace(MODEL, memory=replace(memory, memory_kind=kind)), train=train)
+        optimizers = make_optimizers(config)
+        shardings = state_shardings(abstract_state(config, optimizers, sharding))
+        step = jax.jit(
+            make_train_step(config, optimizers), donate_argnums=0, out_shardings=(shardings, sharding)
+        )
+        state = fresh_state(config, optimizers, sharding, np.uint32(0))
+        for tokens in batches:
+            before = state
+            state, metrics = step(state, jax.device_put(np.asarray(tokens), sharding))
+            assert all(a.is_deleted() for a in jax.tree.leaves((before.tables, before.table_state)))
+        for array in jax.tree.leaves((state.tables, state.table_state)):
+            assert array.sharding.memory_kind == kind
+        assert {a.sharding.memory_kind for a in jax.tree.leaves(state.params)} == {"device"}
+        ends[kind] = jax.tree.map(np.asarray, (state, metrics))
+    jax.tree.map(np.testing.assert_array_equal, ends["device"], ends["pinned_host"])
+
+
 def test_initialising_a_table_takes_little_more_than_the_table():
     memory = replace(ULTRAMEM.memory, placement="1:2", num_keys=1024, value_dim=32)
     config = RunConfig(replace(MODEL, memory=memory), train=TRAIN)
@@ -184,8 +232,6 @@ def test_dropout_is_a_function_of_seed_and_step():
 
 
 def test_sharded_over_devices_equals_one_device():
-    from ultramem_jax.parallel.mesh import data_mesh, replicated, shard_batch
-
     assert jax.device_count() == 8
     config, batches = RunConfig(ULTRAMEM, train=TRAIN), _batches(2)
     alone, history = _run(config, batches)

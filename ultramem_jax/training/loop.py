@@ -23,7 +23,13 @@ from ultramem_jax.training.checkpoints import Checkpoints, Meta
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.optimizer import Optimizers, make_optimizers
 from ultramem_jax.training.restore import save_tokenizer
-from ultramem_jax.training.state import TrainState, init_state, model_variables
+from ultramem_jax.training.state import (
+    TrainState,
+    abstract_state,
+    fresh_state,
+    model_variables,
+    state_shardings,
+)
 from ultramem_jax.training.step import make_eval_step, make_train_step
 
 log = logging.getLogger(__name__)
@@ -85,9 +91,12 @@ def train(
     corpus.source("validation")  # refuses a split that is too short now, not after hours of training
     optimizers = make_optimizers(config)
     sharding = replicated(mesh)
-    abstract = jax.eval_shape(lambda: init_state(config, optimizers))
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract)
-    step_function = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
+    abstract = abstract_state(config, optimizers, sharding)
+    step_function = jax.jit(
+        make_train_step(config, optimizers),
+        donate_argnums=0,
+        out_shardings=(state_shardings(abstract), sharding),
+    )
     evaluate = Evaluator(config, corpus)
     _make_folder(workdir)
     meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus_identity(corpus)}
@@ -216,11 +225,12 @@ def _make_folder(workdir: pathlib.Path) -> None:
         ) from None
 
 
-def _fresh_state(config: RunConfig, optimizers: Optimizers, sharding: jax.sharding.Sharding) -> TrainState:
+def _fresh_state(
+    config: RunConfig, optimizers: Optimizers, sharding: jax.sharding.NamedSharding
+) -> TrainState:
     try:
         # The seed is an argument, so that a cache of compiled programs has one for all seeds.
-        start = jax.jit(lambda seed: init_state(config, optimizers, seed), out_shardings=sharding)
-        return start(np.uint32(config.train.seed))
+        return fresh_state(config, optimizers, sharding, np.uint32(config.train.seed))
     except jax.errors.JaxRuntimeError as error:
         if "memory" not in str(error).lower():
             raise

@@ -26,7 +26,16 @@ def make_optimizers(config: RunConfig) -> Optimizers:
     table_rate = table_learning_rate(config)
     return Optimizers(
         params=optax.chain(clip, _adamw(train, learning_rate(train), mask=_matrices)),
-        rows=row_sparse_adamw(table_rate, train.b1, train.b2, train.eps, train.weight_decay),
+        rows=row_sparse_adamw(
+            table_rate,
+            train.b1,
+            train.b2,
+            train.eps,
+            train.weight_decay,
+            moment_dtype=train.row_moment_dtype,
+            second_moment=train.row_second_moment,
+            rounding=train.row_rounding,
+        ),
         tables=_adamw(train, table_rate, mask=None),
     )
 

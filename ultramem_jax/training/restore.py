@@ -9,9 +9,10 @@ import jax
 from ultramem_jax.config import RunConfig, run_config_from_dict
 from ultramem_jax.data import BpeTokenizer, ByteTokenizer, Tokenizer
 from ultramem_jax.errors import UserError
+from ultramem_jax.parallel.mesh import data_mesh, replicated
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.optimizer import make_optimizers
-from ultramem_jax.training.state import init_state
+from ultramem_jax.training.state import abstract_state
 
 _TOKENIZER_FILE = "tokenizer.json"
 
@@ -44,7 +45,9 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
         step = _step(checkpoints, checkpoint)
         meta = checkpoints.read_meta(step)
         config = run_config_from_dict(_in_todays_fields(meta.config))
-        abstract = jax.eval_shape(lambda: init_state(config, make_optimizers(config)))
+        # On the first device alone, whatever the run was trained on.
+        one = replicated(data_mesh(jax.local_devices()[:1]))
+        abstract = abstract_state(config, make_optimizers(config), one)
         parts = {"params": abstract.params, "tables": abstract.tables, "buffers": abstract.buffers}
         # An empty collection (a model without memories) is not an entry of the checkpoint.
         wanted = {name: tree for name, tree in parts.items() if jax.tree.leaves(tree)}

@@ -1,28 +1,35 @@
 """AdamW on the rows of a table that were read, in place, in optax's manner.
 
 optax has no notion of a gradient that is zero almost everywhere. This pair (init, update) takes the gradient
-as `RowGradients` and touches those rows of the table and of its two moments, and nothing else: rows that were
+as `RowGradients` and touches those rows of the table and of its moments, and nothing else: rows that were
 not read keep their values and moments to the bit. Where every row is read at every step, it is `optax.adamw`.
 Bias correction counts the optimizer's steps, not the reads of a row, as in lazy Adam.
+
+Twenty million rows make the moments as much of a matter as the table. They can be kept in bfloat16, as the
+table can, rounded stochastically; and of the second one it can be enough to keep a mean per row.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ultramem_jax.ops.chunks import fold_chunks
+from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import RowGradients
+from ultramem_jax.ops.rounding import stochastic_round
+from ultramem_jax.ops.rows import put_sorted_rows, stored_dtype, take_sorted_rows
 
 
 class RowMoments(NamedTuple):
     """Adam's moments of a table."""
 
     first: jax.Array
-    """(N, d_v) float32."""
+    """(N, d_v), float32 or bfloat16 as `ultramem_jax.ops.rows` stores it."""
     second: jax.Array
-    """(N, d_v) float32."""
+    """(N, d_v) like the first, or (N, 1) float32: the mean over a row's values."""
 
 
 class RowSparseTransformation(NamedTuple):
@@ -31,43 +38,87 @@ class RowSparseTransformation(NamedTuple):
     init: Callable[[jax.Array], RowMoments]
     """table (N, d_v) -> moments."""
     update: Callable[
-        [RowGradients, RowMoments, jax.Array, jax.Array], tuple[jax.Array, RowMoments, jax.Array]
+        [RowGradients, RowMoments, jax.Array, jax.Array, jax.Array], tuple[jax.Array, RowMoments, jax.Array]
     ]
-    """(gradients, moments, table, step from 0) -> (table, moments, norm () float32 of the rows written). To
-    be compiled with table and moments donated. The norm is not finite if any value written is not."""
+    """(gradients, moments, table, step from 0, seed () uint32) -> (table, moments, norm () float32 of the
+    rows, before they were rounded and written). To be compiled with table and moments donated. The norm is
+    not finite if any value written is not. The seed is for rounding, another one for every array and step."""
 
 
 def row_sparse_adamw(
-    learning_rate: optax.Schedule, b1: float, b2: float, eps: float, weight_decay: float
+    learning_rate: optax.Schedule,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    *,
+    moment_dtype: str = "float32",
+    second_moment: str = "element",
+    rounding: str = "stochastic",
 ) -> RowSparseTransformation:
-    """AdamW (arXiv 1711.05101) with decoupled weight decay, on the rows read."""
+    """AdamW (arXiv 1711.05101) with decoupled weight decay, on the rows read.
+
+    Args:
+        learning_rate: of the step.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: times the learning rate.
+        moment_dtype: of the moments of a row's values, `float32` or `bfloat16`.
+        second_moment: `element`, one for every value; or `row`, one float32 for all values of a row, the mean
+            of their squares (the blocks of Adam-mini, arXiv 2406.16793).
+        rounding: of what is kept in bfloat16, `stochastic` or `nearest`.
+    """
 
     def init(table: jax.Array) -> RowMoments:
-        return RowMoments(jnp.zeros(table.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32))
+        stored = stored_dtype(moment_dtype)
+        first = jnp.zeros(table.shape, stored)
+        if second_moment == "row":
+            return RowMoments(first, jnp.zeros((table.shape[0], 1), jnp.float32))
+        return RowMoments(first, jnp.zeros(table.shape, stored))
+
+    def adamw(
+        count: jax.Array, rate: jax.Array, rows: jax.Array, moments: RowMoments, gradients: jax.Array
+    ) -> tuple[jax.Array, RowMoments]:
+        squares = gradients**2
+        if second_moment == "row":
+            squares = squares.mean(1, keepdims=True)
+        first = b1 * moments.first + (1 - b1) * gradients
+        second = b2 * moments.second + (1 - b2) * squares
+        direction = (first / (1 - b1**count)) / (jnp.sqrt(second / (1 - b2**count)) + eps)
+        return rows - rate * (direction + weight_decay * rows), RowMoments(first, second)
+
+    def rounded(x: jax.Array, stored: jnp.dtype, slots: jax.Array, seed: jax.Array) -> jax.Array:
+        if stored == stored_dtype("bfloat16") and rounding == "stochastic":
+            return stochastic_round(x, slots, seed)
+        return x
 
     def update(
-        gradients: RowGradients, moments: RowMoments, table: jax.Array, step: jax.Array
+        gradients: RowGradients, moments: RowMoments, table: jax.Array, step: jax.Array, seed: jax.Array
     ) -> tuple[jax.Array, RowMoments, jax.Array]:
-        count = step.astype(jnp.float32) + 1
-        rows = _take(table, gradients.slots).astype(jnp.float32)
-        first = b1 * _take(moments.first, gradients.slots) + (1 - b1) * gradients.values
-        second = b2 * _take(moments.second, gradients.slots) + (1 - b2) * gradients.values**2
-        direction = (first / (1 - b1**count)) / (jnp.sqrt(second / (1 - b2**count)) + eps)
-        rows = rows - learning_rate(step) * (direction + weight_decay * rows)
-        moments = RowMoments(
-            _put(moments.first, gradients.slots, first), _put(moments.second, gradients.slots, second)
-        )
-        written = gradients.slots[:, None] < table.shape[0]
-        norm = jnp.sqrt(jnp.sum(jnp.where(written, rows * rows, 0.0)))
-        return _put(table, gradients.slots, rows.astype(table.dtype)), moments, norm
+        count, rate = step.astype(jnp.float32) + 1, learning_rate(step)
+
+        def update_rows(carry: Any, slots: jax.Array, gradients: jax.Array) -> Any:
+            arrays, norm = carry
+            rows, of_rows = jax.tree.map(lambda a: take_sorted_rows(a, slots).astype(jnp.float32), arrays)
+            after = adamw(count, rate, rows, of_rows, gradients)
+            leaves, structure = jax.tree.flatten(arrays)
+            written = [
+                put_sorted_rows(array, slots, rounded(new, array.dtype, slots, mix(jnp.uint32(i), seed)))
+                for i, (array, new) in enumerate(zip(leaves, jax.tree.leaves(after), strict=True))
+            ]
+            padding = slots[:, None] >= table.shape[0]
+            norm = norm + jnp.sum(jnp.where(padding, 0.0, after[0] ** 2))
+            return jax.tree.unflatten(structure, written), norm
+
+        # Chunk by chunk, so that a row's three visits to the memory, read, moved on, written, find it in the
+        # cache, and nothing of the size of all rows is made in between.
+        start = (table, moments), jnp.zeros((), jnp.float32)
+        (arrays, norm) = fold_chunks(update_rows, start, _ARRAYS * table.shape[1], *gradients)
+        return *arrays, jnp.sqrt(norm)
 
     return RowSparseTransformation(init, update)
 
 
-def _take(array: jax.Array, slots: jax.Array) -> jax.Array:
-    # The padding reads the last row; what comes of it is dropped by `_put`.
-    return array.at[slots].get(mode="clip", indices_are_sorted=True)
-
-
-def _put(array: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
-    return array.at[slots].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)
+_ARRAYS = 8
+"""Arrays as wide as the rows that an update works on: three before, three after, gradient, direction."""

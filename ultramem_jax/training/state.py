@@ -5,8 +5,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 
 from ultramem_jax.config import RunConfig
+from ultramem_jax.errors import require
 from ultramem_jax.models import Transformer
 from ultramem_jax.training.optimizer import Optimizers
 from ultramem_jax.training.slot_usage import init_usage
@@ -62,6 +65,77 @@ def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None
         buffers=variables.get("buffers", {}),
         seed=seed,
     )
+
+
+def fresh_state(
+    config: RunConfig, optimizers: Optimizers, sharding: NamedSharding, seed: np.uint32
+) -> TrainState:
+    """The state at step 0, each array where `state_shardings` puts it.
+
+    Drawing tables for the memory of the host takes room on the device for one of them at a time.
+    """
+
+    def init(seed: jax.Array) -> TrainState:
+        return init_state(config, optimizers, seed)
+
+    abstract = abstract_state(config, optimizers, sharding)
+    if config.model.memory is None or config.model.memory.memory_kind == "device":
+        return jax.jit(init, out_shardings=sharding)(seed)
+    # Of each program the compiler keeps what its result needs.
+    rest = jax.jit(lambda seed: init(seed).replace(tables={}, table_state={}), out_shardings=sharding)(seed)
+    tables: dict[str, dict[str, jax.Array]] = {name: {} for name in abstract.tables}
+    for name, parts in abstract.tables.items():
+        for part, table in parts.items():
+            draw = jax.jit(lambda seed, n=name, p=part: init(seed).tables[n][p], out_shardings=table.sharding)
+            tables[name][part] = draw(seed)
+    zeros = jax.tree.map(
+        lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract.table_state
+    )
+    return rest.replace(tables=tables, table_state=zeros)
+
+
+def abstract_state(config: RunConfig, optimizers: Optimizers, sharding: NamedSharding) -> TrainState:
+    """Shapes, dtypes and shardings of the state: tables and their moments in the memory that they are for.
+
+    Args:
+        config: of the run.
+        optimizers: of `make_optimizers`.
+        sharding: of all arrays, in the memory of the devices.
+    """
+    for_tables = sharding.with_memory_kind(_memory_kind(config))
+    state = jax.eval_shape(lambda: init_state(config, optimizers))
+
+    def placed(sharding: NamedSharding, tree: Any) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+    return placed(sharding, state).replace(
+        tables=placed(for_tables, state.tables), table_state=placed(for_tables, state.table_state)
+    )
+
+
+def state_shardings(abstract: TrainState) -> TrainState:
+    """The shardings in `abstract_state`, for `jax.jit`."""
+    return jax.tree.map(lambda a: a.sharding, abstract)
+
+
+def _memory_kind(config: RunConfig) -> str:
+    """The kind of memory that tables are for.
+
+    Raises:
+        UserError: the devices at hand do not reach such a memory.
+    """
+    memory, device = config.model.memory, jax.local_devices()[0]
+    default = device.default_memory().kind
+    if memory is None or memory.memory_kind == "device":
+        return default
+    kinds = [kind.kind for kind in device.addressable_memories()]
+    require(
+        memory.memory_kind in kinds,
+        "model.memory.memory_kind",
+        memory.memory_kind,
+        f"must be 'device' here: {device.device_kind} has the memories {', '.join(kinds)}",
+    )
+    return memory.memory_kind
 
 
 def model_variables(state: TrainState) -> dict[str, Any]:

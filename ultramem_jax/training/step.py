@@ -6,6 +6,7 @@ that were read (`table_gradients`), which is all that the tables' optimizer touc
 size exists in the compiled step besides the donated tables and moments themselves.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import optax
 
 from ultramem_jax.config import RunConfig
 from ultramem_jax.models import Transformer
+from ultramem_jax.ops.hashing import mix
 from ultramem_jax.training.optimizer import Optimizers, table_learning_rate
 from ultramem_jax.training.row_sparse import RowSparseTransformation
 from ultramem_jax.training.schedules import learning_rate
@@ -118,7 +120,7 @@ def make_train_step(
         else:
             of_rows = table_gradients(config.model, rows, reads, grads.get("perturbations", {}))
             tables, table_state, norms = _update_tables(
-                optimizers.rows, of_rows, state.table_state, tables, state.step
+                optimizers.rows, of_rows, state.table_state, tables, state.step, state.seed
             )
             for name, norm in norms.items():
                 usage_metrics[name]["row_norm"] = norm
@@ -154,17 +156,25 @@ def make_eval_step(config: RunConfig) -> Callable[[dict[str, Any], jax.Array, ja
 
 
 def _update_tables(
-    optimizer: RowSparseTransformation, gradients: Any, moments: Any, tables: Any, step: jax.Array
+    optimizer: RowSparseTransformation,
+    gradients: Any,
+    moments: Any,
+    tables: Any,
+    step: jax.Array,
+    seed: jax.Array,
 ) -> tuple[Any, Any, dict[str, jax.Array]]:
     """Tables and moments after the step, and per table the norm of the rows that it wrote."""
     new_tables: Any = {name: {} for name in tables}
     new_moments: Any = {name: {} for name in tables}
     norms = {}
+    of_step = mix(step.astype(jnp.uint32), seed)
+    arrays = itertools.count()
     for name, parts in tables.items():
         of_parts = {}
         for part, rows in parts.items():
+            of_array = mix(jnp.uint32(next(arrays)), of_step)
             new_tables[name][part], new_moments[name][part], of_parts[part] = optimizer.update(
-                gradients[name][part], moments[name][part], rows, step
+                gradients[name][part], moments[name][part], rows, step, of_array
             )
         norms[name] = optax.tree.norm(of_parts)
     return new_tables, new_moments, norms

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultramem_jax.memory_config import MemoryConfig
+from ultramem_jax.ops.rows import stored_dtype, to_stored
 
 Initializer = Callable[..., jax.Array]
 
@@ -162,8 +163,8 @@ def _second_moment(activation: str) -> float:
     return float((weights * y**2).sum() / weights.sum())
 
 
-def draw_table(key: jax.Array, num_slots: int, width: int, std: float) -> jax.Array:
-    """A table (N, width) float32 of N(0, std²), drawn block by block.
+def draw_table(key: jax.Array, num_slots: int, width: int, std: float, dtype: str = "float32") -> jax.Array:
+    """A table (N, width) of N(0, std²), drawn block by block, as `ultramem_jax.ops.rows` stores `dtype`.
 
     The generator's bits for a whole table would take a multiple of the table; these take that of a block.
     """
@@ -173,9 +174,9 @@ def draw_table(key: jax.Array, num_slots: int, width: int, std: float) -> jax.Ar
         # The last block starts early enough to fit; what it draws again is as random as the first time.
         start = jnp.minimum(block * rows, num_slots - rows)
         drawn = std * jax.random.normal(jax.random.fold_in(key, block), (rows, width), jnp.float32)
-        return jax.lax.dynamic_update_slice(table, drawn, (start, 0))
+        return jax.lax.dynamic_update_slice(table, to_stored(drawn, table.dtype), (start, 0))
 
-    table = jnp.zeros((num_slots, width), jnp.float32)
+    table = jnp.zeros((num_slots, width), stored_dtype(dtype))
     return jax.lax.fori_loop(0, -(-num_slots // rows), fill, table)
 
 

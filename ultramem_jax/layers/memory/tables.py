@@ -8,7 +8,7 @@ from ultramem_jax.layers.memory.initializers import MemoryInit, draw_table
 from ultramem_jax.memory_config import MemoryConfig
 
 Tables = dict[str, jax.Array]
-"""`values` (N, d_v) and, if d_p > 0, `pre_values` (N, d_p)."""
+"""`values` (N, d_v) and, if d_p > 0, `pre_values` (N, d_p), as `ultramem_jax.ops.rows` stores them."""
 
 
 def declare_tables(module: nn.Module, config: MemoryConfig, num_slots: int, init: MemoryInit) -> Tables:
@@ -19,6 +19,8 @@ def declare_tables(module: nn.Module, config: MemoryConfig, num_slots: int, init
     tables = {}
     for name, (width, std) in widths.items():
         # A default argument, because the loop goes on before a lambda is called.
-        draw = lambda width=width, std=std: draw_table(module.make_rng("params"), num_slots, width, std)  # noqa: E731
+        draw = lambda width=width, std=std: draw_table(  # noqa: E731
+            module.make_rng("params"), num_slots, width, std, config.table_dtype
+        )
         tables[name] = jnp.asarray(module.variable("memory", name, draw).value)
     return tables
