@@ -1,0 +1,169 @@
+"""What is kept of a table's rows: its bytes, counted by hand and in arrays, and the experiment on it."""
+
+import csv
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import row_states_table, seeds
+from experiments.configs import row_states as default_config
+from experiments.row_states_table import CHOICES, REFERENCE, make_configs
+from ultramem_jax import MemoryConfig, ModelConfig, TrainConfig, UserError
+from ultramem_jax.accounting import bytes_per_token, optimizer_bytes, row_bytes
+from ultramem_jax.ops.rows import stored_dtype
+from ultramem_jax.training.row_sparse import row_sparse_adamw
+
+from .test_cli import TINY
+
+# A value 6 wide, and a pre-value 4 wide.
+VALUES = MemoryConfig(value_dim=6, num_keys=16)
+BOTH = dataclasses.replace(VALUES, pre_value_dim=4)
+BASE = default_config.get_config()
+
+
+@pytest.mark.parametrize(
+    ("memory", "table", "moments"),
+    [
+        (VALUES, 4 * 6, {"element": (8 * 6, 4 * 6), "row": (4 * 6 + 4, 2 * 6 + 4)}),
+        (BOTH, 4 * 10, {"element": (8 * 10, 4 * 10), "row": (4 * 10 + 2 * 4, 2 * 10 + 2 * 4)}),
+    ],
+)
+def test_bytes_of_a_row_by_hand(memory, table, moments):
+    halves = dataclasses.replace(memory, table_dtype="bfloat16")
+    assert row_bytes(memory).total == table + moments["element"][0] == 3 * table
+    for second, by_dtype in moments.items():
+        for dtype, expected in zip(("float32", "bfloat16"), by_dtype, strict=True):
+            train = TrainConfig(row_second_moment=second, row_moment_dtype=dtype)
+            found = row_bytes(memory, train)
+            assert (found.table, found.moments, found.total) == (table, expected, table + expected)
+            assert row_bytes(halves, train) == dataclasses.replace(found, table=table // 2)
+
+
+@pytest.mark.parametrize("table_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("second", ["element", "row"])
+def test_bytes_of_a_row_are_those_of_the_arrays(table_dtype, moment_dtype, second):
+    optimizer = row_sparse_adamw(
+        lambda step: 1.0, 0.9, 0.95, 1e-8, 0.0, moment_dtype=moment_dtype, second_moment=second
+    )
+    tables = [jnp.zeros((7, width), stored_dtype(table_dtype)) for width in (6, 4)]
+    moments = [optimizer.init(table) for table in tables]
+    memory = dataclasses.replace(BOTH, table_dtype=table_dtype)
+    found = row_bytes(memory, TrainConfig(row_second_moment=second, row_moment_dtype=moment_dtype))
+    assert 7 * found.table == sum(table.nbytes for table in tables)
+    assert 7 * found.moments == sum(array.nbytes for array in jax.tree.leaves(moments))
+
+
+def test_bytes_of_a_model_follow_its_rows():
+    plain = ModelConfig(memory=BOTH)
+    halves = dataclasses.replace(plain, memory=dataclasses.replace(BOTH, table_dtype="bfloat16"))
+    train = TrainConfig(row_second_moment="row", row_moment_dtype="bfloat16")
+    memories, slots, reads = 4, 16**2, 3 * 2 * 16
+    before, after = bytes_per_token(plain, 3), bytes_per_token(halves, 3, train=train)
+    assert (before.memory, after.memory) == (memories * reads * 40, memories * reads * 20)
+    assert (before.dense, before.experts) == (after.dense, after.experts)
+    assert before.optimizer - after.optimizer == memories * reads * (80 - 28)
+    assert optimizer_bytes(plain) - optimizer_bytes(halves, train) == memories * slots * (80 - 28)
+    # Weights that are served in one dtype are so whatever they were trained in.
+    assert bytes_per_token(halves, 3, dtype_bytes=4).memory == before.memory
+
+
+def test_choices_differ_from_each_other_in_the_rows_state_alone():
+    configs = make_configs(BASE, list(CHOICES))
+    assert list(configs) == list(CHOICES) and configs[REFERENCE] == BASE
+    for one, other in itertools.combinations(configs.values(), 2):
+        assert one != other
+    assert list(make_configs(BASE, ["bfloat16"])) == [REFERENCE, "bfloat16"]
+    # What train.py has for the row's state, and for the table.
+    last = configs["bfloat16-row-nearest"]
+    assert last.model.memory.table_dtype == last.train.row_moment_dtype == "bfloat16"
+    assert (last.train.row_second_moment, last.train.row_rounding) == ("row", "nearest")
+    whole = dataclasses.replace(last.model, memory=BASE.model.memory)
+    assert (whole, last.data) == (BASE.model, BASE.data)
+
+
+def test_a_base_that_leaves_no_choice():
+    with pytest.raises(UserError, match="must have one"):
+        make_configs(dataclasses.replace(BASE, model=ModelConfig()), [])
+    taken = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, row_rounding="nearest"))
+    with pytest.raises(UserError, match="what --choices varies"):
+        make_configs(taken, [])
+    dense = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, table_gradient="dense"))
+    with pytest.raises(UserError, match="table_gradient"):
+        make_configs(dense, list(CHOICES))
+
+
+def test_table_and_figure_by_hand(tmp_path):
+    # The second seed is worse by the same for all, which pairing must take out.
+    losses = {name: 2.0 + 0.01 * i for i, name in enumerate(CHOICES)}
+    results = {
+        name: [{"bits": [9.0, loss + shift], "tokens_per_second": 1000.0} for shift in (0.0, 0.5)]
+        for name, loss in losses.items()
+    }
+    configs = make_configs(BASE, list(CHOICES))
+    rows = dict(zip(CHOICES, row_states_table.rows(configs, results), strict=True))
+    # d_v 64.
+    sizes = {name: (row["table bytes/slot"], row["moment bytes/slot"]) for name, row in rows.items()}
+    assert sizes == {
+        "full-adam": (256, 512),
+        "row-second-moment": (256, 260),
+        "bfloat16-moments": (256, 256),
+        "bfloat16": (128, 256),
+        "bfloat16-row": (128, 132),
+        "bfloat16-row-nearest": (128, 132),
+    }
+    assert all(row["bytes/slot"] == sum(sizes[name]) for name, row in rows.items())
+    assert rows["full-adam"]["GB of 20,250,000 × 128"] == pytest.approx(20.25e6 * 12 * 128 / 1e9)
+    assert rows["bfloat16-row"]["GB of 20,250,000 × 128"] == pytest.approx(20.25e6 * (4 * 128 + 4) / 1e9)
+    assert [row["rounding"] for row in rows.values()] == ["", "", *["stochastic"] * 3, "nearest"]
+    assert rows["bfloat16-row"]["moments"] == "bfloat16, float32 per row"
+    assert rows["full-adam"]["Δ"] is None
+    assert rows["bfloat16"]["Δ"] == pytest.approx(0.03)
+    assert rows["bfloat16"]["± (Δ)"] == pytest.approx(0, abs=1e-12)
+    assert rows["bfloat16"]["± (val.)"] == pytest.approx(0.5 / 2**0.5)
+    figure = row_states_table.plot(configs, results, tmp_path / "figure.png")
+    assert figure.stat().st_size > 10_000
+
+
+def test_two_choices_end_to_end_and_again_without_training(run, text, tmp_path, monkeypatch):
+    # Product keys alone in one layer: this compiles in half the time.
+    plain = ["tucker_rank=0", "num_cores=1", "expansion=1", "query_conv_width=0", "placement=1:1"]
+    command = ["row_states", *TINY, *text, *(f"--config.model.memory.{field}" for field in plain)]
+    command += ["--config.model.num_layers=1", "--choices=bfloat16-row", "--seeds=1"]
+    command += [f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}"]
+    status, out, err = run(*command)
+    assert status == 0, err
+    folders = [tmp_path / "runs" / f"{name}-seed0" for name in (REFERENCE, "bfloat16-row")]
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    assert [result["config"]["model"]["memory"]["table_dtype"] for result in results] == [
+        "float32",
+        "bfloat16",
+    ]
+    assert not list((tmp_path / "runs").rglob("checkpoints"))
+    with (tmp_path / "results" / "row_states.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    bits = [result["bits"][-1] for result in results]
+    assert [float(row["validation bits/byte"]) for row in rows] == bits
+    assert float(rows[1]["Δ"]) == bits[1] - bits[0] and rows[0]["Δ"] == rows[1]["± (Δ)"] == ""
+    assert [int(row["bytes/slot"]) for row in rows] == [3 * 4 * 8, 2 * 2 * 8 + 4]
+    table = (tmp_path / "results" / "row_states.md").read_text()
+    assert "2 steps of 8 × 16 tokens" in table and "launch.py row_states" in table and table.strip() in out
+    assert (tmp_path / "results" / "row_states.png").stat().st_size > 10_000
+
+    monkeypatch.setattr(seeds, "train", None)  # the second time nothing is trained
+    status, _, err = run(*command)
+    assert status == 0, err
+    assert (tmp_path / "results" / "row_states.md").read_text() == table
+    status, _, err = run(*command, "--config.train.learning_rate=0.5")
+    assert status == 2 and "another config" in err
+
+
+def test_bad_input_gets_one_line(run):
+    status, _, err = run("row_states", "--choices=bfloat61")
+    assert status == 2 and "did you mean 'bfloat16'" in err and len(err.splitlines()) == 1
+    status, _, err = run("row_states", "--preset=dense-tiny")
+    assert status == 2 and "model.memory" in err and len(err.splitlines()) == 1
