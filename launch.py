@@ -1,6 +1,7 @@
 """python launch.py <experiment> [flags]: runs one of the experiments; alone, lists them."""
 
 import importlib
+import os
 import sys
 
 from experiments import EXPERIMENTS
@@ -27,5 +28,18 @@ def main(argv: list[str]) -> int:
     return cli.run(module.main, [f"launch.py {name}", *argv[2:]], module.__doc__ or "", base)
 
 
+def use_huge_pages() -> None:
+    """Starts this process again with a C library that asks Linux for huge pages.
+
+    A step allocates and touches some hundred MB anew, and reads rows all over gigabytes: both are slow on
+    pages of 4 kB (docs/performance.md). The C library reads the wish when a process starts, and only there.
+    """
+    wish = "GLIBC_TUNABLES"
+    if sys.platform == "linux" and wish not in os.environ:
+        os.environ[wish] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(main(sys.argv))
