@@ -32,7 +32,7 @@ def test_touched_rows_follow_adamw_and_the_rest_keeps_every_bit():
     values = jnp.asarray(rng.standard_normal((5, 3)), jnp.float32)
     step = jnp.asarray(4, jnp.int32)
     update = jax.jit(_optimizer().update)
-    after, after_moments, norm = update(RowGradients(slots, values), moments, table, step, SEED)
+    after, after_moments, norm, _ = update(RowGradients(slots, values), moments, table, step, SEED)
     read = np.array([2, 7, 11])
     expected = _adamw_by_hand(
         *(np.asarray(a, np.float64)[read] for a in (table, *moments)), np.asarray(values, np.float64)[:3], 4
@@ -51,18 +51,20 @@ def test_chunks_of_rows_change_no_bit(monkeypatch):
     moments = RowMoments(*(jnp.asarray(rng.uniform(size=(40, 3)), jnp.float32) for _ in range(2)))
     slots = jnp.concatenate([jnp.arange(0, 34, 2), jnp.array([44, 45, 46])]).astype(jnp.int32)
     gradients = RowGradients(slots, jnp.asarray(rng.standard_normal((20, 3)), jnp.float32))
-    arguments = gradients, moments, table, jnp.asarray(2), SEED
     for kept in ({}, {"moment_dtype": "bfloat16", "second_moment": "row"}):
         optimizer = _optimizer(**kept)
         start = optimizer.init(table) if kept else moments
         arguments = gradients, start, table, jnp.asarray(2), SEED
-        whole = jax.jit(optimizer.update)(*arguments)
+        whole = jax.jit(optimizer.update, static_argnames="record")(*arguments, record=True)
         with monkeypatch.context() as patch:
             patch.setattr(chunks, "_CHUNK_VALUES", 3 * 8 * 6)  # six rows at a time: 20 = 6 + 6 + 6 + 2
-            by_chunks = jax.jit(_optimizer(**kept).update)(*arguments)
-        for a, b in zip(jax.tree.leaves(whole[:2]), jax.tree.leaves(by_chunks[:2]), strict=True):
-            np.testing.assert_array_equal(a, b)
-        assert by_chunks[2] == pytest.approx(float(whole[2]), rel=1e-6)
+            by_chunks = jax.jit(_optimizer(**kept).update, static_argnames="record")(*arguments, record=True)
+        for field in ("table", "moments", "before"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(whole, field), getattr(by_chunks, field))
+        assert by_chunks.norm == pytest.approx(float(whole.norm), rel=1e-6)
+        # What was overwritten: rows 0, 2, ..., 32, of the table and of each moment.
+        for rows, array in zip(jax.tree.leaves(whole.before), jax.tree.leaves((table, start)), strict=True):
+            np.testing.assert_array_equal(rows[:17], array[:34:2])
 
 
 def test_repeated_and_unsorted_reads_are_one_update_of_their_sum():
@@ -78,7 +80,7 @@ def test_repeated_and_unsorted_reads_are_one_update_of_their_sum():
     )
     table = jnp.asarray(rng.standard_normal((8, 4)), jnp.float32)
     optimizer = _optimizer()
-    after, _, _ = jax.jit(optimizer.update)(gradients, optimizer.init(table), table, jnp.asarray(0), SEED)
+    after = jax.jit(optimizer.update)(gradients, optimizer.init(table), table, jnp.asarray(0), SEED).table
     summed = np.zeros((8, 4))
     for token in range(2):
         for read in range(3):
@@ -99,7 +101,7 @@ def test_a_second_moment_per_row_is_the_mean_of_the_squares():
     )
     slots, values = jnp.array([0, 3, 5], jnp.int32), rng.standard_normal((3, 4))
     gradients = RowGradients(slots, jnp.asarray(values, jnp.float32))
-    after, after_moments, _ = jax.jit(optimizer.update)(gradients, moments, table, jnp.asarray(4), SEED)
+    after, after_moments, *_ = jax.jit(optimizer.update)(gradients, moments, table, jnp.asarray(4), SEED)
     read = np.array([0, 3])
     rows, first, second = (np.asarray(a, np.float64)[read] for a in (table, *moments))
     root_mean_square = np.sqrt((values[:2] ** 2).mean(1, keepdims=True)) * np.ones(4)
@@ -126,7 +128,7 @@ def test_bfloat16_rows_follow_the_float32_ones_on_average():
         for step in range(30):
             gradients = RowGradients(slots, jnp.full((512, 8), -0.3))
             seed = jnp.asarray(step, jnp.uint32)
-            rows, moments, norm = update(gradients, moments, rows, jnp.asarray(step), seed)
+            rows, moments, norm, _ = update(gradients, moments, rows, jnp.asarray(step), seed)
         ends[rounding] = np.asarray(from_stored(rows), np.float64)
         # The norm is that of the last rows before they are rounded.
         assert float(norm) == pytest.approx(np.linalg.norm(ends[rounding]), rel=1e-3)
@@ -155,7 +157,7 @@ def test_equals_optax_where_every_row_is_read():
     for step in range(5):
         grads = jnp.asarray(rng.standard_normal((6, 4)), jnp.float32)
         rows = RowGradients(jnp.arange(6, dtype=jnp.int32), grads)
-        sparse, moments, _ = ours.update(rows, moments, sparse, jnp.asarray(step), SEED)
+        sparse, moments, *_ = ours.update(rows, moments, sparse, jnp.asarray(step), SEED)
         change, state = theirs.update(grads, state, dense)
         dense = optax.apply_updates(dense, change)
     np.testing.assert_allclose(sparse, dense, rtol=1e-5, atol=1e-6)

@@ -20,7 +20,7 @@ from ultramem_jax.ops.chunks import fold_chunks
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import RowGradients
 from ultramem_jax.ops.rounding import stochastic_round
-from ultramem_jax.ops.rows import put_sorted_rows, stored_dtype, take_sorted_rows
+from ultramem_jax.ops.rows import put_sorted_rows, stored_dtype, take_sorted_rows, to_stored
 
 
 class RowMoments(NamedTuple):
@@ -32,17 +32,26 @@ class RowMoments(NamedTuple):
     """(N, d_v) like the first, or (N, 1) float32: the mean over a row's values."""
 
 
+class RowUpdate(NamedTuple):
+    """What a step makes of a table."""
+
+    table: jax.Array
+    moments: RowMoments
+    norm: jax.Array
+    """() float32, of the new rows before they are rounded: not finite if any value written is not."""
+    before: tuple[jax.Array, RowMoments] | None
+    """The rows (U, ...) of the table and of its moments that were overwritten, if that was asked for."""
+
+
 class RowSparseTransformation(NamedTuple):
     """What `optax.GradientTransformation` is for arrays, for tables whose gradient comes by rows."""
 
     init: Callable[[jax.Array], RowMoments]
     """table (N, d_v) -> moments."""
-    update: Callable[
-        [RowGradients, RowMoments, jax.Array, jax.Array, jax.Array], tuple[jax.Array, RowMoments, jax.Array]
-    ]
-    """(gradients, moments, table, step from 0, seed () uint32) -> (table, moments, norm () float32 of the
-    rows, before they were rounded and written). To be compiled with table and moments donated. The norm is
-    not finite if any value written is not. The seed is for rounding, another one for every array and step."""
+    update: Callable[..., RowUpdate]
+    """(gradients, moments, table, step from 0, seed () uint32, record=False). To be compiled with table and
+    moments donated. The seed is for rounding, another one for every array and step. With `record`, the rows
+    that it overwrites are part of the result."""
 
 
 def row_sparse_adamw(
@@ -94,13 +103,28 @@ def row_sparse_adamw(
         return x
 
     def update(
-        gradients: RowGradients, moments: RowMoments, table: jax.Array, step: jax.Array, seed: jax.Array
-    ) -> tuple[jax.Array, RowMoments, jax.Array]:
+        gradients: RowGradients,
+        moments: RowMoments,
+        table: jax.Array,
+        step: jax.Array,
+        seed: jax.Array,
+        record: bool = False,
+    ) -> RowUpdate:
         count, rate = step.astype(jnp.float32) + 1, learning_rate(step)
+        num_rows = gradients.slots.shape[0]
 
-        def update_rows(carry: Any, slots: jax.Array, gradients: jax.Array) -> Any:
-            arrays, norm = carry
-            rows, of_rows = jax.tree.map(lambda a: take_sorted_rows(a, slots).astype(jnp.float32), arrays)
+        def update_rows(carry: Any, place: jax.Array, slots: jax.Array, gradients: jax.Array) -> Any:
+            arrays, norm, log = carry
+            before = jax.tree.map(lambda a: take_sorted_rows(a, slots), arrays)
+            if record:
+                log = jax.tree.map(
+                    lambda log, rows: jax.lax.dynamic_update_slice_in_dim(
+                        log, to_stored(rows, log.dtype), place[0], 0
+                    ),
+                    log,
+                    before,
+                )
+            rows, of_rows = jax.tree.map(lambda rows: rows.astype(jnp.float32), before)
             after = adamw(count, rate, rows, of_rows, gradients)
             leaves, structure = jax.tree.flatten(arrays)
             written = [
@@ -109,13 +133,19 @@ def row_sparse_adamw(
             ]
             padding = slots[:, None] >= table.shape[0]
             norm = norm + jnp.sum(jnp.where(padding, 0.0, after[0] ** 2))
-            return jax.tree.unflatten(structure, written), norm
+            return jax.tree.unflatten(structure, written), norm, log
 
         # Chunk by chunk, so that a row's three visits to the memory, read, moved on, written, find it in the
         # cache, and nothing of the size of all rows is made in between.
-        start = (table, moments), jnp.zeros((), jnp.float32)
-        (arrays, norm) = fold_chunks(update_rows, start, _ARRAYS * table.shape[1], *gradients)
-        return *arrays, jnp.sqrt(norm)
+        arrays, log = (table, moments), None
+        if record:
+            log = jax.tree.map(lambda a: jnp.zeros((num_rows, *a.shape[1:]), a.dtype), arrays)
+        places = jnp.arange(num_rows, dtype=jnp.int32)
+        start = arrays, jnp.zeros((), jnp.float32), log
+        (table, moments), norm, log = fold_chunks(
+            update_rows, start, _ARRAYS * table.shape[1], places, *gradients
+        )
+        return RowUpdate(table, moments, jnp.sqrt(norm), log)
 
     return RowSparseTransformation(init, update)
 

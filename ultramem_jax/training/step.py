@@ -17,8 +17,9 @@ import optax
 from ultramem_jax.config import RunConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.ops.hashing import mix
+from ultramem_jax.ops.lookup import RowsRead
 from ultramem_jax.training.optimizer import Optimizers, table_learning_rate
-from ultramem_jax.training.row_sparse import RowSparseTransformation
+from ultramem_jax.training.row_sparse import RowSparseTransformation, RowUpdate
 from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.slot_usage import record_reads
 from ultramem_jax.training.state import TrainState, model_variables
@@ -33,14 +34,17 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    config: RunConfig, optimizers: Optimizers
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    config: RunConfig, optimizers: Optimizers, record_before: bool = False
+) -> Callable[[TrainState, jax.Array], tuple[Any, ...]]:
     """The step (state, tokens (B, S + 1) int32) -> (state, metrics); to be compiled with the state donated.
 
     Metrics are float32 scalars: `loss` (nats per token, without auxiliary losses), `auxiliary_loss`,
     `gradient_norm` (of the dense parameters, before clipping), `parameter_norm`, `learning_rate`, with
     memories `value_learning_rate`, per memory those of the layer, and per table those of `record_reads` and
     `row_norm`, the norm of the rows that the step wrote (of the whole table in the dense way).
+
+    With `record_before`, which the dense way does not have, it returns (state, metrics, before), the rows that
+    the step wrote as they were before it: `RowsBefore` per table and array of it.
     """
     model, dense = Transformer(config.model), config.train.table_gradient == "dense"
     micro_batches = config.train.grad_accumulation
@@ -99,9 +103,7 @@ def make_train_step(
     def train_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, buffers, reads, metrics = accumulated(state, tokens, key)
-        # Tables are written in place, so whoever still reads them has to come first: the barrier lets no
-        # row update start before the last gradient, and the compiler has no reason to copy a table.
-        grads, tables = jax.lax.optimization_barrier((grads, state.tables))
+        tables, table_state, before = state.tables, state.table_state, None
         updates, opt_state = optimizers.params.update(grads["params"], state.opt_state, state.params)
         metrics["gradient_norm"] = optax.tree.norm(grads["params"])
         metrics["learning_rate"] = rate(state.step)
@@ -113,17 +115,24 @@ def make_train_step(
         usage = {name: usage for name, (usage, _) in recorded.items()}
         usage_metrics = {name: of_memory for name, (_, of_memory) in recorded.items()}
         if dense:
-            change, table_state = optimizers.tables.update(grads["memory"], state.table_state, tables)
+            change, table_state = optimizers.tables.update(grads["memory"], table_state, tables)
             tables = optax.apply_updates(tables, change)
             for name in tables:
                 usage_metrics[name]["row_norm"] = optax.tree.norm(tables[name])
         else:
+            # Tables are written in place, so whoever still reads them has to come first. The compiler does
+            # not know that, and would rather copy a table, unless what is written depends on all gradients:
+            # if one of them is not finite, no row is.
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+            rows = {name: _only_if(finite, rows[name], tables[name]["values"].shape[0]) for name in tables}
             of_rows = table_gradients(config.model, rows, reads, grads.get("perturbations", {}))
-            tables, table_state, norms = _update_tables(
-                optimizers.rows, of_rows, state.table_state, tables, state.step, state.seed
+            updated = _update_tables(optimizers.rows, of_rows, state, record_before)
+            tables, table_state, norms, before = (
+                {name: {part: u[i] for part, u in parts.items()} for name, parts in updated.items()}
+                for i in range(4)
             )
             for name, norm in norms.items():
-                usage_metrics[name]["row_norm"] = norm
+                usage_metrics[name]["row_norm"] = optax.tree.norm(norm)
         params = optax.apply_updates(state.params, updates)
         metrics["parameter_norm"] = optax.tree.norm(params)
         state = state.replace(
@@ -155,29 +164,27 @@ def make_eval_step(config: RunConfig) -> Callable[[dict[str, Any], jax.Array, ja
     return eval_step
 
 
+def _only_if(condition: jax.Array, rows: RowsRead, num_slots: int) -> RowsRead:
+    """The rows, or padding in their place."""
+    padding = num_slots + jnp.arange(rows.slots.shape[0], dtype=jnp.int32)
+    return rows._replace(slots=jnp.where(condition, rows.slots, padding))
+
+
 def _update_tables(
-    optimizer: RowSparseTransformation,
-    gradients: Any,
-    moments: Any,
-    tables: Any,
-    step: jax.Array,
-    seed: jax.Array,
-) -> tuple[Any, Any, dict[str, jax.Array]]:
-    """Tables and moments after the step, and per table the norm of the rows that it wrote."""
-    new_tables: Any = {name: {} for name in tables}
-    new_moments: Any = {name: {} for name in tables}
-    norms = {}
-    of_step = mix(step.astype(jnp.uint32), seed)
+    optimizer: RowSparseTransformation, gradients: Any, state: TrainState, record: bool
+) -> dict[str, dict[str, RowUpdate]]:
+    """The updates of every array of every table."""
+    of_step = mix(state.step.astype(jnp.uint32), state.seed)
+    updates: dict[str, dict[str, RowUpdate]] = {name: {} for name in state.tables}
     arrays = itertools.count()
-    for name, parts in tables.items():
-        of_parts = {}
-        for part, rows in parts.items():
+    for name, parts in state.tables.items():
+        for part, table in parts.items():
             of_array = mix(jnp.uint32(next(arrays)), of_step)
-            new_tables[name][part], new_moments[name][part], of_parts[part] = optimizer.update(
-                gradients[name][part], moments[name][part], rows, step, of_array
+            moments = state.table_state[name][part]
+            updates[name][part] = optimizer.update(
+                gradients[name][part], moments, table, state.step, of_array, record
             )
-        norms[name] = optax.tree.norm(of_parts)
-    return new_tables, new_moments, norms
+    return updates
 
 
 def _flatten(sown: Any) -> Metrics:
