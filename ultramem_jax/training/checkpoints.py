@@ -3,6 +3,7 @@
 A checkpoint of step 250 is the directory `<workdir>/checkpoints/250`:
 
     state/          the train state, arrays cut into chunks (Orbax's own format)
+    undo.npz        rows of large tables to be put back, where steps ran during the save (`undo_log.py`)
     data/           the position of the data iterator, one file per process (Grain's own format)
     meta/           JSON: the run's configuration, its corpus, the validation loss, library versions
     manifest.json   the size and a checksum of every file above
@@ -13,7 +14,9 @@ that comes later (a truncated or deleted file, a kill while an old checkpoint is
 files are compared with the manifest. That comparison is needed: TensorStore reads a missing chunk as zeros.
 """
 
+import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import json
@@ -22,7 +25,7 @@ import math
 import os
 import platform
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +40,7 @@ import ultramem_jax
 from ultramem_jax.errors import UserError
 from ultramem_jax.training.large_arrays import LARGE_BYTES, array_name, read_large_array
 from ultramem_jax.training.manifest import find_damage, write_manifest
+from ultramem_jax.training.undo_log import LiveView, UndoLog, UndoRows, is_worth_it, put_back
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +51,7 @@ CHUNK_BYTES = 8 * 2**20
 """Size that arrays are cut into. Chunks are written in parallel, and a restore onto another mesh reads only
 the chunks of its own shards; by default Orbax writes one chunk per shard, however large."""
 
+_UNDO_LOG = "undo.npz"
 _TIMEOUT_SECONDS = 24 * 3600
 """Orbax gives up a save after ten minutes, which 16 GB take on a slow disk."""
 
@@ -54,6 +59,9 @@ _MESSAGE_ENTRIES = 8
 """Differences that an error message spells out; the rest are counted."""
 _REASON_CHARACTERS = 200
 """TensorStore appends its whole specification of an array to every error."""
+
+_ABANDONED: list[UndoLog] = []
+"""Of failed saves: what keeps the buffers alive that a writer may be reading still."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +116,15 @@ class Checkpoints:
         }
         self._position: int | None = None  # the step that this object last restored or saved
         self._saving = -1
+        self._log: UndoLog | None = None  # of the save in flight, if training may go on in what it reads
         self._manager = None if read_only else self._open_manager(keep_last, keep_best)
 
     def _open_manager(self, keep_last: int, keep_best: int) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             epath.Path(self.directory),
             item_handlers={
-                # Compression takes ten times the CPU time of all else, and saves 8 % of random numbers.
+                # Compression takes ten times the CPU time of all else and saves 8 % of random numbers. It may
+                # also spoil rows that nobody wrote to, if others that it refers to change under its hands.
                 "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                 "meta": ocp.JsonCheckpointHandler(),
                 "data": grain_checkpoint.CheckpointHandler(),
@@ -126,7 +136,7 @@ class Checkpoints:
                 # could not even start; `_losses` above is read with patience instead.
                 lightweight_initialize=True,
                 async_options=ocp.AsyncOptions(
-                    timeout_secs=_TIMEOUT_SECONDS, post_finalization_callback=self._write_manifest
+                    timeout_secs=_TIMEOUT_SECONDS, post_finalization_callback=self._finish
                 ),
             ),
         )
@@ -137,18 +147,44 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            log.error("the save in flight failed: %s", failure)  # most likely of what is under way already
 
     def close(self) -> None:
         """Waits for the save in flight and ends the background threads."""
         if self._manager is not None:
+            self.wait()
             self._manager.close()
             self._manager = None
 
     def wait(self) -> None:
         """Blocks until the save in flight is on disk; raises what it failed with."""
-        if self._manager is not None:
+        if self._manager is None:
+            return
+        try:
             self._manager.wait_until_finished()
+        except Exception:
+            self._abandon_log()
+            raise
+
+    @contextlib.contextmanager
+    def recorded_step(self) -> Iterator[UndoLog | None]:
+        """Around each step after a save with `recorded`: gives the log to record it in, or None.
+
+        Leaving it waits for the writer where the log has grown too long.
+        """
+        undo_log = self._log
+        if undo_log is None:
+            yield None
+            return
+        with undo_log.step() as open_log:
+            yield open_log
+        if undo_log.full:
+            self.wait()
 
     def all_steps(self) -> list[int]:
         """Steps with a committed checkpoint, rising. A save in flight counts after `wait`."""
@@ -175,12 +211,15 @@ class Checkpoints:
         config: dict[str, Any],
         corpus: dict[str, Any],
         validation_loss: float | None = None,
+        *,
+        recorded: bool = False,
     ) -> None:
         """Saves in the background; waits first for a save that is still in flight.
 
         The state's buffers may be donated as soon as this returns. On an accelerator they have been copied to
         the host by then. On CPU Orbax reads them in place, and XLA, which knows of its readers, gives the
         computation that they are donated to a copy: the first step after a save needs that much more memory.
+        Not so for large tables if `recorded`: these may be updated in place, in a `recorded_step`.
 
         Args:
             step: must be above every step in the directory, except those of a later part of the run that this
@@ -190,6 +229,7 @@ class Checkpoints:
             config: the run's configuration, from `ultramem_jax.config.to_dict`.
             corpus: what identifies the data (its hash and the like), for JSON.
             validation_loss: ranks the checkpoint for `keep_best`, lower is better.
+            recorded: `state` is a `TrainState`, and whoever donates it does so in a `recorded_step`.
 
         Raises:
             UserError: there is a checkpoint of this step or a later one, of a run that was not restored.
@@ -197,11 +237,15 @@ class Checkpoints:
         """
         if self._manager is None:
             raise RuntimeError("these checkpoints are closed, or open for reading alone")
-        self._manager.wait_until_finished()
+        self.wait()
         self._drop_later_than_position(self._manager, step)
         meta = Meta(
             step, config, corpus, _versions(), None if validation_loss is None else float(validation_loss)
         )
+        if recorded and is_worth_it(state.tables, state.table_state):
+            self._log = UndoLog(state.tables, state.table_state)
+            live = jax.tree.map(LiveView.of, {"tables": state.tables, "table_state": state.table_state})
+            state = state.replace(**live)
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
         items: dict[str, Any] = {
             "state": ocp.args.PyTreeSave(state, save_args=save_args),
@@ -213,7 +257,11 @@ class Checkpoints:
             self._losses[step] = meta.validation_loss
         self._saving = self._position = step
         # Without `force` Orbax skips, silently, a step that is not above all those it knows.
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception:
+            self._abandon_log()
+            raise
 
     def _drop_later_than_position(self, manager: ocp.CheckpointManager, step: int) -> None:
         later = [old for old in manager.all_steps() if old >= step]
@@ -231,12 +279,21 @@ class Checkpoints:
             manager.delete(old)
             self._losses.pop(old, None)
 
-    def _write_manifest(self) -> None:
+    def _finish(self) -> None:
         """Called by Orbax, in its thread and one process alone, when all is written and not yet renamed."""
         target = self.directory / str(self._saving)
         if not target.is_dir():
             (target,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        undo_log, self._log = self._log, None
+        if undo_log is not None:
+            undo_log.close()
+            undo_log.write(target / _UNDO_LOG)
         write_manifest(target)
+
+    def _abandon_log(self) -> None:
+        if self._log is not None:  # one array could not be written; others may be read still
+            _ABANDONED.append(self._log)
+            self._log = None
 
     # ---- reading
 
@@ -387,12 +444,13 @@ def _read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTre
     path = epath.Path(directory / "state")
     _require_same_tree(directory, handler.metadata(path).tree, abstract_state, partial)
     target = jax.tree.map(_with_sharding, abstract_state)
-    large = {}
+    undo, large = UndoRows(directory / _UNDO_LOG), {}
 
     def leave_out_large(key: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
-        if leaf.size * leaf.dtype.itemsize <= LARGE_BYTES:
+        name = array_name(key)
+        if name not in undo and leaf.size * leaf.dtype.itemsize <= LARGE_BYTES:
             return leaf
-        large[array_name(key)] = leaf
+        large[name] = leaf
         return None
 
     small = jax.tree_util.tree_map_with_path(leave_out_large, target)
@@ -407,7 +465,8 @@ def _read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTre
         if restored is not None:
             return restored
         name = array_name(key)
-        return read_large_array(directory / "state", name, large[name])
+        change = functools.partial(put_back, undo=undo.read(name))
+        return read_large_array(directory / "state", name, large[name], change)
 
     return jax.tree_util.tree_map_with_path(filled, target, small)
 

@@ -4,6 +4,7 @@ Orbax reads a whole array into host memory and has JAX copy it, for all arrays a
 every table twice. Here TensorStore reads the same files, and a piece is all that exists beside the array.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ _PIECE_BYTES = 8 * 2**20
 """About what is read at a time; at least a chunk, as it was written."""
 
 
-def read_large_array(state: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def read_large_array(
+    state: Path, name: str, leaf: jax.ShapeDtypeStruct, change: Callable[[np.ndarray, int], None]
+) -> jax.Array:
     """One array of Orbax's folder `state`.
 
     Args:
         state: folder of the checkpoint's state.
         name: dotted name of the leaf.
         leaf: shape, dtype and sharding of it, which must be those that were saved.
+        change: is given each piece (rows, ...) and the place of its first row, to change it before use.
     """
     store = _open(state, name)
     chunk_rows = store.chunk_layout.read_chunk.shape[0]
@@ -34,6 +38,7 @@ def read_large_array(state: Path, name: str, leaf: jax.ShapeDtypeStruct) -> jax.
     array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
     for start in range(0, leaf.shape[0], rows):
         piece = store[start : min(start + rows, leaf.shape[0])].read().result()
+        change(piece, start)
         # Waits, because pieces that nobody has taken in yet would add up to another array.
         array = jax.block_until_ready(put(array, piece, np.int32(start)))
     return array

@@ -87,7 +87,6 @@ def train(
     sharding = replicated(mesh)
     abstract = jax.eval_shape(lambda: init_state(config, optimizers))
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract)
-    step_function = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
     evaluate = Evaluator(config, corpus)
     _make_folder(workdir)
     meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus_identity(corpus)}
@@ -103,6 +102,7 @@ def train(
             restored = checkpoints.restore(abstract, data, expect_config=to_dict(config))
             state, start = restored.state, restored.step
             log.info("resumed from step %d of %s", start, workdir)
+        step_function = _StepFunction(config, optimizers, checkpoints)
         with MetricWriter(workdir, config.train.tensorboard, start or None) as writer:
             run = _Run(config, corpus, checkpoints, writer, evaluate, data, meta, stop)
             return run.steps(state, start, step_function, lambda tokens: shard_batch(tokens, mesh), progress)
@@ -231,6 +231,27 @@ def _fresh_state(config: RunConfig, optimizers: Optimizers, sharding: jax.shardi
         ) from None
 
 
+class _StepFunction:
+    """The compiled step; while a save reads the tables, a variant of it that records what it overwrites."""
+
+    def __init__(self, config: RunConfig, optimizers: Optimizers, checkpoints: Checkpoints):
+        self._config, self._optimizers, self._checkpoints = config, optimizers, checkpoints
+        self._plain = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
+        self._recording: Callable[..., Any] | None = None  # compiled when it is needed first
+
+    def __call__(self, state: TrainState, tokens: Any) -> tuple[TrainState, Any]:
+        with self._checkpoints.recorded_step() as undo_log:
+            if undo_log is None:
+                return self._plain(state, tokens)
+            if self._recording is None:
+                log.info("compiling the step once more, to go on while a save reads the tables")
+                step = make_train_step(self._config, self._optimizers, record_before=True)
+                self._recording = jax.jit(step, donate_argnums=0)
+            state, metrics, before = self._recording(state, tokens)
+            undo_log.record(state.tables, state.table_state, before)
+            return state, metrics
+
+
 @dataclasses.dataclass
 class _Run:
     """What the steps of a run share."""
@@ -306,6 +327,7 @@ class _Run:
             config=self.meta["config"],
             corpus=self.meta["corpus"],
             validation_loss=validation_loss,
+            recorded=self.config.train.table_gradient != "dense",
         )
 
     def _finite(self, metrics: dict[str, Any], step: int) -> float:

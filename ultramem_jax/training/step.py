@@ -21,6 +21,7 @@ from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.slot_usage import record_reads
 from ultramem_jax.training.state import TrainState, model_variables
 from ultramem_jax.training.table_gradients import perturbations, rows_of_tables, table_gradients
+from ultramem_jax.training.undo_log import rows_before
 
 Metrics = dict[str, Any]
 
@@ -31,14 +32,16 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    config: RunConfig, optimizers: Optimizers
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    config: RunConfig, optimizers: Optimizers, record_before: bool = False
+) -> Callable[[TrainState, jax.Array], tuple[Any, ...]]:
     """The step (state, tokens (B, S + 1) int32) -> (state, metrics); to be compiled with the state donated.
 
     Metrics are float32 scalars: `loss` (nats per token, without auxiliary losses), `auxiliary_loss`,
     `gradient_norm` (of the dense parameters, before clipping), `parameter_norm`, `learning_rate`, with
     memories `value_learning_rate`, per memory those of the layer, and per table those of `record_reads` and
     `row_norm`, the norm of the rows that the step wrote (of the whole table in the dense way).
+
+    With `record_before`, which the dense way does not have, it returns (state, metrics, `rows_before`).
     """
     model, dense = Transformer(config.model), config.train.table_gradient == "dense"
     micro_batches = config.train.grad_accumulation
@@ -94,7 +97,7 @@ def make_train_step(
         reads = jax.tree.map(side_by_side, reads)
         return grads, buffers, reads, jax.tree.map(lambda m: m.mean(0), metrics)
 
-    def train_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, tokens: jax.Array) -> tuple[Any, ...]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, buffers, reads, metrics = accumulated(state, tokens, key)
         # Tables are written in place, so whoever still reads them has to come first: the barrier lets no
@@ -110,15 +113,20 @@ def make_train_step(
         recorded = {name: record_reads(state.usage[name], rows[name]) for name in tables}
         usage = {name: usage for name, (usage, _) in recorded.items()}
         usage_metrics = {name: of_memory for name, (_, of_memory) in recorded.items()}
+        before, table_state = None, state.table_state
         if dense:
-            change, table_state = optimizers.tables.update(grads["memory"], state.table_state, tables)
+            change, table_state = optimizers.tables.update(grads["memory"], table_state, tables)
             tables = optax.apply_updates(tables, change)
             for name in tables:
                 usage_metrics[name]["row_norm"] = optax.tree.norm(tables[name])
         else:
             of_rows = table_gradients(config.model, rows, reads, grads.get("perturbations", {}))
+            if record_before:
+                # The optimizer reads the same rows, and XLA makes one of the two: so they are read before
+                # any is written, without a barrier, at which it would copy the tables.
+                before = rows_before(of_rows, tables, table_state)
             tables, table_state, norms = _update_tables(
-                optimizers.rows, of_rows, state.table_state, tables, state.step
+                optimizers.rows, of_rows, table_state, tables, state.step
             )
             for name, norm in norms.items():
                 usage_metrics[name]["row_norm"] = norm
@@ -133,7 +141,8 @@ def make_train_step(
             usage=usage,
             buffers=buffers,
         )
-        return state, metrics | _flatten(usage_metrics)
+        metrics |= _flatten(usage_metrics)
+        return (state, metrics, before) if record_before else (state, metrics)
 
     return train_step
 
