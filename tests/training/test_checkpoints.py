@@ -18,7 +18,7 @@ import pytest
 from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig, to_dict
 from ultramem_jax.errors import UserError
 from ultramem_jax.training import checkpoints as module
-from ultramem_jax.training import manifest
+from ultramem_jax.training import large_arrays, manifest
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.manifest import find_damage
 
@@ -132,7 +132,11 @@ def test_donation_right_after_save_leaves_the_checkpoint_alone(tmp_path):
     assert_same_bits(restored, jax.tree.map(jnp.asarray, expected))
 
 
-def test_restores_onto_another_mesh(tmp_path):
+@pytest.mark.parametrize("pieces", [False, True])
+def test_restores_onto_another_mesh(tmp_path, monkeypatch, pieces):
+    if pieces:  # of two chunks each, but for the last
+        monkeypatch.setattr(module, "LARGE_BYTES", 0)
+        monkeypatch.setattr(large_arrays, "_PIECE_BYTES", 2 * 8 * 8 * 4)
     devices = np.asarray(jax.devices())
     rows = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, "a"), jax.P("a"))
     grid = jax.sharding.NamedSharding(jax.sharding.Mesh(devices.reshape(2, 4), ("a", "b")), jax.P("b", "a"))
@@ -147,6 +151,18 @@ def test_restores_onto_another_mesh(tmp_path):
             assert_same_bits(restored, table)
         alone = checkpoints.restore({"table": jax.ShapeDtypeStruct(table.shape, table.dtype)}).state["table"]
         assert alone.devices() == {jax.devices()[0]}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int32, jnp.bool])
+@pytest.mark.parametrize("shape", [(70, 3), (5,), (7, 2, 3)])
+def test_large_arrays_are_read_in_pieces(tmp_path, monkeypatch, dtype, shape):
+    monkeypatch.setattr(module, "LARGE_BYTES", 0)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 8)
+    monkeypatch.setattr(large_arrays, "_PIECE_BYTES", 24)
+    state = {"nested": ({"table": jax.random.normal(jax.random.key(0), shape).astype(dtype)},)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, None, CONFIG, CORPUS)
+        assert_same_bits(checkpoints.restore(abstract(state)).state, state)
 
 
 def test_position_of_the_data_iterator(tmp_path):

@@ -181,6 +181,52 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(config, whole, tmp_p
     _same(whole[0].state, result.state)
 
 
+def _in_memory_of(kind, config):
+    memory = replace(config.model.memory, memory_kind=kind)
+    return replace(config, model=replace(config.model, memory=memory))
+
+
+def test_a_run_goes_on_with_its_tables_in_another_memory(config, whole, tmp_path, monkeypatch):
+    write = MetricWriter.write
+
+    def stop_at_three(self, step, split, scalars):
+        write(self, step, split, scalars)
+        if step == 3 and split == "train":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MetricWriter, "write", stop_at_three)
+    first = train(_in_memory_of("pinned_host", config), tmp_path, progress=False)
+    assert first.step == 3
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(first.state.tables)} == {"pinned_host"}
+    monkeypatch.undo()
+    # Read where it was trained, and on the device.
+    loaded = load_model(tmp_path, 3)
+    assert loaded.variables["memory"]["memory_0"]["values"].sharding.memory_kind == "pinned_host"
+    _same(loaded.variables["memory"], first.state.tables)
+    second = train(config, tmp_path, progress=False)
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(second.state.tables)} == {"device"}
+    _same(whole[0].state, second.state)
+
+
+def test_a_memory_that_the_devices_do_not_have_is_refused(config, tmp_path, monkeypatch):
+    with_it = _in_memory_of("pinned_host", config)
+
+    class Device:
+        device_kind = "abacus"
+
+        def default_memory(self):
+            return type("Memory", (), {"kind": "device"})
+
+        def addressable_memories(self):
+            return [self.default_memory()]
+
+    monkeypatch.setattr("ultramem_jax.training.state.jax.local_devices", lambda: [Device()])
+    allowed = "must be 'device' here: abacus has the memories device"
+    with pytest.raises(UserError, match=f"model.memory.memory_kind = 'pinned_host': {allowed}"):
+        train(with_it, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_of_another_model_is_refused(config, whole):
     other = replace(config, model=replace(config.model, mlp_dim=32))
     with pytest.raises(UserError, match=r"model\.mlp_dim.*16.*32"):
@@ -270,8 +316,8 @@ def test_the_best_checkpoint_needs_a_validation_loss(config, tmp_path, monkeypat
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, monkeypatch):
     make = loop.make_train_step
 
-    def poisoned(config, optimizers):
-        step = make(config, optimizers)
+    def poisoned(*args, **kwargs):
+        step = make(*args, **kwargs)
 
         def at_four(state, tokens):
             state, metrics = step(state, tokens)

@@ -1,8 +1,9 @@
-"""Checkpoints of a run, and the only file that knows Orbax.
+"""Checkpoints of a run. Nothing but this file and `large_arrays.py` knows Orbax.
 
 A checkpoint of step 250 is the directory `<workdir>/checkpoints/250`:
 
-    state/          the train state, arrays cut into chunks and compressed (Orbax's own format)
+    state/          the train state, arrays cut into chunks (Orbax's own format)
+    undo.npz        rows of large tables to be put back, where steps ran during the save (`undo_log.py`)
     data/           the position of the data iterator, one file per process (Grain's own format)
     meta/           JSON: the run's configuration, its corpus, the validation loss, library versions
     manifest.json   the size and a checksum of every file above
@@ -13,7 +14,9 @@ that comes later (a truncated or deleted file, a kill while an old checkpoint is
 files are compared with the manifest. That comparison is needed: TensorStore reads a missing chunk as zeros.
 """
 
+import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import json
@@ -22,7 +25,7 @@ import math
 import os
 import platform
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,21 +38,30 @@ from grain import checkpoint as grain_checkpoint
 
 import ultramem_jax
 from ultramem_jax.errors import UserError
+from ultramem_jax.training.large_arrays import LARGE_BYTES, array_name, read_large_array
 from ultramem_jax.training.manifest import find_damage, write_manifest
+from ultramem_jax.training.undo_log import LiveView, UndoLog, UndoRows, put_back
 
 log = logging.getLogger(__name__)
 
 PyTree = Any
 T = TypeVar("T")
 
-CHUNK_BYTES = 64 * 2**20
-"""Size that arrays are cut into. Chunks are compressed in parallel, and a restore onto another mesh reads
-only the chunks of its own shards; by default Orbax writes one chunk per shard, however large."""
+CHUNK_BYTES = 8 * 2**20
+"""Size that arrays are cut into. Chunks are written in parallel, and a restore onto another mesh reads only
+the chunks of its own shards; by default Orbax writes one chunk per shard, however large."""
+
+_UNDO_LOG = "undo.npz"
+_TIMEOUT_SECONDS = 24 * 3600
+"""Orbax gives up a save after ten minutes, which 16 GB take on a slow disk."""
 
 _MESSAGE_ENTRIES = 8
 """Differences that an error message spells out; the rest are counted."""
 _REASON_CHARACTERS = 200
 """TensorStore appends its whole specification of an array to every error."""
+
+_ABANDONED: list[UndoLog] = []
+"""Of failed saves: what keeps the buffers alive that a writer may be reading still."""
 
 
 @dataclass(frozen=True)
@@ -104,18 +116,28 @@ class Checkpoints:
         }
         self._position: int | None = None  # the step that this object last restored or saved
         self._saving = -1
+        self._log: UndoLog | None = None  # of the save in flight, if training may go on in what it reads
         self._manager = None if read_only else self._open_manager(keep_last, keep_best)
 
     def _open_manager(self, keep_last: int, keep_best: int) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             epath.Path(self.directory),
+            item_handlers={
+                # Compression takes ten times the CPU time of all else and saves 8 % of random numbers. It may
+                # also spoil rows that nobody wrote to, if others that it refers to change under its hands.
+                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "meta": ocp.JsonCheckpointHandler(),
+                "data": grain_checkpoint.CheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_NewestAndBest(keep_last, keep_best, self._losses),
                 cleanup_tmp_directories=True,
                 # Its own reading of metadata and metrics would fail on a damaged checkpoint, so that a run
                 # could not even start; `_losses` above is read with patience instead.
                 lightweight_initialize=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=_TIMEOUT_SECONDS, post_finalization_callback=self._finish
+                ),
             ),
         )
 
@@ -125,18 +147,44 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            log.error("the save in flight failed: %s", failure)  # most likely of what is under way already
 
     def close(self) -> None:
         """Waits for the save in flight and ends the background threads."""
         if self._manager is not None:
+            self.wait()
             self._manager.close()
             self._manager = None
 
     def wait(self) -> None:
         """Blocks until the save in flight is on disk; raises what it failed with."""
-        if self._manager is not None:
+        if self._manager is None:
+            return
+        try:
             self._manager.wait_until_finished()
+        except Exception:
+            self._abandon_log()
+            raise
+
+    @contextlib.contextmanager
+    def recorded_step(self) -> Iterator[UndoLog | None]:
+        """Around each step after a save with `recorded`: gives the log to record it in, or None.
+
+        Leaving it waits for the writer where the log has grown too long.
+        """
+        undo_log = self._log
+        if undo_log is None:
+            yield None
+            return
+        with undo_log.step() as open_log:
+            yield open_log
+        if undo_log.full:
+            self.wait()
 
     def all_steps(self) -> list[int]:
         """Steps with a committed checkpoint, rising. A save in flight counts after `wait`."""
@@ -163,12 +211,15 @@ class Checkpoints:
         config: dict[str, Any],
         corpus: dict[str, Any],
         validation_loss: float | None = None,
+        *,
+        recorded: bool = False,
     ) -> None:
         """Saves in the background; waits first for a save that is still in flight.
 
         The state's buffers may be donated as soon as this returns. On an accelerator they have been copied to
         the host by then. On CPU Orbax reads them in place, and XLA, which knows of its readers, gives the
         computation that they are donated to a copy: the first step after a save needs that much more memory.
+        Not so for tables if `recorded`: these may be updated in place, in a `recorded_step`.
 
         Args:
             step: must be above every step in the directory, except those of a later part of the run that this
@@ -178,6 +229,8 @@ class Checkpoints:
             config: the run's configuration, from `ultramem_jax.config.to_dict`.
             corpus: what identifies the data (its hash and the like), for JSON.
             validation_loss: ranks the checkpoint for `keep_best`, lower is better.
+            recorded: `state` is a `TrainState` whose tables lie on one CPU (`undo_log.is_worth_it`), and
+                whoever donates it does so in a `recorded_step`.
 
         Raises:
             UserError: there is a checkpoint of this step or a later one, of a run that was not restored.
@@ -185,14 +238,18 @@ class Checkpoints:
         """
         if self._manager is None:
             raise RuntimeError("these checkpoints are closed, or open for reading alone")
-        self._manager.wait_until_finished()
+        self.wait()
         self._drop_later_than_position(self._manager, step)
         meta = Meta(
             step, config, corpus, _versions(), None if validation_loss is None else float(validation_loss)
         )
+        if recorded:
+            self._log = UndoLog(state.tables, state.table_state)
+            live = jax.tree.map(LiveView.of, {"tables": state.tables, "table_state": state.table_state})
+            state = state.replace(**live)
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
         items: dict[str, Any] = {
-            "state": ocp.args.StandardSave(state, save_args=save_args),
+            "state": ocp.args.PyTreeSave(state, save_args=save_args),
             "meta": ocp.args.JsonSave(dataclasses.asdict(meta)),
         }
         if data_iterator is not None:
@@ -201,7 +258,11 @@ class Checkpoints:
             self._losses[step] = meta.validation_loss
         self._saving = self._position = step
         # Without `force` Orbax skips, silently, a step that is not above all those it knows.
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception:
+            self._abandon_log()
+            raise
 
     def _drop_later_than_position(self, manager: ocp.CheckpointManager, step: int) -> None:
         later = [old for old in manager.all_steps() if old >= step]
@@ -219,12 +280,21 @@ class Checkpoints:
             manager.delete(old)
             self._losses.pop(old, None)
 
-    def _write_manifest(self) -> None:
+    def _finish(self) -> None:
         """Called by Orbax, in its thread and one process alone, when all is written and not yet renamed."""
         target = self.directory / str(self._saving)
         if not target.is_dir():
             (target,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        undo_log, self._log = self._log, None
+        if undo_log is not None:
+            undo_log.close()
+            undo_log.write(target / _UNDO_LOG)
         write_manifest(target)
+
+    def _abandon_log(self) -> None:
+        if self._log is not None:  # one array could not be written; others may be read still
+            _ABANDONED.append(self._log)
+            self._log = None
 
     # ---- reading
 
@@ -375,13 +445,31 @@ def _read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTre
     path = epath.Path(directory / "state")
     _require_same_tree(directory, handler.metadata(path).tree, abstract_state, partial)
     target = jax.tree.map(_with_sharding, abstract_state)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
+    undo, large = UndoRows(directory / _UNDO_LOG), {}
+
+    def leave_out_large(key: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
+        name = array_name(key)
+        if name not in undo and leaf.size * leaf.dtype.itemsize <= LARGE_BYTES:
+            return leaf
+        large[name] = leaf
+        return None
+
+    small = jax.tree_util.tree_map_with_path(leave_out_large, target)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(small)
+    args = ocp.args.PyTreeRestore(item=small, restore_args=restore_args, partial_restore=True)
     with ocp.Checkpointer(handler) as checkpointer:
-        state = checkpointer.restore(path, args=args)
-    # Orbax leaves the host buffers that it read into in reference cycles; a table's worth cannot wait there.
+        small = checkpointer.restore(path, args=args)
+    # Orbax leaves the host buffers that it read into in reference cycles; they cannot wait there.
     gc.collect()
-    return state
+
+    def filled(key: Any, _: Any, restored: jax.Array | None) -> jax.Array:
+        if restored is not None:
+            return restored
+        name = array_name(key)
+        change = functools.partial(put_back, undo=undo.read(name))
+        return read_large_array(directory / "state", name, large[name], change)
+
+    return jax.tree_util.tree_map_with_path(filled, target, small)
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -415,11 +503,19 @@ def _entries(tree: PyTree) -> dict[str, str]:
 
 def _require_same_model(directory: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     here = json.loads(json.dumps(here))  # as the checkpoint's own: tuples become lists
-    differences = _differences("model", there.get("model"), here.get("model"))
+    differences = _differences("model", *(_wherever_it_lies(config.get("model")) for config in (there, here)))
     tokenizers = [config.get("data", {}).get("tokenizer") for config in (there, here)]
     differences += _differences("data.tokenizer", *tokenizers)
     if differences:
         raise UserError(f"checkpoint at {directory} is of another model: {_listed(differences)}")
+
+
+def _wherever_it_lies(model: Any) -> Any:
+    """A model's configuration without the memory that its tables lie in, which a run may change."""
+    if not isinstance(model, dict) or not isinstance(model.get("memory"), dict):
+        return model
+    memory = {name: value for name, value in model["memory"].items() if name != "memory_kind"}
+    return model | {"memory": memory}
 
 
 def _differences(name: str, there: Any, here: Any) -> list[str]:

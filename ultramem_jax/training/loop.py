@@ -28,9 +28,9 @@ from ultramem_jax.training.state import (
     abstract_state,
     fresh_state,
     model_variables,
-    state_shardings,
 )
 from ultramem_jax.training.step import make_eval_step, make_train_step
+from ultramem_jax.training.undo_log import is_worth_it
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +92,6 @@ def train(
     optimizers = make_optimizers(config)
     sharding = replicated(mesh)
     abstract = abstract_state(config, optimizers, sharding)
-    step_function = jax.jit(
-        make_train_step(config, optimizers),
-        donate_argnums=0,
-        out_shardings=(state_shardings(abstract), sharding),
-    )
     evaluate = Evaluator(config, corpus)
     _make_folder(workdir)
     meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus_identity(corpus)}
@@ -112,6 +107,7 @@ def train(
             restored = checkpoints.restore(abstract, data, expect_config=to_dict(config))
             state, start = restored.state, restored.step
             log.info("resumed from step %d of %s", start, workdir)
+        step_function = _StepFunction(config, optimizers, state, checkpoints)
         with MetricWriter(workdir, config.train.tensorboard, start or None) as writer:
             run = _Run(config, corpus, checkpoints, writer, evaluate, data, meta, stop)
             return run.steps(state, start, step_function, lambda tokens: shard_batch(tokens, mesh), progress)
@@ -241,6 +237,35 @@ def _fresh_state(
         ) from None
 
 
+class _StepFunction:
+    """The compiled step; where a save may read tables meanwhile, one that tells the save what it overwrites.
+
+    Such a step is used whether a save is in flight or not: another program would round in other places, and a
+    run would depend on how long its saves take.
+    """
+
+    def __init__(
+        self, config: RunConfig, optimizers: Optimizers, state: TrainState, checkpoints: Checkpoints
+    ):
+        """The step for arrays that lie where those of `state` do."""
+        row_sparse = config.train.table_gradient == "row_sparse"
+        self.records = row_sparse and is_worth_it(state.tables, state.table_state)
+        self._checkpoints = checkpoints
+        shardings = jax.tree.map(lambda a: a.sharding, state)
+        beside = (state.step.sharding,) * (2 if self.records else 1)
+        step = make_train_step(config, optimizers, record_before=self.records)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, *beside))
+
+    def __call__(self, state: TrainState, tokens: Any) -> tuple[TrainState, Any]:
+        if not self.records:
+            return self._step(state, tokens)
+        with self._checkpoints.recorded_step() as undo_log:
+            state, metrics, before = self._step(state, tokens)
+            if undo_log is not None:
+                undo_log.record(state.tables, state.table_state, before)
+            return state, metrics
+
+
 @dataclasses.dataclass
 class _Run:
     """What the steps of a run share."""
@@ -258,7 +283,7 @@ class _Run:
         self,
         state: TrainState,
         start: int,
-        step_function: Callable[[TrainState, Any], tuple[TrainState, Any]],
+        step_function: "_StepFunction",
         shard: Callable[[np.ndarray], Any],
         progress: bool,
     ) -> TrainResult:
@@ -297,7 +322,7 @@ class _Run:
                     )
                 stopping = self.stop.requested and not last
                 if stopping or _due(step, train.checkpoint_every, last):
-                    self._save(step, state, validation[0] if evaluated else None)
+                    self._save(step, state, validation[0] if evaluated else None, step_function.records)
                 if stopping:
                     finished = False
                     break
@@ -308,7 +333,7 @@ class _Run:
         speed = tokens_per_step / float(np.median(list(seconds)[1:])) if len(seconds) > 1 else math.nan
         return TrainResult(step, finished, *validation, speed, state)
 
-    def _save(self, step: int, state: TrainState, validation_loss: float | None) -> None:
+    def _save(self, step: int, state: TrainState, validation_loss: float | None, recorded: bool) -> None:
         self.checkpoints.save(
             step,
             state,
@@ -316,6 +341,7 @@ class _Run:
             config=self.meta["config"],
             corpus=self.meta["corpus"],
             validation_loss=validation_loss,
+            recorded=recorded,
         )
 
     def _finite(self, metrics: dict[str, Any], step: int) -> float:

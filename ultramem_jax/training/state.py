@@ -70,7 +70,7 @@ def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None
 def fresh_state(
     config: RunConfig, optimizers: Optimizers, sharding: NamedSharding, seed: np.uint32
 ) -> TrainState:
-    """The state at step 0, each array where `state_shardings` puts it.
+    """The state at step 0, each array where `abstract_state` says.
 
     Drawing tables for the memory of the host takes room on the device for one of them at a time.
     """
@@ -111,11 +111,6 @@ def abstract_state(config: RunConfig, optimizers: Optimizers, sharding: NamedSha
     return placed(sharding, state).replace(
         tables=placed(for_tables, state.tables), table_state=placed(for_tables, state.table_state)
     )
-
-
-def state_shardings(abstract: TrainState) -> TrainState:
-    """The shardings in `abstract_state`, for `jax.jit`."""
-    return jax.tree.map(lambda a: a.sharding, abstract)
 
 
 def _memory_kind(config: RunConfig) -> str:

@@ -19,11 +19,12 @@ from ultramem_jax.models import Transformer
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import RowsRead
 from ultramem_jax.training.optimizer import Optimizers, table_learning_rate
-from ultramem_jax.training.row_sparse import RowSparseTransformation, RowUpdate
+from ultramem_jax.training.row_sparse import RowSparseTransformation
 from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.slot_usage import record_reads
 from ultramem_jax.training.state import TrainState, model_variables
 from ultramem_jax.training.table_gradients import perturbations, rows_of_tables, table_gradients
+from ultramem_jax.training.undo_log import RowsBefore
 
 Metrics = dict[str, Any]
 
@@ -43,8 +44,8 @@ def make_train_step(
     memories `value_learning_rate`, per memory those of the layer, and per table those of `record_reads` and
     `row_norm`, the norm of the rows that the step wrote (of the whole table in the dense way).
 
-    With `record_before`, which the dense way does not have, it returns (state, metrics, before), the rows that
-    the step wrote as they were before it: `RowsBefore` per table and array of it.
+    With `record_before`, which the dense way does not have, it returns (state, metrics, before): per table
+    and array of it `RowsBefore`, the rows that the step wrote as they were before it.
     """
     model, dense = Transformer(config.model), config.train.table_gradient == "dense"
     micro_batches = config.train.grad_accumulation
@@ -100,10 +101,10 @@ def make_train_step(
         reads = jax.tree.map(side_by_side, reads)
         return grads, buffers, reads, jax.tree.map(lambda m: m.mean(0), metrics)
 
-    def train_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, tokens: jax.Array) -> tuple[Any, ...]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, buffers, reads, metrics = accumulated(state, tokens, key)
-        tables, table_state, before = state.tables, state.table_state, None
+        tables, table_state = state.tables, state.table_state
         updates, opt_state = optimizers.params.update(grads["params"], state.opt_state, state.params)
         metrics["gradient_norm"] = optax.tree.norm(grads["params"])
         metrics["learning_rate"] = rate(state.step)
@@ -114,6 +115,7 @@ def make_train_step(
         recorded = {name: record_reads(state.usage[name], rows[name]) for name in tables}
         usage = {name: usage for name, (usage, _) in recorded.items()}
         usage_metrics = {name: of_memory for name, (_, of_memory) in recorded.items()}
+        before: Any = None
         if dense:
             change, table_state = optimizers.tables.update(grads["memory"], table_state, tables)
             tables = optax.apply_updates(tables, change)
@@ -126,13 +128,11 @@ def make_train_step(
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
             rows = {name: _only_if(finite, rows[name], tables[name]["values"].shape[0]) for name in tables}
             of_rows = table_gradients(config.model, rows, reads, grads.get("perturbations", {}))
-            updated = _update_tables(optimizers.rows, of_rows, state, record_before)
-            tables, table_state, norms, before = (
-                {name: {part: u[i] for part, u in parts.items()} for name, parts in updated.items()}
-                for i in range(4)
+            tables, table_state, before, norms = _update_tables(
+                optimizers.rows, of_rows, state, record_before
             )
-            for name, norm in norms.items():
-                usage_metrics[name]["row_norm"] = optax.tree.norm(norm)
+            for name, of_table in norms.items():
+                usage_metrics[name]["row_norm"] = optax.tree.norm(of_table)
         params = optax.apply_updates(state.params, updates)
         metrics["parameter_norm"] = optax.tree.norm(params)
         state = state.replace(
@@ -144,7 +144,8 @@ def make_train_step(
             usage=usage,
             buffers=buffers,
         )
-        return state, metrics | _flatten(usage_metrics)
+        metrics |= _flatten(usage_metrics)
+        return (state, metrics, before) if record_before else (state, metrics)
 
     return train_step
 
@@ -171,20 +172,23 @@ def _only_if(condition: jax.Array, rows: RowsRead, num_slots: int) -> RowsRead:
 
 
 def _update_tables(
-    optimizer: RowSparseTransformation, gradients: Any, state: TrainState, record: bool
-) -> dict[str, dict[str, RowUpdate]]:
-    """The updates of every array of every table."""
+    optimizer: RowSparseTransformation, gradients: Any, state: TrainState, record_before: bool
+) -> tuple[Any, ...]:
+    """Per table and array of it: the array, its moments, `RowsBefore`, and the norm of the new rows."""
     of_step = mix(state.step.astype(jnp.uint32), state.seed)
-    updates: dict[str, dict[str, RowUpdate]] = {name: {} for name in state.tables}
     arrays = itertools.count()
+    after: tuple[dict[str, dict[str, Any]], ...] = tuple(
+        {name: {} for name in state.tables} for _ in range(4)
+    )
     for name, parts in state.tables.items():
         for part, table in parts.items():
-            of_array = mix(jnp.uint32(next(arrays)), of_step)
-            moments = state.table_state[name][part]
-            updates[name][part] = optimizer.update(
-                gradients[name][part], moments, table, state.step, of_array, record
-            )
-    return updates
+            rows, moments = gradients[name][part], state.table_state[name][part]
+            seed = mix(jnp.uint32(next(arrays)), of_step)
+            update = optimizer.update(rows, moments, table, state.step, seed, record_before)
+            before = RowsBefore(rows.slots, update.before) if update.before else None
+            for trees, result in zip(after, (update.table, update.moments, before, update.norm), strict=True):
+                trees[name][part] = result
+    return after
 
 
 def _flatten(sown: Any) -> Metrics:

@@ -1,0 +1,203 @@
+"""Saving tables while training writes into them, without a copy: a fuzzy checkpoint and its undo log.
+
+While a save is in flight the background writer reads tables and moments where they are (`LiveView`). What it
+writes mixes rows from before and after the steps that run meanwhile; each of these steps hands over the rows
+that it overwrites, as they were (`RowsBefore`). Of a row that several steps wrote the first record counts:
+that is the row at the step of the save. Once all arrays are read, the log goes into the checkpoint, before it
+is committed, and whoever restores puts its rows back (`UndoRows`).
+
+XLA knows nothing of such a reader. Otherwise it would not let the tables be donated, and the next step would
+write into a copy of all of them. So it is on the log to keep their buffers alive: it refers to the newest
+state, and holds Ctrl-C back between a step and its record.
+"""
+
+import contextlib
+import ctypes
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ultramem_jax.training.large_arrays import array_name
+
+PyTree = Any
+
+LIVE_BYTES = 256 * 2**20
+"""Tables and moments that are smaller than this in all are saved without a log: XLA's copy is cheap."""
+_LOG_SHARE = 0.2
+"""Of the bytes of tables and moments; with a larger log, training waits for the writer."""
+
+
+class RowsBefore(NamedTuple):
+    """The rows that a step writes into one array of a table, as they were before it."""
+
+    slots: jax.Array
+    """(U,) int32, rising, each once; those not below N are padding."""
+    rows: tuple[jax.Array, PyTree]
+    """(U, ...) each: of the array and of its moments."""
+
+
+class LiveView(np.ndarray):
+    """An array's own memory, valid while the buffer lives, whichever `jax.Array` it is donated to."""
+
+    @classmethod
+    def of(cls, array: jax.Array) -> "LiveView":
+        """The view of an array (any shape) on a CPU."""
+        memory: Any = (ctypes.c_ubyte * array.nbytes).from_address(array.unsafe_buffer_pointer())
+        return np.frombuffer(memory, np.uint8).view(array.dtype).reshape(array.shape).view(cls)
+
+    def __deepcopy__(self, memo: Any) -> "LiveView":
+        return self  # Orbax makes a deep copy of what it is given, to be safe from what is wanted here
+
+
+def is_worth_it(tables: PyTree, moments: PyTree) -> bool:
+    """Whether these are large, and on a CPU in one piece. From an accelerator Orbax copies them anyway."""
+    arrays = jax.tree.leaves((tables, moments))
+    alone = all(a.is_fully_addressable and len(a.devices()) == 1 for a in arrays)
+    on_cpu = all(d.platform == "cpu" for a in arrays for d in a.devices())
+    return alone and on_cpu and sum(a.nbytes for a in arrays) >= LIVE_BYTES
+
+
+class UndoLog:
+    """The undo log of one save. The training thread records, the writer's thread closes and writes it."""
+
+    def __init__(self, tables: PyTree, moments: PyTree):
+        self._arrays = _by_name(tables, moments)
+        jax.block_until_ready(self._arrays)  # what a step still writes would be in no record
+        self._addresses = {name: a.unsafe_buffer_pointer() for name, a in self._arrays.items()}
+        self._limit = _LOG_SHARE * sum(a.nbytes for a in self._arrays.values())
+        parts = [(name, part, a) for name, table in tables.items() for part, a in table.items()]
+        self._recorded = {(name, part): np.zeros(len(a), bool) for name, part, a in parts}
+        self._entries: dict[str, np.ndarray] = {}
+        self._num_bytes, self._num_steps = 0, 0
+        self._changed = threading.Condition()
+        self._in_step = self._closed = self._broken = False
+
+    @property
+    def full(self) -> bool:
+        """Whether training is to wait for the writer."""
+        return self._num_bytes > self._limit
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator["UndoLog | None"]:
+        """Around a step that calls `record`; it is given None if all is read and no record needed."""
+        with self._changed:
+            self._in_step = not self._closed
+        if not self._in_step:
+            yield None
+            return
+        steps = self._num_steps
+        with _interrupts_held_back():
+            try:
+                yield self
+            finally:
+                with self._changed:
+                    self._in_step = False
+                    self._broken |= self._num_steps == steps
+                    self._changed.notify_all()
+
+    def record(self, tables: PyTree, moments: PyTree, before: dict[str, dict[str, RowsBefore]]) -> None:
+        """Takes note of a step: the state after it, and the rows before it.
+
+        Raises:
+            RuntimeError: tables are in another place than they were; something kept them from being donated.
+        """
+        self._arrays = jax.block_until_ready(_by_name(tables, moments))
+        moved = [
+            name for name, a in self._arrays.items() if a.unsafe_buffer_pointer() != self._addresses[name]
+        ]
+        if moved:
+            raise RuntimeError(f"not updated in place while a save reads them: {', '.join(moved)}")
+        for name, parts in before.items():
+            for part, (slots, rows) in parts.items():
+                self._append(name, part, np.asarray(slots), _by_name(*({name: {part: r}} for r in rows)))
+        self._num_steps += 1
+
+    def _append(self, name: str, part: str, slots: np.ndarray, rows: dict[str, jax.Array]) -> None:
+        recorded = self._recorded[name, part]
+        (new,) = np.nonzero(slots < len(recorded))
+        new = new[~recorded[slots[new]]]
+        if not len(new):
+            return
+        recorded[slots[new]] = True
+        entries = {f"{name}.{part}": slots[new]}
+        for leaf, values in rows.items():
+            # As bytes, because files of NumPy do not know bfloat16.
+            entries[leaf] = np.ascontiguousarray(np.asarray(values)[new]).reshape(len(new), -1).view(np.uint8)
+        self._entries |= {f"{self._num_steps}/{entry}": array for entry, array in entries.items()}
+        self._num_bytes += sum(array.nbytes for array in entries.values())
+
+    def close(self) -> None:
+        """By the writer, when it has read all arrays: waits for the step in hand, the last to be recorded.
+
+        Raises:
+            RuntimeError: a step failed, and what it overwrote is lost.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._in_step)
+            self._closed = True
+        if self._broken:
+            raise RuntimeError("a step failed while the checkpoint was written")
+
+    def write(self, file: Path) -> None:
+        """Writes the log, an `.npz` that `UndoRows` reads; nothing if no step was recorded."""
+        if self._entries:
+            np.savez(file, **self._entries)  # type: ignore[arg-type]
+
+
+class UndoRows:
+    """The log of a checkpoint, to be put back; empty if it has none."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._steps: dict[str, list[str]] = {}
+        if file.is_file():
+            with np.load(file) as log:
+                for step, name in (entry.split("/") for entry in log):
+                    self._steps.setdefault(name, []).append(step)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._steps
+
+    def read(self, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of the array of this dotted name in the state: per step, slots (U,), rising, and rows as bytes."""
+        if name not in self:
+            return []
+        slots = ".".join(name.split(".")[1:3])  # table and part
+        with np.load(self._file) as log:
+            return [(log[f"{step}/{slots}"], log[f"{step}/{name}"]) for step in self._steps[name]]
+
+
+def put_back(piece: np.ndarray, start: int, undo: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Writes rows of `UndoRows.read` into `piece`, the rows from `start` on of the array."""
+    for slots, rows in undo:
+        first, last = np.searchsorted(slots, [start, start + len(piece)])
+        piece[slots[first:last] - start] = (
+            rows[first:last].view(piece.dtype).reshape(last - first, *piece.shape[1:])
+        )
+
+
+def _by_name(tables: PyTree, moments: PyTree) -> dict[str, Any]:
+    """The arrays under their dotted names in the train state, which are those in a checkpoint."""
+    tree = {"tables": tables, "table_state": moments}
+    return {array_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C comes after the block. It would drop a step's result, the only owner of buffers being read."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = []
+    previous = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if held:
+            signal.raise_signal(signal.SIGINT)
