@@ -13,13 +13,11 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ultramem_jax.accounting import count_parameters, flops_per_token
+from ultramem_jax.accounting import count_parameters, flops_per_token, row_bytes
 from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import UserError, at_least
-from ultramem_jax.memory_config import MemoryConfig
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-_PARAMETER_BYTES = _DTYPE_BYTES["float32"]
+_PARAMETER_BYTES = 4
 _ADAMW_ARRAYS = 7
 """Parameter, gradient and two moments are read; parameter and two moments are written."""
 
@@ -101,14 +99,14 @@ def memory_step_costs(config: RunConfig, tokens: int) -> MemoryStepCosts:
     # `accounting` weighs the ranks' scores of all keys, which is part of the one product here.
     weighing = heads * 2 * 2 * ranks * layout.num_virtual_keys if memory.tucker_rank else 0
     rows = expected_rows(layout.num_slots, tokens * heads * top_m)
-    row_bytes = memory.value_dim * _DTYPE_BYTES[memory.table_dtype]
+    of_row = row_bytes(memory, config.train)
     dense = parameters.memory_norms + parameters.memory_cores + parameters.memory_queries
     dense += parameters.memory_conv + parameters.memory_keys + parameters.memory_projection
     if config.train.table_gradient == "dense":
         gradient = layout.num_slots * memory.value_dim * _PARAMETER_BYTES
         update = _ADAMW_ARRAYS * gradient
     else:
-        gradient, update = 0, round(2 * rows * (row_bytes + _moment_bytes(config, memory)))
+        gradient, update = 0, round(2 * rows * of_row.total)
 
     def cost(flops_of_token: int, moved: float = 0) -> PartCost:
         return PartCost(tokens * flops_of_token, round(moved))
@@ -120,11 +118,11 @@ def memory_step_costs(config: RunConfig, tokens: int) -> MemoryStepCosts:
         side_scores=cost(side_scores, _PARAMETER_BYTES * parameters.memory_keys),
         candidates=cost(candidates),
         grid=cost(flops.memory_scoring - weighing),
-        lookup=cost(flops.memory_lookup, rows * row_bytes),
+        lookup=cost(flops.memory_lookup, rows * of_row.table),
         projection=cost(flops.memory_projection, _PARAMETER_BYTES * parameters.memory_projection),
         backward=cost(
             2 * (flops.memory_queries + candidates + flops.memory_projection) + flops.memory_lookup,
-            rows * row_bytes + _PARAMETER_BYTES * dense,
+            rows * of_row.table + _PARAMETER_BYTES * dense,
         ),
         row_gradients=cost(flops.memory_lookup, gradient),
         row_update=cost(0, update),
@@ -177,10 +175,3 @@ def floor_seconds(cost: PartCost, flops_per_second: float, bytes_per_second: flo
 
 def _total(costs: Iterable[PartCost]) -> PartCost:
     return sum(costs, PartCost(0, 0))
-
-
-def _moment_bytes(config: RunConfig, memory: MemoryConfig) -> int:
-    """Of the moments of one row."""
-    of_values = memory.value_dim * _DTYPE_BYTES[config.train.row_moment_dtype]
-    per_row = config.train.row_second_moment == "row"
-    return of_values + (_DTYPE_BYTES["float32"] if per_row else of_values)

@@ -1,0 +1,93 @@
+"""What the machine at hand can do: rates that floors are made of, and the memory that is free."""
+
+import pathlib
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+_ROW_VALUES = 128
+"""A row of 512 bytes."""
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured rates, medians."""
+
+    flops_per_second: float
+    """Of a product of two square float32 matrices, at JAX's default precision."""
+    bytes_per_second: float
+    """Read and written, of scaling an array in place that no cache holds."""
+    gathered_bytes_per_second: float
+    """Read and written, of gathering random rows of 512 bytes from that array. In no floor: rows of a table
+    lie anywhere, and this is what it costs."""
+
+
+def measure_rates(side: int = 2048, array_bytes: int = 1 << 30, gathered_rows: int = 1 << 15) -> Rates:
+    """Measures the rates of JAX's default device. Holds twice the array for a moment, at most.
+
+    Args:
+        side: of the matrices.
+        array_bytes: of the array; much more than the caches.
+        gathered_rows: at a time, other ones each time.
+    """
+    num_rows = array_bytes // (4 * _ROW_VALUES)
+    matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.float32)
+    multiply = jax.jit(jnp.matmul)
+    flops = 2 * side**3 / _median_seconds(lambda: multiply(matrix, matrix))
+
+    array = jax.jit(lambda: jnp.ones((num_rows, _ROW_VALUES), jnp.float32))()
+    gather = jax.jit(lambda array, rows: array.at[rows].get(mode="promise_in_bounds"))
+    draws = [
+        jax.random.randint(jax.random.key(i), (gathered_rows,), 0, num_rows, jnp.int32)
+        for i in range(1 + _REPEATS)
+    ]
+    gathered_bytes = 2 * gathered_rows * _ROW_VALUES * 4
+    gathered = gathered_bytes / _median_seconds(lambda: gather(array, draws.pop()))
+
+    scale = jax.jit(lambda array: array * jnp.float32(1.0001), donate_argnums=0)
+
+    def in_place() -> jax.Array:
+        nonlocal array
+        array = scale(array)
+        return array
+
+    return Rates(flops, 2 * array.nbytes / _median_seconds(in_place), gathered)
+
+
+def available_bytes() -> int | None:
+    """Memory that arrays can still take, of JAX's default device; None if that is unknown.
+
+    On a CPU it is what the machine has left, or the container's limit if that leaves less.
+    """
+    if memory := jax.local_devices()[0].memory_stats():
+        return int(memory["bytes_limit"] - memory["bytes_in_use"])
+    machine = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    if machine is None:
+        return None
+    left = int(machine[1]) * 1024
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    return min(left, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else left
+
+
+def _median_seconds(run: Callable[[], jax.Array]) -> float:
+    """Of a computation, the first call apart, which compiles."""
+    jax.block_until_ready(run())
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _read(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""
