@@ -17,6 +17,7 @@ from ultramem_jax.layers.memory import ProductKeyMemory
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import RowGradients, row_gradients, rows_read
 from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.table_gradients import rows_if
 
 SEQUENCES = 2
 """Sequences of a step."""
@@ -145,7 +146,8 @@ class MemoryLayer:
             )
             table = optax.apply_updates(state.table, change)
         else:
-            rows = self.row_gradients(reads, gradients["pooled"])
+            norm = optax.tree.norm([gradients["params"], gradients["x"]])
+            rows = self.row_gradients(reads, gradients["pooled"], jnp.isfinite(norm))
             table, table_state = self.update_rows(rows, state.table, state.table_state, state.step)
         after = MemoryState(state.step + 1, params, opt_state, table, table_state, buffers)
         return after, gradients["x"]
@@ -184,9 +186,9 @@ class MemoryLayer:
         """The gradient by everything in `at`, and what `forward` left."""
         return jax.grad(self.forward, has_aux=True)(self.at(state, batch), state, batch)
 
-    def row_gradients(self, reads: Any, cotangent: jax.Array) -> RowGradients:
-        """The gradient of the rows that were read, from that of the pooled reads."""
-        rows = rows_read(reads["slots"], self.num_slots)
+    def row_gradients(self, reads: Any, cotangent: jax.Array, finite: jax.Array) -> RowGradients:
+        """The gradient of the rows that were read, from that of the pooled reads; of none unless `finite`."""
+        rows = rows_if(finite, rows_read(reads["slots"], self.num_slots))
         return row_gradients(rows, reads["blocks"], reads["weights"], cotangent)
 
     def update_rows(

@@ -109,7 +109,7 @@ def time_parts(
         timed("projection", parts.project, pooled.reshape(len(pooled), -1), state.params["projection"])
         timed("forward", parts.forward, state, forward)
         gradients, (reads, buffers) = timed("gradients", parts.gradients, state, trained)
-        of_rows = timed("row gradients", parts.row_gradients, reads, gradients["pooled"])
+        of_rows = timed("row gradients", parts.row_gradients, reads, gradients["pooled"], True)
         rows.append(int(np.sum(np.asarray(of_rows.slots) < layer.num_slots)))
         table, table_state = timed(
             "row update", parts.update_rows, of_rows, state.table, state.table_state, state.step

@@ -34,7 +34,13 @@ def map_chunks(function: Callable[..., Any], values_per_token: int, *arrays: jax
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), mapped, rest)
 
 
-def fold_chunks(function: Callable[..., Any], start: Any, values_per_token: int, *arrays: jax.Array) -> Any:
+def fold_chunks(
+    function: Callable[..., Any],
+    start: Any,
+    values_per_token: int,
+    *arrays: jax.Array,
+    up_to: jax.Array | None = None,
+) -> Any:
     """`function(start, *arrays)`, which adds something of every token to `start`, by chunks of tokens.
 
     Args:
@@ -42,14 +48,16 @@ def fold_chunks(function: Callable[..., Any], start: Any, values_per_token: int,
         start: a tree of arrays; changed in place.
         values_per_token: how much `function` holds for a token while it works.
         *arrays: (T, ...) each.
+        up_to: () int32, tokens from this one on need not be worked on, but may be; None for all.
     """
     tokens = arrays[0].shape[0]
     chunk = _chunk_tokens(values_per_token)
     if tokens <= chunk:
         return function(start, *arrays)
     count = tokens // chunk
+    last = count if up_to is None else jnp.minimum(-(-up_to // chunk), count)
     done = jax.lax.fori_loop(
-        0, count, lambda i, carry: function(carry, *_chunk(arrays, i * chunk, chunk)), start
+        0, last, lambda i, carry: function(carry, *_chunk(arrays, i * chunk, chunk)), start
     )
     return done if count * chunk == tokens else function(done, *(a[count * chunk :] for a in arrays))
 

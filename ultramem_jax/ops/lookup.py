@@ -62,8 +62,15 @@ def pooled_lookup(
     """
 
     def pool(slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
-        rows = _gather(table, slots, scores)
-        return jnp.einsum("tjpc,tjcd->tpcd", _block_weights(blocks, scores, expansion), rows)
+        # Every core weighs whole rows, though but a slice of each counts: to cut the rows into slices, XLA on
+        # CPU would gather them in the order of the slices, three times as slowly.
+        rows = take_rows(table, slots).astype(scores.dtype)
+        tokens, width, cores = len(slots), rows.shape[-1], scores.shape[-1]
+        weights = _block_weights(blocks, scores, expansion).reshape(tokens, -1, expansion * cores)
+        by_core = jnp.einsum("tjq,tjd->tqd", weights, rows).reshape(
+            tokens, expansion, cores, cores, width // cores
+        )
+        return jnp.stack([by_core[:, :, core, core] for core in range(cores)], axis=2)
 
     pooled = map_chunks(pool, slots.shape[1] * table.shape[1], slots, blocks, scores)
     return pooled.reshape(slots.shape[0], expansion, table.shape[1])
@@ -77,13 +84,17 @@ def _backward(expansion, saved, cotangent):
     table, slots, blocks, scores = saved
 
     def score_gradient(slots, blocks, scores, cotangent):
-        rows = _gather(table, slots, scores)
-        every_block = jnp.einsum(
-            "tjcd,tpcd->tjpc", rows, cotangent.reshape(*cotangent.shape[:2], *rows.shape[2:])
-        )
-        return (every_block * _one_hot(blocks, expansion, scores.dtype)[..., None]).sum(2)
+        first = jnp.arange(0, blocks.shape[0] * expansion, expansion, dtype=blocks.dtype)[:, None]
+        of_blocks = cotangent.reshape(-1, cotangent.shape[-1])
+        of_reads = of_blocks.at[first + blocks].get(mode="promise_in_bounds")
+        products = take_rows(table, slots).astype(scores.dtype) * of_reads
+        # The sums over the h slices, as a product with zeros and ones: XLA on CPU is slow at short sums.
+        cores = scores.shape[-1]
+        slices = jnp.repeat(jnp.eye(cores, dtype=scores.dtype), products.shape[-1] // cores, axis=0)
+        sums = jnp.matmul(products.reshape(-1, len(slices)), slices, precision=jax.lax.Precision.HIGHEST)
+        return sums.reshape(scores.shape)
 
-    width = slots.shape[1] * table.shape[1]
+    width = 2 * slots.shape[1] * table.shape[1]
     d_scores = map_chunks(score_gradient, width, slots, blocks, scores, cotangent)
     tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
     per_read = _read_gradients(cotangent[tokens, blocks.reshape(-1)], scores.reshape(-1, scores.shape[-1]))

@@ -142,13 +142,16 @@ def row_sparse_adamw(
             log = jax.tree.map(lambda a: jnp.zeros((num_rows, *a.shape[1:]), a.dtype), arrays)
         places = jnp.arange(num_rows, dtype=jnp.int32)
         start = arrays, jnp.zeros((), jnp.float32), log
+        # The padding is last. Where tokens read the same rows, as in a trained model, there is much of it.
+        num_read = jnp.sum(gradients.slots < table.shape[0], dtype=jnp.int32)
         (table, moments), norm, log = fold_chunks(
-            update_rows, start, _ARRAYS * table.shape[1], places, *gradients
+            update_rows, start, _ARRAYS * table.shape[1], places, *gradients, up_to=num_read
         )
         return RowUpdate(table, moments, jnp.sqrt(norm), log)
 
     return RowSparseTransformation(init, update)
 
 
-_ARRAYS = 8
-"""Arrays as wide as the rows that an update works on: three before, three after, gradient, direction."""
+_ARRAYS = 16
+"""Arrays as wide as the rows that an update holds at a time: twice the eight that it needs, which makes chunks
+of 2,048 rows of 128. Larger ones are no faster."""

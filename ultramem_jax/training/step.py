@@ -17,13 +17,12 @@ import optax
 from ultramem_jax.config import RunConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.ops.hashing import mix
-from ultramem_jax.ops.lookup import RowsRead
 from ultramem_jax.training.optimizer import Optimizers, table_learning_rate
 from ultramem_jax.training.row_sparse import RowSparseTransformation
 from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.slot_usage import record_reads
 from ultramem_jax.training.state import TrainState, model_variables
-from ultramem_jax.training.table_gradients import perturbations, rows_of_tables, table_gradients
+from ultramem_jax.training.table_gradients import perturbations, rows_if, rows_of_tables, table_gradients
 from ultramem_jax.training.undo_log import RowsBefore
 
 Metrics = dict[str, Any]
@@ -122,11 +121,8 @@ def make_train_step(
             for name in tables:
                 usage_metrics[name]["row_norm"] = optax.tree.norm(tables[name])
         else:
-            # Tables are written in place, so whoever still reads them has to come first. The compiler does
-            # not know that, and would rather copy a table, unless what is written depends on all gradients:
-            # if one of them is not finite, no row is.
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-            rows = {name: _only_if(finite, rows[name], tables[name]["values"].shape[0]) for name in tables}
+            rows = {name: rows_if(finite, rows[name]) for name in rows}
             of_rows = table_gradients(config.model, rows, reads, grads.get("perturbations", {}))
             tables, table_state, before, norms = _update_tables(
                 optimizers.rows, of_rows, state, record_before
@@ -163,12 +159,6 @@ def make_eval_step(config: RunConfig) -> Callable[[dict[str, Any], jax.Array, ja
         return jnp.stack([(losses.sum(1) * mask).sum(), mask.sum() * losses.shape[1]])
 
     return eval_step
-
-
-def _only_if(condition: jax.Array, rows: RowsRead, num_slots: int) -> RowsRead:
-    """The rows, or padding in their place."""
-    padding = num_slots + jnp.arange(rows.slots.shape[0], dtype=jnp.int32)
-    return rows._replace(slots=jnp.where(condition, rows.slots, padding))
 
 
 def _update_tables(

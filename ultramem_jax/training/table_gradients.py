@@ -40,6 +40,18 @@ def rows_of_tables(config: ModelConfig, reads: Any) -> dict[str, RowsRead]:
     }
 
 
+def rows_if(finite: jax.Array, rows: RowsRead) -> RowsRead:
+    """The rows, or none of them: where a step's loss or gradients are not finite, it writes no row.
+
+    Tables are written in place, so whoever still reads them has to come first. The compiler does not know
+    that. It drops barriers on CPU, and would copy a table for a reader that nothing written depends on. So
+    `finite` is to depend on every gradient that is made of rows.
+    """
+    last = jnp.iinfo(jnp.int32).max
+    nowhere = last - jnp.arange(rows.slots.shape[0], 0, -1, dtype=jnp.int32)
+    return rows._replace(slots=jnp.where(finite, rows.slots, nowhere))
+
+
 def table_gradients(
     config: ModelConfig, rows: dict[str, RowsRead], reads: Any, cotangents: Any
 ) -> dict[str, dict[str, RowGradients]]:
