@@ -1,4 +1,4 @@
-"""A language model with 20,280,000 slots in three memories, on two CPU cores, in less than 16 GB.
+"""A language model with 20,275,712 slots in two memories, on two CPU cores, in less than 16 GB.
 
     python launch.py train --config=experiments/configs/slots_20m.py
 
@@ -10,7 +10,7 @@ from ultramem_jax import MemoryConfig, ModelConfig, RunConfig, TrainConfig
 
 
 def get_config() -> RunConfig:
-    """0.6 M tokens."""
+    """0.4 M tokens."""
     return RunConfig(
         model=ModelConfig(
             embed_dim=256,
@@ -19,8 +19,8 @@ def get_config() -> RunConfig:
             num_kv_heads=4,
             mlp_dim=1024,
             memory=MemoryConfig.ultramem(
-                placement="1:2/3:4/5:6",
-                num_keys=2600,
+                placement="2:3/4:5",
+                num_keys=3184,
                 top_m=16,
                 num_heads=2,
                 key_dim=64,
@@ -29,15 +29,15 @@ def get_config() -> RunConfig:
             ),
         ),
         train=TrainConfig(
-            steps=300,
+            steps=200,
             batch_size=8,
             learning_rate=2e-3,
             warmup_fraction=0.05,
             row_second_moment="row",
             row_moment_dtype="bfloat16",
-            eval_every=100,
+            eval_every=50,
             eval_batches=16,
-            checkpoint_every=100,
+            checkpoint_every=50,
             keep_last=1,
         ),
     )

@@ -153,5 +153,5 @@ def row_sparse_adamw(
 
 
 _ARRAYS = 16
-"""Arrays as wide as the rows that an update holds at a time: twice the eight that it needs, which makes chunks
-of 2,048 rows of 128. Larger ones are no faster."""
+"""Arrays as wide as the rows that an update holds at a time: twice the eight that it needs, which makes
+chunks of 2,048 rows of 128. Larger ones are no faster."""
