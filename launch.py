@@ -34,9 +34,10 @@ def use_huge_pages() -> None:
     A step allocates and touches some hundred MB anew, and reads rows all over gigabytes: both are slow on
     pages of 4 kB (docs/performance.md). The C library reads the wish when a process starts, and only there.
     """
-    wish = "GLIBC_TUNABLES"
-    if sys.platform == "linux" and wish not in os.environ:
-        os.environ[wish] = "glibc.malloc.hugetlb=1"
+    name, wish = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+    wishes = os.environ.get(name, "")
+    if sys.platform == "linux" and sys.executable and wish not in wishes:
+        os.environ[name] = ":".join(filter(None, [wishes, f"{wish}=1"]))
         os.execv(sys.executable, sys.orig_argv)
 
 

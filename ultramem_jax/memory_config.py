@@ -12,6 +12,10 @@ from ultramem_jax.errors import at_least, choice, require
 
 _PREFIX = "model.memory."
 
+MAX_SLOTS = 2**31 - 2**26
+"""Of a table. Slots are int32, and the 2²⁶ numbers above stand for no slot in the rows of a step, which reads
+fewer."""
+
 
 @dataclass(frozen=True)
 class TableLayout:
@@ -230,7 +234,11 @@ class MemoryConfig:
                     f"must cut {num_memories} memories into groups of equal size",
                 )
                 offsets = tuple(i // group * group * own for i in range(num_memories))
-        self._require(slots < 2**31, "num_keys", f"a table of {slots:,} slots, at most 2**31 - 1: int32")
+        self._require(
+            slots <= MAX_SLOTS,
+            "num_keys",
+            f"a table of {slots:,} slots, at most 2**31 - 2**26 = {MAX_SLOTS:,}: int32",
+        )
         virtual = math.isqrt(self.expansion) * side
         self._require(
             self.shuffle != "explicit" or virtual**2 < 2**31,

@@ -1,7 +1,10 @@
 """The command line as a user meets it: what runs, and the one line that bad input gets."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -214,3 +217,24 @@ def test_a_corpus_shorter_than_a_sequence_is_refused(run, tmp_path):
         f"--config.data.cache_dir={tmp_path / 'cache'}",
     )
     assert status == 2 and "data.seq_len = 256" in err.splitlines()[-1]
+
+
+def test_twenty_million_slots_are_in_the_config_of_that_name():
+    from experiments.configs import slots_20m
+    from ultramem_jax.accounting import row_bytes
+
+    config = slots_20m.get_config()
+    layout = config.model.layout
+    slots = layout.num_tables * layout.num_slots
+    assert slots >= 20_000_000
+    assert slots * row_bytes(config.model.memory, config.train).total < 6e9
+
+
+def test_launch_starts_again_with_huge_pages_and_keeps_the_exit_status():
+    launch = str(pathlib.Path(__file__).parents[2] / "launch.py")
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    for tunables in ({}, {"GLIBC_TUNABLES": "glibc.malloc.check=0"}):
+        done = subprocess.run(
+            [sys.executable, launch, "nothing"], env=environment | tunables, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and done.stderr.count("error: unknown experiment 'nothing'") == 1

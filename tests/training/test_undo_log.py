@@ -423,3 +423,20 @@ def test_no_second_copy_of_the_tables_while_saving_or_restoring(tmp_path):
     assert tables > 380
     assert saving < 0.5 * tables, done.stdout
     assert restoring < 1.5 * tables, done.stdout
+
+
+@pytest.mark.parametrize("restored_to", ["device", "pinned_host"])
+def test_tables_in_the_hosts_memory_are_saved_and_restored_so_too(
+    config, held, one_device, tmp_path, monkeypatch, restored_to
+):
+    monkeypatch.setattr(module, "LARGE_BYTES", 5000)  # tables, not scalars
+    on_host = replace(config.model.memory, memory_kind="pinned_host")
+    on_host = replace(config, model=replace(config.model, memory=on_host))
+    whole = loop.train(on_host, tmp_path / "run", progress=False)
+    assert (tmp_path / "run/checkpoints/6/undo.npz").exists()
+    for path in sorted((tmp_path / "run/checkpoints/7").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    other = on_host if restored_to == "pinned_host" else config
+    resumed = loop.train(other, tmp_path / "run", progress=False)
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(resumed.state.tables)} == {restored_to}
+    assert_same_bits(resumed.state, whole.state)

@@ -165,6 +165,8 @@ def dump(variables: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, np
         variable = np.asarray(given[path])
         shape = entry.variable_shape
         require(variable.shape == shape, f"{path}.shape", variable.shape, f"must be {shape}")
+        numbers = entry.constant or jnp.issubdtype(variable.dtype, jnp.floating)
+        require(numbers, f"{path}.dtype", str(variable.dtype), "must be floats: see ops.rows.from_stored")
         state |= zip(entry.names, entry.unpack(variable), strict=True)
     return state
 

@@ -198,17 +198,12 @@ def _read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:
 def _table_gradient(table: jax.Array, slots: jax.Array, per_read: jax.Array) -> jax.Array | None:
     """The dense gradient of a table; dead code, removed by the compiler, unless the table is differentiated.
 
-    None for a table that is stored as words or in the memory of the host, which cannot be.
+    None for a table that is stored as words or in the memory of the host: it counts as a constant there, and
+    is trained by rows.
     """
     if not jnp.issubdtype(table.dtype, jnp.floating) or is_on_host(table):
         return None
     return jnp.zeros(table.shape, jnp.float32).at[slots.reshape(-1)].add(per_read).astype(table.dtype)
-
-
-def _gather(table: jax.Array, slots: jax.Array, scores: jax.Array) -> jax.Array:
-    """Rows as (T, R, h, d_v/h) in the dtype of the computation."""
-    rows = take_rows(table, slots).astype(scores.dtype)
-    return rows.reshape(*scores.shape, -1)
 
 
 def _one_hot(blocks: jax.Array, expansion: int, dtype: jnp.dtype) -> jax.Array:

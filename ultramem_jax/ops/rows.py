@@ -63,11 +63,15 @@ def take_sorted_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
 
 def put_sorted_rows(table: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
     """The table with new rows (U, d) at strictly rising slots; those of slots past the end are dropped."""
+    return put_stored_rows(table, slots, to_stored(rows, table.dtype))
+
+
+def put_stored_rows(table: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
+    """The same for rows (U, ...) as the table (N, ...) stores them."""
 
     def put(table: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
         return table.at[slots].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)
 
-    rows = to_stored(rows, table.dtype)
     # A GPU writes into the host's memory by itself. Were the host to do it, XLA would give it a copy of the
     # table; the TPU's compiler, on the other hand, knows no other way and makes no copy.
     if is_on_host(table) and jax.default_backend() == "tpu":

@@ -38,6 +38,7 @@ from grain import checkpoint as grain_checkpoint
 
 import ultramem_jax
 from ultramem_jax.errors import UserError
+from ultramem_jax.memory_config import MemoryConfig
 from ultramem_jax.training.large_arrays import LARGE_BYTES, array_name, read_large_array
 from ultramem_jax.training.manifest import find_damage, write_manifest
 from ultramem_jax.training.undo_log import LiveView, UndoLog, UndoRows, put_back
@@ -243,8 +244,9 @@ class Checkpoints:
         meta = Meta(
             step, config, corpus, _versions(), None if validation_loss is None else float(validation_loss)
         )
+        undo_log = None
         if recorded:
-            self._log = UndoLog(state.tables, state.table_state)
+            undo_log = UndoLog(state.tables, state.table_state)
             live = jax.tree.map(LiveView.of, {"tables": state.tables, "table_state": state.table_state})
             state = state.replace(**live)
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
@@ -257,6 +259,7 @@ class Checkpoints:
         if meta.validation_loss is not None:
             self._losses[step] = meta.validation_loss
         self._saving = self._position = step
+        self._log = undo_log
         # Without `force` Orbax skips, silently, a step that is not above all those it knows.
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -511,10 +514,14 @@ def _require_same_model(directory: Path, there: dict[str, Any], here: dict[str, 
 
 
 def _wherever_it_lies(model: Any) -> Any:
-    """A model's configuration without the memory that its tables lie in, which a run may change."""
+    """A model's configuration without the memory that its tables lie in, which a run may change.
+
+    Fields that a memory did not have when the checkpoint was written are as by default.
+    """
     if not isinstance(model, dict) or not isinstance(model.get("memory"), dict):
         return model
-    memory = {name: value for name, value in model["memory"].items() if name != "memory_kind"}
+    memory = dataclasses.asdict(MemoryConfig()) | model["memory"]
+    del memory["memory_kind"]
     return model | {"memory": memory}
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
+from ultramem_jax.ops.rows import put_stored_rows
+
 LARGE_BYTES = 64 * 2**20
 """Arrays above it are read in pieces."""
 _PIECE_BYTES = 8 * 2**20
@@ -34,8 +36,13 @@ def read_large_array(
     chunk_rows = store.chunk_layout.read_chunk.shape[0]
     chunk_bytes = chunk_rows * leaf.size // leaf.shape[0] * leaf.dtype.itemsize
     rows = chunk_rows * max(1, _PIECE_BYTES // chunk_bytes)
-    put = jax.jit(_put, donate_argnums=0, out_shardings=leaf.sharding)
-    array = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    on_host = leaf.sharding.memory_kind == "pinned_host"
+    put = jax.jit(_scatter if on_host else _put, donate_argnums=0, out_shardings=leaf.sharding)
+    array = (
+        jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+        if on_host
+        else jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    )
     for start in range(0, leaf.shape[0], rows):
         piece = store[start : min(start + rows, leaf.shape[0])].read().result()
         change(piece, start)
@@ -51,6 +58,11 @@ def array_name(path: Any) -> str:
 
 def _put(array: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(array, piece, start, 0)
+
+
+def _scatter(array: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
+    """`_put` for an array in the memory of the host, where a slice cannot be updated from the device."""
+    return put_stored_rows(array, start + jnp.arange(piece.shape[0], dtype=jnp.int32), piece)
 
 
 def _open(state: Path, name: str) -> Any:

@@ -12,7 +12,7 @@ from ultramem_jax.errors import UserError
 from ultramem_jax.parallel.mesh import data_mesh, replicated
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.optimizer import make_optimizers
-from ultramem_jax.training.state import abstract_state
+from ultramem_jax.training.state import abstract_state, reaches
 
 _TOKENIZER_FILE = "tokenizer.json"
 
@@ -23,7 +23,8 @@ class LoadedModel:
 
     config: RunConfig
     variables: dict[str, Any]
-    """`params`, `memory` and `buffers`; moments are not read."""
+    """`params`, `memory` and `buffers`; moments are not read. Tables are as `ultramem_jax.ops.rows` stores
+    them: of bfloat16 ones, `from_stored` makes numbers."""
     tokenizer: Tokenizer
     step: int
     corpus: dict[str, Any]
@@ -47,6 +48,9 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
         config = run_config_from_dict(_in_todays_fields(meta.config))
         # On the first device alone, whatever the run was trained on.
         one = replicated(data_mesh(jax.local_devices()[:1]))
+        if config.model.memory is not None and not reaches(config.model.memory.memory_kind):
+            on_device = dataclasses.replace(config.model.memory, memory_kind="device")
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, memory=on_device))
         abstract = abstract_state(config, make_optimizers(config), one)
         parts = {"params": abstract.params, "tables": abstract.tables, "buffers": abstract.buffers}
         # An empty collection (a model without memories) is not an entry of the checkpoint.

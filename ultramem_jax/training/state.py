@@ -123,14 +123,22 @@ def _memory_kind(config: RunConfig) -> str:
     default = device.default_memory().kind
     if memory is None or memory.memory_kind == "device":
         return default
-    kinds = [kind.kind for kind in device.addressable_memories()]
     require(
-        memory.memory_kind in kinds,
+        reaches(memory.memory_kind),
         "model.memory.memory_kind",
         memory.memory_kind,
-        f"must be 'device' here: {device.device_kind} has the memories {', '.join(kinds)}",
+        f"must be 'device' here: {device.device_kind} has the memories {', '.join(_memories(device))}",
     )
     return memory.memory_kind
+
+
+def reaches(memory_kind: str) -> bool:
+    """Whether the devices at hand reach a memory of this kind."""
+    return memory_kind == "device" or memory_kind in _memories(jax.local_devices()[0])
+
+
+def _memories(device: jax.Device) -> list[str]:
+    return [memory.kind for memory in device.addressable_memories()]
 
 
 def model_variables(state: TrainState) -> dict[str, Any]:

@@ -85,13 +85,13 @@ class UndoLog:
     @contextlib.contextmanager
     def step(self) -> Iterator["UndoLog | None"]:
         """Around a step that calls `record`; it is given None if all is read and no record needed."""
-        with self._changed:
-            self._in_step = not self._closed
-        if not self._in_step:
-            yield None
-            return
-        steps = self._num_steps
         with _interrupts_held_back():
+            with self._changed:
+                self._in_step = not self._closed
+            if not self._in_step:
+                yield None
+                return
+            steps = self._num_steps
             try:
                 yield self
             finally:
@@ -198,6 +198,7 @@ def _interrupts_held_back() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if previous is not None:  # None: a handler that Python does not know
+            signal.signal(signal.SIGINT, previous)
         if held:
             signal.raise_signal(signal.SIGINT)
