@@ -93,7 +93,8 @@ def test_a_run_learns_and_records_what_it_promises(config, whole):
     assert 0 < shares[0] <= shares[-1] <= 1 and shares == sorted(shares)
 
 
-def test_half_and_half_is_the_whole_bit_for_bit(config, whole, tmp_path, monkeypatch):
+def _stop_at_three(monkeypatch):
+    """SIGTERM comes while the third step is written down."""
     write = MetricWriter.write
 
     def stop_at_three(self, step, split, scalars):
@@ -102,6 +103,10 @@ def test_half_and_half_is_the_whole_bit_for_bit(config, whole, tmp_path, monkeyp
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(MetricWriter, "write", stop_at_three)
+
+
+def test_half_and_half_is_the_whole_bit_for_bit(config, whole, tmp_path, monkeypatch):
+    _stop_at_three(monkeypatch)
     first = train(config, tmp_path, progress=False)
     assert not first.finished and first.step == 3
     monkeypatch.undo()
@@ -187,14 +192,7 @@ def _in_memory_of(kind, config):
 
 
 def test_a_run_goes_on_with_its_tables_in_another_memory(config, whole, tmp_path, monkeypatch):
-    write = MetricWriter.write
-
-    def stop_at_three(self, step, split, scalars):
-        write(self, step, split, scalars)
-        if step == 3 and split == "train":
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(MetricWriter, "write", stop_at_three)
+    _stop_at_three(monkeypatch)
     first = train(_in_memory_of("pinned_host", config), tmp_path, progress=False)
     assert first.step == 3
     assert {a.sharding.memory_kind for a in jax.tree.leaves(first.state.tables)} == {"pinned_host"}

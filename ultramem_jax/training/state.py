@@ -78,9 +78,9 @@ def fresh_state(
     def init(seed: jax.Array) -> TrainState:
         return init_state(config, optimizers, seed)
 
-    abstract = abstract_state(config, optimizers, sharding)
     if config.model.memory is None or config.model.memory.memory_kind == "device":
         return jax.jit(init, out_shardings=sharding)(seed)
+    abstract = abstract_state(config, optimizers, sharding)
     # Of each program the compiler keeps what its result needs.
     rest = jax.jit(lambda seed: init(seed).replace(tables={}, table_state={}), out_shardings=sharding)(seed)
     tables: dict[str, dict[str, jax.Array]] = {name: {} for name in abstract.tables}

@@ -166,9 +166,8 @@ class ProductKeyMemory(_Family):
         """The m cells of every token and head."""
         config = self.config
         if config.tucker_rank == 0:
-            directions = jnp.ones(
-                (2, config.num_heads, 1), jnp.float32
-            )  # one rank is its own best combination
+            # A single rank is its own best combination.
+            directions = jnp.ones((2, config.num_heads, 1), jnp.float32)
             retrieved = product_keys.retrieve_product_keys(queries, keys, config.top_m)
         else:
             cores, directions = self._core()
