@@ -13,6 +13,7 @@ Axis legend, used in every shape comment and einsum of this project:
     X  experts (num_experts)                r  rank of the Tucker core (tucker_rank)
     k  experts of a token (moe.top_k)       h  cores of Multi-Core Scoring (num_cores)
                                             d_k, d_v, d_p  width of a key, a value, a pre-value
+                                            P  devices that a table is split over
 
 In einsum strings, where an axis is one lower-case or upper-case letter: t tokens, p virtual block (of E),
 j read (of R), c core (of h), d the width at hand, q and s the ranks of the row and the column side.
@@ -21,6 +22,7 @@ j read (of R), c core (of h), d the width at hand, q and s the ranks of the row 
 from ultramem_jax.config import (
     DataConfig,
     MemoryConfig,
+    MeshConfig,
     ModelConfig,
     MoEConfig,
     RunConfig,
@@ -33,6 +35,7 @@ __version__ = "0.2.0"
 __all__ = [
     "DataConfig",
     "MemoryConfig",
+    "MeshConfig",
     "MoEConfig",
     "ModelConfig",
     "RunConfig",

@@ -1,8 +1,8 @@
 """Every choice of a run, as frozen dataclasses with the source of each default.
 
-A `RunConfig` holds a `ModelConfig` (with its `MemoryConfig` or `MoEConfig`), a `DataConfig` and a
-`TrainConfig`. They check themselves when they are made: whatever exists is valid. The letters are those of
-the axis legend in `ultramem_jax`.
+A `RunConfig` holds a `ModelConfig` (with its `MemoryConfig` or `MoEConfig`), a `DataConfig`, a
+`TrainConfig` and a `MeshConfig`. They check themselves when they are made: whatever exists is valid. The
+letters are those of the axis legend in `ultramem_jax`.
 """
 
 import dataclasses
@@ -236,14 +236,45 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """Devices along named axes; the product of all is their number. A run may go on on another mesh.
+
+    Sequences of a batch are split over `data` and `fsdp` and, unless `batch_over_memory` is off, over
+    `memory` and `width`. Devices along `tensor` work on the same sequences.
+    """
+
+    data: int = 0
+    """Data parallelism: every device along it has all parameters. 0: the devices that the others leave."""
+    fsdp: int = 1
+    """Fully sharded data parallelism: dense parameters and their optimizer state are split over it, by their
+    axis of width D, and keys by their number."""
+    tensor: int = 1
+    """Tensor parallelism: attention heads, the inner width of MLPs and, if it divides, the vocabulary."""
+    memory: int = 1
+    """Sparse parameters: tables are split over it, as `MemoryConfig.partition` says, and experts."""
+    width: int = 1
+    """Columns of tables, where `MemoryConfig.partition` is `both`."""
+    batch_over_memory: bool = True
+    """Whether devices along `memory` and `width` have sequences of their own, or all the same ones: for
+    batches smaller than the number of devices."""
+
+    def __post_init__(self) -> None:
+        at_least(0, mesh__data=self.data)
+        at_least(1, mesh__fsdp=self.fsdp, mesh__tensor=self.tensor)
+        at_least(1, mesh__memory=self.memory, mesh__width=self.width)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run: what `python launch.py train` needs to know."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        self._check_mesh()
         for name, plain in (("table_dtype", "float32"), ("memory_kind", "device")):
             value = getattr(self.model.memory, name, plain)
             require(
@@ -251,6 +282,64 @@ class RunConfig:
                 "train.table_gradient",
                 self.train.table_gradient,
                 f"must be 'row_sparse' while model.memory.{name} is {value!r}",
+            )
+
+    def _check_mesh(self) -> None:
+        """What is split over an axis of the mesh must divide."""
+        mesh, model = self.mesh, self.model
+        divisible = [
+            ("fsdp", "model.embed_dim", model.embed_dim),
+            ("tensor", "model.num_kv_heads", model.num_kv_heads),
+            ("tensor", "model.num_heads", model.num_heads),
+        ]
+        if model.moe is None:
+            divisible.append(("tensor", "model.mlp_dim", model.mlp_dim))
+        else:
+            divisible.append(("tensor", "model.moe.expert_dim", model.moe.expert_dim))
+            divisible.append(("memory", "model.moe.num_experts", model.moe.num_experts))
+        memory, layout = model.memory, model.layout
+        if memory is None or layout is None:
+            require(mesh.width == 1, "mesh.width", mesh.width, "must be 1 without a memory")
+            require(
+                mesh.memory == 1 or model.moe is not None,
+                "mesh.memory",
+                mesh.memory,
+                "must be 1 without a memory and without experts: there is nothing to split over it",
+            )
+        else:
+            require(
+                mesh.width == 1 or memory.partition == "both",
+                "mesh.width",
+                mesh.width,
+                f"must be 1 while model.memory.partition is {memory.partition!r}",
+            )
+            if memory.partition != "width":
+                divisible.append(("memory", "num_slots of a table", layout.num_slots))
+            of_width = {"slots": None, "width": "memory", "both": "width"}[memory.partition]
+            if of_width:
+                divisible.append((of_width, "model.memory.value_dim", memory.value_dim))
+                divisible.append((of_width, "model.memory.pre_value_dim", memory.pre_value_dim))
+                parts, cores = getattr(mesh, of_width), memory.num_cores
+                require(
+                    parts % cores == 0 or cores % parts == 0,
+                    f"mesh.{of_width}",
+                    parts,
+                    f"must divide model.memory.num_cores = {cores} or be a multiple of it: each core weighs "
+                    "its own slice of a value",
+                )
+        for axis, name, size in divisible:
+            require(
+                size % getattr(mesh, axis) == 0,
+                f"mesh.{axis}",
+                getattr(mesh, axis),
+                f"must divide {name} = {size}",
+            )
+        if memory is not None and memory.memory_kind != "device":
+            require(
+                mesh.memory == mesh.width == 1,
+                "model.memory.memory_kind",
+                memory.memory_kind,
+                "must be 'device' while tables are split over devices, mesh.memory or mesh.width above 1",
             )
 
 
@@ -265,6 +354,7 @@ _PARTS: dict[str, type] = {
     "model.memory": MemoryConfig,
     "data": DataConfig,
     "train": TrainConfig,
+    "mesh": MeshConfig,
 }
 
 

@@ -121,6 +121,10 @@ class MemoryConfig:
     memory_kind: str = "device"
     """Where tables and their moments lie: `device`, or `pinned_host`, the memory of the host, from which
     the rows of a step are fetched. For tables larger than an accelerator; the numbers are the same."""
+    partition: str = "slots"
+    """How tables are split over the devices of a mesh (`MeshConfig`): `slots`, rows over its axis `memory`;
+    `width`, columns over `memory`; `both`, rows over `memory` and columns over `width`. The numbers are the
+    same."""
     init: str = "paper"
     """Change 9. `paper`: output variance starts at 1/(2L) (without softmax, whose weights are smaller).
     `reference`: as in the authors' code of UltraMem. `pkm`: as in Product-Key Memory. `v2`: UltraMemV2."""
@@ -147,6 +151,7 @@ class MemoryConfig:
         choice(_PREFIX + "init", self.init, ("paper", "reference", "pkm", "v2"))
         choice(_PREFIX + "table_dtype", self.table_dtype, ("float32", "bfloat16"))
         choice(_PREFIX + "memory_kind", self.memory_kind, ("device", "pinned_host"))
+        choice(_PREFIX + "partition", self.partition, ("slots", "width", "both"))
         choice(_PREFIX + "table_sharing", self.table_sharing, ("none", "all", "ring", "blocks"))
         choice(_PREFIX + "pre_value_activation", self.pre_value_activation, ("none", "gelu"))
         self._require(

@@ -13,7 +13,7 @@ from ultramem_jax.ops.rows import (
     take_sorted_rows,
     to_stored,
 )
-from ultramem_jax.parallel.mesh import data_mesh, replicated
+from ultramem_jax.parallel.mesh import one_device
 
 
 def _table(dtype, slots=12, width=6):
@@ -53,7 +53,7 @@ def test_scattering_words_copies_no_table():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_table_in_the_hosts_memory_gives_the_same_bits(dtype):
     table, _ = _table(dtype)
-    sharding = replicated(data_mesh(jax.devices()[:1]))
+    sharding = one_device()
     there = jax.device_put(table, sharding.with_memory_kind("pinned_host"))
     slots, blocks = jnp.array([[3, 11], [0, 3]], jnp.int32), jnp.array([[0, 1], [1, 1]], jnp.int32)
     scores = jnp.arange(8, dtype=jnp.float32).reshape(2, 2, 2)
@@ -79,7 +79,7 @@ def test_a_table_in_the_hosts_memory_gives_the_same_bits(dtype):
 
 
 def test_a_function_sees_where_its_table_lies():
-    sharding, seen = replicated(data_mesh(jax.devices()[:1])), []
+    sharding, seen = one_device(), []
     for kind in ("device", "pinned_host"):
         table = jax.device_put(jnp.ones((4, 2)), sharding.with_memory_kind(kind))
         jax.jit(lambda t: (seen.append(is_on_host(t)), t)[1])(table)

@@ -8,7 +8,7 @@ import pytest
 from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.transformer import table_readers
-from ultramem_jax.parallel.mesh import data_mesh, replicated, shard_batch
+from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device, shard_batch
 from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state, fresh_state, init_state
 from ultramem_jax.training.step import make_eval_step, make_train_step
@@ -175,7 +175,7 @@ def test_a_host_resident_table_trains_bit_for_bit_like_one_on_the_device(name):
     if name == "ultramem":
         memory = replace(memory, table_dtype="bfloat16")
         train = replace(train, row_moment_dtype="bfloat16", row_second_moment="row")
-    sharding = replicated(data_mesh(jax.devices()[:1]))
+    sharding = one_device()
     batches, ends = _batches(3), {}
     for kind in ("device", "pinned_host"):
         config = RunConfig(replace(MODEL, memory=replace(memory, memory_kind=kind)), train=train)
@@ -241,11 +241,11 @@ def test_sharded_over_devices_equals_one_device():
     assert jax.device_count() == 8
     config, batches = RunConfig(ULTRAMEM, train=TRAIN), _batches(2)
     alone, history = _run(config, batches)
-    mesh, optimizers = data_mesh(), make_optimizers(config)
-    state = jax.jit(lambda: init_state(config, optimizers), out_shardings=replicated(mesh))()
+    axes, optimizers = mesh_axes(config, make_mesh(config.mesh)), make_optimizers(config)
+    state = jax.jit(lambda: init_state(config, optimizers), out_shardings=axes.sharding())()
     step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
     for tokens, expected in zip(batches, history, strict=True):
-        state, metrics = step(state, shard_batch(np.asarray(tokens), mesh))
+        state, metrics = step(state, shard_batch(np.asarray(tokens), axes))
         assert float(metrics["loss"]) == pytest.approx(expected["loss"], rel=1e-4)
     for a, b in zip(jax.tree.leaves(alone.tables), jax.tree.leaves(state.tables), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)

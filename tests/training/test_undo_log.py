@@ -14,8 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
-from ultramem_jax.parallel.mesh import data_mesh
+from ultramem_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.parallel.mesh import make_mesh
 from ultramem_jax.training import checkpoints as module
 from ultramem_jax.training import large_arrays, loop, undo_log
 from ultramem_jax.training.checkpoints import Checkpoints
@@ -87,8 +87,8 @@ def held(monkeypatch, large):
 
 @pytest.fixture
 def one_device(monkeypatch):
-    mesh = data_mesh(jax.devices()[:1])
-    monkeypatch.setattr(loop, "data_mesh", lambda: mesh)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    monkeypatch.setattr(loop, "make_mesh", lambda _: mesh)
 
 
 def start(config, optimizers):

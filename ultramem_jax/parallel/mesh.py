@@ -1,23 +1,93 @@
-"""Data parallelism over the devices of one process: batches are split, everything else is on every device."""
+"""The mesh of a run: devices along named axes, checked against the model before anything is compiled."""
 
+import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ultramem_jax.config import MeshConfig, RunConfig
+from ultramem_jax.errors import require
+from ultramem_jax.ops.on_mesh import MeshAxes
+
+AXES = ("data", "fsdp", "tensor", "memory", "width")
+"""The axes of every mesh; those of `MeshConfig`, where they are explained."""
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices, all of them if None, along one axis, `data`."""
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the devices, all of them if None.
+
+    Raises:
+        UserError: their number is not the product of the axes.
+    """
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    sizes = {name: getattr(config, name) for name in AXES}
+    rest = math.prod(size for name, size in sizes.items() if name != "data")
+    if sizes["data"] == 0:
+        require(
+            len(devices) % rest == 0,
+            "mesh",
+            in_words(sizes),
+            f"its other axes make {rest}, which does not divide the {len(devices)} devices",
+        )
+        sizes["data"] = len(devices) // rest
+    require(
+        math.prod(sizes.values()) == len(devices),
+        "mesh",
+        in_words(sizes),
+        f"makes {math.prod(sizes.values())}, there are {len(devices)} devices",
+    )
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+def mesh_axes(config: RunConfig, mesh: Mesh) -> MeshAxes:
+    """What the axes of a mesh are for in a run.
+
+    Raises:
+        UserError: a micro-batch that does not divide over the devices that share it out.
+    """
+
+    def larger(*names: str) -> tuple[str, ...]:
+        return tuple(name for name in names if mesh.shape[name] > 1)
+
+    memory = config.model.memory
+    partition = "slots" if memory is None else memory.partition
+    axes = MeshAxes(
+        mesh,
+        tokens=larger("data", "fsdp", *(("memory", "width") if config.mesh.batch_over_memory else ())),
+        slots=larger("memory") if memory is not None and partition != "width" else (),
+        width=larger("memory") if partition == "width" else larger("width"),
+        experts=larger("memory") if config.model.moe is not None else (),
+    )
+    micro_batch = config.train.batch_size // config.train.grad_accumulation
+    shards = axes.size(axes.tokens)
+    require(
+        micro_batch % shards == 0,
+        "train.batch_size",
+        config.train.batch_size,
+        f"a micro-batch of {micro_batch} sequences does not divide over the {shards} devices along "
+        f"{', '.join(axes.tokens) or 'no axis'}",
+    )
+    return axes
 
 
-def shard_batch(batch: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A batch (B, ...) with its sequences split over the devices."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+def one_device(device: jax.Device | None = None) -> NamedSharding:
+    """Whole arrays on one device, the first of this process if None, with a mesh around it."""
+    devices = [jax.local_devices()[0] if device is None else device]
+    return NamedSharding(make_mesh(MeshConfig(), devices), P())
+
+
+def shard_batch(batch: np.ndarray, axes: MeshAxes) -> jax.Array:
+    """A batch (B, ...) with its sequences split over the devices; every process is given the whole batch."""
+    sharding = axes.sharding(P(axes.tokens))
+    return jax.make_array_from_callback(batch.shape, sharding, lambda part: batch[part])
+
+
+def in_words(sizes: dict[str, int]) -> str:
+    """Sizes of axes as `--mesh` takes them: `data:16,memory:64`."""
+    named = [f"{name}:{size}" for name, size in sizes.items() if size != 1]
+    return ",".join(named) or "data:1"

@@ -18,7 +18,7 @@ from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import RunConfig, to_dict
 from ultramem_jax.data import Corpus, eval_batches, load_corpus, train_iterator
 from ultramem_jax.errors import UserError, require
-from ultramem_jax.parallel.mesh import data_mesh, replicated, shard_batch
+from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, shard_batch
 from ultramem_jax.training.checkpoints import Checkpoints, Meta
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.optimizer import Optimizers, make_optimizers
@@ -79,18 +79,11 @@ def train(
     workdir = pathlib.Path(workdir)
     corpus = corpus if corpus is not None else load_corpus(config.data)
     check_vocabulary(config, corpus)
-    mesh = data_mesh()
-    micro_batch = config.train.batch_size // config.train.grad_accumulation
-    require(
-        micro_batch % mesh.size == 0,
-        "train.batch_size",
-        config.train.batch_size,
-        f"a micro-batch of {micro_batch} sequences does not divide over {mesh.size} devices",
-    )
+    axes = mesh_axes(config, make_mesh(config.mesh))
     data = train_iterator(corpus, config.train.batch_size, config.train.seed)
     corpus.source("validation")  # refuses a split that is too short now, not after hours of training
     optimizers = make_optimizers(config)
-    sharding = replicated(mesh)
+    sharding = axes.sharding()
     abstract = abstract_state(config, optimizers, sharding)
     evaluate = Evaluator(config, corpus)
     _make_folder(workdir)
@@ -110,7 +103,7 @@ def train(
         step_function = _StepFunction(config, optimizers, state, checkpoints)
         with MetricWriter(workdir, config.train.tensorboard, start or None) as writer:
             run = _Run(config, corpus, checkpoints, writer, evaluate, data, meta, stop)
-            return run.steps(state, start, step_function, lambda tokens: shard_batch(tokens, mesh), progress)
+            return run.steps(state, start, step_function, lambda tokens: shard_batch(tokens, axes), progress)
 
 
 class Evaluator:

@@ -9,7 +9,7 @@ import jax
 from ultramem_jax.config import RunConfig, run_config_from_dict
 from ultramem_jax.data import BpeTokenizer, ByteTokenizer, Tokenizer
 from ultramem_jax.errors import UserError
-from ultramem_jax.parallel.mesh import data_mesh, replicated
+from ultramem_jax.parallel.mesh import one_device
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state, reaches
@@ -47,7 +47,7 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
         meta = checkpoints.read_meta(step)
         config = run_config_from_dict(_in_todays_fields(meta.config))
         # On the first device alone, whatever the run was trained on.
-        one = replicated(data_mesh(jax.local_devices()[:1]))
+        one = one_device()
         if config.model.memory is not None and not reaches(config.model.memory.memory_kind):
             on_device = dataclasses.replace(config.model.memory, memory_kind="device")
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, memory=on_device))

@@ -1,0 +1,101 @@
+"""How parameters lie on the mesh: the logical axes of every parameter, and the mesh axes of these.
+
+A parameter is known by its name and that of the module around it; the trees of optimizers repeat these names,
+so that moments lie as their parameters do.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ultramem_jax.ops.on_mesh import MeshAxes
+
+LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
+    "embedding": ("vocab", "embed"),
+    "output": ("embed", "vocab"),
+    "attention/w_query": ("embed", "heads"),
+    "attention/w_key": ("embed", "heads"),
+    "attention/w_value": ("embed", "heads"),
+    "attention/w_out": ("heads", "embed"),
+    "feed_forward/w_in": ("embed", "mlp"),
+    "feed_forward/w_gate": ("embed", "mlp"),
+    "feed_forward/w_out": ("mlp", "embed"),
+    "feed_forward/router": ("embed", None),
+    "experts/w_in": ("expert", "embed", "mlp"),
+    "experts/w_gate": ("expert", "embed", "mlp"),
+    "experts/w_out": ("expert", "mlp", "embed"),
+    "query": ("embed", None),
+    "query_conv": (None, "embed"),
+    "query_scale": (None,),
+    "key_scale": (None,),
+    "keys": (None, None, None, "keys", None),
+    "cores": (None, None, None, None),
+    "gate": ("embed", None),
+    "pre_projection": ("embed", None),
+    "projection": (None, "embed"),
+    "scale": (None,),
+}
+"""Of every parameter, by its name or, where several modules use it, the module's and its own. The experts of a
+Mixture of Experts stand apart from the MLP, which has the same names."""
+
+MESH_AXES = {
+    "embed": "fsdp",
+    "keys": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "expert": "memory",
+}
+"""Logical axis -> mesh axis. One that the mesh axis does not divide stays whole (a vocabulary of 257, say)."""
+
+
+def parameter_spec(path: Any, shape: tuple[int, ...], axes: MeshAxes) -> P:
+    """How an array lies on the mesh, by its place in a tree of parameters or of an optimizer's state.
+
+    Args:
+        path: keys of the leaf, as JAX gives them.
+        shape: of the array.
+        axes: of the mesh.
+
+    Raises:
+        KeyError: a parameter of unknown name.
+    """
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    if not names or not shape:
+        return P()  # a count of the optimizer's
+    module = "experts" if len(shape) == 3 and names[-2:-1] == ["feed_forward"] else "/".join(names[-2:-1])
+    name = names[-1]
+    logical = LOGICAL_AXES.get(f"{module}/{name}") or LOGICAL_AXES[name]
+    return P(*(_mesh_axis(axis, size, axes) for axis, size in zip(logical, shape, strict=True)))
+
+
+def parameter_shardings(tree: Any, axes: MeshAxes) -> Any:
+    """`parameter_spec` of every leaf, as shardings."""
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        return axes.sharding(parameter_spec(path, leaf.shape, axes))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def table_shardings(tree: Any, axes: MeshAxes) -> Any:
+    """Of tables, of their moments and of what is kept per slot: rows and columns are split as the mesh says.
+
+    Columns of which there is one (a moment per row) are on every device that has some of the row.
+    """
+
+    def sharding(leaf: Any) -> NamedSharding:
+        if leaf.ndim == 0:
+            return axes.sharding()
+        return axes.sharding(P(axes.slots, *((axes.width if n > 1 else None) for n in leaf.shape[1:])))
+
+    return jax.tree.map(sharding, tree)
+
+
+def _mesh_axis(logical: str | None, size: int, axes: MeshAxes) -> str | None:
+    axis = MESH_AXES.get(logical or "")
+    if axis is None or axes.mesh.shape[axis] == 1 or size % axes.mesh.shape[axis]:
+        return None
+    return axis
