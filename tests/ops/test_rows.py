@@ -53,7 +53,7 @@ def test_scattering_words_copies_no_table():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_table_in_the_hosts_memory_gives_the_same_bits(dtype):
     table, _ = _table(dtype)
-    sharding = one_device()
+    sharding = one_device().sharding()
     there = jax.device_put(table, sharding.with_memory_kind("pinned_host"))
     slots, blocks = jnp.array([[3, 11], [0, 3]], jnp.int32), jnp.array([[0, 1], [1, 1]], jnp.int32)
     scores = jnp.arange(8, dtype=jnp.float32).reshape(2, 2, 2)
@@ -79,7 +79,7 @@ def test_a_table_in_the_hosts_memory_gives_the_same_bits(dtype):
 
 
 def test_a_function_sees_where_its_table_lies():
-    sharding, seen = one_device(), []
+    sharding, seen = one_device().sharding(), []
     for kind in ("device", "pinned_host"):
         table = jax.device_put(jnp.ones((4, 2)), sharding.with_memory_kind(kind))
         jax.jit(lambda t: (seen.append(is_on_host(t)), t)[1])(table)

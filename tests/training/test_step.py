@@ -175,16 +175,17 @@ def test_a_host_resident_table_trains_bit_for_bit_like_one_on_the_device(name):
     if name == "ultramem":
         memory = replace(memory, table_dtype="bfloat16")
         train = replace(train, row_moment_dtype="bfloat16", row_second_moment="row")
-    sharding = one_device()
+    axes = one_device()
+    sharding = axes.sharding()
     batches, ends = _batches(3), {}
     for kind in ("device", "pinned_host"):
         config = RunConfig(replace(MODEL, memory=replace(memory, memory_kind=kind)), train=train)
         optimizers = make_optimizers(config)
-        shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, optimizers, sharding))
+        shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, optimizers, axes))
         step = jax.jit(
             make_train_step(config, optimizers), donate_argnums=0, out_shardings=(shardings, sharding)
         )
-        state = fresh_state(config, optimizers, sharding, np.uint32(0))
+        state = fresh_state(config, optimizers, axes, np.uint32(0))
         for tokens in batches:
             before = state
             state, metrics = step(state, jax.device_put(np.asarray(tokens), sharding))
@@ -242,8 +243,8 @@ def test_sharded_over_devices_equals_one_device():
     config, batches = RunConfig(ULTRAMEM, train=TRAIN), _batches(2)
     alone, history = _run(config, batches)
     axes, optimizers = mesh_axes(config, make_mesh(config.mesh)), make_optimizers(config)
-    state = jax.jit(lambda: init_state(config, optimizers), out_shardings=axes.sharding())()
-    step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
+    state = fresh_state(config, optimizers, axes, np.uint32(0))
+    step = jax.jit(make_train_step(config, optimizers, axes=axes), donate_argnums=0)
     for tokens, expected in zip(batches, history, strict=True):
         state, metrics = step(state, shard_batch(np.asarray(tokens), axes))
         assert float(metrics["loss"]) == pytest.approx(expected["loss"], rel=1e-4)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.layers import Attention, RMSNorm, feed_forward, memory, shared_tables
 from ultramem_jax.ops.linear import project
+from ultramem_jax.ops.on_mesh import constrain_tokens
 
 SHARED_TABLES = "memory_tables"
 """Name of the module that holds the table which all memories read, where they share one."""
@@ -80,7 +81,7 @@ class Transformer(nn.Module):
             (config.vocab_size, config.embed_dim),
             jnp.float32,
         )
-        x = dropout(embedding.at[tokens].get(mode="clip").astype(dtype))
+        x = constrain_tokens(dropout(embedding.at[tokens].get(mode="clip").astype(dtype)))
         tables = None
         if config.memory is not None and config.memory.shares_table and config.spans:
             tables = shared_tables(config, name=SHARED_TABLES)(config.embed_dim)
@@ -93,6 +94,7 @@ class Transformer(nn.Module):
                     landing.setdefault(span.end, []).append(dropout(read))
             for y in landing.pop(layer, ()):
                 x = x + y
+            x = constrain_tokens(x)
         x = RMSNorm(config.norm_eps, dtype, name="final_norm")(x)
         if config.tie_embeddings:
             output = embedding.T

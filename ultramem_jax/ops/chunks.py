@@ -20,7 +20,7 @@ def map_chunks(function: Callable[..., Any], values_per_token: int, *arrays: jax
         *arrays: (T, ...) each.
     """
     tokens = arrays[0].shape[0]
-    chunk = _chunk_tokens(values_per_token)
+    chunk = chunk_tokens(values_per_token)
     if tokens <= chunk:
         return function(*arrays)
     count = tokens // chunk
@@ -51,7 +51,7 @@ def fold_chunks(
         up_to: () int32, tokens from this one on need not be worked on, but may be; None for all.
     """
     tokens = arrays[0].shape[0]
-    chunk = _chunk_tokens(values_per_token)
+    chunk = chunk_tokens(values_per_token)
     if tokens <= chunk:
         return function(start, *arrays)
     count = tokens // chunk
@@ -62,7 +62,8 @@ def fold_chunks(
     return done if count * chunk == tokens else function(done, *(a[count * chunk :] for a in arrays))
 
 
-def _chunk_tokens(values_per_token: int) -> int:
+def chunk_tokens(values_per_token: int) -> int:
+    """Tokens of a chunk."""
     return max(_CHUNK_VALUES // values_per_token, 1)
 
 

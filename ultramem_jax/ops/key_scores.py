@@ -11,10 +11,13 @@ by chunk of tokens, and forgotten once the m best are known. The r scores of a c
 from its key; so the derivative is that of T·2·H·m products and does not know of the other keys.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from ultramem_jax.ops.chunks import fold_chunks, map_chunks
+from ultramem_jax.ops.on_mesh import per_token, sum_over_tokens
 from ultramem_jax.ops.topk import top_k
 
 
@@ -51,11 +54,15 @@ def best_keys(queries: jax.Array, keys: jax.Array, directions: jax.Array, top_m:
     """
     queries, keys, directions = jax.lax.stop_gradient((queries, keys, directions))
 
-    def choose(queries: jax.Array) -> jax.Array:
+    def choose(queries: jax.Array, keys: jax.Array, directions: jax.Array) -> jax.Array:
         index = top_k(combined_scores(queries, keys, directions), top_m)[1]
         return jnp.moveaxis(index, 2, 0)
 
-    return map_chunks(choose, 2 * queries.shape[2] * keys.shape[3], queries)
+    def choose_all(queries: jax.Array, keys: jax.Array, directions: jax.Array) -> jax.Array:
+        chosen = partial(choose, keys=keys, directions=directions)
+        return map_chunks(chosen, 2 * queries.shape[2] * keys.shape[3], queries)
+
+    return per_token(choose_all, (queries,), (keys, directions))
 
 
 @jax.custom_vjp
@@ -71,12 +78,15 @@ def key_scores(queries: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Arr
         (T, 2, H, r, m) float32. Differentiable in queries and keys; the keys are gathered again for it.
     """
 
-    def score(queries: jax.Array, index: jax.Array) -> jax.Array:
+    def score(queries: jax.Array, index: jax.Array, keys: jax.Array) -> jax.Array:
         rows = _rows(keys, index)
         queries = jnp.broadcast_to(queries, (*rows.shape[:4], rows.shape[-1]))
         return jnp.einsum("tahrjd,tahrd->tahrj", rows, queries, preferred_element_type=jnp.float32)
 
-    return map_chunks(score, _gathered(keys, index), queries, index)
+    def score_all(queries: jax.Array, index: jax.Array, keys: jax.Array) -> jax.Array:
+        return map_chunks(partial(score, keys=keys), _gathered(keys, index), queries, index)
+
+    return per_token(score_all, (queries, index), (keys,))
 
 
 def _forward(queries, keys, index):
@@ -87,7 +97,7 @@ def _backward(saved, cotangent):
     queries, keys, index = saved
     shared = queries.shape[3] < keys.shape[2]
 
-    def query_gradient(cotangent, index):
+    def query_gradient(cotangent, index, keys):
         by_rank = jnp.einsum(
             "tahrj,tahrjd->tahrd",
             cotangent.astype(keys.dtype),
@@ -101,9 +111,16 @@ def _backward(saved, cotangent):
         return total.at[_flat(keys, index)].add(products, mode="promise_in_bounds")
 
     width = _gathered(keys, index)
-    d_queries = map_chunks(query_gradient, width, cotangent, index)
-    zeros = jnp.zeros((keys.size // keys.shape[-1], keys.shape[-1]), jnp.float32)
-    d_keys = fold_chunks(add_key_gradient, zeros, width, cotangent, queries, index)
+
+    def query_gradients(cotangent, index, keys):
+        return map_chunks(partial(query_gradient, keys=keys), width, cotangent, index)
+
+    def key_gradient(cotangent, queries, index):
+        zeros = jnp.zeros((keys.size // keys.shape[-1], keys.shape[-1]), jnp.float32)
+        return fold_chunks(add_key_gradient, zeros, width, cotangent, queries, index)
+
+    d_queries = per_token(query_gradients, (cotangent, index), (keys,))
+    d_keys = sum_over_tokens(key_gradient, (cotangent, queries, index))
     return d_queries, d_keys.reshape(keys.shape).astype(keys.dtype), None
 
 

@@ -43,6 +43,60 @@ class RowGradients(NamedTuple):
     """(U, d_v) float32; zero past the last row read."""
 
 
+def pool(
+    table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, expansion: int
+) -> jax.Array:
+    """`pooled_lookup` without a derivative."""
+
+    def pool_chunk(slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
+        # Every core weighs whole rows, though but a slice of each counts: to cut the rows into slices, XLA on
+        # CPU would gather them in the order of the slices, three times as slowly.
+        rows = take_rows(table, slots).astype(scores.dtype)
+        tokens, width, cores = len(slots), rows.shape[-1], scores.shape[-1]
+        weights = _block_weights(blocks, scores, expansion).reshape(tokens, -1, expansion * cores)
+        by_core = jnp.einsum("tjq,tjd->tqd", weights, rows).reshape(
+            tokens, expansion, cores, cores, width // cores
+        )
+        return jnp.stack([by_core[:, :, core, core] for core in range(cores)], axis=2)
+
+    pooled = map_chunks(pool_chunk, slots.shape[1] * table.shape[1], slots, blocks, scores)
+    return pooled.reshape(slots.shape[0], expansion, table.shape[1])
+
+
+def score_products(
+    table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, cores: int
+) -> jax.Array:
+    """Products of every row read with the vector of its block, slice by slice: `pool`'s derivative by scores.
+
+    Args:
+        table: (N, d_v), as `ultramem_jax.ops.rows` stores it.
+        slots: (T, R) int32 in [0, N).
+        blocks: (T, R) int32 in [0, E).
+        vectors: (T, E, d_v). Its dtype is that of the computation and of the result.
+        cores: h, slices of d_v/h values.
+
+    Returns:
+        (T, R, h).
+    """
+    expansion, dtype = vectors.shape[1], vectors.dtype
+
+    def multiply(slots: jax.Array, blocks: jax.Array, vectors: jax.Array) -> jax.Array:
+        first = jnp.arange(0, blocks.shape[0] * expansion, expansion, dtype=blocks.dtype)[:, None]
+        of_blocks = vectors.reshape(-1, vectors.shape[-1])
+        of_reads = of_blocks.at[first + blocks].get(mode="promise_in_bounds")
+        return slice_sums(take_rows(table, slots).astype(dtype) * of_reads, cores)
+
+    return map_chunks(multiply, 2 * slots.shape[1] * table.shape[1], slots, blocks, vectors)
+
+
+def slice_sums(products: jax.Array, cores: int) -> jax.Array:
+    """Sums of (..., d) over each of h slices -> (..., h)."""
+    # As a product with zeros and ones: XLA on CPU is slow at short sums.
+    slices = jnp.repeat(jnp.eye(cores, dtype=products.dtype), products.shape[-1] // cores, axis=0)
+    sums = jnp.matmul(products.reshape(-1, len(slices)), slices, precision=jax.lax.Precision.HIGHEST)
+    return sums.reshape(*products.shape[:-1], cores)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def pooled_lookup(
     table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, expansion: int
@@ -60,20 +114,7 @@ def pooled_lookup(
     Returns:
         (T, E, d_v). Differentiable in `table` (a dense gradient, for the dense way of training) and `scores`.
     """
-
-    def pool(slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
-        # Every core weighs whole rows, though but a slice of each counts: to cut the rows into slices, XLA on
-        # CPU would gather them in the order of the slices, three times as slowly.
-        rows = take_rows(table, slots).astype(scores.dtype)
-        tokens, width, cores = len(slots), rows.shape[-1], scores.shape[-1]
-        weights = _block_weights(blocks, scores, expansion).reshape(tokens, -1, expansion * cores)
-        by_core = jnp.einsum("tjq,tjd->tqd", weights, rows).reshape(
-            tokens, expansion, cores, cores, width // cores
-        )
-        return jnp.stack([by_core[:, :, core, core] for core in range(cores)], axis=2)
-
-    pooled = map_chunks(pool, slots.shape[1] * table.shape[1], slots, blocks, scores)
-    return pooled.reshape(slots.shape[0], expansion, table.shape[1])
+    return pool(table, slots, blocks, scores, expansion)
 
 
 def _forward(table, slots, blocks, scores, expansion):
@@ -83,21 +124,9 @@ def _forward(table, slots, blocks, scores, expansion):
 def _backward(expansion, saved, cotangent):
     table, slots, blocks, scores = saved
 
-    def score_gradient(slots, blocks, scores, cotangent):
-        first = jnp.arange(0, blocks.shape[0] * expansion, expansion, dtype=blocks.dtype)[:, None]
-        of_blocks = cotangent.reshape(-1, cotangent.shape[-1])
-        of_reads = of_blocks.at[first + blocks].get(mode="promise_in_bounds")
-        products = take_rows(table, slots).astype(scores.dtype) * of_reads
-        # The sums over the h slices, as a product with zeros and ones: XLA on CPU is slow at short sums.
-        cores = scores.shape[-1]
-        slices = jnp.repeat(jnp.eye(cores, dtype=scores.dtype), products.shape[-1] // cores, axis=0)
-        sums = jnp.matmul(products.reshape(-1, len(slices)), slices, precision=jax.lax.Precision.HIGHEST)
-        return sums.reshape(scores.shape)
-
-    width = 2 * slots.shape[1] * table.shape[1]
-    d_scores = map_chunks(score_gradient, width, slots, blocks, scores, cotangent)
+    d_scores = score_products(table, slots, blocks, cotangent, scores.shape[-1])
     tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
-    per_read = _read_gradients(cotangent[tokens, blocks.reshape(-1)], scores.reshape(-1, scores.shape[-1]))
+    per_read = read_gradients(cotangent[tokens, blocks.reshape(-1)], scores.reshape(-1, scores.shape[-1]))
     return _table_gradient(table, slots, per_read), None, None, d_scores
 
 
@@ -133,7 +162,7 @@ def _products_backward(saved, cotangent):
     one_block = jnp.zeros_like(slots)
     d_vectors = pooled_lookup(table, slots, one_block, cotangent[..., None], 1)[:, 0]
     tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
-    per_read = _read_gradients(vectors[tokens], cotangent.reshape(-1, 1))
+    per_read = read_gradients(vectors[tokens], cotangent.reshape(-1, 1))
     return _table_gradient(table, slots, per_read), None, d_vectors
 
 
@@ -178,7 +207,7 @@ def row_gradients(rows: RowsRead, blocks: jax.Array, scores: jax.Array, cotangen
     """
     # Reads are put in the order of their slots before their gradients are formed: the largest array here,
     # (T·R, d_v), is then written once and summed in the order in which it lies.
-    per_read = _read_gradients(
+    per_read = read_gradients(
         cotangent[rows.order // blocks.shape[1], blocks.reshape(-1)[rows.order]],
         scores.reshape(-1, scores.shape[-1])[rows.order],
     )
@@ -189,21 +218,33 @@ def _sum_by_row(reads: jax.Array, row_of_read: jax.Array, num_rows: int) -> jax.
     return jax.ops.segment_sum(reads, row_of_read, num_rows, indices_are_sorted=True)
 
 
-def _read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:
+def read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:
     """What each read sends to its row, float32: scores (T·R, h) times the cotangents (T·R, d_v)."""
-    slices = cotangents.reshape(*scores.shape, -1).astype(jnp.float32)
-    return (slices * scores[..., None].astype(jnp.float32)).reshape(cotangents.shape)
+    return weighed_rows(cotangents.astype(jnp.float32), scores.astype(jnp.float32))
+
+
+def weighed_rows(rows: jax.Array, scores: jax.Array) -> jax.Array:
+    """Rows (..., d) with each of their h slices times its score (..., h)."""
+    slices = rows.reshape(*scores.shape, -1)
+    return (slices * scores[..., None]).reshape(rows.shape)
 
 
 def _table_gradient(table: jax.Array, slots: jax.Array, per_read: jax.Array) -> jax.Array | None:
     """The dense gradient of a table; dead code, removed by the compiler, unless the table is differentiated.
 
-    None for a table that is stored as words or in the memory of the host: it counts as a constant there, and
-    is trained by rows.
+    None for a table without one.
     """
-    if not jnp.issubdtype(table.dtype, jnp.floating) or is_on_host(table):
+    if not has_dense_gradient(table):
         return None
     return jnp.zeros(table.shape, jnp.float32).at[slots.reshape(-1)].add(per_read).astype(table.dtype)
+
+
+def has_dense_gradient(table: jax.Array) -> bool:
+    """Whether a table can be differentiated.
+
+    One that is stored as words or in the memory of the host counts as a constant, and is trained by rows.
+    """
+    return jnp.issubdtype(table.dtype, jnp.floating) and not is_on_host(table)
 
 
 def _one_hot(blocks: jax.Array, expansion: int, dtype: jnp.dtype) -> jax.Array:

@@ -8,6 +8,7 @@ Queries (T, 2, H, q, d) and keys (2, S, r, K, d) are laid out as `ultramem_jax.o
 side 0, columns side 1.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from ultramem_jax.ops.chunks import map_chunks
 from ultramem_jax.ops.key_scores import best_keys, key_scores
+from ultramem_jax.ops.on_mesh import per_token
 
 
 class Retrieved(NamedTuple):
@@ -48,7 +50,10 @@ def retrieve_product_keys(queries: jax.Array, keys: jax.Array, top_m: int) -> Re
     def best(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _best_cells(row[..., :, None] + column[..., None, :], top_m)
 
-    i, j = map_chunks(best, heads * top_m**2, *jax.lax.stop_gradient((row, column)))
+    def best_of_all(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return map_chunks(best, heads * top_m**2, row, column)
+
+    i, j = per_token(best_of_all, jax.lax.stop_gradient((row, column)))
     scores = _pick(row, i) + _pick(column, j)
     return Retrieved(_index(candidates[:, 0], i), _index(candidates[:, 1], j), scores[..., None], candidates)
 
@@ -74,9 +79,8 @@ def retrieve_tucker(
     """
     candidates = best_keys(queries, keys, directions, top_m)
     row, column = jnp.unstack(key_scores(queries, keys, candidates), axis=1)  # (T, H, r, m) each
-    core = jax.lax.stop_gradient(cores).sum(1)
 
-    def best(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def best(row: jax.Array, column: jax.Array, core: jax.Array) -> tuple[jax.Array, jax.Array]:
         grid = jnp.zeros((), row.dtype)
         # The sum over ranks is written out: r is 1 to 4, too short a contraction for a matrix product.
         for rank in range(core.shape[-1]):
@@ -84,7 +88,11 @@ def retrieve_tucker(
             grid = grid + mixed[..., :, None] * column[:, :, rank, None, :]
         return _best_cells(grid, top_m)
 
-    i, j = map_chunks(best, row.shape[1] * top_m**2, *jax.lax.stop_gradient((row, column)))
+    def best_of_all(row: jax.Array, column: jax.Array, core: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return map_chunks(partial(best, core=core), row.shape[1] * top_m**2, row, column)
+
+    row_scores, column_scores, core = jax.lax.stop_gradient((row, column, cores.sum(1)))
+    i, j = per_token(best_of_all, (row_scores, column_scores), (core,))
     scores = tucker_scores(_pick(row, i[:, :, None]), _pick(column, j[:, :, None]), cores)
     return Retrieved(_index(candidates[:, 0], i), _index(candidates[:, 1], j), scores, candidates)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.config import MeshConfig, RunConfig
@@ -75,10 +75,9 @@ def mesh_axes(config: RunConfig, mesh: Mesh) -> MeshAxes:
     return axes
 
 
-def one_device(device: jax.Device | None = None) -> NamedSharding:
-    """Whole arrays on one device, the first of this process if None, with a mesh around it."""
-    devices = [jax.local_devices()[0] if device is None else device]
-    return NamedSharding(make_mesh(MeshConfig(), devices), P())
+def one_device(device: jax.Device | None = None) -> MeshAxes:
+    """A mesh of one device, the first of this process if None."""
+    return MeshAxes(make_mesh(MeshConfig(), [jax.local_devices()[0] if device is None else device]))
 
 
 def shard_batch(batch: np.ndarray, axes: MeshAxes) -> jax.Array:

@@ -7,7 +7,6 @@ so that moments lie as their parameters do.
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.ops.on_mesh import MeshAxes
@@ -37,8 +36,8 @@ LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     "projection": (None, "embed"),
     "scale": (None,),
 }
-"""Of every parameter, by its name or, where several modules use it, the module's and its own. The experts of a
-Mixture of Experts stand apart from the MLP, which has the same names."""
+"""Of every parameter, by its name or, where several modules use it, the module's and its own. The experts of
+a Mixture of Experts stand apart from the MLP, which has the same names."""
 
 MESH_AXES = {
     "embed": "fsdp",
@@ -48,7 +47,7 @@ MESH_AXES = {
     "mlp": "tensor",
     "expert": "memory",
 }
-"""Logical axis -> mesh axis. One that the mesh axis does not divide stays whole (a vocabulary of 257, say)."""
+"""Logical axis -> mesh axis. What the mesh axis does not divide stays whole (a vocabulary of 257, say)."""
 
 
 def parameter_spec(path: Any, shape: tuple[int, ...], axes: MeshAxes) -> P:
@@ -71,27 +70,23 @@ def parameter_spec(path: Any, shape: tuple[int, ...], axes: MeshAxes) -> P:
     return P(*(_mesh_axis(axis, size, axes) for axis, size in zip(logical, shape, strict=True)))
 
 
-def parameter_shardings(tree: Any, axes: MeshAxes) -> Any:
-    """`parameter_spec` of every leaf, as shardings."""
-
-    def sharding(path: Any, leaf: Any) -> NamedSharding:
-        return axes.sharding(parameter_spec(path, leaf.shape, axes))
-
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+def parameter_specs(tree: Any, axes: MeshAxes) -> Any:
+    """`parameter_spec` of every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: parameter_spec(path, leaf.shape, axes), tree)
 
 
-def table_shardings(tree: Any, axes: MeshAxes) -> Any:
-    """Of tables, of their moments and of what is kept per slot: rows and columns are split as the mesh says.
+def table_specs(tree: Any, axes: MeshAxes) -> Any:
+    """How tables, their moments and what is kept per slot lie on the mesh: split by rows and columns.
 
     Columns of which there is one (a moment per row) are on every device that has some of the row.
     """
 
-    def sharding(leaf: Any) -> NamedSharding:
+    def spec(leaf: Any) -> P:
         if leaf.ndim == 0:
-            return axes.sharding()
-        return axes.sharding(P(axes.slots, *((axes.width if n > 1 else None) for n in leaf.shape[1:])))
+            return P()
+        return P(axes.slots, *((axes.width if size > 1 else None) for size in leaf.shape[1:]))
 
-    return jax.tree.map(sharding, tree)
+    return jax.tree.map(spec, tree)
 
 
 def _mesh_axis(logical: str | None, size: int, axes: MeshAxes) -> str | None:

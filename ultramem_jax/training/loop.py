@@ -18,7 +18,8 @@ from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import RunConfig, to_dict
 from ultramem_jax.data import Corpus, eval_batches, load_corpus, train_iterator
 from ultramem_jax.errors import UserError, require
-from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, shard_batch
+from ultramem_jax.ops.on_mesh import MeshAxes
+from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device, shard_batch
 from ultramem_jax.training.checkpoints import Checkpoints, Meta
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.optimizer import Optimizers, make_optimizers
@@ -83,9 +84,8 @@ def train(
     data = train_iterator(corpus, config.train.batch_size, config.train.seed)
     corpus.source("validation")  # refuses a split that is too short now, not after hours of training
     optimizers = make_optimizers(config)
-    sharding = axes.sharding()
-    abstract = abstract_state(config, optimizers, sharding)
-    evaluate = Evaluator(config, corpus)
+    abstract = abstract_state(config, optimizers, axes)
+    evaluate = Evaluator(config, corpus, axes)
     _make_folder(workdir)
     meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus_identity(corpus)}
     with (
@@ -94,13 +94,13 @@ def train(
     ):
         if checkpoints.latest_step() is None:
             save_tokenizer(corpus.tokenizer, workdir)
-            state, start = _fresh_state(config, optimizers, sharding), 0
+            state, start = _fresh_state(config, optimizers, axes), 0
         else:
             _check_same_run(checkpoints.read_meta(), config, corpus, workdir)
             restored = checkpoints.restore(abstract, data, expect_config=to_dict(config))
             state, start = restored.state, restored.step
             log.info("resumed from step %d of %s", start, workdir)
-        step_function = _StepFunction(config, optimizers, state, checkpoints)
+        step_function = _StepFunction(config, optimizers, axes, state, checkpoints)
         with MetricWriter(workdir, config.train.tensorboard, start or None) as writer:
             run = _Run(config, corpus, checkpoints, writer, evaluate, data, meta, stop)
             return run.steps(state, start, step_function, lambda tokens: shard_batch(tokens, axes), progress)
@@ -109,9 +109,11 @@ def train(
 class Evaluator:
     """The mean loss over a split, on the same batches each time."""
 
-    def __init__(self, config: RunConfig, corpus: Corpus):
+    def __init__(self, config: RunConfig, corpus: Corpus, axes: MeshAxes | None = None):
+        """For variables on that mesh; None for one device."""
         self._config, self._corpus = config, corpus
-        self._step = jax.jit(make_eval_step(config))
+        self._axes = one_device() if axes is None else axes
+        self._step = jax.jit(make_eval_step(config, axes))
 
     def __call__(
         self,
@@ -141,7 +143,8 @@ class Evaluator:
             disable=not progress,
             leave=False,
         ):
-            total += np.asarray(self._step(variables, batch["tokens"], batch["mask"]), np.float64)
+            sharded = (shard_batch(batch[name], self._axes) for name in ("tokens", "mask"))
+            total += np.asarray(self._step(variables, *sharded), np.float64)
         loss = float(total[0] / total[1])
         return loss, bits_per_byte(loss, self._corpus.bytes_per_token(split))
 
@@ -214,12 +217,10 @@ def _make_folder(workdir: pathlib.Path) -> None:
         ) from None
 
 
-def _fresh_state(
-    config: RunConfig, optimizers: Optimizers, sharding: jax.sharding.NamedSharding
-) -> TrainState:
+def _fresh_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) -> TrainState:
     try:
         # The seed is an argument, so that a cache of compiled programs has one for all seeds.
-        return fresh_state(config, optimizers, sharding, np.uint32(config.train.seed))
+        return fresh_state(config, optimizers, axes, np.uint32(config.train.seed))
     except jax.errors.JaxRuntimeError as error:
         if "memory" not in str(error).lower():
             raise
@@ -238,7 +239,12 @@ class _StepFunction:
     """
 
     def __init__(
-        self, config: RunConfig, optimizers: Optimizers, state: TrainState, checkpoints: Checkpoints
+        self,
+        config: RunConfig,
+        optimizers: Optimizers,
+        axes: MeshAxes,
+        state: TrainState,
+        checkpoints: Checkpoints,
     ):
         """The step for arrays that lie where those of `state` do."""
         row_sparse = config.train.table_gradient == "row_sparse"
@@ -246,7 +252,7 @@ class _StepFunction:
         self._checkpoints = checkpoints
         shardings = jax.tree.map(lambda a: a.sharding, state)
         beside = (state.step.sharding,) * (2 if self.records else 1)
-        step = make_train_step(config, optimizers, record_before=self.records)
+        step = make_train_step(config, optimizers, self.records, axes)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, *beside))
 
     def __call__(self, state: TrainState, tokens: Any) -> tuple[TrainState, Any]:

@@ -43,15 +43,25 @@ class RowUpdate(NamedTuple):
     """The rows (U, ...) of the table and of its moments that were overwritten, if that was asked for."""
 
 
+class TablePart(NamedTuple):
+    """Which part of a table an update is given."""
+
+    first_slot: jax.Array | int = 0
+    first_column: jax.Array | int = 0
+    width_axes: tuple[str, ...] = ()
+    """Axes of the mesh over which the other columns of these rows are, within a `jax.shard_map`."""
+
+
 class RowSparseTransformation(NamedTuple):
     """What `optax.GradientTransformation` is for arrays, for tables whose gradient comes by rows."""
 
     init: Callable[[jax.Array], RowMoments]
     """table (N, d_v) -> moments."""
     update: Callable[..., RowUpdate]
-    """(gradients, moments, table, step from 0, seed () uint32, record=False). To be compiled with table and
-    moments donated. The seed is for rounding, another one for every array and step. With `record`, the rows
-    that it overwrites are part of the result."""
+    """(gradients, moments, table, step from 0, seed () uint32, record=False, part=TablePart()). To be
+    compiled with table and moments donated. The seed is for rounding, another one for every array and step.
+    With `record`, the rows that it overwrites are part of the result. Of a part of a table, slots count from
+    the part's first."""
 
 
 def row_sparse_adamw(
@@ -87,19 +97,28 @@ def row_sparse_adamw(
         return RowMoments(first, jnp.zeros(table.shape, stored))
 
     def adamw(
-        count: jax.Array, rate: jax.Array, rows: jax.Array, moments: RowMoments, gradients: jax.Array
+        count: jax.Array,
+        rate: jax.Array,
+        rows: jax.Array,
+        moments: RowMoments,
+        gradients: jax.Array,
+        part: TablePart,
     ) -> tuple[jax.Array, RowMoments]:
         squares = gradients**2
         if second_moment == "row":
             squares = squares.mean(1, keepdims=True)
+            if part.width_axes:
+                squares = jax.lax.pmean(squares, part.width_axes)
         first = b1 * moments.first + (1 - b1) * gradients
         second = b2 * moments.second + (1 - b2) * squares
         direction = (first / (1 - b1**count)) / (jnp.sqrt(second / (1 - b2**count)) + eps)
         return rows - rate * (direction + weight_decay * rows), RowMoments(first, second)
 
-    def rounded(x: jax.Array, stored: jnp.dtype, slots: jax.Array, seed: jax.Array) -> jax.Array:
+    def rounded(
+        x: jax.Array, stored: jnp.dtype, slots: jax.Array, seed: jax.Array, part: TablePart
+    ) -> jax.Array:
         if stored == stored_dtype("bfloat16") and rounding == "stochastic":
-            return stochastic_round(x, slots, seed)
+            return stochastic_round(x, slots + part.first_slot, seed, part.first_column)
         return x
 
     def update(
@@ -109,6 +128,7 @@ def row_sparse_adamw(
         step: jax.Array,
         seed: jax.Array,
         record: bool = False,
+        part: TablePart = TablePart(),  # noqa: B008
     ) -> RowUpdate:
         count, rate = step.astype(jnp.float32) + 1, learning_rate(step)
         num_rows = gradients.slots.shape[0]
@@ -125,10 +145,12 @@ def row_sparse_adamw(
                     before,
                 )
             rows, of_rows = jax.tree.map(lambda rows: rows.astype(jnp.float32), before)
-            after = adamw(count, rate, rows, of_rows, gradients)
+            after = adamw(count, rate, rows, of_rows, gradients, part)
             leaves, structure = jax.tree.flatten(arrays)
             written = [
-                put_sorted_rows(array, slots, rounded(new, array.dtype, slots, mix(jnp.uint32(i), seed)))
+                put_sorted_rows(
+                    array, slots, rounded(new, array.dtype, slots, mix(jnp.uint32(i), seed), part)
+                )
                 for i, (array, new) in enumerate(zip(leaves, jax.tree.leaves(after), strict=True))
             ]
             padding = slots[:, None] >= table.shape[0]
@@ -145,13 +167,13 @@ def row_sparse_adamw(
         # The padding is last. Where tokens read the same rows, as in a trained model, there is much of it.
         num_read = jnp.sum(gradients.slots < table.shape[0], dtype=jnp.int32)
         (table, moments), norm, log = fold_chunks(
-            update_rows, start, _ARRAYS * table.shape[1], places, *gradients, up_to=num_read
+            update_rows, start, ROW_ARRAYS * table.shape[1], places, *gradients, up_to=num_read
         )
         return RowUpdate(table, moments, jnp.sqrt(norm), log)
 
     return RowSparseTransformation(init, update)
 
 
-_ARRAYS = 16
+ROW_ARRAYS = 16
 """Arrays as wide as the rows that an update holds at a time: twice the eight that it needs, which makes
 chunks of 2,048 rows of 128. Larger ones are no faster."""

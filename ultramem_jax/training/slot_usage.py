@@ -22,8 +22,16 @@ def init_usage(num_slots: int) -> SlotUsage:
     return SlotUsage(jnp.zeros((num_slots,), bool), jnp.zeros((), jnp.int32))
 
 
-def record_reads(usage: SlotUsage, rows: RowsRead) -> tuple[SlotUsage, dict[str, jax.Array]]:
+def record_reads(
+    usage: SlotUsage, rows: RowsRead, num_reads: int, axes: tuple[str, ...] = ()
+) -> tuple[SlotUsage, dict[str, jax.Array]]:
     """Adds the rows that a step read.
+
+    Args:
+        usage: before the step; of this device's rows if the table is split over devices.
+        rows: what was read of them.
+        num_reads: reads of the whole table.
+        axes: of the mesh, over which its rows are split, within a `jax.shard_map`.
 
     Returns:
         The usage, and metrics: `slots_read_share` in [0, 1], the share of the N slots read so far, and
@@ -31,13 +39,17 @@ def record_reads(usage: SlotUsage, rows: RowsRead) -> tuple[SlotUsage, dict[str,
         equally often).
     """
     seen_before = usage.seen.at[rows.slots].get(mode="fill", fill_value=True)
-    num_seen = usage.num_seen + (~seen_before).sum(dtype=jnp.int32)
+    num_new = (~seen_before).sum(dtype=jnp.int32)
     seen = usage.seen.at[rows.slots].set(True, mode="drop", unique_indices=True, indices_are_sorted=True)
-    counts = rows.counts.astype(jnp.float32)
-    share = counts / counts.sum()
-    entropy = -jnp.sum(jnp.where(counts > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0.0))
+    share = rows.counts.astype(jnp.float32) / jnp.float32(num_reads)
+    entropy = -jnp.sum(jnp.where(rows.counts > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0.0))
+    num_slots = jnp.float32(usage.seen.shape[0])
+    if axes:
+        num_new, entropy = jax.lax.psum((num_new, entropy), axes)
+        num_slots = num_slots * jax.lax.axis_size(axes)
+    num_seen = usage.num_seen + num_new
     metrics = {
-        "slots_read_share": num_seen.astype(jnp.float32) / usage.seen.shape[0],
+        "slots_read_share": num_seen.astype(jnp.float32) / num_slots,
         "read_entropy": entropy,
     }
     return SlotUsage(seen, num_seen), metrics

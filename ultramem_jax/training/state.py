@@ -6,11 +6,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import require
 from ultramem_jax.models import Transformer
+from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, on_mesh
+from ultramem_jax.parallel.rules import parameter_specs, table_specs
 from ultramem_jax.training.optimizer import Optimizers
 from ultramem_jax.training.slot_usage import init_usage
 
@@ -45,7 +47,9 @@ def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None
     """
     seed = jnp.asarray(config.train.seed, jnp.uint32) if seed is None else seed
     model = Transformer(config.model)
-    tokens = jnp.zeros((1, 2), jnp.int32)
+    axes = current_axes()
+    # As few as there can be: a sequence for every device that has its own.
+    tokens = jnp.zeros((1 if axes is None else axes.size(axes.tokens), 2), jnp.int32)
     variables = model.init(jax.random.key(seed), tokens)
     params, tables = variables["params"], variables.get("memory", {})
     if config.train.table_gradient == "dense":
@@ -67,22 +71,23 @@ def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None
     )
 
 
-def fresh_state(
-    config: RunConfig, optimizers: Optimizers, sharding: NamedSharding, seed: np.uint32
-) -> TrainState:
-    """The state at step 0, each array where `abstract_state` says.
+def fresh_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes, seed: np.uint32) -> TrainState:
+    """The state at step 0, each array where `abstract_state` says: the same numbers on every mesh.
 
     Drawing tables for the memory of the host takes room on the device for one of them at a time.
     """
 
     def init(seed: jax.Array) -> TrainState:
-        return init_state(config, optimizers, seed)
+        with on_mesh(axes):
+            return init_state(config, optimizers, seed)
 
+    abstract = abstract_state(config, optimizers, axes)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
     if config.model.memory is None or config.model.memory.memory_kind == "device":
-        return jax.jit(init, out_shardings=sharding)(seed)
-    abstract = abstract_state(config, optimizers, sharding)
+        return jax.jit(init, out_shardings=shardings)(seed)
     # Of each program the compiler keeps what its result needs.
-    rest = jax.jit(lambda seed: init(seed).replace(tables={}, table_state={}), out_shardings=sharding)(seed)
+    small = shardings.replace(tables={}, table_state={})
+    rest = jax.jit(lambda seed: init(seed).replace(tables={}, table_state={}), out_shardings=small)(seed)
     tables: dict[str, dict[str, jax.Array]] = {name: {} for name in abstract.tables}
     for name, parts in abstract.tables.items():
         for part, table in parts.items():
@@ -94,22 +99,37 @@ def fresh_state(
     return rest.replace(tables=tables, table_state=zeros)
 
 
-def abstract_state(config: RunConfig, optimizers: Optimizers, sharding: NamedSharding) -> TrainState:
-    """Shapes, dtypes and shardings of the state: tables and their moments in the memory that they are for.
+def abstract_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) -> TrainState:
+    """Shapes, dtypes and shardings of the state.
+
+    Tables and their moments are split by rows and columns, parameters and their moments by the rules of
+    `ultramem_jax.parallel.rules`; all else is on every device.
 
     Args:
         config: of the run.
         optimizers: of `make_optimizers`.
-        sharding: of all arrays, in the memory of the devices.
+        axes: of the mesh.
     """
-    for_tables = sharding.with_memory_kind(_memory_kind(config))
-    state = jax.eval_shape(lambda: init_state(config, optimizers))
+    with on_mesh(axes):
+        state = jax.eval_shape(lambda: init_state(config, optimizers))
+    kind = _memory_kind(config)
 
-    def placed(sharding: NamedSharding, tree: Any) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+    def placed(tree: Any, specs: Any, kind: str | None = None) -> Any:
+        def place(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
+            sharding = axes.sharding(spec)
+            sharding = sharding if kind is None else sharding.with_memory_kind(kind)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return placed(sharding, state).replace(
-        tables=placed(for_tables, state.tables), table_state=placed(for_tables, state.table_state)
+        return jax.tree.map(place, tree, specs)
+
+    everywhere = jax.tree.map(lambda _: P(), state)
+    rest = placed(state, everywhere)
+    return rest.replace(
+        params=placed(state.params, parameter_specs(state.params, axes)),
+        opt_state=placed(state.opt_state, parameter_specs(state.opt_state, axes)),
+        tables=placed(state.tables, table_specs(state.tables, axes), kind),
+        table_state=placed(state.table_state, table_specs(state.table_state, axes), kind),
+        usage=placed(state.usage, table_specs(state.usage, axes)),
     )
 
 

@@ -6,7 +6,6 @@ that were read (`table_gradients`), which is all that the tables' optimizer touc
 size exists in the compiled step besides the donated tables and moments themselves.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +15,12 @@ import optax
 
 from ultramem_jax.config import RunConfig
 from ultramem_jax.models import Transformer
-from ultramem_jax.ops.hashing import mix
+from ultramem_jax.ops.on_mesh import MeshAxes, on_mesh
 from ultramem_jax.training.optimizer import Optimizers, table_learning_rate
-from ultramem_jax.training.row_sparse import RowSparseTransformation
 from ultramem_jax.training.schedules import learning_rate
-from ultramem_jax.training.slot_usage import record_reads
 from ultramem_jax.training.state import TrainState, model_variables
-from ultramem_jax.training.table_gradients import perturbations, rows_if, rows_of_tables, table_gradients
-from ultramem_jax.training.undo_log import RowsBefore
+from ultramem_jax.training.table_gradients import perturbations
+from ultramem_jax.training.table_updates import record_usage, update_tables
 
 Metrics = dict[str, Any]
 
@@ -34,7 +31,10 @@ def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    config: RunConfig, optimizers: Optimizers, record_before: bool = False
+    config: RunConfig,
+    optimizers: Optimizers,
+    record_before: bool = False,
+    axes: MeshAxes | None = None,
 ) -> Callable[[TrainState, jax.Array], tuple[Any, ...]]:
     """The step (state, tokens (B, S + 1) int32) -> (state, metrics); to be compiled with the state donated.
 
@@ -44,7 +44,10 @@ def make_train_step(
     `row_norm`, the norm of the rows that the step wrote (of the whole table in the dense way).
 
     With `record_before`, which the dense way does not have, it returns (state, metrics, before): per table
-    and array of it `RowsBefore`, the rows that the step wrote as they were before it.
+    and array of it `RowsBefore`, the rows that the step wrote as they were before it; on one device alone.
+
+    With `axes` it is a step on a mesh: of a state that lies there as `state_shardings` says, and tokens split
+    over `axes.tokens`.
     """
     model, dense = Transformer(config.model), config.train.table_gradient == "dense"
     micro_batches = config.train.grad_accumulation
@@ -75,9 +78,11 @@ def make_train_step(
         return grads, *left
 
     def accumulated(state: TrainState, tokens: jax.Array, key: jax.Array) -> Any:
-        """Means over micro-batches; reads and their cotangents side by side."""
+        """Means over micro-batches; reads and their cotangents behind an axis of micro-batches."""
         if micro_batches == 1:
-            return gradients(state, state.buffers, tokens, key)
+            grads, buffers, reads, metrics = gradients(state, state.buffers, tokens, key)
+            cotangents = grads.pop("perturbations", {})
+            return grads, buffers, *jax.tree.map(lambda a: a[None], (reads, cotangents)), metrics
 
         def body(carry: Any, batch: Any) -> Any:
             total, buffers = carry
@@ -85,7 +90,8 @@ def make_train_step(
             cotangents = grads.pop("perturbations", {})
             return (jax.tree.map(jnp.add, total, grads), buffers), (reads, cotangents, metrics)
 
-        split = tokens.reshape(micro_batches, -1, tokens.shape[1])
+        # Every so many sequences, so that a device's are its own in every micro-batch.
+        split = tokens.reshape(-1, micro_batches, tokens.shape[1]).swapaxes(0, 1)
         keys = jax.random.split(key, micro_batches)
         start = {"params": state.params} | ({"memory": state.tables} if dense else {})
         zeros = jax.tree.map(jnp.zeros_like, start)
@@ -93,16 +99,16 @@ def make_train_step(
             body, (zeros, state.buffers), (split, keys)
         )
         grads = jax.tree.map(lambda g: g / micro_batches, total)
-        side_by_side = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
-        if not dense:
-            scaled = jax.tree.map(lambda c: side_by_side(c) / micro_batches, cotangents)
-            grads["perturbations"] = scaled
-        reads = jax.tree.map(side_by_side, reads)
-        return grads, buffers, reads, jax.tree.map(lambda m: m.mean(0), metrics)
+        cotangents = jax.tree.map(lambda c: c / micro_batches, cotangents)
+        return grads, buffers, reads, cotangents, jax.tree.map(lambda m: m.mean(0), metrics)
 
     def train_step(state: TrainState, tokens: jax.Array) -> tuple[Any, ...]:
+        with on_mesh(axes):
+            return one_step(state, tokens)
+
+    def one_step(state: TrainState, tokens: jax.Array) -> tuple[Any, ...]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        grads, buffers, reads, metrics = accumulated(state, tokens, key)
+        grads, buffers, reads, cotangents, metrics = accumulated(state, tokens, key)
         tables, table_state = state.tables, state.table_state
         updates, opt_state = optimizers.params.update(grads["params"], state.opt_state, state.params)
         metrics["gradient_norm"] = optax.tree.norm(grads["params"])
@@ -110,25 +116,18 @@ def make_train_step(
         if state.tables:
             metrics["value_learning_rate"] = value_rate(state.step)
 
-        rows = rows_of_tables(config.model, reads)
-        recorded = {name: record_reads(state.usage[name], rows[name]) for name in tables}
-        usage = {name: usage for name, (usage, _) in recorded.items()}
-        usage_metrics = {name: of_memory for name, (_, of_memory) in recorded.items()}
         before: Any = None
         if dense:
+            usage, usage_metrics = record_usage(config.model, state.usage, reads)
             change, table_state = optimizers.tables.update(grads["memory"], table_state, tables)
             tables = optax.apply_updates(tables, change)
             for name in tables:
                 usage_metrics[name]["row_norm"] = optax.tree.norm(tables[name])
         else:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-            rows = {name: rows_if(finite, rows[name]) for name in rows}
-            of_rows = table_gradients(config.model, rows, reads, grads.get("perturbations", {}))
-            tables, table_state, before, norms = _update_tables(
-                optimizers.rows, of_rows, state, record_before
+            tables, table_state, usage, usage_metrics, before = update_tables(
+                config.model, optimizers.rows, state, reads, cotangents, finite, record_before
             )
-            for name, of_table in norms.items():
-                usage_metrics[name]["row_norm"] = optax.tree.norm(of_table)
         params = optax.apply_updates(state.params, updates)
         metrics["parameter_norm"] = optax.tree.norm(params)
         state = state.replace(
@@ -146,39 +145,22 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(config: RunConfig) -> Callable[[dict[str, Any], jax.Array, jax.Array], jax.Array]:
+def make_eval_step(
+    config: RunConfig, axes: MeshAxes | None = None
+) -> Callable[[dict[str, Any], jax.Array, jax.Array], jax.Array]:
     """The function (variables, tokens (B, S + 1), mask (B,)) -> sum of the losses in nats and tokens counted.
 
-    Both are in one array (2,) float32; sequences whose mask is 0 do not count.
+    Both are in one array (2,) float32; sequences whose mask is 0 do not count. `axes` as for a training step.
     """
     model = Transformer(config.model)
 
     def eval_step(variables: dict[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        logits: Any = model.apply(variables, tokens[:, :-1])
+        with on_mesh(axes):
+            logits: Any = model.apply(variables, tokens[:, :-1])
         losses = token_losses(logits, tokens[:, 1:])
         return jnp.stack([(losses.sum(1) * mask).sum(), mask.sum() * losses.shape[1]])
 
     return eval_step
-
-
-def _update_tables(
-    optimizer: RowSparseTransformation, gradients: Any, state: TrainState, record_before: bool
-) -> tuple[Any, ...]:
-    """Per table and array of it: the array, its moments, `RowsBefore`, and the norm of the new rows."""
-    of_step = mix(state.step.astype(jnp.uint32), state.seed)
-    arrays = itertools.count()
-    after: tuple[dict[str, dict[str, Any]], ...] = tuple(
-        {name: {} for name in state.tables} for _ in range(4)
-    )
-    for name, parts in state.tables.items():
-        for part, table in parts.items():
-            rows, moments = gradients[name][part], state.table_state[name][part]
-            seed = mix(jnp.uint32(next(arrays)), of_step)
-            update = optimizer.update(rows, moments, table, state.step, seed, record_before)
-            before = RowsBefore(rows.slots, update.before) if update.before else None
-            for trees, result in zip(after, (update.table, update.moments, before, update.norm), strict=True):
-                trees[name][part] = result
-    return after
 
 
 def _flatten(sown: Any) -> Metrics:

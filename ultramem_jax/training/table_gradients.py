@@ -8,20 +8,23 @@ import jax.numpy as jnp
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.ops.lookup import RowGradients, RowsRead, row_gradients, rows_read
+from ultramem_jax.ops.sharded_lookup import pooled_shape, products_shape
 
 
 def perturbations(config: ModelConfig, num_tokens: int) -> dict[str, dict[str, jax.Array]]:
     """The point at which reads are perturbed: zeros, whose gradients are the cotangents of the reads.
 
     Returns:
-        Per memory `pooled` (T, blocks, d_v) and, with pre-values, `products` (T, R), of the model's dtype.
+        Per memory `pooled` (T, blocks, d_v) and, with pre-values, `products` (T, R), of the model's dtype; on
+        a mesh as `ops.sharded_lookup` has them at the owners of the tables.
     """
     memory, dtype = config.memory, jnp.dtype(config.dtype)
     if memory is None:
         return {}
-    zeros = {"pooled": jnp.zeros((num_tokens, memory.num_blocks, memory.value_dim), dtype)}
+    shape = pooled_shape(num_tokens, memory.num_blocks, memory.value_dim)
+    zeros = {"pooled": jnp.zeros(shape, dtype)}
     if memory.pre_value_dim:
-        zeros["products"] = jnp.zeros((num_tokens, memory.num_heads * memory.top_m), dtype)
+        zeros["products"] = jnp.zeros(products_shape(num_tokens, memory.num_heads * memory.top_m), dtype)
     return {name: zeros for readers in table_readers(config).values() for name in readers}
 
 
@@ -47,9 +50,14 @@ def rows_if(finite: jax.Array, rows: RowsRead) -> RowsRead:
     that. It drops barriers on CPU, and would copy a table for a reader that nothing written depends on. So
     `finite` is to depend on every gradient that is made of rows.
     """
+    return rows._replace(slots=slots_if(finite, rows.slots))
+
+
+def slots_if(finite: jax.Array, slots: jax.Array) -> jax.Array:
+    """The slots (U,) of `rows_if`."""
     last = jnp.iinfo(jnp.int32).max
-    nowhere = last - jnp.arange(rows.slots.shape[0], 0, -1, dtype=jnp.int32)
-    return rows._replace(slots=jnp.where(finite, rows.slots, nowhere))
+    nowhere = last - jnp.arange(slots.shape[0], 0, -1, dtype=jnp.int32)
+    return jnp.where(finite, slots, nowhere)
 
 
 def table_gradients(

@@ -8,9 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.memory_config import MemoryConfig
+from ultramem_jax.ops.on_mesh import current_axes, island
 from ultramem_jax.ops.rows import stored_dtype, to_stored
+from ultramem_jax.ops.sharded_lookup import first_slot
 
 Initializer = Callable[..., jax.Array]
 
@@ -169,15 +172,40 @@ def draw_table(key: jax.Array, num_slots: int, width: int, std: float, dtype: st
     The generator's bits for a whole table would take a multiple of the table; these take that of a block.
     """
     rows = min(max(_BLOCK_VALUES // width, 1), num_slots)
+    stored = stored_dtype(dtype)
 
-    def fill(block: jax.Array, table: jax.Array) -> jax.Array:
-        # The last block starts early enough to fit; what it draws again is as random as the first time.
+    def block_of(key: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A block's first row, and the block. The last one starts early enough to fit in."""
         start = jnp.minimum(block * rows, num_slots - rows)
         drawn = std * jax.random.normal(jax.random.fold_in(key, block), (rows, width), jnp.float32)
-        return jax.lax.dynamic_update_slice(table, to_stored(drawn, table.dtype), (start, 0))
+        return start, to_stored(drawn, stored)
 
-    table = jnp.zeros((num_slots, width), stored_dtype(dtype))
-    return jax.lax.fori_loop(0, -(-num_slots // rows), fill, table)
+    def draw_all(key: jax.Array) -> jax.Array:
+        def fill(block: jax.Array, table: jax.Array) -> jax.Array:
+            start, drawn = block_of(key, block)
+            return jax.lax.dynamic_update_slice(table, drawn, (start, 0))
+
+        return jax.lax.fori_loop(0, -(-num_slots // rows), fill, jnp.zeros((num_slots, width), stored))
+
+    def draw_part(key: jax.Array) -> jax.Array:
+        """Rows and columns of the same table that a device owns, from the blocks that they are in."""
+        assert axes is not None
+        own_rows, own_width = num_slots // axes.size(axes.slots), width // axes.size(axes.width)
+        first = first_slot(axes, own_rows)
+        column = jax.lax.axis_index(axes.width) * own_width if axes.width else 0
+
+        def fill(block: jax.Array, table: jax.Array) -> jax.Array:
+            start, drawn = block_of(key, block)
+            place = start - first + jnp.arange(rows, dtype=jnp.int32)
+            place = jnp.where(place < 0, own_rows, place)  # a negative index would count from the end
+            own = jax.lax.dynamic_slice_in_dim(drawn, column, own_width, 1)
+            return table.at[place].set(own, mode="drop", unique_indices=False, indices_are_sorted=False)
+
+        last = jnp.minimum((first + own_rows - 1) // rows + 1, -(-num_slots // rows) - 1)
+        return jax.lax.fori_loop(first // rows, last + 1, fill, jnp.zeros((own_rows, own_width), stored))
+
+    axes = current_axes()
+    return draw_all(key) if axes is None else island(axes, draw_part, P(), axes.table)(key)
 
 
 def _symmetric_uniform(bound: float) -> Initializer:

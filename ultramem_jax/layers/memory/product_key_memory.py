@@ -14,7 +14,7 @@ from ultramem_jax.layers.memory.initializers import MemoryInit, memory_init
 from ultramem_jax.layers.memory.tables import Tables, declare_tables
 from ultramem_jax.layers.sowing import sow
 from ultramem_jax.memory_config import MemoryConfig, TableLayout
-from ultramem_jax.ops import addressing, lookup, product_keys
+from ultramem_jax.ops import addressing, product_keys, sharded_lookup
 from ultramem_jax.ops.key_scores import combined_scores
 from ultramem_jax.ops.linear import project
 
@@ -59,6 +59,8 @@ class ProductKeyMemory(_Family):
             these also `inputs` (T, d_p), the p.
         perturbations: `pooled` (T, blocks, d_v) and `products` (T, R), whose gradients are the cotangents of
             the pooled reads and of the products with pre-values.
+            On a mesh they are what `ultramem_jax.ops.sharded_lookup` has at the owners of the tables, and so
+            are the reads.
         losses, metrics (sown): the auxiliary losses; scores, output and singular values.
     """
 
@@ -94,6 +96,9 @@ class ProductKeyMemory(_Family):
             a.reshape(a.shape[0], -1, *a.shape[3:])
             for a in (*self._addresses(retrieved.rows, retrieved.columns), weights.astype(self.dtype))
         )
+        slots, blocks = sharded_lookup.reads_at_owners(slots, blocks)
+        sow(self, "reads", "slots", slots)
+        sow(self, "reads", "blocks", blocks)
         if tables is None:
             tables = declare_tables(self, config, self._layout().num_slots, init)
         tokens = x.reshape(-1, embed_dim)
@@ -229,19 +234,19 @@ class ProductKeyMemory(_Family):
         if config.project_pre_values:
             shape = (x.shape[-1], config.pre_value_dim)
             x = project(x, self.param("pre_projection", init.input, shape, jnp.float32))
-        sow(self, "reads", "inputs", x)
-        products = self._perturbed("products", lookup.row_products(pre_values, slots, x))
+        sums, inputs = sharded_lookup.products_at_owners(pre_values, slots, x)
+        sow(self, "reads", "inputs", inputs)
+        products = sharded_lookup.products_at_tokens(self._perturbed("products", sums))
         return nn.gelu(products, approximate=False) if config.pre_value_activation == "gelu" else products
 
     def _pooled(
         self, values: jax.Array, slots: jax.Array, blocks: jax.Array, weights: jax.Array
     ) -> jax.Array:
         """The pooled reads (T, blocks, d_v), recorded for the row-sparse optimizer."""
-        for name, value in (("slots", slots), ("blocks", blocks), ("weights", weights)):
-            sow(self, "reads", name, value)
-        return self._perturbed(
-            "pooled", lookup.pooled_lookup(values, slots, blocks, weights, self.config.num_blocks)
-        )
+        expansion = self.config.num_blocks
+        sums, weights = sharded_lookup.pooled_at_owners(values, slots, blocks, weights, expansion)
+        sow(self, "reads", "weights", weights)
+        return sharded_lookup.pooled_at_tokens(self._perturbed("pooled", sums))
 
     def _perturbed(self, name: str, value: jax.Array) -> jax.Array:
         # A perturbation has the shape of a batch: it is the training step's, not a variable of the layer.

@@ -1,0 +1,355 @@
+"""The lookup over a mesh of devices: tables are split among P of them, by slots, by width, or both.
+
+    at the tokens (T/P each)             at the owners (the T tokens of a group of P)
+
+    slots, blocks, scores    --------->  all-gather                        `numbers_to_owners`
+                                         owned rows, weighed and summed
+    pooled (T/P, E, d_v)     <---------  by slots: reduce-scatter          `sums_to_tokens`
+                                         by width: all-to-all of columns
+    its cotangent            --------->  by slots: all-gather              `columns_to_owners`
+                                         by width: all-to-all of columns
+    cotangent of the scores  <---------  reduce-scatter                    `numbers_to_tokens`
+
+By slots, a device owns N/P rows and sums those that its group reads; a sum over all owners is what the tokens
+get. By width it owns d_v/P columns of all rows. Either way it is sums that travel back, E of d_v values for a
+token, and not the R rows that went into them. No collective knows N.
+
+The gradients of rows are formed where the rows are (`training.table_gradients`), from what has come here
+already: the reads, and the cotangent of the sums at the owners. For this to be seen from outside,
+a lookup has two halves. The first ends with what the owners have summed, the second brings it to the
+tokens. Without a mesh the second half is nothing, and the first is `ultramem_jax.ops.lookup`.
+
+In the shapes, T is all tokens; P_s and P_w are the parts that rows and columns are cut into.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from ultramem_jax.ops import lookup
+from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, island
+from ultramem_jax.ops.owned_rows import owned_reads, pool_owned, score_products_owned
+
+
+def reads_at_owners(slots: jax.Array, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What is read, on all devices of a group: int32 (T, R) each, as given."""
+    axes = current_axes()
+    if axes is None or not axes.of_tokens(axes.owners):
+        return slots, blocks
+
+    def gather(slots: jax.Array, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # There are at most 256 blocks in any model: a byte says which.
+        gathered = numbers_to_owners(axes, blocks.astype(jnp.uint8))
+        return numbers_to_owners(axes, slots), gathered.astype(jnp.int32)
+
+    tokens, owners = P(axes.tokens), P(axes.replicas)
+    return island(axes, gather, (tokens, tokens), (owners, owners))(slots, blocks)
+
+
+# ---- the pooled lookup
+
+
+def pooled_shape(tokens: int, expansion: int, width: int) -> tuple[int, ...]:
+    """The shape of `pooled_at_owners`'s sums: (T, E, d_v), on a mesh (P_s, T, E, d_v)."""
+    axes = current_axes()
+    parts = () if axes is None else (axes.size(axes.slots),)
+    return (*parts, tokens, expansion, width)
+
+
+def pooled_at_owners(
+    table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, expansion: int
+) -> tuple[jax.Array, jax.Array]:
+    """Score-weighted sums of the rows that each device owns, one per virtual block.
+
+    Args:
+        table: (N, d_v), as `ultramem_jax.ops.rows` stores it.
+        slots: (T, R) int32 in [0, N), of `reads_at_owners`.
+        blocks: (T, R) int32 in [0, E), of `reads_at_owners`.
+        scores: (T, R, h), at the tokens; score c weighs the c-th slice of d_v/h values of a row. Its dtype is
+            that of the computation and of the result.
+        expansion: E.
+
+    Returns:
+        The sums, of `pooled_shape`, and the scores at the owners. Differentiable in `table` (a dense
+        gradient, for the dense way of training) and, by the sums, in `scores`.
+    """
+    axes = current_axes()
+    if axes is None:
+        return lookup.pooled_lookup(table, slots, blocks, scores, expansion), scores
+    return _pooled_at_owners(table, slots, blocks, scores, expansion, axes)
+
+
+def pooled_at_tokens(sums: jax.Array) -> jax.Array:
+    """What the tokens get of `pooled_at_owners`'s sums: (T, E, d_v)."""
+    axes = current_axes()
+    return sums if axes is None else _pooled_at_tokens(sums, axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _pooled_at_owners(table, slots, blocks, scores, expansion, axes):
+    def pool(table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> Any:
+        scores = numbers_to_owners(axes, scores)
+        return _pool(axes, table, slots, blocks, scores, expansion)[None], scores
+
+    reads = P(axes.replicas)
+    specs = (axes.table, reads, reads, P(axes.tokens))
+    return island(axes, pool, specs, (_sums(axes), reads))(table, slots, blocks, scores)
+
+
+def _pooled_forward(table, slots, blocks, scores, expansion, axes):
+    sums, gathered = _pooled_at_owners(table, slots, blocks, scores, expansion, axes)
+    return (sums, gathered), (table, slots, blocks, gathered)
+
+
+def _pooled_backward(expansion, axes, saved, cotangents):
+    table, slots, blocks, scores = saved
+    cotangent = cotangents[0]  # the scores at the owners are a record, nothing is made of them
+
+    def score_gradient(table, slots, blocks, cotangent):
+        cores = scores.shape[-1]
+        return numbers_to_tokens(axes, _score_products(axes, table, slots, blocks, cotangent[0], cores))
+
+    reads = P(axes.replicas)
+    specs = (axes.table, reads, reads, _sums(axes))
+    d_scores = island(axes, score_gradient, specs, P(axes.tokens))(table, slots, blocks, cotangent)
+    dense_specs = (axes.table, reads, reads, reads, _sums(axes))
+
+    def table_gradient(table, slots, blocks, scores, cotangent):
+        tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
+        weights = own_cores(axes, scores).reshape(slots.size, -1)
+        per_read = lookup.read_gradients(cotangent[0][tokens, blocks.reshape(-1)], weights)
+        return _dense_gradient(axes, table, slots, per_read)
+
+    dense = island(axes, table_gradient, dense_specs, axes.table)
+    return _if_trained(dense, table, slots, blocks, scores, cotangent), None, None, d_scores
+
+
+_pooled_at_owners.defvjp(_pooled_forward, _pooled_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _pooled_at_tokens(sums, axes):
+    return island(axes, lambda sums: sums_to_tokens(axes, sums[0]), _sums(axes), P(axes.tokens))(sums)
+
+
+def _at_tokens_forward(sums, axes):
+    return _pooled_at_tokens(sums, axes), None
+
+
+def _at_tokens_backward(axes, saved, cotangent):
+    del saved
+    bring = island(axes, lambda ct: columns_to_owners(axes, ct)[None], P(axes.tokens), _sums(axes))
+    return (bring(cotangent),)
+
+
+_pooled_at_tokens.defvjp(_at_tokens_forward, _at_tokens_backward)
+
+
+# ---- products with rows
+
+
+def products_shape(tokens: int, reads: int) -> tuple[int, ...]:
+    """The shape of `products_at_owners`'s sums: (T, R), on a mesh (P_s, P_w, T, R)."""
+    axes = current_axes()
+    parts = () if axes is None else (axes.size(axes.slots), axes.size(axes.width))
+    return (*parts, tokens, reads)
+
+
+def products_at_owners(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inner products of every token's vector with the rows and columns that each device owns of those read.
+
+    Args:
+        table: (N, d), as `ultramem_jax.ops.rows` stores it.
+        slots: (T, R) int32 in [0, N), of `reads_at_owners`.
+        vectors: (T, d), at the tokens. Its dtype is that of the computation and of the result.
+
+    Returns:
+        The products, of `products_shape`, and the vectors (T, d) at the owners. Differentiable in `table`
+        and, by the products, in `vectors`.
+    """
+    axes = current_axes()
+    if axes is None:
+        return lookup.row_products(table, slots, vectors), vectors
+    return _products_at_owners(table, slots, vectors, axes)
+
+
+def products_at_tokens(sums: jax.Array) -> jax.Array:
+    """What the tokens get of `products_at_owners`'s products: (T, R)."""
+    axes = current_axes()
+    return sums if axes is None else _products_at_tokens(sums, axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _products_at_owners(table, slots, vectors, axes):
+    def multiply(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> Any:
+        vectors = columns_to_owners(axes, vectors)
+        one_block = jnp.zeros_like(slots)
+        products = _score_products(axes, table, slots, one_block, vectors[:, None], 1, split=False)
+        return products[None, None, ..., 0], vectors
+
+    specs = (axes.table, P(axes.replicas), P(axes.tokens))
+    out = (_products(axes), P(axes.replicas, axes.width))
+    return island(axes, multiply, specs, out)(table, slots, vectors)
+
+
+def _products_forward(table, slots, vectors, axes):
+    sums, gathered = _products_at_owners(table, slots, vectors, axes)
+    return (sums, gathered), (table, slots, gathered)
+
+
+def _products_backward(axes, saved, cotangents):
+    table, slots, vectors = saved
+    cotangent = cotangents[0]
+
+    def vector_gradient(table, slots, cotangent):
+        one_block = jnp.zeros_like(slots)
+        pooled = _pool(axes, table, slots, one_block, cotangent[0, 0][..., None], 1, split=False)
+        return sums_to_tokens(axes, pooled[:, 0])
+
+    specs = (axes.table, P(axes.replicas), _products(axes))
+    d_vectors = island(axes, vector_gradient, specs, P(axes.tokens))(table, slots, cotangent)
+
+    def table_gradient(table, slots, vectors, cotangent):
+        tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
+        per_read = lookup.read_gradients(vectors[tokens], cotangent[0, 0].reshape(-1, 1))
+        return _dense_gradient(axes, table, slots, per_read)
+
+    dense_specs = (axes.table, P(axes.replicas), P(axes.replicas, axes.width), _products(axes))
+    dense = island(axes, table_gradient, dense_specs, axes.table)
+    return _if_trained(dense, table, slots, vectors, cotangent), None, d_vectors
+
+
+_products_at_owners.defvjp(_products_forward, _products_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _products_at_tokens(sums, axes):
+    bring = island(axes, lambda sums: numbers_to_tokens(axes, sums[0, 0]), _products(axes), P(axes.tokens))
+    return bring(sums)
+
+
+def _products_at_tokens_forward(sums, axes):
+    return _products_at_tokens(sums, axes), None
+
+
+def _products_at_tokens_backward(axes, saved, cotangent):
+    del saved
+    bring = island(axes, lambda ct: numbers_to_owners(axes, ct)[None, None], P(axes.tokens), _products(axes))
+    return (bring(cotangent),)
+
+
+_products_at_tokens.defvjp(_products_at_tokens_forward, _products_at_tokens_backward)
+
+
+# ---- the four ways between tokens and owners; within an island
+
+
+def numbers_to_owners(axes: MeshAxes, x: jax.Array) -> jax.Array:
+    """Arrays (T/P, ...) of all devices of a group, one behind the other: (T, ...)."""
+    names = axes.of_tokens(axes.owners)
+    return jax.lax.all_gather(x, names, axis=0, tiled=True) if names else x
+
+
+def numbers_to_tokens(axes: MeshAxes, x: jax.Array) -> jax.Array:
+    """Sums over a group of arrays (T, ...), to each device those of its tokens: (T/P, ...)."""
+    return _sum_to_tokens(axes, axes.owners, x)
+
+
+def columns_to_owners(axes: MeshAxes, x: jax.Array) -> jax.Array:
+    """Vectors (T/P, ..., d) of a group's tokens: to each device the columns that it owns, (T, ..., d/P_w)."""
+    if axes.of_tokens(axes.width):
+        x = jax.lax.all_to_all(x, axes.width, split_axis=x.ndim - 1, concat_axis=0, tiled=True)
+    elif axes.width:
+        size = x.shape[-1] // axes.size(axes.width)
+        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes.width) * size, size, x.ndim - 1)
+    names = axes.of_tokens(axes.slots)
+    return jax.lax.all_gather(x, names, axis=0, tiled=True) if names else x
+
+
+def sums_to_tokens(axes: MeshAxes, x: jax.Array) -> jax.Array:
+    """The way back: (T, ..., d/P_w), summed over the owners of rows, with all columns: (T/P, ..., d)."""
+    x = _sum_to_tokens(axes, axes.slots, x)
+    if axes.of_tokens(axes.width):
+        return jax.lax.all_to_all(x, axes.width, split_axis=0, concat_axis=x.ndim - 1, tiled=True)
+    return jax.lax.all_gather(x, axes.width, axis=x.ndim - 1, tiled=True) if axes.width else x
+
+
+def _sum_to_tokens(axes: MeshAxes, names: tuple[str, ...], x: jax.Array) -> jax.Array:
+    if not names:
+        return x
+    if axes.of_tokens(names):
+        return jax.lax.psum_scatter(x, names, scatter_dimension=0, tiled=True)
+    return jax.lax.psum(x, names)
+
+
+# ---- what a device owns; within an island
+
+
+def first_slot(axes: MeshAxes, num_rows: int) -> jax.Array:
+    """() int32, the first of the `num_rows` rows that this device owns."""
+    return jax.lax.axis_index(axes.slots) * num_rows if axes.slots else jnp.zeros((), jnp.int32)
+
+
+def own_cores(axes: MeshAxes, scores: jax.Array) -> jax.Array:
+    """Of scores (..., h), those of the slices that this device's columns are part of."""
+    start, size = _own_cores(axes, scores.shape[-1])
+    if size == scores.shape[-1]:
+        return scores
+    return jax.lax.dynamic_slice_in_dim(scores, start, size, scores.ndim - 1)
+
+
+def _own_cores(axes: MeshAxes, cores: int) -> tuple[Any, int]:
+    """First and number of the cores that weigh this device's columns: some whole slices, or part of one."""
+    parts = axes.size(axes.width)
+    if parts == 1:
+        return 0, cores
+    return jax.lax.axis_index(axes.width) * cores // parts, max(cores // parts, 1)
+
+
+def _pool(axes, table, slots, blocks, scores, expansion, split=True):
+    """`lookup.pool` of this device's rows and columns; without `split` one score weighs whole rows."""
+    if split:
+        scores = own_cores(axes, scores)
+    if not axes.slots:
+        return lookup.pool(table, slots, blocks, scores, expansion)
+    owned = owned_reads(slots, first_slot(axes, table.shape[0]), table.shape[0])
+    return pool_owned(table, owned, blocks, scores, expansion)
+
+
+def _score_products(axes, table, slots, blocks, vectors, cores, split=True):
+    """`lookup.score_products` of this device's rows and columns: a sum over devices is all of them."""
+    start, own = _own_cores(axes, cores) if split else (0, cores)
+    if axes.slots:
+        owned = owned_reads(slots, first_slot(axes, table.shape[0]), table.shape[0])
+        products = score_products_owned(table, owned, blocks, vectors, own)
+    else:
+        products = lookup.score_products(table, slots, blocks, vectors, own)
+    if own == cores:
+        return products
+    return jax.lax.dynamic_update_slice_in_dim(
+        jnp.zeros((*products.shape[:-1], cores), products.dtype), products, start, products.ndim - 1
+    )
+
+
+def _dense_gradient(axes, table, slots, per_read):
+    """Of a table's part, for the dense way of training: as large as it, and summed over all tokens."""
+    local = slots.reshape(-1) - first_slot(axes, table.shape[0])
+    local = jnp.where(local < 0, table.shape[0], local)  # a negative index would count from the end
+    gradient = jnp.zeros(table.shape, jnp.float32).at[local].add(per_read, mode="drop").astype(table.dtype)
+    return jax.lax.psum(gradient, axes.replicas) if axes.replicas else gradient
+
+
+def _if_trained(gradient, table, *arguments):
+    """The dense gradient of a table that has one; see `lookup`."""
+    return gradient(table, *arguments) if lookup.has_dense_gradient(table) else None
+
+
+def _sums(axes: MeshAxes) -> P:
+    return P(axes.slots, axes.replicas, None, axes.width)
+
+
+def _products(axes: MeshAxes) -> P:
+    return P(axes.slots, axes.width, axes.replicas)

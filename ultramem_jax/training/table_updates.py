@@ -1,0 +1,150 @@
+"""From what a step read, and the cotangents of that, to the tables after it.
+
+On one device, every table's rows are sorted, their gradients summed and handed to the optimizer. On a mesh
+each device does that for the rows and columns that it owns, in the reads of all tokens (`owned_tables`).
+Reads and cotangents have come to the owners in the forward and the backward pass (`ops.sharded_lookup`), and
+are gathered once more from the devices that hold the same part of a table. The gradient of a table is never
+summed over devices.
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.models.transformer import table_readers
+from ultramem_jax.ops.hashing import mix
+from ultramem_jax.ops.on_mesh import current_axes
+from ultramem_jax.training.owned_tables import OwnedTable
+from ultramem_jax.training.row_sparse import RowSparseTransformation
+from ultramem_jax.training.slot_usage import SlotUsage, record_reads
+from ultramem_jax.training.state import TrainState
+from ultramem_jax.training.table_gradients import rows_if, rows_of_tables, table_gradients
+from ultramem_jax.training.undo_log import RowsBefore
+
+
+class TableUpdate(NamedTuple):
+    """What a step makes of all tables."""
+
+    tables: Any
+    table_state: Any
+    usage: dict[str, SlotUsage]
+    metrics: dict[str, dict[str, jax.Array]]
+    """Per table those of `record_reads`, and `row_norm`."""
+    before: Any
+    """Per table and array of it `RowsBefore`; None where it was not asked for."""
+
+
+def update_tables(
+    config: ModelConfig,
+    optimizer: RowSparseTransformation,
+    state: TrainState,
+    reads: Any,
+    cotangents: Any,
+    finite: jax.Array,
+    record_before: bool = False,
+) -> TableUpdate:
+    """Moves on the rows that were read.
+
+    Args:
+        config: of the model.
+        optimizer: of the rows.
+        state: before the step; its tables and their moments are updated in place.
+        reads: what the memories sowed into `reads`, with an axis of micro-batches in front.
+        cotangents: gradients with respect to `perturbations`, with the same axis.
+        finite: () bool; unless it holds, no row is written. It is to depend on every gradient that is made of
+            rows (see `rows_if`).
+        record_before: whether to return the rows as they were; on one device alone.
+    """
+    axes = current_axes()
+    if axes is None:
+        return _update_on_one_device(config, optimizer, state, reads, cotangents, finite, record_before)
+    assert not record_before
+    after: tuple[dict[str, Any], ...] = ({}, {}, {}, {})
+    seeds = _seeds(state)
+    for table, readers in table_readers(config).items():
+        of_table = OwnedTable(axes).update(
+            optimizer,
+            state.tables[table],
+            state.table_state[table],
+            state.usage[table],
+            {name: reads[name] for name in readers},
+            {name: cotangents[name] for name in readers},
+            (finite, state.step, seeds[table]),
+        )
+        for trees, result in zip(after, of_table, strict=True):
+            trees[table] = result
+    tables, table_state, usage, metrics = after
+    return TableUpdate(tables, table_state, usage, metrics, None)
+
+
+def record_usage(
+    config: ModelConfig, usage: dict[str, SlotUsage], reads: Any
+) -> tuple[dict[str, SlotUsage], dict[str, dict[str, jax.Array]]]:
+    """The record of every table after a step that trains tables the dense way, and its metrics."""
+    axes, recorded = current_axes(), {}
+    for table, readers in table_readers(config).items():
+        of_table = {name: reads[name] for name in readers}
+        if axes is None:
+            rows = rows_of_tables(config, _side_by_side(reads))[table]
+            recorded[table] = record_reads(usage[table], rows, rows.order.size)
+        else:
+            recorded[table] = OwnedTable(axes).record(usage[table], of_table)
+    return {t: u for t, (u, _) in recorded.items()}, {t: m for t, (_, m) in recorded.items()}
+
+
+# ---- one device
+
+
+def _update_on_one_device(
+    config: ModelConfig,
+    optimizer: RowSparseTransformation,
+    state: TrainState,
+    reads: Any,
+    cotangents: Any,
+    finite: jax.Array,
+    record_before: bool,
+) -> TableUpdate:
+    reads, cotangents = _side_by_side(reads), _side_by_side(cotangents)
+    rows = rows_of_tables(config, reads)
+    recorded = {name: record_reads(state.usage[name], rows[name], rows[name].order.size) for name in rows}
+    rows = {name: rows_if(finite, rows[name]) for name in rows}
+    gradients = table_gradients(config, rows, reads, cotangents)
+    seeds = _seeds(state)
+    after: tuple[dict[str, dict[str, Any]], ...] = tuple(
+        {name: {} for name in state.tables} for _ in range(4)
+    )
+    for name, parts in state.tables.items():
+        for part, table in parts.items():
+            of_rows, moments = gradients[name][part], state.table_state[name][part]
+            seed = seeds[name][part]
+            update = optimizer.update(of_rows, moments, table, state.step, seed, record_before)
+            before = RowsBefore(of_rows.slots, update.before) if update.before else None
+            for trees, result in zip(after, (update.table, update.moments, before, update.norm), strict=True):
+                trees[name][part] = result
+    tables, table_state, before_step, norms = after
+    return TableUpdate(
+        tables,
+        table_state,
+        {name: usage for name, (usage, _) in recorded.items()},
+        {name: of | {"row_norm": optax.tree.norm(norms[name])} for name, (_, of) in recorded.items()},
+        before_step,
+    )
+
+
+def _seeds(state: TrainState) -> dict[str, dict[str, jax.Array]]:
+    """Another seed for every array of a table and step, for rounding."""
+    of_step = mix(state.step.astype(jnp.uint32), state.seed)
+    numbers = itertools.count()
+    return {
+        name: {part: mix(jnp.uint32(next(numbers)), of_step) for part in parts}
+        for name, parts in state.tables.items()
+    }
+
+
+def _side_by_side(tree: Any) -> Any:
+    """Micro-batches one behind the other: (micro-batches, T, ...) -> (micro-batches·T, ...)."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
