@@ -128,9 +128,9 @@ def sum_over_tokens(
     return island(axes, summed, specs, P())(*tokens, *shared)
 
 
-def constrain_tokens(x: jax.Array) -> jax.Array:
-    """X (B, ...) or (T, ...) with its first axis split as tokens are."""
+def constrain_tokens(x: jax.Array, axis: int = 0) -> jax.Array:
+    """X, with its axis of sequences or tokens split as tokens are, and the others not at all."""
     axes = current_axes()
     if axes is None or not axes.tokens:
         return x
-    return jax.lax.with_sharding_constraint(x, axes.sharding(P(axes.tokens)))
+    return jax.lax.with_sharding_constraint(x, axes.sharding(P(*(None,) * axis, axes.tokens)))

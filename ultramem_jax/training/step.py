@@ -15,7 +15,7 @@ import optax
 
 from ultramem_jax.config import RunConfig
 from ultramem_jax.models import Transformer
-from ultramem_jax.ops.on_mesh import MeshAxes, on_mesh
+from ultramem_jax.ops.on_mesh import MeshAxes, constrain_tokens, on_mesh
 from ultramem_jax.training.optimizer import Optimizers, table_learning_rate
 from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.state import TrainState, model_variables
@@ -92,6 +92,7 @@ def make_train_step(
 
         # Every so many sequences, so that a device's are its own in every micro-batch.
         split = tokens.reshape(-1, micro_batches, tokens.shape[1]).swapaxes(0, 1)
+        split = constrain_tokens(split, axis=1)
         keys = jax.random.split(key, micro_batches)
         start = {"params": state.params} | ({"memory": state.tables} if dense else {})
         zeros = jax.tree.map(jnp.zeros_like, start)
