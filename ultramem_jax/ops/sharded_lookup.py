@@ -34,19 +34,25 @@ from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, island
 from ultramem_jax.ops.owned_rows import owned_reads, pool_owned, score_products_owned
 
 
-def reads_at_owners(slots: jax.Array, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What is read, on all devices of a group: int32 (T, R) each, as given."""
+def reads_at_owners(slots: jax.Array, blocks: jax.Array, expansion: int) -> tuple[jax.Array, jax.Array]:
+    """What is read, on all devices of a group: int32 (T, R) each, as given; blocks in [0, `expansion`)."""
     axes = current_axes()
     if axes is None or not axes.of_tokens(axes.owners):
         return slots, blocks
 
     def gather(slots: jax.Array, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # There are at most 256 blocks in any model: a byte says which.
-        gathered = numbers_to_owners(axes, blocks.astype(jnp.uint8))
-        return numbers_to_owners(axes, slots), gathered.astype(jnp.int32)
+        slots = numbers_to_owners(axes, slots)
+        if expansion == 1:
+            return slots, jnp.zeros_like(slots)
+        return slots, numbers_to_owners(axes, blocks.astype(block_dtype(expansion))).astype(jnp.int32)
 
     tokens, owners = P(axes.tokens), P(axes.replicas)
     return island(axes, gather, (tokens, tokens), (owners, owners))(slots, blocks)
+
+
+def block_dtype(expansion: int) -> jnp.dtype:
+    """What a block in [0, `expansion`) travels as: mostly a byte is enough."""
+    return jnp.dtype(jnp.uint8 if expansion <= 256 else jnp.int32)
 
 
 # ---- the pooled lookup

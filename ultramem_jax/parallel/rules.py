@@ -4,9 +4,11 @@ A parameter is known by its name and that of the module around it; the trees of 
 so that moments lie as their parameters do.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.ops.on_mesh import MeshAxes
@@ -73,6 +75,41 @@ def parameter_spec(path: Any, shape: tuple[int, ...], axes: MeshAxes) -> P:
 def parameter_specs(tree: Any, axes: MeshAxes) -> Any:
     """`parameter_spec` of every leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: parameter_spec(path, leaf.shape, axes), tree)
+
+
+def gathered(params: Any, axes: MeshAxes | None) -> Any:
+    """Parameters as a step uses them: those split over `fsdp` whole, and their gradients split again.
+
+    Left to itself, the compiler may split activations by the width of the weights instead.
+    """
+    if axes is None or axes.mesh.shape["fsdp"] == 1:
+        return params
+
+    def gather(path: Any, leaf: jax.Array) -> jax.Array:
+        stored = parameter_spec(path, leaf.shape, axes)
+        used = P(*(None if name == "fsdp" else name for name in stored))
+        return leaf if used == stored else _between(leaf, axes.sharding(stored), axes.sharding(used))
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _between(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _between_forward(x, stored, used):
+    return _between(x, stored, used), None
+
+
+def _between_backward(stored, used, saved, cotangent):
+    del saved
+    # In two steps, a sum over devices and then a part of it. (Compilers for accelerators make one of the two.)
+    whole = jax.lax.with_sharding_constraint(cotangent, used)
+    return (jax.lax.with_sharding_constraint(whole, stored),)
+
+
+_between.defvjp(_between_forward, _between_backward)
 
 
 def table_specs(tree: Any, axes: MeshAxes) -> Any:

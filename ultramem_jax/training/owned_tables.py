@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from ultramem_jax.ops.chunks import chunk_tokens
 from ultramem_jax.ops.lookup import RowGradients, RowsRead, read_gradients, rows_read
 from ultramem_jax.ops.on_mesh import MeshAxes, island
-from ultramem_jax.ops.sharded_lookup import first_slot, own_cores
+from ultramem_jax.ops.sharded_lookup import block_dtype, first_slot, own_cores
 from ultramem_jax.parallel.rules import table_specs
 from ultramem_jax.training.row_sparse import ROW_ARRAYS, RowMoments, RowSparseTransformation, TablePart
 from ultramem_jax.training.slot_usage import SlotUsage, record_reads
@@ -56,6 +56,8 @@ class OwnedTable:
             Arrays, their moments, usage and metrics after the step.
         """
         axes = self._axes
+        expansion = next(iter(cotangents.values()))["pooled"].shape[3]
+        reads = {name: _narrow(of, expansion) for name, of in reads.items()}
         in_parts = (*(table_specs(tree, axes) for tree in (parts, moments)), table_specs(usage, axes))
 
         def local(parts: Any, moments: Any, usage: Any, reads: Any, cotangents: Any, of_step: Any) -> Any:
@@ -103,8 +105,6 @@ class OwnedTable:
             gathered = []
             for of in of_memories.values():
                 x, place = of[kind], _TOKEN_AXIS[kind]
-                if kind == "blocks":  # there are at most 256 in any model
-                    x = x.astype(jnp.uint8)
                 if self._axes.replicas:
                     x = jax.lax.all_gather(x, self._axes.replicas, axis=place, tiled=True)
                 gathered.append(x.reshape(-1, *x.shape[place + 1 :]))
@@ -128,12 +128,13 @@ class OwnedTable:
     ) -> dict[str, Callable[[jax.Array], jax.Array]]:
         """Per array of the table, from numbers of reads (C,) to what these send to its rows, (C, d)."""
         reads_of_token = read["slots"].shape[1]
-        blocks = read["blocks"].reshape(-1).astype(jnp.int32)
+        blocks = read["blocks"].reshape(-1).astype(jnp.int32) if "blocks" in read else None
         weights = own_cores(self._axes, read["weights"])
         weights = weights.reshape(-1, weights.shape[-1])
 
         def of_values(index: jax.Array) -> jax.Array:
-            vectors = cotangent["pooled"][index // reads_of_token, blocks[index]]
+            block = 0 if blocks is None else blocks[index]
+            vectors = cotangent["pooled"][index // reads_of_token, block]
             return read_gradients(vectors, weights[index])
 
         def of_pre_values(index: jax.Array) -> jax.Array:
@@ -205,3 +206,9 @@ class OwnedTable:
         axes, (num_rows, width) = self._axes, array.shape
         column = jax.lax.axis_index(axes.width) * width if axes.width else 0
         return TablePart(first_slot(axes, num_rows), column, axes.width)
+
+
+def _narrow(reads: dict[str, jax.Array], expansion: int) -> dict[str, jax.Array]:
+    """What was read, blocks as small as they can travel: not at all if there is one."""
+    blocks = {"blocks": reads["blocks"].astype(block_dtype(expansion))} if expansion > 1 else {}
+    return {name: x for name, x in reads.items() if name != "blocks"} | blocks

@@ -16,6 +16,7 @@ import optax
 from ultramem_jax.config import RunConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.ops.on_mesh import MeshAxes, constrain_tokens, on_mesh
+from ultramem_jax.parallel.rules import gathered
 from ultramem_jax.training.optimizer import Optimizers, table_learning_rate
 from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.state import TrainState, model_variables
@@ -55,6 +56,7 @@ def make_train_step(
 
     def loss(differentiated: Any, state: TrainState, buffers: Any, tokens: jax.Array, key: jax.Array) -> Any:
         variables = model_variables(state) | {"buffers": buffers} | differentiated
+        variables["params"] = gathered(variables["params"], axes)
         logits, sown = model.apply(
             variables,
             tokens[:, :-1],
@@ -157,7 +159,8 @@ def make_eval_step(
 
     def eval_step(variables: dict[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
         with on_mesh(axes):
-            logits: Any = model.apply(variables, tokens[:, :-1])
+            whole = variables | {"params": gathered(variables["params"], axes)}
+            logits: Any = model.apply(whole, tokens[:, :-1])
         losses = token_losses(logits, tokens[:, 1:])
         return jnp.stack([(losses.sum(1) * mask).sum(), mask.sum() * losses.shape[1]])
 

@@ -96,7 +96,7 @@ class ProductKeyMemory(_Family):
             a.reshape(a.shape[0], -1, *a.shape[3:])
             for a in (*self._addresses(retrieved.rows, retrieved.columns), weights.astype(self.dtype))
         )
-        slots, blocks = sharded_lookup.reads_at_owners(slots, blocks)
+        slots, blocks = sharded_lookup.reads_at_owners(slots, blocks, config.num_blocks)
         sow(self, "reads", "slots", slots)
         sow(self, "reads", "blocks", blocks)
         if tables is None:

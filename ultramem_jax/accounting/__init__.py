@@ -1,0 +1,1 @@
+from ultramem_jax.accounting.model import *  # noqa
