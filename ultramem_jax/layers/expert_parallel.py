@@ -50,8 +50,8 @@ def exchange_capacity(num_assignments: int, num_owners: int) -> int:
 
     Four standard deviations above the mean load of a uniform router: a group has P² pairs, and one that
     exceeds C costs all of them a further round. More would be sent empty in every step (at a mean of 1024,
-    four are 12 %), and would not do for a router that prefers some experts: a margin against that is the small
-    size of the further rounds.
+    four are 12 %), and would not do for a router that prefers some experts: against that, further rounds are
+    small.
     """
     mean = num_assignments / num_owners
     return min(math.ceil((mean + 4 * math.sqrt(mean)) / 4) * 4, num_assignments)

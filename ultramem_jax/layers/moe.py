@@ -1,7 +1,7 @@
 """Mixture of Experts: dropless top-k routing, the baseline that memory layers are measured against.
 
-`experts` computes the experts on one device, `expert_parallel` on a mesh. Routing is here, with its losses and
-metrics, which are of all tokens on either.
+`experts` computes the experts on one device, `expert_parallel` on a mesh. Routing is here, with its losses
+and metrics, which are of all tokens on either.
 """
 
 from typing import NamedTuple
