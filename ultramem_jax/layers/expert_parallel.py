@@ -24,6 +24,7 @@ partial sums: all-reduces of T·D·b bytes forward, and of T·D·b and 4·T·k (
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ def experts_on_mesh(
 
 
 class _Layout(NamedTuple):
-    """What is static."""
+    """What is known when the program is compiled: the mesh, and `MoEConfig.implementation`."""
 
     axes: MeshAxes
     implementation: str
@@ -98,8 +99,8 @@ class _Layout(NamedTuple):
         return self.axes.size(self.axes.experts)
 
     @property
-    def exchange(self) -> bool:
-        """Whether owners of experts have different tokens."""
+    def tokens_differ(self) -> bool:
+        """Whether owners of different experts have different tokens: only then is anything exchanged."""
         return bool(self.axes.of_tokens(self.axes.experts))
 
     @property
@@ -110,7 +111,7 @@ class _Layout(NamedTuple):
     @property
     def partial_sums(self) -> tuple[str, ...]:
         """Axes along which devices have parts of the sums for the same tokens."""
-        return (() if self.exchange else self.axes.experts) + self.inner
+        return (() if self.tokens_differ else self.axes.experts) + self.inner
 
     @property
     def replicas(self) -> tuple[str, ...]:
@@ -167,19 +168,19 @@ _experts_on_mesh.defvjp(_experts_on_mesh_fwd, _experts_on_mesh_bwd)
 
 def _forward(layout: _Layout, x: jax.Array, gates: jax.Array, weights: ExpertWeights, experts: jax.Array):
     """On one device: its outputs (T, D), and what it keeps for the derivative."""
-    if layout.exchange:
-        meeting = _meet(layout, experts, weights.w_in.shape[0])
-        first_round = _round(layout, meeting)
-        y, pullback = jax.vjp(first_round, x, gates, weights)
+    if layout.tokens_differ:
+        exchange = _prepare(layout, experts, weights.w_in.shape[0])
+        y, pullback = jax.vjp(_round(layout, exchange), x, gates, weights)
 
         def further(number, y):
-            return y + _round(layout, meeting, number)(x, gates, weights)
+            return y + _round(layout, exchange, number)(x, gates, weights)
 
-        y = lax.fori_loop(0, meeting.rounds, further, y) if meeting.rounds is not None else y
+        if exchange.rounds is not None:
+            y = lax.fori_loop(0, exchange.rounds, further, y)
     else:
-        meeting = None
+        exchange = None
         y, pullback = jax.vjp(partial(_own_share, layout, experts), x, gates, weights)
-    kept = jax.tree.map(lambda leaf: leaf[None], (pullback, meeting))
+    kept = jax.tree.map(lambda leaf: leaf[None], (pullback, exchange))
     return lax.psum(y.astype(x.dtype), layout.partial_sums), kept
 
 
@@ -187,16 +188,16 @@ def _backward(
     layout: _Layout, kept: Any, x: jax.Array, gates: jax.Array, weights: ExpertWeights, d_y: jax.Array
 ):
     """On one device: the derivatives by x (T, D), gates (T, k) and its experts' weights."""
-    pullback, meeting = jax.tree.map(lambda leaf: leaf[0], kept)
+    pullback, exchange = jax.tree.map(lambda leaf: leaf[0], kept)
     d_y = d_y.astype(jnp.float32)
     gradients = pullback(d_y)
-    if meeting is not None and meeting.rounds is not None:
-
+    if exchange is not None and exchange.rounds is not None:
+        # Computed again: what a further round needs of the forward pass has no size known beforehand.
         def further(number, gradients):
-            _, pullback = jax.vjp(_round(layout, meeting, number), x, gates, weights)
+            _, pullback = jax.vjp(_round(layout, exchange, number), x, gates, weights)
             return jax.tree.map(jnp.add, gradients, pullback(d_y))
 
-        gradients = lax.fori_loop(0, meeting.rounds, further, gradients)
+        gradients = lax.fori_loop(0, exchange.rounds, further, gradients)
     d_x, d_gates, d_weights = gradients
     d_x, d_gates = lax.psum((d_x, d_gates), layout.partial_sums)
     return d_x, d_gates, lax.psum(d_weights, layout.replicas)
@@ -222,7 +223,7 @@ def _own_share(
     return compute_experts(layout.implementation, x, gates, weights, plan, shape)
 
 
-class _Meeting(NamedTuple):
+class _Exchange(NamedTuple):
     """What a device knows of a group's exchange before the first row is sent. All int32."""
 
     plan: Dispatch
@@ -233,16 +234,17 @@ class _Meeting(NamedTuple):
     """(), rounds after the first, the same for the whole group; None where the first has room for all."""
 
 
-def _meet(layout: _Layout, experts: jax.Array, num_own: int) -> _Meeting:
+def _prepare(layout: _Layout, experts: jax.Array, num_own: int) -> _Exchange:
+    """Sorts the assignments (T, k) to experts, and tells their owners how many there are."""
     plan = dispatch_plan(experts, num_own * layout.owners)
     load = plan.load.reshape(layout.owners, num_own)
     received = _all_to_all(layout, load)
     capacity = exchange_capacity(experts.size, layout.owners)
     if capacity == experts.size:
-        return _Meeting(plan, received, None)
+        return _Exchange(plan, received, None)
     excess = jnp.maximum(jnp.max(jnp.sum(load, axis=1)) - capacity, 0)
     rows = overflow_capacity(capacity)
-    return _Meeting(plan, received, lax.pmax((excess + rows - 1) // rows, layout.axes.experts))
+    return _Exchange(plan, received, lax.pmax((excess + rows - 1) // rows, layout.axes.experts))
 
 
 def _all_to_all(layout: _Layout, x: jax.Array) -> jax.Array:
@@ -250,13 +252,15 @@ def _all_to_all(layout: _Layout, x: jax.Array) -> jax.Array:
     return lax.all_to_all(x, layout.axes.experts, split_axis=0, concat_axis=0, tiled=True)
 
 
-def _round(layout: _Layout, meeting: _Meeting, number: jax.Array | None = None):
+def _round(
+    layout: _Layout, exchange: _Exchange, number: jax.Array | None = None
+) -> Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]:
     """One round: the function (x, gates, weights) -> (T, D) float32, what it adds to this device's outputs.
 
     The first if `number` is None, else the further round of that number, from 0 on.
     """
-    plan, owners = meeting.plan, layout.owners
-    (_, k), num_own = plan.expert.shape, meeting.received.shape[1]
+    plan, owners = exchange.plan, layout.owners
+    (_, k), num_own = plan.expert.shape, exchange.received.shape[1]
     capacity = exchange_capacity(plan.order.size, owners)
     # On average an owner receives as many assignments as it sends.
     shape = block_shape(plan.order.size, num_own)
@@ -268,7 +272,7 @@ def _round(layout: _Layout, meeting: _Meeting, number: jax.Array | None = None):
     start = plan.start[::num_own]
     load = jnp.sum(plan.load.reshape(owners, num_own), axis=1, dtype=jnp.int32)
     assignment, place = window(plan, plan.expert // num_own, start, load, first, rows)
-    arrived = _arrived(meeting.received, first, rows)
+    arrived = _arrived(exchange.received, first, rows)
     ones = jnp.ones((owners * rows, 1), jnp.float32)
 
     def add(x: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
