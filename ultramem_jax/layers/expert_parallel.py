@@ -1,0 +1,310 @@
+"""Mixture of Experts on a mesh: every device routes its own tokens, and owners compute their experts.
+
+Experts are split over the P devices of a group along `MeshAxes.experts`; each owns X/P neighbours. Of the
+T·k assignments of its own T tokens, a device sends to every owner up to C in one all-to-all of rows (P·C, D).
+Owners compute their experts on what they received, a second all-to-all returns the results, and gates are
+applied where the tokens are. What exceeds C goes through further, smaller rounds of the same exchange, as
+many as the busiest pair of the group needs, which only the running program knows: nothing is dropped at any
+imbalance.
+
+Sent by each device to others in a layer, with b bytes per value of `ModelConfig.dtype`, and received:
+
+- forward 2·(P−1)·C·D·b, and 4·X·(P−1)/P for the loads, by which an owner knows the expert of every row;
+- backward 2·(P−1)·C·D·b: the derivatives of the results go to the owners, those of the rows come back;
+- in a further round of C' = ⌈C/4⌉ rows per pair, forward 2·(P−1)·C'·D·b; backward, which computes the round
+  again, 4·(P−1)·C'·D·b.
+
+Weights do not travel along the axis that splits them. Their gradients are all-reduced over the axes that
+split tokens and not experts: 4 bytes for each weight of the device's own X/P experts.
+
+Experts that are not split are on every device, and serve its tokens. Where devices along the axis of the
+experts have the same tokens (`MeshConfig.batch_over_memory` off), nothing is exchanged: each owner adds its
+experts' share. Over that axis, and over "tensor", which splits the inner width of each expert, outputs are
+partial sums: all-reduces of T·D·b bytes forward, and of T·D·b and 4·T·k (the gates) backward.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from ultramem_jax.layers.experts import (
+    Dispatch,
+    ExpertWeights,
+    block_shape,
+    combine,
+    compute_experts,
+    dispatch_plan,
+    spread,
+    window,
+)
+from ultramem_jax.ops.on_mesh import MeshAxes, island
+
+
+def exchange_capacity(num_assignments: int, num_owners: int) -> int:
+    """C: rows of one pair of devices in the first round, for T·k assignments of a device's own tokens.
+
+    Four standard deviations above the mean load of a uniform router: a group has P² pairs, and one that
+    exceeds C costs all of them a further round. More would be sent empty in every step (at a mean of 1024,
+    four are 12 %), and would not do for a router that prefers some experts: against that, further rounds are
+    small.
+    """
+    mean = num_assignments / num_owners
+    return min(math.ceil((mean + 4 * math.sqrt(mean)) / 4) * 4, num_assignments)
+
+
+def overflow_capacity(capacity: int) -> int:
+    """C': rows of one pair in a further round; a quarter, as an excess is mostly a small part of the load."""
+    return -(-capacity // 4)
+
+
+def experts_on_mesh(
+    axes: MeshAxes,
+    implementation: str,
+    x: jax.Array,
+    gates: jax.Array,
+    weights: ExpertWeights,
+    experts: jax.Array,
+) -> jax.Array:
+    """Σ over a token's k experts of gate·expert(x), on a mesh; differentiable once, in reverse.
+
+    Args:
+        axes: the mesh. T divides over its devices that split tokens.
+        implementation: `MoEConfig.implementation`.
+        x: (T, D).
+        gates: (T, k) float32.
+        weights: of all experts. X divides over the devices that split experts.
+        experts: (T, k) int32.
+
+    Returns:
+        (T, D) in x's dtype, split as tokens are.
+    """
+    return _experts_on_mesh(_Layout(axes, implementation), x, gates, weights, experts)
+
+
+class _Layout(NamedTuple):
+    """What is known when the program is compiled: the mesh, and `MoEConfig.implementation`."""
+
+    axes: MeshAxes
+    implementation: str
+
+    @property
+    def owners(self) -> int:
+        """P."""
+        return self.axes.size(self.axes.experts)
+
+    @property
+    def tokens_differ(self) -> bool:
+        """Whether owners of different experts have different tokens: only then is anything exchanged."""
+        return bool(self.axes.of_tokens(self.axes.experts))
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """Axes that split the inner width of every expert."""
+        return ("tensor",) if self.axes.mesh.shape["tensor"] > 1 else ()
+
+    @property
+    def partial_sums(self) -> tuple[str, ...]:
+        """Axes along which devices have parts of the sums for the same tokens."""
+        return (() if self.tokens_differ else self.axes.experts) + self.inner
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """Axes that split tokens and not experts."""
+        return tuple(name for name in self.axes.tokens if name not in self.axes.experts)
+
+    @property
+    def tokens(self) -> P:
+        """How x, gates and outputs lie."""
+        return P(self.axes.tokens)
+
+    @property
+    def everywhere(self) -> P:
+        """How what each device keeps for itself lies: stacked along a new first axis."""
+        return P(self.axes.mesh.axis_names)
+
+    def weights(self, weights: ExpertWeights) -> ExpertWeights:
+        """How the experts lie; what "fsdp" splits is gathered."""
+        into: Any = P(self.axes.experts, None, self.inner)
+        out_of: Any = P(self.axes.experts, self.inner, None)
+        return ExpertWeights(into, out_of, None if weights.w_gate is None else into)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts_on_mesh(layout, x, gates, weights, experts):
+    return _experts_on_mesh_fwd(layout, x, gates, weights, experts)[0]
+
+
+def _experts_on_mesh_fwd(layout, x, gates, weights, experts):
+    tokens = layout.tokens
+    forward = island(
+        layout.axes,
+        partial(_forward, layout),
+        (tokens, tokens, layout.weights(weights), tokens),
+        (tokens, layout.everywhere),
+    )
+    y, kept = forward(x, gates, weights, experts)
+    return y, (kept, x, gates, weights)
+
+
+def _experts_on_mesh_bwd(layout, residuals, d_y):
+    tokens, of_weights = layout.tokens, layout.weights(residuals[-1])
+    backward = island(
+        layout.axes,
+        partial(_backward, layout),
+        (layout.everywhere, tokens, tokens, of_weights, tokens),
+        (tokens, tokens, of_weights),
+    )
+    return *backward(*residuals, d_y), None
+
+
+_experts_on_mesh.defvjp(_experts_on_mesh_fwd, _experts_on_mesh_bwd)
+
+
+def _forward(layout: _Layout, x: jax.Array, gates: jax.Array, weights: ExpertWeights, experts: jax.Array):
+    """On one device: its outputs (T, D), and what it keeps for the derivative."""
+    if layout.tokens_differ:
+        exchange = _prepare(layout, experts, weights.w_in.shape[0])
+        y, pullback = jax.vjp(_round(layout, exchange), x, gates, weights)
+
+        def further(number, y):
+            return y + _round(layout, exchange, number)(x, gates, weights)
+
+        if exchange.rounds is not None:
+            y = lax.fori_loop(0, exchange.rounds, further, y)
+    else:
+        exchange = None
+        y, pullback = jax.vjp(partial(_own_share, layout, experts), x, gates, weights)
+    kept = jax.tree.map(lambda leaf: leaf[None], (pullback, exchange))
+    return lax.psum(y.astype(x.dtype), layout.partial_sums), kept
+
+
+def _backward(
+    layout: _Layout, kept: Any, x: jax.Array, gates: jax.Array, weights: ExpertWeights, d_y: jax.Array
+):
+    """On one device: the derivatives by x (T, D), gates (T, k) and its experts' weights."""
+    pullback, exchange = jax.tree.map(lambda leaf: leaf[0], kept)
+    d_y = d_y.astype(jnp.float32)
+    gradients = pullback(d_y)
+    if exchange is not None and exchange.rounds is not None:
+        # Computed again: what a further round needs of the forward pass has no size known beforehand.
+        def further(number, gradients):
+            _, pullback = jax.vjp(_round(layout, exchange, number), x, gates, weights)
+            return jax.tree.map(jnp.add, gradients, pullback(d_y))
+
+        gradients = lax.fori_loop(0, exchange.rounds, further, gradients)
+    d_x, d_gates, d_weights = gradients
+    d_x, d_gates = lax.psum((d_x, d_gates), layout.partial_sums)
+    return d_x, d_gates, lax.psum(d_weights, layout.replicas)
+
+
+def _own_share(
+    layout: _Layout, experts: jax.Array, x: jax.Array, gates: jax.Array, weights: ExpertWeights
+) -> jax.Array:
+    """What this device's experts add to its tokens' outputs, (T, D) float32."""
+    num_own, size = weights.w_in.shape[0], experts.size
+    first = lax.axis_index(layout.axes.experts) * num_own if layout.axes.experts else 0
+    inside = (experts >= first) & (experts < first + num_own)
+    plan = dispatch_plan(jnp.where(inside, experts - first, num_own), num_own + 1)
+    start, load = plan.start[:num_own], plan.load[:num_own]
+    plan = Dispatch(
+        jnp.minimum(plan.expert, num_own - 1),
+        jnp.where(jnp.arange(size, dtype=jnp.int32) < start[-1] + load[-1], plan.order, size),
+        jnp.where(inside, plan.row, size),
+        start,
+        load,
+    )
+    shape = block_shape(size, num_own * layout.owners)
+    return compute_experts(layout.implementation, x, gates, weights, plan, shape)
+
+
+class _Exchange(NamedTuple):
+    """What a device knows of a group's exchange before the first row is sent. All int32."""
+
+    plan: Dispatch
+    """Of its own assignments to all X experts."""
+    received: jax.Array
+    """(P, X/P): assignments of each device of the group to each of this device's experts."""
+    rounds: jax.Array | None
+    """(), rounds after the first, the same for the whole group; None where the first has room for all."""
+
+
+def _prepare(layout: _Layout, experts: jax.Array, num_own: int) -> _Exchange:
+    """Sorts the assignments (T, k) to experts, and tells their owners how many there are."""
+    plan = dispatch_plan(experts, num_own * layout.owners)
+    load = plan.load.reshape(layout.owners, num_own)
+    received = _all_to_all(layout, load)
+    capacity = exchange_capacity(experts.size, layout.owners)
+    if capacity == experts.size:
+        return _Exchange(plan, received, None)
+    excess = jnp.maximum(jnp.max(jnp.sum(load, axis=1)) - capacity, 0)
+    rows = overflow_capacity(capacity)
+    return _Exchange(plan, received, lax.pmax((excess + rows - 1) // rows, layout.axes.experts))
+
+
+def _all_to_all(layout: _Layout, x: jax.Array) -> jax.Array:
+    """P parts of the first axis: part p goes to device p, and what device p sent becomes part p."""
+    return lax.all_to_all(x, layout.axes.experts, split_axis=0, concat_axis=0, tiled=True)
+
+
+def _round(
+    layout: _Layout, exchange: _Exchange, number: jax.Array | None = None
+) -> Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]:
+    """One round: the function (x, gates, weights) -> (T, D) float32, what it adds to this device's outputs.
+
+    The first if `number` is None, else the further round of that number, from 0 on.
+    """
+    plan, owners = exchange.plan, layout.owners
+    (_, k), num_own = plan.expert.shape, exchange.received.shape[1]
+    capacity = exchange_capacity(plan.order.size, owners)
+    # On average an owner receives as many assignments as it sends.
+    shape = block_shape(plan.order.size, num_own)
+    first: int | jax.Array = 0
+    rows = capacity
+    if number is not None:
+        rows = overflow_capacity(capacity)
+        first, shape = capacity + number * rows, (0, shape[1])
+    start = plan.start[::num_own]
+    load = jnp.sum(plan.load.reshape(owners, num_own), axis=1, dtype=jnp.int32)
+    assignment, place = window(plan, plan.expert // num_own, start, load, first, rows)
+    arrived = _arrived(exchange.received, first, rows)
+    ones = jnp.ones((owners * rows, 1), jnp.float32)
+
+    def add(x: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
+        sent = _all_to_all(layout, spread(x, assignment // k, place))
+        # In x's dtype nothing is rounded: with one expert per row, y is a product in that dtype times one.
+        y = compute_experts(layout.implementation, sent, ones, weights, arrived, shape).astype(x.dtype)
+        return combine(_all_to_all(layout, y), gates, assignment, place)
+
+    return add
+
+
+def _arrived(received: jax.Array, first: int | jax.Array, rows: int) -> Dispatch:
+    """The P·rows rows that a round brings to an owner, sorted by its own experts.
+
+    Args:
+        received: (P, X/P) int32, assignments of each device to each expert. It sends them in this order.
+        first: number of the first that this round brings, of each device's.
+        rows: of each device.
+    """
+    devices, num_own = received.shape
+    size = devices * rows
+    end = jnp.cumsum(received, axis=1, dtype=jnp.int32)
+    begin = jnp.maximum(end - received, first)
+    here = jnp.maximum(jnp.minimum(end, first + rows) - begin, 0)
+    load = jnp.sum(here, axis=0, dtype=jnp.int32)
+    start = jnp.cumsum(load, dtype=jnp.int32) - load
+    rank = first + jnp.arange(rows, dtype=jnp.int32)
+    expert = jnp.sum(end[:, None, :] <= rank[None, :, None], axis=2, dtype=jnp.int32)
+    own = jnp.minimum(expert, num_own - 1)
+    # No sort: each device's rows are sorted, and those before them of other devices are counted.
+    earlier = jnp.cumsum(here, axis=0, dtype=jnp.int32) - here
+    ahead = jnp.take_along_axis(start[None, :] + earlier - begin, own, axis=1)
+    row = jnp.where(expert < num_own, ahead + rank[None, :], size).reshape(-1)
+    order = jnp.full(size, size, jnp.int32).at[row].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
+    return Dispatch(own.reshape(-1, 1), order, row.reshape(-1, 1), start, load)
