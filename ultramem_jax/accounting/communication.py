@@ -1,0 +1,302 @@
+"""What devices send each other in a training step on a mesh, from its config alone.
+
+Bytes are those that one device sends to others with the usual algorithms, which need the fewest: of an
+all-gather, a reduce-scatter or an all-to-all (n-1)/n of the whole array that a group of n devices has in the
+end, began with, or exchanges; of an all-reduce twice that. As many arrive. What a group exchanges does
+not depend on the number of slots; only the gradient of the keys grows with it, as its square root.
+
+The letters are those of the axis legend in `ultramem_jax`. Besides: G, the devices of a group that has each
+table once and tokens of its own; P_s and P_w, the parts that rows and columns are cut into; T_g, the tokens
+of a group in one micro-batch; b, the bytes of a value of `ModelConfig.dtype`. Scalars are left out, and so is
+what the axis `tensor` adds, where the compiler chooses.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, count_parameters
+from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig
+from ultramem_jax.layers.expert_parallel import exchange_capacity
+from ultramem_jax.ops.sharded_lookup import block_dtype
+
+_INT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One kind of collective of a step: what it is for, and what a device sends in it, over all memories."""
+
+    name: str
+    kind: str
+    """`all-gather`, `all-reduce`, `reduce-scatter` or `all-to-all`."""
+    axes: tuple[str, ...]
+    """Of the mesh, along which its groups run."""
+    moved_bytes: float
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The devices that share tokens and tables; axes of one device left out."""
+
+    sizes: Mapping[str, int]
+    tokens: tuple[str, ...]
+    slots: tuple[str, ...]
+    width: tuple[str, ...]
+    experts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, sizes: Mapping[str, int]) -> "_Groups":
+        def larger(*names: str) -> tuple[str, ...]:
+            return tuple(name for name in names if sizes.get(name, 1) > 1)
+
+        memory = config.model.memory
+        of_memory = ("memory", "width") if config.mesh.batch_over_memory else ()
+        partition = memory.partition if memory is not None else "none"
+        return cls(
+            sizes,
+            tokens=larger("data", "fsdp", *of_memory),
+            slots=larger("memory") if partition in ("slots", "both") else (),
+            width=larger("memory") if partition == "width" else larger("width"),
+            experts=larger("memory") if config.model.moe is not None else (),
+        )
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self.sizes[name] for name in axes)
+
+    def of_tokens(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in axes if name in self.tokens)
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        return self.slots + self.width
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        return tuple(name for name in self.tokens if name not in self.owners)
+
+
+class _Transfers:
+    """Collects transfers; those without a group of devices, or without bytes, move nothing."""
+
+    def __init__(self, groups: _Groups):
+        self._groups = groups
+        self.found: list[Transfer] = []
+
+    def add(self, name: str, kind: str, axes: tuple[str, ...], array_bytes: float) -> None:
+        """One collective over `axes`, of an array of that size when it is whole."""
+        n = self._groups.size(axes)
+        if n > 1 and array_bytes:
+            moved = array_bytes * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+            self.found.append(Transfer(name, kind, axes, moved))
+
+    def to_owners(self, name: str, array_bytes: float) -> None:
+        """Numbers of each read or token, to all devices of a group."""
+        self.add(name, "all-gather", self._groups.of_tokens(self._groups.owners), array_bytes)
+
+    def to_tokens(self, name: str, array_bytes: float) -> None:
+        """Sums of such numbers over a group, each to the device of its token."""
+        self._sum(name, self._groups.owners, array_bytes)
+
+    def columns_to_owners(self, name: str, array_bytes: float) -> None:
+        """Vectors (T_g, d) to the owners of rows, columns to those of columns."""
+        groups = self._groups
+        share = groups.size(groups.of_tokens(groups.owners))
+        if groups.of_tokens(groups.width):
+            self.add(name, "all-to-all", groups.width, array_bytes / share)
+        columns = array_bytes / groups.size(groups.width)
+        self.add(name, "all-gather", groups.of_tokens(groups.slots), columns)
+
+    def sums_to_tokens(self, name: str, array_bytes: float) -> None:
+        """Sums (T_g, d) of each owner's rows and columns, to the devices of their tokens."""
+        groups = self._groups
+        columns = array_bytes / groups.size(groups.width)
+        self._sum(name, groups.slots, columns)
+        if groups.of_tokens(groups.width):
+            split = groups.size(groups.of_tokens(groups.slots))
+            self.add(name, "all-to-all", groups.width, columns / split)
+        else:
+            self.add(name, "all-gather", groups.width, array_bytes)
+
+    def _sum(self, name: str, axes: tuple[str, ...], array_bytes: float) -> None:
+        kind = "reduce-scatter" if self._groups.of_tokens(axes) else "all-reduce"
+        self.add(name, kind, axes, array_bytes)
+
+
+def step_transfers(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Transfer, ...]:
+    """The collectives of one training step.
+
+    Per memory and micro-batch, of arrays of T_g tokens:
+
+        slots, blocks      all-gather over G         T_g·R·(4 + 1), without blocks where there is one
+        scores             all-gather over G         T_g·R·h·b
+        pooled sums        reduce-scatter over P_s   T_g·E·d_v/P_w·b
+                           all-to-all over P_w       T_g/P_s·E·d_v/P_w·b
+        their cotangent    all-to-all over P_w       T_g/G·E·d_v·b
+                           all-gather over P_s       T_g·E·d_v/P_w·b
+        score gradients    reduce-scatter over G     T_g·R·h·b
+
+    With pre-values also vectors and their gradient, as pooled sums with d_p in place of E·d_v, and products
+    and their cotangent, as score gradients and scores with 1 in place of h.
+
+    Per memory and step, an all-gather over the axes that split tokens and not tables, to the devices that
+    have the same part of a table: slots, blocks, scores and cotangents of all tokens, with d_v/P_w columns.
+    With `batch_over_memory` off, tokens are on all devices of a group: nothing is gathered within it, and
+    sums are all-reduces. One second moment per row, with columns split, adds an all-reduce of 4 bytes a row.
+
+    Dense parameters: an all-reduce of 4 bytes each (8 for a tied embedding), once per micro-batch, over all
+    axes that split tokens; with `fsdp` an all-gather before that. Experts:
+    `ultramem_jax.layers.expert_parallel`.
+
+    Args:
+        config: of the run.
+        sizes: devices along each axis of the mesh; axes not named have one.
+    """
+    groups = _Groups.of(config, sizes)
+    transfers = _Transfers(groups)
+    micro_batches = config.train.grad_accumulation
+    tokens = config.train.batch_size // micro_batches * config.data.seq_len
+    for _ in range(micro_batches):
+        for _ in config.model.spans:
+            _lookup(transfers, config.model, tokens // groups.size(groups.replicas))
+        _parameters(transfers, groups, config.model)
+        _experts(transfers, groups, config.model, tokens // groups.size(groups.tokens))
+    for _ in config.model.spans:
+        _row_updates(transfers, groups, config, tokens * micro_batches)
+    return _summed(transfers.found)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a device sends in one memory's lookup, forward, by four ways; bytes."""
+
+    slots: float
+    """Ours: (P-1)·(t·R·(4 + 1 + h·b) + t·E·d_v·b), t the device's own tokens."""
+    width: float
+    """Ours: (P-1)·t·R·(4 + 1 + h·b) + (P-1)/P·t·E·d_v·b."""
+    paper_number_wise: float
+    """(P-1)/P·t·R·(4 + b·d_v): addresses to the owners, their rows back (UltraMem, appendix)."""
+    paper_dimension_wise: float
+    """(P-1)·t·R·(4 + b) + (P-1)/P·t·d_v·b: addresses and scores to all, pooled slices back."""
+
+
+def exchange_bytes(model: ModelConfig, tokens: int, parts: int) -> Exchange:
+    """What a device with so many tokens of its own sends in a lookup, forward, with tables in P parts.
+
+    Args:
+        model: with memories.
+        tokens: t, of one device.
+        parts: P.
+    """
+    assert model.memory is not None
+    memory, size = model.memory, DTYPE_BYTES[model.dtype]
+    reads, others = tokens * memory.num_heads * memory.top_m, parts - 1
+    addresses = others * reads * _address_bytes(memory)
+    scores = others * reads * memory.num_cores * size
+    pooled = tokens * memory.num_blocks * memory.value_dim * size
+    return Exchange(
+        slots=addresses + scores + others * pooled,
+        width=addresses + scores + others / parts * pooled,
+        paper_number_wise=others / parts * reads * (_INT32_BYTES + size * memory.value_dim),
+        paper_dimension_wise=others * reads * (_INT32_BYTES + size)
+        + others / parts * tokens * memory.value_dim * size,
+    )
+
+
+def _address_bytes(memory: MemoryConfig) -> int:
+    """Of a slot and, if there are several, its block."""
+    blocks = memory.num_blocks
+    return _INT32_BYTES + (block_dtype(blocks).itemsize if blocks > 1 else 0)
+
+
+def _lookup(transfers: _Transfers, model: ModelConfig, tokens: int) -> None:
+    """Forward and backward of one memory, for T_g tokens."""
+    memory, size = model.memory, DTYPE_BYTES[model.dtype]
+    assert memory is not None
+    reads = tokens * memory.num_heads * memory.top_m
+    pooled = tokens * memory.num_blocks * memory.value_dim * size
+    vectors = tokens * memory.pre_value_dim * size
+    transfers.to_owners("reads to owners", reads * _address_bytes(memory))
+    transfers.to_owners("scores to owners", reads * memory.num_cores * size)
+    transfers.sums_to_tokens("pooled sums to tokens", pooled)
+    transfers.columns_to_owners("cotangents to owners", pooled)
+    transfers.to_tokens("score gradients to tokens", reads * memory.num_cores * size)
+    if memory.pre_value_dim:
+        transfers.columns_to_owners("inputs of pre-values to owners", vectors)
+        transfers.to_tokens("products to tokens", reads * size)
+        transfers.to_owners("cotangents of products to owners", reads * size)
+        transfers.sums_to_tokens("gradients of inputs to tokens", vectors)
+
+
+def _row_updates(transfers: _Transfers, groups: _Groups, config: RunConfig, tokens: int) -> None:
+    """What one memory's table needs of the tokens of other groups, in a step."""
+    model = config.model
+    memory, size, layout = model.memory, DTYPE_BYTES[model.dtype], model.layout
+    assert memory is not None and layout is not None
+    if config.train.table_gradient != "row_sparse":
+        _dense_table(transfers, groups, config)
+        return
+    reads = tokens * memory.num_heads * memory.top_m
+    parts = groups.size(groups.width)
+    gathered = reads * (_address_bytes(memory) + memory.num_cores * size)
+    gathered += tokens * memory.num_blocks * memory.value_dim // parts * size
+    if memory.pre_value_dim:
+        gathered += tokens * memory.pre_value_dim // parts * size + reads * size
+    transfers.add("reads and cotangents to replicas", "all-gather", groups.replicas, gathered)
+    if config.train.row_second_moment == "row":
+        # As many rows as there are reads at the most; each has a mean for values and one for pre-values.
+        rows = min(reads / groups.size(groups.slots), layout.num_slots / groups.size(groups.slots))
+        means = rows * FLOAT32_BYTES * (2 if memory.pre_value_dim else 1)
+        transfers.add("means over the columns of rows", "all-reduce", groups.width, means)
+
+
+def _dense_table(transfers: _Transfers, groups: _Groups, config: RunConfig) -> None:
+    """The dense way: the gradient of a table's part, for the replicas of it."""
+    memory, layout = config.model.memory, config.model.layout
+    assert memory is not None and layout is not None
+    share = layout.num_tables / len(config.model.spans) / groups.size(groups.owners)
+    table = layout.num_slots * memory.row_dim * FLOAT32_BYTES * share
+    transfers.add("gradients of tables", "all-reduce", groups.replicas, table)
+
+
+def _parameters(transfers: _Transfers, groups: _Groups, model: ModelConfig) -> None:
+    """Dense parameters, and experts that are on every device of a token axis."""
+    count = count_parameters(model)
+    # Tied, the embedding has a gradient as an input and one as an output, summed over devices one by one.
+    twice = count.embedding if model.tie_embeddings else 0
+    gradients = FLOAT32_BYTES * (count.dense + twice)
+    transfers.add("gradients of parameters", "all-reduce", groups.tokens, gradients)
+    split = FLOAT32_BYTES * (count.dense - count.norms - count.memory_norms - count.memory_cores)
+    if groups.sizes.get("fsdp", 1) > 1:
+        transfers.add("parameters for the step", "all-gather", ("fsdp",), split)
+
+
+def _experts(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens: int) -> None:
+    """Of all layers, for a device's own tokens."""
+    moe, size = model.moe, DTYPE_BYTES[model.dtype]
+    if moe is None:
+        return
+    weights = count_parameters(model).experts * FLOAT32_BYTES / groups.size(groups.experts)
+    others = tuple(name for name in groups.tokens if name not in groups.experts)
+    transfers.add("gradients of experts", "all-reduce", others, weights)
+    if groups.sizes.get("fsdp", 1) > 1:
+        transfers.add("parameters for the step", "all-gather", ("fsdp",), weights)
+    owners, layers = groups.size(groups.experts), model.num_layers
+    if groups.of_tokens(groups.experts):
+        capacity = exchange_capacity(tokens * moe.top_k, owners)
+        rows = layers * owners * capacity * model.embed_dim * size
+        transfers.add("loads of experts", "all-to-all", groups.experts, layers * moe.num_experts * 4)
+        for way in ("tokens to experts", "results to tokens"):
+            transfers.add(way, "all-to-all", groups.experts, 2 * rows)  # forward and backward
+    else:
+        sums = layers * tokens * (2 * model.embed_dim * size + moe.top_k * FLOAT32_BYTES)
+        transfers.add("sums over experts", "all-reduce", groups.experts, sums)
+
+
+def _summed(found: list[Transfer]) -> tuple[Transfer, ...]:
+    """One transfer for each name, kind and group of axes."""
+    total: dict[tuple[str, str, tuple[str, ...]], float] = {}
+    for transfer in found:
+        key = transfer.name, transfer.kind, transfer.axes
+        total[key] = total.get(key, 0) + transfer.moved_bytes
+    return tuple(Transfer(*key, moved) for key, moved in total.items())

@@ -21,8 +21,8 @@ _MLP_MATRICES = {"gelu": 2, "swiglu": 3}
 """c: in and out; a gated MLP (arXiv 2002.05202) has a second matrix in."""
 _FLOPS_PER_WEIGHT = 2
 """One multiplication and one addition."""
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-_FLOAT32_BYTES = _DTYPE_BYTES["float32"]
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+FLOAT32_BYTES = DTYPE_BYTES["float32"]
 """Parameters and their moments are float32 whatever the computation's dtype; rows of tables: `row_bytes`."""
 _MOMENTS = 2
 """AdamW keeps a first and a second moment of every parameter."""
@@ -288,10 +288,10 @@ def row_bytes(memory: MemoryConfig, train: TrainConfig = _DEFAULT_TRAINING) -> R
         memory: widths of a row, and what it is stored in.
         train: which moments of it are kept, and in what.
     """
-    first = second = _DTYPE_BYTES[train.row_moment_dtype] * memory.row_dim
+    first = second = DTYPE_BYTES[train.row_moment_dtype] * memory.row_dim
     if train.row_second_moment == "row":
-        second = _FLOAT32_BYTES * (2 if memory.pre_value_dim else 1)
-    return RowBytes(_DTYPE_BYTES[memory.table_dtype] * memory.row_dim, first + second)
+        second = FLOAT32_BYTES * (2 if memory.pre_value_dim else 1)
+    return RowBytes(DTYPE_BYTES[memory.table_dtype] * memory.row_dim, first + second)
 
 
 def bytes_per_token(
@@ -325,7 +325,7 @@ def bytes_per_token(
     dense_read = parameters.dense
     if not config.tie_embeddings:
         dense_read -= max(config.vocab_size - batch_tokens, 0) * config.embed_dim
-    stored = _FLOAT32_BYTES if dtype_bytes is None else dtype_bytes
+    stored = FLOAT32_BYTES if dtype_bytes is None else dtype_bytes
     return Bytes(
         batch_tokens=batch_tokens,
         dense=stored * dense_read,
@@ -346,7 +346,7 @@ def optimizer_bytes(config: ModelConfig, train: TrainConfig = _DEFAULT_TRAINING)
 
 def _moment_bytes(parameters: Parameters) -> int:
     """Of the parameters whose gradient is a dense array: all but the tables."""
-    return _MOMENTS * _FLOAT32_BYTES * (parameters.dense + parameters.experts)
+    return _MOMENTS * FLOAT32_BYTES * (parameters.dense + parameters.experts)
 
 
 def _memory_parameters(config: ModelConfig) -> dict[str, int]:

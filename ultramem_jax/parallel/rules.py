@@ -104,7 +104,7 @@ def _between_forward(x, stored, used):
 
 def _between_backward(stored, used, saved, cotangent):
     del saved
-    # In two steps, a sum over devices and then a part of it. (Compilers for accelerators make one of the two.)
+    # A sum over devices, then a part of it: compilers for accelerators make one step of the two.
     whole = jax.lax.with_sharding_constraint(cotangent, used)
     return (jax.lax.with_sharding_constraint(whole, stored),)
 
