@@ -1,0 +1,81 @@
+"""The training step on a mesh, shared by the tests of its numbers and of what it sends."""
+
+import functools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from tests.training.test_step import FAMILY, MODEL, ULTRAMEM, _batches
+from ultramem_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from ultramem_jax.ops.on_mesh import MeshAxes
+from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device, shard_batch
+from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.state import abstract_state, fresh_state
+from ultramem_jax.training.step import make_train_step
+
+TRAIN = TrainConfig(steps=20, batch_size=8, learning_rate=1e-2, warmup_fraction=0.0)
+MEMORY = replace(ULTRAMEM.memory, placement="1:1")
+V2 = replace(FAMILY["ultramem-v2"], num_keys=4, value_dim=8)  # a ring of 32 slots, pre-values, GELU, balance
+TWO_AXES = MeshConfig(data=2, memory=2, width=2)
+
+
+def run_config(memory, mesh, train=TRAIN):
+    """One layer, or two where they share a table."""
+    layers = 2 if memory.shares_table else 1
+    return RunConfig(replace(MODEL, num_layers=layers, memory=memory), DataConfig(seq_len=16), train, mesh)
+
+
+BOTH = run_config(replace(MEMORY, partition="both"), TWO_AXES)
+SAME_TOKENS = replace(BOTH, mesh=replace(TWO_AXES, batch_over_memory=False))
+MICRO_BATCHES = run_config(
+    replace(V2, partition="both"), TWO_AXES, replace(TRAIN, grad_accumulation=2, batch_size=16)
+)
+
+
+class Compiled(NamedTuple):
+    """A step for the mesh of its config, as `training.loop` compiles it."""
+
+    step: Any
+    abstract: Any
+    axes: MeshAxes
+
+
+@functools.cache
+def compiled(config, alone=False):
+    axes = one_device() if alone else mesh_axes(config, make_mesh(config.mesh))
+    optimizers = make_optimizers(config)
+    abstract = abstract_state(config, optimizers, axes)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    shape = config.train.batch_size, config.data.seq_len + 1
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=axes.sharding(P(axes.tokens)))
+    step = jax.jit(
+        make_train_step(config, optimizers, axes=axes),
+        donate_argnums=0,
+        out_shardings=(shardings, axes.sharding()),
+    )
+    return Compiled(step.lower(abstract, tokens).compile(), abstract, axes)
+
+
+@functools.cache
+def start(model, train):
+    """The state at step 0, on one device."""
+    config = RunConfig(model, train=train)
+    return jax.tree.map(
+        np.asarray, fresh_state(config, make_optimizers(config), one_device(), np.uint32(0))
+    )
+
+
+def run(config, steps, alone=False):
+    """State, losses and last metrics after some steps from the seed 0."""
+    step, abstract, axes = compiled(config, alone)
+    model = replace(config.model, memory=replace(config.model.memory, partition="slots"))
+    state = jax.device_put(start(model, config.train), jax.tree.map(lambda a: a.sharding, abstract))
+    losses = []
+    for tokens in _batches(steps, config.train.batch_size):
+        state, metrics = step(state, shard_batch(np.asarray(tokens), axes))
+        losses.append(float(metrics["loss"]))
+    return state, losses, metrics

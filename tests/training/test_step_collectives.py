@@ -1,0 +1,84 @@
+"""What a training step sends on a mesh: what was foretold, and no more with more slots."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.training.mesh_step import (
+    MEMORY,
+    MICRO_BATCHES,
+    SAME_TOKENS,
+    V2,
+    compiled,
+    run_config,
+)
+from ultramem_jax.accounting import step_transfers
+from ultramem_jax.config import MeshConfig, MoEConfig
+from ultramem_jax.parallel.collectives import collectives_of, summary
+
+MESH = MeshConfig(data=2, memory=4)
+SLOTS, WIDTH = (run_config(replace(MEMORY, partition=p), MESH) for p in ("slots", "width"))
+SENDERS = {
+    "slots": SLOTS,
+    "width": WIDTH,
+    "micro-batches": MICRO_BATCHES,
+    "same tokens": SAME_TOKENS,
+    "fsdp": run_config(MEMORY, MeshConfig(data=2, fsdp=2, memory=2)),
+    "experts": replace(
+        SLOTS,
+        model=replace(SLOTS.model, memory=None, moe=MoEConfig(num_experts=8, expert_dim=8)),
+    ),
+}
+
+
+def _sent(config):
+    """Bytes by kind and axes that the compiled step sends."""
+    step, _, axes = compiled(config)
+    # What loops of unknown length send is left out: further rounds of an exchange between experts, of which
+    # there are none as long as the router does not prefer any.
+    found = [c for c in collectives_of(step.as_text(), axes.mesh) if c.trips_known]
+    return summary(found)
+
+
+def _foretold(config):
+    total = {}
+    for transfer in step_transfers(config, compiled(config).axes.mesh.shape):
+        key = transfer.kind, transfer.axes
+        total[key] = total.get(key, 0) + transfer.moved_bytes
+    return total
+
+
+@pytest.mark.parametrize("name", SENDERS)
+def test_collectives_of_a_step_are_those_foretold(name):
+    found, foretold = _sent(SENDERS[name]), _foretold(SENDERS[name])
+    scalars = 256  # bytes: losses and metrics
+    for key in found.keys() | foretold.keys():
+        sent, expected = found.get(key, 0), foretold.get(key, 0)
+        assert abs(sent - expected) <= 0.05 * expected + scalars, key
+    if name in ("slots", "width"):  # what tables need is exact
+        tables, expected = (
+            {key: moved for key, moved in of.items() if key[0] != "all-reduce"} for of in (found, foretold)
+        )
+        assert tables == expected and len(tables) == (3 if name == "slots" else 4)
+
+
+@pytest.mark.parametrize("config", [SLOTS, WIDTH], ids=["slots", "width"])
+def test_more_slots_send_no_more(config):
+    memory = replace(config.model.memory, num_keys=8)
+    few, many = (_sent(c) for c in (config, run_config(memory, MESH)))
+    gradients = ("all-reduce", ("data", "memory"))
+    # Four times the slots are twice the keys. Their gradient is summed like that of every dense parameter:
+    # 2 sides, H 2, √E·4 more keys, d_k 8, four bytes.
+    keys = 2 * 2 * 2 * 4 * 8 * 4
+    assert many.pop(gradients) - few.pop(gradients) == pytest.approx(2 * 7 / 8 * keys, abs=8)
+    assert many == few
+
+
+def test_more_slots_with_as_many_keys_send_the_same():
+    # The window that a memory reads of a ring of four times the slots is a quarter of it.
+    ring = replace(V2, pre_value_dim=4)
+    few, many = (
+        _sent(run_config(replace(ring, num_keys=n, share_ratio=share), MESH))
+        for n, share in ((4, 1.0), (8, 0.25))
+    )
+    assert few == many

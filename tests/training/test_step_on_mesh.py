@@ -1,0 +1,112 @@
+"""Training on a mesh of eight simulated devices equals training on one."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.training.mesh_step import (
+    BOTH,
+    MEMORY,
+    MICRO_BATCHES,
+    SAME_TOKENS,
+    TRAIN,
+    TWO_AXES,
+    V2,
+    run,
+    run_config,
+)
+from ultramem_jax.config import MeshConfig
+from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device
+from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.state import abstract_state, fresh_state
+
+
+@functools.cache
+def _alone(model, train, steps):
+    config = replace(BOTH, model=model, train=train, mesh=MeshConfig())
+    return jax.tree.map(np.asarray, run(config, steps, alone=True))
+
+
+def _expected(config, steps):
+    memory = replace(config.model.memory, partition="slots")
+    return _alone(replace(config.model, memory=memory), config.train, steps)
+
+
+def _assert_equal(config, steps):
+    expected, expected_losses, expected_metrics = _expected(config, steps)
+    state, losses, metrics = run(config, steps)
+    np.testing.assert_allclose(losses, expected_losses, rtol=2e-6)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected_metrics[name], rtol=2e-4, atol=1e-6, err_msg=name)
+    # The sums of a step are made in another order, and 20 steps of Adam amplify what that changes.
+    for part, rtol, atol in (("tables", 1e-4, 2e-5), ("table_state", 1e-3, 2e-7), ("params", 1e-4, 2e-5)):
+        of_both = (getattr(s, part) for s in (state, expected))
+        for ours, theirs in zip(*map(jax.tree.leaves, of_both), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol, err_msg=part)
+    jax.tree.map(np.testing.assert_array_equal, state.usage, expected.usage)
+
+
+@pytest.mark.parametrize(
+    ("data", "memory", "partition"),
+    [
+        (8, 1, "slots"),
+        (4, 2, "slots"),
+        (4, 2, "width"),
+        (2, 4, "slots"),
+        (2, 4, "width"),
+        (1, 8, "slots"),
+        (1, 8, "width"),
+    ],
+)
+def test_twenty_steps_equal_those_of_one_device(data, memory, partition):
+    _assert_equal(run_config(replace(MEMORY, partition=partition), MeshConfig(data=data, memory=memory)), 20)
+
+
+OTHERS = {
+    "both": BOTH,
+    "both, the same tokens on all owners": SAME_TOKENS,
+    "pre-values in a ring, micro-batches": MICRO_BATCHES,
+    "a dense gradient": run_config(
+        replace(V2, partition="both"), TWO_AXES, replace(TRAIN, table_gradient="dense")
+    ),
+    "fsdp and tensor": run_config(MEMORY, MeshConfig(data=1, fsdp=2, tensor=2, memory=2)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_meshes_equal_one_device(name):
+    _assert_equal(OTHERS[name], 3)
+
+
+def test_rounded_tables_are_those_of_one_device():
+    # Which way a value is rounded is drawn by its row and column in the whole table.
+    memory = replace(MEMORY, table_dtype="bfloat16", partition="both")
+    train = replace(TRAIN, row_moment_dtype="bfloat16", row_second_moment="row")
+    config = run_config(memory, TWO_AXES, train)
+    ours, theirs = (s[0].tables["memory_0"]["values"] for s in (run(config, 2), _expected(config, 2)))
+    assert ours.dtype == jnp.uint16
+    # A value in a thousand may fall to the other side of its draw.
+    assert (np.asarray(ours) != theirs).mean() < 1e-3
+
+
+def test_a_fresh_state_lies_on_the_mesh_and_holds_the_numbers_of_one_device():
+    # More than one block is drawn, and the last one overlaps; parts begin inside of blocks.
+    memory = replace(V2, partition="both", num_keys=272, value_dim=16, pre_value_dim=4, placement="1:1")
+    config = run_config(memory, TWO_AXES)
+    axes, optimizers = mesh_axes(config, make_mesh(config.mesh)), make_optimizers(config)
+    ours = fresh_state(config, optimizers, axes, np.uint32(3))
+    theirs = fresh_state(config, optimizers, one_device(), np.uint32(3))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    placed = jax.tree.map(
+        lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim),
+        ours,
+        abstract_state(config, optimizers, axes),
+    )
+    assert all(jax.tree.leaves(placed))
+    table = ours.tables["memory_tables"]["values"]
+    assert table.shape == (272**2, 16)
+    assert {s.data.shape for s in table.addressable_shards} == {(272**2 // 2, 8)}
