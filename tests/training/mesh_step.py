@@ -64,9 +64,7 @@ def compiled(config, alone=False):
 def start(model, train):
     """The state at step 0, on one device."""
     config = RunConfig(model, train=train)
-    return jax.tree.map(
-        np.asarray, fresh_state(config, make_optimizers(config), one_device(), np.uint32(0))
-    )
+    return jax.tree.map(np.asarray, fresh_state(config, make_optimizers(config), one_device(), np.uint32(0)))
 
 
 def run(config, steps, alone=False):
