@@ -73,7 +73,7 @@ def run(config, steps, alone=False):
     model = replace(config.model, memory=replace(config.model.memory, partition="slots"))
     state = jax.device_put(start(model, config.train), jax.tree.map(lambda a: a.sharding, abstract))
     losses = []
-    for tokens in _batches(steps, config.train.batch_size):
+    for tokens in _batches(steps, config.train.batch_size, config.data.seq_len + 1):
         state, metrics = step(state, shard_batch(np.asarray(tokens), axes))
         losses.append(float(metrics["loss"]))
     return state, losses, metrics

@@ -19,9 +19,11 @@ from tests.training.mesh_step import (
     run,
     run_config,
 )
-from ultramem_jax.config import MeshConfig
+from ultramem_jax.config import DataConfig, MeshConfig
+from ultramem_jax.ops import chunks
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device
 from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.row_sparse import ROW_ARRAYS
 from ultramem_jax.training.state import abstract_state, fresh_state
 
 
@@ -80,6 +82,18 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_meshes_equal_one_device(name):
     _assert_equal(OTHERS[name], 3)
+
+
+def test_rows_that_go_on_from_one_chunk_to_the_next(monkeypatch):
+    # Seven reads at a time of 4096, of 32 rows: most rows span many chunks.
+    config = replace(OTHERS["pre-values in a ring, micro-batches"], data=DataConfig(seq_len=8))
+    expected, *_ = _expected(config, 1)
+    monkeypatch.setattr(chunks, "_CHUNK_VALUES", 7 * ROW_ARRAYS * 6)
+    state, *_ = run(config, 1)
+    for part in ("tables", "table_state"):
+        of_both = (getattr(s, part) for s in (state, expected))
+        for ours, theirs in zip(*map(jax.tree.leaves, of_both), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6, err_msg=part)
 
 
 def test_rounded_tables_are_those_of_one_device():
