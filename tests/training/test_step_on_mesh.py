@@ -28,14 +28,14 @@ from ultramem_jax.training.state import abstract_state, fresh_state
 
 
 @functools.cache
-def _alone(model, train, steps):
-    config = replace(BOTH, model=model, train=train, mesh=MeshConfig())
+def _alone(config, steps):
     return jax.tree.map(np.asarray, run(config, steps, alone=True))
 
 
 def _expected(config, steps):
     memory = replace(config.model.memory, partition="slots")
-    return _alone(replace(config.model, memory=memory), config.train, steps)
+    model = replace(config.model, memory=memory)
+    return _alone(replace(config, model=model, mesh=MeshConfig()), steps)
 
 
 def _assert_equal(config, steps):
