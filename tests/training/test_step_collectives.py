@@ -82,3 +82,12 @@ def test_more_slots_with_as_many_keys_send_the_same():
         for n, share in ((4, 1.0), (8, 0.25))
     )
     assert few == many
+
+
+@pytest.mark.parametrize("partition", ["slots", "width"])
+def test_tables_are_updated_in_place_on_every_device(partition):
+    memory = replace(MEMORY, num_keys=1024, value_dim=32, top_m=4, partition=partition)
+    analysis = compiled(run_config(memory, MESH)).step.memory_analysis()
+    part = 1024**2 * 32 * 4 // MESH.memory
+    assert analysis.alias_size_in_bytes > 3 * part  # table and moments
+    assert analysis.temp_size_in_bytes < 0.1 * part
