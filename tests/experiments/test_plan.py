@@ -17,7 +17,14 @@ from experiments.plan_hardware import HARDWARE, Hardware, load_hardware
 from experiments.plan_partition import crossover, partition_costs, verdict
 from experiments.plan_rival import describe_rival, rival_run
 from experiments.plan_runs import lookups, planned_runs
-from experiments.plan_time import estimate_step, row_traffic, step_flops, touched_bytes, within_node
+from experiments.plan_time import (
+    access_bytes,
+    estimate_step,
+    row_traffic,
+    step_flops,
+    touched_bytes,
+    within_node,
+)
 from experiments.plan_traffic import grouped, purpose, traffic
 from ultramem_jax import MemoryConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig, UserError
 from ultramem_jax.accounting import Transfer, exchange_bytes
@@ -236,8 +243,9 @@ def test_formulas_stand_beside_what_they_describe():
 
 
 def test_flops_are_shared_by_tokens_owners_and_tensor():
-    # Per token: attention 2·4·16², MLP 2·2·16·32, attention scores 2·16·17; logits 2·16·24; the memory's query
-    # 2·(256 + 64), keys 2·512, scoring 4·2·32 + 2·4·4 + 2·2·16 + 2·4·12, projection 2·512; its lookup 2·4·8.
+    # Per token: attention 2·4·16², MLP 2·2·16·32, attention scores 2·16·17; logits 2·16·24; of the memory
+    # query 2·(256 + 64), keys 2·512, scoring 4·2·32 + 2·4·4 + 2·2·16 + 2·4·12, projection 2·512, lookup
+    # 2·4·8.
     shared, logits, memory, lookup = 2048 + 2048 + 544, 768, 640 + 1024 + 448 + 1024, 64
     flops = step_flops(TINY, abstract_axes(TINY))
     assert flops == 3 * (16 * (shared + logits + memory) + 128 / 2 / 4 * lookup)
@@ -248,6 +256,7 @@ def test_flops_are_shared_by_tokens_owners_and_tensor():
 
 
 def test_narrow_columns_cost_a_whole_access():
+    assert [access_bytes(of_row, 32) for of_row in (128, 40, 32, 2)] == [128, 64, 32, 32]
     axes = abstract_axes(by("slots"))
     whole_rows, updated = row_traffic(by("slots"), axes, 32)
     # 128 tokens read 4 rows of 32 bytes each, from 2 groups of 4 owners.
@@ -323,8 +332,8 @@ def test_the_paper_sends_less_from_the_parts_on_that_the_formulas_say():
     costs = partition_costs(model, 4096, HARDWARE["h100"], 256)
     assert list(costs) == [2, 4, 8, 16, 32, 64, 128, 256]
     assert "width" in costs[64] and "width" not in costs[128]  # of 64 columns
-    # (P-1)/P·R·(4 + b·d_v) < (P-1)·(R·(5 + h·b) + E·d_v·b) where P > 32·132 / (32·9 + 512) = 5.3; and by width
-    # where (P-1)·R·9 + (P-1)/P·512 is more: P > (32·132 - 512) / (32·9) = 12.9.
+    # (P-1)/P·R·(4 + b·d_v) < (P-1)·(R·(5 + h·b) + E·d_v·b) where P > 32·132 / (32·9 + 512) = 5.3; and by
+    # width where (P-1)·R·9 + (P-1)/P·512 is more: P > (32·132 - 512) / (32·9) = 12.9.
     assert crossover(costs, "paper_number_wise", "slots", lambda cost: cost.sent) == 8
     assert crossover(costs, "paper_number_wise", "width", lambda cost: cost.sent) == 16
     assert crossover(costs, "slots", "width", lambda cost: cost.sent) is None
@@ -379,7 +388,7 @@ def test_the_plan_is_printed_and_written(run, compiled, tiny_file, tmp_path):
     assert status == 0, err
     text = out.read_text()
     assert text in printed
-    assert text.startswith("# Plan: tiny on data:2,memory:4 (8 devices, H100 SXM)\n")
+    assert text.startswith("# Plan: tiny on data:2,memory:4 (8 × H100 SXM)\n")
     lines = {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
