@@ -17,8 +17,8 @@ import pytest
 
 from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig, to_dict
 from ultramem_jax.errors import UserError
+from ultramem_jax.training import checkpoint_reading, large_arrays, manifest
 from ultramem_jax.training import checkpoints as module
-from ultramem_jax.training import large_arrays, manifest
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.manifest import find_damage
 
@@ -135,7 +135,7 @@ def test_donation_right_after_save_leaves_the_checkpoint_alone(tmp_path):
 @pytest.mark.parametrize("pieces", [False, True])
 def test_restores_onto_another_mesh(tmp_path, monkeypatch, pieces):
     if pieces:  # of two chunks each, but for the last
-        monkeypatch.setattr(module, "LARGE_BYTES", 0)
+        monkeypatch.setattr(checkpoint_reading, "LARGE_BYTES", 0)
         monkeypatch.setattr(large_arrays, "_PIECE_BYTES", 2 * 8 * 8 * 4)
     devices = np.asarray(jax.devices())
     rows = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, "a"), jax.P("a"))
@@ -156,7 +156,7 @@ def test_restores_onto_another_mesh(tmp_path, monkeypatch, pieces):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int32, jnp.bool])
 @pytest.mark.parametrize("shape", [(70, 3), (5,), (7, 2, 3)])
 def test_large_arrays_are_read_in_pieces(tmp_path, monkeypatch, dtype, shape):
-    monkeypatch.setattr(module, "LARGE_BYTES", 0)
+    monkeypatch.setattr(checkpoint_reading, "LARGE_BYTES", 0)
     monkeypatch.setattr(module, "CHUNK_BYTES", 8)
     monkeypatch.setattr(large_arrays, "_PIECE_BYTES", 24)
     state = {"nested": ({"table": jax.random.normal(jax.random.key(0), shape).astype(dtype)},)}
@@ -329,7 +329,7 @@ def test_running_out_of_memory_is_no_damage(saved, monkeypatch):
     def exhaust(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(module, "_read_state", exhaust)
+    monkeypatch.setattr(module, "read_state", exhaust)
     with Checkpoints(saved, read_only=True) as checkpoints, pytest.raises(MemoryError):
         checkpoints.restore(abstract(make_state()))
 
@@ -429,7 +429,7 @@ def test_killed_while_saving(tmp_path, moment, step):
 
 
 def test_another_model_is_refused_before_arrays_are_read(saved, monkeypatch):
-    monkeypatch.setattr(module, "_read_state", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(module, "read_state", lambda *_, **__: pytest.fail("read"))
     here = to_dict(RunConfig(model=ModelConfig(embed_dim=256, memory=MemoryConfig(placement="1:2"))))
     here["data"]["tokenizer"] = "bpe"
     expected = (

@@ -22,7 +22,7 @@ from ultramem_jax.config import (
     run_config_from_dict,
     to_dict,
 )
-from ultramem_jax.training import checkpoints, loop
+from ultramem_jax.training import checkpoint_reading, loop
 from ultramem_jax.training.loop import Evaluator, train
 from ultramem_jax.training.metrics import MetricWriter, read_metrics
 from ultramem_jax.training.restore import _in_todays_fields, load_model
@@ -229,10 +229,10 @@ def test_fields_that_a_memory_did_not_have_then_are_as_by_default():
     config = to_dict(RunConfig(model=ModelConfig(memory=MemoryConfig())))
     there = json.loads(json.dumps(config))
     del there["model"]["memory"]["table_dtype"], there["model"]["memory"]["memory_kind"]
-    checkpoints._require_same_model(pathlib.Path("1"), there, config)
+    checkpoint_reading.require_same_model(pathlib.Path("1"), there, config)
     config["model"]["memory"]["table_dtype"] = "bfloat16"
     with pytest.raises(UserError, match=r"table_dtype is 'float32' there and 'bfloat16' here"):
-        checkpoints._require_same_model(pathlib.Path("1"), there, config)
+        checkpoint_reading.require_same_model(pathlib.Path("1"), there, config)
 
 
 def test_a_checkpoint_of_another_model_is_refused(config, whole):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run. Nothing but this file and `large_arrays.py` knows Orbax.
+"""Checkpoints of a run. Nothing but this file, `checkpoint_reading.py` and `large_arrays.py` knows Orbax.
 
 A checkpoint of step 250 is the directory `<workdir>/checkpoints/250`:
 
@@ -16,10 +16,7 @@ files are compared with the manifest. That comparison is needed: TensorStore rea
 
 import contextlib
 import dataclasses
-import functools
-import gc
 import importlib.metadata
-import json
 import logging
 import math
 import os
@@ -38,10 +35,15 @@ from grain import checkpoint as grain_checkpoint
 
 import ultramem_jax
 from ultramem_jax.errors import UserError
-from ultramem_jax.memory_config import MemoryConfig
-from ultramem_jax.training.large_arrays import LARGE_BYTES, array_name, read_large_array
+from ultramem_jax.training.checkpoint_reading import (
+    UNDO_LOG,
+    Meta,
+    load_meta,
+    read_state,
+    require_same_model,
+)
 from ultramem_jax.training.manifest import find_damage, write_manifest
-from ultramem_jax.training.undo_log import LiveView, UndoLog, UndoRows, put_back
+from ultramem_jax.training.undo_log import LiveView, UndoLog
 
 log = logging.getLogger(__name__)
 
@@ -52,31 +54,14 @@ CHUNK_BYTES = 8 * 2**20
 """Size that arrays are cut into. Chunks are written in parallel, and a restore onto another mesh reads only
 the chunks of its own shards; by default Orbax writes one chunk per shard, however large."""
 
-_UNDO_LOG = "undo.npz"
 _TIMEOUT_SECONDS = 24 * 3600
 """Orbax gives up a save after ten minutes, which 16 GB take on a slow disk."""
 
-_MESSAGE_ENTRIES = 8
-"""Differences that an error message spells out; the rest are counted."""
 _REASON_CHARACTERS = 200
 """TensorStore appends its whole specification of an array to every error."""
 
 _ABANDONED: list[UndoLog] = []
 """Of failed saves: what keeps the buffers alive that a writer may be reading still."""
-
-
-@dataclass(frozen=True)
-class Meta:
-    """What a checkpoint says about itself."""
-
-    step: int
-    config: dict[str, Any]
-    """The run's configuration as `ultramem_jax.config.to_dict` gives it, after a trip through JSON."""
-    corpus: dict[str, Any]
-    versions: dict[str, str]
-    """Of Python and the libraries that wrote it."""
-    validation_loss: float | None = None
-    """As given to `save`; None where the run did not evaluate at that step."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +276,7 @@ class Checkpoints:
         undo_log, self._log = self._log, None
         if undo_log is not None:
             undo_log.close()
-            undo_log.write(target / _UNDO_LOG)
+            undo_log.write(target / UNDO_LOG)
         write_manifest(target)
 
     def _abandon_log(self) -> None:
@@ -330,8 +315,8 @@ class Checkpoints:
 
         def read(directory: Path, meta: Meta) -> PyTree:
             if expect_config is not None:
-                _require_same_model(directory, meta.config, expect_config)
-            state = _read_state(directory, abstract_state, partial=False)
+                require_same_model(directory, meta.config, expect_config)
+            state = read_state(directory, abstract_state, partial=False)
             if data_iterator is not None:
                 handler = grain_checkpoint.CheckpointHandler()
                 handler.restore(epath.Path(directory / "data"), item=data_iterator)
@@ -347,7 +332,7 @@ class Checkpoints:
         Arguments and errors are those of `restore`; `Restored.state` is a dict of the same entries.
         """
         return self._restored(
-            step, lambda directory, meta: _read_state(directory, abstract_subtree, partial=True)
+            step, lambda directory, meta: read_state(directory, abstract_subtree, partial=True)
         )
 
     def _restored(self, step: int | None, read: Callable[[Path, Meta], PyTree]) -> Restored:
@@ -366,7 +351,7 @@ class Checkpoints:
             try:
                 if (damage := find_damage(directory)) is not None:
                     raise _Damaged(damage)
-                meta = _load_meta(directory)
+                meta = load_meta(directory)
                 return read(directory, meta), meta, tuple(skipped)
             except (UserError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # not the checkpoint's fault, and an older one would meet the same
@@ -392,7 +377,7 @@ class Checkpoints:
 
     def _loss_on_disk(self, step: int) -> float | None:
         try:
-            return _load_meta(self.directory / str(step)).validation_loss
+            return load_meta(self.directory / str(step)).validation_loss
         except Exception:  # damaged: it has no rank, and `restore` will say what is wrong with it
             return None
 
@@ -433,116 +418,6 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         newest = sorted(steps)[-self.keep_last :]
         best = _by_loss(self.losses, steps)[: self.keep_best]
         return [step in newest or step in best for step in steps]
-
-
-# ---- reading one checkpoint
-
-
-def _load_meta(directory: Path) -> Meta:
-    return Meta(**ocp.JsonCheckpointHandler().restore(epath.Path(directory / "meta")))
-
-
-def _read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTree:
-    """The state of one checkpoint; with `partial`, the top-level entries of `abstract_state` alone."""
-    handler = ocp.PyTreeCheckpointHandler()
-    path = epath.Path(directory / "state")
-    _require_same_tree(directory, handler.metadata(path).tree, abstract_state, partial)
-    target = jax.tree.map(_with_sharding, abstract_state)
-    undo, large = UndoRows(directory / _UNDO_LOG), {}
-
-    def leave_out_large(key: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
-        name = array_name(key)
-        if name not in undo and leaf.size * leaf.dtype.itemsize <= LARGE_BYTES:
-            return leaf
-        large[name] = leaf
-        return None
-
-    small = jax.tree_util.tree_map_with_path(leave_out_large, target)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(small)
-    args = ocp.args.PyTreeRestore(item=small, restore_args=restore_args, partial_restore=True)
-    with ocp.Checkpointer(handler) as checkpointer:
-        small = checkpointer.restore(path, args=args)
-    # Orbax leaves the host buffers that it read into in reference cycles; they cannot wait there.
-    gc.collect()
-
-    def filled(key: Any, _: Any, restored: jax.Array | None) -> jax.Array:
-        if restored is not None:
-            return restored
-        name = array_name(key)
-        change = functools.partial(put_back, undo=undo.read(name))
-        return read_large_array(directory / "state", name, large[name], change)
-
-    return jax.tree_util.tree_map_with_path(filled, target, small)
-
-
-def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    # Left without one, Orbax takes the sharding of the run that saved, which this machine may not have.
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _require_same_tree(directory: Path, saved_tree: PyTree, wanted_tree: PyTree, partial: bool) -> None:
-    saved, wanted = _entries(saved_tree), _entries(wanted_tree)
-    if partial:
-        roots = {name.split(".")[0] for name in wanted}
-        saved = {name: kind for name, kind in saved.items() if name.split(".")[0] in roots}
-    names = [*wanted, *(name for name in saved if name not in wanted)]
-    differences = [
-        f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
-        for name in names
-        if saved.get(name) != wanted.get(name)
-    ]
-    if differences:
-        raise UserError(f"checkpoint at {directory} holds another state: {_listed(differences)}")
-
-
-def _entries(tree: PyTree) -> dict[str, str]:
-    """Dotted names of the leaves, with dtype and shape: {"params.w": "float32[3,4]"}."""
-    return {
-        ".".join(map(str, path)): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-        for path, leaf in ocp.tree.to_flat_dict(tree).items()
-    }
-
-
-def _require_same_model(directory: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    here = json.loads(json.dumps(here))  # as the checkpoint's own: tuples become lists
-    differences = _differences("model", *(_wherever_it_lies(config.get("model")) for config in (there, here)))
-    tokenizers = [config.get("data", {}).get("tokenizer") for config in (there, here)]
-    differences += _differences("data.tokenizer", *tokenizers)
-    if differences:
-        raise UserError(f"checkpoint at {directory} is of another model: {_listed(differences)}")
-
-
-def _wherever_it_lies(model: Any) -> Any:
-    """A model's configuration without the memory that its tables lie in, which a run may change.
-
-    Fields that a memory did not have when the checkpoint was written are as by default.
-    """
-    if not isinstance(model, dict) or not isinstance(model.get("memory"), dict):
-        return model
-    memory = dataclasses.asdict(MemoryConfig()) | model["memory"]
-    del memory["memory_kind"]
-    return model | {"memory": memory}
-
-
-def _differences(name: str, there: Any, here: Any) -> list[str]:
-    """One clause for each field below `name` in which two configurations differ."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        fields = [*there, *(field for field in here if field not in there)]
-        return [
-            clause
-            for field in fields
-            for clause in _differences(f"{name}.{field}", there.get(field), here.get(field))
-        ]
-    if there == here:
-        return []
-    shown = ["given" if isinstance(value, dict) else repr(value) for value in (there, here)]
-    return [f"{name} is {shown[0]} there and {shown[1]} here"]
-
-
-def _listed(clauses: list[str]) -> str:
-    more = len(clauses) - _MESSAGE_ENTRIES
-    return "; ".join(clauses[:_MESSAGE_ENTRIES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _steps(steps: Sequence[int]) -> str:
