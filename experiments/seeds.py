@@ -20,6 +20,7 @@ from ultramem_jax import RunConfig, UserError
 from ultramem_jax.config import to_dict
 from ultramem_jax.data import Corpus
 from ultramem_jax.errors import unknown
+from ultramem_jax.parallel.mesh import make_mesh, mesh_axes
 from ultramem_jax.training.loop import Evaluator, train
 from ultramem_jax.training.metrics import read_metrics
 from ultramem_jax.training.state import model_variables
@@ -158,7 +159,7 @@ def _run(
         return None
     test_bits = None
     if test_batches is not None:
-        evaluate = Evaluator(config, corpus)
+        evaluate = Evaluator(config, corpus, mesh_axes(config, make_mesh(config.mesh)))
         test_bits = evaluate(model_variables(trained.state), "test", test_batches, progress=True)[1]
     records = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "validation"]
     result = {

@@ -342,7 +342,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(conf
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(config, tmp_path):
     uneven = replace(config, train=replace(config.train, batch_size=12, grad_accumulation=1))
-    with pytest.raises(UserError, match=r"train\.batch_size = 12: .* does not divide over 8 devices"):
+    with pytest.raises(
+        UserError, match=r"train\.batch_size = 12: .* does not divide over the 8 devices along data"
+    ):
         train(uneven, tmp_path, progress=False)
 
 

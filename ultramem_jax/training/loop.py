@@ -1,6 +1,7 @@
 """The run: build or resume, step, evaluate, save, and stop in good order."""
 
 import dataclasses
+import functools
 import logging
 import math
 import pathlib
@@ -18,7 +19,8 @@ from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import RunConfig, to_dict
 from ultramem_jax.data import Corpus, eval_batches, load_corpus, train_iterator
 from ultramem_jax.errors import UserError, require
-from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, shard_batch
+from ultramem_jax.ops.on_mesh import MeshAxes
+from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, rows_here, shard_batch
 from ultramem_jax.training.checkpoints import Checkpoints, Meta
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.optimizer import Optimizers, make_optimizers
@@ -80,12 +82,13 @@ def train(
     corpus = corpus if corpus is not None else load_corpus(config.data)
     check_vocabulary(config, corpus)
     axes = mesh_axes(config, make_mesh(config.mesh))
-    data = train_iterator(corpus, config.train.batch_size, config.train.seed)
+    size = config.train.batch_size
+    data = train_iterator(corpus, size, config.train.seed, rows_here(axes, size))
     corpus.source("validation")  # refuses a split that is too short now, not after hours of training
     optimizers = make_optimizers(config)
     sharding = axes.sharding()
     abstract = abstract_state(config, optimizers, sharding)
-    evaluate = Evaluator(config, corpus)
+    evaluate = Evaluator(config, corpus, axes)
     _make_folder(workdir)
     meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus_identity(corpus)}
     with (
@@ -103,15 +106,21 @@ def train(
         step_function = _StepFunction(config, optimizers, state, checkpoints)
         with MetricWriter(workdir, config.train.tensorboard, start or None) as writer:
             run = _Run(config, corpus, checkpoints, writer, evaluate, data, meta, stop)
-            return run.steps(state, start, step_function, lambda tokens: shard_batch(tokens, axes), progress)
+            shard = functools.partial(shard_batch, axes=axes, batch_size=size)
+            return run.steps(state, start, step_function, shard, progress)
 
 
 class Evaluator:
-    """The mean loss over a split, on the same batches each time."""
+    """The mean loss over a split, on the same batches each time.
 
-    def __init__(self, config: RunConfig, corpus: Corpus):
-        self._config, self._corpus = config, corpus
-        self._step = jax.jit(make_eval_step(config))
+    On a mesh each batch is split over the devices as those of training are; all processes call it together.
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus, axes: MeshAxes | None = None):
+        """For variables that lie on the mesh of `axes`, or on one device if None."""
+        self._config, self._corpus, self._axes = config, corpus, axes
+        everywhere = None if axes is None else axes.sharding()
+        self._step = jax.jit(make_eval_step(config), out_shardings=everywhere)
 
     def __call__(
         self,
@@ -132,15 +141,18 @@ class Evaluator:
         size = self._config.train.batch_size
         limit = self._config.train.eval_batches if batches is None else batches
         every = -(-len(self._corpus.source(split)) // size)
+        rows = None if self._axes is None else rows_here(self._axes, size)
         total = np.zeros(2, np.float64)
         for batch in tqdm(
-            eval_batches(self._corpus, split, size, limit),
+            eval_batches(self._corpus, split, size, limit, rows),
             desc=split,
             total=min(limit, every) if limit else every,
             unit="batch",
             disable=not progress,
             leave=False,
         ):
+            if self._axes is not None:
+                batch = {name: shard_batch(part, self._axes, size) for name, part in batch.items()}
             total += np.asarray(self._step(variables, batch["tokens"], batch["mask"]), np.float64)
         loss = float(total[0] / total[1])
         return loss, bits_per_byte(loss, self._corpus.bytes_per_token(split))
