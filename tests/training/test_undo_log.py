@@ -333,7 +333,10 @@ def test_the_first_record_of_a_row_counts(dtype, tmp_path):
     assert [[s.tolist() for s, _ in undo.read(n)] for n in names] == [[[1, 4, 9], [0]]] * 2
     for name, array, want in zip(names, now, expected, strict=True):
         for first in range(0, 10, 4):
-            put_back(array[first : first + 4], first, undo.read(name))
+            rows = slice(first, first + 4)
+            for columns in ([slice(0, 1)], [slice(1, 3)]) if array.ndim > 1 else ([],):
+                place = (rows, *columns)
+                put_back(array[place], place, array.shape, undo.read(name))
         np.testing.assert_array_equal(array, want)
 
 

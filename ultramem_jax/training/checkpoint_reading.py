@@ -73,7 +73,7 @@ def read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTree
         if restored is not None:
             return restored
         name = array_name(key)
-        change = functools.partial(put_back, undo=undo.read(name))
+        change = functools.partial(put_back, shape=large[name].shape, undo=undo.read(name))
         return read_large_array(directory / "state", name, large[name], change)
 
     return jax.tree_util.tree_map_with_path(filled, target, small)
@@ -128,14 +128,14 @@ def require_same_model(directory: Path, there: dict[str, Any], here: dict[str, A
 
 
 def _wherever_it_lies(model: Any) -> Any:
-    """A model's configuration without the memory that its tables lie in, which a run may change.
+    """A model's configuration without what says where its tables lie, which a run may change.
 
     Fields that a memory did not have when the checkpoint was written are as by default.
     """
     if not isinstance(model, dict) or not isinstance(model.get("memory"), dict):
         return model
     memory = dataclasses.asdict(MemoryConfig()) | model["memory"]
-    del memory["memory_kind"]
+    del memory["memory_kind"], memory["partition"]
     return model | {"memory": memory}
 
 
