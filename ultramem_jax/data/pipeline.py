@@ -20,6 +20,7 @@ from ultramem_jax.data import builder
 from ultramem_jax.data.sources import SPLITS
 from ultramem_jax.data.tokenizers import Tokenizer
 from ultramem_jax.errors import UserError, require, unknown
+from ultramem_jax.parallel.distributed import first_before_others
 
 log = logging.getLogger(__name__)
 
@@ -123,10 +124,13 @@ class Corpus:
 def load_corpus(config: DataConfig) -> Corpus:
     """The corpus that `config` describes; tokenized into the cache first if it is not there yet.
 
+    Of processes that have joined the first one looks first, so that it is the one to show how far it is.
+
     Raises:
         UserError: see `builder.prepare`.
     """
-    folder = builder.prepare(config)
+    with first_before_others():
+        folder = builder.prepare(config)
     metadata = builder.open_records(folder).info.metadata
     log.info("corpus %s (%s) in %s", metadata["corpus_hash"], config.dataset, folder)
     return Corpus(

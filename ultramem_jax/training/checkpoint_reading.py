@@ -64,8 +64,9 @@ def read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTree
     small = jax.tree_util.tree_map_with_path(leave_out_large, target)
     restore_args = ocp.checkpoint_utils.construct_restore_args(small)
     args = ocp.args.PyTreeRestore(item=small, restore_args=restore_args, partial_restore=True)
-    with ocp.Checkpointer(handler) as checkpointer:
-        small = checkpointer.restore(path, args=args)
+    # By the handler itself: a `Checkpointer` would wait for other processes, which may fail or not be here.
+    small = handler.restore(path, args=args)
+    handler.close()
     # Orbax leaves the host buffers that it read into in reference cycles; they cannot wait there.
     gc.collect()
 

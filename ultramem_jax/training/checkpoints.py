@@ -4,7 +4,7 @@ A checkpoint of step 250 is the directory `<workdir>/checkpoints/250`:
 
     state/          the train state, arrays cut into chunks (Orbax's own format)
     undo.npz        rows of large tables to be put back, where steps ran during the save (`undo_log.py`)
-    data/           the position of the data iterator, one file per process (Grain's own format)
+    data/           the position of the data iterator, which is the same for any number of processes
     meta/           JSON: the run's configuration, its corpus, the validation loss, library versions
     manifest.json   the size and a checksum of every file above
 
@@ -12,11 +12,16 @@ It is written in `250.orbax-checkpoint-tmp` and renamed when all of it is there,
 process that is killed while it saves leaves a directory that nothing reads and the next run removes. Damage
 that comes later (a truncated or deleted file, a kill while an old checkpoint is being deleted) shows when the
 files are compared with the manifest. That comparison is needed: TensorStore reads a missing chunk as zeros.
+
+Several processes save and restore together, into one folder that all reach, each its own parts of the arrays;
+the first one writes the rest, says what is there and whether it is whole.
 """
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
+import json
 import logging
 import math
 import os
@@ -31,10 +36,10 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from grain import checkpoint as grain_checkpoint
 
 import ultramem_jax
 from ultramem_jax.errors import UserError
+from ultramem_jax.parallel import distributed
 from ultramem_jax.training.checkpoint_reading import (
     UNDO_LOG,
     Meta,
@@ -54,6 +59,8 @@ CHUNK_BYTES = 8 * 2**20
 """Size that arrays are cut into. Chunks are written in parallel, and a restore onto another mesh reads only
 the chunks of its own shards; by default Orbax writes one chunk per shard, however large."""
 
+POSITION = "process_0-of-1.json"
+"""Of the data. Grain's name for it in a run of one process."""
 _TIMEOUT_SECONDS = 24 * 3600
 """Orbax gives up a save after ten minutes, which 16 GB take on a slow disk."""
 
@@ -97,9 +104,10 @@ class Checkpoints:
         self.directory = Path(os.path.abspath(directory))
         if read_only and not self.directory.is_dir():
             raise UserError(f"no checkpoints: there is no directory {self.directory}")
-        self._losses = {
-            step: loss for step in self.all_steps() if (loss := self._loss_on_disk(step)) is not None
-        }
+        # Whoever reads alone may do so while other processes are at something else.
+        self._together = not read_only
+        losses = self._agreed(lambda: [(step, self._loss_on_disk(step)) for step in self.all_steps()])
+        self._losses = {step: loss for step, loss in losses if loss is not None}
         self._position: int | None = None  # the step that this object last restored or saved
         self._saving = -1
         self._log: UndoLog | None = None  # of the save in flight, if training may go on in what it reads
@@ -113,7 +121,7 @@ class Checkpoints:
                 # also spoil rows that nobody wrote to, if others that it refers to change under its hands.
                 "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                 "meta": ocp.JsonCheckpointHandler(),
-                "data": grain_checkpoint.CheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(filename=POSITION),
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_NewestAndBest(keep_last, keep_best, self._losses),
@@ -133,6 +141,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # the others may be elsewhere, and closing waits for them
         try:
             self.close()
         except Exception as failure:
@@ -180,7 +190,7 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The newest of `all_steps`, or None. It is not checked for damage."""
-        return max(self.all_steps(), default=None)
+        return self._agreed(lambda: max(self.all_steps(), default=None))
 
     def best_step(self) -> int | None:
         """The step of lowest validation loss among `all_steps`, the newest of equals, or None."""
@@ -240,7 +250,7 @@ class Checkpoints:
             "meta": ocp.args.JsonSave(dataclasses.asdict(meta)),
         }
         if data_iterator is not None:
-            items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
+            items["data"] = ocp.args.JsonSave(dict(data_iterator.get_state()))
         if meta.validation_loss is not None:
             self._losses[step] = meta.validation_loss
         self._saving = self._position = step
@@ -318,8 +328,8 @@ class Checkpoints:
                 require_same_model(directory, meta.config, expect_config)
             state = read_state(directory, abstract_state, partial=False)
             if data_iterator is not None:
-                handler = grain_checkpoint.CheckpointHandler()
-                handler.restore(epath.Path(directory / "data"), item=data_iterator)
+                data_iterator.set_state(json.loads((directory / "data" / POSITION).read_text()))
+                data_iterator.start_prefetch()
             return state
 
         restored = self._restored(step, read)
@@ -342,31 +352,40 @@ class Checkpoints:
     def _read(
         self, step: int | None, read: Callable[[Path, Meta], T]
     ) -> tuple[T, Meta, tuple[tuple[int, str], ...]]:
-        """Applies `read` to the newest checkpoint that is whole and that it can read."""
+        """Applies `read` to the newest checkpoint that is whole and that it can read.
+
+        What one process cannot read, none of them uses.
+        """
         self.wait()
         skipped: list[tuple[int, str]] = []
         cause: Exception | None = None
         for candidate in self._candidates(step):
             directory = self.directory / str(candidate)
+            result, failure = None, None
             try:
-                if (damage := find_damage(directory)) is not None:
+                if (damage := self._agreed(functools.partial(find_damage, directory))) is not None:
                     raise _Damaged(damage)
                 meta = load_meta(directory)
-                return read(directory, meta), meta, tuple(skipped)
+                result = read(directory, meta), meta, tuple(skipped)
             except (UserError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # not the checkpoint's fault, and an older one would meet the same
             except Exception as error:
                 # So broad because Orbax and TensorStore raise bare Exception, ValueError, KeyError, OSError.
                 cause = error
-                reason = textwrap.shorten(str(error) or type(error).__name__, _REASON_CHARACTERS)
-                skipped.append((candidate, reason))
-                if step is None:
-                    log.warning("skipping damaged checkpoint %s: %s", directory, reason)
+                failure = textwrap.shorten(str(error) or type(error).__name__, _REASON_CHARACTERS)
+            failures = distributed.gather(failure) if self._together else [failure]
+            reason = next((reason for reason in failures if reason is not None), None)
+            if reason is None:
+                assert result is not None
+                return result
+            skipped.append((candidate, reason))
+            if step is None:
+                log.warning("skipping damaged checkpoint %s: %s", directory, reason)
         reasons = "; ".join(f"step {bad}: {reason}" for bad, reason in skipped)
         raise UserError(f"no whole checkpoint in {self.directory}: {reasons}") from cause
 
     def _candidates(self, step: int | None) -> list[int]:
-        steps = self.all_steps()
+        steps = self._agreed(self.all_steps)
         if not steps:
             raise UserError(f"no checkpoints in {self.directory}")
         if step is None:
@@ -374,6 +393,12 @@ class Checkpoints:
         if step not in steps:
             raise UserError(f"no checkpoint of step {step} in {self.directory}: it holds {_steps(steps)}")
         return [step]
+
+    def _agreed(self, look: Callable[[], Any]) -> Any:
+        """What the first process sees, where several look together: a disk may show them two states."""
+        if not self._together or jax.process_count() == 1:
+            return look()
+        return distributed.from_first(look() if distributed.is_first() else None)
 
     def _loss_on_disk(self, step: int) -> float | None:
         try:

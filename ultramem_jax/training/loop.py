@@ -1,5 +1,6 @@
 """The run: build or resume, step, evaluate, save, and stop in good order."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -20,6 +21,7 @@ from ultramem_jax.config import RunConfig, to_dict
 from ultramem_jax.data import Corpus, eval_batches, load_corpus, train_iterator
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.ops.on_mesh import MeshAxes
+from ultramem_jax.parallel.distributed import any_process, is_first
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, rows_here, shard_batch
 from ultramem_jax.training.checkpoints import Checkpoints, Meta
 from ultramem_jax.training.metrics import MetricWriter
@@ -63,14 +65,14 @@ def train(
     progress: bool = True,
     corpus: Corpus | None = None,
 ) -> TrainResult:
-    """Trains, or goes on with the run that `workdir` holds.
+    """Trains, or goes on with the run that `workdir` holds; processes that have joined, all together.
 
     Writes `metrics.jsonl` and `checkpoints/` into `workdir`. The same config and workdir resume bit for bit:
     a run that was cut off ends on the same numbers as one that was not.
 
     Args:
         config: of the run.
-        workdir: folder of this run; made if it is missing.
+        workdir: folder of this run; made if it is missing. Several processes share it.
         progress: whether to draw a progress bar on standard error.
         corpus: prepared data, if it is at hand already; else it is made from `config.data`.
 
@@ -96,7 +98,8 @@ def train(
         _StopOnSigterm() as stop,
     ):
         if checkpoints.latest_step() is None:
-            save_tokenizer(corpus.tokenizer, workdir)
+            if is_first():
+                save_tokenizer(corpus.tokenizer, workdir)
             state, start = _fresh_state(config, optimizers, sharding), 0
         else:
             _check_same_run(checkpoints.read_meta(), config, corpus, workdir)
@@ -104,10 +107,14 @@ def train(
             state, start = restored.state, restored.step
             log.info("resumed from step %d of %s", start, workdir)
         step_function = _StepFunction(config, optimizers, state, checkpoints)
-        with MetricWriter(workdir, config.train.tensorboard, start or None) as writer:
+        with (
+            MetricWriter(workdir, config.train.tensorboard, start or None)
+            if is_first()
+            else contextlib.nullcontext()
+        ) as writer:
             run = _Run(config, corpus, checkpoints, writer, evaluate, data, meta, stop)
             shard = functools.partial(shard_batch, axes=axes, batch_size=size)
-            return run.steps(state, start, step_function, shard, progress)
+            return run.steps(state, start, step_function, shard, progress and is_first())
 
 
 class Evaluator:
@@ -148,7 +155,7 @@ class Evaluator:
             desc=split,
             total=min(limit, every) if limit else every,
             unit="batch",
-            disable=not progress,
+            disable=not (progress and is_first()),
             leave=False,
         ):
             if self._axes is not None:
@@ -278,7 +285,8 @@ class _Run:
     config: RunConfig
     corpus: Corpus
     checkpoints: Checkpoints
-    writer: MetricWriter
+    writer: MetricWriter | None
+    """Of the first process."""
     evaluate: Evaluator
     data: Iterator[dict[str, np.ndarray]]
     meta: dict[str, Any]
@@ -315,17 +323,14 @@ class _Run:
                 last = step == train.steps
                 if last or step % train.log_every == 0:
                     scalars = {name: float(value) for name, value in metrics.items()}
-                    self.writer.write(
-                        step, "train", scalars | {"bits_per_byte": bits, "tokens_per_second": speed}
-                    )
+                    self._write(step, "train", scalars | {"bits_per_byte": bits, "tokens_per_second": speed})
                 evaluated = _due(step, train.eval_every, last)
                 if evaluated:
                     validation = self.evaluate(model_variables(state))
                     self._require_finite({"validation loss": validation[0]}, step)
-                    self.writer.write(
-                        step, "validation", {"loss": validation[0], "bits_per_byte": validation[1]}
-                    )
-                stopping = self.stop.requested and not last
+                    self._write(step, "validation", {"loss": validation[0], "bits_per_byte": validation[1]})
+                # The signal may have come to one process, or to all and not in the same step.
+                stopping = any_process(self.stop.requested) and not last
                 if stopping or _due(step, train.checkpoint_every, last):
                     self._save(step, state, validation[0] if evaluated else None, step_function.records)
                 if stopping:
@@ -337,6 +342,10 @@ class _Run:
         # The first step of a process compiles.
         speed = tokens_per_step / float(np.median(list(seconds)[1:])) if len(seconds) > 1 else math.nan
         return TrainResult(step, finished, *validation, speed, state)
+
+    def _write(self, step: int, split: str, scalars: dict[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.write(step, split, scalars)
 
     def _save(self, step: int, state: TrainState, validation_loss: float | None, recorded: bool) -> None:
         self.checkpoints.save(
