@@ -1,0 +1,234 @@
+"""Two processes of two devices each train as one process of four, and survive what happens to processes."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig, to_dict
+from ultramem_jax.training.loop import train
+from ultramem_jax.training.metrics import read_metrics
+from ultramem_jax.training.restore import load_model
+
+ROOT = pathlib.Path(__file__).parents[2]
+SOON = 300
+"""Seconds that a test waits for an event which should have come long before."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    """Twelve steps of a model with every moving part: memory, buffers, dropout, accumulation, checkpoints."""
+    rng = np.random.default_rng(0)
+    words = ["memory", "slot", "key", "query", "\n", "token ", "value;"]
+    (folder / "text.txt").write_text(" ".join(rng.choice(words, 3000)))
+    memory = MemoryConfig.ultramem(placement="1:2", num_keys=24, top_m=4, num_heads=2, key_dim=8, value_dim=8)
+    model = ModelConfig(
+        embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, dropout=0.1, memory=memory
+    )
+    data = DataConfig("text", str(folder / "text.txt"), seq_len=16, cache_dir=str(folder / "cache"))
+    training = TrainConfig(
+        steps=12,
+        batch_size=16,
+        grad_accumulation=2,
+        learning_rate=1e-2,
+        log_every=1,
+        eval_every=6,
+        eval_batches=2,
+        checkpoint_every=1,
+        keep_last=20,
+    )
+    return RunConfig(model=model, data=data, train=training)
+
+
+@pytest.fixture(scope="module")
+def launch(config, folder):
+    """Starts `python launch.py train`."""
+    file = folder / "config.py"
+    file.write_text(
+        "from ultramem_jax.config import run_config_from_dict\n"
+        f"def get_config():\n    return run_config_from_dict({to_dict(config)!r})\n"
+    )
+
+    def launch(workdir, *flags, devices=2):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        }
+        argv = [sys.executable, "launch.py", *flags, "train", f"--config={file}", f"--workdir={workdir}"]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([*argv, "--mesh=data:4"], cwd=ROOT, env=environment, **pipes)
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def one(launch, folder):
+    """The run in one process of four devices."""
+    process = launch(folder / "one", devices=4)
+    _, err = process.communicate(timeout=SOON)
+    assert process.returncode == 0, err
+    return folder / "one"
+
+
+@pytest.fixture(scope="module")
+def two(launch, folder):
+    """The run in two processes of two devices, without an interruption: folder and what was said."""
+    process = launch(folder / "two", "--processes=2")
+    said = process.communicate(timeout=SOON)
+    assert process.returncode == 0, said[1]
+    return folder / "two", said
+
+
+def records(workdir):
+    """Every record, without the one metric that is a measurement of time."""
+    found = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in found]
+
+
+def variables(workdir, checkpoint="last"):
+    return load_model(workdir, checkpoint).variables
+
+
+def same(a, b, **tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+def close(ours, theirs):
+    """Sums of four are rounded in another order: losses agree to a few last bits, parameters nearly so."""
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys() and (a["step"], a["split"]) == (b["step"], b["split"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def wait_for(there, process):
+    give_up = time.monotonic() + SOON
+    while not there():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+def children(process):
+    """Ids of the processes that the supervisor started, in their order."""
+    listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return sorted(map(int, listed))
+
+
+def alive(pid):
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def test_two_processes_train_as_one(one, two):
+    workdir, (out, err) = two
+    close(records(workdir), records(one))
+    same(variables(workdir), variables(one), rtol=1e-2, atol=1e-3)
+    # One of them speaks, and nothing of what connects them is in its results.
+    assert out.splitlines()[0].startswith("validation: ") and out.count("bits per byte") == 1
+    assert "Gloo" not in out and err.count("corpus ") == 1 and "Traceback" not in err
+    assert (workdir / "loss_curve.png").exists()
+    assert {p.name for p in (workdir / "checkpoints/12/data").glob("*.json")} == {"process_0-of-1.json"}
+
+
+def test_killed_or_stopped_the_same_command_ends_on_the_same_numbers(launch, two, folder):
+    workdir = folder / "interrupted"
+    done = workdir / "checkpoints"
+    process = launch(workdir, "--processes=2")
+    wait_for((done / "2").exists, process)
+    members = children(process)
+    assert len(members) == 2
+    os.kill(members[1], signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=SOON)
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 128 + signal.SIGKILL, err
+    line = err.splitlines()[-1]
+    assert line == "error: process 1 of 2 was ended by SIGKILL: the others cannot go on without it"
+    assert not any(map(alive, members))
+
+    # A save in flight when it died is lost, or came through.
+    last = max(int(p.name) for p in done.iterdir() if p.name.isdecimal())
+    assert 2 <= last < 12
+    process = launch(workdir, "--processes=2")
+    wait_for((done / str(last + 1)).exists, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=SOON)
+    assert process.returncode == 0, err
+    assert f"resumed from step {last}" in err and err.count("stopped by SIGTERM") == 1
+    assert "the same command goes on from there" in out
+
+    process = launch(workdir, "--processes=2")
+    _, err = process.communicate(timeout=SOON)
+    assert process.returncode == 0, err
+    assert records(workdir) == records(two[0])
+    same(variables(workdir), variables(two[0]), rtol=0, atol=0)
+
+
+def test_one_process_goes_on_with_what_two_saved_on_another_mesh(config, one, two, folder):
+    copy = folder / "copy"
+    shutil.copytree(two[0], copy)
+    for step in range(6, 13):
+        shutil.rmtree(copy / "checkpoints" / str(step))
+    result = train(replace(config, mesh=replace(config.mesh, data=8)), copy, progress=False)
+    assert result.finished
+    close(records(copy), records(one))
+
+
+def test_a_signal_to_one_of_them_stops_all_at_the_same_step(launch, config, folder):
+    workdir = folder / "signalled"
+    process = launch(workdir, "--processes=2")
+    wait_for((workdir / "checkpoints" / "1").exists, process)
+    os.kill(children(process)[1], signal.SIGTERM)
+    _, err = process.communicate(timeout=SOON)
+    assert process.returncode == 0, err
+    stopped = max(r["step"] for r in records(workdir))
+    assert stopped < 12 and load_model(workdir).step == stopped
+
+
+def test_ctrl_c_ends_them_all(launch, folder):
+    workdir = folder / "given up"
+    process = launch(workdir, "--processes=2")
+    wait_for((workdir / "metrics.jsonl").exists, process)
+    members = children(process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=SOON)
+    assert process.returncode == 130
+    assert not any(map(alive, members))
+
+
+def test_none_outlives_the_supervisor(launch, folder):
+    process = launch(folder / "orphans", "--processes=2")
+    wait_for(lambda: len(children(process)) == 2, process)
+    members = children(process)
+    process.kill()
+    process.communicate(timeout=SOON)
+    give_up = time.monotonic() + SOON
+    while any(map(alive, members)):
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
