@@ -154,6 +154,8 @@ class _Job:
             print("".join(self._said[index].readlines()[-_LAST_LINES:]), end="", file=sys.stderr)
         how = f"ended with status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
         what = f"process {index} of {len(self._members)} {how}"
+        if self._members[0].returncode < 0:
+            print(file=sys.stderr)  # where its progress bar broke off
         print(f"error: {what}: the others cannot go on without it", file=sys.stderr)
 
     def _start_thread(self, function: Callable[..., None], *arguments: Any) -> None:

@@ -2,19 +2,18 @@
 
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
 from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig, to_dict
-from ultramem_jax.training.loop import train
+from ultramem_jax.parallel.mesh import make_mesh
+from ultramem_jax.training import loop
 from ultramem_jax.training.metrics import read_metrics
 from ultramem_jax.training.restore import load_model
 
@@ -36,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    """Twelve steps of a model with every moving part: memory, buffers, dropout, accumulation, checkpoints."""
+    """Six steps of a model with every moving part: memory, buffers, dropout, accumulation, checkpoints."""
     rng = np.random.default_rng(0)
     words = ["memory", "slot", "key", "query", "\n", "token ", "value;"]
     (folder / "text.txt").write_text(" ".join(rng.choice(words, 3000)))
@@ -46,15 +45,15 @@ def config(folder):
     )
     data = DataConfig("text", str(folder / "text.txt"), seq_len=16, cache_dir=str(folder / "cache"))
     training = TrainConfig(
-        steps=12,
+        steps=6,
         batch_size=16,
         grad_accumulation=2,
         learning_rate=1e-2,
         log_every=1,
-        eval_every=6,
+        eval_every=3,
         eval_batches=2,
         checkpoint_every=1,
-        keep_last=20,
+        keep_last=10,
     )
     return RunConfig(model=model, data=data, train=training)
 
@@ -83,11 +82,22 @@ def launch(config, folder):
 
 
 @pytest.fixture(scope="module")
-def one(launch, folder):
+def train_alone(config):
+    """Trains in this process, on four of its devices."""
+
+    def train_alone(workdir):
+        mesh = make_mesh(config.mesh, jax.devices()[:4])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "make_mesh", lambda _: mesh)
+            return loop.train(config, workdir, progress=False)
+
+    return train_alone
+
+
+@pytest.fixture(scope="module")
+def one(train_alone, folder):
     """The run in one process of four devices."""
-    process = launch(folder / "one", devices=4)
-    _, err = process.communicate(timeout=SOON)
-    assert process.returncode == 0, err
+    train_alone(folder / "one")
     return folder / "one"
 
 
@@ -153,14 +163,14 @@ def test_two_processes_train_as_one(one, two):
     assert out.splitlines()[0].startswith("validation: ") and out.count("bits per byte") == 1
     assert "Gloo" not in out and err.count("corpus ") == 1 and "Traceback" not in err
     assert (workdir / "loss_curve.png").exists()
-    assert {p.name for p in (workdir / "checkpoints/12/data").glob("*.json")} == {"process_0-of-1.json"}
+    assert {p.name for p in (workdir / "checkpoints/6/data").glob("*.json")} == {"process_0-of-1.json"}
 
 
-def test_killed_or_stopped_the_same_command_ends_on_the_same_numbers(launch, two, folder):
-    workdir = folder / "interrupted"
+def test_when_one_is_killed_all_end_and_the_same_command_ends_on_the_same_numbers(launch, two, folder):
+    workdir = folder / "killed"
     done = workdir / "checkpoints"
     process = launch(workdir, "--processes=2")
-    wait_for((done / "2").exists, process)
+    wait_for((done / "1").exists, process)
     members = children(process)
     assert len(members) == 2
     os.kill(members[1], signal.SIGKILL)
@@ -174,41 +184,30 @@ def test_killed_or_stopped_the_same_command_ends_on_the_same_numbers(launch, two
 
     # A save in flight when it died is lost, or came through.
     last = max(int(p.name) for p in done.iterdir() if p.name.isdecimal())
-    assert 2 <= last < 12
-    process = launch(workdir, "--processes=2")
-    wait_for((done / str(last + 1)).exists, process)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=SOON)
-    assert process.returncode == 0, err
-    assert f"resumed from step {last}" in err and err.count("stopped by SIGTERM") == 1
-    assert "the same command goes on from there" in out
-
     process = launch(workdir, "--processes=2")
     _, err = process.communicate(timeout=SOON)
     assert process.returncode == 0, err
+    assert f"resumed from step {last}" in err
     assert records(workdir) == records(two[0])
     same(variables(workdir), variables(two[0]), rtol=0, atol=0)
 
 
-def test_one_process_goes_on_with_what_two_saved_on_another_mesh(config, one, two, folder):
-    copy = folder / "copy"
-    shutil.copytree(two[0], copy)
-    for step in range(6, 13):
-        shutil.rmtree(copy / "checkpoints" / str(step))
-    result = train(replace(config, mesh=replace(config.mesh, data=8)), copy, progress=False)
+def test_a_signal_stops_all_at_the_same_step_and_one_process_can_go_on(launch, one, train_alone, folder):
+    workdir = folder / "stopped"
+    done, last = workdir / "checkpoints", 0
+    for receiver in ("one of them", "the supervisor"):
+        process = launch(workdir, "--processes=2")
+        wait_for((done / str(last + 1)).exists, process)
+        os.kill(children(process)[1] if receiver == "one of them" else process.pid, signal.SIGTERM)
+        out, err = process.communicate(timeout=SOON)
+        assert process.returncode == 0, err
+        assert "the same command goes on from there" in out and err.count("stopped by SIGTERM") == 1
+        assert not last or f"resumed from step {last}" in err
+        last = load_model(workdir).step
+        assert last == max(r["step"] for r in records(workdir)) < 6
+    result = train_alone(workdir)
     assert result.finished
-    close(records(copy), records(one))
-
-
-def test_a_signal_to_one_of_them_stops_all_at_the_same_step(launch, config, folder):
-    workdir = folder / "signalled"
-    process = launch(workdir, "--processes=2")
-    wait_for((workdir / "checkpoints" / "1").exists, process)
-    os.kill(children(process)[1], signal.SIGTERM)
-    _, err = process.communicate(timeout=SOON)
-    assert process.returncode == 0, err
-    stopped = max(r["step"] for r in records(workdir))
-    assert stopped < 12 and load_model(workdir).step == stopped
+    close(records(workdir), records(one))
 
 
 def test_ctrl_c_ends_them_all(launch, folder):
