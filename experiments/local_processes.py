@@ -25,6 +25,7 @@ _GRACE_SECONDS = 5.0
 """After one failed, the others cannot go on. They have this long to say what they have to say."""
 _POLL_SECONDS = 0.2
 _USER_ERROR = 2
+_HERE = "127.0.0.1"
 _LAST_LINES = 40
 """Of what a process said that failed, and is not the first one, whose words were seen."""
 
@@ -43,6 +44,15 @@ def take_processes(argv: list[str]) -> tuple[int, list[str]]:
         if take(rest, flag)[0] is not None:
             raise UserError(f"--processes = {processes}: starts processes itself, and --{flag} joins others")
     return processes, rest
+
+
+def as_given(flags: list[str]) -> list[str]:
+    """The flags of one of such processes as they were given to the command that started them all."""
+    address, rest = take(flags, "coordinator_address")
+    if address is None or not address.startswith(f"{_HERE}:"):
+        return flags
+    processes, rest = take(rest, "num_processes")
+    return [f"--processes={processes}", *take(rest, "process_id")[1]]
 
 
 def run(command: list[str], processes: int) -> int:
@@ -89,7 +99,7 @@ class _Job:
 
     def __init__(self, command: list[str], processes: int, stack: contextlib.ExitStack):
         """Starts them; `stack` kills what is left of them, and closes their files."""
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"{_HERE}:{_free_port()}"
         self._ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._said: list[IO[str]] = []
         self._members: list[subprocess.Popen[str]] = []
@@ -184,7 +194,7 @@ class _Job:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((_HERE, 0))
         return probe.getsockname()[1]
 
 

@@ -126,6 +126,9 @@ def test_compare_writes_table_and_figure_and_goes_on_where_it_was(run, text, tmp
     status, _, err = run("compare", *arguments)
     assert status == 0, err
     assert (tmp_path / "runs" / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns == written
+    status, _, err = run("compare", *arguments, "--mesh=data:4,fsdp:2")  # wherever it was trained
+    assert status == 0, err
+    assert (tmp_path / "runs" / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns == written
     status, _, err = run("compare", *arguments, "--config.train.learning_rate=0.5")
     assert status == 2 and "another config" in err
 

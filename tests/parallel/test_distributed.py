@@ -67,16 +67,16 @@ def launch(config, folder):
         f"def get_config():\n    return run_config_from_dict({to_dict(config)!r})\n"
     )
 
-    def launch(workdir, *flags, devices=2):
+    def launch(workdir, *flags, after=()):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_NUM_CPU_DEVICES": "2",
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         argv = [sys.executable, "launch.py", *flags, "train", f"--config={file}", f"--workdir={workdir}"]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen([*argv, "--mesh=data:4"], cwd=ROOT, env=environment, **pipes)
+        return subprocess.Popen([*argv, "--mesh=data:4", *after], cwd=ROOT, env=environment, **pipes)
 
     return launch
 
@@ -208,6 +208,13 @@ def test_a_signal_stops_all_at_the_same_step_and_one_process_can_go_on(launch, o
     result = train_alone(workdir)
     assert result.finished
     close(records(workdir), records(one))
+
+
+def test_a_table_that_is_not_finite_ends_them_all_with_one_line(launch, folder):
+    process = launch(folder / "wild", "--processes=2", after=["--config.model.memory.value_lr_multiple=1e30"])
+    _, err = process.communicate(timeout=SOON)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "step 1: memory_0/row_norm = " in err.splitlines()[-1] and err.count("error: ") == 1
 
 
 def test_ctrl_c_ends_them_all(launch, folder):
