@@ -42,8 +42,8 @@ def test_environment_names_versions_and_devices(monkeypatch):
             "python launch.py config.py config.py",
         ),
         (
-            "launch.py train --coordinator_address=127.0.0.1:5 --num_processes=2 --process_id=0 --seed=1".split(),
-            "python launch.py --processes=2 train --seed=1",
+            ["launch.py", "x", "--coordinator_address=127.0.0.1:5", "--num_processes=2", "--process_id=0"],
+            "python launch.py --processes=2 x",
         ),
         (["launch.py", "--config.title=two words"], "python launch.py '--config.title=two words'"),
         (["-c"], "python -c"),
