@@ -1,10 +1,13 @@
-"""python launch.py <experiment> [flags]: runs one of the experiments; alone, lists them."""
+"""python launch.py <experiment> [flags]: runs one of the experiments; alone, lists them.
+
+With --processes=N, before or after the name, it runs in N processes.
+"""
 
 import importlib
 import os
 import sys
 
-from experiments import EXPERIMENTS
+from experiments import EXPERIMENTS, IN_SEVERAL_PROCESSES
 
 
 def main(argv: list[str]) -> int:
@@ -16,16 +19,25 @@ def main(argv: list[str]) -> int:
         for name, summary in EXPERIMENTS.items():
             print(f"  {name:10} {summary}")
         return 0
-    from experiments import cli
-    from ultramem_jax.errors import unknown
+    from experiments import cli, local_processes
+    from ultramem_jax.errors import UserError, require, unknown
 
-    name = argv[1]
-    if name not in EXPERIMENTS:
-        print(f"error: {unknown('experiment', name, EXPERIMENTS)}", file=sys.stderr)
+    try:
+        processes, argv = local_processes.take_processes(argv)
+        name = argv[1] if len(argv) > 1 else ""
+        if name not in EXPERIMENTS:
+            raise unknown("experiment", name, EXPERIMENTS)
+        together = name in IN_SEVERAL_PROCESSES
+        allowed = f"must be 1 for {name!r}; in several run {', '.join(IN_SEVERAL_PROCESSES)}"
+        require(processes == 1 or together, "--processes", processes, allowed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    if processes > 1 and not any(flag in cli.HELP for flag in argv):
+        return local_processes.run([sys.executable, os.path.abspath(__file__), *argv[1:]], processes)
     module = importlib.import_module(f"experiments.{name}")
     base = getattr(module, "BASE_CONFIG", None)
-    return cli.run(module.main, [f"launch.py {name}", *argv[2:]], module.__doc__ or "", base)
+    return cli.run(module.main, [f"launch.py {name}", *argv[2:]], module.__doc__ or "", base, together)
 
 
 def use_huge_pages() -> None:

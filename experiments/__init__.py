@@ -12,3 +12,6 @@ EXPERIMENTS = {
     "count": "parameters, FLOPs and bytes read per token of the presets, without building them",
 }
 """Name of the module -> what it does, in a line."""
+
+IN_SEVERAL_PROCESSES = ("train", "compare", "ablate", "row_states")
+"""Those that train."""

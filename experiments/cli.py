@@ -1,16 +1,19 @@
-"""The command line that all experiments share: `--config`, `--preset`, overrides, and one-line errors.
+"""The command line that all experiments share: `--config`, `--preset`, `--mesh`, overrides, one-line errors.
 
 Every experiment is a module with absl flags and a `main()`. A run's config starts from `--config=FILE` (a
-Python file with `get_config() -> RunConfig`), takes its model from `--preset=NAME`, and then the overrides
-`--config.part.field=value`, whatever their order on the command line.
+Python file with `get_config() -> RunConfig`), takes its model from `--preset=NAME`, its mesh from
+`--mesh=AXIS:SIZE,...`, and then the overrides `--config.part.field=value`, whatever their order on the
+command line.
 """
 
 import contextlib
 import logging
+import os
 import pathlib
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,8 +22,12 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from experiments.arguments import take, take_integer
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
-from ultramem_jax.errors import UserError, unknown
+from ultramem_jax.errors import UserError, require, unknown
+from ultramem_jax.parallel import distributed
+from ultramem_jax.parallel.distributed import HEARTBEAT_TIMEOUT, INITIALIZATION_TIMEOUT, Membership
+from ultramem_jax.parallel.mesh import AXES
 from ultramem_jax.presets import preset
 
 FLAGS = flags.FLAGS
@@ -30,37 +37,73 @@ _CONFIG_HELP = (
     "--preset=NAME: the model, one of `python launch.py count`",
     "--config.part.field=value: any field of ultramem_jax/config.py or memory_config.py",
 )
+_MESH_HELP = (
+    "--mesh=AXIS:SIZE,...: the devices along the axes "
+    f"{', '.join(AXES)}; 1 along one that is not named, and data:0 is what the others leave"
+)
+_PROCESSES_HELP = (
+    "--processes=N: in N processes of this machine, each with devices of its own",
+    "--coordinator_address=HOST:PORT --num_processes=N --process_id=I: as one of N processes on several "
+    "machines, which all run this command; the address is one of process 0's",
+    "--coordinator_address=auto: the same, as the cluster's environment has it (SLURM, Open MPI, TPU pod)",
+    f"--initialization_timeout=SECONDS: to wait for the others (default {INITIALIZATION_TIMEOUT})",
+    "--heartbeat_timeout=SECONDS: without a sign of life, after which a process counts as dead and all end "
+    f"(default {HEARTBEAT_TIMEOUT})",
+)
+HELP = ("--help", "-h", "-help")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?")
 
 
-def run(main: Callable[[], None], argv: list[str], usage: str, base: RunConfig | None = None) -> int:
+def run(
+    main: Callable[[], None],
+    argv: list[str],
+    usage: str,
+    base: RunConfig | None = None,
+    together: bool = False,
+) -> int:
     """Parses flags, runs an experiment and returns the exit status.
+
+    A process that has joined others does not return from a failure: it ends at once.
 
     Args:
         main: the experiment; reads `FLAGS` and, through `run_config`, its config.
         argv: program name and flags.
         usage: text of `--help`, above the flags.
         base: config that `--config` and `--preset` change; None if the experiment has none.
+        together: whether it can run in several processes, and takes the flags that say which one this is.
 
     Returns:
         0, 2 after an error of the user's (one line on standard error), or 130 after an interrupt.
     """
-    with _plain_log():
+    with _plain_log() as logger:
         try:
             if base is not None:
                 argv = _define_config(argv, base)
-            if any(flag in ("--help", "-h", "-help") for flag in argv[1:]):
-                print(f"{usage}\n\n{_flag_help(main.__module__, base is not None)}")
+            if any(flag in HELP for flag in argv[1:]):
+                print(f"{usage}\n\n{_flag_help(main.__module__, base is not None, together)}")
                 return 0
+            member = None
+            if together:
+                member, argv = _take_membership(argv)
             _parse(argv)
-            main()
+            with _joined(member, logger):
+                main()
         except (UserError, flags.Error) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+            status = 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            return 130
-    return 0
+            status = 130
+        except Exception:
+            if not distributed.is_joined():
+                raise
+            traceback.print_exc()
+            status = 1
+        else:
+            return 0
+    if distributed.is_joined():
+        distributed.end_at_once(status)
+    return status
 
 
 def run_config() -> RunConfig:
@@ -94,11 +137,12 @@ def _parse(argv: list[str]) -> None:
 
 
 def _define_config(argv: list[str], base: RunConfig) -> list[str]:
-    """Defines the flag `config` from file and preset; returns the command line without those two."""
+    """Defines the flag `config` from file, preset and mesh; returns the command line without those."""
     global _name, _file
     tree = to_dict(base)
-    file, rest = _take(argv, "config")
-    preset_name, rest = _take(rest, "preset")
+    file, rest = take(argv, "config")
+    preset_name, rest = take(rest, "preset")
+    mesh, rest = take(rest, "mesh")
     _file = None if file is None else pathlib.Path(file)
     if file is not None:
         tree = to_dict(_read_config(file))
@@ -106,6 +150,8 @@ def _define_config(argv: list[str], base: RunConfig) -> list[str]:
     if preset_name is not None:
         tree["model"] = to_dict(preset(preset_name))
         _name = preset_name
+    if mesh is not None:
+        tree["mesh"] |= _mesh(mesh)
     for argument in rest:
         if match := _OVERRIDE.fullmatch(argument):
             _check_key(tree, match[1])
@@ -114,22 +160,32 @@ def _define_config(argv: list[str], base: RunConfig) -> list[str]:
     return rest
 
 
-def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of `--flag=value` or `--flag value`, the last one if there are several, and the rest."""
-    value, rest, position = None, [], 0
-    while position < len(argv):
-        name, equals, given = argv[position].partition("=")
-        if name not in (f"--{flag}", f"-{flag}"):
-            rest.append(argv[position])
-        elif equals:
-            value = given
-        elif position + 1 < len(argv):
-            position += 1
-            value = argv[position]
-        else:
-            raise UserError(f"--{flag}: needs a value, --{flag}=VALUE")
-        position += 1
-    return value, rest
+def _mesh(text: str) -> dict[str, int]:
+    """The fields of `MeshConfig` that `--mesh=data:4,memory:2` names; an axis that it does not name has 1."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition(":")
+        if name not in AXES:
+            raise unknown(f"axis in --mesh = {text!r}:", name, AXES)
+        right = size.isdecimal() and name not in sizes
+        require(right, "--mesh", text, f"must be AXIS:SIZE,... of the axes {', '.join(AXES)}, each once")
+        sizes[name] = int(size)
+    return dict.fromkeys(AXES, 1) | sizes
+
+
+def _take_membership(argv: list[str]) -> tuple[Membership | None, list[str]]:
+    """The place of this process among others, and the rest of the command line."""
+    address, argv = take(argv, "coordinator_address")
+    given: dict[str, int] = {}
+    for flag in ("num_processes", "process_id", "initialization_timeout", "heartbeat_timeout"):
+        value, argv = take_integer(argv, flag)
+        if value is not None:
+            given[flag] = value
+    if address is not None:
+        return Membership(address, **given), argv
+    for flag, value in given.items():
+        raise UserError(f"--coordinator_address: must be given with --{flag} = {value}")
+    return None, argv
 
 
 @contextlib.contextmanager
@@ -176,18 +232,34 @@ def _check_key(tree: dict[str, Any], key: str) -> None:
         raise UserError(f"--config.{key}: is a group of fields; set one of {', '.join(sorted(node))}")
 
 
-def _flag_help(module: str, with_config: bool) -> str:
+def _flag_help(module: str, with_config: bool, together: bool) -> str:
     lines = []
     if with_config:
         # An experiment that does not take them all says which it takes.
         lines = [f"  {line}" for line in getattr(sys.modules[module], "CONFIG_HELP", _CONFIG_HELP)]
+        lines.append(f"  {_MESH_HELP}")
+    if together:
+        lines += [f"  {line}" for line in _PROCESSES_HELP]
     own = FLAGS.flags_by_module_dict().get(module, [])
     lines += [f"  --{flag.name}: {flag.help} (default {flag.default!r})" for flag in own]
     return "\n".join(lines)
 
 
 @contextlib.contextmanager
-def _plain_log() -> Iterator[None]:
+def _joined(member: Membership | None, logger: logging.Logger) -> Iterator[None]:
+    """Within it this process is one of several, if it is a member. But the first, they keep quiet."""
+    if member is not None:
+        distributed.join(member)
+    if member is None or distributed.is_first():
+        yield
+        return
+    logger.setLevel(logging.ERROR)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def _plain_log() -> Iterator[logging.Logger]:
     """Our own messages as plain lines on standard error, once; from the libraries, warnings alone."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     logger = logging.getLogger("ultramem_jax")
@@ -199,7 +271,7 @@ def _plain_log() -> Iterator[None]:
     # Libraries give the root logger handlers of their own, which would print every line again.
     logger.propagate = False
     try:
-        yield
+        yield logger
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before[0])

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from experiments import markdown
+from experiments import local_processes, markdown
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -101,6 +101,7 @@ def _with_suffix(path: str | os.PathLike[str], suffix: str) -> pathlib.Path:
 def _command(arguments: Sequence[str]) -> str:
     """The command line as one types it in the repository's root; no folder outside of it is named."""
     program, *flags = arguments or [""]
+    flags = local_processes.as_given(flags)
     if os.path.exists(program):
         program = str(pathlib.Path(program).resolve())
     return shlex.join(["python", _relative(program), *(_shorten(flag) for flag in flags)])

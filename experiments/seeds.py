@@ -17,9 +17,11 @@ from typing import Any
 import jax
 
 from ultramem_jax import RunConfig, UserError
-from ultramem_jax.config import to_dict
+from ultramem_jax.config import MeshConfig, run_config_from_dict, to_dict
 from ultramem_jax.data import Corpus
 from ultramem_jax.errors import unknown
+from ultramem_jax.parallel.distributed import from_first, is_first
+from ultramem_jax.parallel.mesh import make_mesh, mesh_axes
 from ultramem_jax.training.loop import Evaluator, train
 from ultramem_jax.training.metrics import read_metrics
 from ultramem_jax.training.state import model_variables
@@ -50,7 +52,8 @@ def train_over_seeds(
         keep_checkpoints: False removes those of a run that has ended: many runs would fill a disk.
 
     Returns:
-        The results of each config in the order of the seeds; None if a run was stopped.
+        The results of each config in the order of the seeds; None if a run was stopped, and in all processes
+        but the first: there is one to report them.
 
     Raises:
         UserError: a folder holds a run of another config.
@@ -67,10 +70,10 @@ def train_over_seeds(
             if result is None:
                 print("stopped; the same command goes on from there")
                 return None
-            if not keep_checkpoints:
+            if not keep_checkpoints and is_first():
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             results[name].append(result)
-    return results
+    return results if is_first() else None
 
 
 def check_names(flag: str, names: Sequence[str], known: Iterable[str]) -> None:
@@ -135,6 +138,12 @@ def _remember_compilations(folder: pathlib.Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
 
 
+def _wherever_trained(result: Result) -> tuple[Any, ...]:
+    """What a result is a result of, on whichever mesh; fields that configs did not have then are default."""
+    config = dataclasses.replace(run_config_from_dict(result["config"]), mesh=MeshConfig())
+    return config, result["corpus_hash"], result["test_batches"]
+
+
 def _run(
     config: RunConfig,
     corpus: Corpus,
@@ -142,12 +151,15 @@ def _run(
     environment: Mapping[str, str],
     test_batches: int | None,
 ) -> Result | None:
-    """One run's validation curve and test loss, from its folder if it was done before; None if stopped."""
+    """One run's validation curve and test loss, from its folder if it was done before; None if stopped.
+
+    In processes but the first one, which reports it, the result of a run may be empty.
+    """
     done = workdir / "result.json"
     identity = {"config": to_dict(config), "corpus_hash": corpus.corpus_hash, "test_batches": test_batches}
-    if done.exists():
-        result = json.loads(done.read_text())
-        if {name: result[name] for name in identity} != identity:
+    result = from_first(json.loads(done.read_text()) if done.exists() else None)
+    if result is not None:
+        if _wherever_trained(result) != _wherever_trained(identity):
             raise UserError(
                 f"{workdir} holds a run of another config, corpus or number of test batches; "
                 "give another --workdir"
@@ -158,8 +170,10 @@ def _run(
         return None
     test_bits = None
     if test_batches is not None:
-        evaluate = Evaluator(config, corpus)
+        evaluate = Evaluator(config, corpus, mesh_axes(config, make_mesh(config.mesh)))
         test_bits = evaluate(model_variables(trained.state), "test", test_batches, progress=True)[1]
+    if not is_first():
+        return {}
     records = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "validation"]
     result = {
         **identity,

@@ -5,15 +5,18 @@ The same command again resumes from the newest whole checkpoint in --workdir; SI
 
 import pathlib
 
+import jax
 from absl import flags
 
 from experiments import cli
 from ultramem_jax import RunConfig
 from ultramem_jax.data import load_corpus
 from ultramem_jax.models.generation import continue_text
+from ultramem_jax.parallel.distributed import is_first
 from ultramem_jax.presets import preset
 from ultramem_jax.training.loop import train
 from ultramem_jax.training.metrics import plot_loss_curve
+from ultramem_jax.training.restore import load_model
 from ultramem_jax.training.state import model_variables
 
 BASE_CONFIG = RunConfig(model=preset("ultramem-tiny"))
@@ -33,6 +36,8 @@ def main() -> None:
     if not result.finished:
         print(f"stopped at step {result.step} of {config.train.steps}; the same command goes on from there")
         return
+    if not is_first():
+        return
     curve = workdir / "loss_curve.png"
     plot_loss_curve(workdir / "metrics.jsonl", curve, f"{cli.config_name()} on {config.data.dataset}")
     print(f"validation: {result.validation_bits_per_byte:.3f} bits per byte")
@@ -40,9 +45,11 @@ def main() -> None:
     print(f"checkpoint: {workdir / 'checkpoints'} (step {result.step})")
     if SAMPLE.value:
         prompt = "def "
+        # Of several processes none has all of the model, but the disk.
+        alone = jax.process_count() == 1
         text = continue_text(
             config.model,
-            model_variables(result.state),
+            model_variables(result.state) if alone else load_model(workdir).variables,
             corpus.tokenizer,
             prompt,
             num_tokens=SAMPLE.value,

@@ -41,6 +41,10 @@ def test_environment_names_versions_and_devices(monkeypatch):
             ["launch.py", "~/private/config.py", "../place/config.py"],
             "python launch.py config.py config.py",
         ),
+        (
+            ["launch.py", "x", "--coordinator_address=127.0.0.1:5", "--num_processes=2", "--process_id=0"],
+            "python launch.py --processes=2 x",
+        ),
         (["launch.py", "--config.title=two words"], "python launch.py '--config.title=two words'"),
         (["-c"], "python -c"),
     ],

@@ -120,19 +120,19 @@ def test_resume_equals_uninterrupted(corpus, folder, tmp_path, steps):
     np.testing.assert_array_equal(batches(resumed, 20), expected)
 
 
-@pytest.mark.parametrize("count", [2, 3, 6])
-def test_processes_share_every_batch(corpus, count):
+@pytest.mark.parametrize("rows", [[0, 1, 2], [3, 4, 5], [5], [0, 2, 5]])
+def test_processes_share_every_batch(corpus, rows):
     whole = batches(train_iterator(corpus, 6, seed=5), 100)
-    shares = [batches(train_iterator(corpus, 6, 5, index, count), 100) for index in range(count)]
-    np.testing.assert_array_equal(np.concatenate(shares, axis=1), whole)
+    share = batches(train_iterator(corpus, 6, 5, np.array(rows)), 100)
+    np.testing.assert_array_equal(share, whole[:, rows])
 
 
-def test_position_survives_another_number_of_processes(corpus):
-    two = train_iterator(corpus, 6, 5, 1, 2)
-    batches(two, 11)
+def test_position_survives_other_processes(corpus):
+    second_half = train_iterator(corpus, 6, 5, np.array([3, 4, 5]))
+    batches(second_half, 11)
     one = train_iterator(corpus, 6, 5)
-    one.set_state(two.get_state())
-    np.testing.assert_array_equal(batches(one, 3)[:, 3:], batches(two, 3))
+    one.set_state(second_half.get_state())
+    np.testing.assert_array_equal(batches(one, 3)[:, 3:], batches(second_half, 3))
 
 
 def test_a_process_reads_its_own_rows_alone(corpus, monkeypatch):
@@ -147,8 +147,19 @@ def test_a_process_reads_its_own_rows_alone(corpus, monkeypatch):
             return np.zeros((len(indices), S + 1), np.int32)
 
     monkeypatch.setattr("ultramem_jax.data.pipeline.Corpus.source", lambda self, split: Counting())
-    next(train_iterator(corpus, 6, 5, 1, 3))
+    next(train_iterator(corpus, 6, 5, np.array([2, 3])))
+    next(eval_batches(corpus, "validation", 6, rows=np.array([2, 3])))
     assert set(read) == {2}
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [4, 5, 6, 7], [1, 6]])
+def test_processes_share_every_batch_of_an_evaluation(corpus, rows):
+    shares = list(eval_batches(corpus, "validation", 8, rows=np.array(rows)))
+    whole = list(eval_batches(corpus, "validation", 8))
+    assert len(shares) == len(whole)
+    for share, batch in zip(shares, whole, strict=True):
+        for name in ("tokens", "mask"):
+            np.testing.assert_array_equal(share[name], batch[name][rows])
 
 
 def test_fewer_sequences_than_a_batch(folder):
@@ -194,10 +205,6 @@ def test_limited_evaluation_is_spread_over_the_split(corpus):
             "unknown split 'valid': did you mean 'validation'? known are test, train, validation",
         ),
         (lambda c: train_iterator(c, 0, 0), "train.batch_size = 0: must be at least 1"),
-        (
-            lambda c: train_iterator(c, 4, 0, 0, 3),
-            "train.batch_size = 4: must be at least 1 and divisible by 3",
-        ),
         (lambda c: eval_batches(c, "test", 0), "train.batch_size = 0: must be at least 1"),
         (lambda c: eval_batches(c, "test", 1, -1), "train.eval_batches = -1: must be at least 0"),
     ],
@@ -208,9 +215,10 @@ def test_bad_arguments(corpus, call, message):
     assert message in str(caught.value)
 
 
-def test_process_index_out_of_range(corpus):
-    with pytest.raises(ValueError, match=r"process_index = 2: must be in \[0, 2\)"):
-        train_iterator(corpus, 4, 0, 2, 2)
+@pytest.mark.parametrize("rows", [[], [3, 4], [-1, 0], [2, 1], [1, 1]])
+def test_rows_that_are_not_of_the_batch(corpus, rows):
+    with pytest.raises(ValueError, match=r"must be rising numbers in \[0, 4\)"):
+        train_iterator(corpus, 4, 0, np.array(rows))
 
 
 @pytest.mark.parametrize(

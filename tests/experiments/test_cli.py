@@ -71,13 +71,16 @@ def test_a_config_file_a_preset_and_overrides_in_any_order(run, text, tmp_path):
         "def get_config():\n"
         "    return RunConfig(train=TrainConfig(steps=3, batch_size=8, eval_batches=1))\n"
     )
-    flags_in_odd_order = ["--config.train.steps=1", *TINY[1:-2], f"--config={file}", TINY[0]]
+    mesh = ["--config.mesh.batch_over_memory=false", "--mesh=fsdp:2,data:0"]
+    flags_in_odd_order = [*mesh, "--config.train.steps=1", *TINY[1:-2], f"--config={file}", TINY[0]]
     status, _, err = run("train", *flags_in_odd_order, *text, f"--workdir={tmp_path}")
     assert status == 0, err
     meta = next((tmp_path / "checkpoints" / "1").rglob("meta/*"))
     config = json.loads(meta.read_text())["config"]
     assert config["train"]["steps"] == 1 and config["train"]["batch_size"] == 8
     assert config["model"]["memory"]["num_keys"] == 16
+    split = {"data": 0, "fsdp": 2, "tensor": 1, "memory": 1, "width": 1}
+    assert config["mesh"] == split | {"batch_over_memory": False}
 
 
 def test_evaluation_refuses_another_corpus(run, text, tmp_path):
@@ -121,6 +124,9 @@ def test_compare_writes_table_and_figure_and_goes_on_where_it_was(run, text, tmp
     assert (tmp_path / "results" / "compare.png").stat().st_size > 10_000
     written = (tmp_path / "runs" / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns
     status, _, err = run("compare", *arguments)
+    assert status == 0, err
+    assert (tmp_path / "runs" / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns == written
+    status, _, err = run("compare", *arguments, "--mesh=data:4,fsdp:2")  # wherever it was trained
     assert status == 0, err
     assert (tmp_path / "runs" / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns == written
     status, _, err = run("compare", *arguments, "--config.train.learning_rate=0.5")
@@ -188,6 +194,52 @@ BAD = {
     "an unknown scale": (["ablate", "--scale=680m"], "scale", "151m"),
     "a flag without its value": (["train", "--preset"], "--preset", "VALUE"),
     "a stray argument": (["count", "all"], "'all'", "--name=value"),
+    "an unknown axis": (["train", "--mesh=data:4,memry:2"], "memry", "did you mean 'memory'?", "fsdp"),
+    "a mesh without sizes": (["train", "--mesh=data"], "--mesh = 'data'", "AXIS:SIZE", "tensor"),
+    "an axis twice": (["train", "--mesh=data:4,data:2"], "'data:4,data:2'", "each once"),
+    "a mesh of other devices": (["train", "--mesh=data:3"], "data:3", "there are 8 devices"),
+    "a mesh that does not divide": (["train", "--mesh=data:0,tensor:3"], "mesh.tensor = 3", "must divide"),
+    "no processes": (["--processes=0", "train"], "--processes = 0", "at least 1"),
+    "processes that are no number": (["train", "--processes=two"], "--processes = 'two'", "whole number"),
+    "processes for what takes one": (["evaluate", "--processes=2"], "--processes = 2", "'evaluate'", "train"),
+    "processes that others start": (
+        ["train", "--processes=2", "--coordinator_address=auto"],
+        "--processes = 2",
+        "--coordinator_address",
+    ),
+    "a coordinator alone": (["train", "--coordinator_address=a:1"], "--num_processes", "must be given"),
+    "no coordinator": (["train", "--num_processes=2", "--process_id=0"], "--coordinator_address", "given"),
+    "a coordinator without a port": (
+        ["train", "--coordinator_address=host", "--num_processes=2", "--process_id=0"],
+        "--coordinator_address = 'host'",
+        "HOST:PORT",
+    ),
+    "a process that is none of them": (
+        ["train", "--coordinator_address=a:1", "--num_processes=2", "--process_id=2"],
+        "--process_id = 2",
+        "[0, 2)",
+    ),
+    "no time for heartbeats": (
+        ["train", "--coordinator_address=auto", "--heartbeat_timeout=0"],
+        "--heartbeat_timeout = 0",
+        "at least 1",
+    ),
+    "a number beside auto": (
+        ["train", "--coordinator_address=auto", "--process_id=0"],
+        "--process_id = 0",
+        "auto",
+    ),
+    "nobody at the address": (
+        [
+            "train",
+            "--coordinator_address=127.0.0.1:1",
+            "--num_processes=2",
+            "--process_id=1",
+            "--initialization_timeout=1",
+        ],
+        "--coordinator_address = '127.0.0.1:1'",
+        "does not answer",
+    ),
 }
 
 

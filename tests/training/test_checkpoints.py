@@ -17,8 +17,8 @@ import pytest
 
 from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig, to_dict
 from ultramem_jax.errors import UserError
+from ultramem_jax.training import checkpoint_reading, large_arrays, manifest
 from ultramem_jax.training import checkpoints as module
-from ultramem_jax.training import large_arrays, manifest
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.manifest import find_damage
 
@@ -135,7 +135,7 @@ def test_donation_right_after_save_leaves_the_checkpoint_alone(tmp_path):
 @pytest.mark.parametrize("pieces", [False, True])
 def test_restores_onto_another_mesh(tmp_path, monkeypatch, pieces):
     if pieces:  # of two chunks each, but for the last
-        monkeypatch.setattr(module, "LARGE_BYTES", 0)
+        monkeypatch.setattr(checkpoint_reading, "LARGE_BYTES", 0)
         monkeypatch.setattr(large_arrays, "_PIECE_BYTES", 2 * 8 * 8 * 4)
     devices = np.asarray(jax.devices())
     rows = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, "a"), jax.P("a"))
@@ -153,10 +153,75 @@ def test_restores_onto_another_mesh(tmp_path, monkeypatch, pieces):
         assert alone.devices() == {jax.devices()[0]}
 
 
+@pytest.mark.parametrize("pieces", [False, True])
+def test_what_was_split_over_eight_devices_is_read_onto_any(tmp_path, monkeypatch, pieces):
+    if pieces:
+        monkeypatch.setattr(checkpoint_reading, "LARGE_BYTES", 4)
+        monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 8 * 2)  # of three rows at most
+        monkeypatch.setattr(large_arrays, "_PIECE_BYTES", 2 * 3 * 8 * 2)
+    devices = np.asarray(jax.devices())
+
+    def on(devices, *spec, kind=None):
+        mesh = jax.sharding.Mesh(devices, tuple("ab"[: devices.ndim]))
+        return jax.sharding.NamedSharding(mesh, jax.P(*spec), memory_kind=kind)
+
+    values = {
+        "table": jnp.arange(24 * 8, dtype=jnp.bfloat16).reshape(24, 8),
+        "scale": jnp.arange(24.0).reshape(24, 1),
+        "cube": jnp.arange(24 * 4 * 2).reshape(24, 4, 2),
+        "seen": jnp.arange(24) % 3 == 0,
+    }
+    rows = on(devices, "a")
+    saved = {name: jax.device_put(value, rows) for name, value in values.items()}
+    four, grid = devices[:4], devices.reshape(2, 4)
+    both = on(grid, "a", "b")
+    onto = {
+        "one device": (on(devices[:1]),) * 4,
+        "columns on four": (on(four, None, "a"), on(four), on(four, None, "a"), on(four)),
+        "rows on four": (on(devices[4:], "a"),) * 4,
+        "both": (both, on(grid, "b"), both, rows),
+        "replicas": (on(grid, "b"), on(grid), on(grid, None, None, "a"), rows),
+        "on the host": (on(devices[:1], kind="pinned_host"),) * 4,
+    }
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, saved, None, CONFIG, CORPUS)
+        for case, shardings in onto.items():
+            wanted = {
+                name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+                for (name, value), sharding in zip(values.items(), shardings, strict=True)
+            }
+            restored = checkpoints.restore(wanted).state
+            assert {name: a.sharding for name, a in restored.items()} == {
+                name: leaf.sharding for name, leaf in wanted.items()
+            }, case
+            assert_same_bits(restored, values)
+
+
+def test_a_device_reads_what_it_needs_and_rows_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_reading, "LARGE_BYTES", 0)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 8 * 4)
+    table = jnp.arange(64 * 8, dtype=jnp.float32).reshape(64, 8)
+    read = []
+    original = checkpoint_reading.put_back
+
+    def note(piece, place, **how):
+        read.append((place, piece.size))
+        original(piece, place, **how)
+
+    monkeypatch.setattr(checkpoint_reading, "put_back", note)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    leaf = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=jax.NamedSharding(mesh, jax.P("a", "b")))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"table": table}, None, CONFIG, CORPUS)
+        checkpoints.restore({"table": leaf})
+    assert sum(size for _, size in read) == table.size
+    assert {(place[0].start, place[0].stop) for place, _ in read} == {(i, i + 16) for i in range(0, 64, 16)}
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int32, jnp.bool])
 @pytest.mark.parametrize("shape", [(70, 3), (5,), (7, 2, 3)])
 def test_large_arrays_are_read_in_pieces(tmp_path, monkeypatch, dtype, shape):
-    monkeypatch.setattr(module, "LARGE_BYTES", 0)
+    monkeypatch.setattr(checkpoint_reading, "LARGE_BYTES", 0)
     monkeypatch.setattr(module, "CHUNK_BYTES", 8)
     monkeypatch.setattr(large_arrays, "_PIECE_BYTES", 24)
     state = {"nested": ({"table": jax.random.normal(jax.random.key(0), shape).astype(dtype)},)}
@@ -329,7 +394,7 @@ def test_running_out_of_memory_is_no_damage(saved, monkeypatch):
     def exhaust(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(module, "_read_state", exhaust)
+    monkeypatch.setattr(module, "read_state", exhaust)
     with Checkpoints(saved, read_only=True) as checkpoints, pytest.raises(MemoryError):
         checkpoints.restore(abstract(make_state()))
 
@@ -429,7 +494,7 @@ def test_killed_while_saving(tmp_path, moment, step):
 
 
 def test_another_model_is_refused_before_arrays_are_read(saved, monkeypatch):
-    monkeypatch.setattr(module, "_read_state", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(module, "read_state", lambda *_, **__: pytest.fail("read"))
     here = to_dict(RunConfig(model=ModelConfig(embed_dim=256, memory=MemoryConfig(placement="1:2"))))
     here["data"]["tokenizer"] = "bpe"
     expected = (

@@ -22,7 +22,7 @@ from ultramem_jax.config import (
     run_config_from_dict,
     to_dict,
 )
-from ultramem_jax.training import checkpoints, loop
+from ultramem_jax.training import checkpoint_reading, loop
 from ultramem_jax.training.loop import Evaluator, train
 from ultramem_jax.training.metrics import MetricWriter, read_metrics
 from ultramem_jax.training.restore import _in_todays_fields, load_model
@@ -228,11 +228,13 @@ def test_a_memory_that_the_devices_do_not_have_is_refused(config, tmp_path, monk
 def test_fields_that_a_memory_did_not_have_then_are_as_by_default():
     config = to_dict(RunConfig(model=ModelConfig(memory=MemoryConfig())))
     there = json.loads(json.dumps(config))
-    del there["model"]["memory"]["table_dtype"], there["model"]["memory"]["memory_kind"]
-    checkpoints._require_same_model(pathlib.Path("1"), there, config)
+    for field in ("table_dtype", "memory_kind", "partition"):
+        del there["model"]["memory"][field]
+    config["model"]["memory"]["partition"] = "width"  # where tables lie is no matter
+    checkpoint_reading.require_same_model(pathlib.Path("1"), there, config)
     config["model"]["memory"]["table_dtype"] = "bfloat16"
     with pytest.raises(UserError, match=r"table_dtype is 'float32' there and 'bfloat16' here"):
-        checkpoints._require_same_model(pathlib.Path("1"), there, config)
+        checkpoint_reading.require_same_model(pathlib.Path("1"), there, config)
 
 
 def test_a_checkpoint_of_another_model_is_refused(config, whole):
@@ -342,7 +344,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(conf
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(config, tmp_path):
     uneven = replace(config, train=replace(config.train, batch_size=12, grad_accumulation=1))
-    with pytest.raises(UserError, match=r"train\.batch_size = 12: .* does not divide over 8 devices"):
+    with pytest.raises(
+        UserError, match=r"train\.batch_size = 12: .* does not divide over the 8 devices along data"
+    ):
         train(uneven, tmp_path, progress=False)
 
 
@@ -399,6 +403,7 @@ def test_configs_of_older_versions_can_be_read(config):
     del memory["norm_keys"], memory["share_ratio"]
     memory["norm_query_key"] = memory.pop("norm_query")
     old = today | {"model": today["model"] | {"memory": memory}}
+    del old["mesh"]
     assert run_config_from_dict(_in_todays_fields(old)) == config
     assert _in_todays_fields(today) == today
 

@@ -16,8 +16,8 @@ import pytest
 
 from ultramem_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.parallel.mesh import make_mesh
+from ultramem_jax.training import checkpoint_reading, large_arrays, loop, undo_log
 from ultramem_jax.training import checkpoints as module
-from ultramem_jax.training import large_arrays, loop, undo_log
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.manifest import find_damage
 from ultramem_jax.training.optimizer import make_optimizers
@@ -156,7 +156,7 @@ def test_steps_during_a_save_leave_no_trace_in_it(config, optimizers, held, tmp_
     slots = [slots for slots, _ in undo.read(name)]
     assert len(slots) > 1
     assert len(np.unique(np.concatenate(slots))) == sum(map(len, slots)) < 576
-    monkeypatch.setattr(module, "UndoRows", lambda _: UndoRows(tmp_path / "none"))
+    monkeypatch.setattr(checkpoint_reading, "UndoRows", lambda _: UndoRows(tmp_path / "none"))
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         mixed = checkpoints.restore(abstract(expected)).state
     assert_same_bits(mixed.replace(table_state=expected.table_state, tables=expected.tables), expected)
@@ -333,7 +333,10 @@ def test_the_first_record_of_a_row_counts(dtype, tmp_path):
     assert [[s.tolist() for s, _ in undo.read(n)] for n in names] == [[[1, 4, 9], [0]]] * 2
     for name, array, want in zip(names, now, expected, strict=True):
         for first in range(0, 10, 4):
-            put_back(array[first : first + 4], first, undo.read(name))
+            rows = slice(first, first + 4)
+            for columns in ([slice(0, 1)], [slice(1, 3)]) if array.ndim > 1 else ([],):
+                place = (rows, *columns)
+                put_back(array[place], place, array.shape, undo.read(name))
         np.testing.assert_array_equal(array, want)
 
 
@@ -429,7 +432,7 @@ def test_no_second_copy_of_the_tables_while_saving_or_restoring(tmp_path):
 def test_tables_in_the_hosts_memory_are_saved_and_restored_so_too(
     config, held, one_device, tmp_path, monkeypatch, restored_to
 ):
-    monkeypatch.setattr(module, "LARGE_BYTES", 5000)  # tables, not scalars
+    monkeypatch.setattr(checkpoint_reading, "LARGE_BYTES", 5000)  # tables, not scalars
     on_host = replace(config.model.memory, memory_kind="pinned_host")
     on_host = replace(config, model=replace(config.model, memory=on_host))
     whole = loop.train(on_host, tmp_path / "run", progress=False)

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, count_parameters
 from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig
-from ultramem_jax.layers.expert_parallel import exchange_capacity
-from ultramem_jax.ops.sharded_lookup import block_dtype
+from ultramem_jax.exchange_shapes import block_bytes, exchange_capacity
 
 _INT32_BYTES = 4
 
@@ -205,8 +204,7 @@ def exchange_bytes(model: ModelConfig, tokens: int, parts: int) -> Exchange:
 
 def _address_bytes(memory: MemoryConfig) -> int:
     """Of a slot and, if there are several, its block."""
-    blocks = memory.num_blocks
-    return _INT32_BYTES + (block_dtype(blocks).itemsize if blocks > 1 else 0)
+    return _INT32_BYTES + block_bytes(memory.num_blocks)
 
 
 def _lookup(transfers: _Transfers, model: ModelConfig, tokens: int) -> None:

@@ -20,6 +20,7 @@ from ultramem_jax.data import builder
 from ultramem_jax.data.sources import SPLITS
 from ultramem_jax.data.tokenizers import Tokenizer
 from ultramem_jax.errors import UserError, require, unknown
+from ultramem_jax.parallel.distributed import first_before_others
 
 log = logging.getLogger(__name__)
 
@@ -123,10 +124,13 @@ class Corpus:
 def load_corpus(config: DataConfig) -> Corpus:
     """The corpus that `config` describes; tokenized into the cache first if it is not there yet.
 
+    Of processes that have joined the first one looks first, so that it is the one to show how far it is.
+
     Raises:
         UserError: see `builder.prepare`.
     """
-    folder = builder.prepare(config)
+    with first_before_others():
+        folder = builder.prepare(config)
     metadata = builder.open_records(folder).info.metadata
     log.info("corpus %s (%s) in %s", metadata["corpus_hash"], config.dataset, folder)
     return Corpus(
@@ -141,34 +145,29 @@ def load_corpus(config: DataConfig) -> Corpus:
 
 
 def train_iterator(
-    corpus: Corpus, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    corpus: Corpus, batch_size: int, seed: int, rows: np.ndarray | None = None
 ) -> grain.DatasetIterator:
-    """Endless batches {"tokens": (batch_size / process_count, S + 1) int32} of the training split.
+    """Endless batches {"tokens": (len(rows), S + 1) int32} of the training split.
 
     Every epoch is a new permutation of all sequences; a batch may span two. Batch t is a function of `seed`
-    and t alone, and the iterator's state is t, so `grain.checkpoint` saves and restores its position. Process
-    p of P gets rows [p, p + 1) · batch_size / P of the batch that one process would get, and the state means
-    the same for any P.
+    and t alone, and the iterator's state is t: it means the same in every process, however many there are,
+    and whichever rows of the batches they read.
 
     Args:
         corpus: see `load_corpus`.
         batch_size: sequences per batch, over all processes.
         seed: of the order; any non-negative integer.
-        process_index: p.
-        process_count: P.
+        rows: of each batch, those that this process needs, rising (`parallel.mesh.rows_here`); None is all.
 
     Raises:
-        UserError: a training split shorter than one sequence, or a batch that P does not divide.
+        UserError: a training split shorter than one sequence, or an empty batch.
     """
-    allowed = f"must be at least 1 and divisible by {process_count} processes"
-    require(batch_size > 0 and batch_size % process_count == 0, "train.batch_size", batch_size, allowed)
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index = {process_index}: must be in [0, {process_count})")
+    require(batch_size > 0, "train.batch_size", batch_size, "must be at least 1")
+    rows = _checked(rows, batch_size)
     source = corpus.source("train")
-    rows = batch_size // process_count
 
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
-        return {"tokens": source.read(indices[process_index * rows : (process_index + 1) * rows])}
+        return {"tokens": source.read(indices[rows])}
 
     # grain takes 32 bits and adds the epoch to them: neighbouring seeds would share their epochs, shifted by
     # one.
@@ -183,9 +182,9 @@ def train_iterator(
 
 
 def eval_batches(
-    corpus: Corpus, split: str, batch_size: int, limit: int = 0
+    corpus: Corpus, split: str, batch_size: int, limit: int = 0, rows: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches {"tokens": (batch_size, S + 1) int32, "mask": (batch_size,) float32} in a fixed order.
+    """Batches {"tokens": (len(rows), S + 1) int32, "mask": (len(rows),) float32} in a fixed order.
 
     The mask is 1 for sequences and 0 for the rows of zeros that fill up the last batch. With a `limit` the
     sequences are spread evenly over the split, whose beginning may not be like the rest.
@@ -193,23 +192,32 @@ def eval_batches(
     Args:
         corpus: see `load_corpus`.
         split: `train`, `validation` or `test`.
-        batch_size: rows per batch.
+        batch_size: rows per batch, over all processes.
         limit: batches at most; 0 is the whole split, each sequence once.
+        rows: as for `train_iterator`.
 
     Raises:
         UserError: at the call; see `Corpus.source`.
     """
     require(batch_size > 0, "train.batch_size", batch_size, "must be at least 1")
     require(limit >= 0, "train.eval_batches", limit, "must be at least 0")
+    rows = _checked(rows, batch_size)
     source = corpus.source(split)
     count = min(limit * batch_size, len(source)) if limit else len(source)
     indices = np.arange(count) * len(source) // count
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for start in range(0, count, batch_size):
-            sequences = source.read(indices[start : start + batch_size])
-            tokens = np.zeros((batch_size, corpus.seq_len + 1), np.int32)
-            tokens[: len(sequences)] = sequences
-            yield {"tokens": tokens, "mask": (np.arange(batch_size) < len(sequences)).astype(np.float32)}
+            there = start + rows < count
+            tokens = np.zeros((len(rows), corpus.seq_len + 1), np.int32)
+            tokens[there] = source.read(indices[start + rows[there]])
+            yield {"tokens": tokens, "mask": there.astype(np.float32)}
 
     return batches()
+
+
+def _checked(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
+    rows = np.arange(batch_size) if rows is None else rows
+    if not (len(rows) and rows[0] >= 0 and rows[-1] < batch_size and (np.diff(rows) > 0).all()):
+        raise ValueError(f"rows = {rows}: must be rising numbers in [0, {batch_size})")
+    return rows

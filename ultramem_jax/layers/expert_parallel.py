@@ -23,7 +23,6 @@ experts' share. Over that axis, and over "tensor", which splits the inner width 
 partial sums: all-reduces of T·D·b bytes forward, and of T·D·b and 4·T·k (the gates) backward.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from ultramem_jax.exchange_shapes import exchange_capacity, overflow_capacity
 from ultramem_jax.layers.experts import (
     Dispatch,
     ExpertWeights,
@@ -44,23 +44,6 @@ from ultramem_jax.layers.experts import (
     window,
 )
 from ultramem_jax.ops.on_mesh import MeshAxes, island
-
-
-def exchange_capacity(num_assignments: int, num_owners: int) -> int:
-    """C: rows of one pair of devices in the first round, for T·k assignments of a device's own tokens.
-
-    Four standard deviations above the mean load of a uniform router: a group has P² pairs, and one that
-    exceeds C costs all of them a further round. More would be sent empty in every step (at a mean of 1024,
-    four are 12 %), and would not do for a router that prefers some experts: against that, further rounds are
-    small.
-    """
-    mean = num_assignments / num_owners
-    return min(math.ceil((mean + 4 * math.sqrt(mean)) / 4) * 4, num_assignments)
-
-
-def overflow_capacity(capacity: int) -> int:
-    """C': rows of one pair in a further round; a quarter, as an excess is mostly a small part of the load."""
-    return -(-capacity // 4)
 
 
 def experts_on_mesh(

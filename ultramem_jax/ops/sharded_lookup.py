@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from ultramem_jax.exchange_shapes import block_bytes
 from ultramem_jax.ops import lookup
 from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, island
 from ultramem_jax.ops.owned_rows import owned_reads, pool_owned, score_products_owned
@@ -44,15 +45,15 @@ def reads_at_owners(slots: jax.Array, blocks: jax.Array, expansion: int) -> tupl
         slots = numbers_to_owners(axes, slots)
         if expansion == 1:
             return slots, jnp.zeros_like(slots)
-        return slots, numbers_to_owners(axes, blocks.astype(block_dtype(expansion))).astype(jnp.int32)
+        return slots, numbers_to_owners(axes, narrow_blocks(blocks, expansion)).astype(jnp.int32)
 
     tokens, owners = P(axes.tokens), P(axes.replicas)
     return island(axes, gather, (tokens, tokens), (owners, owners))(slots, blocks)
 
 
-def block_dtype(expansion: int) -> jnp.dtype:
-    """What a block in [0, `expansion`) travels as: mostly a byte is enough."""
-    return jnp.dtype(jnp.uint8 if expansion <= 256 else jnp.int32)
+def narrow_blocks(blocks: jax.Array, expansion: int) -> jax.Array:
+    """Blocks in [0, `expansion`) as they travel: mostly a byte is enough."""
+    return blocks.astype({1: jnp.uint8, 4: jnp.int32}[block_bytes(expansion)])
 
 
 # ---- the pooled lookup

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -80,10 +81,32 @@ def one_device(device: jax.Device | None = None) -> MeshAxes:
     return MeshAxes(make_mesh(MeshConfig(), [jax.local_devices()[0] if device is None else device]))
 
 
-def shard_batch(batch: np.ndarray, axes: MeshAxes) -> jax.Array:
-    """A batch (B, ...) with its sequences split over the devices; every process is given the whole batch."""
-    sharding = axes.sharding(P(axes.tokens))
-    return jax.make_array_from_callback(batch.shape, sharding, lambda part: batch[part])
+def rows_here(axes: MeshAxes, batch_size: int) -> np.ndarray:
+    """Rows of a batch that devices of this process work on, rising.
+
+    Two processes may need the same ones: devices along `tensor` work on the same sequences.
+    """
+    rows = np.arange(batch_size)
+    parts = axes.sharding(P(axes.tokens)).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([rows[part] for part in parts]))
+
+
+def shard_batch(batch: np.ndarray, axes: MeshAxes, batch_size: int | None = None) -> jax.Array:
+    """A batch (B, ...) with its sequences split over the devices.
+
+    Args:
+        batch: the rows of it that this process needs, those of `rows_here`.
+        axes: of the mesh.
+        batch_size: B; None where `batch` is all of it.
+    """
+    size = len(batch) if batch_size is None else batch_size
+    rows = rows_here(axes, size)
+
+    def part(index: Any) -> np.ndarray:
+        first, last, _ = index[0].indices(size)
+        return batch[slice(*np.searchsorted(rows, [first, last]))]
+
+    return jax.make_array_from_callback((size, *batch.shape[1:]), axes.sharding(P(axes.tokens)), part)
 
 
 def in_words(sizes: dict[str, int]) -> str:

@@ -1,10 +1,10 @@
-"""Checkpoints of a run. Nothing but this file and `large_arrays.py` knows Orbax.
+"""Checkpoints of a run. Nothing but this file, `checkpoint_reading.py` and `large_arrays.py` knows Orbax.
 
 A checkpoint of step 250 is the directory `<workdir>/checkpoints/250`:
 
     state/          the train state, arrays cut into chunks (Orbax's own format)
     undo.npz        rows of large tables to be put back, where steps ran during the save (`undo_log.py`)
-    data/           the position of the data iterator, one file per process (Grain's own format)
+    data/           the position of the data iterator, which is the same for any number of processes
     meta/           JSON: the run's configuration, its corpus, the validation loss, library versions
     manifest.json   the size and a checksum of every file above
 
@@ -12,12 +12,14 @@ It is written in `250.orbax-checkpoint-tmp` and renamed when all of it is there,
 process that is killed while it saves leaves a directory that nothing reads and the next run removes. Damage
 that comes later (a truncated or deleted file, a kill while an old checkpoint is being deleted) shows when the
 files are compared with the manifest. That comparison is needed: TensorStore reads a missing chunk as zeros.
+
+Several processes save and restore together, into one folder that all reach, each its own parts of the arrays;
+the first one writes the rest, says what is there and whether it is whole.
 """
 
 import contextlib
 import dataclasses
 import functools
-import gc
 import importlib.metadata
 import json
 import logging
@@ -34,14 +36,19 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from grain import checkpoint as grain_checkpoint
 
 import ultramem_jax
 from ultramem_jax.errors import UserError
-from ultramem_jax.memory_config import MemoryConfig
-from ultramem_jax.training.large_arrays import LARGE_BYTES, array_name, read_large_array
+from ultramem_jax.parallel import distributed
+from ultramem_jax.training.checkpoint_reading import (
+    UNDO_LOG,
+    Meta,
+    load_meta,
+    read_state,
+    require_same_model,
+)
 from ultramem_jax.training.manifest import find_damage, write_manifest
-from ultramem_jax.training.undo_log import LiveView, UndoLog, UndoRows, put_back
+from ultramem_jax.training.undo_log import LiveView, UndoLog
 
 log = logging.getLogger(__name__)
 
@@ -52,31 +59,16 @@ CHUNK_BYTES = 8 * 2**20
 """Size that arrays are cut into. Chunks are written in parallel, and a restore onto another mesh reads only
 the chunks of its own shards; by default Orbax writes one chunk per shard, however large."""
 
-_UNDO_LOG = "undo.npz"
+POSITION = "process_0-of-1.json"
+"""Of the data. Grain's name for it in a run of one process."""
 _TIMEOUT_SECONDS = 24 * 3600
 """Orbax gives up a save after ten minutes, which 16 GB take on a slow disk."""
 
-_MESSAGE_ENTRIES = 8
-"""Differences that an error message spells out; the rest are counted."""
 _REASON_CHARACTERS = 200
 """TensorStore appends its whole specification of an array to every error."""
 
 _ABANDONED: list[UndoLog] = []
 """Of failed saves: what keeps the buffers alive that a writer may be reading still."""
-
-
-@dataclass(frozen=True)
-class Meta:
-    """What a checkpoint says about itself."""
-
-    step: int
-    config: dict[str, Any]
-    """The run's configuration as `ultramem_jax.config.to_dict` gives it, after a trip through JSON."""
-    corpus: dict[str, Any]
-    versions: dict[str, str]
-    """Of Python and the libraries that wrote it."""
-    validation_loss: float | None = None
-    """As given to `save`; None where the run did not evaluate at that step."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +104,10 @@ class Checkpoints:
         self.directory = Path(os.path.abspath(directory))
         if read_only and not self.directory.is_dir():
             raise UserError(f"no checkpoints: there is no directory {self.directory}")
-        self._losses = {
-            step: loss for step in self.all_steps() if (loss := self._loss_on_disk(step)) is not None
-        }
+        # Whoever reads alone may do so while other processes are at something else.
+        self._together = not read_only
+        losses = self._agreed(lambda: [(step, self._loss_on_disk(step)) for step in self.all_steps()])
+        self._losses = {step: loss for step, loss in losses if loss is not None}
         self._position: int | None = None  # the step that this object last restored or saved
         self._saving = -1
         self._log: UndoLog | None = None  # of the save in flight, if training may go on in what it reads
@@ -128,7 +121,7 @@ class Checkpoints:
                 # also spoil rows that nobody wrote to, if others that it refers to change under its hands.
                 "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                 "meta": ocp.JsonCheckpointHandler(),
-                "data": grain_checkpoint.CheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(filename=POSITION),
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_NewestAndBest(keep_last, keep_best, self._losses),
@@ -148,6 +141,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # the others may be elsewhere, and closing waits for them
         try:
             self.close()
         except Exception as failure:
@@ -195,7 +190,7 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The newest of `all_steps`, or None. It is not checked for damage."""
-        return max(self.all_steps(), default=None)
+        return self._agreed(lambda: max(self.all_steps(), default=None))
 
     def best_step(self) -> int | None:
         """The step of lowest validation loss among `all_steps`, the newest of equals, or None."""
@@ -255,7 +250,7 @@ class Checkpoints:
             "meta": ocp.args.JsonSave(dataclasses.asdict(meta)),
         }
         if data_iterator is not None:
-            items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
+            items["data"] = ocp.args.JsonSave(dict(data_iterator.get_state()))
         if meta.validation_loss is not None:
             self._losses[step] = meta.validation_loss
         self._saving = self._position = step
@@ -291,7 +286,7 @@ class Checkpoints:
         undo_log, self._log = self._log, None
         if undo_log is not None:
             undo_log.close()
-            undo_log.write(target / _UNDO_LOG)
+            undo_log.write(target / UNDO_LOG)
         write_manifest(target)
 
     def _abandon_log(self) -> None:
@@ -330,11 +325,11 @@ class Checkpoints:
 
         def read(directory: Path, meta: Meta) -> PyTree:
             if expect_config is not None:
-                _require_same_model(directory, meta.config, expect_config)
-            state = _read_state(directory, abstract_state, partial=False)
+                require_same_model(directory, meta.config, expect_config)
+            state = read_state(directory, abstract_state, partial=False)
             if data_iterator is not None:
-                handler = grain_checkpoint.CheckpointHandler()
-                handler.restore(epath.Path(directory / "data"), item=data_iterator)
+                data_iterator.set_state(json.loads((directory / "data" / POSITION).read_text()))
+                data_iterator.start_prefetch()
             return state
 
         restored = self._restored(step, read)
@@ -347,7 +342,7 @@ class Checkpoints:
         Arguments and errors are those of `restore`; `Restored.state` is a dict of the same entries.
         """
         return self._restored(
-            step, lambda directory, meta: _read_state(directory, abstract_subtree, partial=True)
+            step, lambda directory, meta: read_state(directory, abstract_subtree, partial=True)
         )
 
     def _restored(self, step: int | None, read: Callable[[Path, Meta], PyTree]) -> Restored:
@@ -357,31 +352,40 @@ class Checkpoints:
     def _read(
         self, step: int | None, read: Callable[[Path, Meta], T]
     ) -> tuple[T, Meta, tuple[tuple[int, str], ...]]:
-        """Applies `read` to the newest checkpoint that is whole and that it can read."""
+        """Applies `read` to the newest checkpoint that is whole and that it can read.
+
+        What one process cannot read, none of them uses.
+        """
         self.wait()
         skipped: list[tuple[int, str]] = []
         cause: Exception | None = None
         for candidate in self._candidates(step):
             directory = self.directory / str(candidate)
+            result, failure = None, None
             try:
-                if (damage := find_damage(directory)) is not None:
+                if (damage := self._agreed(functools.partial(find_damage, directory))) is not None:
                     raise _Damaged(damage)
-                meta = _load_meta(directory)
-                return read(directory, meta), meta, tuple(skipped)
+                meta = load_meta(directory)
+                result = read(directory, meta), meta, tuple(skipped)
             except (UserError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # not the checkpoint's fault, and an older one would meet the same
             except Exception as error:
                 # So broad because Orbax and TensorStore raise bare Exception, ValueError, KeyError, OSError.
                 cause = error
-                reason = textwrap.shorten(str(error) or type(error).__name__, _REASON_CHARACTERS)
-                skipped.append((candidate, reason))
-                if step is None:
-                    log.warning("skipping damaged checkpoint %s: %s", directory, reason)
+                failure = textwrap.shorten(str(error) or type(error).__name__, _REASON_CHARACTERS)
+            failures = distributed.gather(failure) if self._together else [failure]
+            reason = next((reason for reason in failures if reason is not None), None)
+            if reason is None:
+                assert result is not None
+                return result
+            skipped.append((candidate, reason))
+            if step is None:
+                log.warning("skipping damaged checkpoint %s: %s", directory, reason)
         reasons = "; ".join(f"step {bad}: {reason}" for bad, reason in skipped)
         raise UserError(f"no whole checkpoint in {self.directory}: {reasons}") from cause
 
     def _candidates(self, step: int | None) -> list[int]:
-        steps = self.all_steps()
+        steps = self._agreed(self.all_steps)
         if not steps:
             raise UserError(f"no checkpoints in {self.directory}")
         if step is None:
@@ -390,9 +394,15 @@ class Checkpoints:
             raise UserError(f"no checkpoint of step {step} in {self.directory}: it holds {_steps(steps)}")
         return [step]
 
+    def _agreed(self, look: Callable[[], Any]) -> Any:
+        """What the first process sees, where several look together: a disk may show them two states."""
+        if not self._together or jax.process_count() == 1:
+            return look()
+        return distributed.from_first(look() if distributed.is_first() else None)
+
     def _loss_on_disk(self, step: int) -> float | None:
         try:
-            return _load_meta(self.directory / str(step)).validation_loss
+            return load_meta(self.directory / str(step)).validation_loss
         except Exception:  # damaged: it has no rank, and `restore` will say what is wrong with it
             return None
 
@@ -433,116 +443,6 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         newest = sorted(steps)[-self.keep_last :]
         best = _by_loss(self.losses, steps)[: self.keep_best]
         return [step in newest or step in best for step in steps]
-
-
-# ---- reading one checkpoint
-
-
-def _load_meta(directory: Path) -> Meta:
-    return Meta(**ocp.JsonCheckpointHandler().restore(epath.Path(directory / "meta")))
-
-
-def _read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTree:
-    """The state of one checkpoint; with `partial`, the top-level entries of `abstract_state` alone."""
-    handler = ocp.PyTreeCheckpointHandler()
-    path = epath.Path(directory / "state")
-    _require_same_tree(directory, handler.metadata(path).tree, abstract_state, partial)
-    target = jax.tree.map(_with_sharding, abstract_state)
-    undo, large = UndoRows(directory / _UNDO_LOG), {}
-
-    def leave_out_large(key: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
-        name = array_name(key)
-        if name not in undo and leaf.size * leaf.dtype.itemsize <= LARGE_BYTES:
-            return leaf
-        large[name] = leaf
-        return None
-
-    small = jax.tree_util.tree_map_with_path(leave_out_large, target)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(small)
-    args = ocp.args.PyTreeRestore(item=small, restore_args=restore_args, partial_restore=True)
-    with ocp.Checkpointer(handler) as checkpointer:
-        small = checkpointer.restore(path, args=args)
-    # Orbax leaves the host buffers that it read into in reference cycles; they cannot wait there.
-    gc.collect()
-
-    def filled(key: Any, _: Any, restored: jax.Array | None) -> jax.Array:
-        if restored is not None:
-            return restored
-        name = array_name(key)
-        change = functools.partial(put_back, undo=undo.read(name))
-        return read_large_array(directory / "state", name, large[name], change)
-
-    return jax.tree_util.tree_map_with_path(filled, target, small)
-
-
-def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    # Left without one, Orbax takes the sharding of the run that saved, which this machine may not have.
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _require_same_tree(directory: Path, saved_tree: PyTree, wanted_tree: PyTree, partial: bool) -> None:
-    saved, wanted = _entries(saved_tree), _entries(wanted_tree)
-    if partial:
-        roots = {name.split(".")[0] for name in wanted}
-        saved = {name: kind for name, kind in saved.items() if name.split(".")[0] in roots}
-    names = [*wanted, *(name for name in saved if name not in wanted)]
-    differences = [
-        f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
-        for name in names
-        if saved.get(name) != wanted.get(name)
-    ]
-    if differences:
-        raise UserError(f"checkpoint at {directory} holds another state: {_listed(differences)}")
-
-
-def _entries(tree: PyTree) -> dict[str, str]:
-    """Dotted names of the leaves, with dtype and shape: {"params.w": "float32[3,4]"}."""
-    return {
-        ".".join(map(str, path)): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-        for path, leaf in ocp.tree.to_flat_dict(tree).items()
-    }
-
-
-def _require_same_model(directory: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    here = json.loads(json.dumps(here))  # as the checkpoint's own: tuples become lists
-    differences = _differences("model", *(_wherever_it_lies(config.get("model")) for config in (there, here)))
-    tokenizers = [config.get("data", {}).get("tokenizer") for config in (there, here)]
-    differences += _differences("data.tokenizer", *tokenizers)
-    if differences:
-        raise UserError(f"checkpoint at {directory} is of another model: {_listed(differences)}")
-
-
-def _wherever_it_lies(model: Any) -> Any:
-    """A model's configuration without the memory that its tables lie in, which a run may change.
-
-    Fields that a memory did not have when the checkpoint was written are as by default.
-    """
-    if not isinstance(model, dict) or not isinstance(model.get("memory"), dict):
-        return model
-    memory = dataclasses.asdict(MemoryConfig()) | model["memory"]
-    del memory["memory_kind"]
-    return model | {"memory": memory}
-
-
-def _differences(name: str, there: Any, here: Any) -> list[str]:
-    """One clause for each field below `name` in which two configurations differ."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        fields = [*there, *(field for field in here if field not in there)]
-        return [
-            clause
-            for field in fields
-            for clause in _differences(f"{name}.{field}", there.get(field), here.get(field))
-        ]
-    if there == here:
-        return []
-    shown = ["given" if isinstance(value, dict) else repr(value) for value in (there, here)]
-    return [f"{name} is {shown[0]} there and {shown[1]} here"]
-
-
-def _listed(clauses: list[str]) -> str:
-    more = len(clauses) - _MESSAGE_ENTRIES
-    return "; ".join(clauses[:_MESSAGE_ENTRIES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _steps(steps: Sequence[int]) -> str:

@@ -1,10 +1,13 @@
-"""Large arrays of a checkpoint, read piece by piece into the buffer where they stay.
+"""Large arrays of a checkpoint, read piece by piece into the buffers where they stay.
 
 Orbax reads a whole array into host memory and has JAX copy it, for all arrays at once: a restore would need
-every table twice. Here TensorStore reads the same files, and a piece is all that exists beside the array.
+every table twice. Here TensorStore reads the same files, and a piece is all that exists beside the array. Of
+an array that is split over devices, a process reads what its own devices have of it.
 """
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +23,27 @@ LARGE_BYTES = 64 * 2**20
 _PIECE_BYTES = 8 * 2**20
 """About what is read at a time; at least a chunk, as it was written."""
 
+Place = tuple[slice, ...]
+"""Of a part in its array."""
+Change = Callable[[np.ndarray, Place], None]
+"""Is given a piece and its place in the array, to change it before use."""
 
-def read_large_array(
-    state: Path, name: str, leaf: jax.ShapeDtypeStruct, change: Callable[[np.ndarray, int], None]
-) -> jax.Array:
+
+def read_large_array(state: Path, name: str, leaf: jax.ShapeDtypeStruct, change: Change) -> jax.Array:
     """One array of Orbax's folder `state`.
 
     Args:
         state: folder of the checkpoint's state.
         name: dotted name of the leaf.
-        leaf: shape, dtype and sharding of it, which must be those that were saved.
-        change: is given each piece (rows, ...) and the place of its first row, to change it before use.
+        leaf: shape and dtype of it, which must be those that were saved, and the sharding that it is to have.
+        change: of the pieces.
     """
     store = _open(state, name)
-    chunk_rows = store.chunk_layout.read_chunk.shape[0]
-    chunk_bytes = chunk_rows * leaf.size // leaf.shape[0] * leaf.dtype.itemsize
-    rows = chunk_rows * max(1, _PIECE_BYTES // chunk_bytes)
-    on_host = leaf.sharding.memory_kind == "pinned_host"
-    put = jax.jit(_scatter if on_host else _put, donate_argnums=0, out_shardings=leaf.sharding)
-    array = (
-        jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
-        if on_host
-        else jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-    )
-    for start in range(0, leaf.shape[0], rows):
-        piece = store[start : min(start + rows, leaf.shape[0])].read().result()
-        change(piece, start)
-        # Waits, because pieces that nobody has taken in yet would add up to another array.
-        array = jax.block_until_ready(put(array, piece, np.int32(start)))
-    return array
+    read: dict[jax.Device, jax.Array] = {}
+    for parts in _by_rows(leaf):
+        read |= _read_parts(store, parts, leaf, change)
+    devices = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [read[d] for d in devices])
 
 
 def array_name(path: Any) -> str:
@@ -56,6 +51,67 @@ def array_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def _by_rows(leaf: jax.ShapeDtypeStruct) -> Iterable[dict[jax.Device, Place]]:
+    """Where in the array the parts of this process's devices are; together those of the same rows.
+
+    A chunk of the checkpoint has whole rows, so that columns for several devices come out of one reading.
+    """
+    groups: dict[tuple[int, int], dict[jax.Device, Place]] = {}
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        place = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, leaf.shape, strict=True))
+        groups.setdefault((place[0].start, place[0].stop), {})[device] = place
+    return groups.values()
+
+
+def _read_parts(
+    store: Any, parts: dict[jax.Device, Place], leaf: jax.ShapeDtypeStruct, change: Change
+) -> dict[jax.Device, jax.Array]:
+    """The parts, which are of the same rows, each on its device."""
+    places = list(parts.values())
+    dimensions = list(zip(*places, strict=True))
+    hull = [slice(min(s.start for s in d), max(s.stop for s in d)) for d in dimensions]
+    buffers = {device: _Buffer(device, place, leaf) for device, place in parts.items()}
+    chunk_rows = store.chunk_layout.read_chunk.shape[0]
+    chunk_bytes = chunk_rows * math.prod(s.stop - s.start for s in hull[1:]) * leaf.dtype.itemsize
+    rows = chunk_rows * max(1, _PIECE_BYTES // chunk_bytes)
+    start, end = hull[0].start, hull[0].stop
+    while start < end:
+        stop = min(start - start % chunk_rows + rows, end)  # from chunk to chunk, but for the first piece
+        here = (slice(start, stop), *hull[1:])
+        piece = store[here].read().result()
+        change(piece, here)
+        for buffer in buffers.values():
+            buffer.put(piece, here)
+        start = stop
+    return {device: buffer.array for device, buffer in buffers.items()}
+
+
+class _Buffer:
+    """The part of an array that one device has, filled by and by."""
+
+    def __init__(self, device: jax.Device, place: Place, leaf: jax.ShapeDtypeStruct):
+        self._place = place
+        kind = leaf.sharding.memory_kind
+        on_host = kind == "pinned_host"
+        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+        shape = tuple(s.stop - s.start for s in place)
+        self._put = jax.jit(_scatter, donate_argnums=0, out_shardings=sharding) if on_host else _put
+        self.array = (
+            jax.device_put(np.zeros(shape, leaf.dtype), sharding)
+            if on_host
+            else jnp.zeros(shape, leaf.dtype, device=sharding)
+        )
+
+    def put(self, piece: np.ndarray, place: Place) -> None:
+        """Takes its columns from a piece of some of its rows."""
+        rows, *columns = zip(self._place, place, strict=True)
+        own = piece[:, *(slice(s.start - p.start, s.stop - p.start) for s, p in columns)]
+        start = np.int32(place[0].start - rows[0].start)
+        # Waits, because pieces that nobody has taken in yet would add up to another array.
+        self.array = jax.block_until_ready(self._put(self.array, own, start))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
 def _put(array: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(array, piece, start, 0)
 

@@ -1,6 +1,8 @@
 """The run: build or resume, step, evaluate, save, and stop in good order."""
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import pathlib
@@ -19,7 +21,8 @@ from ultramem_jax.config import RunConfig, to_dict
 from ultramem_jax.data import Corpus, eval_batches, load_corpus, train_iterator
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.ops.on_mesh import MeshAxes
-from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device, shard_batch
+from ultramem_jax.parallel.distributed import any_process, is_first
+from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, rows_here, shard_batch
 from ultramem_jax.training.checkpoints import Checkpoints, Meta
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.optimizer import Optimizers, make_optimizers
@@ -62,14 +65,14 @@ def train(
     progress: bool = True,
     corpus: Corpus | None = None,
 ) -> TrainResult:
-    """Trains, or goes on with the run that `workdir` holds.
+    """Trains, or goes on with the run that `workdir` holds; processes that have joined, all together.
 
     Writes `metrics.jsonl` and `checkpoints/` into `workdir`. The same config and workdir resume bit for bit:
     a run that was cut off ends on the same numbers as one that was not.
 
     Args:
         config: of the run.
-        workdir: folder of this run; made if it is missing.
+        workdir: folder of this run; made if it is missing. Several processes share it.
         progress: whether to draw a progress bar on standard error.
         corpus: prepared data, if it is at hand already; else it is made from `config.data`.
 
@@ -81,7 +84,8 @@ def train(
     corpus = corpus if corpus is not None else load_corpus(config.data)
     check_vocabulary(config, corpus)
     axes = mesh_axes(config, make_mesh(config.mesh))
-    data = train_iterator(corpus, config.train.batch_size, config.train.seed)
+    size = config.train.batch_size
+    data = train_iterator(corpus, size, config.train.seed, rows_here(axes, size))
     corpus.source("validation")  # refuses a split that is too short now, not after hours of training
     optimizers = make_optimizers(config)
     abstract = abstract_state(config, optimizers, axes)
@@ -93,7 +97,8 @@ def train(
         _StopOnSigterm() as stop,
     ):
         if checkpoints.latest_step() is None:
-            save_tokenizer(corpus.tokenizer, workdir)
+            if is_first():
+                save_tokenizer(corpus.tokenizer, workdir)
             state, start = _fresh_state(config, optimizers, axes), 0
         else:
             _check_same_run(checkpoints.read_meta(), config, corpus, workdir)
@@ -101,19 +106,27 @@ def train(
             state, start = restored.state, restored.step
             log.info("resumed from step %d of %s", start, workdir)
         step_function = _StepFunction(config, optimizers, axes, state, checkpoints)
-        with MetricWriter(workdir, config.train.tensorboard, start or None) as writer:
+        with (
+            MetricWriter(workdir, config.train.tensorboard, start or None)
+            if is_first()
+            else contextlib.nullcontext()
+        ) as writer:
             run = _Run(config, corpus, checkpoints, writer, evaluate, data, meta, stop)
-            return run.steps(state, start, step_function, lambda tokens: shard_batch(tokens, axes), progress)
+            shard = functools.partial(shard_batch, axes=axes, batch_size=size)
+            return run.steps(state, start, step_function, shard, progress and is_first())
 
 
 class Evaluator:
-    """The mean loss over a split, on the same batches each time."""
+    """The mean loss over a split, on the same batches each time.
+
+    On a mesh each batch is split over the devices as those of training are; all processes call it together.
+    """
 
     def __init__(self, config: RunConfig, corpus: Corpus, axes: MeshAxes | None = None):
-        """For variables on that mesh; None for one device."""
-        self._config, self._corpus = config, corpus
-        self._axes = one_device() if axes is None else axes
-        self._step = jax.jit(make_eval_step(config, axes))
+        """For variables that lie on the mesh of `axes`, or on one device if None."""
+        self._config, self._corpus, self._axes = config, corpus, axes
+        everywhere = None if axes is None else axes.sharding()
+        self._step = jax.jit(make_eval_step(config, axes), out_shardings=everywhere)
 
     def __call__(
         self,
@@ -134,17 +147,19 @@ class Evaluator:
         size = self._config.train.batch_size
         limit = self._config.train.eval_batches if batches is None else batches
         every = -(-len(self._corpus.source(split)) // size)
+        rows = None if self._axes is None else rows_here(self._axes, size)
         total = np.zeros(2, np.float64)
         for batch in tqdm(
-            eval_batches(self._corpus, split, size, limit),
+            eval_batches(self._corpus, split, size, limit, rows),
             desc=split,
             total=min(limit, every) if limit else every,
             unit="batch",
-            disable=not progress,
+            disable=not (progress and is_first()),
             leave=False,
         ):
-            sharded = (shard_batch(batch[name], self._axes) for name in ("tokens", "mask"))
-            total += np.asarray(self._step(variables, *sharded), np.float64)
+            if self._axes is not None:
+                batch = {name: shard_batch(part, self._axes, size) for name, part in batch.items()}
+            total += np.asarray(self._step(variables, batch["tokens"], batch["mask"]), np.float64)
         loss = float(total[0] / total[1])
         return loss, bits_per_byte(loss, self._corpus.bytes_per_token(split))
 
@@ -272,7 +287,8 @@ class _Run:
     config: RunConfig
     corpus: Corpus
     checkpoints: Checkpoints
-    writer: MetricWriter
+    writer: MetricWriter | None
+    """Of the first process."""
     evaluate: Evaluator
     data: Iterator[dict[str, np.ndarray]]
     meta: dict[str, Any]
@@ -309,17 +325,14 @@ class _Run:
                 last = step == train.steps
                 if last or step % train.log_every == 0:
                     scalars = {name: float(value) for name, value in metrics.items()}
-                    self.writer.write(
-                        step, "train", scalars | {"bits_per_byte": bits, "tokens_per_second": speed}
-                    )
+                    self._write(step, "train", scalars | {"bits_per_byte": bits, "tokens_per_second": speed})
                 evaluated = _due(step, train.eval_every, last)
                 if evaluated:
                     validation = self.evaluate(model_variables(state))
                     self._require_finite({"validation loss": validation[0]}, step)
-                    self.writer.write(
-                        step, "validation", {"loss": validation[0], "bits_per_byte": validation[1]}
-                    )
-                stopping = self.stop.requested and not last
+                    self._write(step, "validation", {"loss": validation[0], "bits_per_byte": validation[1]})
+                # The signal may have come to one process, or to all and not in the same step.
+                stopping = any_process(self.stop.requested) and not last
                 if stopping or _due(step, train.checkpoint_every, last):
                     self._save(step, state, validation[0] if evaluated else None, step_function.records)
                 if stopping:
@@ -331,6 +344,10 @@ class _Run:
         # The first step of a process compiles.
         speed = tokens_per_step / float(np.median(list(seconds)[1:])) if len(seconds) > 1 else math.nan
         return TrainResult(step, finished, *validation, speed, state)
+
+    def _write(self, step: int, split: str, scalars: dict[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.write(step, split, scalars)
 
     def _save(self, step: int, state: TrainState, validation_loss: float | None, recorded: bool) -> None:
         self.checkpoints.save(

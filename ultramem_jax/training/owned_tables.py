@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from ultramem_jax.ops.chunks import chunk_tokens
 from ultramem_jax.ops.lookup import RowGradients, RowsRead, read_gradients, rows_read
 from ultramem_jax.ops.on_mesh import MeshAxes, island
-from ultramem_jax.ops.sharded_lookup import block_dtype, first_slot, own_cores
+from ultramem_jax.ops.sharded_lookup import first_slot, narrow_blocks, own_cores
 from ultramem_jax.parallel.rules import table_specs
 from ultramem_jax.training.row_sparse import ROW_ARRAYS, RowMoments, RowSparseTransformation, TablePart
 from ultramem_jax.training.slot_usage import SlotUsage, record_reads
@@ -210,5 +210,5 @@ class OwnedTable:
 
 def _narrow(reads: dict[str, jax.Array], expansion: int) -> dict[str, jax.Array]:
     """What was read, blocks as small as they can travel: not at all if there is one."""
-    blocks = {"blocks": reads["blocks"].astype(block_dtype(expansion))} if expansion > 1 else {}
+    blocks = {"blocks": narrow_blocks(reads["blocks"], expansion)} if expansion > 1 else {}
     return {name: x for name, x in reads.items() if name != "blocks"} | blocks

@@ -172,13 +172,17 @@ class UndoRows:
             return [(log[f"{step}/{slots}"], log[f"{step}/{name}"]) for step in self._steps[name]]
 
 
-def put_back(piece: np.ndarray, start: int, undo: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Writes rows of `UndoRows.read` into `piece`, the rows from `start` on of the array."""
+def put_back(
+    piece: np.ndarray,
+    place: tuple[slice, ...],
+    shape: tuple[int, ...],
+    undo: list[tuple[np.ndarray, np.ndarray]],
+) -> None:
+    """Writes rows of `UndoRows.read` into `piece`, the part at `place` of the array of this shape."""
     for slots, rows in undo:
-        first, last = np.searchsorted(slots, [start, start + len(piece)])
-        piece[slots[first:last] - start] = (
-            rows[first:last].view(piece.dtype).reshape(last - first, *piece.shape[1:])
-        )
+        first, last = np.searchsorted(slots, [place[0].start, place[0].stop])
+        whole = rows[first:last].view(piece.dtype).reshape(last - first, *shape[1:])
+        piece[slots[first:last] - place[0].start] = whole[:, *place[1:]]
 
 
 def _by_name(tables: PyTree, moments: PyTree) -> dict[str, Any]:

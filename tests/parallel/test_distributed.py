@@ -1,0 +1,240 @@
+"""Two processes of two devices each train as one process of four, and survive what happens to processes."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig, to_dict
+from ultramem_jax.parallel.mesh import make_mesh
+from ultramem_jax.training import loop
+from ultramem_jax.training.metrics import read_metrics
+from ultramem_jax.training.restore import load_model
+
+ROOT = pathlib.Path(__file__).parents[2]
+SOON = 300
+"""Seconds that a test waits for an event which should have come long before."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    """Six steps of a model with every moving part: memory, buffers, dropout, accumulation, checkpoints."""
+    rng = np.random.default_rng(0)
+    words = ["memory", "slot", "key", "query", "\n", "token ", "value;"]
+    (folder / "text.txt").write_text(" ".join(rng.choice(words, 3000)))
+    memory = MemoryConfig.ultramem(placement="1:2", num_keys=24, top_m=4, num_heads=2, key_dim=8, value_dim=8)
+    model = ModelConfig(
+        embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, dropout=0.1, memory=memory
+    )
+    data = DataConfig("text", str(folder / "text.txt"), seq_len=16, cache_dir=str(folder / "cache"))
+    training = TrainConfig(
+        steps=6,
+        batch_size=16,
+        grad_accumulation=2,
+        learning_rate=1e-2,
+        log_every=1,
+        eval_every=3,
+        eval_batches=2,
+        checkpoint_every=1,
+        keep_last=10,
+    )
+    return RunConfig(model=model, data=data, train=training)
+
+
+@pytest.fixture(scope="module")
+def launch(config, folder):
+    """Starts `python launch.py train`."""
+    file = folder / "config.py"
+    file.write_text(
+        "from ultramem_jax.config import run_config_from_dict\n"
+        f"def get_config():\n    return run_config_from_dict({to_dict(config)!r})\n"
+    )
+
+    def launch(workdir, *flags, after=()):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        argv = [sys.executable, "launch.py", *flags, "train", f"--config={file}", f"--workdir={workdir}"]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([*argv, "--mesh=data:4", *after], cwd=ROOT, env=environment, **pipes)
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def train_alone(config):
+    """Trains in this process, on four of its devices."""
+
+    def train_alone(workdir):
+        mesh = make_mesh(config.mesh, jax.devices()[:4])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "make_mesh", lambda _: mesh)
+            return loop.train(config, workdir, progress=False)
+
+    return train_alone
+
+
+@pytest.fixture(scope="module")
+def one(train_alone, folder):
+    """The run in one process of four devices."""
+    train_alone(folder / "one")
+    return folder / "one"
+
+
+@pytest.fixture(scope="module")
+def two(launch, folder):
+    """The run in two processes of two devices, without an interruption: folder and what was said."""
+    process = launch(folder / "two", "--processes=2")
+    said = process.communicate(timeout=SOON)
+    assert process.returncode == 0, said[1]
+    return folder / "two", said
+
+
+def records(workdir):
+    """Every record, without the one metric that is a measurement of time."""
+    found = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in found]
+
+
+def variables(workdir, checkpoint="last"):
+    return load_model(workdir, checkpoint).variables
+
+
+def same(a, b, **tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+def close(ours, theirs):
+    """Sums of four are rounded in another order: losses agree to a few last bits, parameters nearly so."""
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys() and (a["step"], a["split"]) == (b["step"], b["split"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def wait_for(there, process):
+    give_up = time.monotonic() + SOON
+    while not there():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+def children(process):
+    """Ids of the processes that the supervisor started, in their order."""
+    listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return sorted(map(int, listed))
+
+
+def alive(pid):
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def test_two_processes_train_as_one(one, two):
+    workdir, (out, err) = two
+    close(records(workdir), records(one))
+    same(variables(workdir), variables(one), rtol=1e-2, atol=1e-3)
+    # One of them speaks, and nothing of what connects them is in its results.
+    assert out.splitlines()[0].startswith("validation: ") and out.count("bits per byte") == 1
+    assert "Gloo" not in out and err.count("corpus ") == 1 and "Traceback" not in err
+    assert (workdir / "loss_curve.png").exists()
+    assert {p.name for p in (workdir / "checkpoints/6/data").glob("*.json")} == {"process_0-of-1.json"}
+
+
+def test_when_one_is_killed_all_end_and_the_same_command_ends_on_the_same_numbers(launch, two, folder):
+    workdir = folder / "killed"
+    done = workdir / "checkpoints"
+    process = launch(workdir, "--processes=2")
+    wait_for((done / "1").exists, process)
+    members = children(process)
+    assert len(members) == 2
+    os.kill(members[1], signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=SOON)
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 128 + signal.SIGKILL, err
+    line = err.splitlines()[-1]
+    assert line == "error: process 1 of 2 was ended by SIGKILL: the others cannot go on without it"
+    assert not any(map(alive, members))
+
+    # A save in flight when it died is lost, or came through.
+    last = max(int(p.name) for p in done.iterdir() if p.name.isdecimal())
+    process = launch(workdir, "--processes=2")
+    _, err = process.communicate(timeout=SOON)
+    assert process.returncode == 0, err
+    assert f"resumed from step {last}" in err
+    assert records(workdir) == records(two[0])
+    same(variables(workdir), variables(two[0]), rtol=0, atol=0)
+
+
+def test_a_signal_stops_all_at_the_same_step_and_one_process_can_go_on(launch, one, train_alone, folder):
+    workdir = folder / "stopped"
+    done, last = workdir / "checkpoints", 0
+    for receiver in ("one of them", "the supervisor"):
+        process = launch(workdir, "--processes=2")
+        wait_for((done / str(last + 1)).exists, process)
+        os.kill(children(process)[1] if receiver == "one of them" else process.pid, signal.SIGTERM)
+        out, err = process.communicate(timeout=SOON)
+        assert process.returncode == 0, err
+        assert "the same command goes on from there" in out and err.count("stopped by SIGTERM") == 1
+        assert not last or f"resumed from step {last}" in err
+        last = load_model(workdir).step
+        assert last == max(r["step"] for r in records(workdir)) < 6
+    result = train_alone(workdir)
+    assert result.finished
+    close(records(workdir), records(one))
+
+
+def test_a_table_that_is_not_finite_ends_them_all_with_one_line(launch, folder):
+    process = launch(folder / "wild", "--processes=2", after=["--config.model.memory.value_lr_multiple=1e30"])
+    _, err = process.communicate(timeout=SOON)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "step 1: memory_0/row_norm = " in err.splitlines()[-1] and err.count("error: ") == 1
+
+
+def test_ctrl_c_ends_them_all(launch, folder):
+    workdir = folder / "given up"
+    process = launch(workdir, "--processes=2")
+    wait_for((workdir / "metrics.jsonl").exists, process)
+    members = children(process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=SOON)
+    assert process.returncode == 130
+    assert not any(map(alive, members))
+
+
+def test_none_outlives_the_supervisor(launch, folder):
+    process = launch(folder / "orphans", "--processes=2")
+    wait_for(lambda: len(children(process)) == 2, process)
+    members = children(process)
+    process.kill()
+    process.communicate(timeout=SOON)
+    give_up = time.monotonic() + SOON
+    while any(map(alive, members)):
+        assert time.monotonic() < give_up
+        time.sleep(0.02)

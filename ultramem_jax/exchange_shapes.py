@@ -1,0 +1,33 @@
+"""Shapes of what devices exchange, as arithmetic: the layers make arrays of them, accounting counts them."""
+
+import math
+
+_LARGEST_BYTE = 256
+
+
+def block_bytes(expansion: int) -> int:
+    """Bytes of a virtual block in [0, E) on its way between devices: none if there is one block."""
+    if expansion == 1:
+        return 0
+    return 1 if expansion <= _LARGEST_BYTE else 4
+
+
+def exchange_capacity(num_assignments: int, num_owners: int) -> int:
+    """C: rows of one pair of devices in the first round of an exchange between experts.
+
+    Four standard deviations above the mean load of a uniform router: a group has P² pairs, and one that
+    exceeds C costs all of them a further round. More would be sent empty in every step (at a mean of 1024,
+    four are 12 %), and would not do for a router that prefers some experts: against that, further rounds are
+    small.
+
+    Args:
+        num_assignments: T·k of a device's own tokens.
+        num_owners: P, devices that experts are split over.
+    """
+    mean = num_assignments / num_owners
+    return min(math.ceil((mean + 4 * math.sqrt(mean)) / 4) * 4, num_assignments)
+
+
+def overflow_capacity(capacity: int) -> int:
+    """C': rows of one pair in a further round; a quarter, as an excess is mostly a small part of the load."""
+    return -(-capacity // 4)
