@@ -1,17 +1,30 @@
-"""Two processes of two devices each train as one process of four, and survive what happens to processes."""
+"""Two processes of two devices each train as one process of four, and survive what happens to processes.
+
+Tables are split over the two processes, by slots. A run that eight devices began goes on anywhere.
+"""
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig, to_dict
+from ultramem_jax.config import (
+    DataConfig,
+    MemoryConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    to_dict,
+)
 from ultramem_jax.parallel.mesh import make_mesh
 from ultramem_jax.training import loop
 from ultramem_jax.training.metrics import read_metrics
@@ -55,7 +68,7 @@ def config(folder):
         checkpoint_every=1,
         keep_last=10,
     )
-    return RunConfig(model=model, data=data, train=training)
+    return RunConfig(model=model, data=data, train=training, mesh=MeshConfig(memory=2))
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +89,17 @@ def launch(config, folder):
         }
         argv = [sys.executable, "launch.py", *flags, "train", f"--config={file}", f"--workdir={workdir}"]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen([*argv, "--mesh=data:4", *after], cwd=ROOT, env=environment, **pipes)
+        return subprocess.Popen([*argv, "--mesh=data:2,memory:2", *after], cwd=ROOT, env=environment, **pipes)
 
     return launch
 
 
 @pytest.fixture(scope="module")
 def train_alone(config):
-    """Trains in this process, on four of its devices."""
+    """Trains in this process, on some of its devices."""
 
-    def train_alone(workdir):
-        mesh = make_mesh(config.mesh, jax.devices()[:4])
+    def train_alone(workdir, config=config, devices=4):
+        mesh = make_mesh(config.mesh, jax.devices()[:devices])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "make_mesh", lambda _: mesh)
             return loop.train(config, workdir, progress=False)
@@ -238,3 +251,35 @@ def test_none_outlives_the_supervisor(launch, folder):
     while any(map(alive, members)):
         assert time.monotonic() < give_up
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def eight(config, train_alone, folder):
+    """The run on eight devices, tables by slots over four of them; its config and folder."""
+    config = replace(config, mesh=MeshConfig(data=2, memory=4))
+    train_alone(folder / "eight", config, 8)
+    return config, folder / "eight"
+
+
+@pytest.mark.parametrize("where", ["one device", "four devices, by width", "two processes"])
+def test_a_run_of_eight_devices_goes_on_elsewhere(eight, where, train_alone, launch, folder):
+    config, begun = eight
+    workdir = folder / where
+    shutil.copytree(begun, workdir)
+    for step in (4, 5, 6):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    if where == "one device":
+        result = train_alone(workdir, replace(config, mesh=MeshConfig()), 1)
+        assert result.finished and {len(a.devices()) for a in jax.tree.leaves(result.state)} == {1}
+    elif where == "two processes":
+        process = launch(workdir, "--processes=2")
+        _, err = process.communicate(timeout=SOON)
+        assert process.returncode == 0 and "resumed from step 3" in err, err
+    else:
+        memory = replace(config.model.memory, partition="width")
+        model = replace(config.model, memory=memory)
+        result = train_alone(workdir, replace(config, model=model, mesh=MeshConfig(memory=4)), 4)
+        table = result.state.tables["memory_0"]["values"]
+        assert result.finished and {s.data.shape for s in table.addressable_shards} == {(24 * 24, 2)}
+    close(records(workdir), records(begun))
+    same(variables(workdir), variables(begun), rtol=1e-2, atol=1e-3)
