@@ -94,3 +94,15 @@ def test_ctrl_c_ends_even_those_that_do_not_listen():
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
+
+
+def test_none_outlives_the_supervisor():
+    process = start("say(os.getpid())\ntime.sleep(600)")
+    member = pathlib.Path(f"/proc/{process.stdout.readline().strip()}/stat")
+    assert member.exists()
+    process.kill()
+    process.communicate(timeout=60)
+    give_up = time.monotonic() + 60
+    while member.exists() and member.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
