@@ -168,10 +168,10 @@ def test_equals_optax_where_every_row_is_read():
 def test_usage_counts_rows_once_and_entropy_is_that_of_the_reads():
     usage = init_usage(10)
     # Slot 3 four times, slots 5 and 9 twice each: entropy of (1/2, 1/4, 1/4) is 1.5 bits.
-    usage, metrics = record_reads(usage, rows_read(jnp.array([3, 5, 3, 9, 3, 9, 5, 3]), 10))
+    usage, metrics = record_reads(usage, rows_read(jnp.array([3, 5, 3, 9, 3, 9, 5, 3]), 10), 8)
     assert metrics["slots_read_share"] == pytest.approx(0.3)
     assert metrics["read_entropy"] == pytest.approx(1.5 * np.log(2), rel=1e-6)
-    usage, metrics = record_reads(usage, rows_read(jnp.array([3, 0]), 10))
+    usage, metrics = record_reads(usage, rows_read(jnp.array([3, 0]), 10), 2)
     assert metrics["slots_read_share"] == pytest.approx(0.4)
     assert metrics["read_entropy"] == pytest.approx(np.log(2), rel=1e-6)
     np.testing.assert_array_equal(np.flatnonzero(usage.seen), [0, 3, 5, 9])

@@ -16,6 +16,7 @@ import pytest
 
 from ultramem_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.parallel.mesh import make_mesh
+from ultramem_jax.parallel.mesh import one_device as alone
 from ultramem_jax.training import checkpoint_reading, large_arrays, loop, undo_log
 from ultramem_jax.training import checkpoints as module
 from ultramem_jax.training.checkpoints import Checkpoints
@@ -134,7 +135,7 @@ def test_steps_during_a_save_leave_no_trace_in_it(config, optimizers, held, tmp_
         monkeypatch.setattr(large_arrays, "_PIECE_BYTES", 3 * 8 * 4)
     state = start(config, optimizers)
     with Checkpoints(tmp_path) as checkpoints:
-        step = loop._StepFunction(config, optimizers, state, checkpoints)
+        step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
         for tokens in batches(3):
             state, _ = step(state, tokens)
         expected, places = bits(state), pointers(state)
@@ -194,7 +195,7 @@ def test_a_long_log_waits_for_the_writer(config, optimizers, held, tmp_path, mon
     monkeypatch.setattr(undo_log, "_LOG_SHARE", 0.0)
     state = start(config, optimizers)
     with Checkpoints(tmp_path) as checkpoints:
-        step = loop._StepFunction(config, optimizers, state, checkpoints)
+        step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
         expected = bits(state)
         save(checkpoints, 1, state)
         state, _ = step(state, batches(1)[0])
@@ -224,7 +225,7 @@ def test_an_interrupt_comes_after_the_record(config, optimizers, held, tmp_path,
 
     monkeypatch.setattr(UndoLog, "record", interrupted)
     with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path) as checkpoints:
-        step = loop._StepFunction(config, optimizers, state, checkpoints)
+        step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
         save(checkpoints, 1, state)
         state, _ = step(state, batches(1)[0])
     assert signal.signal(signal.SIGINT, previous) is signal.default_int_handler
@@ -240,7 +241,7 @@ def test_a_step_that_fails_costs_the_save_alone(config, optimizers, held, tmp_pa
         raise MemoryError("no room for the record")
 
     with pytest.raises(MemoryError, match="no room"), Checkpoints(tmp_path) as checkpoints:
-        step = loop._StepFunction(config, optimizers, state, checkpoints)
+        step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
         save(checkpoints, 1, state)
         checkpoints.wait()
         save(checkpoints, 2, state)
@@ -265,7 +266,7 @@ def test_what_cannot_be_written_costs_the_save_alone(config, optimizers, held, t
 
     monkeypatch.setattr(module, "_ABANDONED", [])
     with Checkpoints(tmp_path) as checkpoints:
-        step = loop._StepFunction(config, optimizers, state, checkpoints)
+        step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
         save(checkpoints, 1, state)
         checkpoints.wait()
         if what == "a table":
@@ -286,7 +287,7 @@ def test_tables_that_move_are_an_error(config, optimizers, held, tmp_path):
     state = start(config, optimizers)
     with pytest.raises(RuntimeError, match=r"not updated in place .*: tables\.memory_0\.values$"):  # noqa: SIM117
         with Checkpoints(tmp_path) as checkpoints:
-            step = loop._StepFunction(config, optimizers, state, checkpoints)
+            step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
             save(checkpoints, 1, state)
             reader = np.asarray(state.tables["memory_0"]["values"])  # which XLA knows of
             step(state, batches(1)[0])
@@ -298,7 +299,7 @@ def test_tables_that_move_are_an_error(config, optimizers, held, tmp_path):
 def test_damage_to_the_log_is_found(config, optimizers, held, tmp_path):
     state = start(config, optimizers)
     with Checkpoints(tmp_path) as checkpoints:
-        step = loop._StepFunction(config, optimizers, state, checkpoints)
+        step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
         save(checkpoints, 1, state)
         step(state, batches(1)[0])
     (tmp_path / "1" / "undo.npz").unlink()
@@ -370,6 +371,7 @@ MEASURED = """
     from ultramem_jax.training.checkpoints import Checkpoints
     from ultramem_jax.training.loop import _StepFunction
     from ultramem_jax.training.optimizer import make_optimizers
+    from ultramem_jax.parallel.mesh import one_device
     from ultramem_jax.training.state import init_state
 
     undo_log.LIVE_BYTES = 0
@@ -394,7 +396,7 @@ MEASURED = """
     tables = sum(a.nbytes for a in jax.tree.leaves((state.tables, state.table_state))) / 2**20
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
     with Checkpoints(sys.argv[1]) as checkpoints:
-        step = _StepFunction(config, optimizers, state, checkpoints)
+        step = _StepFunction(config, optimizers, one_device(), state, checkpoints)
         state, _ = step(state, tokens)
         checkpoints.save(1, state, None, {}, {}, recorded=True)
         if checkpoints._log is not None:
