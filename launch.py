@@ -12,19 +12,17 @@ from experiments import EXPERIMENTS, IN_SEVERAL_PROCESSES
 
 def main(argv: list[str]) -> int:
     """Runs the experiment that `argv[1]` names and returns its exit status."""
-    if len(argv) < 2 or argv[1] in ("-h", "--help"):
-        print(
-            "usage: python launch.py <experiment> [flags]     (--help after an experiment lists its flags)\n"
-        )
-        for name, summary in EXPERIMENTS.items():
-            print(f"  {name:10} {summary}")
-        return 0
-    from experiments import cli, local_processes
+    from experiments import local_processes
     from ultramem_jax.errors import UserError, require, unknown
 
     try:
         processes, argv = local_processes.take_processes(argv)
-        name = argv[1] if len(argv) > 1 else ""
+        if len(argv) < 2 or argv[1] in ("-h", "--help"):
+            print(_overview())
+            return 0
+        from experiments import cli
+
+        name = argv[1]
         if name not in EXPERIMENTS:
             raise unknown("experiment", name, EXPERIMENTS)
         together = name in IN_SEVERAL_PROCESSES
@@ -38,6 +36,15 @@ def main(argv: list[str]) -> int:
     module = importlib.import_module(f"experiments.{name}")
     base = getattr(module, "BASE_CONFIG", None)
     return cli.run(module.main, [f"launch.py {name}", *argv[2:]], module.__doc__ or "", base, together)
+
+
+def _overview() -> str:
+    lines = [
+        "usage: python launch.py <experiment> [flags]     (--help after an experiment lists its flags)",
+        f"       --processes=N runs {', '.join(IN_SEVERAL_PROCESSES)} in N processes of this machine",
+        "",
+    ]
+    return "\n".join([*lines, *(f"  {name:12} {summary}" for name, summary in EXPERIMENTS.items())])
 
 
 def use_huge_pages() -> None:

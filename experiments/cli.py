@@ -42,7 +42,8 @@ _MESH_HELP = (
     f"{', '.join(AXES)}; 1 along one that is not named, and data:0 is what the others leave"
 )
 _PROCESSES_HELP = (
-    "--processes=N: in N processes of this machine, each with devices of its own",
+    "--processes=N: in N processes of this machine; on CPUs each has devices of its own, GPUs are yours to "
+    "share out (CUDA_VISIBLE_DEVICES)",
     "--coordinator_address=HOST:PORT --num_processes=N --process_id=I: as one of N processes on several "
     "machines, which all run this command; the address is one of process 0's",
     "--coordinator_address=auto: the same, as the cluster's environment has it (SLURM, Open MPI, TPU pod)",

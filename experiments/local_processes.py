@@ -47,12 +47,13 @@ def take_processes(argv: list[str]) -> tuple[int, list[str]]:
 
 
 def as_given(flags: list[str]) -> list[str]:
-    """The flags of one of such processes as they were given to the command that started them all."""
+    """The flags of one of several processes as a command for all of them, which names no machine."""
     address, rest = take(flags, "coordinator_address")
-    if address is None or not address.startswith(f"{_HERE}:"):
+    if address is None:
         return flags
     processes, rest = take(rest, "num_processes")
-    return [f"--processes={processes}", *take(rest, "process_id")[1]]
+    rest = take(rest, "process_id")[1]
+    return rest if processes is None else [f"--processes={processes}", *rest]
 
 
 def run(command: list[str], processes: int) -> int:

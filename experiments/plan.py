@@ -1,9 +1,10 @@
 """Plans a training run on a mesh that is not there: bytes, collectives and time of a step, per device.
 
 The step is compiled ahead of time for simulated devices, with abstract arrays: it takes no memory to speak of
-and needs no accelerator. The mesh is that of the run, --mesh=data:16,memory:64. What comes out: what a device
-holds and whether it fits, what devices send each other and what for, beside the formulas for it, an estimate
-of the time of a step from published rates, and which way of splitting tables sends least.
+and needs no accelerator. The mesh is that of the run, --mesh=data:16,memory:64; along `data` there is one
+device if it is not named or 0. What comes out: what a device holds and whether it fits, what devices send
+each other and what for, beside the formulas for it, an estimate of the time of a step from published rates,
+and which way of splitting tables sends least.
 
     python launch.py plan --preset=ultramem-151m-x12 --mesh=data:4,memory:16 --config.train.batch_size=256
 """
@@ -17,7 +18,7 @@ from experiments.plan_compile import resolved
 from experiments.plan_hardware import HARDWARE, load_hardware
 from experiments.plan_rival import RIVALS
 from experiments.plan_runs import lookups, make_plan, planned_runs
-from experiments.plan_tables import numbers_of, render, write
+from experiments.plan_tables import make_folder, numbers_of, render, write
 from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import require
 
@@ -41,6 +42,8 @@ def main() -> None:
     hardware = load_hardware(HARDWARE_NAME.value)
     out = OUT.value and pathlib.Path(OUT.value)
     require(not out or out.suffix == ".md", "--out", OUT.value, "must be the name of a .md file")
+    if out:
+        make_folder(out.parent)
     runs = planned_runs(resolved(cli.run_config()), PARTITION.value, RIVAL.value)
     plans = [make_plan(name, config, note, hardware) for name, (config, note) in runs.items()]
     partitions = lookups(plans[0].step.config, hardware)

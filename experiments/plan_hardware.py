@@ -66,7 +66,7 @@ HARDWARE = {
         memory_bytes=95e9,
         memory_bytes_per_second=2.765e12,
         access_bytes=512,
-        node_link_bytes=600e9,
+        node_link_bytes=200e9,
         outer_link_bytes=6.25e9,
         devices_per_node=8960,
         notes=(
@@ -75,7 +75,7 @@ HARDWARE = {
             "Smallest access: not published. Assumed are 512 bytes, a row of 128 lanes of 32 bits. XLA "
             "pads narrower arrays to that, which is in no count of bytes held here.",
             "ICI: 1,200 GB/s are both directions of all six links, 600 GB/s each (4,800 Gb/s in older "
-            "versions of the page). A group along one axis of the torus has two of the six, a third of that.",
+            "versions of the page). A group along one axis of the torus has two of the six links: 200.",
             "Beyond a pod: the network of the data centre, 50 Gb/s or 6.25 GB/s per chip (the same page). "
             "The pod counts as the node.",
         ),

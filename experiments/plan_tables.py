@@ -15,6 +15,7 @@ from experiments.plan_runs import Plan
 from experiments.plan_time import TimePart
 from experiments.plan_traffic import Traffic
 from ultramem_jax.config import to_dict
+from ultramem_jax.errors import UserError
 from ultramem_jax.parallel.mesh import in_words
 
 _GIGA, _TERA, _MILLI = 1e9, 1e12, 1e-3
@@ -206,9 +207,20 @@ def partition_words(costs: Costs) -> str:
     return " ".join(words)
 
 
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes the folder of the results, before anything is compiled for them.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {str(folder)!r} cannot be made a folder: {error.strerror}") from None
+
+
 def write(path: pathlib.Path, text: str, numbers: Mapping[str, Any]) -> None:
-    """Writes the document, and beside it its numbers as `.json`; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes the document, and beside it its numbers as `.json`."""
     path.write_text(text, encoding="utf-8")
     path.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 

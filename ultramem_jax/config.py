@@ -327,6 +327,15 @@ class RunConfig:
                     f"must divide model.memory.num_cores = {cores} or be a multiple of it: each core weighs "
                     "its own slice of a value",
                 )
+            reads = self.train.batch_size * self.data.seq_len * memory.num_heads * memory.top_m
+            reads *= len(model.spans) // max(layout.num_tables, 1)
+            require(
+                layout.num_slots + reads < 2**31,
+                "train.batch_size",
+                self.train.batch_size,
+                f"makes {reads:,} reads of a table in a step; with its {layout.num_slots:,} slots they must "
+                "be fewer than 2**31: int32",
+            )
         for axis, name, size in divisible:
             require(
                 size % getattr(mesh, axis) == 0,

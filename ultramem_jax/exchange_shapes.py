@@ -1,6 +1,9 @@
-"""Shapes of what devices exchange, as arithmetic: the layers make arrays of them, accounting counts them."""
+"""Who exchanges what in which sizes, as arithmetic: the layers make arrays of it, accounting counts them."""
 
 import math
+from collections.abc import Mapping
+
+from ultramem_jax.config import RunConfig
 
 _LARGEST_BYTE = 256
 
@@ -31,3 +34,24 @@ def exchange_capacity(num_assignments: int, num_owners: int) -> int:
 def overflow_capacity(capacity: int) -> int:
     """C': rows of one pair in a further round; a quarter, as an excess is mostly a small part of the load."""
     return -(-capacity // 4)
+
+
+def axis_roles(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """The axes of a mesh that split `tokens`, `slots` and `width` of tables, and `experts`; major to minor.
+
+    Args:
+        config: of the run.
+        sizes: devices along each axis; those with one are left out, and axes not named have one.
+    """
+
+    def larger(*names: str) -> tuple[str, ...]:
+        return tuple(name for name in names if sizes.get(name, 1) > 1)
+
+    memory = config.model.memory
+    partition = "none" if memory is None else memory.partition
+    return {
+        "tokens": larger("data", "fsdp", *(("memory", "width") if config.mesh.batch_over_memory else ())),
+        "slots": larger("memory") if partition in ("slots", "both") else (),
+        "width": larger("memory") if partition == "width" else larger("width"),
+        "experts": larger("memory") if config.model.moe is not None else (),
+    }

@@ -124,7 +124,7 @@ class MemoryConfig:
     partition: str = "slots"
     """How tables are split over the devices of a mesh (`MeshConfig`): `slots`, rows over its axis `memory`;
     `width`, columns over `memory`; `both`, rows over `memory` and columns over `width`. The numbers are the
-    same."""
+    same, up to the rounding of sums, which travel in the model's dtype."""
     init: str = "paper"
     """Change 9. `paper`: output variance starts at 1/(2L) (without softmax, whose weights are smaller).
     `reference`: as in the authors' code of UltraMem. `pkm`: as in Product-Key Memory. `v2`: UltraMemV2."""

@@ -114,15 +114,6 @@ def one(train_alone, folder):
     return folder / "one"
 
 
-@pytest.fixture(scope="module")
-def two(launch, folder):
-    """The run in two processes of two devices, without an interruption: folder and what was said."""
-    process = launch(folder / "two", "--processes=2")
-    said = process.communicate(timeout=SOON)
-    assert process.returncode == 0, said[1]
-    return folder / "two", said
-
-
 def records(workdir):
     """Every record, without the one metric that is a measurement of time."""
     found = read_metrics(workdir / "metrics.jsonl")
@@ -160,18 +151,9 @@ def children(process):
     return sorted(map(int, listed))
 
 
-def test_two_processes_train_as_one(one, two):
-    workdir, (out, err) = two
-    close(records(workdir), records(one))
-    same(variables(workdir), variables(one), rtol=1e-2, atol=1e-3)
-    # One of them speaks, and nothing of what connects them is in its results.
-    assert out.splitlines()[0].startswith("validation: ") and out.count("bits per byte") == 1
-    assert "Gloo" not in out and err.count("corpus ") == 1 and "Traceback" not in err
-    assert (workdir / "loss_curve.png").exists()
-    assert {p.name for p in (workdir / "checkpoints/6/data").glob("*.json")} == {"process_0-of-1.json"}
-
-
-def test_when_one_is_killed_all_end_and_the_same_command_ends_on_the_same_numbers(launch, two, folder):
+def test_killed_in_the_middle_two_processes_end_and_the_same_command_ends_as_one_process_does(
+    launch, one, folder
+):
     workdir = folder / "killed"
     done = workdir / "checkpoints"
     process = launch(workdir, "--processes=2")
@@ -187,28 +169,16 @@ def test_when_one_is_killed_all_end_and_the_same_command_ends_on_the_same_number
     # A save in flight when it died is lost, or came through.
     last = max(int(p.name) for p in done.iterdir() if p.name.isdecimal())
     process = launch(workdir, "--processes=2")
-    _, err = process.communicate(timeout=SOON)
-    assert process.returncode == 0, err
-    assert f"resumed from step {last}" in err
-    assert records(workdir) == records(two[0])
-    same(variables(workdir), variables(two[0]), rtol=0, atol=0)
-
-
-def test_a_signal_to_one_stops_all_at_the_same_step_and_one_process_can_go_on(
-    launch, one, train_alone, folder
-):
-    workdir = folder / "stopped"
-    process = launch(workdir, "--processes=2")
-    wait_for((workdir / "checkpoints" / "1").exists, process)
-    os.kill(children(process)[1], signal.SIGTERM)
     out, err = process.communicate(timeout=SOON)
     assert process.returncode == 0, err
-    assert "the same command goes on from there" in out and err.count("stopped by SIGTERM") == 1
-    last = load_model(workdir).step
-    assert last == max(r["step"] for r in records(workdir)) < 6
-    result = train_alone(workdir)
-    assert result.finished
+    assert f"resumed from step {last}" in err
     close(records(workdir), records(one))
+    same(variables(workdir), variables(one), rtol=1e-2, atol=1e-3)
+    # One of them speaks, and nothing of what connects them is in its results.
+    assert out.splitlines()[0].startswith("validation: ") and out.count("bits per byte") == 1
+    assert "Gloo" not in out and err.count("corpus ") == 1 and "Traceback" not in err
+    assert (workdir / "loss_curve.png").exists()
+    assert {p.name for p in (workdir / "checkpoints/6/data").glob("*.json")} == {"process_0-of-1.json"}
 
 
 def test_bad_input_ends_them_all_with_one_line(launch, folder):
@@ -227,25 +197,48 @@ def eight(config, train_alone, folder):
     return config, folder / "eight"
 
 
-@pytest.mark.parametrize("where", ["one device", "four devices, by width", "two processes"])
-def test_a_run_of_eight_devices_goes_on_elsewhere(eight, where, train_alone, launch, folder):
-    config, begun = eight
-    workdir = folder / where
-    shutil.copytree(begun, workdir)
-    for step in (4, 5, 6):
+@pytest.fixture
+def begun(eight, folder, request):
+    """A copy of that run, as it was after a step."""
+    workdir = folder / request.node.name
+    shutil.copytree(eight[1], workdir)
+    for step in range(2, 7):
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    if where == "one device":
-        result = train_alone(workdir, replace(config, mesh=MeshConfig()), 1)
-        assert result.finished and {len(a.devices()) for a in jax.tree.leaves(result.state)} == {1}
-    elif where == "two processes":
-        process = launch(workdir, "--processes=2")
-        _, err = process.communicate(timeout=SOON)
-        assert process.returncode == 0 and "resumed from step 3" in err, err
-    else:
-        memory = replace(config.model.memory, partition="width")
-        model = replace(config.model, memory=memory)
-        result = train_alone(workdir, replace(config, model=model, mesh=MeshConfig(memory=4)), 4)
-        table = result.state.tables["memory_0"]["values"]
-        assert result.finished and {s.data.shape for s in table.addressable_shards} == {(24 * 24, 2)}
-    close(records(workdir), records(begun))
-    same(variables(workdir), variables(begun), rtol=1e-2, atol=1e-3)
+    return workdir
+
+
+def assert_ends_as(workdir, whole):
+    close(records(workdir), records(whole))
+    same(variables(workdir), variables(whole), rtol=1e-2, atol=1e-3)
+
+
+def test_a_run_of_eight_devices_goes_on_on_one(eight, begun, train_alone):
+    config, whole = eight
+    result = train_alone(begun, replace(config, mesh=MeshConfig()), 1)
+    assert result.finished and {len(a.devices()) for a in jax.tree.leaves(result.state)} == {1}
+    assert_ends_as(begun, whole)
+
+
+def test_a_run_by_slots_goes_on_by_width(eight, begun, train_alone):
+    config, whole = eight
+    model = replace(config.model, memory=replace(config.model.memory, partition="width"))
+    result = train_alone(begun, replace(config, model=model, mesh=MeshConfig(memory=4)), 4)
+    table = result.state.tables["memory_0"]["values"]
+    assert result.finished and {s.data.shape for s in table.addressable_shards} == {(24 * 24, 2)}
+    assert_ends_as(begun, whole)
+
+
+def test_it_goes_on_in_two_processes_a_signal_to_one_stops_both_and_one_process_ends_it(
+    eight, begun, launch, train_alone
+):
+    process = launch(begun, "--processes=2")
+    wait_for((begun / "checkpoints" / "2").exists, process)
+    os.kill(children(process)[1], signal.SIGTERM)
+    out, err = process.communicate(timeout=SOON)
+    assert process.returncode == 0, err
+    assert "resumed from step 1" in err and err.count("stopped by SIGTERM") == 1
+    assert "the same command goes on from there" in out
+    last = load_model(begun).step
+    assert last == max(r["step"] for r in records(begun)) < 6
+    assert train_alone(begun).finished
+    assert_ends_as(begun, eight[1])

@@ -24,6 +24,8 @@ SENDERS = {
     "micro-batches": MICRO_BATCHES,
     "same tokens": SAME_TOKENS,
     "fsdp": run_config(MEMORY, MeshConfig(data=2, fsdp=2, memory=2)),
+    "balance": run_config(replace(V2, num_keys=64, pre_value_dim=4), MESH),
+    "tensor": run_config(MEMORY, MeshConfig(data=2, tensor=2, memory=2)),
     "experts": replace(
         SLOTS,
         model=replace(SLOTS.model, memory=None, moe=MoEConfig(num_experts=8, expert_dim=8)),
@@ -60,6 +62,16 @@ def test_collectives_of_a_step_are_those_foretold(name):
             {key: moved for key, moved in of.items() if key[0] != "all-reduce"} for of in (found, foretold)
         )
         assert tables == expected and len(tables) == (3 if name == "slots" else 4)
+
+
+def test_means_over_columns_are_sent_for_every_place_of_the_chunks_of_reads():
+    config = replace(WIDTH, train=replace(WIDTH.train, row_second_moment="row"))
+    step, _, axes = compiled(config)
+    means = [c for c in collectives_of(step.as_text(), axes.mesh) if not c.trips_known]
+    # The reads of this batch, 8 sequences of 16 tokens with 16 reads, are one chunk.
+    foretold = {t.name: t.moved_bytes for t in step_transfers(config, axes.mesh.shape)}
+    assert [c.moved_bytes for c in means] == [foretold["means over the columns of rows"]]
+    assert means[0].operand_bytes == 4 * 8 * 16 * 16
 
 
 @pytest.mark.parametrize("config", [SLOTS, WIDTH], ids=["slots", "width"])

@@ -7,17 +7,17 @@ not depend on the number of slots; only the gradient of the keys grows with it, 
 
 The letters are those of the axis legend in `ultramem_jax`. Besides: G, the devices of a group that has each
 table once and tokens of its own; P_s and P_w, the parts that rows and columns are cut into; T_g, the tokens
-of a group in one micro-batch; b, the bytes of a value of `ModelConfig.dtype`. Scalars are left out, and so is
-what the axis `tensor` adds, where the compiler chooses.
+of a group in one micro-batch; b, the bytes of a value of `ModelConfig.dtype`. Left out are scalars, and what
+it takes to split the vocabulary over `tensor`, where that divides.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, count_parameters
+from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, MLP_MATRICES, count_parameters
 from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig
-from ultramem_jax.exchange_shapes import block_bytes, exchange_capacity
+from ultramem_jax.exchange_shapes import axis_roles, block_bytes, exchange_capacity
 
 _INT32_BYTES = 4
 
@@ -46,19 +46,7 @@ class _Groups:
 
     @classmethod
     def of(cls, config: RunConfig, sizes: Mapping[str, int]) -> "_Groups":
-        def larger(*names: str) -> tuple[str, ...]:
-            return tuple(name for name in names if sizes.get(name, 1) > 1)
-
-        memory = config.model.memory
-        of_memory = ("memory", "width") if config.mesh.batch_over_memory else ()
-        partition = memory.partition if memory is not None else "none"
-        return cls(
-            sizes,
-            tokens=larger("data", "fsdp", *of_memory),
-            slots=larger("memory") if partition in ("slots", "both") else (),
-            width=larger("memory") if partition == "width" else larger("width"),
-            experts=larger("memory") if config.model.moe is not None else (),
-        )
+        return cls(sizes, **axis_roles(config, sizes))
 
     def size(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.sizes[name] for name in axes)
@@ -143,9 +131,11 @@ def step_transfers(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Transfe
     With `batch_over_memory` off, tokens are on all devices of a group: nothing is gathered within it, and
     sums are all-reduces. One second moment per row, with columns split, adds an all-reduce of 4 bytes a row.
 
-    Dense parameters: an all-reduce of 4 bytes each (8 for a tied embedding), once per micro-batch, over all
-    axes that split tokens; with `fsdp` an all-gather before that. Experts:
-    `ultramem_jax.layers.expert_parallel`.
+    Dense parameters: an all-reduce of 4 bytes each (8 for a tied embedding, and for keys with a balance
+    loss), once per micro-batch, over all axes that split tokens; with `fsdp` an all-gather before that.
+    (Compilers for accelerators can make a reduce-scatter of that all-reduce, which sends less.) Experts:
+    `ultramem_jax.layers.expert_parallel`. With `tensor`, sums of T·D·b over it, T a device's tokens: two per
+    layer forward, three and one for each map into the MLP backward.
 
     Args:
         config: of the run.
@@ -159,6 +149,7 @@ def step_transfers(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Transfe
         for _ in config.model.spans:
             _lookup(transfers, config.model, tokens // groups.size(groups.replicas))
         _parameters(transfers, groups, config.model)
+        _tensor(transfers, groups, config.model, tokens // groups.size(groups.tokens))
         _experts(transfers, groups, config.model, tokens // groups.size(groups.tokens))
     for _ in config.model.spans:
         _row_updates(transfers, groups, config, tokens * micro_batches)
@@ -229,8 +220,8 @@ def _lookup(transfers: _Transfers, model: ModelConfig, tokens: int) -> None:
 def _row_updates(transfers: _Transfers, groups: _Groups, config: RunConfig, tokens: int) -> None:
     """What one memory's table needs of the tokens of other groups, in a step."""
     model = config.model
-    memory, size, layout = model.memory, DTYPE_BYTES[model.dtype], model.layout
-    assert memory is not None and layout is not None
+    memory, size = model.memory, DTYPE_BYTES[model.dtype]
+    assert memory is not None
     if config.train.table_gradient != "row_sparse":
         _dense_table(transfers, groups, config)
         return
@@ -242,19 +233,20 @@ def _row_updates(transfers: _Transfers, groups: _Groups, config: RunConfig, toke
         gathered += tokens * memory.pre_value_dim // parts * size + reads * size
     transfers.add("reads and cotangents to replicas", "all-gather", groups.replicas, gathered)
     if config.train.row_second_moment == "row":
-        # As many rows as there are reads at the most; each has a mean for values and one for pre-values.
-        rows = min(reads / groups.size(groups.slots), layout.num_slots / groups.size(groups.slots))
-        means = rows * FLOAT32_BYTES * (2 if memory.pre_value_dim else 1)
+        # For every place in the chunks of reads that owners work on, of values and of pre-values.
+        means = reads / groups.size(groups.slots) * FLOAT32_BYTES * (2 if memory.pre_value_dim else 1)
         transfers.add("means over the columns of rows", "all-reduce", groups.width, means)
 
 
 def _dense_table(transfers: _Transfers, groups: _Groups, config: RunConfig) -> None:
-    """The dense way: the gradient of a table's part, for the replicas of it."""
+    """The dense way: from each memory the gradient of its table's part, for the replicas of that."""
     memory, layout = config.model.memory, config.model.layout
     assert memory is not None and layout is not None
-    share = layout.num_tables / len(config.model.spans) / groups.size(groups.owners)
-    table = layout.num_slots * memory.row_dim * FLOAT32_BYTES * share
-    transfers.add("gradients of tables", "all-reduce", groups.replicas, table)
+    table = layout.num_slots * memory.row_dim * FLOAT32_BYTES / groups.size(groups.owners)
+    for _ in range(config.train.grad_accumulation):
+        transfers.add("gradients of tables", "all-reduce", groups.replicas, table)
+    reads = config.train.batch_size * config.data.seq_len * memory.num_heads * memory.top_m
+    transfers.add("reads to replicas", "all-gather", groups.replicas, reads * _INT32_BYTES)
 
 
 def _parameters(transfers: _Transfers, groups: _Groups, model: ModelConfig) -> None:
@@ -262,11 +254,32 @@ def _parameters(transfers: _Transfers, groups: _Groups, model: ModelConfig) -> N
     count = count_parameters(model)
     # Tied, the embedding has a gradient as an input and one as an output, summed over devices one by one.
     twice = count.embedding if model.tie_embeddings else 0
-    gradients = FLOAT32_BYTES * (count.dense + twice)
+    in_parts = count.attention + count.feed_forward
+    whole = count.dense + twice - in_parts
+    gradients = FLOAT32_BYTES * (whole + in_parts / groups.sizes.get("tensor", 1))
     transfers.add("gradients of parameters", "all-reduce", groups.tokens, gradients)
+    memory, layout = model.memory, model.layout
+    if memory is not None and layout is not None and memory.balance_loss_weight:
+        # Once more the keys, by way of the scores of all of them (ranks that share a query are summed
+        # before), and counts and probabilities of each key.
+        ranks_summed = memory.rank_keys == "full" and not memory.query_per_rank
+        again = count.memory_keys // (memory.num_ranks if ranks_summed else 1)
+        again += len(model.spans) * 2 * 2 * layout.num_virtual_keys
+        transfers.add("balance losses", "all-reduce", groups.tokens, FLOAT32_BYTES * again)
     split = FLOAT32_BYTES * (count.dense - count.norms - count.memory_norms - count.memory_cores)
     if groups.sizes.get("fsdp", 1) > 1:
         transfers.add("parameters for the step", "all-gather", ("fsdp",), split)
+
+
+def _tensor(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens: int) -> None:
+    """The partial sums of attention and MLPs, forward and backward, for a device's own tokens."""
+    if groups.sizes.get("tensor", 1) == 1:
+        return
+    forward, backward = 1, 3  # attention: its output; the inputs of query, key and value
+    if model.moe is None:
+        forward, backward = 2, backward + MLP_MATRICES[model.mlp] - 1
+    sums = model.num_layers * (forward + backward) * tokens * model.embed_dim * DTYPE_BYTES[model.dtype]
+    transfers.add("sums of heads and inner widths", "all-reduce", ("tensor",), sums)
 
 
 def _experts(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens: int) -> None:
@@ -274,7 +287,8 @@ def _experts(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens:
     moe, size = model.moe, DTYPE_BYTES[model.dtype]
     if moe is None:
         return
-    weights = count_parameters(model).experts * FLOAT32_BYTES / groups.size(groups.experts)
+    tensor = groups.sizes.get("tensor", 1)
+    weights = count_parameters(model).experts * FLOAT32_BYTES / groups.size(groups.experts) / tensor
     others = tuple(name for name in groups.tokens if name not in groups.experts)
     transfers.add("gradients of experts", "all-reduce", others, weights)
     if groups.sizes.get("fsdp", 1) > 1:
@@ -286,9 +300,11 @@ def _experts(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens:
         transfers.add("loads of experts", "all-to-all", groups.experts, layers * moe.num_experts * 4)
         for way in ("tokens to experts", "results to tokens"):
             transfers.add(way, "all-to-all", groups.experts, 2 * rows)  # forward and backward
-    else:
-        sums = layers * tokens * (2 * model.embed_dim * size + moe.top_k * FLOAT32_BYTES)
-        transfers.add("sums over experts", "all-reduce", groups.experts, sums)
+    partial = (() if groups.of_tokens(groups.experts) else groups.experts) + (
+        ("tensor",) if tensor > 1 else ()
+    )
+    sums = layers * tokens * (2 * model.embed_dim * size + moe.top_k * FLOAT32_BYTES)
+    transfers.add("sums over experts", "all-reduce", partial, sums)
 
 
 def _summed(found: list[Transfer]) -> tuple[Transfer, ...]:

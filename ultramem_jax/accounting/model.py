@@ -17,7 +17,7 @@ from ultramem_jax.config import MemoryConfig, ModelConfig, TrainConfig
 from ultramem_jax.errors import require
 from ultramem_jax.memory_config import TableLayout
 
-_MLP_MATRICES = {"gelu": 2, "swiglu": 3}
+MLP_MATRICES = {"gelu": 2, "swiglu": 3}
 """c: in and out; a gated MLP (arXiv 2002.05202) has a second matrix in."""
 _FLOPS_PER_WEIGHT = 2
 """One multiplication and one addition."""
@@ -236,12 +236,12 @@ def count_parameters(config: ModelConfig) -> Parameters:
     d, layers, moe = config.embed_dim, config.num_layers, config.moe
     kv_width = config.num_kv_heads * (d // config.num_heads)
     attention_gains = d + kv_width if config.attention_qk_norm else 0
-    expert = _MLP_MATRICES[moe.activation] * d * moe.expert_dim if moe else 0
+    expert = MLP_MATRICES[moe.activation] * d * moe.expert_dim if moe else 0
     return Parameters(
         embedding=config.vocab_size * d,
         output=0 if config.tie_embeddings else d * config.vocab_size,
         attention=layers * (2 * d * d + 2 * d * kv_width),
-        feed_forward=0 if moe else layers * _MLP_MATRICES[config.mlp] * d * config.mlp_dim,
+        feed_forward=0 if moe else layers * MLP_MATRICES[config.mlp] * d * config.mlp_dim,
         router=layers * d * moe.num_experts if moe else 0,
         norms=(2 * layers + 1) * d + layers * attention_gains,
         experts=layers * moe.num_experts * expert if moe else 0,

@@ -2,8 +2,9 @@
 
 Of T·R reads a device with N/P rows owns T·R/P, if they are spread evenly. Those are listed first, which takes
 a few operations on integers per read; rows are then gathered and multiplied for the reads on the list, chunk
-by chunk, as many chunks as there turn out to be. So what a device does with rows falls with P, whatever the
-reads are; nothing is dropped if all of them fall to one device, which then takes longer.
+by chunk, as many chunks as there turn out to be. So what a device does with rows falls with P; what does not
+is the list, and the array of sums, which has room for every token of the group. Nothing is dropped if all
+reads fall to one device, which then takes longer.
 """
 
 from typing import NamedTuple

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from ultramem_jax.errors import UserError, require
@@ -34,7 +35,7 @@ HEARTBEAT_TIMEOUT = 60
 """Seconds. A machine that swaps, or a network that hiccups, is not taken for dead sooner."""
 
 _WAIT_AT_THE_END_SECONDS = 24 * 3600
-"""Those that are done wait for the first one, which draws and samples alone."""
+"""Those that are done wait for the first one, which draws and samples alone; and for it to prepare data."""
 _PADDING = 1024
 """Of messages, so that a few compiled programs carry all of them."""
 
@@ -108,13 +109,18 @@ def join(member: Membership) -> None:
         _wait_for_coordinator(member)
     else:
         log.info("waiting for %d processes at %s", member.num_processes, member.coordinator_address)
-    jax.distributed.initialize(
-        member.coordinator_address,
-        member.num_processes,
-        member.process_id,
-        cluster_detection_method="deactivate",
-        **how,
-    )
+    try:
+        jax.distributed.initialize(
+            member.coordinator_address,
+            member.num_processes,
+            member.process_id,
+            cluster_detection_method="deactivate",
+            **how,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"--coordinator_address = {member.coordinator_address!r}: cannot be used: {error}"
+        ) from error
 
 
 def _wait_for_coordinator(member: Membership) -> None:
@@ -176,11 +182,31 @@ def from_first(value: Any) -> Any:
     return gather(value if is_first() else None)[0]
 
 
+def require_same(what: dict[str, Any]) -> None:
+    """Refuses processes that differ in what they are about to do. All call it.
+
+    Args:
+        what: by name, something that JSON knows.
+
+    Raises:
+        UserError: names the first thing that differs, and from which process on.
+    """
+    of_all = gather(what)
+    for index, other in enumerate(of_all):
+        for name, value in of_all[0].items():
+            require(other[name] == value, name, value, f"is another one in process {index}")
+
+
 @contextlib.contextmanager
 def first_before_others() -> Iterator[None]:
     """Lets the first process do what is within, then the others. All call it."""
-    if is_joined() and not is_first():
-        from_first(None)
+    if not is_joined():
+        yield
+        return
+    # Not one of the collectives above: on CPUs these give up after half a minute.
+    wait = ocp.multihost.get_barrier_sync_fn()
+    if not is_first():
+        wait(key="first_before_others", timeout_ms=_WAIT_AT_THE_END_SECONDS * 1000)
     yield
-    if is_joined() and is_first():
-        from_first(None)
+    if is_first():
+        wait(key="first_before_others", timeout_ms=_WAIT_AT_THE_END_SECONDS * 1000)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.config import MeshConfig, RunConfig
 from ultramem_jax.errors import require
+from ultramem_jax.exchange_shapes import axis_roles
 from ultramem_jax.ops.on_mesh import MeshAxes
 
 AXES = ("data", "fsdp", "tensor", "memory", "width")
@@ -51,19 +52,7 @@ def mesh_axes(config: RunConfig, mesh: Mesh) -> MeshAxes:
     Raises:
         UserError: a micro-batch that does not divide over the devices that share it out.
     """
-
-    def larger(*names: str) -> tuple[str, ...]:
-        return tuple(name for name in names if mesh.shape[name] > 1)
-
-    memory = config.model.memory
-    partition = "slots" if memory is None else memory.partition
-    axes = MeshAxes(
-        mesh,
-        tokens=larger("data", "fsdp", *(("memory", "width") if config.mesh.batch_over_memory else ())),
-        slots=larger("memory") if memory is not None and partition != "width" else (),
-        width=larger("memory") if partition == "width" else larger("width"),
-        experts=larger("memory") if config.model.moe is not None else (),
-    )
+    axes = MeshAxes(mesh, **axis_roles(config, mesh.shape))
     micro_batch = config.train.batch_size // config.train.grad_accumulation
     shards = axes.size(axes.tokens)
     require(

@@ -398,7 +398,16 @@ class Checkpoints:
         """What the first process sees, where several look together: a disk may show them two states."""
         if not self._together or jax.process_count() == 1:
             return look()
-        return distributed.from_first(look() if distributed.is_first() else None)
+        found, failure = None, None
+        if distributed.is_first():
+            try:
+                found = look()
+            except Exception as error:  # the others wait for an answer, whatever it is
+                failure = f"{type(error).__name__}: {error}"
+        found, failure = distributed.from_first([found, failure])
+        if failure is not None:
+            raise OSError(failure)
+        return found
 
     def _loss_on_disk(self, step: int) -> float | None:
         try:

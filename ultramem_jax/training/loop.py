@@ -8,6 +8,7 @@ import math
 import pathlib
 import signal
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,13 @@ from ultramem_jax.config import RunConfig, to_dict
 from ultramem_jax.data import Corpus, eval_batches, load_corpus, train_iterator
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.ops.on_mesh import MeshAxes
-from ultramem_jax.parallel.distributed import any_process, is_first
+from ultramem_jax.parallel.distributed import (
+    any_process,
+    from_first,
+    gather,
+    is_first,
+    require_same,
+)
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, rows_here, shard_batch
 from ultramem_jax.training.checkpoints import Checkpoints, Meta
 from ultramem_jax.training.metrics import MetricWriter
@@ -84,6 +91,7 @@ def train(
     corpus = corpus if corpus is not None else load_corpus(config.data)
     check_vocabulary(config, corpus)
     axes = mesh_axes(config, make_mesh(config.mesh))
+    _require_together(config, corpus, workdir)
     size = config.train.batch_size
     data = train_iterator(corpus, size, config.train.seed, rows_here(axes, size))
     corpus.source("validation")  # refuses a split that is too short now, not after hours of training
@@ -221,6 +229,22 @@ def check_corpus(of_checkpoint: dict[str, Any], corpus: Corpus, workdir: str | p
             f"corpus {now[:12]} is not the one that {workdir} was trained on, {then[:12]}: "
             "give another --workdir, or the same data"
         )
+
+
+def _require_together(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) -> None:
+    """Refuses processes with different settings or data, or without a folder in common."""
+    if jax.process_count() == 1:
+        return
+    parts = {f"the config's {name}": part for name, part in to_dict(config).items() if name != "data"}
+    require_same(parts | {"corpus": corpus.corpus_hash})
+    token = workdir / f".{from_first(uuid.uuid4().hex)}"
+    if is_first():
+        _make_folder(workdir)
+        token.touch()
+    seen = gather(is_first() or token.exists())  # the first one answers when it is there
+    if is_first():
+        token.unlink()
+    require(all(seen), "--workdir", str(workdir), "must be one folder that all processes share")
 
 
 def _make_folder(workdir: pathlib.Path) -> None:

@@ -1,8 +1,9 @@
 """The update of a table on a mesh: by each device for the rows and columns that it owns.
 
 Every device sees the reads of all tokens, sorts those of its own rows to the front, and moves these rows on,
-chunk by chunk. So it sorts T·R integers, but forms the gradients of its own reads alone, T·R/P if reads
-are spread evenly over the P parts that rows are cut into; and what it holds at a time is a chunk.
+chunk by chunk. So it sorts T·R integers, T the tokens of all devices, but forms the gradients of its own
+reads alone, T·R/P if reads are spread evenly over the P parts that rows are cut into, a chunk at a time. What
+it holds of all tokens is integers, scores, and cotangents of E·d_v values.
 """
 
 from collections.abc import Callable
@@ -108,7 +109,7 @@ class OwnedTable:
                 if self._axes.replicas:
                     x = jax.lax.all_gather(x, self._axes.replicas, axis=place, tiled=True)
                 gathered.append(x.reshape(-1, *x.shape[place + 1 :]))
-            together[kind] = jnp.concatenate(gathered)
+            together[kind] = gathered[0] if len(gathered) == 1 else jnp.concatenate(gathered)
         return together
 
     def _recorded(

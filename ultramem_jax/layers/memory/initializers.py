@@ -188,7 +188,10 @@ def draw_table(key: jax.Array, num_slots: int, width: int, std: float, dtype: st
         return jax.lax.fori_loop(0, -(-num_slots // rows), fill, jnp.zeros((num_slots, width), stored))
 
     def draw_part(key: jax.Array) -> jax.Array:
-        """Rows and columns of the same table that a device owns, from the blocks that they are in."""
+        """Rows and columns of the same table that a device owns, from the blocks that they are in.
+
+        Blocks have whole rows: devices that own columns all draw the same ones, and keep their part.
+        """
         assert axes is not None
         own_rows, own_width = num_slots // axes.size(axes.slots), width // axes.size(axes.width)
         first = first_slot(axes, own_rows)
