@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from experiments import EXPERIMENTS
+from ultramem_jax.parallel.mesh import make_mesh
+from ultramem_jax.training import loop
 
 TINY = [
     "--preset=ultramem-tiny",
@@ -246,6 +248,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_line_that_names_it_and_what_is_allowed(run, case, tmp_path, monkeypatch):
     argv, *said = BAD[case]
+    monkeypatch.setattr(loop, "make_mesh", make_mesh)  # of all eight devices, which some of it is about
     root = pathlib.Path(__file__).parents[2]
     (tmp_path / "experiments").symlink_to(root / "experiments")
     monkeypatch.chdir(tmp_path)

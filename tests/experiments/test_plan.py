@@ -471,7 +471,7 @@ def hardware_file(folder, **changed):
 def test_hardware_is_read_from_a_file(tmp_path):
     assert load_hardware(hardware_file(tmp_path)) == ROUND
     assert load_hardware(hardware_file(tmp_path, notes=["measured"])).notes == ("measured",)
-    assert load_hardware("tpu-v5p").node_link_bytes == 600e9
+    assert load_hardware("tpu-v5p").node_link_bytes == 200e9
 
 
 @pytest.mark.parametrize(
