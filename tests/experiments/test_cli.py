@@ -66,7 +66,8 @@ def test_train_evaluate_generate(run, text, tmp_path):
     assert out == again
 
 
-def test_a_config_file_a_preset_and_overrides_in_any_order(run, text, tmp_path):
+def test_a_config_file_a_preset_and_overrides_in_any_order(run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", make_mesh)  # of all eight devices
     file = tmp_path / "config.py"
     file.write_text(
         "from ultramem_jax import *\n"

@@ -351,7 +351,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(conf
     assert load_model(tmp_path).step == 2
 
 
-def test_a_batch_that_does_not_divide_over_the_devices_is_refused(config, tmp_path):
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_mesh", make_mesh)  # of all eight
     uneven = replace(config, train=replace(config.train, batch_size=12, grad_accumulation=1))
     with pytest.raises(
         UserError, match=r"train\.batch_size = 12: .* does not divide over the 8 devices along data"

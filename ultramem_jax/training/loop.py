@@ -241,7 +241,8 @@ def _require_together(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) 
     if is_first():
         _make_folder(workdir)
         token.touch()
-    seen = gather(is_first() or token.exists())  # the first one answers when it is there
+    from_first(None)  # it is there
+    seen = gather(token.exists())
     if is_first():
         token.unlink()
     require(all(seen), "--workdir", str(workdir), "must be one folder that all processes share")
