@@ -20,14 +20,12 @@ from ultramem_jax.accounting import flops_per_token
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES
 from ultramem_jax.config import RunConfig
 from ultramem_jax.ops.on_mesh import MeshAxes
-from ultramem_jax.step_costs import expected_rows
+from ultramem_jax.step_costs import ADAMW_ARRAYS, expected_rows
 
 _PASSES = 3
 """Forward, and backward by input and by weight."""
 _DENSE_READS = 2
 """Of every parameter, by the forward and the backward pass."""
-_ADAMW_ARRAYS = 7
-"""Parameter, gradient and two moments are read; parameter and two moments are written."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def estimate_step(
         sent: bytes that a device sends along each group of axes.
     """
     flops = step_flops(config, axes)
-    dense = _DENSE_READS * gathered_parameters + _ADAMW_ARRAYS * state.parameters
+    dense = _DENSE_READS * gathered_parameters + ADAMW_ARRAYS * state.parameters
     looked_up, updated = row_traffic(config, axes, hardware.access_bytes)
     rate = hardware.memory_bytes_per_second
     parts = [
@@ -152,7 +150,7 @@ def row_traffic(config: RunConfig, axes: MeshAxes, access: int) -> tuple[float, 
     of_read = sum(access_bytes(value * width, access) for width in widths)
     looked_up = reads_here / axes.size(axes.replicas) * of_read
     if train.table_gradient == "dense":
-        updated = _ADAMW_ARRAYS * FLOAT32_BYTES * sum(widths) * rows * layout.num_tables
+        updated = ADAMW_ARRAYS * FLOAT32_BYTES * sum(widths) * rows * layout.num_tables
     else:
         moment = DTYPE_BYTES[train.row_moment_dtype]
         updated = 0.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from experiments.plan_compile import CompiledStep, mesh_sizes
 from ultramem_jax.accounting import Transfer, step_transfers
+from ultramem_jax.accounting.model import FLOAT32_BYTES
 from ultramem_jax.config import RunConfig
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.collectives import Collective
@@ -15,7 +16,6 @@ OVERFLOW = "overflow of experts"
 _EXPERTS = "tokens to experts and back"
 _TO_EXPERTS = ("tokens to experts", "results to tokens")
 """Two purposes of the formulas whose collectives have one name in the program."""
-_FLOAT32_BYTES = 4
 _MEMORY = re.compile(r"\bmemory_(\d+|tables)/")
 
 _OF_POOLED = {
@@ -175,6 +175,6 @@ def _sent(collective: Collective, name: str, reads: float) -> float:
     if collective.trips_known:
         return collective.total_bytes
     if name == MEANS:  # a float32 for every read of a chunk
-        return collective.moved_bytes * -(-reads // (collective.operand_bytes // _FLOAT32_BYTES))
+        return collective.moved_bytes * -(-reads // (collective.operand_bytes // FLOAT32_BYTES))
     # Blocks beyond the room of an expert: none if the load is balanced.
     return 0 if name == OVERFLOW else collective.total_bytes

@@ -36,6 +36,29 @@ def overflow_capacity(capacity: int) -> int:
     return -(-capacity // 4)
 
 
+class AxisRoles:
+    """What follows from which axes of a mesh split what; for classes that have these four as fields."""
+
+    tokens: tuple[str, ...]
+    slots: tuple[str, ...]
+    width: tuple[str, ...]
+    experts: tuple[str, ...]
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Axes over which tables are split: a group along them holds each table once."""
+        return self.slots + self.width
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """Axes that split tokens and not tables: what tokens are split over after a gather to the owners."""
+        return tuple(name for name in self.tokens if name not in self.owners)
+
+    def of_tokens(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `axes` that split tokens too."""
+        return tuple(name for name in axes if name in self.tokens)
+
+
 def axis_roles(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     """The axes of a mesh that split `tokens`, `slots` and `width` of tables, and `experts`; major to minor.
 

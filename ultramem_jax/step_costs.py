@@ -18,7 +18,7 @@ from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import UserError, at_least
 
 _PARAMETER_BYTES = 4
-_ADAMW_ARRAYS = 7
+ADAMW_ARRAYS = 7
 """Parameter, gradient and two moments are read; parameter and two moments are written."""
 
 
@@ -104,7 +104,7 @@ def memory_step_costs(config: RunConfig, tokens: int) -> MemoryStepCosts:
     dense += parameters.memory_conv + parameters.memory_keys + parameters.memory_projection
     if config.train.table_gradient == "dense":
         gradient = layout.num_slots * memory.value_dim * _PARAMETER_BYTES
-        update = _ADAMW_ARRAYS * gradient
+        update = ADAMW_ARRAYS * gradient
     else:
         gradient, update = 0, round(2 * rows * of_row.total)
 
@@ -126,7 +126,7 @@ def memory_step_costs(config: RunConfig, tokens: int) -> MemoryStepCosts:
         ),
         row_gradients=cost(flops.memory_lookup, gradient),
         row_update=cost(0, update),
-        dense_optimizer=cost(0, _ADAMW_ARRAYS * _PARAMETER_BYTES * dense),
+        dense_optimizer=cost(0, ADAMW_ARRAYS * _PARAMETER_BYTES * dense),
     )
 
 
@@ -149,7 +149,7 @@ def model_step_cost(config: RunConfig, tokens: int) -> PartCost:
     forward = flops.attention + flops.feed_forward + flops.attention_scores + flops.logits
     rest = parameters.attention + parameters.feed_forward + parameters.norms
     rest += parameters.embedding + parameters.output
-    return of_memory + PartCost(3 * tokens * forward, (2 + _ADAMW_ARRAYS) * _PARAMETER_BYTES * rest)
+    return of_memory + PartCost(3 * tokens * forward, (2 + ADAMW_ARRAYS) * _PARAMETER_BYTES * rest)
 
 
 def expected_rows(num_slots: int, reads: int) -> float:

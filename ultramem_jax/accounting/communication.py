@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, MLP_MATRICES, count_parameters
 from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig
-from ultramem_jax.exchange_shapes import axis_roles, block_bytes, exchange_capacity
+from ultramem_jax.exchange_shapes import AxisRoles, axis_roles, block_bytes, exchange_capacity
 
 _INT32_BYTES = 4
 
@@ -35,7 +35,7 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class _Groups:
+class _Groups(AxisRoles):
     """The devices that share tokens and tables; axes of one device left out."""
 
     sizes: Mapping[str, int]
@@ -50,17 +50,6 @@ class _Groups:
 
     def size(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.sizes[name] for name in axes)
-
-    def of_tokens(self, axes: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(name for name in axes if name in self.tokens)
-
-    @property
-    def owners(self) -> tuple[str, ...]:
-        return self.slots + self.width
-
-    @property
-    def replicas(self) -> tuple[str, ...]:
-        return tuple(name for name in self.tokens if name not in self.owners)
 
 
 class _Transfers:
@@ -300,9 +289,9 @@ def _experts(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens:
         transfers.add("loads of experts", "all-to-all", groups.experts, layers * moe.num_experts * 4)
         for way in ("tokens to experts", "results to tokens"):
             transfers.add(way, "all-to-all", groups.experts, 2 * rows)  # forward and backward
-    partial = (() if groups.of_tokens(groups.experts) else groups.experts) + (
-        ("tensor",) if tensor > 1 else ()
-    )
+    partial = () if groups.of_tokens(groups.experts) else groups.experts
+    if tensor > 1:
+        partial += ("tensor",)
     sums = layers * tokens * (2 * model.embed_dim * size + moe.top_k * FLOAT32_BYTES)
     transfers.add("sums over experts", "all-reduce", partial, sums)
 

@@ -17,9 +17,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ultramem_jax.exchange_shapes import AxisRoles
+
 
 @dataclass(frozen=True)
-class MeshAxes:
+class MeshAxes(AxisRoles):
     """A mesh, and which of its axes split tokens, tables and experts. Axes of one device are left out."""
 
     mesh: Mesh
@@ -35,20 +37,6 @@ class MeshAxes:
     def size(self, axes: tuple[str, ...]) -> int:
         """Devices along these axes, counted as one axis."""
         return math.prod(self.mesh.shape[name] for name in axes)
-
-    @property
-    def owners(self) -> tuple[str, ...]:
-        """Axes over which tables are split: a group along them holds each table once."""
-        return self.slots + self.width
-
-    @property
-    def replicas(self) -> tuple[str, ...]:
-        """Axes that split tokens and not tables: what tokens are split over after a gather to the owners."""
-        return tuple(name for name in self.tokens if name not in self.owners)
-
-    def of_tokens(self, axes: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of `axes` that split tokens too."""
-        return tuple(name for name in axes if name in self.tokens)
 
     @property
     def table(self) -> P:

@@ -1,5 +1,6 @@
 """The mesh of a run: devices along named axes, checked against the model before anything is compiled."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -70,6 +71,7 @@ def one_device(device: jax.Device | None = None) -> MeshAxes:
     return MeshAxes(make_mesh(MeshConfig(), [jax.local_devices()[0] if device is None else device]))
 
 
+@functools.lru_cache(maxsize=8)
 def rows_here(axes: MeshAxes, batch_size: int) -> np.ndarray:
     """Rows of a batch that devices of this process work on, rising.
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run. Nothing but this file, `checkpoint_reading.py` and `large_arrays.py` knows Orbax.
+"""Checkpoints of a run. Of their format only this file, `checkpoint_reading.py` and `large_arrays.py` know.
 
 A checkpoint of step 250 is the directory `<workdir>/checkpoints/250`:
 

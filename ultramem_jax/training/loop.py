@@ -107,7 +107,7 @@ def train(
         if checkpoints.latest_step() is None:
             if is_first():
                 save_tokenizer(corpus.tokenizer, workdir)
-            state, start = _fresh_state(config, optimizers, axes), 0
+            state, start = _fresh_state(config, optimizers, axes, abstract), 0
         else:
             _check_same_run(checkpoints.read_meta(), config, corpus, workdir)
             restored = checkpoints.restore(abstract, data, expect_config=to_dict(config))
@@ -257,10 +257,12 @@ def _make_folder(workdir: pathlib.Path) -> None:
         ) from None
 
 
-def _fresh_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) -> TrainState:
+def _fresh_state(
+    config: RunConfig, optimizers: Optimizers, axes: MeshAxes, abstract: TrainState
+) -> TrainState:
     try:
         # The seed is an argument, so that a cache of compiled programs has one for all seeds.
-        return fresh_state(config, optimizers, axes, np.uint32(config.train.seed))
+        return fresh_state(config, optimizers, axes, np.uint32(config.train.seed), abstract)
     except jax.errors.JaxRuntimeError as error:
         if "memory" not in str(error).lower():
             raise

@@ -71,17 +71,30 @@ def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None
     )
 
 
-def fresh_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes, seed: np.uint32) -> TrainState:
+def fresh_state(
+    config: RunConfig,
+    optimizers: Optimizers,
+    axes: MeshAxes,
+    seed: np.uint32,
+    abstract: TrainState | None = None,
+) -> TrainState:
     """The state at step 0, each array where `abstract_state` says: the same numbers on every mesh.
 
     Drawing tables for the memory of the host takes room on the device for one of them at a time.
+
+    Args:
+        config: of the run.
+        optimizers: of `make_optimizers`.
+        axes: of the mesh.
+        seed: of all draws.
+        abstract: of `abstract_state`, where it is at hand: the model need not be traced for it again.
     """
 
     def init(seed: jax.Array) -> TrainState:
         with on_mesh(axes):
             return init_state(config, optimizers, seed)
 
-    abstract = abstract_state(config, optimizers, axes)
+    abstract = abstract or abstract_state(config, optimizers, axes)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     if config.model.memory is None or config.model.memory.memory_kind == "device":
         return jax.jit(init, out_shardings=shardings)(seed)

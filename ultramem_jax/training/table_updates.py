@@ -17,6 +17,7 @@ import optax
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.ops.hashing import mix
+from ultramem_jax.ops.lookup import RowsRead
 from ultramem_jax.ops.on_mesh import current_axes
 from ultramem_jax.training.owned_tables import OwnedTable
 from ultramem_jax.training.row_sparse import RowSparseTransformation
@@ -85,14 +86,14 @@ def record_usage(
     config: ModelConfig, usage: dict[str, SlotUsage], reads: Any
 ) -> tuple[dict[str, SlotUsage], dict[str, dict[str, jax.Array]]]:
     """The record of every table after a step that trains tables the dense way, and its metrics."""
-    axes, recorded = current_axes(), {}
-    for table, readers in table_readers(config).items():
-        of_table = {name: reads[name] for name in readers}
-        if axes is None:
-            rows = rows_of_tables(config, _side_by_side(reads))[table]
-            recorded[table] = record_reads(usage[table], rows, rows.order.size)
-        else:
-            recorded[table] = OwnedTable(axes).record(usage[table], of_table)
+    axes = current_axes()
+    if axes is None:
+        recorded = _record(usage, rows_of_tables(config, _side_by_side(reads)))
+    else:
+        recorded = {
+            table: OwnedTable(axes).record(usage[table], {name: reads[name] for name in readers})
+            for table, readers in table_readers(config).items()
+        }
     return {t: u for t, (u, _) in recorded.items()}, {t: m for t, (_, m) in recorded.items()}
 
 
@@ -110,7 +111,7 @@ def _update_on_one_device(
 ) -> TableUpdate:
     reads, cotangents = _side_by_side(reads), _side_by_side(cotangents)
     rows = rows_of_tables(config, reads)
-    recorded = {name: record_reads(state.usage[name], rows[name], rows[name].order.size) for name in rows}
+    recorded = _record(state.usage, rows)
     rows = {name: rows_if(finite, rows[name]) for name in rows}
     gradients = table_gradients(config, rows, reads, cotangents)
     seeds = _seeds(state)
@@ -133,6 +134,12 @@ def _update_on_one_device(
         {name: of | {"row_norm": optax.tree.norm(norms[name])} for name, (_, of) in recorded.items()},
         before_step,
     )
+
+
+def _record(
+    usage: dict[str, SlotUsage], rows: dict[str, RowsRead]
+) -> dict[str, tuple[SlotUsage, dict[str, jax.Array]]]:
+    return {name: record_reads(usage[name], of, of.order.size) for name, of in rows.items()}
 
 
 def _seeds(state: TrainState) -> dict[str, dict[str, jax.Array]]:
