@@ -8,6 +8,7 @@ import pytest
 from ultramem_jax import ModelConfig
 from ultramem_jax.layers import attention
 from ultramem_jax.layers.attention import Attention, rotary
+from ultramem_jax.layers.caching import next_chunk
 
 THETA = 100.0
 
@@ -167,32 +168,38 @@ def test_later_tokens_do_not_matter():
     assert np.all(np.abs(y[:, 40:] - z[:, 40:]).max(axis=-1) > 1e-4)
 
 
+def after_cached(layer, variables, x, cache, lengths, used, counts, visible):
+    """The layer on tokens that follow on a cache: the output, the cache and its visible places after it."""
+    chunk, visible = next_chunk(visible, lengths, used, counts, x.shape[1])
+    y, left = layer.apply(variables | {"cache": cache}, x, train=False, chunk=chunk, mutable=["cache"])
+    return y, left["cache"], visible
+
+
 def test_one_token_at_a_time_equals_the_whole():
-    # As decoding does it: keys and values of earlier positions are kept, the rest of the cache is masked.
     layer, x, size = Attention(config()), inputs(5), 8
     variables = variables_of()
     whole = run(layer, variables, x, train=False)
-
-    @jax.jit
-    def step(keys, values, x, s):
-        q, k, v = layer.apply(variables, x, s[None], method="project")
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, s, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(values, v, s, axis=1)
-        mask = jnp.broadcast_to(jnp.arange(size)[None, None, :] <= s, (2, 1, size))
-        return keys, values, layer.apply(variables, q, keys, values, mask, method="attend")
-
-    keys = values = jnp.full((2, size, 2, 4), 9.0, jnp.float32)
+    step = jax.jit(functools.partial(after_cached, layer, variables))
+    # Whatever lies in the cache beyond the tokens must not matter.
+    cache = {name: jnp.full((2, 2, size, 4), 9.0, jnp.float32) for name in ("keys", "values")}
+    visible, counts = jnp.zeros((2, size), bool), jnp.ones((2,), jnp.int32)
     for s in range(5):
-        keys, values, y = step(keys, values, x[:, s : s + 1], jnp.asarray(s, jnp.int32))
+        lengths = jnp.full((2,), s, jnp.int32)
+        y, cache, visible = step(x[:, s : s + 1], cache, lengths, jnp.int32(s), counts, visible)
         np.testing.assert_allclose(y, whole[:, s : s + 1], rtol=1e-4, atol=1e-6)
 
 
 def test_a_query_without_keys_stays_finite():
+    # The filling of a sequence that has no token at all gets the mean of what the cache holds.
     layer, x = Attention(config()), inputs(3)
     variables = variables_of()
-    q, k, v = run(layer, variables, x, jnp.arange(3), method="project")
-    y = run(layer, variables, q, k, v, jnp.zeros((3, 3), bool), method="attend")
-    mean = np.repeat(np.asarray(v).mean(axis=1, keepdims=True), 2, axis=2).reshape(2, 1, 16)
+    cache = {name: jnp.zeros((2, 2, 3, 4), jnp.float32) for name in ("keys", "values")}
+    nothing = jnp.zeros((2,), jnp.int32)
+    y, cache, _ = after_cached(
+        layer, variables, x, cache, nothing, jnp.int32(0), nothing, jnp.zeros((2, 3), bool)
+    )
+    mean = np.asarray(cache["values"]).mean(axis=2, keepdims=True)
+    mean = np.repeat(mean, 2, axis=1).reshape(2, 1, 16)  # each of two heads is read by two of queries
     np.testing.assert_allclose(
         y, np.repeat(mean @ np.asarray(variables["params"]["w_out"]), 3, axis=1), rtol=1e-4, atol=1e-6
     )

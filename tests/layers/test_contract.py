@@ -10,6 +10,9 @@ import pytest
 
 from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
 from ultramem_jax.layers import LAYERS
+from ultramem_jax.models import Transformer
+from ultramem_jax.models.cache import empty_cache
+from ultramem_jax.models.serving import prepare_for_decoding
 
 BASE = ModelConfig(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=24)
 MEMORY = dict(num_keys=8, top_m=4, num_heads=2, key_dim=8)
@@ -116,3 +119,73 @@ def test_permuted_tokens_give_permuted_outputs(by_token):
     order = jnp.array([3, 0, 5, 1, 4, 2])
     permuted, y = (_compiled(by_token)(variables, a) for a in (x[:, order], x))
     np.testing.assert_allclose(permuted, y[:, order], rtol=1e-4, atol=1e-5)
+
+
+# ---- In a model that decodes
+
+PLACEMENTS = {"in_turn": "1:1/3:3", "skipping": "1:2/1:3", "crossing": "1:3/2:2"}
+
+
+def _decoded(config, variables, tokens, cache_dtype="float32"):
+    """(sequence, position, logits after it) of tokens that go through a cache in uneven chunks."""
+    step = jax.jit(
+        lambda variables, tokens, counts: Transformer(config).apply(
+            variables, tokens, counts=counts, mutable=["cache"]
+        )
+    )
+    cache, found = empty_cache(config, 2, 16, cache_dtype), []
+    done = np.zeros(2, np.int32)
+    for counts in ([4, 2], [0, 4], [1, 1], [1, 0], [1, 1]):
+        size = 4 if max(counts) > 1 else 1
+        chunk = np.full((2, size), 3, np.int32)  # the filling is a token like any other
+        for row, (first, count) in enumerate(zip(done, counts, strict=True)):
+            chunk[row, :count] = tokens[row, first : first + count]
+        logits, left = step(variables | {"cache": cache}, chunk, np.array(counts, np.int32))
+        cache, done = left["cache"], done + counts
+        found += [(row, done[row] - 1, logits[row]) for row in range(2) if counts[row]]
+    assert cache["lengths"].tolist() == done.tolist()
+    return found
+
+
+@functools.cache
+def _model(name, placement="skipping", dtype="float32", **fields):
+    config = replace(CONFIGS[name], num_layers=3, vocab_size=31, dtype=dtype, tie_embeddings=name != "moe")
+    if config.memory is not None:
+        memory = replace(config.memory, placement=PLACEMENTS[placement], **fields)
+        config = replace(config, memory=memory)
+    made = jax.jit(lambda: Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))()
+    variables = {k: made[k] for k in ("params", "memory", "buffers") if k in made}
+    tokens = np.random.default_rng(1).integers(0, 31, (2, 9)).astype(np.int32)
+    full = jax.jit(Transformer(config).apply)(variables, tokens)
+    return config, variables, tokens, np.asarray(full)
+
+
+def _assert_decodes(config, variables, tokens, full):
+    for row, position, logits in _decoded(config, variables, tokens):
+        np.testing.assert_allclose(logits, full[row, position], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_decoding_by_a_cache_gives_what_the_whole_sequence_gives(name, prepared):
+    config, variables, tokens, full = _model(name)
+    if prepared:
+        variables = prepare_for_decoding(config, variables)
+    _assert_decodes(config, variables, tokens, full)
+
+
+@pytest.mark.parametrize(("placement", "taps"), [("in_turn", 5), ("crossing", 1), ("crossing", 0)])
+def test_decoding_knows_every_placement_and_width_of_the_convolution(placement, taps):
+    config, variables, tokens, full = _model("ultramem", placement, query_conv_width=taps)
+    if taps:  # it starts as the identity
+        for index in range(len(config.spans)):
+            of_memory = variables["params"][f"memory_{index}"]
+            of_memory["query_conv"] = jax.random.normal(jax.random.key(index), of_memory["query_conv"].shape)
+        full = np.asarray(jax.jit(Transformer(config).apply)(variables, tokens))
+    _assert_decodes(config, prepare_for_decoding(config, variables), tokens, full)
+
+
+@pytest.mark.parametrize("name", ["memory-plus", "ultramem-v2"])
+def test_decoding_knows_tables_that_memories_share(name):
+    sharing = {"memory-plus": dict(table_sharing="all"), "ultramem-v2": dict(table_sharing="ring")}[name]
+    config, variables, tokens, full = _model(name, "in_turn", **sharing)
+    _assert_decodes(config, prepare_for_decoding(config, variables), tokens, full)

@@ -1,3 +1,5 @@
+"""Generation against its definition: full passes over what is in the window, token by token."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,21 +7,31 @@ import pytest
 
 from ultramem_jax.config import MemoryConfig, ModelConfig
 from ultramem_jax.data import ByteTokenizer
+from ultramem_jax.errors import UserError
 from ultramem_jax.models import Transformer
-from ultramem_jax.models.generation import continue_text, generate_tokens
+from ultramem_jax.models.generation import (
+    ENDED,
+    Generator,
+    continue_texts,
+    stream_texts,
+    text_generator,
+)
+from ultramem_jax.models.sampling import Sampling
+from ultramem_jax.models.serving import prepare_for_decoding
 
 CONFIG = ModelConfig(
     vocab_size=257,
     embed_dim=16,
     num_layers=2,
     num_heads=2,
-    num_kv_heads=2,
+    num_kv_heads=1,
     mlp_dim=16,
     memory=MemoryConfig.ultramem(
         placement="1:2", num_keys=8, top_m=4, num_heads=2, key_dim=8, value_dim=8, query_conv_width=3
     ),
 )
-PROMPT = np.array([256, 5, 9, 200], np.int32)
+PROMPTS = [[256, 5, 9, 200], [7], [256, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+GREEDY = Sampling(temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -27,52 +39,120 @@ def variables():
     made = jax.jit(lambda: Transformer(CONFIG).init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32)))()
     # Larger embeddings make confident predictions, so that greedy choices are no near ties.
     made["params"]["embedding"] = made["params"]["embedding"] * 5
-    return {name: made[name] for name in ("params", "memory", "buffers")}
+    return prepare_for_decoding(CONFIG, {name: made[name] for name in ("params", "memory", "buffers")})
 
 
-def _greedy(variables, prompt, count, window):
-    """From the definition: the whole visible sequence, unpadded, for every token."""
+@pytest.fixture(scope="module")
+def greedy(variables):
+    return Generator(CONFIG, variables, window=16, sampling=GREEDY, prefill_chunk=4)
+
+
+def _likeliest(variables, prompt, count, window):
+    """From the definition, with the whole context, unpadded, for every token.
+
+    The context is what the cache holds: all tokens, until the window is full; then the newer half of it.
+    """
     ids, apply = list(prompt), jax.jit(Transformer(CONFIG).apply)
+    context = ids[-window:]
     for _ in range(count):
-        logits = apply(variables, jnp.asarray([ids[-window:]], jnp.int32))
+        logits = apply(variables, jnp.asarray([context], jnp.int32))
         ids.append(int(logits[0, -1].argmax()))
+        context = ids[-max(window // 2, 1) :] if len(context) == window else [*context, ids[-1]]
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("window", [16, 5])
-def test_temperature_zero_takes_the_likeliest_token_of_what_the_window_shows(variables, window):
-    found = generate_tokens(CONFIG, variables, PROMPT, num_tokens=4, window=window, temperature=0.0)
-    assert found.tolist() == _greedy(variables, PROMPT, 4, window)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_temperature_zero_takes_the_likeliest_token(variables, greedy, prompt):
+    assert greedy.generate([prompt], 5)[0].tolist() == _likeliest(variables, prompt, 5, 16)
+
+
+def test_prompts_of_unequal_lengths_get_together_what_they_get_alone(greedy):
+    together = greedy.generate(PROMPTS, 5)
+    for prompt, found in zip(PROMPTS, together, strict=True):
+        assert found.tolist() == greedy.generate([prompt], 5)[0].tolist()
+
+
+@pytest.mark.parametrize("window", [6, 1])
+def test_of_a_window_that_is_full_the_newer_half_is_read_again(variables, window):
+    generator = Generator(CONFIG, variables, window=window, sampling=GREEDY, prefill_chunk=4)
+    for prompt in (PROMPTS[0], PROMPTS[2]):
+        assert generator.generate([prompt], 9)[0].tolist() == _likeliest(variables, prompt, 9, window)
+
+
+def test_two_programs_serve_a_batch_whatever_its_prompts(variables):
+    generator = Generator(CONFIG, variables, window=16, prefill_chunk=4)
+    generator.generate(PROMPTS[:2], 9)
+    generator.generate(PROMPTS[1:], 3, seed=5)
+    assert generator._step._cache_size() == generator._read_chunk._cache_size() == 1
 
 
 def test_a_seed_gives_the_same_sample_again_and_another_seed_another(variables):
-    samples = [
-        generate_tokens(CONFIG, variables, PROMPT, num_tokens=12, window=16, temperature=2.0, seed=seed)
-        for seed in (0, 0, 1)
-    ]
-    np.testing.assert_array_equal(samples[0], samples[1])
-    assert (samples[0] != samples[2]).any()
+    generator = Generator(CONFIG, variables, window=16, sampling=Sampling(temperature=2.0))
+    first, again, other = (generator.generate(PROMPTS[:1], 12, seed)[0] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    # A sequence's draws are its own, and the same prompt draws something else in another place.
+    twice = generator.generate([PROMPTS[0], PROMPTS[0]], 12)
+    np.testing.assert_array_equal(first, twice[0])
+    assert (first != twice[1]).any()
 
 
-def test_a_stop_token_ends_the_continuation_and_is_not_part_of_it(variables):
-    free = generate_tokens(CONFIG, variables, PROMPT, num_tokens=8, window=16, temperature=0.0).tolist()
-    stop = free[3]
-    found = generate_tokens(CONFIG, variables, PROMPT, num_tokens=8, window=16, temperature=0.0, stop_id=stop)
-    assert found.tolist() == free[: free.index(stop)]
+def test_each_sequence_ends_at_its_own_stop_token_which_is_not_part_of_it(variables, greedy):
+    free = [found.tolist() for found in greedy.generate(PROMPTS, 8)]
+    stop = free[0][3]
+    generator = Generator(CONFIG, variables, window=16, sampling=GREEDY, stop_id=stop, prefill_chunk=4)
+    for found, of_prompt in zip(generator.generate(PROMPTS, 8), free, strict=True):
+        end = of_prompt.index(stop) if stop in of_prompt else 8
+        assert found.tolist() == of_prompt[:end]
+    # When all have ended, so does the stream; until then there is ENDED in place of a token.
+    steps = list(generator.stream(PROMPTS[:1], 8))
+    assert [int(step[0]) for step in steps] == [*free[0][: free[0].index(stop)], ENDED]
 
 
 def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(variables):
-    found = generate_tokens(CONFIG, variables, PROMPT, num_tokens=20, window=16, temperature=100.0, num_ids=3)
-    assert set(found.tolist()) == {0, 1, 2}
+    generator = Generator(CONFIG, variables, window=32, sampling=Sampling(temperature=100.0), num_ids=3)
+    assert set(generator.generate(PROMPTS[:1], 20)[0].tolist()) == {0, 1, 2}
 
 
 def test_text_is_continued_by_text(variables):
     tokenizer = ByteTokenizer()
-    text = continue_text(CONFIG, variables, tokenizer, "key ", num_tokens=6, window=16, temperature=0.0)
-    ids = np.array([256, *b"key "], np.int32)
-    expected = generate_tokens(CONFIG, variables, ids, num_tokens=6, window=16, temperature=0.0, stop_id=256)
-    assert text == tokenizer.decode(expected).decode(errors="replace")
-    # An empty prompt is a document from its start.
-    assert isinstance(
-        continue_text(CONFIG, variables, tokenizer, "", num_tokens=2, window=16, temperature=0.0), str
-    )
+    generator = text_generator(CONFIG, variables, tokenizer, window=16, sampling=GREEDY)
+    prompts = ["key ", ""]  # an empty prompt is a document from its start
+    texts = continue_texts(generator, tokenizer, prompts, 6)
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = generator.generate([[256, *prompt.encode()]], 6)[0]
+        assert text == tokenizer.decode(ids).decode(errors="replace")
+    pieces = list(stream_texts(generator, tokenizer, prompts, 6))
+    assert ["".join(of_text) for of_text in zip(*pieces, strict=True)] == texts
+    assert len(pieces) > 2
+
+
+def test_a_character_comes_with_the_last_of_its_bytes():
+    class Fixed:
+        def stream(self, prompts, num_tokens, seed):
+            return (np.array([byte], np.int32) for byte in "é€".encode() + b"\xf0\x9f")
+
+    pieces = stream_texts(Fixed(), ByteTokenizer(), ["x"], 7)
+    assert [piece for (piece,) in pieces] == ["", "é", "", "", "€", "", "", "�"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda g, v: g.generate([], 1), r"prompts = 0: must be at least 1"),
+        (lambda g, v: g.generate([[1], []], 1), r"prompts\[1\], its tokens = 0: must be at least 1"),
+        (
+            lambda g, v: g.generate([[1], [3, 257]], 1),
+            r"\[1\] = '3 to 257': ids must be in \[0, 257\)",
+        ),
+        (lambda g, v: g.generate([[1]], 0), r"num_tokens = 0: must be at least 1"),
+        (lambda g, v: Generator(CONFIG, v, window=0), r"window = 0: must be at least 1"),
+        (lambda g, v: Generator(CONFIG, v, window=4, num_ids=258), r"num_ids = 258: must be in \[1, 257\]"),
+        (lambda g, v: Sampling(top_p=0.0), r"top_p = 0.0: must be in \(0, 1\]"),
+        (lambda g, v: Sampling(temperature=-1), r"temperature = -1: must be at least 0"),
+        (lambda g, v: Generator(CONFIG, v, window=4, cache_dtype="int8").generate([[1]], 1), "cache_dtype"),
+    ],
+)
+def test_bad_input_is_named(variables, greedy, call, message):
+    with pytest.raises(UserError, match=message):
+        call(greedy, variables)

@@ -1,7 +1,7 @@
 """Causal self-attention with rotary positions and grouped key/value heads.
 
-`project` turns tokens into queries, keys and values, `attend` lets queries read keys and values; decoding
-keeps what `project` gave for earlier positions and calls the two itself.
+In decoding, the keys and values of earlier positions come from a cache (`ultramem_jax.layers.caching`), and
+those of new ones go there.
 
 In the shapes: d = D/A is the width of a head, A_kv the heads of keys and values, U the keys attended to, and
 G = A/A_kv the query heads that share one of them.
@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.layers.caching import CACHE, Chunk, append
 from ultramem_jax.layers.mlp import fan_in_normal, output_normal
 from ultramem_jax.layers.norms import RMSNorm
+from ultramem_jax.layers.parameters import matrix
 from ultramem_jax.ops.linear import project
 
 CAUSAL_CHUNKS = 4
@@ -65,24 +67,30 @@ class Attention(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        """Parameters and dropout; not `nn.compact`, because decoding calls two methods of its own."""
+        """Parameters and dropout."""
         config = self.config
         width = config.embed_dim
         kv_width = width // config.num_heads * config.num_kv_heads
-        self.w_query = self.param("w_query", fan_in_normal(), (width, width), jnp.float32)
-        self.w_key = self.param("w_key", fan_in_normal(), (width, kv_width), jnp.float32)
-        self.w_value = self.param("w_value", fan_in_normal(), (width, kv_width), jnp.float32)
-        self.w_out = self.param("w_out", output_normal(config.num_layers), (width, width), jnp.float32)
+        self.w_query = matrix(self, "w_query", fan_in_normal(), (width, width))
+        self.w_key = matrix(self, "w_key", fan_in_normal(), (width, kv_width))
+        self.w_value = matrix(self, "w_value", fan_in_normal(), (width, kv_width))
+        self.w_out = matrix(self, "w_out", output_normal(config.num_layers), (width, width))
         if config.attention_qk_norm:
             self.query_norm = RMSNorm(config.norm_eps, jnp.dtype(config.dtype))
             self.key_norm = RMSNorm(config.norm_eps, jnp.dtype(config.dtype))
         self.dropout = nn.Dropout(config.dropout)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, chunk: Chunk | None = None) -> jax.Array:
         """Maps x (B, S, D) -> (B, S, D) in `config.dtype`; position s sees positions up to s.
 
-        `train` applies dropout to the attention weights (rng `dropout`).
+        Args:
+            x: (B, S, D).
+            train: apply dropout to the attention weights (rng `dropout`).
+            chunk: if given, x follows on what is in the collection `cache`, which must be mutable and has
+                `keys` and `values` of this layer.
         """
+        if chunk is not None:
+            return self._after_cached(x, chunk)
         length = x.shape[1]
         q, k, v = self.project(x, jnp.arange(length, dtype=jnp.int32))
         size = max(MIN_CHUNK, -(-length // CAUSAL_CHUNKS))
@@ -92,6 +100,16 @@ class Attention(nn.Module):
             mask = jnp.arange(begin, end)[:, None] >= jnp.arange(end)[None, :]
             parts.append(self._pool(q[:, begin:end], k[:, :end], v[:, :end], mask, train))
         return self._output(jnp.concatenate(parts, axis=1))
+
+    def _after_cached(self, x: jax.Array, chunk: Chunk) -> jax.Array:
+        q, k, v = self.project(x, chunk.positions)
+        cached = []
+        for name, new in (("keys", k), ("values", v)):
+            cached.append(append(self.get_variable(CACHE, name), new, chunk.first))
+            self.put_variable(CACHE, name, cached[-1])
+        k, v = cached
+        pooled = self._pool(q.astype(k.dtype), k, v, chunk.visible, False, keys="bhkd")
+        return self._output(pooled.astype(q.dtype))
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Maps x (B, S, D), positions (S,) or (B, S) to q (B, S, A, d), k and v (B, S, A_kv, d)."""
@@ -107,31 +125,34 @@ class Attention(nn.Module):
         v = project(x, self.w_value).reshape(batch, length, config.num_kv_heads, head_dim)
         return rotary(q, positions, config.rope_theta), rotary(k, positions, config.rope_theta), v
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, train: bool = False
-    ) -> jax.Array:
-        """Queries read the keys that their mask shows, and the heads are projected back.
-
-        Args:
-            q: (B, S, A, d).
-            k: (B, U, A_kv, d).
-            v: (B, U, A_kv, d).
-            mask: (S, U) or (B, S, U) bool, True where query s may see key u. A query that sees no key gets
-                the mean of all of them.
-            train: apply dropout.
-
-        Returns:
-            (B, S, D).
-        """
-        return self._output(self._pool(q, k, v, mask, train))
-
     def _output(self, pooled: jax.Array) -> jax.Array:
         return project(pooled.reshape(*pooled.shape[:2], -1), self.w_out)
 
-    def _pool(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
-        """As `attend`, before the output projection: (B, S, A, d). The softmax is in float32."""
+    def _pool(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: jax.Array,
+        train: bool,
+        keys: str = "bkhd",
+    ) -> jax.Array:
+        """Queries read the values of the keys that their mask shows. The softmax is in float32.
+
+        Args:
+            q: (B, S, A, d).
+            k: (B, U, A_kv, d), or in the order that `keys` says.
+            v: as k.
+            mask: (S, U) or (B, S, U) bool, True where query s may see key u. A query that sees no key gets
+                the mean of all of them.
+            train: apply dropout.
+            keys: `bkhd`, or `bhkd` for keys and values (B, A_kv, U, d).
+
+        Returns:
+            (B, S, A, d), before the output projection.
+        """
         batch, length, heads, head_dim = q.shape
-        kv_heads = k.shape[2]
+        kv_heads = k.shape[keys.index("h")]
         group = heads // kv_heads
         # The query heads of a group become more rows of one product with their key head: (B, A_kv, G·S, d).
         # Query head a reads key head a // G.
@@ -139,12 +160,12 @@ class Attention(nn.Module):
         q = q.reshape(batch, kv_heads, group * length, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
         mask = mask[None] if mask.ndim == 2 else mask
         bias = jnp.where(jnp.tile(mask, (1, group, 1)), jnp.float32(0), jnp.float32(MASKED))[:, None]
-        scores = jnp.einsum("bhqd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) + bias
+        scores = jnp.einsum(f"bhqd,{keys}->bhqk", q, k, preferred_element_type=jnp.float32) + bias
         # The softmax divides the pooled values instead of the weights: U/d times fewer divisions. The
         # maximum cancels, so it needs no derivative.
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = self.dropout(weights, deterministic=not train).astype(v.dtype)
-        pooled = jnp.einsum("bhqk,bkhd->bhqd", weights, v, preferred_element_type=jnp.float32) / total
+        pooled = jnp.einsum(f"bhqk,{keys}->bhqd", weights, v, preferred_element_type=jnp.float32) / total
         pooled = pooled.astype(v.dtype).reshape(batch, kv_heads, group, length, head_dim)
         return pooled.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)

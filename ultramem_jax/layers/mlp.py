@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.layers.parameters import matrix
 from ultramem_jax.ops.linear import project
 
 
@@ -48,11 +49,11 @@ class MLP(nn.Module):
         x = x.astype(dtype)
         embed_dim, inner_dim = x.shape[-1], config.mlp_dim
         into = (embed_dim, inner_dim)
-        inner = project(x, self.param("w_in", fan_in_normal(), into, jnp.float32))
+        inner = project(x, matrix(self, "w_in", fan_in_normal(), into))
         if config.mlp == "swiglu":
-            gate = project(x, self.param("w_gate", fan_in_normal(), into, jnp.float32))
+            gate = project(x, matrix(self, "w_gate", fan_in_normal(), into))
             inner = jax.nn.silu(gate) * inner
         else:
             inner = gelu(inner)
-        w_out = self.param("w_out", output_normal(config.num_layers), (inner_dim, embed_dim), jnp.float32)
+        w_out = matrix(self, "w_out", output_normal(config.num_layers), (inner_dim, embed_dim))
         return project(inner, w_out)

@@ -22,6 +22,8 @@ from ultramem_jax.layers.experts import (
     ragged_experts,
 )
 from ultramem_jax.layers.mlp import fan_in_normal, output_normal
+from ultramem_jax.layers.parameters import matrix
+from ultramem_jax.layers.served_experts import served_experts
 from ultramem_jax.layers.sowing import sow
 from ultramem_jax.ops.on_mesh import constrain_tokens, current_axes, per_token
 
@@ -106,9 +108,9 @@ class MoE(nn.Module):
         into = (moe.num_experts, width, moe.expert_dim)
         out_of = (moe.num_experts, moe.expert_dim, width)
         weights = ExpertWeights(
-            w_in=self.param("w_in", fan_in_normal(batch_axis=(0,)), into, jnp.float32),
-            w_out=self.param("w_out", output_normal(self.config.num_layers, (0,)), out_of, jnp.float32),
-            w_gate=self.param("w_gate", fan_in_normal(batch_axis=(0,)), into, jnp.float32)
+            w_in=matrix(self, "w_in", fan_in_normal(batch_axis=(0,)), into),
+            w_out=matrix(self, "w_out", output_normal(self.config.num_layers, (0,)), out_of),
+            w_gate=matrix(self, "w_gate", fan_in_normal(batch_axis=(0,)), into)
             if moe.activation == "swiglu"
             else None,
         )
@@ -124,7 +126,9 @@ class MoE(nn.Module):
 
         tokens = tokens.astype(dtype)
         axes = current_axes()
-        if axes is None:
+        if isinstance(weights.w_in, tuple):
+            y = served_experts(tokens, router.gates, router.experts, weights)
+        elif axes is None:
             plan = dispatch_plan(router.experts, moe.num_experts)
             y = compute_experts(moe.implementation, tokens, router.gates, weights, plan)
         else:

@@ -1,5 +1,11 @@
-"""Sampling from a model by full forward passes over a window, without a cache."""
+"""Text from a model: prompts are read in chunks into a cache, and then it is one token after another.
 
+Two programs are compiled for a batch: one reads a chunk of every prompt, one takes a token of every sequence
+and samples the next. Both change the cache in place.
+"""
+
+import codecs
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -8,87 +14,211 @@ import numpy as np
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.data.tokenizers import Tokenizer
+from ultramem_jax.errors import at_least, require
+from ultramem_jax.models.cache import Cache, empty_cache
+from ultramem_jax.models.sampling import Sampling, sample
+from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.models.transformer import Transformer
 
+ENDED = -1
+"""In place of the token of a sequence that has ended."""
 
-def generate_tokens(
-    config: ModelConfig,
-    variables: dict[str, Any],
-    prompt: np.ndarray,
-    *,
-    num_tokens: int,
-    window: int,
-    temperature: float,
-    seed: int = 0,
-    stop_id: int | None = None,
-    num_ids: int | None = None,
-) -> np.ndarray:
-    """Samples a continuation, one token at a time.
+
+class Generator:
+    """Continues batches of prompts, of any lengths, with one model.
+
+    What a sequence gets does not depend on the others in its batch, but for the rounding of sums, as long as
+    `window` holds all of them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        variables: dict[str, Any],
+        *,
+        window: int,
+        sampling: Sampling | None = None,
+        stop_id: int | None = None,
+        num_ids: int | None = None,
+        cache_dtype: str = "float32",
+        prefill_chunk: int = 64,
+    ):
+        """Prepares the model for decoding.
+
+        Args:
+            config: of the model.
+            variables: `params`, `memory` and `buffers`, prepared (`prepare_for_decoding`) or not.
+            window: tokens of context at most, the length that the model was trained on. Where they are used
+                up, the newer half of them is read again, and positions start anew.
+            sampling: how a token is chosen; by default at temperature 1.
+            stop_id: ends a sequence, and is not part of it. None: none does.
+            num_ids: only ids below it are sampled, those that the tokenizer has; None is all of the model's.
+            cache_dtype: of keys and values, see `empty_cache`.
+            prefill_chunk: tokens of each prompt that are read at a time.
+
+        Raises:
+            UserError: a value that is not allowed.
+        """
+        at_least(1, window=window, prefill_chunk=prefill_chunk)
+        if num_ids is not None:
+            allowed = f"must be in [1, {config.vocab_size}], the model's vocabulary"
+            require(1 <= num_ids <= config.vocab_size, "num_ids", num_ids, allowed)
+        self._config, self._window, self._stop_id = config, window, stop_id
+        self._cache_dtype, self._chunk = cache_dtype, min(prefill_chunk, window)
+        self._variables = prepare_for_decoding(config, variables)
+        model, sampling = Transformer(config), sampling or Sampling()
+
+        def apply(variables: Any, cache: Cache, tokens: jax.Array, counts: jax.Array) -> Any:
+            logits, left = model.apply(variables | {"cache": cache}, tokens, counts=counts, mutable=["cache"])
+            return left["cache"], logits
+
+        def read(
+            variables: Any, cache: Cache, logits: jax.Array, tokens: jax.Array, counts: jax.Array
+        ) -> Any:
+            cache, new = apply(variables, cache, tokens, counts)
+            return cache, jnp.where(counts[:, None] > 0, new, logits)
+
+        def choose(logits: jax.Array, seed: jax.Array, number: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits), dtype=jnp.uint32))
+            return sample(logits[:, :num_ids], keys, sampling)
+
+        def step(
+            variables: Any, cache: Cache, tokens: jax.Array, counts: jax.Array, *which: jax.Array
+        ) -> Any:
+            cache, logits = apply(variables, cache, tokens[:, None], counts)
+            return cache, choose(logits, *which)
+
+        self._read_chunk = jax.jit(read, donate_argnums=(1, 2))
+        self._choose = jax.jit(choose)
+        self._step = jax.jit(step, donate_argnums=1)
+
+    def stream(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], num_tokens: int, seed: int = 0
+    ) -> Iterator[np.ndarray]:
+        """Tokens as they come.
+
+        Args:
+            prompts: B of them, ids in [0, V), one at least in each; of a longer one its last `window`
+                tokens are seen.
+            num_tokens: how many to add to each at most.
+            seed: of the sampling. A draw is a function of it, the sequence's place in the batch and the
+                number of the token.
+
+        Yields:
+            (B,) int32, `ENDED` for a sequence that has. It stops when all have.
+
+        Raises:
+            UserError: no prompt, an empty one, or an id that the model does not have.
+        """
+        self._check(prompts)
+        at_least(1, num_tokens=num_tokens)
+        return self._stream([[int(i) for i in prompt] for prompt in prompts], num_tokens, np.uint32(seed))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], num_tokens: int, seed: int = 0
+    ) -> list[np.ndarray]:
+        """The continuation of each prompt, (<= num_tokens,) int32; arguments and errors as for `stream`."""
+        columns = np.stack(list(self.stream(prompts, num_tokens, seed)), axis=1)
+        return [row[row != ENDED] for row in columns]
+
+    def _stream(self, sequences: list[list[int]], num_tokens: int, seed: np.uint32) -> Iterator[np.ndarray]:
+        cache, logits, used = self._read(sequences, self._window)
+        tokens = self._choose(logits, seed, np.uint32(0))
+        ended = np.zeros(len(sequences), bool)
+        for number in range(1, num_tokens + 1):
+            ids = np.array(tokens)
+            if self._stop_id is not None:
+                ended |= ids == self._stop_id
+            ids[ended] = ENDED
+            yield ids
+            if number == num_tokens or ended.all():
+                return
+            for sequence, token in zip(sequences, ids.tolist(), strict=True):
+                if token != ENDED:
+                    sequence.append(token)
+            which = seed, np.uint32(number)
+            if used == self._window:
+                del cache  # before there is a second one
+                cache, logits, used = self._read(sequences, max(self._window // 2, 1))
+                tokens = self._choose(logits, *which)
+            else:
+                counts = jnp.asarray(~ended, jnp.int32)
+                cache, tokens = self._step(self._variables, cache, tokens, counts, *which)
+                used += 1
+
+    def _read(self, sequences: list[list[int]], most: int) -> tuple[Cache, jax.Array, int]:
+        """Reads the last `most` tokens of each: the cache, logits (B, V) of the next, and places used."""
+        seen = [sequence[-most:] for sequence in sequences]
+        lengths = np.array([len(sequence) for sequence in seen], np.int32)
+        chunks = -(-int(lengths.max()) // self._chunk)
+        tokens = np.zeros((len(seen), chunks * self._chunk), np.int32)
+        for row, sequence in zip(tokens, seen, strict=True):
+            row[: len(sequence)] = sequence
+        places = -(-self._window // self._chunk) * self._chunk
+        cache = empty_cache(self._config, len(seen), places, self._cache_dtype)
+        logits = jnp.zeros((len(seen), self._config.vocab_size), jnp.float32)
+        for first in range(0, tokens.shape[1], self._chunk):
+            counts = np.clip(lengths - first, 0, self._chunk)
+            part = tokens[:, first : first + self._chunk]
+            cache, logits = self._read_chunk(self._variables, cache, logits, part, counts)
+        return cache, logits, int(lengths.max())
+
+    def _check(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
+        at_least(1, prompts=len(prompts))
+        for number, prompt in enumerate(prompts):
+            at_least(1, **{f"prompts[{number}], its tokens": len(prompt)})
+            allowed = f"ids must be in [0, {self._config.vocab_size})"
+            inside = min(prompt) >= 0 and max(prompt) < self._config.vocab_size
+            require(bool(inside), f"prompts[{number}]", f"{min(prompt)} to {max(prompt)}", allowed)
+
+
+def text_generator(
+    config: ModelConfig, variables: dict[str, Any], tokenizer: Tokenizer, **options: Any
+) -> Generator:
+    """A `Generator` of what the tokenizer has ids for, which stops at the end of a document.
 
     Args:
         config: of the model.
-        variables: `params`, `memory` and `buffers`.
-        prompt: (P,) int32, P >= 1; its last `window` tokens are seen.
-        num_tokens: how many to add at most.
-        window: tokens of context, the length that the model was trained on.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        seed: of the sampling.
-        stop_id: ends the continuation, and is not part of it.
-        num_ids: only ids below it are sampled, those that the tokenizer has; None is all of the model's.
-
-    Returns:
-        (<= num_tokens,) int32.
+        variables: as for `Generator`.
+        tokenizer: that the model was trained with.
+        **options: further arguments of `Generator`; `window` must be among them.
     """
-    model = Transformer(config)
-
-    @jax.jit
-    def next_token(variables: Any, context: jax.Array, length: jax.Array, key: jax.Array) -> jax.Array:
-        # The context is padded on the right: a causal model does not see it from where it reads.
-        every: Any = model.apply(variables, context[None])
-        logits = every[0, length - 1, :num_ids]
-        if temperature == 0:
-            return logits.argmax().astype(jnp.int32)
-        return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
-
-    ids = [int(i) for i in prompt]
-    keys = jax.random.split(jax.random.key(seed), num_tokens)
-    for i in range(num_tokens):
-        seen = ids[-window:]
-        context = np.zeros(window, np.int32)
-        context[: len(seen)] = seen
-        token = int(next_token(variables, context, len(seen), keys[i]))
-        if token == stop_id:
-            break
-        ids.append(token)
-    return np.asarray(ids[len(prompt) :], np.int32)
+    return Generator(config, variables, stop_id=tokenizer.eos_id, num_ids=tokenizer.vocab_size, **options)
 
 
-def continue_text(
-    config: ModelConfig,
-    variables: dict[str, Any],
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    num_tokens: int,
-    window: int,
-    temperature: float,
-    seed: int = 0,
-) -> str:
-    """`generate_tokens` from text to text; stops at the end of a document.
+def stream_texts(
+    generator: Generator, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
+) -> Iterator[list[str]]:
+    """Continuations of texts, piece by piece.
 
-    The end-of-document token goes before the prompt, which therefore may be empty: it is what documents
+    The end-of-document token goes before each prompt, which therefore may be empty: it is what documents
     follow in training.
+
+    Args:
+        generator: of `text_generator`.
+        tokenizer: the same.
+        prompts: texts.
+        num_tokens: for each at most.
+        seed: of the sampling.
+
+    Yields:
+        What comes next of each text. A character that several tokens make up comes with the last of them,
+        and what is no UTF-8 as U+FFFD.
     """
-    start = np.concatenate([[tokenizer.eos_id], tokenizer.encode(prompt.encode())]).astype(np.int32)
-    ids = generate_tokens(
-        config,
-        variables,
-        start,
-        num_tokens=num_tokens,
-        window=window,
-        temperature=temperature,
-        seed=seed,
-        stop_id=tokenizer.eos_id,
-        num_ids=tokenizer.vocab_size,
-    )
-    return tokenizer.decode(ids).decode(errors="replace")
+    ids = [[tokenizer.eos_id, *tokenizer.encode(prompt.encode()).tolist()] for prompt in prompts]
+    readers = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
+    for tokens in generator.stream(ids, num_tokens, seed):
+        yield [
+            "" if token == ENDED else reader.decode(tokenizer.decode([token]))
+            for token, reader in zip(tokens.tolist(), readers, strict=True)
+        ]
+    yield [reader.decode(b"", final=True) for reader in readers]
+
+
+def continue_texts(
+    generator: Generator, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
+) -> list[str]:
+    """The whole continuations; arguments as for `stream_texts`."""
+    pieces = stream_texts(generator, tokenizer, prompts, num_tokens, seed)
+    return ["".join(of_text) for of_text in zip(*pieces, strict=True)]

@@ -1,12 +1,40 @@
 """Matrix products of arrays over tokens."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+_LEAST_ROWS = 4
+"""Rows of a product in bfloat16 on CPU, at least: a single one does not reach the matrix unit. 1 token
+against 100 MB of weights on 2 cores: 63 ms, as 4 rows 8 ms."""
 
-def project(x: jax.Array, weights: jax.Array, result_dtype: Any = None) -> jax.Array:
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OutputMajor:
+    """A matrix (D, F) that is served: kept as its transpose, in the dtype of the computation.
+
+    A product of few rows takes the time of reading the matrix, and reads it as it lies if the axis that is
+    summed over is the last one. B tokens against the MLPs of a model of D 1,024, L 12 on 2 CPU cores, this
+    way and the other: B 8 in float32 55 and 51 ms, B 64 69 and 85 ms; in bfloat16, B 8, 14 and 31 ms.
+    """
+
+    rows: jax.Array
+    """(F, D)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of the matrix, (D, F)."""
+        return self.rows.shape[1], self.rows.shape[0]
+
+
+Matrix = jax.Array | OutputMajor
+"""Weights (D, F): trained ones, float32, or served ones."""
+
+
+def project(x: jax.Array, weights: Matrix, result_dtype: Any = None) -> jax.Array:
     """X (..., D) times weights (D, F) -> (..., F), as one product of two matrices.
 
     The leading axes are flattened because the gradient of the weights sums over them: XLA on CPU takes 2.3
@@ -15,10 +43,21 @@ def project(x: jax.Array, weights: jax.Array, result_dtype: Any = None) -> jax.A
 
     Args:
         x: in the dtype of the computation.
-        weights: cast to that dtype.
+        weights: cast to that dtype; of `OutputMajor` the products are summed in float32.
         result_dtype: of the sums; that of x if None.
     """
-    product = jnp.matmul(
-        x.reshape(-1, x.shape[-1]), weights.astype(x.dtype), preferred_element_type=result_dtype
-    )
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(weights, OutputMajor):
+        product = _by_output(rows, weights.rows.astype(x.dtype)).astype(result_dtype or x.dtype)
+    else:
+        product = jnp.matmul(rows, weights.astype(x.dtype), preferred_element_type=result_dtype)
     return product.reshape(*x.shape[:-1], weights.shape[-1])
+
+
+def _by_output(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """X (T, D) times the transpose of weights (F, D) -> (T, F) float32."""
+    tokens = x.shape[0]
+    if x.dtype == jnp.bfloat16 and tokens < _LEAST_ROWS and jax.default_backend() == "cpu":
+        x = jnp.pad(x, ((0, _LEAST_ROWS - tokens), (0, 0)))
+    contract_last = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weights, contract_last, preferred_element_type=jnp.float32)[:tokens]

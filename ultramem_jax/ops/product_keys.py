@@ -5,7 +5,7 @@ the m·m pairs of those. For a sum of two scores (Product-Key Memory) this finds
 for a Tucker core it is the approximation of the UltraMem paper (section 3, TDQKR).
 
 Queries (T, 2, H, q, d) and keys (2, S, r, K, d) are laid out as `ultramem_jax.ops.key_scores` says: rows are
-side 0, columns side 1.
+side 0, columns side 1. In place of the keys there can be `ServedKeys`, which nothing is differentiated by.
 """
 
 from functools import partial
@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from ultramem_jax.ops.chunks import map_chunks
 from ultramem_jax.ops.key_scores import best_keys, key_scores
 from ultramem_jax.ops.on_mesh import per_token
+from ultramem_jax.ops.served_keys import ServedKeys, served_candidates
+
+Keys = jax.Array | ServedKeys
 
 
 class Retrieved(NamedTuple):
@@ -32,7 +35,7 @@ class Retrieved(NamedTuple):
     """(T, 2, H, m) int32, the keys of both sides whose cells were compared, best first."""
 
 
-def retrieve_product_keys(queries: jax.Array, keys: jax.Array, top_m: int) -> Retrieved:
+def retrieve_product_keys(queries: jax.Array, keys: Keys, top_m: int) -> Retrieved:
     """The `top_m` cells with the largest row score + column score (PKM, arXiv 1907.05242, section 3.2).
 
     Args:
@@ -44,8 +47,9 @@ def retrieve_product_keys(queries: jax.Array, keys: jax.Array, top_m: int) -> Re
         The m best of all K² cells, with h = 1.
     """
     heads = queries.shape[2]
-    candidates = best_keys(queries, keys, jnp.ones((2, heads, 1), jnp.float32), top_m)
-    row, column = jnp.unstack(key_scores(queries, keys, candidates)[:, :, :, 0], axis=1)
+    # A single rank is its own best combination.
+    candidates, scores = _candidates(queries, keys, jnp.ones((2, heads, 1), jnp.float32), top_m)
+    row, column = jnp.unstack(scores[:, :, :, 0], axis=1)
 
     def best(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _best_cells(row[..., :, None] + column[..., None, :], top_m)
@@ -59,7 +63,7 @@ def retrieve_product_keys(queries: jax.Array, keys: jax.Array, top_m: int) -> Re
 
 
 def retrieve_tucker(
-    queries: jax.Array, keys: jax.Array, cores: jax.Array, directions: jax.Array, top_m: int
+    queries: jax.Array, keys: Keys, cores: jax.Array, directions: jax.Array, top_m: int
 ) -> Retrieved:
     """Tucker-decomposed query-key retrieval with multi-core scoring (UltraMem paper, section 3).
 
@@ -77,8 +81,8 @@ def retrieve_tucker(
     Returns:
         The best m of the m·m candidate cells, with core i's own score at [..., i].
     """
-    candidates = best_keys(queries, keys, directions, top_m)
-    row, column = jnp.unstack(key_scores(queries, keys, candidates), axis=1)  # (T, H, r, m) each
+    candidates, scores = _candidates(queries, keys, directions, top_m)
+    row, column = jnp.unstack(scores, axis=1)  # (T, H, r, m) each
 
     def best(row: jax.Array, column: jax.Array, core: jax.Array) -> tuple[jax.Array, jax.Array]:
         grid = jnp.zeros((), row.dtype)
@@ -189,6 +193,16 @@ def balance_loss(scores: jax.Array, candidates: jax.Array) -> jax.Array:
 def singular_values(cores: jax.Array) -> jax.Array:
     """(H, r) float32 singular values of the summed core of `cores` (H, h, r, r), largest first."""
     return jnp.linalg.svd(cores.astype(jnp.float32).sum(1), compute_uv=False)
+
+
+def _candidates(
+    queries: jax.Array, keys: Keys, directions: jax.Array, top_m: int
+) -> tuple[jax.Array, jax.Array]:
+    """The keys (T, 2, H, m) whose cells are compared, and their scores (T, 2, H, r, m)."""
+    if isinstance(keys, ServedKeys):
+        return served_candidates(queries, keys, top_m)
+    candidates = best_keys(queries, keys, directions, top_m)
+    return candidates, key_scores(queries, keys, candidates)
 
 
 def _combine_ranks(weights: jax.Array, scores: jax.Array) -> jax.Array:

@@ -10,13 +10,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.layers.caching import CACHE, Chunk, last_tokens
 from ultramem_jax.layers.memory.initializers import MemoryInit, memory_init
 from ultramem_jax.layers.memory.tables import Tables, declare_tables
+from ultramem_jax.layers.parameters import matrix, served_parameter
 from ultramem_jax.layers.sowing import sow
 from ultramem_jax.memory_config import MemoryConfig, TableLayout
 from ultramem_jax.ops import addressing, product_keys, sharded_lookup
 from ultramem_jax.ops.key_scores import combined_scores
 from ultramem_jax.ops.linear import project
+from ultramem_jax.ops.served_keys import ServedKeys
 
 
 class _Family(nn.Module):
@@ -70,13 +73,16 @@ class ProductKeyMemory(_Family):
     norm_eps: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, tables: Tables | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, tables: Tables | None = None, chunk: Chunk | None = None
+    ) -> jax.Array:
         """Reads the memory.
 
         Args:
             x: (B, S, D).
             train: unused, part of the call that all layers share.
             tables: those of `SharedTables`; None if the layer has its own.
+            chunk: if given, x follows on the `query_inputs` in the collection `cache`, which must be mutable.
 
         Returns:
             (B, S, D) in the computation's dtype.
@@ -85,7 +91,7 @@ class ProductKeyMemory(_Family):
         config, embed_dim = self.config, x.shape[2]
         init = self._init(embed_dim)
         x = x.astype(self.dtype)
-        queries = self._queries(self._convolved(x), init.query, init.query_gain)
+        queries = self._queries(self._convolved(x, chunk), init.query, init.query_gain)
         keys = self._keys(init.keys, init.key_gain)
         retrieved = self._retrieve(queries, keys)
         weights = nn.softmax(retrieved.scores, axis=2) if config.softmax else retrieved.scores
@@ -107,14 +113,14 @@ class ProductKeyMemory(_Family):
         pooled = self._pooled(tables["values"], slots, blocks, weights)
         y = pooled.reshape(tokens.shape[0], config.num_blocks * config.value_dim)
         if config.gate:
-            kernel = self.param("gate", init.input, (embed_dim, config.value_dim), jnp.float32)
+            kernel = matrix(self, "gate", init.input, (embed_dim, config.value_dim))
             y = y * nn.silu(project(tokens, kernel))
         if config.project_values:
-            y = project(y, self.param("projection", init.projection, (y.shape[1], embed_dim), jnp.float32))
+            y = project(y, matrix(self, "projection", init.projection, (y.shape[1], embed_dim)))
         sow(self, "metrics", "output_std", jnp.std(y.astype(jnp.float32)))
         return y.reshape(x.shape)
 
-    def _convolved(self, x: jax.Array) -> jax.Array:
+    def _convolved(self, x: jax.Array, chunk: Chunk | None) -> jax.Array:
         """Causal depthwise convolution over the sequence; starts as the identity. Tap i looks i back."""
         width = self.config.query_conv_width
         if width == 0:
@@ -125,8 +131,13 @@ class ProductKeyMemory(_Family):
 
         kernel = self.param("query_conv", identity, (width, x.shape[-1]), jnp.float32)
         taps = kernel.astype(self.dtype)[:, None, None]
-        length = x.shape[1]
-        shifted = [jnp.pad(x, ((0, 0), (i, 0), (0, 0)))[:, :length] for i in range(width)]
+        back, length = width - 1, x.shape[1]
+        if chunk is None or back == 0:
+            sequence = jnp.pad(x, ((0, 0), (back, 0), (0, 0)))
+        else:
+            sequence = jnp.concatenate([self.get_variable(CACHE, "query_inputs"), x], axis=1)
+            self.put_variable(CACHE, "query_inputs", last_tokens(sequence, chunk.counts, back))
+        shifted = [sequence[:, back - i : back - i + length] for i in range(width)]
         return sum((taps[i] * shifted[i] for i in range(1, width)), taps[0] * shifted[0])
 
     def _queries(self, x: jax.Array, init: nn.initializers.Initializer, gain: float) -> jax.Array:
@@ -135,59 +146,55 @@ class ProductKeyMemory(_Family):
         q is r, or 1 where the ranks share a query of full width.
         """
         config, ranks = self.config, self.config.num_ranks
-        kernel = self.param(
-            "query", init, (x.shape[-1], 2 * config.num_queries * config.key_dim), jnp.float32
-        )
+        kernel = matrix(self, "query", init, (x.shape[-1], 2 * config.num_queries * config.key_dim))
         of_each_rank = ranks if config.query_per_rank else 1
         queries = project(x, kernel).reshape(
             -1, 2, config.num_queries // of_each_rank, of_each_rank, config.key_dim
         )
         if config.norm_query:
             scale = self.param("query_scale", nn.initializers.constant(gain), (config.key_dim,), jnp.float32)
-            queries = self._rms_norm(queries.astype(jnp.float32), (-1,), scale).astype(self.dtype)
+            queries = _rms_norm(queries.astype(jnp.float32), (-1,), scale, self.norm_eps).astype(self.dtype)
         if config.rank_keys == "split":
             queries = queries.reshape(*queries.shape[:3], ranks, config.rank_key_dim)
         return jnp.broadcast_to(queries, (*queries.shape[:2], config.num_heads, *queries.shape[3:]))
 
-    def _keys(self, init: nn.initializers.Initializer, gain: float) -> jax.Array:
+    def _keys(self, init: nn.initializers.Initializer, gain: float) -> jax.Array | ServedKeys:
         """(2, S, r, K, d): both sides' keys of every head (or of all, S = 1) and rank, normed."""
-        config, ranks, width = self.config, self.config.num_ranks, self.config.rank_key_dim
-        shape = (2, config.num_key_sets, ranks, self._layout().num_virtual_keys, width)
-        keys = self.param("keys", init, shape, jnp.float32)
+        config = self.config
+        if served := served_parameter(self, "keys"):
+            return served
+        shape = (
+            2,
+            config.num_key_sets,
+            config.num_ranks,
+            self._layout().num_virtual_keys,
+            config.rank_key_dim,
+        )
+        keys, scale = self.param("keys", init, shape, jnp.float32), None
         if config.norm_keys:
             scale = self.param("key_scale", nn.initializers.constant(gain), (config.key_dim,), jnp.float32)
-            # A key is d_k wide. Where the ranks split it, its norm is over all of its parts.
-            split = config.rank_keys == "split"
-            over = (2, 4) if split else (4,)
-            keys = self._rms_norm(keys, over, scale.reshape(ranks if split else 1, 1, width))
-        return keys.astype(self.dtype)
+        return normed_keys(config, keys, scale, self.norm_eps).astype(self.dtype)
 
-    def _rms_norm(self, x: jax.Array, axes: tuple[int, ...], scale: jax.Array) -> jax.Array:
-        mean_square = jnp.mean(x * x, axis=axes, keepdims=True)
-        scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
-        return x * jax.lax.rsqrt(mean_square + jnp.float32(self.norm_eps)) * scale
-
-    def _retrieve(self, queries: jax.Array, keys: jax.Array) -> product_keys.Retrieved:
+    def _retrieve(self, queries: jax.Array, keys: jax.Array | ServedKeys) -> product_keys.Retrieved:
         """The m cells of every token and head."""
         config = self.config
         if config.tucker_rank == 0:
-            # A single rank is its own best combination.
             directions = jnp.ones((2, config.num_heads, 1), jnp.float32)
             retrieved = product_keys.retrieve_product_keys(queries, keys, config.top_m)
         else:
-            cores, directions = self._core()
+            shape = (config.num_heads, config.num_cores, config.tucker_rank, config.tucker_rank)
+            cores = self.param("cores", nn.initializers.uniform(1.0), shape, jnp.float32)
+            directions = keys.directions if isinstance(keys, ServedKeys) else self._directions(cores)
             retrieved = product_keys.retrieve_tucker(queries, keys, cores, directions, config.top_m)
-        if config.balance_loss_weight:
+        if config.balance_loss_weight and not isinstance(keys, ServedKeys):
             scores = combined_scores(queries, keys, directions)
             sides = [product_keys.balance_loss(scores[i], retrieved.candidates[:, i]) for i in range(2)]
             sow(self, "losses", "balance", config.balance_loss_weight * (sides[0] + sides[1]))
         return retrieved
 
-    def _core(self) -> tuple[jax.Array, jax.Array]:
-        """The Tucker cores (H, h, r, r), and u and t (2, H, r) of their sum."""
+    def _directions(self, cores: jax.Array) -> jax.Array:
+        """U and t (2, H, r) of the sum of the cores (H, h, r, r)."""
         config = self.config
-        shape = (config.num_heads, config.num_cores, config.tucker_rank, config.tucker_rank)
-        cores = self.param("cores", nn.initializers.uniform(1.0), shape, jnp.float32)
         direction = (config.num_heads, config.tucker_rank)
         last_u = self.variable("buffers", "row_direction", jnp.zeros, direction, jnp.float32)
         last_t = self.variable("buffers", "column_direction", jnp.zeros, direction, jnp.float32)
@@ -199,7 +206,7 @@ class ProductKeyMemory(_Family):
             sow(self, "losses", "core", config.core_loss_weight * loss)
         for i, value in enumerate(product_keys.singular_values(cores).mean(0)):
             sow(self, "metrics", f"core_singular_value_{i + 1}", value)
-        return cores, jnp.stack([u, t])
+        return jnp.stack([u, t])
 
     def _addresses(self, rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Virtual blocks and physical slots of the cells, same shape."""
@@ -233,7 +240,7 @@ class ProductKeyMemory(_Family):
         config = self.config
         if config.project_pre_values:
             shape = (x.shape[-1], config.pre_value_dim)
-            x = project(x, self.param("pre_projection", init.input, shape, jnp.float32))
+            x = project(x, matrix(self, "pre_projection", init.input, shape))
         sums, inputs = sharded_lookup.products_at_owners(pre_values, slots, x)
         sow(self, "reads", "inputs", inputs)
         products = sharded_lookup.products_at_tokens(self._perturbed("products", sums))
@@ -257,3 +264,26 @@ class ProductKeyMemory(_Family):
         total = scores.sum(-1)
         sow(self, "metrics", "top_1_score", total[..., 0].mean())
         sow(self, "metrics", "top_m_score", total[..., -1].mean())
+
+
+def normed_keys(config: MemoryConfig, keys: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
+    """Keys (2, S, r, K, d) under the norm of the config, if it has one: float32, same shape.
+
+    Args:
+        config: of the memory.
+        keys: the parameter `keys`.
+        scale: (d_k,), the parameter `key_scale`; None if `norm_keys` is off.
+        eps: of the norm.
+    """
+    if scale is None:
+        return keys
+    # A key is d_k wide. Where the ranks split it, its norm is over all of its parts.
+    split = config.rank_keys == "split"
+    gain = scale.reshape(config.num_ranks if split else 1, 1, config.rank_key_dim)
+    return _rms_norm(keys, (2, 4) if split else (4,), gain, eps)
+
+
+def _rms_norm(x: jax.Array, axes: tuple[int, ...], scale: jax.Array, eps: float) -> jax.Array:
+    mean_square = jnp.mean(x * x, axis=axes, keepdims=True)
+    scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+    return x * jax.lax.rsqrt(mean_square + jnp.float32(eps)) * scale

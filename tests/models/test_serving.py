@@ -1,0 +1,126 @@
+"""What `prepare_for_decoding` promises: the numbers of the model, and no work that could be done before."""
+
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from tests.layers.test_contract import CONFIGS
+from ultramem_jax.models import Transformer
+from ultramem_jax.models.cache import cache_bytes, empty_cache
+from ultramem_jax.models.serving import prepare_for_decoding
+from ultramem_jax.ops.linear import OutputMajor
+
+MODELS = ("dense", "moe", "moe-fine", "pkm", "memory-plus", "ultramem", "ultramem-v2")
+
+
+def _config(name, **fields):
+    config = replace(CONFIGS.get(name, CONFIGS["mlp"]), vocab_size=31, num_layers=2)
+    if config.memory is not None:
+        config = replace(config, memory=replace(config.memory, placement="1:2", **fields))
+    return config
+
+
+def _variables(config):
+    made = jax.jit(lambda: Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))()
+    return {k: made[k] for k in ("params", "memory", "buffers") if k in made}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prepared_variables_give_the_same_logits_without_a_cache_too(name):
+    config = _config(name)
+    variables = _variables(config)
+    tokens = np.random.default_rng(0).integers(0, 31, (2, 7)).astype(np.int32)
+    apply = jax.jit(Transformer(config).apply)
+    np.testing.assert_allclose(
+        apply(prepare_for_decoding(config, variables), tokens), apply(variables, tokens), rtol=1e-4, atol=2e-5
+    )
+
+
+def test_bfloat16_reads_half_the_bytes_and_keeps_what_must_be_float32():
+    config = replace(_config("ultramem"), dtype="bfloat16")
+    variables = _variables(config)
+    served = prepare_for_decoding(config, variables)
+    params = served["params"]
+    assert params["layer_1"]["feed_forward"]["w_in"].rows.dtype == jnp.bfloat16
+    assert params["memory_0"]["keys"].matrices[0][0][0].rows.dtype == jnp.bfloat16
+    assert params["memory_0"]["cores"].dtype == params["final_norm"]["scale"].dtype == jnp.float32
+    # The tied embedding is there once, and the table is the one that was given.
+    assert params["output"].rows is params["embedding"]
+    assert served["memory"]["memory_0"]["values"] is variables["memory"]["memory_0"]["values"]
+    exact = jax.jit(Transformer(config).apply)
+    tokens = np.arange(6, dtype=np.int32)[None]
+    found, expected = exact(served, tokens), exact(variables, tokens)
+    assert jnp.abs(found - expected).mean() < 0.05 * jnp.abs(expected).mean()
+
+
+def test_what_is_prepared_comes_back_as_it_is():
+    config = _config("moe")
+    served = prepare_for_decoding(config, _variables(config))
+    assert prepare_for_decoding(config, served) is served
+    of_experts = served["params"]["layer_1"]["feed_forward"]["w_in"]
+    assert len(of_experts) == 6 and all(isinstance(w, OutputMajor) for w in of_experts)
+
+
+def _step(config, variables, batch=3):
+    """The jaxpr of a decoding step."""
+    cache = empty_cache(config, batch, 8)
+    apply = Transformer(config).apply
+    tokens, counts = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
+
+    def step(variables, tokens):
+        return apply(variables | {"cache": cache}, tokens, counts=counts, mutable=["cache"])
+
+    return jax.make_jaxpr(step)(variables, tokens)
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from _equations(inner)
+
+
+@pytest.mark.parametrize("name", ["pkm", "memory-plus", "ultramem", "ultramem-v2"])
+def test_a_step_computes_nothing_that_depends_on_parameters_alone(name):
+    config = _config(name, num_keys=64, top_m=2, key_dim=64)
+    served = prepare_for_decoding(config, _variables(config))
+    of_memory = served["params"]["memory_0"]["keys"].matrices
+    equations = list(_equations(_step(config, served).jaxpr))
+    assert not any("svd" in equation.primitive.name for equation in equations)
+    made = [v.aval.size for e in equations for v in e.outvars if not e.primitive.name.startswith("pjit")]
+    # Not one side's keys of a head and rank in any other form, let alone a table.
+    assert max(made) < min(w.rows.size for side in of_memory for each in side for w in each)
+
+
+@pytest.mark.parametrize("name", ["pkm", "ultramem", "ultramem-v2"])
+def test_more_slots_let_only_the_scores_of_their_keys_grow(name):
+    # With sixteen times the slots, what grows grows as the keys of a side do.
+    few, many = (_step_shapes(_config(name, num_keys=n)) for n in (32, 128))
+    grown = [(a, b) for a, b in zip(few, many, strict=True) if a != b]
+    for a, b in grown:
+        assert np.prod(b) <= 4 * np.prod(a), (a, b)
+
+
+def _step_shapes(config):
+    served = jax.eval_shape(lambda: prepare_for_decoding(config, _abstract(config)))
+    return [v.aval.shape for e in _equations(_step(config, served).jaxpr) for v in e.outvars]
+
+
+def _abstract(config):
+    made = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    return {k: made[k] for k in ("params", "memory", "buffers") if k in made}
+
+
+def test_the_cache_takes_the_bytes_that_it_says():
+    config = replace(_config("ultramem"), dtype="bfloat16")
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        keys_and_values = 2 * config.num_layers * 5 * config.num_kv_heads * 24 * 8 * size
+        inputs = 5 * (config.memory.query_conv_width - 1) * 16 * 2
+        expected = keys_and_values + inputs + 5 * 24 + 5 * 4 + 4
+        assert cache_bytes(config, 5, 24, dtype) == expected
+    chex.assert_tree_all_finite(empty_cache(config, 5, 24))

@@ -1,0 +1,64 @@
+"""The experts of a Mixture of Experts that is served on CPU: each an array of its own, read if it is chosen.
+
+A decoding step has few tokens for many experts, so its time is that of reading weights. One product over
+the stacked weights of all experts (`experts.block_experts`) reads also those that nobody chose, and XLA
+copies an expert that a loop cuts out of the stack. Here every expert has a loop of its own over blocks of its
+tokens: of no turn where it was not chosen, mostly of one where it was.
+
+12 layers of 32 experts, D 1,024, F 2,528, 64 tokens with k 2, on 2 CPU cores: 11.6 GB/s in float32 and 14.4
+in bfloat16, where the stacked product of even loads gets 8 and 9, and a loop over the stack 8 and 1.4.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ultramem_jax.layers.experts import ExpertWeights, combine, dispatch_plan
+from ultramem_jax.layers.mlp import gelu
+from ultramem_jax.ops.linear import OutputMajor, project
+
+
+def served_experts(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: ExpertWeights) -> jax.Array:
+    """Σ over a token's k experts of gate·expert(x), however unequal the loads. No derivative.
+
+    Args:
+        x: (T, D), in the dtype of the computation.
+        gates: (T, k) float32.
+        experts: (T, k) int32 in [0, X).
+        weights: each a tuple of X `OutputMajor`.
+
+    Returns:
+        (T, D) float32.
+    """
+    num_experts, assignments = len(weights.w_in), experts.size
+    plan = dispatch_plan(experts, num_experts)
+    rows = block_rows(assignments, num_experts)
+    # Behind an expert's last token a block has rows of the next expert, or of nobody. What comes of them is
+    # overwritten by the next expert, or not looked at.
+    padded = jnp.pad(x[plan.order // experts.shape[1]], ((0, rows), (0, 0)))
+    y = jnp.zeros(padded.shape, jnp.float32)
+    for expert in range(num_experts):
+        w_in, w_out = weights.w_in[expert], weights.w_out[expert]
+        w_gate = None if weights.w_gate is None else weights.w_gate[expert]
+
+        def block(number, y, first=plan.start[expert], w_in=w_in, w_out=w_out, w_gate=w_gate):
+            at = first + number * rows
+            out = _expert(lax.dynamic_slice_in_dim(padded, at, rows), w_in, w_out, w_gate)
+            return lax.dynamic_update_slice_in_dim(y, out, at, 0)
+
+        y = lax.fori_loop(0, -(-plan.load[expert] // rows), block, y)
+    return combine(y, gates, plan.order, plan.row)
+
+
+def block_rows(assignments: int, num_experts: int) -> int:
+    """Rows of a block for T·k assignments to X experts: two standard deviations above the mean load."""
+    mean = assignments / num_experts
+    return math.ceil((mean + 2 * math.sqrt(mean)) / 4) * 4
+
+
+def _expert(x: jax.Array, w_in: OutputMajor, w_out: OutputMajor, w_gate: OutputMajor | None) -> jax.Array:
+    inner = project(x, w_in)
+    inner = gelu(inner) if w_gate is None else jax.nn.silu(project(x, w_gate)) * inner
+    return project(inner, w_out, jnp.float32)

@@ -1,0 +1,56 @@
+"""The cache of a model that decodes: what its layers remember of the tokens so far."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.errors import at_least, choice
+from ultramem_jax.models.transformer import memory_name
+
+Cache = dict[str, Any]
+
+
+def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: str = "float32") -> Cache:
+    """The collection `cache` before the first token.
+
+    Args:
+        config: of the model.
+        batch_size: B, sequences.
+        length: U, places for tokens of a sequence. Whoever fills the cache sees to it that no chunk ends
+            beyond it: a chunk of C tokens must start at a place up to U - C.
+        dtype: of keys and values, `float32` or `bfloat16`. On CPU float32 is several times as fast.
+
+    Returns:
+        `visible` (B, U) bool, places that hold a token; `lengths` (B,) int32, tokens of each sequence; `used`
+        () int32, places taken; and the layers' parts, which `ultramem_jax.layers.caching` describes.
+
+    Raises:
+        UserError: an empty batch or cache, or another dtype.
+    """
+    at_least(1, batch_size=batch_size, cache_length=length)
+    choice("cache_dtype", dtype, ("float32", "bfloat16"))
+    head_dim = config.embed_dim // config.num_heads
+    shape = (batch_size, config.num_kv_heads, length, head_dim)
+    cache: Cache = {
+        "visible": jnp.zeros((batch_size, length), bool),
+        "lengths": jnp.zeros((batch_size,), jnp.int32),
+        "used": jnp.zeros((), jnp.int32),
+    }
+    for layer in range(1, config.num_layers + 1):
+        # Arrays of their own: each is changed in place.
+        cached = {name: jnp.zeros(shape, jnp.dtype(dtype)) for name in ("keys", "values")}
+        cache[f"layer_{layer}"] = {"attention": cached}
+    back = config.memory.query_conv_width - 1 if config.memory else 0
+    if back > 0:
+        for index in range(len(config.spans)):
+            inputs = jnp.zeros((batch_size, back, config.embed_dim), jnp.dtype(config.dtype))
+            cache[memory_name(index)] = {"query_inputs": inputs}
+    return cache
+
+
+def cache_bytes(config: ModelConfig, batch_size: int, length: int, dtype: str = "float32") -> int:
+    """Bytes that such a cache takes."""
+    shapes = jax.eval_shape(lambda: empty_cache(config, batch_size, length, dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

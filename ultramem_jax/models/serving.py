@@ -1,0 +1,96 @@
+"""Variables of a model as decoding wants them: what depends on parameters alone is computed once.
+
+A step of training may well norm all keys: there are a thousand tokens that use them. A step of decoding has
+one token per sequence and is over when the weights have been read, so nothing is left in it that could
+have been done before.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.layers.memory.product_key_memory import normed_keys
+from ultramem_jax.models.transformer import memory_name
+from ultramem_jax.ops.linear import OutputMajor
+from ultramem_jax.ops.product_keys import leading_singular_vectors
+from ultramem_jax.ops.served_keys import ServedKeys, serve_keys
+
+_AS_THEY_ARE = ("router", "query_conv")
+"""Of two axes, but no matrices of a product in the computation's dtype."""
+
+
+def prepare_for_decoding(config: ModelConfig, variables: dict[str, Any]) -> dict[str, Any]:
+    """Variables that `Transformer(config)` decodes with, with the same numbers up to the rounding of sums.
+
+    - Matrices are in the dtype of the computation and kept by output (`OutputMajor`), experts on CPU each
+      by itself: in bfloat16 half the bytes are read.
+    - Keys are normed, and the singular vectors u and t of the Tucker cores computed (`ServedKeys`).
+    - Tables stay what they are, the same arrays. No step does anything with a table but read rows.
+
+    Nothing can be trained on what comes out, on a mesh it is not supported, and both share what was not
+    changed. Drop the given variables to free the rest.
+
+    Args:
+        config: of the model.
+        variables: `params`, `memory` and `buffers`, as `training.restore.load_model` has them; or what
+            came out here before, which comes back.
+    """
+    params = dict(variables["params"])
+    if _is_prepared(params):
+        return variables
+    dtype = jnp.dtype(config.dtype)
+    served = {name: value for name, value in params.items() if not isinstance(value, dict)}
+    # The rows that tokens look up and the matrix of the logits are one array.
+    served["embedding"] = jnp.asarray(params["embedding"], dtype)
+    if config.tie_embeddings:
+        served["output"] = OutputMajor(served["embedding"])
+    else:
+        served["output"] = _matrix(params["output"], dtype)
+    one_by_one = (
+        config.moe is not None and config.moe.implementation == "auto" and jax.default_backend() == "cpu"
+    )
+    for name, layer in params.items():
+        if isinstance(layer, dict):
+            served[name] = _served(layer, dtype, one_by_one)
+    buffers = variables.get("buffers", {})
+    for index in range(len(config.spans)):
+        name = memory_name(index)
+        served[name]["keys"] = _keys(config, params[name], buffers.get(name, {}))
+    return variables | {"params": served}
+
+
+def _is_prepared(params: dict[str, Any]) -> bool:
+    found = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, OutputMajor))
+    return any(isinstance(node, OutputMajor) for node in found)
+
+
+def _served(layer: dict[str, Any], dtype: jnp.dtype, one_by_one: bool) -> dict[str, Any]:
+    """Parameters of a layer and of the layers in it; experts `one_by_one` or stacked, as they were."""
+    served: dict[str, Any] = {}
+    for name, value in layer.items():
+        if isinstance(value, dict):
+            served[name] = _served(value, dtype, one_by_one)
+        elif value.ndim == 3:
+            served[name] = tuple(_matrix(w, dtype) for w in value) if one_by_one else value.astype(dtype)
+        elif value.ndim == 2 and name not in _AS_THEY_ARE:
+            served[name] = _matrix(value, dtype)
+        else:
+            served[name] = value
+    return served
+
+
+def _matrix(weights: jax.Array, dtype: jnp.dtype) -> OutputMajor:
+    return OutputMajor(weights.astype(dtype).T)
+
+
+def _keys(config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any]) -> ServedKeys:
+    memory = config.memory
+    assert memory is not None
+    keys = normed_keys(memory, params["keys"], params.get("key_scale"), config.norm_eps)
+    directions = jnp.ones((2, memory.num_heads, 1), jnp.float32)
+    if memory.tucker_rank:
+        last = buffers["row_direction"], buffers["column_direction"]
+        directions = jnp.stack(leading_singular_vectors(params["cores"].sum(1), *last))
+    return serve_keys(keys.astype(config.dtype), directions)

@@ -1,0 +1,69 @@
+"""Keys of a model that is served: what depends on parameters alone has been computed, the rest is read once.
+
+In training, the choice of candidates forgets the scores of all keys and computes those of the candidates
+again, from m·r gathered keys a side and head. For the few tokens of a decoding step it is cheaper to keep
+the scores of each rank: the candidates' are among them, and no key is read twice.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ultramem_jax.ops.chunks import map_chunks
+from ultramem_jax.ops.linear import OutputMajor, project
+from ultramem_jax.ops.topk import top_k
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ServedKeys:
+    """Both sides' keys, normed and in the dtype of the computation, and how their ranks are weighed."""
+
+    matrices: tuple[tuple[tuple[OutputMajor, ...], ...], ...]
+    """[side][set][rank]: (d, K), each apart from the others, so that its product reads it where it lies."""
+    directions: jax.Array
+    """(2, H, r) float32, u and t."""
+
+
+def serve_keys(keys: jax.Array, directions: jax.Array) -> ServedKeys:
+    """The keys (2, S, r, K, d) and directions (2, H, r) of `product_keys.retrieve_tucker`, to be served."""
+    matrices = tuple(tuple(tuple(OutputMajor(rank) for rank in each) for each in side) for side in keys)
+    return ServedKeys(matrices, directions)
+
+
+def served_candidates(queries: jax.Array, keys: ServedKeys, top_m: int) -> tuple[jax.Array, jax.Array]:
+    """What `key_scores.best_keys` chooses, and the `key_scores.key_scores` of it.
+
+    Args:
+        queries: (T, 2, H, q, d).
+        keys: those of H heads or of all together.
+        top_m: m <= K.
+
+    Returns:
+        Candidates (T, 2, H, m) int32 in [0, K), best first, and their scores (T, 2, H, r, m) float32.
+    """
+    ranks, num_keys = len(keys.matrices[0][0]), keys.matrices[0][0][0].shape[1]
+
+    def of_head(queries: jax.Array, side: int, head: int) -> tuple[jax.Array, jax.Array]:
+        sets = keys.matrices[side]
+        scores = jnp.stack(
+            [
+                # Ranks may share a query, and heads a set of keys.
+                project(queries[:, side, head, rank % queries.shape[3]], matrix, jnp.float32)
+                for rank, matrix in enumerate(sets[head % len(sets)])
+            ],
+            axis=1,
+        )
+        weights = keys.directions[side, head]
+        combined = jnp.einsum("r,trk->tk", weights, scores)
+        chosen = top_k(combined, top_m)[1]
+        return chosen, jnp.take_along_axis(scores, chosen[:, None], axis=-1, mode="promise_in_bounds")
+
+    def choose(queries: jax.Array) -> tuple[jax.Array, jax.Array]:
+        heads = range(queries.shape[2])
+        of_sides = [[of_head(queries, side, head) for head in heads] for side in range(2)]
+        chosen = jnp.stack([jnp.stack([c for c, _ in side], axis=1) for side in of_sides], axis=1)
+        return chosen, jnp.stack([jnp.stack([s for _, s in side], axis=1) for side in of_sides], axis=1)
+
+    return map_chunks(choose, 2 * queries.shape[2] * (ranks + 1) * num_keys, queries)
