@@ -2,7 +2,7 @@
 
 EXPERIMENTS = {
     "train": "train a language model, or go on with a run that was cut off",
-    "evaluate": "validation and test bits per byte of a checkpoint",
+    "evaluate": "validation and test bits per byte of a checkpoint, with a sliding window if wanted",
     "generate": "continue a prompt with a checkpoint",
     "compare": "UltraMem and its rivals at equal compute and equal sparse parameters",
     "ablate": "the ladder from PKM to UltraMem, one change at a time, and the grids of E, r and h",

@@ -1,24 +1,59 @@
-"""Validation and test bits per byte of a run's checkpoint."""
+"""Validation and test bits per byte of a run's checkpoint, whatever devices it was trained on."""
+
+from decimal import Decimal
 
 from absl import flags
 
-from ultramem_jax.data import load_corpus
-from ultramem_jax.training.loop import Evaluator, check_corpus
+from experiments import markdown
+from experiments.seeds import check_names
+from ultramem_jax.data import SPLITS, load_corpus
+from ultramem_jax.training.evaluation import Evaluator
+from ultramem_jax.training.loop import check_corpus
 from ultramem_jax.training.restore import load_model
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder of the run")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "`last`, `best` (validation loss), or a step")
-BATCHES = flags.DEFINE_integer("batches", 0, "batches per split; 0 is all of it", lower_bound=0)
+SPLIT_NAMES = flags.DEFINE_list("splits", ["validation", "test"], "what to evaluate, of " + ", ".join(SPLITS))
+STRIDE = flags.DEFINE_integer(
+    "stride",
+    None,
+    "tokens that a window of data.seq_len moves on by; of each window its last targets count, as many. Less "
+    "gives more context and takes more time; by default it is data.seq_len: disjoint sequences",
+)
+BATCHES = flags.DEFINE_integer(
+    "batches", 0, "batches per split, spread evenly over it; 0 is all of it", lower_bound=0
+)
 
 
 def main() -> None:
     """Prints a table: a row per split."""
+    splits = SPLIT_NAMES.value
+    check_names("splits", splits, SPLITS)
     loaded = load_model(WORKDIR.value, CHECKPOINT.value)
     corpus = load_corpus(loaded.config.data)
     check_corpus(loaded.corpus, corpus, WORKDIR.value)
+    stride = corpus.checked_stride(STRIDE.value)
+    for split in splits:
+        corpus.require_sequences(split)  # of all, before the first takes its time
     evaluate = Evaluator(loaded.config, corpus)
     print(f"step {loaded.step} of {WORKDIR.value}, corpus {corpus.corpus_hash[:12]}")
-    print(f"{'split':12}{'nats/token':>12}{'bits/byte':>12}")
-    for split in ("validation", "test"):
-        loss, bits = evaluate(loaded.variables, split, BATCHES.value, progress=True)
-        print(f"{split:12}{loss:12.4f}{bits:12.4f}")
+    rows = []
+    for split in splits:
+        found = evaluate(loaded.variables, split, BATCHES.value, stride=stride, progress=True)
+        row = {
+            "split": split,
+            "tokens scored": found.tokens,
+            "context": context(corpus.seq_len, stride),
+            "nats/token": Decimal(f"{found.loss:.4f}"),
+            "bits/byte": Decimal(f"{found.bits_per_byte:.4f}"),
+            "perplexity/token": found.perplexity,
+        }
+        rows.append(row)
+    print(markdown.table(rows))
+
+
+def context(seq_len: int, stride: int) -> str:
+    """From how many tokens a target is foretold, those of the split's first window apart, and the stride."""
+    least = seq_len - stride + 1
+    tokens = f"{least} to {seq_len}" if stride > 1 else f"{seq_len}"
+    return f"{tokens} tokens, stride {stride}"

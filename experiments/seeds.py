@@ -22,7 +22,8 @@ from ultramem_jax.data import Corpus
 from ultramem_jax.errors import unknown
 from ultramem_jax.parallel.distributed import from_first, is_first
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes
-from ultramem_jax.training.loop import Evaluator, train
+from ultramem_jax.training.evaluation import Evaluator
+from ultramem_jax.training.loop import train
 from ultramem_jax.training.metrics import read_metrics
 from ultramem_jax.training.state import model_variables
 
@@ -171,7 +172,8 @@ def _run(
     test_bits = None
     if test_batches is not None:
         evaluate = Evaluator(config, corpus, mesh_axes(config, make_mesh(config.mesh)))
-        test_bits = evaluate(model_variables(trained.state), "test", test_batches, progress=True)[1]
+        found = evaluate(model_variables(trained.state), "test", test_batches, progress=True)
+        test_bits = found.bits_per_byte
     if not is_first():
         return {}
     records = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "validation"]

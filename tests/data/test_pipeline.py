@@ -1,6 +1,8 @@
-"""Sequences tile the stream, batches are a function of seed and step, positions survive a checkpoint."""
+"""Sequences tile the stream, windows count each target once, batches are a function of seed and step,
+positions survive a checkpoint."""
 
 import itertools
+import types
 
 import grain.checkpoint
 import numpy as np
@@ -8,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ultramem_jax import DataConfig, UserError
-from ultramem_jax.data import eval_batches, load_corpus, train_iterator
+from ultramem_jax.data import SequenceSource, eval_batches, load_corpus, train_iterator
 from ultramem_jax.data.builder import RECORD_TOKENS
 
 S = 32
@@ -139,6 +141,8 @@ def test_a_process_reads_its_own_rows_alone(corpus, monkeypatch):
     read = []
 
     class Counting:  # a source of its own: iterators of earlier tests may still be prefetching from theirs
+        seq_len = S
+
         def __len__(self):
             return 100
 
@@ -146,16 +150,20 @@ def test_a_process_reads_its_own_rows_alone(corpus, monkeypatch):
             read.append(len(indices))
             return np.zeros((len(indices), S + 1), np.int32)
 
-    monkeypatch.setattr("ultramem_jax.data.pipeline.Corpus.source", lambda self, split: Counting())
+        def new_targets(self, indices):
+            read.append(len(indices))
+            return np.ones((len(indices), S), bool)
+
+    monkeypatch.setattr("ultramem_jax.data.pipeline.Corpus.source", lambda *_: Counting())
     next(train_iterator(corpus, 6, 5, np.array([2, 3])))
-    next(eval_batches(corpus, "validation", 6, rows=np.array([2, 3])))
+    next(iter(eval_batches(corpus, "validation", 6, rows=np.array([2, 3]))))
     assert set(read) == {2}
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [4, 5, 6, 7], [1, 6]])
 def test_processes_share_every_batch_of_an_evaluation(corpus, rows):
-    shares = list(eval_batches(corpus, "validation", 8, rows=np.array(rows)))
-    whole = list(eval_batches(corpus, "validation", 8))
+    shares = list(eval_batches(corpus, "validation", 8, rows=np.array(rows), stride=21))
+    whole = list(eval_batches(corpus, "validation", 8, stride=21))
     assert len(shares) == len(whole)
     for share, batch in zip(shares, whole, strict=True):
         for name in ("tokens", "mask"):
@@ -184,7 +192,7 @@ def test_evaluation_covers_every_sequence_once(corpus, batch_size, masked):
     tokens = np.concatenate([batch["tokens"] for batch in found])
     assert mask.dtype == np.float32 and tokens.dtype == np.int32
     assert all(batch["tokens"].shape == (batch_size, S + 1) for batch in found)
-    np.testing.assert_array_equal(mask, [1] * 31 + [0] * masked)
+    np.testing.assert_array_equal(mask, np.repeat([[1.0], [0.0]], [31, masked], axis=0) * np.ones(S))
     np.testing.assert_array_equal(tokens[:31], corpus.source("validation").read(range(31)))
     assert not tokens[31:].any()
 
@@ -194,7 +202,56 @@ def test_limited_evaluation_is_spread_over_the_split(corpus):
     # Four of 31 sequences: floor(k * 31 / 4).
     np.testing.assert_array_equal(found, corpus.source("validation").read([0, 7, 15, 23]))
     everything = list(eval_batches(corpus, "validation", 8, limit=1000))
-    assert sum(batch["mask"].sum() for batch in everything) == 31
+    assert sum(batch["mask"].sum() for batch in everything) == 31 * S
+
+
+def of_tokens(count, seq_len):
+    """A corpus with a split of so many tokens, 0, 1, 2 and so on, in records of seven."""
+    split = np.append(np.arange(count), np.full(-count % 7, -1)).astype(np.int32).reshape(-1, 7)
+    records = [{"tokens": record} for record in split]
+    source = lambda _, stride: SequenceSource(records, count, seq_len, stride)  # noqa: E731
+    return types.SimpleNamespace(source=source)
+
+
+def test_a_sliding_window_counts_every_target_once():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        seq_len = int(rng.integers(2, 12))
+        stride = int(rng.choice([1, rng.integers(1, seq_len + 1), seq_len]))
+        count = seq_len + 1 + int(rng.choice([0, rng.integers(0, 60)]))
+        size = int(rng.integers(1, 9))
+        found = eval_batches(of_tokens(count, seq_len), "validation", size, stride=stride)
+        assert len(list(found)) == len(found)
+        counted = []
+        for batch in found:
+            for tokens, mask in zip(batch["tokens"], batch["mask"], strict=True):
+                if not mask.any():
+                    assert not tokens.any()  # it fills up the last batch
+                    continue
+                np.testing.assert_array_equal(tokens, np.arange(tokens[0], tokens[0] + seq_len + 1))
+                targets = tokens[1:][mask == 1]
+                counted += targets.tolist()
+                # The token before a target is the last of its context.
+                assert tokens[0] == 0 or targets[0] - tokens[0] > seq_len - stride
+        # The first token is no target; fewer targets than the stride remain.
+        assert counted == list(range(1, len(counted) + 1))
+        assert 0 <= count - 1 - len(counted) < stride
+
+
+def test_windows_by_hand():
+    # Seven targets, windows of four that advance by two; the last target is in none.
+    (batch,) = eval_batches(of_tokens(8, 4), "validation", 3, stride=2)
+    np.testing.assert_array_equal(batch["tokens"], [[0, 1, 2, 3, 4], [2, 3, 4, 5, 6], [0] * 5])
+    np.testing.assert_array_equal(batch["mask"], [[1, 1, 1, 1], [0, 0, 1, 1], [0] * 4])
+
+
+def test_limited_windows_are_spread_over_the_split():
+    found = list(eval_batches(of_tokens(50, 4), "validation", 2, limit=2, stride=3))
+    # Four of 1 + (49 - 4) // 3 = 16 windows: every fourth.
+    np.testing.assert_array_equal(np.concatenate([b["tokens"] for b in found])[:, 0], [0, 12, 24, 36])
+    np.testing.assert_array_equal(
+        np.concatenate([b["mask"] for b in found]), [[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,6 +264,8 @@ def test_limited_evaluation_is_spread_over_the_split(corpus):
         (lambda c: train_iterator(c, 0, 0), "train.batch_size = 0: must be at least 1"),
         (lambda c: eval_batches(c, "test", 0), "train.batch_size = 0: must be at least 1"),
         (lambda c: eval_batches(c, "test", 1, -1), "train.eval_batches = -1: must be at least 0"),
+        (lambda c: eval_batches(c, "test", 1, stride=0), "--stride = 0: must be in [1, 32]"),
+        (lambda c: c.source("test", 33), "--stride = 33: must be in [1, 32], the length of a sequence"),
     ],
 )
 def test_bad_arguments(corpus, call, message):

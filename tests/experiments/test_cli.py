@@ -6,11 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from experiments import EXPERIMENTS
 from ultramem_jax.parallel.mesh import make_mesh
 from ultramem_jax.training import loop
+from ultramem_jax.training.metrics import read_metrics
 
 TINY = [
     "--preset=ultramem-tiny",
@@ -58,12 +60,36 @@ def test_train_evaluate_generate(run, text, tmp_path):
     assert status == 0, err
     assert "bits per byte" in out and "continuation" in out and "launch.py evaluate" in out
     assert (tmp_path / "loss_curve.png").stat().st_size > 10_000
-    status, out, err = run("evaluate", f"--workdir={tmp_path}")
-    assert status == 0 and "validation" in out and "test" in out, err
+    status, out, err = run("evaluate", f"--workdir={tmp_path}", "--batches=2")
+    assert status == 0 and out.startswith(f"step 2 of {tmp_path}, corpus "), err
+    validation, test = _table(out)
+    recorded = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert recorded["split"] == "validation"
+    assert validation["split"] == "validation" and test["split"] == "test"
+    # Two batches of eight sequences of 16 targets.
+    assert validation["tokens scored"] == test["tokens scored"] == "256"
+    assert validation["context"] == test["context"] == "1 to 16 tokens, stride 16"
+    assert validation["nats/token"] == f"{recorded['loss']:.4f}"
+    assert validation["bits/byte"] == f"{recorded['bits_per_byte']:.4f}"
+    assert float(validation["perplexity/token"]) == pytest.approx(np.exp(recorded["loss"]), rel=1e-3)
+    status, out, err = run("evaluate", f"--workdir={tmp_path}", "--stride=5", "--splits=validation")
+    assert status == 0, err
+    (row,) = _table(out)
+    # 370 bytes and the end of the document: 370 targets, 16 of them and then 70 times five.
+    assert row["tokens scored"] == "366" and row["context"] == "12 to 16 tokens, stride 5"
+    assert row["nats/token"] != validation["nats/token"]
+    status, _, err = run("evaluate", f"--workdir={tmp_path}", "--stride=17")
+    assert status == 2 and err.splitlines()[-1].startswith("error: --stride = 17: must be in [1, 16]")
     status, out, err = run("generate", f"--workdir={tmp_path}", "--prompt=the ", "--num_tokens=4")
     assert status == 0 and out.startswith("the "), err
     again = run("generate", f"--workdir={tmp_path}", "--prompt=the ", "--num_tokens=4")[1]
     assert out == again
+
+
+def _table(out):
+    """The rows of a table in Markdown, by column, which is the end of what was printed."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[0] == "|"]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
 def test_a_config_file_a_preset_and_overrides_in_any_order(run, text, tmp_path, monkeypatch):
@@ -179,6 +205,8 @@ BAD = {
     "uneven devices": (["train", "--config.train.batch_size=12"], "batch_size = 12", "8 devices"),
     "no run to evaluate": (["evaluate", "--workdir=/no/such"], "/no/such", "no checkpoints"),
     "no run to generate from": (["generate", "--workdir=/no/such"], "/no/such", "no checkpoints"),
+    "an unknown split": (["evaluate", "--splits=validation,tset"], "'tset'", "'test'"),
+    "no split": (["evaluate", "--splits="], "--splits = ''", "validation"),
     "unknown system": (["compare", "--systems=dens"], "'dens'", "'dense'"),
     "base without a memory": (["compare", "--preset=dense-tiny"], "memory", "base"),
     "no system": (["compare", "--systems="], "--systems", "dense"),

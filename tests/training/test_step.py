@@ -11,7 +11,7 @@ from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.parallel.mesh import one_device
 from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state, fresh_state, init_state
-from ultramem_jax.training.step import make_eval_step, make_train_step
+from ultramem_jax.training.step import make_eval_step, make_train_step, token_losses
 
 MODEL = ModelConfig(vocab_size=11, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=16)
 ULTRAMEM = replace(
@@ -209,20 +209,22 @@ def test_loss_is_the_cross_entropy_of_the_model_and_auxiliary_losses_are_apart()
     logits = np.asarray(apply({"params": state.params}, tokens[:, :-1]), np.float64)
     log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_probability, np.asarray(tokens)[:, 1:, None], -1).mean()
-    total = jax.jit(make_eval_step(config))({"params": state.params}, tokens, jnp.ones(8))
+    total = jax.jit(make_eval_step(config))({"params": state.params}, tokens, jnp.ones((8, 16)))
     assert float(total[1]) == 8 * 16 and float(total[0] / total[1]) == pytest.approx(expected, rel=1e-5)
     _, history = _run(config, [tokens])
     assert history[0]["loss"] == pytest.approx(expected, rel=1e-5)
     assert history[0]["auxiliary_loss"] > 0  # two layers of balance and router losses
 
 
-def test_masked_sequences_do_not_count():
+def test_masked_targets_do_not_count():
     config, tokens = RunConfig(MODEL, train=TRAIN), _batches(1)[0]
     params = {"params": _start(config).params}
-    evaluate = jax.jit(make_eval_step(config))
-    mask = jnp.array([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
-    kept = evaluate(params, tokens[jnp.array([0, 1, 3])], jnp.ones(3))
-    np.testing.assert_allclose(evaluate(params, tokens, mask), kept, rtol=1e-5)
+    logits = jax.jit(Transformer(MODEL).apply)(params, tokens[:, :-1])
+    losses = np.asarray(token_losses(logits, tokens[:, 1:]), np.float64)
+    mask = np.random.default_rng(0).integers(0, 2, losses.shape)
+    mask[[2, 5]] = 0
+    found = jax.jit(make_eval_step(config))(params, tokens, mask.astype(np.float32))
+    np.testing.assert_allclose(found, [(losses * mask).sum(), mask.sum()], rtol=1e-6)
 
 
 def test_dropout_is_a_function_of_seed_and_step():

@@ -6,13 +6,23 @@ as sequences of S + 1 tokens: a shuffled, endless, resumable stream for training
 evaluation.
 """
 
-from ultramem_jax.data.pipeline import Corpus, SequenceSource, eval_batches, load_corpus, train_iterator
+from ultramem_jax.data.pipeline import (
+    Corpus,
+    EvalBatches,
+    SequenceSource,
+    eval_batches,
+    load_corpus,
+    train_iterator,
+)
+from ultramem_jax.data.sources import SPLITS
 from ultramem_jax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 
 __all__ = [
+    "SPLITS",
     "BpeTokenizer",
     "ByteTokenizer",
     "Corpus",
+    "EvalBatches",
     "SequenceSource",
     "Tokenizer",
     "eval_batches",

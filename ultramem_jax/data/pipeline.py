@@ -1,8 +1,11 @@
 """Sequences and batches of a corpus: random access, a resumable shuffled stream, a fixed order to evaluate.
 
-Sequence i of a split is its tokens [i·S, (i+1)·S]: S + 1 of them, so that S inputs have S targets; the last
-token of a sequence is the first of the next, and every token but the first is a target once. What remains at
-the end, fewer than S targets, is in no sequence.
+Sequence i of a split begins at token i·stride and has S + 1 tokens, so that S inputs have S targets. In
+training the stride is S: the last token of a sequence is the first of the next, and every token but the first
+is a target once. An evaluation may take less. Then sequences are a window that slides over the split; all
+targets of the first one are new, of every other the last `stride`, and only new ones count: every target once
+again, but with at least S - stride tokens before it in its sequence. What remains at the end, fewer targets
+than the stride, is in no sequence.
 """
 
 import functools
@@ -33,10 +36,12 @@ _BATCHES_AHEAD = 8
 class SequenceSource:
     """Random access to the sequences of one split, each (S + 1,) int32."""
 
-    def __init__(self, records: Any, num_tokens: int, seq_len: int):
+    def __init__(self, records: Any, num_tokens: int, seq_len: int, stride: int):
+        """Of a split that has at least one; made by `Corpus.source`, which checks that."""
         self._records = records  # a TFDS data source of {"tokens": (C,)}
-        self._num_sequences = (num_tokens - 1) // seq_len
-        self._seq_len = seq_len
+        self._num_sequences = 1 + (num_tokens - 1 - seq_len) // stride
+        self.seq_len = seq_len
+        self._stride = stride
         record_bytes = records[0]["tokens"].nbytes
         self._record_tokens = len(records[0]["tokens"])
         self._record = functools.lru_cache(max(1, _RECORD_CACHE_BYTES // record_bytes))(self._read_record)
@@ -59,10 +64,10 @@ class SequenceSource:
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The sequences `indices`, (len(indices), S + 1) int32."""
-        length = self._seq_len + 1
+        length = self.seq_len + 1
         tokens = np.empty((len(indices), length), np.int32)
         for row, i in zip(tokens, indices, strict=True):
-            start = int(i) * self._seq_len
+            start = int(i) * self._stride
             filled = 0
             while filled < length:
                 c, offset = divmod(start + filled, self._record_tokens)
@@ -70,6 +75,11 @@ class SequenceSource:
                 row[filled : filled + len(piece)] = piece
                 filled += len(piece)
         return tokens
+
+    def new_targets(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Which targets of the sequences `indices` are in none before them, (len(indices), S) bool."""
+        first = np.asarray(indices)[:, None] == 0
+        return first | (np.arange(self.seq_len) >= self.seq_len - self._stride)
 
 
 @dataclass(frozen=True)
@@ -95,20 +105,42 @@ class Corpus:
         End-of-document tokens count as tokens of no bytes: what a model spends on them is charged to the
         text.
         """
-        self._require_sequences(split)
+        self.require_sequences(split)
         return self.num_bytes[split] / self.num_tokens[split]
 
-    def source(self, split: str) -> SequenceSource:
+    def source(self, split: str, stride: int | None = None) -> SequenceSource:
         """The sequences of `train`, `validation` or `test`.
+
+        Args:
+            split: which one.
+            stride: tokens from the beginning of a sequence to that of the next, in [1, S]; None is S.
+
+        Raises:
+            UserError: another stride; for the split see `require_sequences`.
+        """
+        stride = self.checked_stride(stride)
+        self.require_sequences(split)
+        records = builder.open_records(self.folder).as_data_source(split="+".join(self._parts[split]))
+        return SequenceSource(records, self.num_tokens[split], self.seq_len, stride)
+
+    def checked_stride(self, stride: int | None) -> int:
+        """The stride meant; None is S.
+
+        Raises:
+            UserError: one that is not in [1, S].
+        """
+        if stride is None:
+            return self.seq_len
+        allowed = f"must be in [1, {self.seq_len}], the length of a sequence (data.seq_len)"
+        require(1 <= stride <= self.seq_len, "--stride", stride, allowed)
+        return stride
+
+    def require_sequences(self, split: str) -> None:
+        """Refuses a split that has no sequence.
 
         Raises:
             UserError: an unknown split, or one with fewer than S + 1 tokens.
         """
-        self._require_sequences(split)
-        records = builder.open_records(self.folder).as_data_source(split="+".join(self._parts[split]))
-        return SequenceSource(records, self.num_tokens[split], self.seq_len)
-
-    def _require_sequences(self, split: str) -> None:
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
         size = self.num_tokens[split]
@@ -181,13 +213,47 @@ def train_iterator(
     return iter(batches.to_iter_dataset(options))
 
 
-def eval_batches(
-    corpus: Corpus, split: str, batch_size: int, limit: int = 0, rows: np.ndarray | None = None
-) -> Iterator[dict[str, np.ndarray]]:
-    """Batches {"tokens": (len(rows), S + 1) int32, "mask": (len(rows),) float32} in a fixed order.
+@dataclass(frozen=True)
+class EvalBatches:
+    """Batches {"tokens": (rows, S + 1) int32, "mask": (rows, S) float32} in a fixed order, as often as asked.
 
-    The mask is 1 for sequences and 0 for the rows of zeros that fill up the last batch. With a `limit` the
-    sequences are spread evenly over the split, whose beginning may not be like the rest.
+    Made by `eval_batches`.
+    """
+
+    source: SequenceSource
+    indices: np.ndarray
+    """Of all sequences, in the order of the batches."""
+    batch_size: int
+    rows: np.ndarray
+    """Of each batch, those that are read here."""
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            there = start + self.rows < len(self.indices)
+            indices = self.indices[start + self.rows[there]]
+            tokens = np.zeros((len(self.rows), self.source.seq_len + 1), np.int32)
+            mask = np.zeros((len(self.rows), self.source.seq_len), np.float32)
+            tokens[there] = self.source.read(indices)
+            mask[there] = self.source.new_targets(indices)
+            yield {"tokens": tokens, "mask": mask}
+
+
+def eval_batches(
+    corpus: Corpus,
+    split: str,
+    batch_size: int,
+    limit: int = 0,
+    rows: np.ndarray | None = None,
+    stride: int | None = None,
+) -> EvalBatches:
+    """Batches of a split to evaluate, the same ones each time.
+
+    The mask is 1 for targets that count, those that no sequence of the split before has. It is 0 for the
+    others, and for the rows of zeros that fill up the last batch. With a `limit` the sequences are spread
+    evenly over the split, whose beginning may not be like the rest; the targets that count are the same.
 
     Args:
         corpus: see `load_corpus`.
@@ -195,25 +261,17 @@ def eval_batches(
         batch_size: rows per batch, over all processes.
         limit: batches at most; 0 is the whole split, each sequence once.
         rows: as for `train_iterator`.
+        stride: as for `Corpus.source`.
 
     Raises:
-        UserError: at the call; see `Corpus.source`.
+        UserError: an empty batch, a negative limit; for split and stride see `Corpus.source`.
     """
     require(batch_size > 0, "train.batch_size", batch_size, "must be at least 1")
     require(limit >= 0, "train.eval_batches", limit, "must be at least 0")
     rows = _checked(rows, batch_size)
-    source = corpus.source(split)
+    source = corpus.source(split, stride)
     count = min(limit * batch_size, len(source)) if limit else len(source)
-    indices = np.arange(count) * len(source) // count
-
-    def batches() -> Iterator[dict[str, np.ndarray]]:
-        for start in range(0, count, batch_size):
-            there = start + rows < count
-            tokens = np.zeros((len(rows), corpus.seq_len + 1), np.int32)
-            tokens[there] = source.read(indices[start + rows[there]])
-            yield {"tokens": tokens, "mask": there.astype(np.float32)}
-
-    return batches()
+    return EvalBatches(source, np.arange(count) * len(source) // count, batch_size, rows)
 
 
 def _checked(rows: np.ndarray | None, batch_size: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import RunConfig, to_dict
-from ultramem_jax.data import Corpus, eval_batches, load_corpus, train_iterator
+from ultramem_jax.data import Corpus, load_corpus, train_iterator
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.distributed import (
@@ -31,6 +31,7 @@ from ultramem_jax.parallel.distributed import (
 )
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, rows_here, shard_batch
 from ultramem_jax.training.checkpoints import Checkpoints, Meta
+from ultramem_jax.training.evaluation import Evaluation, Evaluator, bits_per_byte
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.optimizer import Optimizers, make_optimizers
 from ultramem_jax.training.restore import save_tokenizer
@@ -40,7 +41,7 @@ from ultramem_jax.training.state import (
     fresh_state,
     model_variables,
 )
-from ultramem_jax.training.step import make_eval_step, make_train_step
+from ultramem_jax.training.step import make_train_step
 from ultramem_jax.training.undo_log import is_worth_it
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def train(
     _require_together(config, corpus, workdir)
     size = config.train.batch_size
     data = train_iterator(corpus, size, config.train.seed, rows_here(axes, size))
-    corpus.source("validation")  # refuses a split that is too short now, not after hours of training
+    corpus.require_sequences("validation")  # now, not after hours of training
     optimizers = make_optimizers(config)
     abstract = abstract_state(config, optimizers, axes)
     evaluate = Evaluator(config, corpus, axes)
@@ -122,59 +123,6 @@ def train(
             run = _Run(config, corpus, checkpoints, writer, evaluate, data, meta, stop)
             shard = functools.partial(shard_batch, axes=axes, batch_size=size)
             return run.steps(state, start, step_function, shard, progress and is_first())
-
-
-class Evaluator:
-    """The mean loss over a split, on the same batches each time.
-
-    On a mesh each batch is split over the devices as those of training are; all processes call it together.
-    """
-
-    def __init__(self, config: RunConfig, corpus: Corpus, axes: MeshAxes | None = None):
-        """For variables that lie on the mesh of `axes`, or on one device if None."""
-        self._config, self._corpus, self._axes = config, corpus, axes
-        everywhere = None if axes is None else axes.sharding()
-        self._step = jax.jit(make_eval_step(config, axes), out_shardings=everywhere)
-
-    def __call__(
-        self,
-        variables: dict[str, Any],
-        split: str = "validation",
-        batches: int | None = None,
-        *,
-        progress: bool = False,
-    ) -> tuple[float, float]:
-        """Loss in nats per token and bits per byte.
-
-        Args:
-            variables: of the model.
-            split: `train`, `validation` or `test`.
-            batches: how many; 0 is all of the split, None is `train.eval_batches`.
-            progress: whether to draw a progress bar on standard error.
-        """
-        size = self._config.train.batch_size
-        limit = self._config.train.eval_batches if batches is None else batches
-        every = -(-len(self._corpus.source(split)) // size)
-        rows = None if self._axes is None else rows_here(self._axes, size)
-        total = np.zeros(2, np.float64)
-        for batch in tqdm(
-            eval_batches(self._corpus, split, size, limit, rows),
-            desc=split,
-            total=min(limit, every) if limit else every,
-            unit="batch",
-            disable=not (progress and is_first()),
-            leave=False,
-        ):
-            if self._axes is not None:
-                batch = {name: shard_batch(part, self._axes, size) for name, part in batch.items()}
-            total += np.asarray(self._step(variables, batch["tokens"], batch["mask"]), np.float64)
-        loss = float(total[0] / total[1])
-        return loss, bits_per_byte(loss, self._corpus.bytes_per_token(split))
-
-
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """A loss in nats per token as bits per byte of text."""
-    return loss / math.log(2) / bytes_per_token
 
 
 def check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
@@ -332,7 +280,7 @@ class _Run:
         """Steps `start` + 1 to the last one of the config."""
         train = self.config.train
         tokens_per_step = train.batch_size * self.config.data.seq_len
-        validation = (math.nan, math.nan)
+        validation = Evaluation(loss=math.nan, bits_per_byte=math.nan, tokens=0)
         seconds: deque[float] = deque(maxlen=_TIMED_STEPS)
         step, finished = start, True
         bar = tqdm(total=train.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
@@ -356,12 +304,13 @@ class _Run:
                 evaluated = _due(step, train.eval_every, last)
                 if evaluated:
                     validation = self.evaluate(model_variables(state))
-                    self._require_finite({"validation loss": validation[0]}, step)
-                    self._write(step, "validation", {"loss": validation[0], "bits_per_byte": validation[1]})
+                    self._require_finite({"validation loss": validation.loss}, step)
+                    scalars = {"loss": validation.loss, "bits_per_byte": validation.bits_per_byte}
+                    self._write(step, "validation", scalars)
                 # The signal may have come to one process, or to all and not in the same step.
                 stopping = any_process(self.stop.requested) and not last
                 if stopping or _due(step, train.checkpoint_every, last):
-                    self._save(step, state, validation[0] if evaluated else None, step_function.records)
+                    self._save(step, state, validation.loss if evaluated else None, step_function.records)
                 if stopping:
                     finished = False
                     break
@@ -370,7 +319,7 @@ class _Run:
             log.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", step)
         # The first step of a process compiles.
         speed = tokens_per_step / float(np.median(list(seconds)[1:])) if len(seconds) > 1 else math.nan
-        return TrainResult(step, finished, *validation, speed, state)
+        return TrainResult(step, finished, validation.loss, validation.bits_per_byte, speed, state)
 
     def _write(self, step: int, split: str, scalars: dict[str, float]) -> None:
         if self.writer is not None:
