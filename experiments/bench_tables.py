@@ -17,8 +17,8 @@ from experiments.memory_step import SEQUENCES, WAYS
 from experiments.step_parts import PARTS
 from experiments.step_study import PartsResult, StepResult
 from experiments.step_timing import WARM_UP, spread
+from ultramem_jax.accounting import PartCost, expected_rows, floor_seconds
 from ultramem_jax.memory_config import MemoryConfig
-from ultramem_jax.step_costs import PartCost, expected_rows, floor_seconds
 
 _COLOURS = dict(zip(WAYS, (figures.BLUE, figures.GREEN, figures.VERMILION), strict=True))
 _GIGA = 1e9

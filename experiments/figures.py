@@ -6,19 +6,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
 
 from experiments.markdown import significant
 
 # Okabe and Ito's palette: distinct for the colour-blind.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+SKY = "#56B4E9"
 GREY = "#555555"
 
-_COLOURS = {"dense": GREY, "moe": VERMILION, "pkm": GREEN, "ultramem": BLUE}
+COLOURS = {"dense": GREY, "moe": VERMILION, "pkm": GREEN, "ultramem": BLUE, "ultramem-v2": SKY}
 """A system keeps its colour through all figures."""
-_MORE_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C564B", "#000000")
-_BAND_OPACITY = 0.18
+_MORE_COLOURS = ("#CC79A7", "#E69F00", "#7A5195", "#8C564B", "#000000")
+BAND_OPACITY = 0.18
 _DPI = 160
 
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -42,6 +44,27 @@ def set_plain(axes: Axes, *, x_grid: bool = True, y_grid: bool = True) -> None:
             axis.grid(True, color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def set_log(axis: Axis, ticks: Sequence[float] | None = None) -> None:
+    """A logarithmic axis whose labels are plain numbers. To be called once the data is drawn.
+
+    Args:
+        axis: of some axes, `axes.xaxis` or `axes.yaxis`.
+        ticks: where it has labels; None for 1, 2 and 5 times powers of ten, and more within one of them.
+    """
+    if axis is axis.axes.xaxis:
+        axis.axes.set_xscale("log")
+    else:
+        axis.axes.set_yscale("log")
+    if ticks is None:
+        low, high = sorted(axis.get_view_interval())
+        within_one = high < 10 * low
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if within_one else (1, 2, 5)))
+    else:
+        axis.set_ticks(list(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> pathlib.Path:
@@ -92,14 +115,14 @@ def plot_curves(
     for system, runs in curves.items():
         positions, values = _stack(system, runs)
         mean, low, high = values.mean(0), values.min(0), values.max(0)
-        colour = _COLOURS.get(system) or next(more)
+        colour = COLOURS.get(system) or next(more)
         # A single point has no line, so it gets a dot.
         marker = "o" if positions.size == 1 else None
         label = f"{system}: {legend} {significant(float(mean[-1]), 4)}"
         if len(values) > 1:
             spread = f"{significant(float(low[-1]), 4)}–{significant(float(high[-1]), 4)}"
             label += f" ({spread}, {len(values)} seeds)"
-            axes.fill_between(positions, low, high, color=colour, alpha=_BAND_OPACITY, linewidth=0)
+            axes.fill_between(positions, low, high, color=colour, alpha=BAND_OPACITY, linewidth=0)
         axes.plot(positions, mean, color=colour, linewidth=1.8, marker=marker, label=label)
     if log_x:
         axes.set_xscale("log")

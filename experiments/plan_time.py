@@ -16,11 +16,11 @@ import numpy as np
 
 from experiments.plan_compile import DeviceBytes
 from experiments.plan_hardware import Hardware
-from ultramem_jax.accounting import flops_per_token
+from ultramem_jax.accounting import expected_rows, flops_per_token
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES
 from ultramem_jax.config import RunConfig
 from ultramem_jax.ops.on_mesh import MeshAxes
-from ultramem_jax.step_costs import ADAMW_ARRAYS, expected_rows
+from ultramem_jax.step_costs import ADAMW_ARRAYS
 
 _PASSES = 3
 """Forward, and backward by input and by weight."""

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from experiments.memory_step import SEQUENCES, WAYS, MemoryLayer, bench_config
 from experiments.step_parts import PartTimes, time_parts
 from experiments.step_timing import Contender, Timing, contender, groups_that_fit, needed, race
+from ultramem_jax.accounting import PartCost
 from ultramem_jax.config import RunConfig
-from ultramem_jax.step_costs import MemoryStepCosts, PartCost, memory_step_costs, model_step_cost
+from ultramem_jax.step_costs import MemoryStepCosts, memory_step_costs, model_step_cost
 from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.state import init_state
 from ultramem_jax.training.step import make_train_step

@@ -4,15 +4,10 @@ from dataclasses import fields, replace
 
 import pytest
 
+from ultramem_jax.accounting import PartCost, expected_rows, floor_seconds
 from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.errors import UserError
-from ultramem_jax.step_costs import (
-    PartCost,
-    expected_rows,
-    floor_seconds,
-    memory_step_costs,
-    model_step_cost,
-)
+from ultramem_jax.step_costs import memory_step_costs, model_step_cost
 
 # One memory: n 3 (N 9), m 2, H 2 (R 4), d_k 4, d_v 4, E 4 (K 6), r 2, h 2, convolution 3 wide; D 8, T 5.
 MEMORY = MemoryConfig(

@@ -13,25 +13,13 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ultramem_jax.accounting import count_parameters, flops_per_token, row_bytes
+from ultramem_jax.accounting import PartCost, count_parameters, expected_rows, flops_per_token, row_bytes
 from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import UserError, at_least
 
 _PARAMETER_BYTES = 4
 ADAMW_ARRAYS = 7
 """Parameter, gradient and two moments are read; parameter and two moments are written."""
-
-
-@dataclass(frozen=True)
-class PartCost:
-    """What one part of a step costs at least."""
-
-    flops: int
-    bytes: int
-    """Read and written."""
-
-    def __add__(self, other: "PartCost") -> "PartCost":
-        return PartCost(self.flops + other.flops, self.bytes + other.bytes)
 
 
 @dataclass(frozen=True)
@@ -150,27 +138,6 @@ def model_step_cost(config: RunConfig, tokens: int) -> PartCost:
     rest = parameters.attention + parameters.feed_forward + parameters.norms
     rest += parameters.embedding + parameters.output
     return of_memory + PartCost(3 * tokens * forward, (2 + ADAMW_ARRAYS) * _PARAMETER_BYTES * rest)
-
-
-def expected_rows(num_slots: int, reads: int) -> float:
-    """U: how many distinct rows that many reads find, uniformly at random: N·(1 - (1 - 1/N)^reads).
-
-    Args:
-        num_slots: N.
-        reads: T·R.
-    """
-    return num_slots * (1 - (1 - 1 / num_slots) ** reads)
-
-
-def floor_seconds(cost: PartCost, flops_per_second: float, bytes_per_second: float) -> float:
-    """The least time that a part can take: computing and moving at once, it waits for the slower of the two.
-
-    Args:
-        cost: of the part, or of the whole step.
-        flops_per_second: the rate of matrix products.
-        bytes_per_second: the bandwidth of the memory, read and written.
-    """
-    return max(cost.flops / flops_per_second, cost.bytes / bytes_per_second)
 
 
 def _total(costs: Iterable[PartCost]) -> PartCost:

@@ -12,7 +12,8 @@ from experiments.memory_step import WAYS, MemoryLayer, Way, bench_config, bench_
 from experiments.step_parts import PARTS, PartTimes
 from experiments.step_study import PartsResult, StepResult
 from experiments.step_timing import Need, Timing, groups_that_fit, needed, spread
-from ultramem_jax.step_costs import PartCost, memory_step_costs
+from ultramem_jax.accounting import PartCost
+from ultramem_jax.step_costs import memory_step_costs
 
 RATES = Rates(flops_per_second=1e9, bytes_per_second=1e8, gathered_bytes_per_second=1e7)
 GB = 10**9

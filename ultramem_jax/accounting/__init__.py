@@ -6,6 +6,7 @@ from ultramem_jax.accounting.communication import (
     exchange_bytes,
     step_transfers,
 )
+from ultramem_jax.accounting.decoding import DecodeCost, decode_cost
 from ultramem_jax.accounting.model import (
     Bytes,
     Flops,
@@ -17,17 +18,24 @@ from ultramem_jax.accounting.model import (
     optimizer_bytes,
     row_bytes,
 )
+from ultramem_jax.accounting.parts import PartCost, expected_experts, expected_rows, floor_seconds
 
 __all__ = [
     "Bytes",
+    "DecodeCost",
     "Exchange",
     "Flops",
     "Parameters",
+    "PartCost",
     "RowBytes",
     "Transfer",
     "bytes_per_token",
     "count_parameters",
+    "decode_cost",
     "exchange_bytes",
+    "expected_experts",
+    "expected_rows",
+    "floor_seconds",
     "flops_per_token",
     "optimizer_bytes",
     "row_bytes",
