@@ -8,6 +8,7 @@ EXPERIMENTS = {
     "ablate": "the ladder from PKM to UltraMem, one change at a time, and the grids of E, r and h",
     "row_states": "what is kept of a table's rows in training: its cost in memory and in loss",
     "bench_step": "time of a training step against the slots of a memory, with its floor and its parts",
+    "bench_decode": "time of a decoding step against batch and slots, beside dense, MoE and PKM",
     "bench_owner": "what one of P owners of a table does with it, timed on this machine",
     "plan": "bytes, collectives and time of a step on a mesh that is not there, by compiling alone",
     "count": "parameters, FLOPs and bytes read per token of the presets, without building them",

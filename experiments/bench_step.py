@@ -8,7 +8,6 @@ each timed alone. --model does the same, but for the parts, with a small languag
 """
 
 import math
-import pathlib
 import sys
 
 from absl import flags
@@ -60,7 +59,7 @@ def main() -> None:
     }
     if limit is not None and not any(size.groups for sizes in plans.values() for size in sizes):
         raise UserError(f"memory_gb = {limit / 1e9:.3g}: no step fits, of any of these sizes")
-    folder = _folder(RESULTS.value)
+    folder = report.make_folder(RESULTS.value, "results")
     rates = machine.measure_rates()
     for model, sizes in plans.items():
         name, title, about = _SUBJECTS[model]
@@ -111,13 +110,3 @@ def _memory_limit() -> int | None:
     if free is not None:
         require(limit <= free, "memory_gb", MEMORY.value, f"must be at most what is free, {free / 1e9:.1f}")
     return limit
-
-
-def _folder(path: str) -> pathlib.Path:
-    """The folder of the results, made now: not to find out in the end that it cannot be."""
-    folder = pathlib.Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"results = {path!r}: cannot be made a folder, {error.strerror}") from error
-    return folder

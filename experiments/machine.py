@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.ops.linear import OutputMajor, project
+
 _ROW_VALUES = 128
 """A row of 512 bytes."""
 _REPEATS = 7
@@ -58,6 +60,22 @@ def measure_rates(side: int = 2048, array_bytes: int = 1 << 30, gathered_rows: i
         return array
 
     return Rates(flops, 2 * array.nbytes / _median_seconds(in_place), gathered)
+
+
+def served_flops_per_second(dtype: str, side: int = 2048) -> float:
+    """Of a product with a square matrix as it is served (`ultramem_jax.ops.linear.OutputMajor`), median."""
+    x = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(dtype))
+    multiply = jax.jit(project)
+    return 2 * side**3 / _median_seconds(lambda: multiply(x, OutputMajor(x)))
+
+
+def read_bytes_per_second(array_bytes: int = 1 << 31) -> float:
+    """Of memory that is read and not written: a float32 matrix of that size times a vector, median."""
+    width = 4096
+    matrix = jax.jit(lambda: jnp.ones((array_bytes // (4 * width), width), jnp.float32))()
+    vector = jnp.ones((width,), jnp.float32)
+    multiply = jax.jit(jnp.matmul)
+    return matrix.nbytes / _median_seconds(lambda: multiply(matrix, vector))
 
 
 def available_bytes() -> int | None:

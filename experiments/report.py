@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from experiments import local_processes, markdown
+from ultramem_jax.errors import UserError
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -89,6 +90,20 @@ def write_table(
         writer.writeheader()
         writer.writerows(rows)
     return text, table
+
+
+def make_folder(path: str, flag: str) -> pathlib.Path:
+    """The folder of results, made before anything is measured: not to find out in the end that it cannot be.
+
+    Raises:
+        UserError: it cannot be made; names `flag`.
+    """
+    folder = pathlib.Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} = {path!r}: cannot be made a folder, {error.strerror}") from error
+    return folder
 
 
 def _with_suffix(path: str | os.PathLike[str], suffix: str) -> pathlib.Path:

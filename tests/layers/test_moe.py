@@ -208,6 +208,7 @@ def test_sown_losses_carry_their_weights_and_metrics_do_not():
     metrics = {name: float(value) for name, value in sown["metrics"].items()}
     assert metrics == {
         "load_max_over_mean": pytest.approx(loads.max() / (2 * T / NUM_EXPERTS), rel=1e-5),
+        "experts_chosen": (loads > 0).sum(),
         "router_entropy": pytest.approx(float(router.entropy), rel=1e-5),
     }
 

@@ -89,7 +89,8 @@ class MoE(nn.Module):
     """Σ over the k experts that a token's router chose of gate·expert(x), in place of an MLP.
 
     Sows into `losses`, already weighted: `load_balance`, `router_z`; into `metrics`: `load_max_over_mean`
-    (assignments of the busiest expert over the mean), `router_entropy` (nats). All float32 scalars.
+    (assignments of the busiest expert over the mean), `experts_chosen` (how many have any), `router_entropy`
+    (nats). All float32 scalars.
 
     Parameters, float32: `router` (D, X), `w_in` (X, D, F), `w_out` (X, F, D), for SwiGLU `w_gate` (X, D, F).
     """
@@ -122,6 +123,7 @@ class MoE(nn.Module):
         sow(self, "losses", "router_z", moe.router_z_weight * router.router_z)
         mean_load = router.experts.size / moe.num_experts
         sow(self, "metrics", "load_max_over_mean", jnp.max(router.load).astype(jnp.float32) / mean_load)
+        sow(self, "metrics", "experts_chosen", jnp.sum(router.load > 0).astype(jnp.float32))
         sow(self, "metrics", "router_entropy", router.entropy)
 
         tokens = tokens.astype(dtype)

@@ -1,0 +1,254 @@
+"""Time of a decoding step: UltraMem beside dense, MoE and PKM of equal compute and parameters.
+
+One token for each sequence, on a cache that is full, with random weights of the presets. Two studies: time
+against the sequences of a batch, and time against sparse parameters at one batch. Models are too large to be
+there at once, so they take turns: in every round each is drawn, timed at every batch, and dropped. Beside
+each time stands what a step must touch and the least that this machine could need. --redraw makes tables and
+figures again of what was measured.
+"""
+
+import logging
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from tqdm import tqdm
+
+from experiments import decode_tables, machine, report
+from experiments.decode_model import (
+    Program,
+    full_cache,
+    part_programs,
+    random_variables,
+    served_in,
+    sparse_over_dense,
+    step_program,
+    with_sparsity,
+)
+from experiments.decode_records import DecodeRates, DecodeStudy, DecodeTiming
+from ultramem_jax.accounting import bytes_per_token, count_parameters, decode_cost
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.errors import choice, require, unknown
+from ultramem_jax.models.cache import cache_bytes
+from ultramem_jax.presets import preset
+
+MODELS = flags.DEFINE_list(
+    "models",
+    ["dense-151m", "moe-151m-2in32", "pkm-151m-x10", "ultramem-151m-x12"],
+    "presets, of different systems",
+)
+BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64", "256"], "sequences of a step")
+DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "of weights and tables")
+CACHE_LENGTH = flags.DEFINE_integer("cache_length", 128, "tokens that a sequence attends to", lower_bound=1)
+CACHE_DTYPE = flags.DEFINE_string(
+    "cache_dtype",
+    "",
+    "of keys and values; empty: float32 on CPU, where bfloat16 is slower, else the weights'",
+)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of each model", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 5, "steps that count of a turn, after one that does not", lower_bound=1)
+RATIOS = flags.DEFINE_list(
+    "ratios",
+    ["2", "4", "8", "16", "32"],
+    "sparse over dense parameters of the second study; none: without it",
+)
+RATIO_BATCH = flags.DEFINE_integer("ratio_batch", 64, "sequences of its step", lower_bound=1)
+RATIO_DTYPES = flags.DEFINE_list("ratio_dtypes", ["bfloat16"], "of its weights and tables")
+RESULTS = flags.DEFINE_string("results", "experiments/results/bench_decode", "folder of tables and figures")
+REDRAW = flags.DEFINE_bool("redraw", False, "measure nothing: tables and figures of the .json files there")
+
+_SYSTEMS = {"dense": "dense", "moe": "moe", "olmoe": "moe", "pkm": "pkm", "memory-plus": "memory-plus"}
+_SYSTEMS |= {"ultramem-v2": "ultramem-v2", "ultramem": "ultramem", "peer": "peer"}
+"""How the name of a preset begins -> its system in tables and figures."""
+_SHARE_OF_FREE = 0.95
+_DTYPES = ("float32", "bfloat16")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Subject:
+    """A model that takes turns."""
+
+    study: str
+    preset: str
+    config: ModelConfig
+    batches: list[int]
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    """By batch."""
+    parts: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    experts: dict[int, float] = field(default_factory=dict)
+    programs: dict[int, tuple[Program, dict[str, Program]]] = field(default_factory=dict)
+    """By batch: the step and, where they are timed, its parts. Compiled once for all turns."""
+
+    @property
+    def system(self) -> str:
+        """As tables name it."""
+        return next(name for begin, name in _SYSTEMS.items() if self.preset.startswith(begin))
+
+    @property
+    def label(self) -> str:
+        """For the progress bar."""
+        return f"{self.system} {self.config.dtype} {sparse_over_dense(self.config):.0f}x"
+
+
+def main() -> None:
+    """Times everything, writing what there is after every round."""
+    folder = report.make_folder(RESULTS.value, "results")
+    if REDRAW.value:
+        files = sorted(folder.glob("*.json"))
+        require(bool(files), "results", RESULTS.value, "must hold a .json file of an earlier run")
+        _write([DecodeStudy.load(file) for file in files], folder)
+        return
+    environment = report.environment()
+    subjects = list(_subjects())
+    rates = _rates(sorted({subject.config.dtype for subject in subjects}, reverse=True))
+    turns = ROUNDS.value * sum(len(subject.batches) for subject in subjects)
+    with tqdm(total=turns, desc="bench_decode", unit="batch", file=sys.stderr, dynamic_ncols=True) as bar:
+        for _ in range(ROUNDS.value):
+            for subject in subjects:
+                bar.set_postfix_str(subject.label)
+                for _ in _turn(subject):
+                    bar.update()
+            study = DecodeStudy(environment, rates, [t for s in subjects for t in _timings(s)])
+            written = decode_tables.write(study, folder)
+    print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
+
+
+def _rates(dtypes: list[str]) -> DecodeRates:
+    return DecodeRates(
+        flops_per_second={dtype: machine.served_flops_per_second(dtype) for dtype in dtypes},
+        bytes_per_second=machine.read_bytes_per_second(),
+        gathered_bytes_per_second=machine.measure_rates().gathered_bytes_per_second,
+    )
+
+
+def _write(studies: list[DecodeStudy], folder: pathlib.Path) -> None:
+    for study in studies:
+        written = decode_tables.write(study, folder, [other for other in studies if other is not study])
+        print(f"written: {', '.join(map(str, written))}")
+
+
+def _subjects() -> Iterator[Subject]:
+    """All models, of both studies; those that do not fit are left out, and a line says so."""
+    batches = sorted({_positive("batches", text) for text in BATCHES.value})
+    ratios = sorted({_positive("ratios", text) for text in RATIOS.value if text})
+    for name in MODELS.value:
+        if not any(name.startswith(begin) for begin in _SYSTEMS):
+            raise unknown("system of preset", name, _SYSTEMS)
+    for dtype in (*DTYPES.value, *RATIO_DTYPES.value):
+        choice("dtypes", dtype, _DTYPES)
+    for dtype in DTYPES.value:
+        for name in MODELS.value:
+            yield from _fitting(Subject("batch", name, served_in(preset(name), dtype), batches))
+    for dtype in RATIO_DTYPES.value if ratios else ():
+        for name in MODELS.value:
+            config = served_in(preset(name), dtype)
+            for ratio in ratios if config.moe or config.memory else ():
+                larger = with_sparsity(config, ratio)
+                yield from _fitting(Subject("sparsity", name, larger, [RATIO_BATCH.value]))
+
+
+def _positive(flag: str, text: str) -> int:
+    require(text.strip().isdecimal() and int(text) > 0, flag, text, "must be whole numbers above 0")
+    return int(text)
+
+
+def _fitting(subject: Subject) -> Iterator[Subject]:
+    free = machine.available_bytes()
+    # As many tokens as that read every weight and every slot.
+    weights = bytes_per_token(subject.config, 1 << 40, jnp.dtype(subject.config.dtype).itemsize).step
+    for batch in list(subject.batches):
+        cache = cache_bytes(subject.config, batch, CACHE_LENGTH.value, _cache_dtype(subject.config))
+        if free is not None and weights + cache > _SHARE_OF_FREE * free:
+            log.warning(
+                "left out: %s at batch %d, %.1f GB of %.1f that are free",
+                subject.label,
+                batch,
+                (weights + cache) / 1e9,
+                free / 1e9,
+            )
+            subject.batches = [other for other in subject.batches if other != batch]
+    if subject.batches:
+        yield subject
+
+
+def _turn(subject: Subject) -> Iterator[None]:
+    """One round of one model: drawn, timed at each batch, dropped."""
+    config = subject.config
+    variables = jax.block_until_ready(random_variables(config))
+    for batch in subject.batches:
+        # Parts are timed where the aims are.
+        with_parts = subject.study == "batch" and batch == decode_tables.AIM_BATCH
+        if batch not in subject.programs:
+            parts = part_programs(config) if with_parts else {}
+            subject.programs[batch] = step_program(config), parts
+        step, parts = subject.programs[batch]
+        kept, counters = full_cache(config, batch, CACHE_LENGTH.value, _cache_dtype(config))
+        tokens = jnp.arange(batch, dtype=jnp.int32) * 37 % config.vocab_size
+        seconds = subject.seconds.setdefault(batch, [])
+        for number in range(1 + STEPS.value):
+            elapsed, (kept, tokens, chosen) = _timed(step, variables, kept, counters, tokens)
+            seconds += [elapsed] if number else []
+        if config.moe is not None:
+            subject.experts[batch] = float(chosen)
+        x = _embedded(config, batch)
+        for name, part in parts.items():
+            of_part = subject.parts.setdefault(batch, {}).setdefault(name, [])
+            for number in range(1 + STEPS.value):
+                elapsed, (kept, _) = _timed(part, variables, kept, counters, x)
+                of_part += [elapsed] if number else []
+        del kept
+        yield
+
+
+def _timed(program: Program, *arguments: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = jax.block_until_ready(program(*arguments))
+    return time.perf_counter() - start, result
+
+
+def _embedded(config: ModelConfig, batch: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (batch, 1, config.embed_dim), jnp.dtype(config.dtype))
+
+
+def _timings(subject: Subject) -> Iterator[DecodeTiming]:
+    config = subject.config
+    for batch, seconds in subject.seconds.items():
+        parts = {name: statistics.median(times) for name, times in subject.parts.get(batch, {}).items()}
+        chosen = subject.experts.get(batch)
+        yield DecodeTiming(
+            study=subject.study,
+            system=subject.system,
+            preset=subject.preset,
+            dtype=config.dtype,
+            batch=batch,
+            cache_length=CACHE_LENGTH.value,
+            sparse_over_dense=sparse_over_dense(config),
+            parameters=count_parameters(config).total,
+            seconds=tuple(seconds),
+            parts=parts or None,
+            cost=decode_cost(
+                config,
+                batch,
+                CACHE_LENGTH.value,
+                dtype=config.dtype,
+                cache_dtype=_cache_dtype(config),
+                experts=chosen,
+            ),
+            chosen_experts=chosen,
+        )
+
+
+def _cache_dtype(config: ModelConfig) -> str:
+    if CACHE_DTYPE.value:
+        choice("cache_dtype", CACHE_DTYPE.value, _DTYPES)
+        return CACHE_DTYPE.value
+    return "float32" if jax.default_backend() == "cpu" else config.dtype

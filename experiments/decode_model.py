@@ -1,0 +1,216 @@
+"""Models to time decoding with: random weights as they are served, a full cache, and the step as programs.
+
+What decoding costs does not depend on the numbers, except for which experts and rows they choose; so weights
+are drawn in the form in which they are served, each array where it stays, and nothing is ever there twice.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ultramem_jax.accounting import count_parameters
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.errors import UserError
+from ultramem_jax.layers import Attention, RMSNorm, feed_forward, memory, shared_tables
+from ultramem_jax.layers.caching import next_chunk
+from ultramem_jax.models import Transformer
+from ultramem_jax.models.cache import Cache, empty_cache
+from ultramem_jax.models.serving import prepare_for_decoding
+from ultramem_jax.models.transformer import SHARED_TABLES, memory_name
+from ultramem_jax.ops.hashing import mix
+from ultramem_jax.ops.linear import OutputMajor, project
+from ultramem_jax.ops.rows import to_stored
+
+_TABLE_STD = 0.02
+_ONES = ("scale", "query_scale", "key_scale")
+
+Program = Callable[..., Any]
+
+
+def served_in(config: ModelConfig, dtype: str) -> ModelConfig:
+    """The model in `dtype`, its tables too, without dropout."""
+    of_memory = config.memory and replace(config.memory, table_dtype=dtype)
+    return replace(config, dtype=dtype, dropout=0.0, memory=of_memory)
+
+
+def sparse_over_dense(config: ModelConfig) -> float:
+    """Parameters of experts and tables over the 12·L·D² weights of the dense model's layers."""
+    parameters = count_parameters(config)
+    return (parameters.experts + parameters.memory_tables) / _dense_weights(config)
+
+
+def with_sparsity(config: ModelConfig, ratio: float) -> ModelConfig:
+    """The model with about `ratio` times its dense weights in experts or slots; all else stays.
+
+    Raises:
+        UserError: a model without experts and without a memory, or a ratio that leaves too few of them.
+    """
+    sparse = ratio * _dense_weights(config)
+    if config.moe is not None:
+        each = count_parameters(config).experts / config.moe.num_experts
+        return replace(config, moe=replace(config.moe, num_experts=round(sparse / each)))
+    if config.memory is None or config.layout is None:
+        raise UserError(f"ratios = {ratio}: must be of models with experts or a memory")
+    slots = count_parameters(config).memory_tables / config.memory.row_dim
+    num_keys = round(config.memory.num_keys * math.sqrt(sparse / config.memory.row_dim / slots))
+    return replace(config, memory=replace(config.memory, num_keys=num_keys))
+
+
+def random_variables(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
+    """What `prepare_for_decoding` makes of a model, with random numbers.
+
+    Activations keep the size of one, gains are 1, and values have a standard deviation of 0.02.
+    """
+    transformer = Transformer(config)
+
+    def shapes() -> dict[str, Any]:
+        made = transformer.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        parts = ("params", "memory", "buffers")
+        return prepare_for_decoding(config, {name: made[name] for name in parts if name in made})
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(shapes))
+    drawn = [
+        _drawn([_name(key) for key in path], leaf, np.uint32(seed * 1_000_003 + number))
+        for number, (path, leaf) in enumerate(leaves)
+    ]
+    variables = jax.tree.unflatten(structure, drawn)
+    if config.tie_embeddings:
+        variables["params"]["output"] = OutputMajor(variables["params"]["embedding"])
+    return variables
+
+
+def full_cache(config: ModelConfig, batch: int, length: int, dtype: str) -> tuple[Cache, Cache]:
+    """A cache of random tokens with one place left: what the layers keep, and the counters."""
+    cache = jax.eval_shape(lambda: empty_cache(config, batch, length, dtype))
+    counters = {
+        "visible": jnp.ones((batch, length), bool),
+        "lengths": jnp.full((batch,), length - 1, jnp.int32),
+        "used": jnp.asarray(length - 1, jnp.int32),
+    }
+    kept = {name: part for name, part in cache.items() if name not in counters}
+    leaves, structure = jax.tree.flatten(kept)
+    drawn = [_uniform(leaf.shape, leaf.dtype, 1.0, np.uint32(number)) for number, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, drawn), counters
+
+
+def step_program(config: ModelConfig) -> Program:
+    """(variables, kept, counters, tokens (B,)) -> (kept, next tokens (B,), experts chosen).
+
+    `kept` is donated. The cache is as full after the step as before. Experts chosen is their number in a layer, the mean over
+    layers; 0 without experts.
+    """
+    transformer = Transformer(config)
+
+    def step(variables: Any, kept: Cache, counters: Cache, tokens: jax.Array) -> Any:
+        logits, left = transformer.apply(
+            variables | {"cache": kept | counters},
+            tokens[:, None],
+            counts=jnp.ones(tokens.shape, jnp.int32),
+            mutable=["cache", "metrics"],
+        )
+        experts = [layer["feed_forward"]["experts_chosen"] for layer in _with_experts(left)]
+        chosen = jnp.stack(experts).mean() if experts else jnp.zeros(())
+        return {name: left["cache"][name] for name in kept}, logits.argmax(-1).astype(jnp.int32), chosen
+
+    return jax.jit(step, donate_argnums=1)
+
+
+def part_programs(config: ModelConfig) -> dict[str, Program]:
+    """The parts of a step alone, each through all layers: (variables, kept, counters, x) -> (kept, y).
+
+    X is (B, 1, D). `kept` is donated. Norms, residual sums and the choice of the next token are in them too.
+    """
+    norm = RMSNorm(config.norm_eps, jnp.dtype(config.dtype))
+
+    def normed(x: jax.Array) -> Any:
+        return norm.apply({"params": {"scale": jnp.ones((config.embed_dim,), jnp.float32)}}, x)
+
+    def chunk_of(counters: Cache, x: jax.Array) -> Any:
+        counts = jnp.ones((len(x),), jnp.int32)
+        return next_chunk(counters["visible"], counters["lengths"], counters["used"], counts, 1)[0]
+
+    def attention(variables: Any, kept: Cache, counters: Cache, x: jax.Array) -> Any:
+        chunk, left = chunk_of(counters, x), dict(kept)
+        y: Any
+        for layer in (f"layer_{number}" for number in range(1, config.num_layers + 1)):
+            held = {"params": variables["params"][layer]["attention"], "cache": kept[layer]["attention"]}
+            y, new = Attention(config).apply(held, normed(x), train=False, chunk=chunk, mutable=["cache"])
+            x, left[layer] = x + y, {"attention": new["cache"]}
+        return left, x
+
+    def feed_forwards(variables: Any, kept: Cache, counters: Cache, x: jax.Array) -> Any:
+        for layer in (f"layer_{number}" for number in range(1, config.num_layers + 1)):
+            held = {"params": variables["params"][layer]["feed_forward"]}
+            y: Any = feed_forward(config).apply(held, normed(x), train=False)
+            x = x + y
+        return kept, x
+
+    def memories(variables: Any, kept: Cache, counters: Cache, x: jax.Array) -> Any:
+        chunk, left, tables = chunk_of(counters, x), dict(kept), None
+        held = {name: variables[name] for name in ("params", "memory", "buffers") if name in variables}
+        if config.memory is not None and config.memory.shares_table:
+            of_tables = {"memory": held["memory"][SHARED_TABLES]}
+            tables = shared_tables(config).apply(of_tables, config.embed_dim)
+        for index in range(len(config.spans)):
+            name = memory_name(index)
+            own = {part: tree[name] for part, tree in held.items() if name in tree}
+            if name in kept:
+                own["cache"] = kept[name]
+            y, new = memory(config, index).apply(
+                own, normed(x), train=False, tables=tables, chunk=chunk, mutable=["cache"]
+            )
+            x, left = x + y, left | ({name: new["cache"]} if name in kept else {})
+        return left, x
+
+    def logits(variables: Any, kept: Cache, counters: Cache, x: jax.Array) -> Any:
+        params = variables["params"]
+        return kept, project(normed(x[:, 0]), params["output"], jnp.float32).argmax(-1)
+
+    parts = {"attention": attention, "feed_forward": feed_forwards, "logits": logits}
+    if config.spans:
+        parts["memory"] = memories
+    return {name: jax.jit(part, donate_argnums=1) for name, part in parts.items()}
+
+
+def _with_experts(left: Any) -> list[Any]:
+    layers = left.get("metrics", {}).values()
+    return [layer for layer in layers if "experts_chosen" in layer.get("feed_forward", {})]
+
+
+def _dense_weights(config: ModelConfig) -> int:
+    return 12 * config.num_layers * config.embed_dim**2
+
+
+def _name(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+
+def _drawn(path: list[str], leaf: jax.ShapeDtypeStruct, seed: np.uint32) -> jax.Array:
+    name = path[-1]
+    if name in _ONES:
+        return jnp.ones(leaf.shape, leaf.dtype)
+    if name == "directions":
+        return jnp.full(leaf.shape, leaf.shape[-1] ** -0.5, leaf.dtype)
+    if name == "query_conv":
+        return jnp.zeros(leaf.shape, leaf.dtype).at[0].set(1)
+    if path[0] == "buffers":
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    std = _TABLE_STD if path[0] == "memory" else leaf.shape[-1] ** -0.5
+    return _uniform(leaf.shape, leaf.dtype, math.sqrt(3) * std, seed)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _uniform(shape: tuple[int, ...], dtype: jnp.dtype, bound: float, seed: jax.Array) -> jax.Array:
+    """Uniform numbers in [-bound, bound), by a hash: ten times as fast as `jax.random`."""
+    rows, columns = (
+        jax.lax.broadcasted_iota(jnp.uint32, (math.prod(shape[:-1]), shape[-1]), axis) for axis in (0, 1)
+    )
+    bits = mix(columns, mix(rows, seed)) >> jnp.uint32(8)
+    numbers = (bits.astype(jnp.float32) * jnp.float32(2**-23) - 1) * bound
+    return to_stored(numbers.reshape(shape), dtype)
