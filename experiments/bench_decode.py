@@ -231,6 +231,7 @@ def _timings(subject: Subject) -> Iterator[DecodeTiming]:
             dtype=config.dtype,
             batch=batch,
             cache_length=CACHE_LENGTH.value,
+            cache_dtype=_cache_dtype(config),
             sparse_over_dense=sparse_over_dense(config),
             parameters=count_parameters(config).total,
             seconds=tuple(seconds),

@@ -21,6 +21,7 @@ from ultramem_jax.layers import Attention, RMSNorm, feed_forward, memory, shared
 from ultramem_jax.layers.caching import next_chunk
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.cache import Cache, empty_cache
+from ultramem_jax.models.sampling import likeliest
 from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.models.transformer import SHARED_TABLES, memory_name
 from ultramem_jax.ops.hashing import mix
@@ -102,8 +103,8 @@ def full_cache(config: ModelConfig, batch: int, length: int, dtype: str) -> tupl
 def step_program(config: ModelConfig) -> Program:
     """(variables, kept, counters, tokens (B,)) -> (kept, next tokens (B,), experts chosen).
 
-    `kept` is donated. The cache is as full after the step as before. Experts chosen is their number in a layer, the mean over
-    layers; 0 without experts.
+    `kept` is donated. The cache is as full after the step as before. Experts chosen is their number in a
+    layer, the mean over layers; 0 without experts.
     """
     transformer = Transformer(config)
 
@@ -116,7 +117,7 @@ def step_program(config: ModelConfig) -> Program:
         )
         experts = [layer["feed_forward"]["experts_chosen"] for layer in _with_experts(left)]
         chosen = jnp.stack(experts).mean() if experts else jnp.zeros(())
-        return {name: left["cache"][name] for name in kept}, logits.argmax(-1).astype(jnp.int32), chosen
+        return {name: left["cache"][name] for name in kept}, likeliest(logits), chosen
 
     return jax.jit(step, donate_argnums=1)
 
@@ -170,7 +171,7 @@ def part_programs(config: ModelConfig) -> dict[str, Program]:
 
     def logits(variables: Any, kept: Cache, counters: Cache, x: jax.Array) -> Any:
         params = variables["params"]
-        return kept, project(normed(x[:, 0]), params["output"], jnp.float32).argmax(-1)
+        return kept, likeliest(project(normed(x[:, 0]), params["output"], jnp.float32))
 
     parts = {"attention": attention, "feed_forward": feed_forwards, "logits": logits}
     if config.spans:

@@ -31,12 +31,15 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DecodeRates:
-    """Measured rates of the machine, medians; as of `experiments.machine.Rates`."""
+    """Measured rates of the machine, medians."""
 
     flops_per_second: dict[str, float]
-    """Of a matrix product, by dtype; a dtype that was not measured is absent."""
+    """Of a square matrix product, by dtype (`experiments.machine.served_flops_per_second`); a dtype that was
+    not measured is absent."""
     bytes_per_second: float
+    """Read, and not written (`experiments.machine.read_bytes_per_second`): a step writes next to nothing."""
     gathered_bytes_per_second: float
+    """Of rows at random places, as of `experiments.machine.Rates`."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class DecodeTiming:
     """B, sequences."""
     cache_length: int
     """Positions that each sequence attends to."""
+    cache_dtype: str
+    """Of their keys and values."""
     sparse_over_dense: float
     """Parameters of tables or experts over the weights of the dense model's layers: about 12 for
     ultramem-151m-x12. 0 of the dense model."""

@@ -358,10 +358,12 @@ def _ratio_to(timing: DecodeTiming | None, base: DecodeTiming | None) -> float |
 def _head(study: DecodeStudy) -> str:
     caches = _listed(sorted({t.cache_length for t in study.timings}))
     repeats = _listed(sorted({len(t.seconds) for t in study.timings}))
+    dtypes = " or ".join(sorted({t.cache_dtype for t in study.timings}))
     return (
         f"`{study.machine.get('command', '')}`\n\n"
         "Time of one step that takes one token of each sequence through the model, each attending to "
-        f"{caches} positions; medians of {repeats} repeats. Measured on {_machine(study)}."
+        f"{caches} positions ({dtypes} keys and values); medians of {repeats} repeats. Measured on "
+        f"{_machine(study)}."
     )
 
 
@@ -385,16 +387,16 @@ def _notes(study: DecodeStudy, beside: Sequence[DecodeStudy]) -> list[str]:
         "time.",
         "Floor: for each part FLOPs over the rate of matrix products or bytes over the bandwidth, whichever "
         f"takes longer. Measured here: {products or 'no matrix products'}; "
-        f"{rates.bytes_per_second / _GIGA:.3g} GB/s, read and written, where an array is scaled in place, "
+        f"{rates.bytes_per_second / _GIGA:.3g} GB/s, where a matrix of 2 GiB is read for one vector, "
         f"which is what the % of bandwidth are of; {rates.gathered_bytes_per_second / _GIGA:.3g} GB/s for "
-        "rows of tables, gathered from anywhere. The bandwidth floor of the aims leaves FLOPs out. A machine "
-        "that reads faster than it reads and writes can be quicker than these floors.",
+        "rows of tables, gathered from anywhere. The bandwidth floor of the aims leaves FLOPs out.",
     ]
     if any(timing.parts for timing in study.timings):
         notes.append(
-            "Parts: each compiled and timed alone, attention with its cache. Their sum is not the step's "
-            "time: norms and residual sums are in none, and what one part leaves in the processor's cache "
-            "the next one finds there."
+            "Parts: each compiled and timed alone, through all layers, attention with its cache. Their sum "
+            "is not the step's time: where nothing waits for a part, as for a memory that skips over a "
+            "layer, the step can compute it beside the others, and what one part leaves in the processor's "
+            "cache the next one finds there."
         )
     if study.of("sparsity"):
         notes.append(

@@ -48,6 +48,7 @@ def timing(system, ms, batch=64, dtype="float32", study="batch", size=0.0, **mor
         dtype=dtype,
         batch=batch,
         cache_length=32,
+        cache_dtype="float32",
         sparse_over_dense=size,
         parameters=round(1e6 * (1 + size)),
         seconds=tuple(m / 1e3 for m in ([ms] if isinstance(ms, int | float) else ms)),

@@ -47,18 +47,15 @@ def served_candidates(queries: jax.Array, keys: ServedKeys, top_m: int) -> tuple
 
     def of_head(queries: jax.Array, side: int, head: int) -> tuple[jax.Array, jax.Array]:
         sets = keys.matrices[side]
-        scores = jnp.stack(
-            [
-                # Ranks may share a query, and heads a set of keys.
-                project(queries[:, side, head, rank % queries.shape[3]], matrix, jnp.float32)
-                for rank, matrix in enumerate(sets[head % len(sets)])
-            ],
-            axis=1,
-        )
-        weights = keys.directions[side, head]
-        combined = jnp.einsum("r,trk->tk", weights, scores)
-        chosen = top_k(combined, top_m)[1]
-        return chosen, jnp.take_along_axis(scores, chosen[:, None], axis=-1, mode="promise_in_bounds")
+        # Ranks may share a query, and heads a set of keys.
+        scores = [
+            project(queries[:, side, head, rank % queries.shape[3]], matrix, jnp.float32)
+            for rank, matrix in enumerate(sets[head % len(sets)])
+        ]
+        weighted = [keys.directions[side, head, rank] * score for rank, score in enumerate(scores)]
+        chosen = top_k(sum(weighted[1:], weighted[0]), top_m)[1]
+        picked = [jnp.take_along_axis(s, chosen, axis=-1, mode="promise_in_bounds") for s in scores]
+        return chosen, jnp.stack(picked, axis=1)
 
     def choose(queries: jax.Array) -> tuple[jax.Array, jax.Array]:
         heads = range(queries.shape[2])
