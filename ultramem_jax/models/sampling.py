@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from ultramem_jax.errors import at_least, require
 from ultramem_jax.ops.topk import top_k as largest
 
+_COLDEST = 1e-30
+"""A temperature that float32 divides by safely, and that already leaves the likeliest token alone."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -39,7 +42,8 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """
     if sampling.temperature == 0:
         return logits.argmax(-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # Of the largest as zero: divided by a small temperature, the others may overflow, but never it.
+    logits = (logits - logits.max(-1, keepdims=True)) / max(sampling.temperature, _COLDEST)
     if sampling.top_k == 0 and sampling.top_p == 1:
         return _draw(keys, logits)
     kept = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
