@@ -127,6 +127,14 @@ def test_text_is_continued_by_text(variables):
     assert len(pieces) > 2
 
 
+def test_a_prompt_may_have_bytes_that_are_no_text(variables):
+    # As Python gives them to a program that has them in its arguments.
+    generator = text_generator(CONFIG, variables, ByteTokenizer(), window=16, sampling=GREEDY)
+    (text,) = continue_texts(generator, ByteTokenizer(), [b"k\xff".decode(errors="surrogateescape")], 4)
+    ids = generator.generate([[256, ord("k"), 255]], 4)[0]
+    assert text == ByteTokenizer().decode(ids).decode(errors="replace")
+
+
 def test_a_character_comes_with_the_last_of_its_bytes():
     class Fixed:
         def stream(self, prompts, num_tokens, seed):
@@ -150,7 +158,9 @@ def test_a_character_comes_with_the_last_of_its_bytes():
         (lambda g, v: Generator(CONFIG, v, window=4, num_ids=258), r"num_ids = 258: must be in \[1, 257\]"),
         (lambda g, v: Sampling(top_p=0.0), r"top_p = 0.0: must be in \(0, 1\]"),
         (lambda g, v: Sampling(temperature=-1), r"temperature = -1: must be at least 0"),
-        (lambda g, v: Generator(CONFIG, v, window=4, cache_dtype="int8").generate([[1]], 1), "cache_dtype"),
+        (lambda g, v: Generator(CONFIG, v, window=4, cache_dtype="int8"), "cache_dtype 'int8': known are"),
+        (lambda g, v: g.stream([[1]], 1, seed=-1), r"seed = -1: must be in \[0, 2\*\*32\)"),
+        (lambda g, v: g.stream([[1]], 1, seed=2**32), r"seed = 4294967296: must be in"),
     ],
 )
 def test_bad_input_is_named(variables, greedy, call, message):
