@@ -33,7 +33,7 @@ CACHE_DTYPE = flags.DEFINE_enum(
     "cache_dtype",
     "float32",
     CACHE_DTYPES,
-    f"of the keys and values that are kept of earlier tokens: {' or '.join(CACHE_DTYPES)}",
+    "of the keys and values that are kept of earlier tokens",
 )
 WINDOW = flags.DEFINE_integer(
     "window", 0, "tokens of context at most; 0: data.seq_len, the length trained on", lower_bound=0

@@ -1,11 +1,13 @@
 """Generation against its definition: full passes over what is in the window, token by token."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultramem_jax.config import MemoryConfig, ModelConfig
+from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
 from ultramem_jax.data import ByteTokenizer
 from ultramem_jax.errors import UserError
 from ultramem_jax.models import Transformer
@@ -34,12 +36,46 @@ PROMPTS = [[256, 5, 9, 200], [7], [256, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(scope="module")
-def variables():
-    made = jax.jit(lambda: Transformer(CONFIG).init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32)))()
+OTHERS = {
+    # Fewer assignments in a step than experts.
+    "moe": replace(
+        CONFIG,
+        num_heads=4,
+        num_kv_heads=2,
+        attention_qk_norm=True,
+        memory=None,
+        moe=MoEConfig(num_experts=16, top_k=2, expert_dim=8, activation="swiglu"),
+        tie_embeddings=False,
+    ),
+    "a shared table": replace(
+        CONFIG,
+        mlp="swiglu",
+        memory=MemoryConfig.ultramem_v2(
+            placement="1:1/2:2",
+            num_keys=8,
+            top_m=4,
+            num_heads=1,
+            key_dim=8,
+            value_dim=8,
+            pre_value_dim=8,
+            expansion=4,
+            shuffle="explicit",
+            query_conv_width=1,
+        ),
+    ),
+}
+
+
+def _variables(config):
+    made = jax.jit(lambda: Transformer(config).init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32)))()
     # Larger embeddings make confident predictions, so that greedy choices are no near ties.
     made["params"]["embedding"] = made["params"]["embedding"] * 5
-    return prepare_for_decoding(CONFIG, {name: made[name] for name in ("params", "memory", "buffers")})
+    return {name: made[name] for name in ("params", "memory", "buffers") if name in made}
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return prepare_for_decoding(CONFIG, _variables(CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +106,16 @@ def test_prompts_of_unequal_lengths_get_together_what_they_get_alone(greedy):
     together = greedy.generate(PROMPTS, 5)
     for prompt, found in zip(PROMPTS, together, strict=True):
         assert found.tolist() == greedy.generate([prompt], 5)[0].tolist()
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_other_models_too_decode_as_their_full_passes_say(config):
+    variables = _variables(config)  # not prepared: that is the generator's to do
+    generator = Generator(config, variables, window=16, sampling=GREEDY, prefill_chunk=3)
+    for prompt, found in zip(PROMPTS[:2], generator.generate(PROMPTS[:2], 6), strict=True):
+        ids = jnp.asarray([[*prompt, *found]], jnp.int32)
+        logits = jax.jit(Transformer(config).apply)(variables, ids)[0]
+        assert found.tolist() == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("window", [6, 1])
