@@ -3,7 +3,7 @@
 EXPERIMENTS = {
     "train": "train a language model, or go on with a run that was cut off",
     "evaluate": "validation and test bits per byte of a checkpoint, with a sliding window if wanted",
-    "generate": "continue a prompt with a checkpoint",
+    "generate": "continue a prompt with a checkpoint, or several as one batch",
     "compare": "UltraMem and its rivals at equal compute and equal sparse parameters",
     "ablate": "the ladder from PKM to UltraMem, one change at a time, and the grids of E, r and h",
     "row_states": "what is kept of a table's rows in training: its cost in memory and in loss",

@@ -5,13 +5,14 @@ The same command again resumes from the newest whole checkpoint in --workdir; SI
 
 import pathlib
 
-import jax
 from absl import flags
 
 from experiments import cli
+from experiments.continuations import write_continuations
 from ultramem_jax import RunConfig
 from ultramem_jax.data import load_corpus
-from ultramem_jax.models.generation import continue_text
+from ultramem_jax.models.generation import text_generator
+from ultramem_jax.models.sampling import Sampling
 from ultramem_jax.parallel.distributed import is_first
 from ultramem_jax.presets import preset
 from ultramem_jax.training.loop import train
@@ -45,18 +46,18 @@ def main() -> None:
     print(f"checkpoint: {workdir / 'checkpoints'} (step {result.step})")
     if SAMPLE.value:
         prompt = "def "
-        # Of several processes none has all of the model, but the disk.
-        alone = jax.process_count() == 1
-        text = continue_text(
+        # The decoder knows no mesh, and of several processes none has all of the model, but the disk.
+        alone = len(result.state.step.sharding.device_set) == 1
+        generator = text_generator(
             config.model,
             model_variables(result.state) if alone else load_model(workdir).variables,
             corpus.tokenizer,
-            prompt,
-            num_tokens=SAMPLE.value,
             window=config.data.seq_len,
-            temperature=0.7,
+            sampling=Sampling(temperature=0.7),
         )
-        print(f"\na continuation of {prompt!r}:\n{prompt}{text}\n")
+        print(f"\na continuation of {prompt!r}:")
+        write_continuations(generator, corpus.tokenizer, [prompt], SAMPLE.value)
+        print()
     print("next:")
     print(f"  python launch.py evaluate --workdir={workdir}")
     print(f"  python launch.py generate --workdir={workdir} --prompt='import '")

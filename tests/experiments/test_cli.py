@@ -102,8 +102,9 @@ def test_a_config_file_a_preset_and_overrides_in_any_order(run, text, tmp_path, 
     )
     mesh = ["--config.mesh.batch_over_memory=false", "--mesh=fsdp:2,data:0"]
     flags_in_odd_order = [*mesh, "--config.train.steps=1", *TINY[1:-2], f"--config={file}", TINY[0]]
-    status, _, err = run("train", *flags_in_odd_order, *text, f"--workdir={tmp_path}")
+    status, out, err = run("train", *flags_in_odd_order, *text, f"--workdir={tmp_path}", "--sample=3")
     assert status == 0, err
+    assert "a continuation of 'def ':\ndef " in out  # by one device of the eight
     meta = next((tmp_path / "checkpoints" / "1").rglob("meta/*"))
     config = json.loads(meta.read_text())["config"]
     assert config["train"]["steps"] == 1 and config["train"]["batch_size"] == 8

@@ -1,11 +1,13 @@
 """Generation against its definition: full passes over what is in the window, token by token."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultramem_jax.config import MemoryConfig, ModelConfig
+from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
 from ultramem_jax.data import ByteTokenizer
 from ultramem_jax.errors import UserError
 from ultramem_jax.models import Transformer
@@ -34,12 +36,46 @@ PROMPTS = [[256, 5, 9, 200], [7], [256, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(scope="module")
-def variables():
-    made = jax.jit(lambda: Transformer(CONFIG).init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32)))()
+OTHERS = {
+    # Fewer assignments in a step than experts.
+    "moe": replace(
+        CONFIG,
+        num_heads=4,
+        num_kv_heads=2,
+        attention_qk_norm=True,
+        memory=None,
+        moe=MoEConfig(num_experts=16, top_k=2, expert_dim=8, activation="swiglu"),
+        tie_embeddings=False,
+    ),
+    "a shared table": replace(
+        CONFIG,
+        mlp="swiglu",
+        memory=MemoryConfig.ultramem_v2(
+            placement="1:1/2:2",
+            num_keys=8,
+            top_m=4,
+            num_heads=1,
+            key_dim=8,
+            value_dim=8,
+            pre_value_dim=8,
+            expansion=4,
+            shuffle="explicit",
+            query_conv_width=1,
+        ),
+    ),
+}
+
+
+def _variables(config):
+    made = jax.jit(lambda: Transformer(config).init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32)))()
     # Larger embeddings make confident predictions, so that greedy choices are no near ties.
     made["params"]["embedding"] = made["params"]["embedding"] * 5
-    return prepare_for_decoding(CONFIG, {name: made[name] for name in ("params", "memory", "buffers")})
+    return {name: made[name] for name in ("params", "memory", "buffers") if name in made}
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return prepare_for_decoding(CONFIG, _variables(CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +106,16 @@ def test_prompts_of_unequal_lengths_get_together_what_they_get_alone(greedy):
     together = greedy.generate(PROMPTS, 5)
     for prompt, found in zip(PROMPTS, together, strict=True):
         assert found.tolist() == greedy.generate([prompt], 5)[0].tolist()
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_other_models_too_decode_as_their_full_passes_say(config):
+    variables = _variables(config)  # not prepared: that is the generator's to do
+    generator = Generator(config, variables, window=16, sampling=GREEDY, prefill_chunk=3)
+    for prompt, found in zip(PROMPTS[:2], generator.generate(PROMPTS[:2], 6), strict=True):
+        ids = jnp.asarray([[*prompt, *found]], jnp.int32)
+        logits = jax.jit(Transformer(config).apply)(variables, ids)[0]
+        assert found.tolist() == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("window", [6, 1])
@@ -127,6 +173,14 @@ def test_text_is_continued_by_text(variables):
     assert len(pieces) > 2
 
 
+def test_a_prompt_may_have_bytes_that_are_no_text(variables):
+    # As Python gives them to a program that has them in its arguments.
+    generator = text_generator(CONFIG, variables, ByteTokenizer(), window=16, sampling=GREEDY)
+    (text,) = continue_texts(generator, ByteTokenizer(), [b"k\xff".decode(errors="surrogateescape")], 4)
+    ids = generator.generate([[256, ord("k"), 255]], 4)[0]
+    assert text == ByteTokenizer().decode(ids).decode(errors="replace")
+
+
 def test_a_character_comes_with_the_last_of_its_bytes():
     class Fixed:
         def stream(self, prompts, num_tokens, seed):
@@ -150,7 +204,9 @@ def test_a_character_comes_with_the_last_of_its_bytes():
         (lambda g, v: Generator(CONFIG, v, window=4, num_ids=258), r"num_ids = 258: must be in \[1, 257\]"),
         (lambda g, v: Sampling(top_p=0.0), r"top_p = 0.0: must be in \(0, 1\]"),
         (lambda g, v: Sampling(temperature=-1), r"temperature = -1: must be at least 0"),
-        (lambda g, v: Generator(CONFIG, v, window=4, cache_dtype="int8").generate([[1]], 1), "cache_dtype"),
+        (lambda g, v: Generator(CONFIG, v, window=4, cache_dtype="int8"), "cache_dtype 'int8': known are"),
+        (lambda g, v: g.stream([[1]], 1, seed=-1), r"seed = -1: must be in \[0, 2\*\*32\)"),
+        (lambda g, v: g.stream([[1]], 1, seed=2**32), r"seed = 4294967296: must be in"),
     ],
 )
 def test_bad_input_is_named(variables, greedy, call, message):

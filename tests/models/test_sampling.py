@@ -52,3 +52,9 @@ def test_draws_have_the_distribution_of_the_definition(fields):
 
 def test_temperature_zero_is_the_likeliest_token_and_needs_no_luck():
     assert _frequencies(Sampling(temperature=0, top_k=3, top_p=0.1)).tolist() == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(top_k=3), dict(top_p=0.9)])
+@pytest.mark.parametrize("temperature", [1e-38, 1e-300])
+def test_a_temperature_close_to_zero_takes_the_likeliest_too(temperature, fields):
+    assert _frequencies(Sampling(temperature=temperature, **fields)).tolist() == [0, 1, 0, 0, 0]

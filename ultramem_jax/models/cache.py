@@ -11,6 +11,9 @@ from ultramem_jax.models.transformer import memory_name
 
 Cache = dict[str, Any]
 
+CACHE_DTYPES = ("float32", "bfloat16")
+"""Of the keys and values in a cache."""
+
 
 def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: str = "float32") -> Cache:
     """The collection `cache` before the first token.
@@ -20,7 +23,7 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: str = 
         batch_size: B, sequences.
         length: U, places for tokens of a sequence. Whoever fills the cache sees to it that no chunk ends
             beyond it: a chunk of C tokens must start at a place up to U - C.
-        dtype: of keys and values, `float32` or `bfloat16`. On CPU float32 is several times as fast.
+        dtype: of keys and values, one of `CACHE_DTYPES`. On CPU float32 is several times as fast.
 
     Returns:
         `visible` (B, U) bool, places that hold a token; `lengths` (B,) int32, tokens of each sequence; `used`
@@ -30,7 +33,7 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: str = 
         UserError: an empty batch or cache, or another dtype.
     """
     at_least(1, batch_size=batch_size, cache_length=length)
-    choice("cache_dtype", dtype, ("float32", "bfloat16"))
+    choice("cache_dtype", dtype, CACHE_DTYPES)
     head_dim = config.embed_dim // config.num_heads
     shape = (batch_size, config.num_kv_heads, length, head_dim)
     cache: Cache = {

@@ -6,7 +6,7 @@ and samples the next. Both change the cache in place.
 
 import codecs
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ import numpy as np
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.data.tokenizers import Tokenizer
-from ultramem_jax.errors import at_least, require
-from ultramem_jax.models.cache import Cache, empty_cache
+from ultramem_jax.errors import at_least, choice, require
+from ultramem_jax.models.cache import CACHE_DTYPES, Cache, empty_cache
 from ultramem_jax.models.sampling import Sampling, sample
 from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.models.transformer import Transformer
@@ -60,6 +60,7 @@ class Generator:
             UserError: a value that is not allowed.
         """
         at_least(1, window=window, prefill_chunk=prefill_chunk)
+        choice("cache_dtype", cache_dtype, CACHE_DTYPES)
         if num_ids is not None:
             allowed = f"must be in [1, {config.vocab_size}], the model's vocabulary"
             require(1 <= num_ids <= config.vocab_size, "num_ids", num_ids, allowed)
@@ -102,17 +103,19 @@ class Generator:
             prompts: B of them, ids in [0, V), one at least in each; of a longer one its last `window`
                 tokens are seen.
             num_tokens: how many to add to each at most.
-            seed: of the sampling. A draw is a function of it, the sequence's place in the batch and the
-                number of the token.
+            seed: of the sampling, in [0, 2³²). A draw is a function of it, the sequence's place in the batch
+                and the number of the token.
 
         Yields:
             (B,) int32, `ENDED` for a sequence that has. It stops when all have.
 
         Raises:
-            UserError: no prompt, an empty one, or an id that the model does not have.
+            UserError: no prompt, an empty one, an id that the model does not have, or another number that
+                is not allowed.
         """
         self._check(prompts)
         at_least(1, num_tokens=num_tokens)
+        require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
         return self._stream([[int(i) for i in prompt] for prompt in prompts], num_tokens, np.uint32(seed))
 
     def generate(
@@ -173,6 +176,15 @@ class Generator:
             require(bool(inside), f"prompts[{number}]", f"{min(prompt)} to {max(prompt)}", allowed)
 
 
+class TokenStream(Protocol):
+    """What `stream_texts` asks of a generator."""
+
+    def stream(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], num_tokens: int, seed: int = 0
+    ) -> Iterator[np.ndarray]:
+        """See `Generator.stream`."""
+
+
 def text_generator(
     config: ModelConfig, variables: dict[str, Any], tokenizer: Tokenizer, **options: Any
 ) -> Generator:
@@ -188,7 +200,7 @@ def text_generator(
 
 
 def stream_texts(
-    generator: Generator, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
+    generator: TokenStream, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
 ) -> Iterator[list[str]]:
     """Continuations of texts, piece by piece.
 
@@ -198,7 +210,7 @@ def stream_texts(
     Args:
         generator: of `text_generator`.
         tokenizer: the same.
-        prompts: texts.
+        prompts: texts; a byte that is no UTF-8 as the lone surrogate that Python reads it as.
         num_tokens: for each at most.
         seed: of the sampling.
 
@@ -206,7 +218,8 @@ def stream_texts(
         What comes next of each text. A character that several tokens make up comes with the last of them,
         and what is no UTF-8 as U+FFFD.
     """
-    ids = [[tokenizer.eos_id, *tokenizer.encode(prompt.encode()).tolist()] for prompt in prompts]
+    texts = [prompt.encode(errors="surrogateescape") for prompt in prompts]
+    ids = [[tokenizer.eos_id, *tokenizer.encode(text).tolist()] for text in texts]
     readers = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
     for tokens in generator.stream(ids, num_tokens, seed):
         yield [
@@ -217,7 +230,7 @@ def stream_texts(
 
 
 def continue_texts(
-    generator: Generator, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
+    generator: TokenStream, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
 ) -> list[str]:
     """The whole continuations; arguments as for `stream_texts`."""
     pieces = stream_texts(generator, tokenizer, prompts, num_tokens, seed)

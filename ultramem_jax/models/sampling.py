@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from ultramem_jax.errors import at_least, require
 from ultramem_jax.ops.topk import top_k as largest
 
+_COLDEST = 1e-30
+"""A temperature that float32 divides by safely, and that already leaves the likeliest token alone."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -39,7 +42,8 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """
     if sampling.temperature == 0:
         return likeliest(logits)
-    logits = logits / sampling.temperature
+    # Of the largest as zero: divided by a small temperature, the others may overflow, but never it.
+    logits = (logits - logits.max(-1, keepdims=True)) / max(sampling.temperature, _COLDEST)
     if sampling.top_k == 0 and sampling.top_p == 1:
         return _draw(keys, logits)
     kept = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
@@ -58,4 +62,5 @@ def likeliest(logits: jax.Array) -> jax.Array:
 
 
 def _draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+    return likeliest(logits + noise)

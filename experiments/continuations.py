@@ -1,0 +1,86 @@
+"""Continuations of prompts on standard output, as they come: what `generate` and `train --sample` show."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ultramem_jax.data import Tokenizer
+from ultramem_jax.models.generation import ENDED, Generator, continue_texts, stream_texts
+
+
+def write_continuations(
+    generator: Generator, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
+) -> str:
+    """Writes a prompt and, piece by piece, what follows; of several, each whole text under its prompt.
+
+    Args:
+        generator: of `text_generator`.
+        tokenizer: the same.
+        prompts: texts, which are one batch.
+        num_tokens: for each at most.
+        seed: of the sampling.
+
+    Returns:
+        A line that says how many tokens there were and how long they took.
+    """
+    timed = _Timed(generator)
+    if len(prompts) == 1:
+        write(prompts[0])
+        for (piece,) in stream_texts(timed, tokenizer, prompts, num_tokens, seed):
+            write(piece)
+        write("\n")
+    else:
+        texts = continue_texts(timed, tokenizer, prompts, num_tokens, seed)
+        shown = (f"{prompt!r}:\n{prompt}{text}\n" for prompt, text in zip(prompts, texts, strict=True))
+        write("\n".join(shown))
+    return timed.summary()
+
+
+def write(text: str) -> None:
+    """Writes to standard output at once, with `?` for what its encoding does not have.
+
+    Raises:
+        SystemExit: whoever read it has gone, as `head` does; there is nothing left to do then.
+    """
+    out = sys.stdout
+    encoding = out.encoding or "utf-8"
+    try:
+        out.write(text.encode(encoding, errors="replace").decode(encoding))
+        out.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        raise SystemExit(0) from None
+
+
+class _Timed:
+    """A generator whose tokens are counted and timed on their way."""
+
+    def __init__(self, generator: Generator):
+        self._generator = generator
+        self._counts: list[int] = []
+        self._times = [time.perf_counter()]
+
+    def stream(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], num_tokens: int, seed: int = 0
+    ) -> Iterator[np.ndarray]:
+        """As `Generator.stream`."""
+        for tokens in self._generator.stream(prompts, num_tokens, seed):
+            self._times.append(time.perf_counter())
+            self._counts.append(int((tokens != ENDED).sum()))
+            yield tokens
+
+    def summary(self) -> str:
+        """Tokens, seconds and tokens per second of the stream that has been read."""
+        tokens, seconds = sum(self._counts), self._times[-1] - self._times[0]
+        total = f"{tokens} tokens in {seconds:.1f} s, {_rate(tokens, seconds):.1f} tokens per second"
+        # One program is compiled for the first token of a sequence, another one for the second.
+        rest, seconds = sum(self._counts[2:]), self._times[-1] - self._times[min(2, len(self._counts))]
+        return f"{total} ({_rate(rest, seconds):.1f} once both programs were compiled)" if rest else total
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / max(seconds, 1e-9)
