@@ -202,7 +202,9 @@ def _drawn(path: list[str], leaf: jax.ShapeDtypeStruct, seed: np.uint32) -> jax.
         return jnp.zeros(leaf.shape, leaf.dtype).at[0].set(1)
     if path[0] == "buffers":
         return jnp.zeros(leaf.shape, leaf.dtype)
-    std = _TABLE_STD if path[0] == "memory" else leaf.shape[-1] ** -0.5
+    # What a product sums over is the last axis of a matrix that is kept by output, and of the embedding.
+    fan_in = leaf.shape[-1 if name in ("rows", "embedding") else -2]
+    std = _TABLE_STD if path[0] == "memory" else fan_in**-0.5
     return _uniform(leaf.shape, leaf.dtype, math.sqrt(3) * std, seed)
 
 

@@ -40,6 +40,8 @@ def write(study: DecodeStudy, folder: pathlib.Path, beside: Sequence[DecodeStudy
     Returns:
         Paths, the report's first.
     """
+    if not study.timings:
+        raise UserError("timings: there are none to report")
     stem = file_stem(study)
     figures = decode_figures.write(study, folder, stem)
     text, numbers = folder / f"{stem}.md", folder / f"{stem}.csv"
@@ -379,8 +381,12 @@ def _notes(study: DecodeStudy, beside: Sequence[DecodeStudy]) -> list[str]:
     products = ", ".join(f"{flops / _GIGA:.4g} GFLOP/s in {d}" for d, flops in rates.flops_per_second.items())
     notes = [
         "× dense and × UltraMem: the time of the system over the time of that one, at the same batch. × "
-        "UltraMem of MoE is the paper's comparison: 2 to 6 on an A100, most at batch 64. min–max: over the "
+        "UltraMem of MoE is the paper's comparison: 2 to 6 on an A100 with a cache of 2,048, most at batch "
+        "64. The longer the cache, which all systems read alike, the nearer their times. min–max: over the "
         "repeats.",
+        "Repeats: models take turns, of each turn some steps in a row count. The tokens of these steps have "
+        "gone through the program once before, so that all experts that they choose have been run, and lie "
+        "in the processor's cache as far as it reaches.",
         "MB touched: dense weights once, the keys and values of all sequences, and what the tokens chose, "
         "each expert and each row once (`ultramem_jax/accounting/decoding.py`; 10^6 bytes). Rows are as many "
         "as uniform choices find, experts as the column `experts, counted` says. GB/s: those bytes over the "

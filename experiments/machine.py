@@ -26,8 +26,8 @@ class Rates:
     bytes_per_second: float
     """Read and written, of scaling an array in place that no cache holds."""
     gathered_bytes_per_second: float
-    """Read and written, of gathering random rows of 512 bytes from that array. In no floor: rows of a table
-    lie anywhere, and this is what it costs."""
+    """Read and written, of gathering random rows of 512 bytes from that array. In no floor of a training
+    step: rows of a table lie anywhere, and this is what it costs."""
 
 
 def measure_rates(side: int = 2048, array_bytes: int = 1 << 30, gathered_rows: int = 1 << 15) -> Rates:

@@ -181,7 +181,7 @@ def test_one_token_at_a_time_equals_the_whole():
     whole = run(layer, variables, x, train=False)
     step = jax.jit(functools.partial(after_cached, layer, variables))
     # Whatever lies in the cache beyond the tokens must not matter.
-    cache = {name: jnp.full((2, 2, size, 4), 9.0, jnp.float32) for name in ("keys", "values")}
+    cache = {name: jnp.full((2 * 2, size, 4), 9.0, jnp.float32) for name in ("keys", "values")}
     visible, counts = jnp.zeros((2, size), bool), jnp.ones((2,), jnp.int32)
     for s in range(5):
         lengths = jnp.full((2,), s, jnp.int32)
@@ -193,12 +193,12 @@ def test_a_query_without_keys_stays_finite():
     # The filling of a sequence that has no token at all gets the mean of what the cache holds.
     layer, x = Attention(config()), inputs(3)
     variables = variables_of()
-    cache = {name: jnp.zeros((2, 2, 3, 4), jnp.float32) for name in ("keys", "values")}
+    cache = {name: jnp.zeros((2 * 2, 3, 4), jnp.float32) for name in ("keys", "values")}
     nothing = jnp.zeros((2,), jnp.int32)
     y, cache, _ = after_cached(
         layer, variables, x, cache, nothing, jnp.int32(0), nothing, jnp.zeros((2, 3), bool)
     )
-    mean = np.asarray(cache["values"]).mean(axis=2, keepdims=True)
+    mean = np.asarray(cache["values"]).reshape(2, 2, 3, 4).mean(axis=2, keepdims=True)
     mean = np.repeat(mean, 2, axis=1).reshape(2, 1, 16)  # each of two heads is read by two of queries
     np.testing.assert_allclose(
         y, np.repeat(mean @ np.asarray(variables["params"]["w_out"]), 3, axis=1), rtol=1e-4, atol=1e-6

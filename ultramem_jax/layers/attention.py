@@ -108,7 +108,7 @@ class Attention(nn.Module):
             cached.append(append(self.get_variable(CACHE, name), new, chunk.first))
             self.put_variable(CACHE, name, cached[-1])
         k, v = cached
-        pooled = self._pool(q.astype(k.dtype), k, v, chunk.visible, False, keys="bhkd")
+        pooled = self._pool(q.astype(k.dtype), k, v, chunk.visible, False)
         return self._output(pooled.astype(q.dtype))
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -128,31 +128,22 @@ class Attention(nn.Module):
     def _output(self, pooled: jax.Array) -> jax.Array:
         return project(pooled.reshape(*pooled.shape[:2], -1), self.w_out)
 
-    def _pool(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        mask: jax.Array,
-        train: bool,
-        keys: str = "bkhd",
-    ) -> jax.Array:
+    def _pool(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
         """Queries read the values of the keys that their mask shows. The softmax is in float32.
 
         Args:
             q: (B, S, A, d).
-            k: (B, U, A_kv, d), or in the order that `keys` says.
+            k: (B, U, A_kv, d), or (B·A_kv, U, d) as a cache has them.
             v: as k.
             mask: (S, U) or (B, S, U) bool, True where query s may see key u. A query that sees no key gets
                 the mean of all of them.
             train: apply dropout.
-            keys: `bkhd`, or `bhkd` for keys and values (B, A_kv, U, d).
 
         Returns:
             (B, S, A, d), before the output projection.
         """
         batch, length, heads, head_dim = q.shape
-        kv_heads = k.shape[keys.index("h")]
+        kv_heads = self.config.num_kv_heads
         group = heads // kv_heads
         # The query heads of a group become more rows of one product with their key head: (B, A_kv, G·S, d).
         # Query head a reads key head a // G.
@@ -160,12 +151,17 @@ class Attention(nn.Module):
         q = q.reshape(batch, kv_heads, group * length, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
         mask = mask[None] if mask.ndim == 2 else mask
         bias = jnp.where(jnp.tile(mask, (1, group, 1)), jnp.float32(0), jnp.float32(MASKED))[:, None]
-        scores = jnp.einsum(f"bhqd,{keys}->bhqk", q, k, preferred_element_type=jnp.float32) + bias
+        of, keys = "bh", "bkhd"
+        if k.ndim == 3:
+            of, keys = "n", "nkd"
+            bias = jnp.broadcast_to(bias, (batch, kv_heads, *bias.shape[2:])).reshape(-1, *bias.shape[2:])
+            q = q.reshape(-1, *q.shape[2:])
+        scores = jnp.einsum(f"{of}qd,{keys}->{of}qk", q, k, preferred_element_type=jnp.float32) + bias
         # The softmax divides the pooled values instead of the weights: U/d times fewer divisions. The
         # maximum cancels, so it needs no derivative.
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = self.dropout(weights, deterministic=not train).astype(v.dtype)
-        pooled = jnp.einsum(f"bhqk,{keys}->bhqd", weights, v, preferred_element_type=jnp.float32) / total
+        pooled = jnp.einsum(f"{of}qk,{keys}->{of}qd", weights, v, preferred_element_type=jnp.float32) / total
         pooled = pooled.astype(v.dtype).reshape(batch, kv_heads, group, length, head_dim)
         return pooled.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)

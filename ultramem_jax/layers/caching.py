@@ -5,9 +5,10 @@ next C places of every sequence, so it is written as one block. Where a sequence
 chunk, the places left over are hidden from its attention for good. So a place says when a token came, and not
 its position, which each sequence counts for itself.
 
-The layers keep their parts in the collection `cache`: attention its `keys` and `values` (B, A_kv, U, d), of
+The layers keep their parts in the collection `cache`: attention its `keys` and `values` (B·A_kv, U, d) of
 the cache's dtype, a memory with a query convolution of w taps the last w - 1 `query_inputs` (B, w - 1, D) of
-the computation's dtype.
+the computation's dtype. Sequences and heads are one axis, in products with keys and values too: for a write
+and a product of unlike shapes, if only by an axis B of one, XLA on CPU copies the cache four times.
 """
 
 from typing import NamedTuple
@@ -56,8 +57,9 @@ def next_chunk(
 
 
 def append(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    """Cached keys or values (B, A_kv, U, d) with new ones (B, C, A_kv, d) written from place `first` on."""
-    return jax.lax.dynamic_update_slice(cached, new.swapaxes(1, 2).astype(cached.dtype), (0, 0, first, 0))
+    """Cached keys or values (B·A_kv, U, d) with new ones (B, C, A_kv, d) written from place `first` on."""
+    new = new.swapaxes(1, 2).reshape(cached.shape[0], -1, cached.shape[2])
+    return jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), (0, first, 0))
 
 
 def last_tokens(sequence: jax.Array, counts: jax.Array, kept: int) -> jax.Array:
