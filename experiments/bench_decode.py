@@ -52,7 +52,7 @@ CACHE_DTYPE = flags.DEFINE_string(
     "",
     "of keys and values; empty: float32 on CPU, where bfloat16 is slower, else the weights'",
 )
-ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of each model", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 2, "turns of each model", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 5, "steps of a turn that count, after as many without", lower_bound=1)
 RATIOS = flags.DEFINE_list(
     "ratios",
@@ -69,8 +69,8 @@ _SYSTEMS |= {"ultramem-v2": "ultramem-v2", "ultramem": "ultramem", "peer": "peer
 """How the name of a preset begins -> its system in tables and figures."""
 _SHARE_OF_FREE = 0.8
 """The rest is for compiling, and for what a step needs beside its weights."""
-_PARTS_AT = (1, 16, 64)
-"""Batches of the aims: near the bandwidth at 1 to 16, ratios at 64."""
+_PARTS_AT = (16, 64)
+"""Batches of the aims: near the bandwidth up to 16, ratios at 64."""
 _DTYPES = ("float32", "bfloat16")
 
 log = logging.getLogger("ultramem_jax.bench_decode")  # which the command line shows

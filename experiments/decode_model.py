@@ -29,6 +29,7 @@ from ultramem_jax.ops.linear import OutputMajor, project
 from ultramem_jax.ops.rows import to_stored
 
 _TABLE_STD = 0.02
+_BLOCK_VALUES = 1 << 28
 _ONES = ("scale", "query_scale", "key_scale")
 
 Program = Callable[..., Any]
@@ -210,10 +211,22 @@ def _drawn(path: list[str], leaf: jax.ShapeDtypeStruct, seed: np.uint32) -> jax.
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _uniform(shape: tuple[int, ...], dtype: jnp.dtype, bound: float, seed: jax.Array) -> jax.Array:
-    """Uniform numbers in [-bound, bound), by a hash: ten times as fast as `jax.random`."""
-    rows, columns = (
-        jax.lax.broadcasted_iota(jnp.uint32, (math.prod(shape[:-1]), shape[-1]), axis) for axis in (0, 1)
-    )
-    bits = mix(columns, mix(rows, seed)) >> jnp.uint32(8)
-    numbers = (bits.astype(jnp.float32) * jnp.float32(2**-23) - 1) * bound
-    return to_stored(numbers.reshape(shape), dtype)
+    """Uniform numbers in [-bound, bound), by a hash: ten times as fast as `jax.random`.
+
+    In blocks of rows, so that there is room for little more than the array itself.
+    """
+    width, rows = shape[-1], math.prod(shape[:-1])
+    block = max(_BLOCK_VALUES // width, 1)
+
+    def draw(first: int, count: int) -> jax.Array:
+        row, column = (jax.lax.broadcasted_iota(jnp.uint32, (count, width), axis) for axis in (0, 1))
+        bits = mix(column, mix(row + jnp.uint32(first), seed)) >> jnp.uint32(8)
+        return to_stored((bits.astype(jnp.float32) * jnp.float32(2**-23) - 1) * bound, dtype)
+
+    if rows <= block:
+        return draw(0, rows).reshape(shape)
+    array = jnp.zeros((rows, width), dtype)
+    for first in range(0, rows, block):
+        part = draw(first, min(block, rows - first))
+        array = jax.lax.dynamic_update_slice(array, part, (first, 0))
+    return array.reshape(shape)

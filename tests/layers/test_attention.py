@@ -142,7 +142,7 @@ def test_norms_run_over_all_heads_at_once():
     assert set(variables_of()["params"]) == {"w_query", "w_key", "w_value", "w_out"}
     # At position 0, where nothing is turned, with gains of 1, the mean square over all heads is 1.
     layer, variables = Attention(config(attention_qk_norm=True)), variables_of(attention_qk_norm=True)
-    q, k, _ = run(layer, variables, inputs(1), jnp.zeros(1, jnp.int32), method="project")
+    q, k, _ = run(layer, variables, inputs(1), jnp.zeros(1, jnp.int32), method="heads")
     for turned in (np.asarray(q), np.asarray(k)):
         np.testing.assert_allclose((turned**2).mean(axis=(1, 2, 3)), 1.0, rtol=1e-3)
         assert np.abs((turned**2).mean(axis=-1) - 1).max() > 0.1  # but not that of a head

@@ -165,12 +165,32 @@ def _assert_decodes(config, variables, tokens, full):
         np.testing.assert_allclose(logits, full[row, position], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_decoding_by_a_cache_gives_what_the_whole_sequence_gives(name, prepared):
+def test_decoding_by_a_cache_gives_what_the_whole_sequence_gives(name):
     config, variables, tokens, full = _model(name)
-    if prepared:
-        variables = prepare_for_decoding(config, variables)
-    _assert_decodes(config, variables, tokens, full)
+    _assert_decodes(config, prepare_for_decoding(config, variables), tokens, full)
+
+
+@pytest.mark.parametrize("plain", ["attention", "moe", "ultramem"])
+def test_decoding_needs_no_preparation(plain):
+    _assert_decodes(*_model(plain))
+
+
+@pytest.mark.parametrize("cached", ["attention", "mlp"])
+def test_a_cache_in_bfloat16_rounds_keys_and_values_alone(cached):
+    config, variables, tokens, full = _model(cached)
+    for row, position, logits in _decoded(config, variables, tokens, "bfloat16"):
+        error = np.abs(logits - full[row, position]).max()
+        # Eight bits of keys and values; far less than if positions or places were mistaken.
+        assert 0 < error < 0.03 * np.abs(full[row, position]).max()
+
+
+@pytest.mark.parametrize("computed", ["mlp", "pkm"])
+def test_decoding_in_bfloat16_is_as_near_to_float32_as_the_whole_sequence(computed):
+    _, variables, tokens, exact = _model(computed)
+    config, _, _, full = _model(computed, dtype="bfloat16")
+    found = _decoded(config, prepare_for_decoding(config, variables), tokens)
+    errors = [np.abs(logits - exact[row, position]).mean() for row, position, logits in found]
+    assert np.median(errors) < 1.5 * np.abs(full - exact).mean()
 
 
 @pytest.mark.parametrize(("placement", "taps"), [("in_turn", 5), ("crossing", 1), ("crossing", 0)])

@@ -13,6 +13,8 @@ from ultramem_jax.layers.moe import (
     ragged_experts,
     route,
 )
+from ultramem_jax.layers.served_experts import block_rows, served_experts
+from ultramem_jax.ops.linear import OutputMajor
 
 from .test_mlp import gelu64, silu64
 
@@ -250,3 +252,34 @@ def test_computes_in_bfloat16_on_float32_parameters():
         np.testing.assert_allclose(
             np.asarray(y, np.float32), layer_outputs(model(implementation))[1], atol=0.02
         )
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("loads", ["even", "skewed", "one"])
+def test_served_experts_equal_the_definition_whatever_their_loads(activation, dtype, loads):
+    weights = expert_weights(activation)
+    served = ExpertWeights(
+        *(
+            None if w is None else tuple(OutputMajor(jnp.asarray(e.T, jnp.dtype(dtype))) for e in w)
+            for w in weights
+        )
+    )
+    # 24 tokens fill several blocks of an expert that all of them chose; 2 leave most experts out.
+    for tokens, k in ((T, 2), (2, 1)):
+        experts = chosen(loads, k)[:tokens]
+        gates = RNG.uniform(size=(tokens, k)).astype(np.float32)
+        x = TOKENS[:tokens]
+        y = jax.jit(served_experts)(jnp.asarray(x, jnp.dtype(dtype)), gates, experts, served)
+        assert y.dtype == jnp.float32
+        expected = moe64(x, gates, experts, weights)
+        if dtype == "float32":
+            np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-5)
+        else:  # eight bits of x, of the weights and of what is between the two products
+            assert np.abs(y - expected).max() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("assignments", "rows"), [(1, 1), (32, 1), (33, 4), (128, 8), (512, 24)])
+def test_a_block_of_served_experts_is_a_bit_longer_than_their_mean_load(assignments, rows):
+    assert block_rows(assignments, 32, jnp.dtype("float32")) == rows
+    assert block_rows(assignments, 32, jnp.dtype("bfloat16")) == max(rows, 4)

@@ -1,5 +1,9 @@
 """Layers. Each answers the call `(x (B, S, D), *, train) -> y (B, S, D)` and sows its metrics and losses.
 
+Those that look back, attention and memories with a query convolution, also take a `chunk`: in decoding, x
+follows on what they have in the collection `cache` (`layers.caching`). Matrices may be served ones
+(`layers.parameters`).
+
 `LAYERS` is the registry: a name for every system, and how its layer is made from a `ModelConfig`. One
 contract suite, tests/layers/test_contract.py, runs over all of it.
 """

@@ -92,7 +92,7 @@ class Attention(nn.Module):
         if chunk is not None:
             return self._after_cached(x, chunk)
         length = x.shape[1]
-        q, k, v = self.project(x, jnp.arange(length, dtype=jnp.int32))
+        q, k, v = self.heads(x, jnp.arange(length, dtype=jnp.int32))
         size = max(MIN_CHUNK, -(-length // CAUSAL_CHUNKS))
         parts = []
         for begin in range(0, length, size):
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         return self._output(jnp.concatenate(parts, axis=1))
 
     def _after_cached(self, x: jax.Array, chunk: Chunk) -> jax.Array:
-        q, k, v = self.project(x, chunk.positions)
+        q, k, v = self.heads(x, chunk.positions)
         cached = []
         for name, new in (("keys", k), ("values", v)):
             cached.append(append(self.get_variable(CACHE, name), new, chunk.first))
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         pooled = self._pool(q.astype(k.dtype), k, v, chunk.visible, False)
         return self._output(pooled.astype(q.dtype))
 
-    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Maps x (B, S, D), positions (S,) or (B, S) to q (B, S, A, d), k and v (B, S, A_kv, d)."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         x = x.astype(dtype)

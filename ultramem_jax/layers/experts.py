@@ -31,7 +31,10 @@ MAX_OVERFLOW_ROWS = 128
 
 
 class ExpertWeights(NamedTuple):
-    """float32 weights of all experts, or of one (without the axis X)."""
+    """float32 weights of all experts, or of one (without the axis X).
+
+    In `served_experts` each is a tuple of X `OutputMajor` instead.
+    """
 
     w_in: jax.Array
     """(X, D, F)."""

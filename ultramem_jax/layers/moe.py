@@ -1,7 +1,7 @@
 """Mixture of Experts: dropless top-k routing, the baseline that memory layers are measured against.
 
-`experts` computes the experts on one device, `expert_parallel` on a mesh. Routing is here, with its losses
-and metrics, which are of all tokens on either.
+`experts` computes the experts on one device, `expert_parallel` on a mesh, `served_experts` in decoding on a
+CPU. Routing is here, with its losses and metrics, which are of all tokens on any.
 """
 
 from typing import NamedTuple
@@ -92,7 +92,8 @@ class MoE(nn.Module):
     (assignments of the busiest expert over the mean), `experts_chosen` (how many have any), `router_entropy`
     (nats). All float32 scalars.
 
-    Parameters, float32: `router` (D, X), `w_in` (X, D, F), `w_out` (X, F, D), for SwiGLU `w_gate` (X, D, F).
+    Parameters, float32: `router` (D, X), `w_in` (X, D, F), `w_out` (X, F, D), for SwiGLU `w_gate` (X, D, F);
+    served on CPU, each but the router a tuple of X `OutputMajor`.
     """
 
     config: ModelConfig

@@ -1,7 +1,8 @@
 """Text from a model: prompts are read in chunks into a cache, and then it is one token after another.
 
-Two programs are compiled for a batch: one reads a chunk of every prompt, one takes a token of every sequence
-and samples the next. Both change the cache in place.
+Two programs of the model are compiled for a batch: one reads a chunk of every prompt, one takes a token of
+every sequence and samples the next. Both change the cache in place. A third, small one samples the first
+token after the prompts.
 """
 
 import codecs
