@@ -6,6 +6,10 @@ import tempfile
 
 import jax
 
+# Tests compile much and compute little: LLVM may leave out what pays for itself on long runs alone.
+_FLAGS = (os.environ.get("XLA_FLAGS", ""), "--xla_llvm_disable_expensive_passes=true")
+os.environ["XLA_FLAGS"] = " ".join(filter(None, _FLAGS))
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -15,8 +15,6 @@ from ultramem_jax.models.cache import cache_bytes, empty_cache
 from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.ops.linear import OutputMajor
 
-MODELS = ("dense", "moe", "moe-fine", "pkm", "memory-plus", "ultramem", "ultramem-v2")
-
 
 def _config(name, **fields):
     config = replace(CONFIGS.get(name, CONFIGS["mlp"]), vocab_size=31, num_layers=2)
@@ -30,7 +28,7 @@ def _variables(config):
     return {k: made[k] for k in ("params", "memory", "buffers") if k in made}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["moe", "ultramem-v2"])
 def test_prepared_variables_give_the_same_logits_without_a_cache_too(name):
     config = _config(name)
     variables = _variables(config)
