@@ -123,6 +123,7 @@ def main() -> None:
                 bar.set_postfix_str(subject.label)
                 for _ in _turn(subject):
                     bar.update()
+                machine.return_free_memory()
             study = DecodeStudy(environment, rates, [t for s in subjects for t in _timings(s)])
             written = decode_tables.write(study, folder)
     print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
