@@ -182,9 +182,7 @@ class ProductKeyMemory(_Family):
             directions = jnp.ones((2, config.num_heads, 1), jnp.float32)
             retrieved = product_keys.retrieve_product_keys(queries, keys, config.top_m)
         else:
-            shape = (config.num_heads, config.num_cores, config.tucker_rank, config.tucker_rank)
-            cores = self.param("cores", nn.initializers.uniform(1.0), shape, jnp.float32)
-            directions = keys.directions if isinstance(keys, ServedKeys) else self._directions(cores)
+            cores, directions = self._core(keys)
             retrieved = product_keys.retrieve_tucker(queries, keys, cores, directions, config.top_m)
         if config.balance_loss_weight and not isinstance(keys, ServedKeys):
             scores = combined_scores(queries, keys, directions)
@@ -192,9 +190,13 @@ class ProductKeyMemory(_Family):
             sow(self, "losses", "balance", config.balance_loss_weight * (sides[0] + sides[1]))
         return retrieved
 
-    def _directions(self, cores: jax.Array) -> jax.Array:
-        """U and t (2, H, r) of the sum of the cores (H, h, r, r)."""
+    def _core(self, keys: jax.Array | ServedKeys) -> tuple[jax.Array, jax.Array]:
+        """The Tucker cores (H, h, r, r), and u and t (2, H, r) of their sum, which served keys know."""
         config = self.config
+        shape = (config.num_heads, config.num_cores, config.tucker_rank, config.tucker_rank)
+        cores = self.param("cores", nn.initializers.uniform(1.0), shape, jnp.float32)
+        if isinstance(keys, ServedKeys):
+            return cores, keys.directions
         direction = (config.num_heads, config.tucker_rank)
         last_u = self.variable("buffers", "row_direction", jnp.zeros, direction, jnp.float32)
         last_t = self.variable("buffers", "column_direction", jnp.zeros, direction, jnp.float32)
@@ -206,7 +208,7 @@ class ProductKeyMemory(_Family):
             sow(self, "losses", "core", config.core_loss_weight * loss)
         for i, value in enumerate(product_keys.singular_values(cores).mean(0)):
             sow(self, "metrics", f"core_singular_value_{i + 1}", value)
-        return jnp.stack([u, t])
+        return cores, jnp.stack([u, t])
 
     def _addresses(self, rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Virtual blocks and physical slots of the cells, same shape."""
