@@ -34,9 +34,10 @@ from experiments.decode_model import (
 )
 from experiments.decode_records import DecodeRates, DecodeStudy, DecodeTiming
 from ultramem_jax.accounting import bytes_per_token, count_parameters, decode_cost
+from ultramem_jax.accounting.model import DTYPE_BYTES
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import choice, require, unknown
-from ultramem_jax.models.cache import cache_bytes
+from ultramem_jax.models.cache import CACHE_DTYPES, cache_bytes
 from ultramem_jax.presets import preset
 
 MODELS = flags.DEFINE_list(
@@ -69,9 +70,8 @@ _SYSTEMS |= {"ultramem-v2": "ultramem-v2", "ultramem": "ultramem", "peer": "peer
 """How the name of a preset begins -> its system in tables and figures."""
 _SHARE_OF_FREE = 0.8
 """The rest is for compiling, and for what a step needs beside its weights."""
-_PARTS_AT = (16, 64)
+_PARTS_AT = (16, decode_tables.AIM_BATCH)
 """Batches of the aims: near the bandwidth up to 16, ratios at 64."""
-_DTYPES = ("float32", "bfloat16")
 
 log = logging.getLogger("ultramem_jax.bench_decode")  # which the command line shows
 
@@ -167,7 +167,7 @@ def _subjects() -> Iterator[Subject]:
 
 def _check_dtypes(flag: str, dtypes: list[str]) -> None:
     for dtype in dtypes:
-        choice(flag, dtype, _DTYPES)
+        choice(flag, dtype, tuple(DTYPE_BYTES))
     require(len(set(dtypes)) == len(dtypes), flag, ",".join(dtypes), "must name each once")
 
 
@@ -277,6 +277,6 @@ def _timings(subject: Subject) -> Iterator[DecodeTiming]:
 
 def _cache_dtype(config: ModelConfig) -> str:
     if CACHE_DTYPE.value:
-        choice("cache_dtype", CACHE_DTYPE.value, _DTYPES)
+        choice("cache_dtype", CACHE_DTYPE.value, CACHE_DTYPES)
         return CACHE_DTYPE.value
     return "float32" if jax.default_backend() == "cpu" else config.dtype

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests import test_accounting
 from ultramem_jax.accounting import (
     PartCost,
     bytes_per_token,
@@ -16,28 +17,15 @@ from ultramem_jax.accounting import (
     flops_per_token,
 )
 from ultramem_jax.accounting.decoding import expected_rows_read
-from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
+from ultramem_jax.config import MemoryConfig, MoEConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.presets import PRESETS, preset
 
 # V 10, D 8, L 2, A 4 (2 wide), 2 heads of keys and values (4 wide together), gated MLP, F 6; 3 sequences.
-PLAIN = ModelConfig(
-    vocab_size=10, embed_dim=8, num_layers=2, num_heads=4, num_kv_heads=2, mlp="swiglu", mlp_dim=6
-)
+PLAIN = replace(test_accounting.PLAIN, tie_embeddings=True)
 MOE = replace(PLAIN, moe=MoEConfig(num_experts=5, top_k=2, expert_dim=6, activation="swiglu"))
 # Two memories: n 3 (N 9), m 2, H 2, d_k 4, d_v 4, E 4 (K 6), r 2, h 2, convolution 3 wide.
-MEMORY = MemoryConfig(
-    placement="1:1/2:2",
-    num_keys=3,
-    top_m=2,
-    num_heads=2,
-    key_dim=4,
-    value_dim=4,
-    expansion=4,
-    tucker_rank=2,
-    num_cores=2,
-    query_conv_width=3,
-)
+MEMORY = replace(test_accounting.MEMORY, placement="1:1/2:2")
 ULTRAMEM = replace(PLAIN, memory=MEMORY)
 # Three memories with pre-values: n 4, m 2, H 1, a ring of 48 slots, windows of 4² at 0, 16 and 32.
 RING = MemoryConfig.ultramem_v2(num_keys=4, top_m=2, key_dim=4, value_dim=4, pre_value_dim=6, share_ratio=0.5)

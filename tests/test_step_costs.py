@@ -4,24 +4,14 @@ from dataclasses import fields, replace
 
 import pytest
 
+from tests import test_accounting
 from ultramem_jax.accounting import PartCost, expected_rows, floor_seconds
-from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
+from ultramem_jax.config import DataConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.step_costs import memory_step_costs, model_step_cost
 
 # One memory: n 3 (N 9), m 2, H 2 (R 4), d_k 4, d_v 4, E 4 (K 6), r 2, h 2, convolution 3 wide; D 8, T 5.
-MEMORY = MemoryConfig(
-    placement="1:1",
-    num_keys=3,
-    top_m=2,
-    num_heads=2,
-    key_dim=4,
-    value_dim=4,
-    expansion=4,
-    tucker_rank=2,
-    num_cores=2,
-    query_conv_width=3,
-)
+MEMORY = replace(test_accounting.MEMORY, placement="1:1")
 MODEL = ModelConfig(vocab_size=10, embed_dim=8, num_layers=1, num_heads=4, mlp_dim=6, memory=MEMORY)
 CONFIG = RunConfig(model=MODEL, data=DataConfig(seq_len=5))
 TOKENS = 5
