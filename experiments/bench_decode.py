@@ -115,16 +115,21 @@ def main() -> None:
     require(
         bool(subjects), "models", ",".join(MODELS.value), "must have one that fits, at one batch at least"
     )
-    rates = _rates(sorted({subject.config.dtype for subject in subjects}, reverse=True))
+    dtypes = sorted({subject.config.dtype for subject in subjects}, reverse=True)
+    rates: list[DecodeRates] = []
     turns = ROUNDS.value * sum(len(subject.batches) for subject in subjects)
     with tqdm(total=turns, desc="bench_decode", unit="batch", file=sys.stderr, dynamic_ncols=True) as bar:
         for _ in range(ROUNDS.value):
             for subject in subjects:
                 bar.set_postfix_str(subject.label)
+                # Beside every turn: on a shared machine they change while the models are timed.
+                rates.append(_rates(dtypes))
                 for _ in _turn(subject):
                     bar.update()
                 machine.return_free_memory()
-            study = DecodeStudy(environment, rates, [t for s in subjects for t in _timings(s)])
+            study = DecodeStudy(
+                environment, DecodeRates.median(rates), [t for s in subjects for t in _timings(s)]
+            )
             written = decode_tables.write(study, folder)
     print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
 

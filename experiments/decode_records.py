@@ -11,7 +11,7 @@ import re
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,18 @@ class DecodeRates:
     """Read, and not written (`experiments.machine.read_bytes_per_second`): a step writes next to nothing."""
     gathered_bytes_per_second: float
     """Of rows at random places, as of `experiments.machine.Rates`."""
+
+    @classmethod
+    def median(cls, rates: Sequence["DecodeRates"]) -> "DecodeRates":
+        """The median of each rate, of at least one measurement of the same dtypes."""
+        return cls(
+            flops_per_second={
+                dtype: statistics.median(each.flops_per_second[dtype] for each in rates)
+                for dtype in rates[0].flops_per_second
+            },
+            bytes_per_second=statistics.median(each.bytes_per_second for each in rates),
+            gathered_bytes_per_second=statistics.median(each.gathered_bytes_per_second for each in rates),
+        )
 
 
 @dataclass(frozen=True)

@@ -392,7 +392,7 @@ def _notes(study: DecodeStudy, beside: Sequence[DecodeStudy]) -> list[str]:
         "as uniform choices find, experts as the column `experts, counted` says. GB/s: those bytes over the "
         "time.",
         "Floor: for each part FLOPs over the rate of matrix products or bytes over the bandwidth, whichever "
-        f"takes longer. Measured here: {products or 'no matrix products'}; "
+        f"takes longer. Measured here, beside every turn of a model: {products or 'no matrix products'}; "
         f"{rates.bytes_per_second / _GIGA:.3g} GB/s, where a matrix of 2 GiB is read for one vector, "
         f"which is what the % of bandwidth are of; {rates.gathered_bytes_per_second / _GIGA:.3g} GB/s for "
         "rows of tables, gathered from anywhere. The bandwidth floor of the aims leaves FLOPs out.",

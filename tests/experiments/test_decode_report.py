@@ -75,6 +75,14 @@ TIMINGS = [
 STUDY = DecodeStudy(MACHINE, RATES, TIMINGS)
 
 
+def test_rates_are_the_medians_of_their_measurements():
+    measured = [
+        DecodeRates({"float32": f, "bfloat16": 2 * f}, b, g)
+        for f, b, g in ((1.0, 9.0, 5.0), (3.0, 7.0, 4.0), (2.0, 8.0, 6.0))
+    ]
+    assert DecodeRates.median(measured) == DecodeRates({"float32": 2.0, "bfloat16": 4.0}, 8.0, 5.0)
+
+
 def only(rows, **wanted):
     (found,) = (row for row in rows if all(row[name] == value for name, value in wanted.items()))
     return found

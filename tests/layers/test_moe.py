@@ -279,7 +279,10 @@ def test_served_experts_equal_the_definition_whatever_their_loads(activation, dt
             assert np.abs(y - expected).max() < 0.03 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("assignments", "rows"), [(1, 1), (32, 1), (33, 4), (128, 8), (512, 24)])
-def test_a_block_of_served_experts_is_a_bit_longer_than_their_mean_load(assignments, rows):
-    assert block_rows(assignments, 32, jnp.dtype("float32")) == rows
-    assert block_rows(assignments, 32, jnp.dtype("bfloat16")) == max(rows, 4)
+@pytest.mark.parametrize(
+    ("assignments", "float32", "bfloat16"),
+    [(1, 1, 4), (8, 1, 4), (9, 4, 4), (32, 4, 4), (128, 8, 8), (160, 16, 12), (512, 24, 24)],
+)
+def test_a_block_of_served_experts_is_a_bit_longer_than_their_mean_load(assignments, float32, bfloat16):
+    assert block_rows(assignments, 32, jnp.dtype("float32")) == float32
+    assert block_rows(assignments, 32, jnp.dtype("bfloat16")) == bfloat16

@@ -56,8 +56,13 @@ def project(x: jax.Array, weights: Matrix, result_dtype: Any = None) -> jax.Arra
 
 def _by_output(x: jax.Array, weights: jax.Array) -> jax.Array:
     """X (T, D) times the transpose of weights (F, D) -> (T, F) float32."""
-    tokens = x.shape[0]
-    if x.dtype == jnp.bfloat16 and tokens < LEAST_ROWS and jax.default_backend() == "cpu":
+    tokens, contract_last = x.shape[0], (((1,), (1,)), ((), ()))
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and x.dtype == jnp.float32:
+        # XLA's kernel copies its right operand before it starts, so that had better not be the weights.
+        # Without the barrier, XLA swaps the operands to have the result as it is asked for.
+        by_output = jax.lax.dot_general(weights, x, contract_last, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(by_output).T
+    if on_cpu and tokens < LEAST_ROWS:
         x = jnp.pad(x, ((0, LEAST_ROWS - tokens), (0, 0)))
-    contract_last = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weights, contract_last, preferred_element_type=jnp.float32)[:tokens]
