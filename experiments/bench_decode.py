@@ -29,6 +29,7 @@ from experiments.decode_model import (
     random_variables,
     served_in,
     sparse_over_dense,
+    sparse_part,
     step_program,
     with_sparsity,
 )
@@ -61,7 +62,7 @@ RATIOS = flags.DEFINE_list(
     "sparse over dense parameters of the second study; empty: without it",
 )
 RATIO_BATCH = flags.DEFINE_integer("ratio_batch", 64, "sequences of its step", lower_bound=1)
-RATIO_DTYPES = flags.DEFINE_list("ratio_dtypes", ["bfloat16"], "of its weights and tables")
+RATIO_DTYPES = flags.DEFINE_list("ratio_dtypes", ["float32", "bfloat16"], "of its weights and tables")
 RESULTS = flags.DEFINE_string("results", "experiments/results/bench_decode", "folder of tables and figures")
 REDRAW = flags.DEFINE_bool("redraw", False, "measure nothing: tables and figures of the .json files there")
 
@@ -70,8 +71,6 @@ _SYSTEMS |= {"ultramem-v2": "ultramem-v2", "ultramem": "ultramem", "peer": "peer
 """How the name of a preset begins -> its system in tables and figures."""
 _SHARE_OF_FREE = 0.8
 """The rest is for compiling, and for what a step needs beside its weights."""
-_PARTS_AT = (16, decode_tables.AIM_BATCH)
-"""Batches of the aims: near the bandwidth up to 16, ratios at 64."""
 
 log = logging.getLogger("ultramem_jax.bench_decode")  # which the command line shows
 
@@ -87,9 +86,10 @@ class Subject:
     seconds: dict[int, list[float]] = field(default_factory=dict)
     """By batch."""
     parts: dict[int, dict[str, list[float]]] = field(default_factory=dict)
-    experts: dict[int, float] = field(default_factory=dict)
+    experts: dict[int, list[float]] = field(default_factory=dict)
+    rows: dict[int, list[float]] = field(default_factory=dict)
     programs: dict[int, tuple[Program, dict[str, Program]]] = field(default_factory=dict)
-    """By batch: the step and, where they are timed, its parts. Compiled once for all turns."""
+    """By batch: the step and its parts. Compiled once for all turns."""
 
     @property
     def system(self) -> str:
@@ -103,12 +103,13 @@ class Subject:
 
 
 def main() -> None:
-    """Times everything, writing what there is after every round."""
+    """Times everything, keeping what there is after every turn."""
     folder = report.make_folder(RESULTS.value, "results")
+    kept = [DecodeStudy.load(file) for file in sorted(folder.glob("*.json"))]
     if REDRAW.value:
-        files = sorted(folder.glob("*.json"))
-        require(bool(files), "results", RESULTS.value, "must hold a .json file of an earlier run")
-        _write([DecodeStudy.load(file) for file in files], folder)
+        require(bool(kept), "results", RESULTS.value, "must hold a .json file of an earlier run")
+        for study in kept:
+            _write(study, kept, folder)
         return
     environment = report.environment()
     subjects = list(_subjects())
@@ -127,26 +128,24 @@ def main() -> None:
                 for _ in _turn(subject):
                     bar.update()
                 machine.return_free_memory()
-            study = DecodeStudy(
-                environment, DecodeRates.median(rates), [t for s in subjects for t in _timings(s)]
-            )
-            written = decode_tables.write(study, folder)
-    print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
+                timings = [timing for subject in subjects for timing in _timings(subject)]
+                study = DecodeStudy(environment, DecodeRates.median(rates), timings)
+                study.save(folder / f"{decode_tables.file_stem(study)}.json")
+    _write(study, kept, folder)
 
 
 def _rates(dtypes: list[str]) -> DecodeRates:
     return DecodeRates(
-        flops_per_second={dtype: machine.served_flops_per_second(dtype) for dtype in dtypes},
+        flops_per_second={dtype: machine.product_flops_per_second(dtype) for dtype in dtypes},
         bytes_per_second=machine.read_bytes_per_second(),
-        # Half of what is read and written there.
-        gathered_bytes_per_second=machine.measure_rates().gathered_bytes_per_second / 2,
     )
 
 
-def _write(studies: list[DecodeStudy], folder: pathlib.Path) -> None:
-    for study in studies:
-        written = decode_tables.write(study, folder, [other for other in studies if other is not study])
-        print(f"written: {', '.join(map(str, written))}")
+def _write(study: DecodeStudy, kept: list[DecodeStudy], folder: pathlib.Path) -> None:
+    """Writes and prints the report, with what was measured on other devices beside it."""
+    others = [other for other in kept if other.device != study.device]
+    written = decode_tables.write(study, folder, others)
+    print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
 
 
 def _subjects() -> Iterator[Subject]:
@@ -214,9 +213,10 @@ def _turn(subject: Subject) -> Iterator[None]:
     config = subject.config
     variables = jax.block_until_ready(random_variables(config))
     for batch in subject.batches:
-        with_parts = subject.study == "batch" and batch in _PARTS_AT
         if batch not in subject.programs:
-            parts = part_programs(config) if with_parts else {}
+            parts = part_programs(config)
+            if subject.study == "sparsity":  # all but one are those of the study of batches
+                parts = {name: part for name, part in parts.items() if name == sparse_part(config)}
             subject.programs[batch] = step_program(config), parts
         step, parts = subject.programs[batch]
         kept, counters = full_cache(config, batch, CACHE_LENGTH.value, _cache_dtype(config))
@@ -228,9 +228,10 @@ def _turn(subject: Subject) -> Iterator[None]:
             following = tokens
             for _ in range(STEPS.value):
                 elapsed, (kept, following, chosen) = _timed(step, variables, kept, counters, following)
-                seconds += [elapsed] if counts else []
-        if config.moe is not None:
-            subject.experts[batch] = float(chosen)
+                if counts:
+                    seconds.append(elapsed)
+                    subject.experts.setdefault(batch, []).append(float(chosen.experts))
+                    subject.rows.setdefault(batch, []).append(chosen.distinct_rows())
         x = _embedded(config, batch)
         for name, part in parts.items():
             of_part = subject.parts.setdefault(batch, {}).setdefault(name, [])
@@ -255,7 +256,6 @@ def _timings(subject: Subject) -> Iterator[DecodeTiming]:
     config = subject.config
     for batch, seconds in subject.seconds.items():
         parts = {name: statistics.median(times) for name, times in subject.parts.get(batch, {}).items()}
-        chosen = subject.experts.get(batch)
         yield DecodeTiming(
             study=subject.study,
             system=subject.system,
@@ -274,9 +274,9 @@ def _timings(subject: Subject) -> Iterator[DecodeTiming]:
                 CACHE_LENGTH.value,
                 dtype=config.dtype,
                 cache_dtype=_cache_dtype(config),
-                experts=chosen,
+                experts=statistics.mean(subject.experts[batch]),
+                rows=statistics.mean(subject.rows[batch]),
             ),
-            chosen_experts=chosen,
         )
 
 

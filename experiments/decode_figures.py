@@ -36,6 +36,8 @@ _MARKERS = {"dense": "s", "moe": "^", "pkm": "D", "ultramem": "o", "ultramem-v2"
 _PANEL = 5.2
 """Inches."""
 _FAINT = "#888888"
+_PUBLISHED = "#c9b458"
+"""No system's colour, for what the paper has."""
 _CLOSE = 1.1
 """Times within this ratio are too close for two labels."""
 
@@ -98,22 +100,16 @@ def plot_batches(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.Pa
                     zorder=1.5,
                 )
         if {"moe", "ultramem"} <= systems.keys():
-            _mark_published(axes, systems["ultramem"])
+            _mark_published(axes, [t.batch for t in systems["ultramem"]], systems["ultramem"])
             _mark_ratio(axes, systems["moe"], systems["ultramem"])
-        axes.set_xlabel("sequences in the batch")
+        lengths = " or ".join(str(n) for n in sorted({t.cache_length for t in study.of("batch", dtype)}))
+        axes.set_xlabel(f"sequences in the batch, each with {lengths} tokens in its cache")
         figures.set_title(axes, dtype)
         figures.set_log(axes.xaxis, batches)
     _finish(panels)
     extra: list[Line2D | Patch] = [Line2D([], [], linestyle=":", color=_FAINT, label="floor of each, here")]
     if any({"moe", "ultramem"} <= study.by_system("batch", d).keys() for d in dtypes):
-        low, high = PUBLISHED_BAND
-        extra.append(
-            Patch(
-                facecolor=figures.VERMILION,
-                alpha=figures.BAND_OPACITY,
-                label=f"{low:g}–{high:g} × UltraMem: MoE in the paper (A100)",
-            )
-        )
+        extra.append(_published_patch())
     _legend(figure, study.by_system("batch"), extra)
     return figures.save(figure, path)
 
@@ -183,6 +179,8 @@ def expected_chosen_bytes(config: ModelConfig, batch: int) -> float:
 def plot_sparsity(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.Path:
     """Draws the time of a step against sparse over dense parameters, a panel per dtype; dense is a level.
 
+    The band is that of `plot_batches`.
+
     Args:
         study: with timings of the study `sparsity`, of sparse models.
         path: of the figure; folders are made.
@@ -193,6 +191,7 @@ def plot_sparsity(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.P
     dtypes = [d for d in study.dtypes if any(t.sparse_over_dense for t in study.of("sparsity", d))]
     figure, panels = _panels(dtypes)
     shown: dict[str, Sequence[DecodeTiming]] = {}
+    extra: list[Line2D | Patch] = []
     for axes, dtype in zip(panels, dtypes, strict=True):
         systems = study.by_system("sparsity", dtype)
         systems = {name: timings for name, timings in systems.items() if timings[0].sparse_over_dense}
@@ -200,6 +199,10 @@ def plot_sparsity(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.P
             positions = [t.sparse_over_dense for t in timings]
             _draw_times(axes, system, positions, timings)
         _mark_growth(axes, systems)
+        if {"moe", "ultramem"} <= systems.keys():
+            positions = [t.sparse_over_dense for t in systems["ultramem"]]
+            _mark_published(axes, positions, systems["ultramem"])
+            extra = [_published_patch()]
         any_timing = study.of("sparsity", dtype)[0]
         dense = study.beside(any_timing, "dense")
         if dense:
@@ -212,7 +215,7 @@ def plot_sparsity(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.P
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
         axes.set_xlim(sizes[0] / 1.2, sizes[-1] * 2.5)  # room for the labels of the lines' ends
     _finish(panels)
-    _legend(figure, shown, [], level=["dense"])
+    _legend(figure, shown, extra, level=["dense"])
     return figures.save(figure, path)
 
 
@@ -239,18 +242,24 @@ def _draw_times(axes: Axes, system: str, positions: Sequence[float], timings: Se
     axes.plot(positions, medians, marker=_MARKERS.get(system, "o"), color=colour, linewidth=1.8, markersize=5)
 
 
-def _mark_published(axes: Axes, ultramem: Sequence[DecodeTiming]) -> None:
+def _mark_published(axes: Axes, positions: Sequence[float], ultramem: Sequence[DecodeTiming]) -> None:
     medians = np.array([t.median for t in ultramem]) / _MILLI
     low, high = PUBLISHED_BAND
     axes.fill_between(
-        [t.batch for t in ultramem],
+        positions,
         low * medians,
         high * medians,
-        color=figures.VERMILION,
-        alpha=figures.BAND_OPACITY / 2,
+        color=_PUBLISHED,
+        alpha=figures.BAND_OPACITY,
         linewidth=0,
         zorder=0.5,
     )
+
+
+def _published_patch() -> Patch:
+    low, high = PUBLISHED_BAND
+    label = f"{low:g}–{high:g} × UltraMem: MoE in the paper (A100, cache 2,048)"
+    return Patch(facecolor=_PUBLISHED, alpha=figures.BAND_OPACITY, label=label)
 
 
 def _mark_ratio(axes: Axes, moe: Sequence[DecodeTiming], ultramem: Sequence[DecodeTiming]) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from ultramem_jax.models import Transformer
 from ultramem_jax.models.cache import Cache, empty_cache
 from ultramem_jax.models.sampling import likeliest
 from ultramem_jax.models.serving import prepare_for_decoding
-from ultramem_jax.models.transformer import SHARED_TABLES, memory_name
+from ultramem_jax.models.transformer import SHARED_TABLES, memory_name, table_readers
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.linear import OutputMajor, project
 from ultramem_jax.ops.rows import to_stored
@@ -101,11 +101,23 @@ def full_cache(config: ModelConfig, batch: int, length: int, dtype: str) -> tupl
     return jax.tree.unflatten(structure, drawn), counters
 
 
-def step_program(config: ModelConfig) -> Program:
-    """(variables, kept, counters, tokens (B,)) -> (kept, next tokens (B,), experts chosen).
+class Chosen(NamedTuple):
+    """What a step read of experts and tables."""
 
-    `kept` is donated. The cache is as full after the step as before. Experts chosen is their number in a
-    layer, the mean over layers; 0 without experts.
+    experts: jax.Array
+    """() float32, distinct ones in a layer, the mean over layers; 0 without experts."""
+    slots: dict[str, jax.Array]
+    """(B, R) int32 of each table, R the reads of all memories that read it."""
+
+    def distinct_rows(self) -> int:
+        """Over all tables."""
+        return sum(len(np.unique(np.asarray(slots))) for slots in self.slots.values())
+
+
+def step_program(config: ModelConfig) -> Program:
+    """(variables, kept, counters, tokens (B,)) -> (kept, next tokens (B,), `Chosen`).
+
+    `kept` is donated. The cache is as full after the step as before.
     """
     transformer = Transformer(config)
 
@@ -114,11 +126,9 @@ def step_program(config: ModelConfig) -> Program:
             variables | {"cache": kept | counters},
             tokens[:, None],
             counts=jnp.ones(tokens.shape, jnp.int32),
-            mutable=["cache", "metrics"],
+            mutable=["cache", "metrics", "reads"],
         )
-        experts = [layer["feed_forward"]["experts_chosen"] for layer in _with_experts(left)]
-        chosen = jnp.stack(experts).mean() if experts else jnp.zeros(())
-        return {name: left["cache"][name] for name in kept}, likeliest(logits), chosen
+        return {name: left["cache"][name] for name in kept}, likeliest(logits), _chosen(config, left)
 
     return jax.jit(step, donate_argnums=1)
 
@@ -180,9 +190,19 @@ def part_programs(config: ModelConfig) -> dict[str, Program]:
     return {name: jax.jit(part, donate_argnums=1) for name, part in parts.items()}
 
 
-def _with_experts(left: Any) -> list[Any]:
-    layers = left.get("metrics", {}).values()
-    return [layer for layer in layers if "experts_chosen" in layer.get("feed_forward", {})]
+def _chosen(config: ModelConfig, left: Any) -> Chosen:
+    layers = [layer.get("feed_forward", {}) for layer in left.get("metrics", {}).values()]
+    experts = [layer["experts_chosen"] for layer in layers if "experts_chosen" in layer]
+    slots = {
+        table: jnp.concatenate([left["reads"][memory]["slots"] for memory in memories], axis=1)
+        for table, memories in table_readers(config).items()
+    }
+    return Chosen(jnp.stack(experts).mean() if experts else jnp.zeros(()), slots)
+
+
+def sparse_part(config: ModelConfig) -> str:
+    """The part of a step that grows with its experts or slots, of those of `part_programs`."""
+    return "memory" if config.spans else "feed_forward"
 
 
 def _dense_weights(config: ModelConfig) -> int:

@@ -9,7 +9,6 @@ import os
 import pathlib
 import re
 import statistics
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from ultramem_jax.accounting import DecodeCost, PartCost
 from ultramem_jax.errors import UserError
+from ultramem_jax.files import replace_text
 
 STUDIES = ("batch", "sparsity")
 """Time against the sequences of a batch, and against the slots or experts of a model."""
@@ -34,12 +34,10 @@ class DecodeRates:
     """Measured rates of the machine, medians."""
 
     flops_per_second: dict[str, float]
-    """Of a square matrix product, by dtype (`experiments.machine.served_flops_per_second`); a dtype that was
+    """Of a square matrix product, by dtype (`experiments.machine.product_flops_per_second`); a dtype that was
     not measured is absent."""
     bytes_per_second: float
     """Read, and not written (`experiments.machine.read_bytes_per_second`): a step writes next to nothing."""
-    gathered_bytes_per_second: float
-    """Of rows at random places, as of `experiments.machine.Rates`."""
 
     @classmethod
     def median(cls, rates: Sequence["DecodeRates"]) -> "DecodeRates":
@@ -50,7 +48,6 @@ class DecodeRates:
                 for dtype in rates[0].flops_per_second
             },
             bytes_per_second=statistics.median(each.bytes_per_second for each in rates),
-            gathered_bytes_per_second=statistics.median(each.gathered_bytes_per_second for each in rates),
         )
 
 
@@ -82,9 +79,7 @@ class DecodeTiming:
     parts: dict[str, float] | None
     """Median seconds of a step's parts, of `PARTS`, each timed alone; None if they were not timed."""
     cost: DecodeCost
-    """What the step must compute and move at least."""
-    chosen_experts: float | None = None
-    """Distinct experts that a layer read, measured, the mean over layers; None without experts."""
+    """What the step must compute and move at least, with as many experts and rows as the steps chose."""
 
     def __post_init__(self) -> None:
         if self.study not in STUDIES:
@@ -169,20 +164,19 @@ class DecodeStudy:
     def floor(self, timing: DecodeTiming) -> float | None:
         """The least seconds of its step on this machine; None if no rate was measured in its dtype."""
         flops = self.rates.flops_per_second.get(timing.dtype)
-        rates = self.rates
-        return flops and timing.cost.floor(flops, rates.bytes_per_second, rates.gathered_bytes_per_second)
+        return flops and timing.cost.floor(flops, self.rates.bytes_per_second)
 
     def part_floors(self, timing: DecodeTiming) -> dict[str, float]:
         """The least seconds of the parts that are timed, by name; empty as `floor` is None."""
-        flops, rates = self.rates.flops_per_second.get(timing.dtype), self.rates
+        flops = self.rates.flops_per_second.get(timing.dtype)
         if not flops:
             return {}
-        floors = timing.cost.part_floors(flops, rates.bytes_per_second, rates.gathered_bytes_per_second)
+        floors = timing.cost.part_floors(flops, self.rates.bytes_per_second)
         return {part: sum(floors[name] for name in names) for part, names in PARTS.items()}
 
     def bandwidth_floor(self, timing: DecodeTiming) -> float:
         """The least seconds in which this machine moves the bytes of its step."""
-        return timing.cost.bandwidth_floor(self.rates.bytes_per_second, self.rates.gathered_bytes_per_second)
+        return timing.cost.bandwidth_floor(self.rates.bytes_per_second)
 
     def save(self, path: str | os.PathLike[str]) -> pathlib.Path:
         """Writes the study as JSON, whole or not at all: what was there stays until the new one is complete.
@@ -195,21 +189,11 @@ class DecodeStudy:
         """
         path = pathlib.Path(path)
         text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
-        partial = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # In the same folder: a rename replaces a file in one step only within a file system.
-            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            partial = pathlib.Path(name)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            partial.chmod(0o644)  # a temporary file is its owner's alone, results are for all to read
-            partial.replace(path)
+            replace_text(path, text)
         except OSError as error:
             raise UserError(f"{path}: cannot be written, {error.strerror}") from error
-        finally:
-            if partial is not None:
-                partial.unlink(missing_ok=True)
         return path
 
     @classmethod

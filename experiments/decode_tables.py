@@ -1,6 +1,5 @@
 """Tables of `bench_decode`, and the report that holds them with the figures."""
 
-import csv
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 
 from experiments import decode_figures, markdown
 from experiments.decode_records import DecodeStudy, DecodeTiming
+from experiments.report import write_csv
 from ultramem_jax.errors import UserError
 
 TITLE = "Decoding: one token for each sequence"
@@ -47,11 +47,7 @@ def write(study: DecodeStudy, folder: pathlib.Path, beside: Sequence[DecodeStudy
     text, numbers = folder / f"{stem}.md", folder / f"{stem}.csv"
     raw = study.save(folder / f"{stem}.json")
     text.write_text(report(study, beside, figures), encoding="utf-8")
-    rows = csv_rows(study)
-    with numbers.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, markdown.columns(rows), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(csv_rows(study), numbers)
     return [text, numbers, raw, *figures.values()]
 
 
@@ -99,11 +95,10 @@ def report(
 def batch_rows(study: DecodeStudy, dtype: str) -> list[Row]:
     """One row per batch and system. Ratios are of medians; blank where one of the two was not measured."""
     timings = study.of("batch", dtype)
-    with_experts = any(timing.cost.experts for timing in timings)
     rows: list[Row] = []
     for timing in timings:
         row: Row = {"batch": timing.batch, "system": name_of(timing.system), **_time(timing)}
-        for other in ("dense", "ultramem"):
+        for other in ("dense", "moe", "ultramem"):
             row[f"× {name_of(other)}"] = _ratio_to(timing, study.beside(timing, other))
         floor = study.floor(timing)
         row |= {
@@ -114,10 +109,7 @@ def batch_rows(study: DecodeStudy, dtype: str) -> list[Row]:
             "× floor": floor and timing.median / floor,
             "tokens/s": timing.tokens_per_second,
         }
-        if with_experts:
-            row["experts, counted"] = timing.cost.experts or None
-            row["experts, measured"] = timing.chosen_experts
-        rows.append(row)
+        rows.append(row | _chosen(timing))
     return rows
 
 
@@ -160,10 +152,21 @@ def sparsity_rows(study: DecodeStudy, dtype: str) -> list[Row]:
                     **_time(timing),
                     "× smallest": _ratio_to(timing, smallest),
                     "× dense": _ratio_to(timing, study.beside(timing, "dense")),
+                    **_alone(timing),
                     "MB touched": timing.cost.total.bytes / _MEGA,
+                    **_chosen(timing),
                 }
             )
     return rows
+
+
+def _alone(timing: DecodeTiming) -> Row:
+    parts = (timing.parts or {}).items()
+    return {f"{part.replace('_', '-')} alone, ms": seconds / _MILLI for part, seconds in parts}
+
+
+def _chosen(timing: DecodeTiming) -> Row:
+    return {"experts": timing.cost.experts or None, "rows": timing.cost.rows or None}
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ class _Aim:
 _AIM_TEXTS = ("aim", "dtype", "system", "wanted", "at", "verdict")
 _AIM_NOTES = [
     "Ratios of medians. `at its floor` is the same ratio if every model needed exactly its floor on this "
-    "machine.",
+    "machine. What all systems do alike, keys and values of the cache above all, draws their times together.",
 ]
 
 
@@ -258,8 +261,7 @@ def csv_rows(study: DecodeStudy) -> list[Row]:
             "bytes": timing.cost.total.bytes,
             "floor_s": study.floor(timing),
             "bandwidth_floor_s": study.bandwidth_floor(timing),
-            "experts_counted": timing.cost.experts or None,
-            "experts_measured": timing.chosen_experts,
+            **_chosen(timing),
             **{f"{part}_s": seconds for part, seconds in (timing.parts or {}).items()},
         }
         for timing in study.timings
@@ -388,18 +390,19 @@ def _notes(study: DecodeStudy, beside: Sequence[DecodeStudy]) -> list[str]:
         "gone through the program once before, so that all experts that they choose have been run, and lie "
         "in the processor's cache as far as it reaches.",
         "MB touched: dense weights once, the keys and values of all sequences, and what the tokens chose, "
-        "each expert and each row once (`ultramem_jax/accounting/decoding.py`; 10^6 bytes). Rows are as many "
-        "as uniform choices find, experts as the column `experts, counted` says. GB/s: those bytes over the "
-        "time.",
+        "each expert and each row once (`ultramem_jax/accounting/decoding.py`; 10^6 bytes). experts, rows: "
+        "different ones that a step read, in a layer and of all tables; measured, means. GB/s: those bytes "
+        "over the time.",
         "Floor: for each part FLOPs over the rate of matrix products or bytes over the bandwidth, whichever "
         f"takes longer. Measured here, beside every turn of a model: {products or 'no matrix products'}; "
         f"{rates.bytes_per_second / _GIGA:.3g} GB/s, where a matrix of 2 GiB is read for one vector, "
-        f"which is what the % of bandwidth are of; {rates.gathered_bytes_per_second / _GIGA:.3g} GB/s for "
-        "rows of tables, gathered from anywhere. The bandwidth floor of the aims leaves FLOPs out.",
+        "which is what the % of bandwidth are of, and what rows of tables are counted at, too. The bandwidth "
+        "floor of the aims leaves FLOPs out.",
     ]
     if any(timing.parts for timing in study.timings):
         notes.append(
-            "Parts: each compiled and timed alone, through all layers, attention with its cache. Their sum "
+            "Parts: each compiled and timed alone, through all layers, attention with its cache, for random "
+            "vectors, which choose about as many experts and rows as the tokens of the step. Their sum "
             "is not the step's time: where nothing waits for a part, as for a memory that skips over a "
             "layer, the step can compute it beside the others, and what one part leaves in the processor's "
             "cache the next one finds there."
@@ -407,7 +410,8 @@ def _notes(study: DecodeStudy, beside: Sequence[DecodeStudy]) -> list[str]:
     if study.of("sparsity"):
         notes.append(
             "sparse/dense: parameters of tables or experts over the weights of the dense model's layers, 12 "
-            "for ultramem-151m-x12. × smallest: over the smallest size of the same system."
+            "for ultramem-151m-x12. × smallest: over the smallest size of the same system. feed-forward or "
+            "memory alone: the part of the step that the experts or slots are in."
         )
     if all(one.on_cpu for one in (study, *beside)):
         notes.append("GPU: not measured here.")

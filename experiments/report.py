@@ -85,11 +85,16 @@ def write_table(
     text = _with_suffix(path_without_suffix, ".md")
     text.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     table = _with_suffix(path_without_suffix, ".csv")
-    with table.open("w", newline="", encoding="utf-8") as file:
+    write_csv(rows, table)
+    return text, table
+
+
+def write_csv(rows: Sequence[Mapping[str, object]], path: pathlib.Path) -> None:
+    """Writes rows as given; columns and blanks as for `write_table`."""
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, markdown.columns(rows), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    return text, table
 
 
 def make_folder(path: str, flag: str) -> pathlib.Path:

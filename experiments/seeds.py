@@ -20,6 +20,7 @@ from ultramem_jax import RunConfig, UserError
 from ultramem_jax.config import MeshConfig, run_config_from_dict, to_dict
 from ultramem_jax.data import Corpus
 from ultramem_jax.errors import unknown
+from ultramem_jax.files import replace_text
 from ultramem_jax.parallel.distributed import from_first, is_first
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes
 from ultramem_jax.training.evaluation import Evaluator
@@ -185,7 +186,5 @@ def _run(
         "test_bits": test_bits,
         "tokens_per_second": trained.tokens_per_second,
     }
-    partial = done.with_suffix(".tmp")
-    partial.write_text(json.dumps(result))
-    partial.rename(done)
+    replace_text(done, json.dumps(result))
     return result

@@ -73,6 +73,16 @@ def test_measured_experts_take_the_place_of_the_expected():
     assert cost(PLAIN, experts=0.0) == cost(PLAIN)
 
 
+def test_measured_rows_take_the_place_of_the_expected():
+    c, measured = cost(ULTRAMEM), cost(ULTRAMEM, rows=5.5)
+    assert measured.rows == 5.5 and 5.5 < c.rows == pytest.approx(expected_rows_read(ULTRAMEM, 3))
+    assert measured.memory_rows.bytes / 5.5 == pytest.approx(c.memory_rows.bytes / c.rows, rel=0.01)
+    assert measured.memory_rows.flops == c.memory_rows.flops
+    assert cost(PLAIN, rows=0.0) == cost(PLAIN)
+    with pytest.raises(UserError, match=r"rows = 1\.0: must be at most the 0 reads"):
+        cost(PLAIN, rows=1.0)
+
+
 def test_memories_by_hand():
     c = cost(ULTRAMEM)
     query, conv, keys, cores, gains, projection = 8 * 8, 8 * 3, 2 * 2 * 2 * 6 * 2, 2 * 2 * 4, 4 + 4, 16 * 8
@@ -83,7 +93,7 @@ def test_memories_by_hand():
     # 3·4 reads find 6.81 of 9 rows of 4 values.
     assert c.memory_rows == PartCost(3 * 2 * 2 * 4 * 4, round(2 * 9 * (1 - (8 / 9) ** 12) * 4 * 4))
     nothing = PartCost(0, 0)
-    assert replace(c, memory=nothing, memory_rows=nothing) == cost(PLAIN)
+    assert replace(c, rows=0.0, memory=nothing, memory_rows=nothing) == cost(PLAIN)
 
 
 def test_keys_that_heads_share_are_read_once_and_scored_for_each():
@@ -183,14 +193,13 @@ def test_expected_choices():
 
 def test_the_floor_waits_for_the_slower_of_each_part():
     c = cost(ULTRAMEM)
-    floors = c.part_floors(1e3, 1e2, 1e1)
+    floors = c.part_floors(1e3, 1e2)
     assert list(floors) == ["attention", "cache", "feed_forward", "memory", "memory_rows", "logits"]
     assert floors["attention"] == max(2304 / 1e3, 1600 / 1e2) == 16
-    assert floors["memory_rows"] == c.memory_rows.bytes / 1e1
-    assert c.floor(1e3, 1e2, 1e1) == pytest.approx(sum(floors.values()))
-    moved = (c.total.bytes - c.memory_rows.bytes) / 1e2 + c.memory_rows.bytes / 1e1
-    assert c.bandwidth_floor(1e2, 1e1) == pytest.approx(moved)
-    assert c.floor(1.0, math.inf, math.inf) == c.total.flops
+    assert floors["memory_rows"] == c.memory_rows.bytes / 1e2
+    assert c.floor(1e3, 1e2) == pytest.approx(sum(floors.values()))
+    assert c.bandwidth_floor(1e2) == pytest.approx(c.total.bytes / 1e2)
+    assert c.floor(1.0, math.inf) == c.total.flops
     assert c.total.flops == sum(part.flops for part in c.parts.values())
 
 

@@ -18,7 +18,6 @@ from experiments.decode_model import (
     with_sparsity,
 )
 from experiments.decode_records import DecodeStudy
-from experiments.machine import Rates
 from ultramem_jax.config import MoEConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.serving import prepare_for_decoding
@@ -30,8 +29,7 @@ MOE = replace(preset("moe-tiny"), num_layers=2, moe=MoEConfig(num_experts=3, top
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(machine, "measure_rates", lambda: Rates(1e9, 1e8, 1e7))
-    monkeypatch.setattr(machine, "served_flops_per_second", lambda dtype: 1e9)
+    monkeypatch.setattr(machine, "product_flops_per_second", lambda dtype: 1e9)
     monkeypatch.setattr(machine, "read_bytes_per_second", lambda: 1e8)
 
 
@@ -68,7 +66,11 @@ def test_the_step_is_one_of_decoding_on_a_cache_that_stays_full():
     )(variables, before | counters)
     kept, following, chosen = step_program(TINY)(variables, kept, counters, tokens)
     np.testing.assert_array_equal(following, logits.argmax(-1))
-    assert float(chosen) == 0
+    assert float(chosen.experts) == 0
+    (slots,) = chosen.slots.values()
+    memory = TINY.memory
+    assert slots.shape == (3, memory.num_heads * memory.top_m)
+    assert chosen.distinct_rows() == len(set(np.asarray(slots).ravel().tolist())) > memory.top_m
     # The place before the last holds what it held, the last one the token's own keys.
     keys, old = (tree["layer_1"]["attention"]["keys"] for tree in (kept, before))
     np.testing.assert_array_equal(keys[:, :4], old[:, :4])
@@ -96,7 +98,8 @@ def test_chosen_experts_are_counted():
     for layer in ("layer_1", "layer_2"):
         router = variables["params"][layer]["feed_forward"]["router"]
         variables["params"][layer]["feed_forward"]["router"] = jnp.zeros_like(router)
-    assert float(step_program(MOE)(variables, kept, counters, jnp.zeros(2, jnp.int32))[2]) == 2
+    chosen = step_program(MOE)(variables, kept, counters, jnp.zeros(2, jnp.int32))[2]
+    assert float(chosen.experts) == 2 and chosen.distinct_rows() == 0
 
 
 @pytest.mark.parametrize("name", ["moe-151m-2in32", "pkm-151m-x10", "ultramem-151m-x12"])
@@ -107,18 +110,26 @@ def test_sparse_parameters_are_as_many_times_the_dense_ones_as_asked_for(name, r
 
 def test_a_run_writes_tables_figures_and_what_they_are_made_of(run, quick, tmp_path):
     flags = ["--batches=2", "--rounds=2", "--steps=1", "--dtypes=float32", "--ratios=2", "--ratio_batch=2"]
-    models = "--models=dense-tiny,ultramem-tiny"
+    models = "--models=moe-tiny,ultramem-tiny"
     status, _, err = run(
         "bench_decode", models, *flags, "--ratio_dtypes=float32", "--cache_length=4", f"--results={tmp_path}"
     )
     assert status == 0, err
     study = DecodeStudy.load(tmp_path / "bench_decode.json")
     assert [(t.study, t.system, t.batch, len(t.seconds)) for t in study.timings] == [
-        ("batch", "dense", 2, 2),
+        ("batch", "moe", 2, 2),
         ("batch", "ultramem", 2, 2),
+        ("sparsity", "moe", 2, 2),
         ("sparsity", "ultramem", 2, 2),
     ]
-    assert study.timings[2].sparse_over_dense == pytest.approx(2, rel=0.03)
+    assert study.timings[3].sparse_over_dense == pytest.approx(2, rel=0.03)
+    assert 2 <= study.timings[0].cost.experts <= 4 and study.timings[1].cost.rows > 16
+    assert [set(t.parts) for t in study.timings] == [
+        {"attention", "feed_forward", "logits"},
+        {"attention", "feed_forward", "logits", "memory"},
+        {"feed_forward"},
+        {"memory"},
+    ]
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".csv", ".json", ".png"}
     text = (tmp_path / "bench_decode.md").read_text()
     (tmp_path / "bench_decode.md").unlink()

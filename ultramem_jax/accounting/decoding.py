@@ -39,6 +39,8 @@ class DecodeCost:
 
     experts: float
     """Distinct experts that a layer reads: as measured, else expected. 0 without experts."""
+    rows: float
+    """Distinct rows that are read of all tables together: as measured, else expected. 0 without memories."""
     attention: PartCost
     """Projections and gains: b·L·(2·D² + 2·D·(kv width) + D) bytes, and the gains of `attention_qk_norm`."""
     cache: PartCost
@@ -68,34 +70,24 @@ class DecodeCost:
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: part for name, part in named.items() if isinstance(part, PartCost)}
 
-    def part_floors(
-        self, flops_per_second: float, bytes_per_second: float, gathered_bytes_per_second: float
-    ) -> dict[str, float]:
+    def part_floors(self, flops_per_second: float, bytes_per_second: float) -> dict[str, float]:
         """The least seconds of each part, by name; each waits for the slower of computing and moving.
 
         Args:
             flops_per_second: the rate of matrix products in the served dtype.
-            bytes_per_second: the bandwidth of the memory.
-            gathered_bytes_per_second: of rows that lie anywhere in a table.
+            bytes_per_second: the bandwidth of the memory, which rows of a table are read at, too.
         """
         return {
-            name: floor_seconds(
-                part,
-                flops_per_second,
-                gathered_bytes_per_second if name == "memory_rows" else bytes_per_second,
-            )
-            for name, part in self.parts.items()
+            name: floor_seconds(part, flops_per_second, bytes_per_second) for name, part in self.parts.items()
         }
 
-    def floor(
-        self, flops_per_second: float, bytes_per_second: float, gathered_bytes_per_second: float
-    ) -> float:
+    def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
         """The least seconds of the step, its parts one after another; arguments as of `part_floors`."""
-        return sum(self.part_floors(flops_per_second, bytes_per_second, gathered_bytes_per_second).values())
+        return sum(self.part_floors(flops_per_second, bytes_per_second).values())
 
-    def bandwidth_floor(self, bytes_per_second: float, gathered_bytes_per_second: float) -> float:
+    def bandwidth_floor(self, bytes_per_second: float) -> float:
         """As `floor`, of the bytes alone: what a machine of endless FLOPs would need."""
-        return self.floor(math.inf, bytes_per_second, gathered_bytes_per_second)
+        return self.floor(math.inf, bytes_per_second)
 
 
 def decode_cost(
@@ -106,6 +98,7 @@ def decode_cost(
     dtype: str,
     cache_dtype: str,
     experts: float | None = None,
+    rows: float | None = None,
 ) -> DecodeCost:
     """The cost of one step that takes one token of each sequence through the model.
 
@@ -116,9 +109,10 @@ def decode_cost(
         dtype: that weights are served in, `float32` or `bfloat16`.
         cache_dtype: of keys and values, one of the same.
         experts: distinct experts that a layer read on average, where it was measured; None for the expected.
+        rows: the same of distinct rows, over all tables together.
 
     Raises:
-        UserError: no sequences, no positions, another dtype, or more experts than there are.
+        UserError: no sequences, no positions, another dtype, or more experts or rows than can be chosen.
     """
     at_least(1, batch=batch, cache_length=cache_length)
     choice("dtype", dtype, tuple(DTYPE_BYTES))
@@ -142,7 +136,10 @@ def decode_cost(
         chosen = expected_experts(moe.num_experts, moe.top_k, batch) if experts is None else experts
         require(chosen <= moe.num_experts, "experts", chosen, f"must be at most {moe.num_experts}")
     expert_weights = parameters.experts * chosen / moe.num_experts if moe else 0.0
-    row_read = expected_rows_read(config, batch) * row_bytes(memory).table if memory else 0.0
+    most_rows = batch * len(config.spans) * memory.num_heads * memory.top_m if memory else 0
+    read = expected_rows_read(config, batch) if rows is None else rows
+    require(read <= most_rows, "rows", read, f"must be at most the {most_rows} reads")
+    row_read = read * row_bytes(memory).table if memory else 0
     memory_flops = flops.memory_queries + flops.memory_keys + flops.memory_scoring
     memory_flops += flops.memory_projection + flops.memory_pre_projection + flops.memory_gate
 
@@ -151,6 +148,7 @@ def decode_cost(
 
     return DecodeCost(
         experts=chosen,
+        rows=read,
         attention=cost(flops.attention, attention),
         cache=PartCost(
             batch * flops.attention_scores,

@@ -5,8 +5,9 @@ the stacked weights of all experts (`experts.block_experts`) reads also those th
 copies an expert that a loop cuts out of the stack. Here every expert has a loop of its own over blocks of its
 tokens: of no turn where it was not chosen, mostly of one where it was.
 
-12 layers of 32 experts, D 1,024, F 2,528, 64 tokens with k 2, on 2 CPU cores: 11.6 GB/s in float32 and 14.4
-in bfloat16, where the stacked product of even loads gets 8 and 9, and a loop over the stack 8 and 1.4.
+32 experts, D 1,024, F 2,528, 64 tokens with k 2, on 2 CPU cores that read 34 GB/s: 25 GB/s in float32, 12 in
+bfloat16. A product over the stack of even loads, and a loop over the stack, read 8 GB/s and less; every way
+that was tried is in docs/performance.md, "Decoding".
 """
 
 import math
@@ -17,11 +18,13 @@ from jax import lax
 
 from ultramem_jax.layers.experts import ExpertWeights, combine, dispatch_plan
 from ultramem_jax.layers.mlp import gelu
-from ultramem_jax.ops.linear import LEAST_ROWS, OutputMajor, project
+from ultramem_jax.ops.linear import OutputMajor, project
 
 _ALONE = 0.25
 """Mean load up to which a second reading of an expert, for a second token, is rare enough: in float32 on 2
 cores an expert of D 1,024 and F 2,528 takes 0.68 ms for one row and 0.72 to 1.0 for four."""
+_DEVIATIONS = 1.4
+"""Rows above the mean load, in its standard deviations: of what was measured the best at means of 1 to 16."""
 
 
 def served_experts(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: ExpertWeights) -> jax.Array:
@@ -57,16 +60,16 @@ def served_experts(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: 
 
 
 def block_rows(assignments: int, num_experts: int, dtype: jnp.dtype) -> int:
-    """Rows of a block for T·k assignments to X experts: two standard deviations above the mean load.
+    """Rows of a block for T·k assignments to X experts: enough for most loads, but not for the largest.
 
-    Up to 4, or a multiple of 4, in float32 of 8: the kernels' steps. Where hardly any expert has two
-    tokens a block is of one, but in bfloat16 of as many rows as `project` makes of it anyway.
+    4 of them or a multiple of 4, in float32 of 8, as the kernels go. Where hardly any expert has two tokens a
+    block is of one, but in bfloat16 of as many rows as `project` makes of it anyway.
     """
     mean = assignments / num_experts
     if mean <= _ALONE and dtype == jnp.float32:
         return 1
-    rows = mean + 2 * math.sqrt(mean)
-    step = 8 if rows > LEAST_ROWS and dtype == jnp.float32 else LEAST_ROWS
+    rows = mean + _DEVIATIONS * math.sqrt(mean)
+    step = 8 if rows > 4 and dtype == jnp.float32 else 4
     return math.ceil(rows / step) * step
 
 

@@ -17,8 +17,8 @@ class OutputMajor:
     """A matrix (D, F) that is served: kept as its transpose, in the dtype of the computation.
 
     A product of few rows takes the time of reading the matrix, and reads it as it lies if the axis that is
-    summed over is the last one. B tokens against the MLPs of a model of D 1,024, L 12 on 2 CPU cores, this
-    way and the other: B 8 in float32 55 and 51 ms, B 64 69 and 85 ms; in bfloat16, B 8, 14 and 31 ms.
+    summed over is the last one. 8 tokens against the MLPs of a model of D 1,024, L 12 on 2 CPU cores (AMD
+    EPYC), this way and as trained: in float32 15 and 26 ms, in bfloat16 16 and 20 ms.
     """
 
     rows: jax.Array
@@ -59,8 +59,9 @@ def _by_output(x: jax.Array, weights: jax.Array) -> jax.Array:
     tokens, contract_last = x.shape[0], (((1,), (1,)), ((), ()))
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu and x.dtype == jnp.float32:
-        # XLA's kernel copies its right operand before it starts, so that had better not be the weights.
-        # Without the barrier, XLA swaps the operands to have the result as it is asked for.
+        # XLA's kernel packs its right operand before it starts, so that had better not be the weights.
+        # Without the barrier, XLA swaps the operands to have the result as it is asked for. In bfloat16 it
+        # would convert the weights to float32 (docs/performance.md, "Decoding").
         by_output = jax.lax.dot_general(weights, x, contract_last, preferred_element_type=jnp.float32)
         return jax.lax.optimization_barrier(by_output).T
     if on_cpu and tokens < LEAST_ROWS:

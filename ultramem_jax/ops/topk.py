@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-_SHORT_ROW = 2048
+_SHORT_ROW = 4095
 """Rows up to here go to `jax.lax.top_k` whole: a second heap would cost more than it saves."""
 
 

@@ -5,6 +5,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ultramem_jax.files import replace_text
+
 _MANIFEST = "manifest.json"
 _NOT_IN_MANIFEST = frozenset({_MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"})
 """The two of Orbax in a checkpoint's own directory are written last of all, and nothing here reads them."""
@@ -20,9 +22,7 @@ def write_manifest(directory: Path) -> None:
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
         for path in _files(directory)
     }
-    partial = directory / (_MANIFEST + ".partial")
-    partial.write_text(json.dumps({"format": 1, "files": files}, indent=1))
-    partial.replace(directory / _MANIFEST)
+    replace_text(directory / _MANIFEST, json.dumps({"format": 1, "files": files}, indent=1))
 
 
 def find_damage(directory: Path) -> str | None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ultramem_jax.files import replace_text
+
 METRICS_FILE = "metrics.jsonl"
 LOSS = "bits_per_byte"
 """Name under which a loss comparable across tokenizers is written; the curve's default."""
@@ -45,7 +47,7 @@ class MetricWriter:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         self.path = Path(workdir) / METRICS_FILE
         kept = [] if resume_step is None else _records_until(self.path, resume_step)
-        _rewrite(self.path, kept)
+        replace_text(self.path, "".join(map(_line, kept)))
         self._file = self.path.open("a", buffering=1, encoding="utf-8")  # 1: by lines
         self._events: Any = None
         if tensorboard:
@@ -184,13 +186,6 @@ def _records_until(path: Path, step: int) -> list[Record]:
     if not path.exists():
         return []
     return [record for record in read_metrics(path) if record["step"] <= step]
-
-
-def _rewrite(path: Path, records: list[Record]) -> None:
-    """Replaces the file in one motion: a kill leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(map(_line, records)), encoding="utf-8")
-    partial.replace(path)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
