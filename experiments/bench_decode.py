@@ -127,7 +127,6 @@ def main() -> None:
                 rates.append(_rates(dtypes))
                 for _ in _turn(subject):
                     bar.update()
-                machine.return_free_memory()
                 timings = [timing for subject in subjects for timing in _timings(subject)]
                 study = DecodeStudy(environment, DecodeRates.median(rates), timings)
                 study.save(folder / f"{decode_tables.file_stem(study)}.json")
@@ -211,7 +210,8 @@ def _fitting(subject: Subject) -> Iterator[Subject]:
 def _turn(subject: Subject) -> Iterator[None]:
     """One round of one model: drawn, timed at each batch, dropped."""
     config = subject.config
-    variables = jax.block_until_ready(random_variables(config))
+    with machine.memory_of_their_own():
+        variables = jax.block_until_ready(random_variables(config))
     for batch in subject.batches:
         if batch not in subject.programs:
             parts = part_programs(config)

@@ -1,5 +1,6 @@
 """Validation and test bits per byte of a run's checkpoint, whatever devices it was trained on."""
 
+from dataclasses import replace
 from decimal import Decimal
 
 from absl import flags
@@ -24,6 +25,13 @@ BATCHES = flags.DEFINE_integer(
     "batches", 0, "batches per split, spread evenly over it; 0 is all of it", lower_bound=0
 )
 
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size",
+    None,
+    "sequences at a time; by default as many as in a training step, which on one device may be too many",
+    lower_bound=1,
+)
+
 
 def main() -> None:
     """Prints a table: a row per split."""
@@ -35,7 +43,11 @@ def main() -> None:
     stride = corpus.checked_stride(STRIDE.value)
     for split in splits:
         corpus.require_sequences(split)  # of all, before the first takes its time
-    evaluate = Evaluator(loaded.config, corpus)
+    config = loaded.config
+    if BATCH_SIZE.value is not None:
+        train = replace(config.train, batch_size=BATCH_SIZE.value, grad_accumulation=1)
+        config = replace(config, train=train)
+    evaluate = Evaluator(config, corpus)
     print(f"step {loaded.step} of {WORKDIR.value}, corpus {corpus.corpus_hash[:12]}")
     rows = []
     for split in splits:

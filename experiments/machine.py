@@ -1,12 +1,13 @@
 """What the machine at hand can do: rates that floors are made of, and the memory that is free."""
 
+import contextlib
 import ctypes
 import pathlib
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +19,8 @@ from ultramem_jax.ops.linear import Matrix, OutputMajor, project
 _ROW_VALUES = 128
 """A row of 512 bytes."""
 _REPEATS = 7
+_MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of glibc's malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +100,22 @@ def available_bytes() -> int | None:
     return min(left, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else left
 
 
-def return_free_memory() -> None:
-    """Gives the memory of arrays that are gone back to the system; does nothing without glibc.
+@contextlib.contextmanager
+def memory_of_their_own() -> Iterator[None]:
+    """Arrays of 1 MiB and more that are made inside go back to the system when they go; only with glibc.
 
-    Arrays of up to 32 MB are cut out of memory that glibc keeps, 8 GB of it after a model of many experts,
-    and larger arrays find no room in it.
+    Otherwise those of up to 32 MB are cut out of memory that glibc keeps, 8 GB of it after a model of many
+    experts, and larger arrays find no room in it. What a step needs for a moment had better be kept.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that glibc goes to by itself
 
 
 def _median_seconds(run: Callable[[], jax.Array]) -> float:

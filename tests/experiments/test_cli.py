@@ -78,6 +78,10 @@ def test_train_evaluate_generate(run, text, tmp_path):
     # 370 bytes and the end of the document: 370 targets, 16 of them and then 70 times five.
     assert row["tokens scored"] == "366" and row["context"] == "12 to 16 tokens, stride 5"
     assert row["nats/token"] != validation["nats/token"]
+    _, out, _ = run(
+        "evaluate", f"--workdir={tmp_path}", "--stride=5", "--splits=validation", "--batch_size=5"
+    )
+    assert _table(out) == [row]
     status, _, err = run("evaluate", f"--workdir={tmp_path}", "--stride=17")
     assert status == 2 and err.splitlines()[-1].startswith("error: --stride = 17: must be in [1, 16]")
     status, out, err = run("generate", f"--workdir={tmp_path}", "--prompt=the ", "--num_tokens=4")
@@ -111,6 +115,10 @@ def test_a_config_file_a_preset_and_overrides_in_any_order(run, text, tmp_path, 
     assert config["model"]["memory"]["num_keys"] == 16
     split = {"data": 0, "fsdp": 2, "tensor": 1, "memory": 1, "width": 1}
     assert config["mesh"] == split | {"batch_over_memory": False}
+    status, out, err = run("evaluate", f"--workdir={tmp_path}", "--batches=1", "--splits=validation")
+    assert status == 0, err
+    recorded = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert float(_table(out)[0]["nats/token"]) == pytest.approx(recorded["loss"], abs=2e-4)
 
 
 def test_evaluation_refuses_another_corpus(run, text, tmp_path):

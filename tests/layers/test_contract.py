@@ -176,7 +176,7 @@ def test_decoding_needs_no_preparation(plain):
 
 
 @pytest.mark.parametrize("cached", ["attention", "mlp"])
-def test_a_cache_in_bfloat16_rounds_keys_and_values_alone(cached):
+def test_a_cache_in_bfloat16_rounds_keys_values_and_what_they_are_multiplied_with(cached):
     config, variables, tokens, full = _model(cached)
     for row, position, logits in _decoded(config, variables, tokens, "bfloat16"):
         error = np.abs(logits - full[row, position]).max()

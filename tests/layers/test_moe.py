@@ -254,17 +254,21 @@ def test_computes_in_bfloat16_on_float32_parameters():
         )
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("loads", ["even", "skewed", "one"])
-def test_served_experts_equal_the_definition_whatever_their_loads(activation, dtype, loads):
-    weights = expert_weights(activation)
-    served = ExpertWeights(
+def _served(weights, dtype):
+    return ExpertWeights(
         *(
             None if w is None else tuple(OutputMajor(jnp.asarray(e.T, jnp.dtype(dtype))) for e in w)
             for w in weights
         )
     )
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("loads", ["even", "skewed", "one"])
+def test_served_experts_equal_the_definition_whatever_their_loads(activation, dtype, loads):
+    weights = expert_weights(activation)
+    served = _served(weights, dtype)
     # 24 tokens fill several blocks of an expert that all of them chose; 2 leave most experts out.
     for tokens, k in ((T, 2), (2, 1)):
         experts = chosen(loads, k)[:tokens]
@@ -279,9 +283,20 @@ def test_served_experts_equal_the_definition_whatever_their_loads(activation, dt
             assert np.abs(y - expected).max() < 0.03 * np.abs(expected).max()
 
 
+def test_experts_that_nobody_chose_are_not_read():
+    weights, experts = expert_weights("gelu"), chosen("one", 2)[:3]
+    idle = sorted(set(range(len(weights.w_in))) - set(experts.ravel().tolist()))
+    assert idle
+    spoiled = weights._replace(w_in=weights.w_in.copy(), w_out=weights.w_out.copy())
+    spoiled.w_in[idle], spoiled.w_out[idle] = np.nan, np.nan
+    gates = np.full((3, 2), 0.5, np.float32)
+    y = jax.jit(served_experts)(TOKENS[:3], gates, experts, _served(spoiled, "float32"))
+    np.testing.assert_allclose(y, moe64(TOKENS[:3], gates, experts, weights), rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("assignments", "float32", "bfloat16"),
-    [(1, 1, 4), (8, 1, 4), (9, 4, 4), (32, 4, 4), (128, 8, 8), (160, 16, 12), (512, 24, 24)],
+    [(1, 1, 4), (8, 1, 4), (9, 4, 4), (32, 4, 4), (128, 8, 8), (160, 16, 12), (512, 16, 24), (820, 32, 32)],
 )
 def test_a_block_of_served_experts_is_a_bit_longer_than_their_mean_load(assignments, float32, bfloat16):
     assert block_rows(assignments, 32, jnp.dtype("float32")) == float32

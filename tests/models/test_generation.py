@@ -11,6 +11,7 @@ from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
 from ultramem_jax.data import ByteTokenizer
 from ultramem_jax.errors import UserError
 from ultramem_jax.models import Transformer
+from ultramem_jax.models.cache import empty_cache
 from ultramem_jax.models.generation import (
     ENDED,
     Generator,
@@ -132,6 +133,19 @@ def test_two_programs_serve_a_batch_whatever_its_prompts(variables):
     assert generator._step._cache_size() == generator._read_chunk._cache_size() == 1
 
 
+@pytest.mark.parametrize(("batch", "heads"), [(1, 2), (3, 1)])
+def test_a_step_changes_the_cache_in_place(batch, heads):
+    # Wide heads, so that the scores of a query are far fewer than the keys that they are of.
+    config = replace(CONFIG, embed_dim=64 * heads, num_heads=heads, num_kv_heads=heads, memory=None)
+    generator = Generator(config, _variables(config), window=512, sampling=GREEDY)
+    cache = empty_cache(config, batch, 512)
+    ones, number = jnp.ones(batch, jnp.int32), np.uint32(0)
+    step = generator._step.lower(generator._variables, cache, ones, ones, number, number)
+    memory, keys = step.compile().memory_analysis(), 4 * batch * heads * 512 * 64
+    assert memory.alias_size_in_bytes >= 2 * 2 * keys
+    assert memory.temp_size_in_bytes < keys / 2
+
+
 def test_a_seed_gives_the_same_sample_again_and_another_seed_another(variables):
     generator = Generator(CONFIG, variables, window=16, sampling=Sampling(temperature=2.0))
     first, again, other = (generator.generate(PROMPTS[:1], 12, seed)[0] for seed in (0, 0, 1))
@@ -150,6 +164,10 @@ def test_each_sequence_ends_at_its_own_stop_token_which_is_not_part_of_it(variab
     for found, of_prompt in zip(generator.generate(PROMPTS, 8), free, strict=True):
         end = of_prompt.index(stop) if stop in of_prompt else 8
         assert found.tolist() == of_prompt[:end]
+    # A sequence may be over before it begins.
+    generator = Generator(CONFIG, variables, window=16, sampling=GREEDY, stop_id=free[0][0], prefill_chunk=4)
+    assert generator.generate(PROMPTS, 8)[0].tolist() == []
+    generator = Generator(CONFIG, variables, window=16, sampling=GREEDY, stop_id=stop, prefill_chunk=4)
     # When all have ended, so does the stream; until then there is ENDED in place of a token.
     steps = list(generator.stream(PROMPTS[:1], 8))
     assert [int(step[0]) for step in steps] == [*free[0][: free[0].index(stop)], ENDED]

@@ -8,12 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.layers.test_contract import CONFIGS
+from ultramem_jax.config import MeshConfig
+from ultramem_jax.errors import UserError
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.cache import cache_bytes, empty_cache
 from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.ops.linear import OutputMajor
+from ultramem_jax.parallel.mesh import make_mesh
 
 
 def _config(name, **fields):
@@ -62,6 +66,13 @@ def test_what_is_prepared_comes_back_as_it_is():
     assert prepare_for_decoding(config, served) is served
     of_experts = served["params"]["layer_1"]["feed_forward"]["w_in"]
     assert len(of_experts) == 6 and all(isinstance(w, OutputMajor) for w in of_experts)
+
+
+def test_variables_on_a_mesh_are_refused():
+    config = _config("mlp")
+    everywhere = NamedSharding(make_mesh(MeshConfig(data=2), jax.devices()[:2]), PartitionSpec())
+    with pytest.raises(UserError, match="variables = 'on 2 devices': must be on one"):
+        prepare_for_decoding(config, jax.device_put(_variables(config), everywhere))
 
 
 def _step(config, variables, batch=3):

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ultramem_jax.layers.mlp import gelu
+from ultramem_jax.layers.mlp import activated
 
 MAX_OVERFLOW_ROWS = 128
 """Rows of an overflow block, at most: more are mostly padding, fewer do not pay for fetching the weights."""
@@ -94,12 +94,8 @@ def block_shape(num_assignments: int, num_experts: int) -> tuple[int, int]:
 
 def _expert(x: jax.Array, weights: ExpertWeights) -> jax.Array:
     """Experts on their rows: (rows, D) and one expert's weights, or (X, rows, D) and all of them."""
-    inner = x @ weights.w_in.astype(x.dtype)
-    if weights.w_gate is None:
-        inner = gelu(inner)
-    else:
-        inner = jax.nn.silu(x @ weights.w_gate.astype(x.dtype)) * inner
-    return inner @ weights.w_out.astype(x.dtype)
+    gate = None if weights.w_gate is None else x @ weights.w_gate.astype(x.dtype)
+    return activated(x @ weights.w_in.astype(x.dtype), gate) @ weights.w_out.astype(x.dtype)
 
 
 def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -172,11 +168,8 @@ def ragged_experts(x: jax.Array, gates: jax.Array, weights: ExpertWeights, plan:
     """
     dot = partial(lax.ragged_dot, group_sizes=plan.load)
     rows = spread(x, plan.order // gates.shape[1], plan.row)
-    inner = dot(rows, weights.w_in.astype(x.dtype))
-    if weights.w_gate is None:
-        inner = gelu(inner)
-    else:
-        inner = jax.nn.silu(dot(rows, weights.w_gate.astype(x.dtype))) * inner
+    gate = None if weights.w_gate is None else dot(rows, weights.w_gate.astype(x.dtype))
+    inner = activated(dot(rows, weights.w_in.astype(x.dtype)), gate)
     return combine(dot(inner, weights.w_out.astype(x.dtype)), gates, plan.order, plan.row)
 
 

@@ -24,13 +24,13 @@ def output_normal(num_layers: int, batch_axis: tuple[int, ...] = ()) -> Initiali
     return fan_in_normal(1.0 / (2 * num_layers), batch_axis)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU by its tanh approximation (arXiv 1606.08415, section 2), as in GPT-2.
+def activated(inner: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """What is between the products of an MLP or expert: gelu(inner), or with a gate silu(gate) ⊙ inner.
 
-    The exact form takes the same time on CPU (5.8 ms and 6.0 ms, forward and backward of 3 M elements) and
-    differs by less than 5e-4.
+    GELU is its tanh approximation (arXiv 1606.08415, section 2), as in GPT-2. The exact form takes the same
+    time on CPU (5.8 ms and 6.0 ms, forward and backward of 3 M elements) and differs by less than 5e-4.
     """
-    return jax.nn.gelu(x, approximate=True)
+    return jax.nn.gelu(inner, approximate=True) if gate is None else jax.nn.silu(gate) * inner
 
 
 class MLP(nn.Module):
@@ -49,11 +49,8 @@ class MLP(nn.Module):
         x = x.astype(dtype)
         embed_dim, inner_dim = x.shape[-1], config.mlp_dim
         into = (embed_dim, inner_dim)
-        inner = project(x, matrix(self, "w_in", fan_in_normal(), into))
+        inner, gate = project(x, matrix(self, "w_in", fan_in_normal(), into)), None
         if config.mlp == "swiglu":
             gate = project(x, matrix(self, "w_gate", fan_in_normal(), into))
-            inner = jax.nn.silu(gate) * inner
-        else:
-            inner = gelu(inner)
         w_out = matrix(self, "w_out", output_normal(config.num_layers), (inner_dim, embed_dim))
-        return project(inner, w_out)
+        return project(activated(inner, gate), w_out)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ultramem_jax.layers.experts import ExpertWeights, combine, dispatch_plan
-from ultramem_jax.layers.mlp import gelu
+from ultramem_jax.layers.mlp import activated
 from ultramem_jax.ops.linear import OutputMajor, project
 
 _ALONE = 0.25
@@ -62,18 +62,17 @@ def served_experts(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: 
 def block_rows(assignments: int, num_experts: int, dtype: jnp.dtype) -> int:
     """Rows of a block for T·k assignments to X experts: enough for most loads, but not for the largest.
 
-    4 of them or a multiple of 4, in float32 of 8, as the kernels go. Where hardly any expert has two tokens a
-    block is of one, but in bfloat16 of as many rows as `project` makes of it anyway.
+    Where hardly any expert has two tokens a block is of one, but in bfloat16 of as many rows as `project`
+    makes of it anyway. Else it is of a number that the kernels are good at (docs/performance.md, "Decoding").
     """
     mean = assignments / num_experts
     if mean <= _ALONE and dtype == jnp.float32:
         return 1
     rows = mean + _DEVIATIONS * math.sqrt(mean)
-    step = 8 if rows > 4 and dtype == jnp.float32 else 4
-    return math.ceil(rows / step) * step
+    small, step = ((4, 8, 16), 16) if dtype == jnp.float32 else ((4, 8, 12), 8)
+    return next((size for size in small if rows <= size), round(rows / step) * step)
 
 
 def _expert(x: jax.Array, w_in: OutputMajor, w_out: OutputMajor, w_gate: OutputMajor | None) -> jax.Array:
-    inner = project(x, w_in)
-    inner = gelu(inner) if w_gate is None else jax.nn.silu(project(x, w_gate)) * inner
+    inner = activated(project(x, w_in), None if w_gate is None else project(x, w_gate))
     return project(inner, w_out, jnp.float32)

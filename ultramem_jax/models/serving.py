@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.errors import require
 from ultramem_jax.layers.memory.product_key_memory import normed_keys
 from ultramem_jax.models.transformer import memory_name
 from ultramem_jax.ops.linear import OutputMajor
@@ -36,10 +37,14 @@ def prepare_for_decoding(config: ModelConfig, variables: dict[str, Any]) -> dict
         config: of the model.
         variables: `params`, `memory` and `buffers`, as `training.restore.load_model` has them; or what
             came out here before, which comes back.
+
+    Raises:
+        UserError: they lie on several devices.
     """
     params = dict(variables["params"])
-    if _is_prepared(params):
+    if isinstance(params.get("output"), OutputMajor):  # which every prepared model has
         return variables
+    _check_on_one_device(variables)
     dtype = jnp.dtype(config.dtype)
     served = {name: value for name, value in params.items() if not isinstance(value, dict)}
     # The rows that tokens look up and the matrix of the logits are one array.
@@ -61,9 +66,12 @@ def prepare_for_decoding(config: ModelConfig, variables: dict[str, Any]) -> dict
     return variables | {"params": served}
 
 
-def _is_prepared(params: dict[str, Any]) -> bool:
-    found = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, OutputMajor))
-    return any(isinstance(node, OutputMajor) for node in found)
+def _check_on_one_device(variables: dict[str, Any]) -> None:
+    for leaf in jax.tree.leaves(variables):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            count = len(leaf.sharding.device_set)
+            allowed = "must be on one, as training.restore.load_model has them"
+            require(count == 1, "variables", f"on {count} devices", allowed)
 
 
 def _served(layer: dict[str, Any], dtype: jnp.dtype, one_by_one: bool) -> dict[str, Any]:
