@@ -1,6 +1,7 @@
 """From logits to the next token: greedy, or a draw by temperature, top-k and top-p."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from ultramem_jax.errors import at_least, require
 from ultramem_jax.ops.topk import top_k as largest
 
+_FEW = 1024
+"""Tokens among which the nucleus of top-p is sought first."""
 _COLDEST = 1e-30
 """A temperature that float32 divides by safely, and that already leaves the likeliest token alone."""
 
@@ -45,14 +48,21 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     # Of the largest as zero: divided by a small temperature, the others may overflow, but never it.
     logits = (logits - logits.max(-1, keepdims=True)) / max(sampling.temperature, _COLDEST)
     if sampling.top_k == 0 and sampling.top_p == 1:
-        return _draw(keys, logits)
-    kept = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    values, ids = largest(logits, kept)
-    probabilities = jax.nn.softmax(values, axis=-1)
-    likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The likeliest stays in any case: nothing is likelier.
-    values = jnp.where(likelier < sampling.top_p, values, -jnp.inf)
-    return jnp.take_along_axis(ids, _draw(keys, values)[:, None], axis=-1)[:, 0]
+        return likeliest(logits + _noise(keys, logits.shape[1]))
+    vocabulary = logits.shape[1]
+    draw = partial(_draw_likely, keys=keys, top_p=sampling.top_p)
+    if sampling.top_k:
+        values, ids = largest(logits, min(sampling.top_k, vocabulary))
+        return draw(values, ids, total=jnp.exp(values).sum(-1, keepdims=True))
+    # The likeliest of all, in order, take 600 ms for 64 rows of 50,432. Mostly few of them are enough.
+    total = jnp.exp(logits).sum(-1, keepdims=True)
+    values, ids = largest(logits, min(_FEW, vocabulary))
+    enough = (jnp.exp(values).sum(-1, keepdims=True) >= sampling.top_p * total).all()
+    return jax.lax.cond(
+        enough,
+        lambda: draw(values, ids, total=total),
+        lambda: draw(*largest(logits, vocabulary), total=total),
+    )
 
 
 def likeliest(logits: jax.Array) -> jax.Array:
@@ -61,6 +71,22 @@ def likeliest(logits: jax.Array) -> jax.Array:
     return largest(logits, 1)[1][:, 0].astype(jnp.int32)
 
 
-def _draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
-    return likeliest(logits + noise)
+def _draw_likely(
+    values: jax.Array, ids: jax.Array, *, total: jax.Array, keys: jax.Array, top_p: float
+) -> jax.Array:
+    """Draws among logits (B, n), likeliest first, of which the exponentials of all add up to `total`."""
+    probabilities = jnp.exp(values) / total
+    likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # The likeliest stays in any case: nothing is likelier.
+    values = jnp.where(likelier < top_p, values, -jnp.inf)
+    # The noise of the first few is the same however many follow: a draw knows nothing of other sequences.
+    noise = _noise(keys, min(values.shape[1], _FEW))
+    if more := values.shape[1] - noise.shape[1]:
+        others = _noise(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), more)
+        noise = jnp.concatenate([noise, others], axis=1)
+    return jnp.take_along_axis(ids, likeliest(values + noise)[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _noise(keys: jax.Array, count: int) -> jax.Array:
+    """(B, count), with which the largest sum is a draw from the softmax (the Gumbel-max trick)."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32))(keys)
