@@ -103,15 +103,19 @@ class Subject:
 
 
 def main() -> None:
-    """Times everything, keeping what there is after every turn."""
+    """Times everything, keeping what there is after every turn in a `.partial` file."""
     folder = report.make_folder(RESULTS.value, "results")
-    kept = [DecodeStudy.load(file) for file in sorted(folder.glob("*.json"))]
+    files = sorted(folder.glob("*.json"))
     if REDRAW.value:
-        require(bool(kept), "results", RESULTS.value, "must hold a .json file of an earlier run")
+        require(bool(files), "results", RESULTS.value, "must hold a .json file of an earlier run")
+        kept = [DecodeStudy.load(file) for file in files]
         for study in kept:
             _write(study, kept, folder)
         return
     environment = report.environment()
+    stem = decode_tables.file_stem(DecodeStudy(environment, DecodeRates({}, 0.0), []))
+    kept = [DecodeStudy.load(file) for file in files if file.stem != stem]
+    partial = folder / f"{stem}.partial"
     subjects = list(_subjects())
     require(
         bool(subjects), "models", ",".join(MODELS.value), "must have one that fits, at one batch at least"
@@ -129,8 +133,9 @@ def main() -> None:
                     bar.update()
                 timings = [timing for subject in subjects for timing in _timings(subject)]
                 study = DecodeStudy(environment, DecodeRates.median(rates), timings)
-                study.save(folder / f"{decode_tables.file_stem(study)}.json")
+                study.save(partial)
     _write(study, kept, folder)
+    partial.unlink()
 
 
 def _rates(dtypes: list[str]) -> DecodeRates:

@@ -161,8 +161,11 @@ def sparsity_rows(study: DecodeStudy, dtype: str) -> list[Row]:
 
 
 def _alone(timing: DecodeTiming) -> Row:
-    parts = (timing.parts or {}).items()
-    return {f"{part.replace('_', '-')} alone, ms": seconds / _MILLI for part, seconds in parts}
+    parts = timing.parts or {}
+    return {
+        f"{part.replace('_', '-')} alone, ms": parts[part] / _MILLI if part in parts else None
+        for part in ("feed_forward", "memory")
+    }
 
 
 def _chosen(timing: DecodeTiming) -> Row:
@@ -382,8 +385,8 @@ def _notes(study: DecodeStudy, beside: Sequence[DecodeStudy]) -> list[str]:
     rates = study.rates
     products = ", ".join(f"{flops / _GIGA:.4g} GFLOP/s in {d}" for d, flops in rates.flops_per_second.items())
     notes = [
-        "× dense and × UltraMem: the time of the system over the time of that one, at the same batch. × "
-        "UltraMem of MoE is the paper's comparison: 2 to 6 on an A100 with a cache of 2,048, most at batch "
+        "× dense, × MoE and × UltraMem: the time of the system over the time of that one, at the same batch. "
+        "× UltraMem of MoE is the paper's comparison: 2 to 6 on an A100 with a cache of 2,048, most at batch "
         "64. The longer the cache, which all systems read alike, the nearer their times. min–max: over the "
         "repeats.",
         "Repeats: models take turns, of each turn some steps in a row count. The tokens of these steps have "

@@ -19,8 +19,8 @@ from ultramem_jax.ops.linear import Matrix, OutputMajor, project
 _ROW_VALUES = 128
 """A row of 512 bytes."""
 _REPEATS = 7
-_MMAP_THRESHOLD = -3
-"""M_MMAP_THRESHOLD of glibc's malloc.h."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ def memory_of_their_own() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that glibc goes to by itself
+        # The most that glibc goes to by itself, which it does no more once it has been told.
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def _median_seconds(run: Callable[[], jax.Array]) -> float:

@@ -7,9 +7,9 @@ served, b_c of a number in the cache and b_t of one in a table, c the matrices o
 
 `bytes_per_token` counts what was chosen as the UltraMem paper does, min(k·B, X) experts and min(B·H·m, N)
 rows: as if no two tokens chose the same until all are chosen. That is the most that a step can read. Here
-stands what is expected if the choices are uniform and know nothing of each other, X·(1 - (1 - k/X)^B) experts
-and N·(1 - (1 - 1/N)^(B·H·m)) rows, which is never more: 16 tokens with 2 of 32 experts each read 20.6 of them
-instead of 32. The dense weights are the same in both.
+stands what was measured (`experts`, `rows`), or else what is expected if the choices are uniform and know
+nothing of each other, X·(1 - (1 - k/X)^B) experts and N·(1 - (1 - 1/N)^(B·H·m)) rows, which is never more: 16
+tokens with 2 of 32 experts each read 20.6 of them instead of 32. The dense weights are the same in both.
 """
 
 import dataclasses

@@ -6,8 +6,8 @@ copies an expert that a loop cuts out of the stack. Here every expert has a loop
 tokens: of no turn where it was not chosen, mostly of one where it was.
 
 32 experts, D 1,024, F 2,528, 64 tokens with k 2, on 2 CPU cores that read 34 GB/s: 25 GB/s in float32, 12 in
-bfloat16. A product over the stack of even loads, and a loop over the stack, read 8 GB/s and less; every way
-that was tried is in docs/performance.md, "Decoding".
+bfloat16. One product over the stack, with room for each expert, reads 14 and 1.4; every way that was tried
+is in docs/performance.md, "Decoding".
 """
 
 import math
@@ -18,7 +18,7 @@ from jax import lax
 
 from ultramem_jax.layers.experts import ExpertWeights, combine, dispatch_plan
 from ultramem_jax.layers.mlp import activated
-from ultramem_jax.ops.linear import OutputMajor, project
+from ultramem_jax.ops.linear import LEAST_ROWS, OutputMajor, project
 
 _ALONE = 0.25
 """Mean load up to which a second reading of an expert, for a second token, is rare enough: in float32 on 2
@@ -69,7 +69,7 @@ def block_rows(assignments: int, num_experts: int, dtype: jnp.dtype) -> int:
     if mean <= _ALONE and dtype == jnp.float32:
         return 1
     rows = mean + _DEVIATIONS * math.sqrt(mean)
-    small, step = ((4, 8, 16), 16) if dtype == jnp.float32 else ((4, 8, 12), 8)
+    small, step = ((4, 8, 16), 16) if dtype == jnp.float32 else ((LEAST_ROWS, 8, 12), 8)
     return next((size for size in small if rows <= size), round(rows / step) * step)
 
 
