@@ -110,11 +110,11 @@ def main() -> None:
         require(bool(files), "results", RESULTS.value, "must hold a .json file of an earlier run")
         kept = [DecodeStudy.load(file) for file in files]
         for study in kept:
-            _write(study, kept, folder)
+            _write(study, [other for other in kept if other is not study], folder)
         return
     environment = report.environment()
     stem = decode_tables.file_stem(DecodeStudy(environment, DecodeRates({}, 0.0), []))
-    kept = [DecodeStudy.load(file) for file in files if file.stem != stem]
+    others = [DecodeStudy.load(file) for file in files if file.stem != stem]
     partial = folder / f"{stem}.partial"
     subjects = list(_subjects())
     require(
@@ -134,7 +134,7 @@ def main() -> None:
                 timings = [timing for subject in subjects for timing in _timings(subject)]
                 study = DecodeStudy(environment, DecodeRates.median(rates), timings)
                 study.save(partial)
-    _write(study, kept, folder)
+    _write(study, others, folder)
     partial.unlink()
 
 
@@ -145,9 +145,8 @@ def _rates(dtypes: list[str]) -> DecodeRates:
     )
 
 
-def _write(study: DecodeStudy, kept: list[DecodeStudy], folder: pathlib.Path) -> None:
+def _write(study: DecodeStudy, others: list[DecodeStudy], folder: pathlib.Path) -> None:
     """Writes and prints the report, with what was measured on other devices beside it."""
-    others = [other for other in kept if other.device != study.device]
     written = decode_tables.write(study, folder, others)
     print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
 

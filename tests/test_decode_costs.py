@@ -83,6 +83,12 @@ def test_measured_rows_take_the_place_of_the_expected():
         cost(PLAIN, rows=1.0)
 
 
+def test_the_expected_rows_of_a_single_read_may_round_to_more_than_one():
+    memory = replace(MEMORY, num_heads=1, top_m=1, num_keys=5)
+    one = cost(replace(PLAIN, memory=replace(memory, placement="1:2")), batch=1)
+    assert one.rows == pytest.approx(1)
+
+
 def test_memories_by_hand():
     c = cost(ULTRAMEM)
     query, conv, keys, cores, gains, projection = 8 * 8, 8 * 3, 2 * 2 * 2 * 6 * 2, 2 * 2 * 4, 4 + 4, 16 * 8

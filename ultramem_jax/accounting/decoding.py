@@ -136,9 +136,10 @@ def decode_cost(
         chosen = expected_experts(moe.num_experts, moe.top_k, batch) if experts is None else experts
         require(chosen <= moe.num_experts, "experts", chosen, f"must be at most {moe.num_experts}")
     expert_weights = parameters.experts * chosen / moe.num_experts if moe else 0.0
-    most_rows = batch * len(config.spans) * memory.num_heads * memory.top_m if memory else 0
     read = expected_rows_read(config, batch) if rows is None else rows
-    require(read <= most_rows, "rows", read, f"must be at most the {most_rows} reads")
+    if rows is not None:  # of one read the expected number is one, give or take rounding
+        reads = batch * len(config.spans) * memory.num_heads * memory.top_m if memory else 0
+        require(rows <= reads, "rows", rows, f"must be at most the {reads} reads")
     row_read = read * row_bytes(memory).table if memory else 0
     memory_flops = flops.memory_queries + flops.memory_keys + flops.memory_scoring
     memory_flops += flops.memory_projection + flops.memory_pre_projection + flops.memory_gate
