@@ -51,14 +51,12 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
         return likeliest(logits + _noise(keys, logits.shape[1]))
     vocabulary = logits.shape[1]
     draw = partial(_draw_likely, keys=keys, top_p=sampling.top_p)
-    if sampling.top_k:
-        values, ids = largest(logits, min(sampling.top_k, vocabulary))
+    if sampling.top_k or vocabulary <= _FEW:
+        values, ids = largest(logits, min(sampling.top_k or vocabulary, vocabulary))
         return draw(values, ids, total=jnp.exp(values).sum(-1, keepdims=True))
     # The likeliest of all, in order, take 650 ms for 64 rows of 50,432. Mostly few of them are enough.
     total = jnp.exp(logits).sum(-1, keepdims=True)
-    values, ids = largest(logits, min(_FEW, vocabulary))
-    if vocabulary <= _FEW:
-        return draw(values, ids, total=total)
+    values, ids = largest(logits, _FEW)
     enough = (jnp.exp(values).sum(-1, keepdims=True) >= sampling.top_p * total).all()
     return jax.lax.cond(
         enough,
