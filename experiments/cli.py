@@ -24,7 +24,7 @@ from ml_collections.config_flags import config_flags
 
 from experiments.arguments import take, take_integer
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
-from ultramem_jax.errors import UserError, require, unknown
+from ultramem_jax.errors import Stopped, UserError, require, unknown
 from ultramem_jax.parallel import distributed
 from ultramem_jax.parallel.distributed import HEARTBEAT_TIMEOUT, INITIALIZATION_TIMEOUT, Membership
 from ultramem_jax.parallel.mesh import AXES
@@ -74,7 +74,8 @@ def run(
         together: whether it can run in several processes, and takes the flags that say which one this is.
 
     Returns:
-        0, 2 after an error of the user's (one line on standard error), or 130 after an interrupt.
+        0; 2 after an error of the user's or a file that the system refuses (one line on standard error); 75
+        if SIGTERM stopped work that the same command goes on with; 130 after an interrupt.
     """
     with _plain_log() as logger:
         try:
@@ -92,6 +93,14 @@ def run(
         except (UserError, flags.Error) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             status = 2
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            status = 2
+        except Stopped as stopped:
+            print(stopped)  # of several processes, all come here: an orderly end
+            return Stopped.STATUS
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             status = 130

@@ -8,8 +8,8 @@ from absl import flags
 from experiments import markdown
 from experiments.seeds import check_names
 from ultramem_jax.data import SPLITS, load_corpus
+from ultramem_jax.training.continuing import check_corpus
 from ultramem_jax.training.evaluation import Evaluator
-from ultramem_jax.training.loop import check_corpus
 from ultramem_jax.training.restore import load_model
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder of the run")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from experiments.arguments import take, take_integer
-from ultramem_jax.errors import UserError, require
+from ultramem_jax.errors import Stopped, UserError, require
 
 _GRACE_SECONDS = 5.0
 """After one failed, the others cannot go on. They have this long to say what they have to say."""
@@ -60,8 +60,8 @@ def run(command: list[str], processes: int) -> int:
     """Runs the command in so many processes, each with flags that say which one it is.
 
     Returns:
-        0 if all ended well, else the status of the one that failed first: 128 + n if signal n ended it, as
-        shells have it.
+        0 if all ended well, `Stopped.STATUS` if SIGTERM stopped them, else the status of the one that failed
+        first: 128 + n if signal n ended it, as shells have it.
     """
     with _forwarded_signals() as forwarded, contextlib.ExitStack() as stack:
         job = _Job(command, processes, stack)
@@ -136,14 +136,16 @@ class _Job:
                 member.send_signal(number)
 
     def watch(self, forwarded: _Forwarded) -> int:
-        """Until the last one has ended; the status of the first that failed."""
+        """Until the last one has ended; the status of the first that failed, or that of `Stopped`."""
         failed: tuple[int, int] | None = None
+        stopped = False
         deadline, running = None, len(self._members)
         while running:
             with contextlib.suppress(queue.Empty):
                 index, status = self._ended.get(timeout=_POLL_SECONDS)
                 running -= 1
-                if status and failed is None:
+                stopped |= status == Stopped.STATUS
+                if status not in (0, Stopped.STATUS) and failed is None:
                     failed = (index, status)
             if deadline is None and (failed or signal.SIGINT in forwarded.seen):
                 deadline = time.monotonic() + _GRACE_SECONDS
@@ -152,7 +154,7 @@ class _Job:
         for thread in self._threads:
             thread.join()
         if failed is None:
-            return 0
+            return Stopped.STATUS if stopped else 0
         if signal.SIGINT not in forwarded.seen:
             self._report(*failed)
         return failed[1] if failed[1] > 0 else 128 - failed[1]

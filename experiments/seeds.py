@@ -19,7 +19,7 @@ import jax
 from ultramem_jax import RunConfig, UserError
 from ultramem_jax.config import MeshConfig, run_config_from_dict, to_dict
 from ultramem_jax.data import Corpus
-from ultramem_jax.errors import unknown
+from ultramem_jax.errors import Stopped, unknown
 from ultramem_jax.files import replace_text
 from ultramem_jax.parallel.distributed import from_first, is_first
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes
@@ -54,11 +54,12 @@ def train_over_seeds(
         keep_checkpoints: False removes those of a run that has ended: many runs would fill a disk.
 
     Returns:
-        The results of each config in the order of the seeds; None if a run was stopped, and in all processes
-        but the first: there is one to report them.
+        The results of each config in the order of the seeds; None in all processes but the first: there is
+        one to report them.
 
     Raises:
         UserError: a folder holds a run of another config.
+        Stopped: SIGTERM came.
     """
     _remember_compilations(pathlib.Path(workdir) / "compiled")
     results: dict[str, list[Result]] = {name: [] for name in configs}
@@ -69,9 +70,6 @@ def train_over_seeds(
             folder = pathlib.Path(workdir) / f"{name}-seed{seed}"
             print(f"{name}, seed {seed}: {folder}", flush=True)
             result = _run(config, corpus, folder, environment, test_batches)
-            if result is None:
-                print("stopped; the same command goes on from there")
-                return None
             if not keep_checkpoints and is_first():
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             results[name].append(result)
@@ -152,8 +150,8 @@ def _run(
     workdir: pathlib.Path,
     environment: Mapping[str, str],
     test_batches: int | None,
-) -> Result | None:
-    """One run's validation curve and test loss, from its folder if it was done before; None if stopped.
+) -> Result:
+    """One run's validation curve and test loss, from its folder if it was done before.
 
     In processes but the first one, which reports it, the result of a run may be empty.
     """
@@ -169,7 +167,7 @@ def _run(
         return result
     trained = train(config, workdir, corpus=corpus)
     if not trained.finished:
-        return None
+        raise Stopped("stopped; the same command goes on from there")
     test_bits = None
     if test_batches is not None:
         evaluate = Evaluator(config, corpus, mesh_axes(config, make_mesh(config.mesh)))

@@ -1,6 +1,7 @@
 """Trains a language model, or goes on with a run that was cut off.
 
-The same command again resumes from the newest whole checkpoint in --workdir; SIGTERM saves and exits.
+The same command again resumes from the newest whole checkpoint in --workdir. SIGTERM saves and ends with
+status 75: not done, the same command goes on from there.
 """
 
 import pathlib
@@ -11,6 +12,7 @@ from experiments import cli
 from experiments.continuations import write_continuations
 from ultramem_jax import RunConfig
 from ultramem_jax.data import load_corpus
+from ultramem_jax.errors import Stopped
 from ultramem_jax.models.generation import text_generator
 from ultramem_jax.models.sampling import Sampling
 from ultramem_jax.parallel.distributed import is_first
@@ -35,8 +37,9 @@ def main() -> None:
     corpus = load_corpus(config.data)
     result = train(config, workdir, corpus=corpus)
     if not result.finished:
-        print(f"stopped at step {result.step} of {config.train.steps}; the same command goes on from there")
-        return
+        raise Stopped(
+            f"stopped at step {result.step} of {config.train.steps}; the same command goes on from there"
+        )
     if not is_first():
         return
     curve = workdir / "loss_curve.png"

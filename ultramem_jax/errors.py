@@ -12,6 +12,17 @@ class UserError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """A signal ended the work early, and it is saved: the same command goes on from there.
+
+    `launch.py` prints the message and exits with `STATUS`: scripts can tell it from work that is done (0) and
+    from a failure.
+    """
+
+    STATUS = 75
+    """EX_TEMPFAIL of sysexits.h."""
+
+
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raises `UserError` "field = value: allowed" unless `condition` holds."""
     if not condition:

@@ -48,7 +48,6 @@ def stream(folder, split) -> np.ndarray:
 def test_counts(corpus):
     assert corpus.num_bytes == {"train": 18_000, "validation": 1000, "test": 1000}
     assert corpus.num_tokens == {"train": 18_001, "validation": 1001, "test": 1001}
-    assert corpus.bytes_per_token("validation") == 1000 / 1001
     assert corpus.seq_len == S and corpus.tokenizer.vocab_size == 257 and len(corpus.corpus_hash) == 64
 
 
@@ -285,7 +284,6 @@ def test_rows_that_are_not_of_the_batch(corpus, rows):
     [
         lambda c: c.source("validation"),
         lambda c: eval_batches(c, "validation", 1),
-        lambda c: c.bytes_per_token("validation"),
     ],
 )
 def test_a_split_shorter_than_a_sequence(folder, call):

@@ -12,59 +12,27 @@ import jax
 import numpy as np
 import pytest
 
+from tests.training.small_run import files, scalars
 from ultramem_jax import UserError
 from ultramem_jax.config import (
-    DataConfig,
     MemoryConfig,
     ModelConfig,
     RunConfig,
-    TrainConfig,
     run_config_from_dict,
     to_dict,
 )
+from ultramem_jax.data import eval_batches
 from ultramem_jax.parallel.mesh import make_mesh
 from ultramem_jax.training import checkpoint_reading, loop
 from ultramem_jax.training.evaluation import Evaluator
 from ultramem_jax.training.loop import train
-from ultramem_jax.training.metrics import MetricWriter, read_metrics
-from ultramem_jax.training.restore import _in_todays_fields, load_model
+from ultramem_jax.training.metrics import MetricWriter
+from ultramem_jax.training.restore import load_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_device():
-    """Meshes of many devices are the business of other tests; one compiles in half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        yield
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    """Six steps of a model with every moving part: memory, buffers, dropout, accumulation, checkpoints."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    words = ["memory", "slot", "key", "query", "\n", "token ", "value;"]
-    (folder / "text.txt").write_text(" ".join(rng.choice(words, 3000)))
-    memory = MemoryConfig.ultramem(placement="1:2", num_keys=24, top_m=4, num_heads=2, key_dim=8, value_dim=8)
-    model = ModelConfig(
-        embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, dropout=0.1, memory=memory
-    )
-    return RunConfig(
-        model=model,
-        data=DataConfig("text", str(folder / "text.txt"), seq_len=16, cache_dir=str(folder / "cache")),
-        train=TrainConfig(
-            steps=6,
-            batch_size=16,
-            grad_accumulation=2,
-            learning_rate=1e-2,
-            log_every=1,
-            eval_every=3,
-            eval_batches=2,
-            checkpoint_every=2,
-        ),
-    )
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +47,10 @@ def _same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def _scalars(workdir):
-    """Every record, without the one metric that is a measurement of time."""
-    records = read_metrics(workdir / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
-
-
 def test_a_run_learns_and_records_what_it_promises(config, whole):
     result, workdir = whole
     assert result.finished and result.step == 6
-    records = _scalars(workdir)
+    records = scalars(workdir)
     training = [r for r in records if r["split"] == "train"]
     validation = [r for r in records if r["split"] == "validation"]
     assert [r["step"] for r in training] == [1, 2, 3, 4, 5, 6]
@@ -123,7 +85,7 @@ def test_half_and_half_is_the_whole_bit_for_bit(config, whole, tmp_path, monkeyp
     second = train(config, tmp_path, progress=False)
     assert second.finished and second.step == 6
     _same(whole[0].state, second.state)
-    assert _scalars(tmp_path) == _scalars(whole[1])
+    assert scalars(tmp_path) == scalars(whole[1])
 
 
 def test_a_finished_run_started_again_only_reports(config, whole):
@@ -172,14 +134,14 @@ def test_stopped_or_killed_the_same_command_ends_on_the_same_numbers(config, tmp
     _wait_for(workdir / "checkpoints" / str(killed_at + 1), process)
     process.terminate()
     out, err = process.communicate()
-    assert process.returncode == 0, err
+    assert process.returncode == 75, err
     assert "the same command goes on from there" in out and f"resumed from step {killed_at}" in err
 
     resumed = train(longer, workdir, progress=False)
     uninterrupted = train(longer, tmp_path / "other", progress=False)
     assert resumed.finished
     _same(resumed.state, uninterrupted.state)
-    assert _scalars(workdir) == _scalars(tmp_path / "other")
+    assert scalars(workdir) == scalars(tmp_path / "other")
 
 
 def test_a_truncated_checkpoint_gives_way_to_the_one_before(config, whole, tmp_path, caplog):
@@ -263,10 +225,10 @@ def test_other_data_than_the_checkpoints_is_refused(config, whole, tmp_path):
     text = pathlib.Path(config.data.path).read_text()
     (tmp_path / "other.txt").write_text(text[::-1])
     other = replace(config, data=replace(config.data, path=str(tmp_path / "other.txt")))
-    before = _files(whole[1])
+    before = files(whole[1])
     with pytest.raises(UserError, match=r"is not the one that .* was trained on"):
         train(other, whole[1], progress=False)
-    assert _files(whole[1]) == before
+    assert files(whole[1]) == before
 
 
 @pytest.mark.parametrize(
@@ -280,26 +242,22 @@ def test_other_data_than_the_checkpoints_is_refused(config, whole, tmp_path):
 )
 def test_settings_that_would_make_it_another_run_are_refused(config, whole, part, field, value):
     other = replace(config, **{part: replace(getattr(config, part), **{field: value})})
-    before = _files(whole[1])
+    before = files(whole[1])
     with pytest.raises(UserError, match=rf"{part}\.{field} = {value!r}: must stay"):
         train(other, whole[1], progress=False)
-    assert _files(whole[1]) == before
-
-
-def _files(folder):
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert files(whole[1]) == before
 
 
 def test_a_refused_run_keeps_the_tokenizer_of_the_one_before(config, tmp_path):
     model, train_once = replace(config.model, vocab_size=300), replace(config.train, steps=1)
     data = replace(config.data, tokenizer="bpe", bpe_vocab_size=280)
     train(RunConfig(model, data, train_once), tmp_path / "run", progress=False)
-    before = _files(tmp_path / "run")
+    before = files(tmp_path / "run")
     (tmp_path / "other.txt").write_text("quite another text, with other pairs of bytes\n" * 300)
     other = replace(data, path=str(tmp_path / "other.txt"))
     with pytest.raises(UserError, match="was trained on"):
         train(RunConfig(model, other, train_once), tmp_path / "run", progress=False)
-    assert _files(tmp_path / "run") == before
+    assert files(tmp_path / "run") == before
 
 
 def test_a_validation_split_that_is_too_short_is_refused_before_training(config, tmp_path):
@@ -393,9 +351,12 @@ def test_a_trained_tokenizer_stays_with_the_run(config, tmp_path):
     tokenizer = load_model(tmp_path).tokenizer
     ids = tokenizer.encode(b"memory slot")
     assert len(ids) < 11 and tokenizer.decode(ids) == b"memory slot"
-    per_token = _corpus(bpe).bytes_per_token("validation")
-    assert per_token > 1
-    expected = result.validation_loss / np.log(2) / per_token
+    # Two batches spread over the split: the bytes are those of their targets.
+    batches = eval_batches(_corpus(bpe), "validation", bpe.train.batch_size, bpe.train.eval_batches)
+    targets = np.concatenate([batch["tokens"][:, 1:][batch["mask"] > 0] for batch in batches])
+    num_bytes = sum(len(tokenizer.decode([target])) for target in targets)
+    assert num_bytes > 1.2 * len(targets)
+    expected = result.validation_loss * len(targets) / np.log(2) / num_bytes
     assert result.validation_bits_per_byte == pytest.approx(expected)
 
 
@@ -410,8 +371,8 @@ def test_configs_of_older_versions_can_be_read(config):
     memory["norm_query_key"] = memory.pop("norm_query")
     old = today | {"model": today["model"] | {"memory": memory}}
     del old["mesh"]
-    assert run_config_from_dict(_in_todays_fields(old)) == config
-    assert _in_todays_fields(today) == today
+    assert checkpoint_reading.saved_config(pathlib.Path("1"), old) == config
+    assert checkpoint_reading.saved_config(pathlib.Path("1"), today) == config
 
 
 def _corpus(config):

@@ -1,5 +1,7 @@
 import json
 import math
+import resource
+import signal
 
 import jax.numpy as jnp
 import numpy as np
@@ -80,11 +82,69 @@ def test_a_run_from_its_start_begins_a_new_file_and_resuming_needs_none(tmp_path
     assert [record["step"] for record in read_metrics(tmp_path / "new" / "metrics.jsonl")] == [1, 1]
 
 
-def test_a_broken_line_before_the_last_is_an_error(tmp_path):
+NO_RECORDS = [
+    "broken",
+    "\0" * 300,
+    "[1]",
+    "null",
+    "7",
+    '"step"',
+    '{"split": "train", "loss": 1.0}',
+    '{"step": "2", "split": "train"}',
+    '{"step": 2.5, "split": "train"}',
+    '{"step": true, "split": "train"}',
+    '{"step": 2}',
+    '{"step": 2, "split": 3}',
+    '{"step": 2, "split": "train", "loss": null}',
+    '{"step": 2, "split": "train", "loss": [1.0]}',
+    '{"step": 2, "split": "train", "loss": "much"}',
+]
+
+
+@pytest.mark.parametrize("end", ["", "\0\0\0\0", "\0\n", '{"step": 4, "spl'])
+def test_what_is_no_record_is_passed_over_and_said_once(tmp_path, caplog, end):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nbroken\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a record of metrics"):
-        read_metrics(path)
+    good = [{"step": step, "split": "train", "loss": 1.0} for step in (1, 3)]
+    first, last = map(json.dumps, good)
+    path.write_text("\n".join([first, *NO_RECORDS, last]) + "\n" + end)
+    assert read_metrics(path) == good
+    (warning,) = [record.getMessage() for record in caplog.records]
+    bad = len(NO_RECORDS) + end.count("\n")
+    assert warning == f"{path}: passing over {bad} lines that are no records, line 2 first"
+    caplog.clear()
+    with MetricWriter(tmp_path, resume_step=2) as writer:
+        writer.write(3, "train", {"loss": 2.0})
+    assert len(caplog.records) == 1
+    assert read_metrics(path) == [good[0], {"step": 3, "split": "train", "loss": 2.0}]
+
+
+def test_a_step_that_is_evaluated_again_loses_its_old_record(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        for step in (1, 2):
+            for split in ("train", "validation"):
+                writer.write(step, split, {"loss": 1.0})
+    with MetricWriter(tmp_path, resume_step=2, without_validation=True):
+        pass
+    kept = [(record["step"], record["split"]) for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert kept == [(1, "train"), (1, "validation"), (2, "train")]
+
+
+def test_a_disk_that_is_full_for_a_while_stops_nothing(tmp_path, caplog):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, "train", {"loss": 1.0})
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (writer.path.stat().st_size + 5, limits[1]))
+        try:
+            for step in (2, 3):
+                writer.write(step, "train", {"loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        writer.write(4, "train", {"loss": 1.0})
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning == f"{writer.path}: metrics cannot be written: File too large"
+    assert [record["step"] for record in read_metrics(writer.path)] == [1, 2, 3, 4]
 
 
 def test_tensorboard_files_hold_the_scalars(tmp_path):

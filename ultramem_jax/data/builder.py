@@ -40,6 +40,8 @@ class Metadata(TypedDict):
     corpus_hash: str
     dataset: str
     tokenizer: str
+    tokenizer_hash: str
+    """`Tokenizer.fingerprint`. Caches of older versions have none."""
     vocab_size: int
     record_tokens: int
     num_tokens: dict[str, int]
@@ -149,12 +151,27 @@ def cache_root(config: DataConfig) -> Path:
 
 
 def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
-    """The tokenizer that the corpus in `folder` was made with."""
-    return ByteTokenizer() if config.tokenizer == "bytes" else BpeTokenizer.load(folder / "tokenizer.json")
+    """Returns the tokenizer that the corpus in `folder` was made with.
+
+    Raises:
+        UserError: the folder's `tokenizer.json` is damaged, or not the one of its tokens.
+    """
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    path = folder / "tokenizer.json"
+    again = f"delete the folder {folder}, and it is made again"
+    try:
+        tokenizer = BpeTokenizer.load(path)
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from None
+    expected = open_records(folder).info.metadata.get("tokenizer_hash", tokenizer.fingerprint)
+    if tokenizer.fingerprint != expected:
+        raise UserError(f"{path}: must be the tokenizer that the tokens beside it were made with; {again}")
+    return tokenizer
 
 
 def open_records(folder: Path) -> tfds.core.DatasetBuilder:
-    """The TFDS builder that reads what `prepare` wrote."""
+    """Returns the TFDS builder that reads what `prepare` wrote."""
     return tfds.builder_from_directory(folder / PackedTokens.name / str(PackedTokens.VERSION))
 
 
@@ -212,6 +229,7 @@ def _tokenize(
         corpus_hash=corpus_hash.hexdigest(),
         dataset=dataset,
         tokenizer=tokenizer.name,
+        tokenizer_hash=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         record_tokens=RECORD_TOKENS,
         num_tokens=tokens,

@@ -9,7 +9,6 @@ than the stride, is in no sequence.
 """
 
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,6 @@ from ultramem_jax.data.sources import SPLITS
 from ultramem_jax.data.tokenizers import Tokenizer
 from ultramem_jax.errors import UserError, require, unknown
 from ultramem_jax.parallel.distributed import first_before_others
-
-log = logging.getLogger(__name__)
 
 _RECORD_CACHE_BYTES = 1 << 28
 """Decoded records that a split keeps in memory. All of `stdlib` and `enwik8` fit."""
@@ -99,15 +96,6 @@ class Corpus:
     """Where it lies in the cache."""
     _parts: dict[str, list[str]]
 
-    def bytes_per_token(self, split: str) -> float:
-        """Bytes of text per token; bits per byte = bits per token / this.
-
-        End-of-document tokens count as tokens of no bytes: what a model spends on them is charged to the
-        text.
-        """
-        self.require_sequences(split)
-        return self.num_bytes[split] / self.num_tokens[split]
-
     def source(self, split: str, stride: int | None = None) -> SequenceSource:
         """The sequences of `train`, `validation` or `test`.
 
@@ -164,7 +152,6 @@ def load_corpus(config: DataConfig) -> Corpus:
     with first_before_others():
         folder = builder.prepare(config)
     metadata = builder.open_records(folder).info.metadata
-    log.info("corpus %s (%s) in %s", metadata["corpus_hash"], config.dataset, folder)
     return Corpus(
         tokenizer=builder.load_tokenizer(config, folder),
         seq_len=config.seq_len,

@@ -4,7 +4,9 @@ Both are lossless for every byte string, text or not, and both hold one end-of-d
 can produce by itself.
 """
 
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +15,9 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
+
+from ultramem_jax.errors import UserError
+from ultramem_jax.files import replace_text
 
 EOS_TOKEN = "<|endoftext|>"
 """Written form of the end-of-document token in the json of a BPE tokenizer."""
@@ -38,6 +43,14 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int:
         """The id of the end-of-document token."""
 
+    @property
+    def id_bytes(self) -> np.ndarray:
+        """The number of bytes that each id stands for, (V,) int32; 0 for the end-of-document token."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the map from bytes to ids: 64 hexadecimal digits, equal for equal vocabularies."""
+
     def encode(self, data: bytes) -> np.ndarray:
         """Ids of one document, (num_tokens,) int32, without an end-of-document token."""
 
@@ -55,6 +68,8 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     eos_id = 256
+    id_bytes = np.append(np.ones(256, np.int32), np.int32(0))
+    fingerprint = hashlib.sha256(b"bytes").hexdigest()
 
     def encode(self, data: bytes) -> np.ndarray:
         """See `Tokenizer.encode`.
@@ -98,6 +113,16 @@ class BpeTokenizer:
             if i != self.eos_id:
                 self._bytes_of_id[i] = bytes(byte_of[character] for character in token)
         self._id_of_byte = np.array([id_of[characters[byte]] for byte in range(256)], np.int32)
+        self.id_bytes = np.array([len(data) for data in self._bytes_of_id], np.int32)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Tokenizer.fingerprint`; it covers ids and merges, which all versions of the library write."""
+        model = json.loads(self._backend.to_str())["model"]
+        # Merges are pairs in newer versions of the library, and strings with a blank in older ones.
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        content = json.dumps([sorted(model["vocab"].items()), merges])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
     def train(cls, documents: Iterable[bytes], vocab_size: int) -> "BpeTokenizer":
@@ -116,12 +141,20 @@ class BpeTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "BpeTokenizer":
-        """Reads what `save` wrote."""
-        return cls(tokenizers.Tokenizer.from_file(str(path)))
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: there is no such file, or it holds no byte-level BPE tokenizer with `EOS_TOKEN`.
+        """
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises no other type, and foreign vocabularies a KeyError
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
+            raise UserError(f"{path}: must be a tokenizer of byte-level BPE: {reason}") from None
 
     def save(self, path: Path) -> None:
-        """Writes the json of the `tokenizers` library."""
-        self._backend.save(str(path))
+        """Writes the json of the `tokenizers` library; the file appears whole or not at all."""
+        replace_text(path, self._backend.to_str(pretty=True))
 
     def encode(self, data: bytes) -> np.ndarray:
         """See `Tokenizer.encode`."""

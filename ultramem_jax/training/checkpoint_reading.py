@@ -6,7 +6,6 @@
 import dataclasses
 import functools
 import gc
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
 from ultramem_jax.errors import UserError
-from ultramem_jax.memory_config import MemoryConfig
 from ultramem_jax.training.large_arrays import LARGE_BYTES, array_name, read_large_array
 from ultramem_jax.training.undo_log import UndoRows, put_back
 
@@ -35,15 +34,65 @@ class Meta:
     config: dict[str, Any]
     """The run's configuration as `ultramem_jax.config.to_dict` gives it, after a trip through JSON."""
     corpus: dict[str, Any]
+    """Hashes and sizes of the text, and the hash of the tokenizer (`continuing.corpus_identity`)."""
     versions: dict[str, str]
     """Of Python and the libraries that wrote it."""
     validation_loss: float | None = None
-    """As given to `save`; None where the run did not evaluate at that step."""
+    """Of `Checkpoints.mark`; None where the run did not evaluate at that step. Not written by `save`."""
+    since_record: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Sums over the steps since the last training record, which the next one is made of: `steps`, `nats`,
+    `bytes` (`training.window`)."""
+
+    def __post_init__(self) -> None:
+        # JSON has no types; whoever reads on may rely on these.
+        for name, kinds in _META_KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"meta: {name} is a {type(value).__name__}")
+
+
+_META_KINDS: dict[str, Any] = {
+    "step": int,
+    "config": dict,
+    "corpus": dict,
+    "versions": dict,
+    "validation_loss": (int, float, type(None)),
+    "since_record": dict,
+}
 
 
 def load_meta(directory: Path) -> Meta:
-    """What the checkpoint at `directory` says about itself; raises whatever its damage leads to."""
+    """Returns what the checkpoint at `directory` says about itself; raises whatever its damage leads to."""
     return Meta(**ocp.JsonCheckpointHandler().restore(epath.Path(directory / "meta")))
+
+
+def saved_config(directory: Path, config: dict[str, Any]) -> RunConfig:
+    """Returns the configuration that a checkpoint holds, also where an older version wrote it.
+
+    Fields that did not exist then are as by default.
+
+    Args:
+        directory: of the checkpoint.
+        config: its `Meta.config`.
+
+    Raises:
+        UserError: it is not the configuration of a run.
+    """
+    try:
+        return run_config_from_dict(_in_todays_fields(config))
+    except UserError as error:
+        raise UserError(f"checkpoint at {directory} has no valid config: {error}") from None
+
+
+def _in_todays_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a checkpoint under the names that its fields have today."""
+    model = config.get("model")
+    if not (isinstance(model, dict) and isinstance(model.get("memory"), dict)):
+        return config
+    memory = dict(model["memory"])
+    if "norm_query_key" in memory:  # before version 0.2
+        memory["norm_query"] = memory["norm_keys"] = memory.pop("norm_query_key")
+    return config | {"model": model | {"memory": memory}}
 
 
 def read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTree:
@@ -120,39 +169,37 @@ def require_same_model(directory: Path, there: dict[str, Any], here: dict[str, A
     Raises:
         UserError: with the fields that differ.
     """
-    here = json.loads(json.dumps(here))  # as the checkpoint's own: tuples become lists
-    differences = _differences("model", *(_wherever_it_lies(config.get("model")) for config in (there, here)))
-    tokenizers = [config.get("data", {}).get("tokenizer") for config in (there, here)]
-    differences += _differences("data.tokenizer", *tokenizers)
-    if differences:
-        raise UserError(f"checkpoint at {directory} is of another model: {_listed(differences)}")
+    there, here = (_of_model(to_dict(saved_config(directory, config))) for config in (there, here))
+    differing = differences(there, here)
+    if differing:
+        clauses = [f"{name} is {shown(a)} there and {shown(b)} here" for name, (a, b) in differing.items()]
+        raise UserError(f"checkpoint at {directory} is of another model: {_listed(clauses)}")
 
 
-def _wherever_it_lies(model: Any) -> Any:
-    """A model's configuration without what says where its tables lie, which a run may change.
-
-    Fields that a memory did not have when the checkpoint was written are as by default.
-    """
-    if not isinstance(model, dict) or not isinstance(model.get("memory"), dict):
-        return model
-    memory = dataclasses.asdict(MemoryConfig()) | model["memory"]
-    del memory["memory_kind"], memory["partition"]
-    return model | {"memory": memory}
+def _of_model(config: dict[str, Any]) -> dict[str, Any]:
+    """What makes a model, without what says where its tables lie, which a run may change."""
+    model = config["model"]
+    if model["memory"] is not None:
+        where = ("memory_kind", "partition")
+        memory = {name: value for name, value in model["memory"].items() if name not in where}
+        model = model | {"memory": memory}
+    return {"model": model, "data": {"tokenizer": config["data"]["tokenizer"]}}
 
 
-def _differences(name: str, there: Any, here: Any) -> list[str]:
-    """One clause for each field below `name` in which two configurations differ."""
+def differences(there: Any, here: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Returns the fields in which two nested dicts differ: dotted names to both values, None where absent."""
     if isinstance(there, dict) and isinstance(here, dict):
-        fields = [*there, *(field for field in here if field not in there)]
-        return [
-            clause
-            for field in fields
-            for clause in _differences(f"{name}.{field}", there.get(field), here.get(field))
-        ]
-    if there == here:
-        return []
-    shown = ["given" if isinstance(value, dict) else repr(value) for value in (there, here)]
-    return [f"{name} is {shown[0]} there and {shown[1]} here"]
+        found: dict[str, tuple[Any, Any]] = {}
+        for field in [*there, *(field for field in here if field not in there)]:
+            inner = f"{name}.{field}" if name else field
+            found |= differences(there.get(field), here.get(field), inner)
+        return found
+    return {} if there == here else {name: (there, here)}
+
+
+def shown(value: Any) -> str:
+    """Returns a value of a configuration as a message shows it; a whole part of one only as `given`."""
+    return "given" if isinstance(value, dict) else repr(value)
 
 
 def _listed(clauses: list[str]) -> str:

@@ -5,8 +5,11 @@ A checkpoint of step 250 is the directory `<workdir>/checkpoints/250`:
     state/          the train state, arrays cut into chunks (Orbax's own format)
     undo.npz        rows of large tables to be put back, where steps ran during the save (`undo_log.py`)
     data/           the position of the data iterator, which is the same for any number of processes
-    meta/           JSON: the run's configuration, its corpus, the validation loss, library versions
+    meta/           JSON: the run's configuration, its corpus and tokenizer, library versions
     manifest.json   the size and a checksum of every file above
+
+Beside them `validation_losses.json` ranks the checkpoints that were evaluated: a run saves first and then
+evaluates, so that an evaluation that fails loses no step.
 
 It is written in `250.orbax-checkpoint-tmp` and renamed when all of it is there, manifest included, so a
 process that is killed while it saves leaves a directory that nothing reads and the next run removes. Damage
@@ -19,6 +22,7 @@ the first one writes the rest, says what is there and whether it is whole.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.metadata
 import json
@@ -26,6 +30,7 @@ import logging
 import math
 import os
 import platform
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +44,7 @@ from etils import epath
 
 import ultramem_jax
 from ultramem_jax.errors import UserError
+from ultramem_jax.files import replace_text
 from ultramem_jax.parallel import distributed
 from ultramem_jax.training.checkpoint_reading import (
     UNDO_LOG,
@@ -64,6 +70,13 @@ POSITION = "process_0-of-1.json"
 _TIMEOUT_SECONDS = 24 * 3600
 """Orbax gives up a save after ten minutes, which 16 GB take on a slow disk."""
 
+_LOSSES = "validation_losses.json"
+"""JSON: validation loss by step."""
+
+_STATUS = re.compile(r"([A-Z_]+): ")
+_OS_ERROR_CODE = re.compile(r"\[os_error_code='(\d+)'")
+"""How TensorStore begins an error, and the system's number of it where there is one."""
+
 _REASON_CHARACTERS = 200
 """TensorStore appends its whole specification of an array to every error."""
 
@@ -85,8 +98,12 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run; saves in the background. Use as a context manager: leaving it waits.
 
-    Kept are the newest `keep_last` and the `keep_best` of lowest validation loss. A checkpoint without a
-    validation loss, or with one that is not finite, is kept by recency alone.
+    Kept are the newest `keep_last` and the `keep_best` of lowest validation loss (`mark`). A checkpoint
+    without a validation loss, or with one that is not finite, is kept by recency only. One that a later mark
+    surpasses goes with the next save, or when the checkpoints are closed.
+
+    Only the first save deletes what killed saves left behind. Whoever saves must own the run's folder
+    (`workdir.owned`); whoever only reads need not, and deletes nothing.
     """
 
     def __init__(
@@ -96,24 +113,27 @@ class Checkpoints:
         keep_best: int = 1,
         read_only: bool = False,
     ):
-        """Opens `directory`, creating it, and removes what killed saves left there, unless `read_only`.
+        """Opens `directory`, creating it unless `read_only`.
 
         Raises:
             UserError: `read_only`, and there is no such directory.
+            OSError: it cannot be made.
         """
         self.directory = Path(os.path.abspath(directory))
         if read_only and not self.directory.is_dir():
             raise UserError(f"no checkpoints: there is no directory {self.directory}")
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
         # Whoever reads alone may do so while other processes are at something else.
         self._together = not read_only
-        losses = self._agreed(lambda: [(step, self._loss_on_disk(step)) for step in self.all_steps()])
-        self._losses = {step: loss for step, loss in losses if loss is not None}
+        self._losses = {step: loss for step, loss in self._agreed(self._losses_on_disk)}
         self._position: int | None = None  # the step that this object last restored or saved
         self._saving = -1
         self._log: UndoLog | None = None  # of the save in flight, if training may go on in what it reads
-        self._manager = None if read_only else self._open_manager(keep_last, keep_best)
+        self._policy = None if read_only else _NewestAndBest(keep_last, keep_best, self._losses)
+        self._manager: ocp.CheckpointManager | None = None  # opened by the first save
 
-    def _open_manager(self, keep_last: int, keep_best: int) -> ocp.CheckpointManager:
+    def _open_manager(self, policy: "_NewestAndBest") -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             epath.Path(self.directory),
             item_handlers={
@@ -124,7 +144,7 @@ class Checkpoints:
                 "data": ocp.JsonCheckpointHandler(filename=POSITION),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_NewestAndBest(keep_last, keep_best, self._losses),
+                preservation_policy=policy,
                 cleanup_tmp_directories=True,
                 # Its own reading of metadata and metrics would fail on a damaged checkpoint, so that a run
                 # could not even start; `_losses` above is read with patience instead.
@@ -151,21 +171,44 @@ class Checkpoints:
             log.error("the save in flight failed: %s", failure)  # most likely of what is under way already
 
     def close(self) -> None:
-        """Waits for the save in flight and ends the background threads."""
-        if self._manager is not None:
+        """Waits for the save in flight, deletes what need not be kept and ends the background threads."""
+        if self._manager is not None and self._policy is not None:
             self.wait()
+            steps = self._manager.all_steps()
+            for step in sorted(set(steps) - self._policy.kept(steps)):
+                self._manager.delete(step)
             self._manager.close()
             self._manager = None
+        self._policy = None
 
     def wait(self) -> None:
-        """Blocks until the save in flight is on disk; raises what it failed with."""
+        """Blocks until the save in flight is on disk.
+
+        Raises:
+            OSError: the system refused to write it (a full disk, say).
+            Exception: whatever else it failed with.
+        """
         if self._manager is None:
             return
-        try:
+        with self._failing_in_a_line(self._saving):
             self._manager.wait_until_finished()
-        except Exception:
+
+    @contextlib.contextmanager
+    def _failing_in_a_line(self, step: int) -> Iterator[None]:
+        """Makes an `OSError` in one line of what the system refused to a save."""
+        try:
+            yield
+        except Exception as error:
             self._abandon_log()
-            raise
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            steps = self.all_steps()
+            kept = (
+                f"the last whole checkpoint is that of step {steps[-1]}" if steps else "there is none before"
+            )
+            message = f"the checkpoint of step {step} cannot be saved: {refusal[1]}; {kept}"
+            raise OSError(refusal[0], message, str(self.directory)) from error
 
     @contextlib.contextmanager
     def recorded_step(self) -> Iterator[UndoLog | None]:
@@ -206,8 +249,8 @@ class Checkpoints:
         data_iterator: Any,
         config: dict[str, Any],
         corpus: dict[str, Any],
-        validation_loss: float | None = None,
         *,
+        since_record: dict[str, float] | None = None,
         recorded: bool = False,
     ) -> None:
         """Saves in the background; waits first for a save that is still in flight.
@@ -224,21 +267,24 @@ class Checkpoints:
             data_iterator: a `grain.DatasetIterator`, whose position is saved; or None.
             config: the run's configuration, from `ultramem_jax.config.to_dict`.
             corpus: what identifies the data (its hash and the like), for JSON.
-            validation_loss: ranks the checkpoint for `keep_best`, lower is better.
+            since_record: sums that the run's next record goes on from, see `Meta.since_record`.
             recorded: `state` is a `TrainState` whose tables lie on one CPU (`undo_log.is_worth_it`), and
                 whoever donates it does so in a `recorded_step`.
 
         Raises:
             UserError: there is a checkpoint of this step or a later one, of a run that was not restored.
-            Exception: whatever the save before this one failed with (a full disk, say).
+            OSError: the system refused to write this save or the one before it, or the directory was deleted.
+            Exception: whatever else the save before this one failed with.
         """
-        if self._manager is None:
-            raise RuntimeError("these checkpoints are closed, or open for reading alone")
+        if self._policy is None:
+            raise RuntimeError("these checkpoints are closed, or open only for reading")
         self.wait()
+        with self._failing_in_a_line(step):
+            os.stat(self.directory)  # Orbax would make it again, without what the run has written
+            if self._manager is None:
+                self._manager = self._open_manager(self._policy)
         self._drop_later_than_position(self._manager, step)
-        meta = Meta(
-            step, config, corpus, _versions(), None if validation_loss is None else float(validation_loss)
-        )
+        meta = Meta(step, config, corpus, _versions(), since_record=since_record or {})
         undo_log = None
         if recorded:
             undo_log = UndoLog(state.tables, state.table_state)
@@ -251,16 +297,28 @@ class Checkpoints:
         }
         if data_iterator is not None:
             items["data"] = ocp.args.JsonSave(dict(data_iterator.get_state()))
-        if meta.validation_loss is not None:
-            self._losses[step] = meta.validation_loss
+        self._losses.pop(step, None)  # of an earlier run of this step
         self._saving = self._position = step
         self._log = undo_log
-        # Without `force` Orbax skips, silently, a step that is not above all those it knows.
-        try:
+        with self._failing_in_a_line(step):
+            # Without `force` Orbax skips, silently, a step that is not above all those it knows.
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        except Exception:
-            self._abandon_log()
-            raise
+
+    def mark(self, step: int, validation_loss: float) -> None:
+        """Ranks the checkpoint of `step`, which may still be in flight, by its validation loss.
+
+        Raises:
+            OSError: it cannot be written down.
+        """
+        self._losses[step] = float(validation_loss)
+        if distributed.is_first():
+            known = {*self.all_steps(), self._saving}
+            losses = {str(step): loss for step, loss in sorted(self._losses.items()) if step in known}
+            replace_text(self.directory / _LOSSES, json.dumps(losses))
+
+    def is_marked(self, step: int) -> bool:
+        """Whether the validation loss of the checkpoint of `step` is known."""
+        return step in self._losses
 
     def _drop_later_than_position(self, manager: ocp.CheckpointManager, step: int) -> None:
         later = [old for old in manager.all_steps() if old >= step]
@@ -365,7 +423,7 @@ class Checkpoints:
             try:
                 if (damage := self._agreed(functools.partial(find_damage, directory))) is not None:
                     raise _Damaged(damage)
-                meta = load_meta(directory)
+                meta = dataclasses.replace(load_meta(directory), validation_loss=self._losses.get(candidate))
                 result = read(directory, meta), meta, tuple(skipped)
             except (UserError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # not the checkpoint's fault, and an older one would meet the same
@@ -409,11 +467,24 @@ class Checkpoints:
             raise OSError(failure)
         return found
 
-    def _loss_on_disk(self, step: int) -> float | None:
-        try:
-            return load_meta(self.directory / str(step)).validation_loss
-        except Exception:  # damaged: it has no rank, and `restore` will say what is wrong with it
-            return None
+    def _losses_on_disk(self) -> list[tuple[int, float]]:
+        """Validation losses by step: those of `mark`, and those that older versions kept in a checkpoint."""
+        losses: dict[int, float] = {}
+        for step in self.all_steps():
+            try:
+                loss = load_meta(self.directory / str(step)).validation_loss
+            except Exception:  # damaged: it has no rank, and `restore` will say what is wrong with it
+                continue
+            if loss is not None:
+                losses[step] = loss
+        path = self.directory / _LOSSES
+        if path.exists():
+            try:
+                marks = json.loads(path.read_text())
+                losses |= {int(step): float(loss) for step, loss in marks.items()}
+            except (OSError, ValueError, AttributeError, TypeError) as error:
+                log.warning("%s cannot be read (%s): no checkpoint is known as the best", path, error)
+        return list(losses.items())
 
 
 class _Damaged(Exception):
@@ -449,9 +520,23 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         context: ocp.checkpoint_managers.PreservationContext,
     ) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        newest = sorted(steps)[-self.keep_last :]
-        best = _by_loss(self.losses, steps)[: self.keep_best]
-        return [step in newest or step in best for step in steps]
+        kept = self.kept(steps)
+        return [step in kept for step in steps]
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        """Those of `steps` that are to be kept."""
+        return {*sorted(steps)[-self.keep_last :], *_by_loss(self.losses, steps)[: self.keep_best]}
+
+
+def _refusal(error: Exception) -> tuple[int, str] | None:
+    """Number and reason of what the system refused to a save; None if it was something else that failed."""
+    if isinstance(error, OSError):
+        named = f" ({error.filename})" if error.filename else ""
+        return error.errno or errno.EIO, f"{error.strerror or error}{named}"
+    status, code = _STATUS.match(str(error)), _OS_ERROR_CODE.search(str(error))
+    if code is not None:
+        return int(code[1]), os.strerror(int(code[1]))
+    return (errno.EIO, status[1].replace("_", " ").lower()) if status is not None else None
 
 
 def _steps(steps: Sequence[int]) -> str:

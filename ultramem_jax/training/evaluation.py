@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from ultramem_jax.config import RunConfig
-from ultramem_jax.data import Corpus, eval_batches
+from ultramem_jax.data import Corpus, Tokenizer, eval_batches
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.distributed import is_first
 from ultramem_jax.parallel.mesh import one_device, rows_here, shard_batch
@@ -23,6 +26,7 @@ class Evaluation:
     loss: float
     """Mean over targets, in nats per token."""
     bits_per_byte: float
+    """Bits that all targets take, over the bytes of text that they stand for."""
     tokens: int
     """Targets that the loss is the mean of."""
 
@@ -32,18 +36,49 @@ class Evaluation:
         return math.inf if self.loss > 709 else math.exp(self.loss)
 
 
-class Evaluator:
-    """The mean loss over a split, on the same batches each time.
+class TargetBytes:
+    """Counts the bytes of text that the targets of a batch stand for.
 
-    On a mesh each batch is split over the devices as those of training are; all processes call it together.
+    Tokens differ in length from one part of a text to another, so losses per byte need the bytes of the very
+    targets that were scored. End-of-document tokens stand for none: what a model spends on them is charged to
+    the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, axes: MeshAxes):
+        lengths = tokenizer.id_bytes
+        self._lengths = jax.make_array_from_callback(lengths.shape, axes.sharding(P()), lengths.__getitem__)
+
+        def count(lengths: jax.Array, tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
+            # Targets are ids of the tokenizer, or padding that the mask leaves out.
+            of_targets = lengths.at[tokens[:, 1:]].get(mode="clip")
+            return of_targets.sum() if mask is None else jnp.where(mask > 0, of_targets, 0).sum()
+
+        self._count = jax.jit(count, out_shardings=axes.sharding())
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Returns the bytes of the targets of tokens (B, S + 1), as () int32.
+
+        Args:
+            tokens: the batch, on the mesh.
+            mask: (B, S); targets whose mask is 0 do not count. None counts all.
+        """
+        return self._count(self._lengths, tokens, mask)
+
+
+class Evaluator:
+    """The mean loss over a split, on the same sequences each time.
+
+    It takes as many sequences at a time as a micro-batch of training has, and so needs no more memory. On a
+    mesh each batch is split over the devices as those of training are; all processes call it together.
     """
 
     def __init__(self, config: RunConfig, corpus: Corpus, axes: MeshAxes | None = None):
-        """For variables that lie on the mesh of `axes`; None is the first device of this process."""
-        self._config, self._corpus = config, corpus
+        """Evaluates variables that lie on the mesh of `axes`; None is the first device of this process."""
+        self._corpus, self._train = corpus, config.train
         self._axes = one_device() if axes is None else axes
         step = make_eval_step(config, self._axes)
         self._step = jax.jit(step, out_shardings=self._axes.sharding())
+        self._target_bytes = TargetBytes(corpus.tokenizer, self._axes)
 
     def __call__(
         self,
@@ -53,26 +88,29 @@ class Evaluator:
         *,
         stride: int | None = None,
         progress: bool = False,
+        before_batch: Callable[[], None] | None = None,
     ) -> Evaluation:
-        """The loss of the model on a split.
+        """Returns the loss of the model on a split.
 
         Args:
             variables: of the model.
             split: `train`, `validation` or `test`.
-            batches: how many; 0 is all of the split, None is `train.eval_batches`. Their sequences are spread
-                evenly over the split.
+            batches: how many of `train.batch_size` sequences; 0 is all of the split, None is
+                `train.eval_batches`. Their sequences are spread evenly over the split.
             stride: tokens from the beginning of a sequence to that of the next, in [1, S]; None is S,
                 disjoint sequences as in training. Below S they overlap: of each but the first only the last
                 `stride` targets count, with at least S - `stride` tokens of context, and none counts twice.
             progress: whether to draw a progress bar on standard error.
+            before_batch: called before each micro-batch; what it raises ends the evaluation.
 
         Raises:
             UserError: see `eval_batches`.
         """
-        size = self._config.train.batch_size
-        limit = self._config.train.eval_batches if batches is None else batches
+        micro_batches = self._train.grad_accumulation
+        size = self._train.batch_size // micro_batches
+        limit = (self._train.eval_batches if batches is None else batches) * micro_batches
         rows = rows_here(self._axes, size)
-        total = np.zeros(2, np.float64)
+        loss, targets, text = 0.0, 0.0, 0
         for batch in tqdm(
             eval_batches(self._corpus, split, size, limit, rows, stride),
             desc=split,
@@ -80,13 +118,21 @@ class Evaluator:
             disable=not (progress and is_first()),
             leave=False,
         ):
+            if before_batch is not None:
+                before_batch()
             tokens, mask = (shard_batch(batch[name], self._axes, size) for name in ("tokens", "mask"))
-            total += np.asarray(self._step(variables, tokens, mask), np.float64)
-        loss = float(total[0] / total[1])
-        bits = bits_per_byte(loss, self._corpus.bytes_per_token(split))
-        return Evaluation(loss=loss, bits_per_byte=bits, tokens=round(total[1]))
+            sums = self._step(variables, tokens, mask)
+            text += int(self._target_bytes(tokens, mask))
+            of_batch = np.asarray(sums, np.float64)
+            loss, targets = loss + of_batch[0], targets + of_batch[1]
+        return Evaluation(
+            loss=float(loss / targets), bits_per_byte=bits_per_byte(float(loss), text), tokens=round(targets)
+        )
 
 
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """A loss in nats per token as bits per byte of text."""
-    return loss / math.log(2) / bytes_per_token
+def bits_per_byte(nats: float, num_bytes: float) -> float:
+    """Returns a loss, summed over targets in nats, as bits per byte of the text that these stand for.
+
+    It is infinite where there is no byte: a batch may hold nothing but ends of documents.
+    """
+    return nats / math.log(2) / num_bytes if num_bytes else math.inf

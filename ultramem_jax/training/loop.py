@@ -30,11 +30,12 @@ from ultramem_jax.parallel.distributed import (
     require_same,
 )
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, rows_here, shard_batch
-from ultramem_jax.training.checkpoints import Checkpoints, Meta
-from ultramem_jax.training.evaluation import Evaluation, Evaluator, bits_per_byte
+from ultramem_jax.training.checkpoints import Checkpoints
+from ultramem_jax.training.continuing import check_same_run, corpus_identity
+from ultramem_jax.training.evaluation import Evaluation, Evaluator, TargetBytes, bits_per_byte
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.optimizer import Optimizers, make_optimizers
-from ultramem_jax.training.restore import save_tokenizer
+from ultramem_jax.training.restore import mend_tokenizer, save_tokenizer
 from ultramem_jax.training.state import (
     TrainState,
     abstract_state,
@@ -43,8 +44,12 @@ from ultramem_jax.training.state import (
 )
 from ultramem_jax.training.step import make_train_step
 from ultramem_jax.training.undo_log import is_worth_it
+from ultramem_jax.training.window import LossWindow
+from ultramem_jax.training.workdir import owned, system_errors_in_a_line
 
 log = logging.getLogger(__name__)
+
+_NONE = Evaluation(loss=math.nan, bits_per_byte=math.nan, tokens=0)
 
 _TIMED_STEPS = 1000
 """Steps that the speed at the end is the median of."""
@@ -75,8 +80,11 @@ def train(
 ) -> TrainResult:
     """Trains, or goes on with the run that `workdir` holds; processes that have joined, all together.
 
-    Writes `metrics.jsonl` and `checkpoints/` into `workdir`. The same config and workdir resume bit for bit:
-    a run that was cut off ends on the same numbers as one that was not.
+    Writes `metrics.jsonl` and `checkpoints/` into `workdir`, which no other run may use meanwhile. The same
+    config and workdir resume bit for bit: a run that was cut off ends on the same numbers as one that was
+    not. Training records hold the mean `loss` and `bits_per_byte` of the steps since the record before.
+
+    SIGTERM stops the run after the step in hand, or between two batches of an evaluation, and saves.
 
     Args:
         config: of the run.
@@ -85,10 +93,16 @@ def train(
         corpus: prepared data, if it is at hand already; else it is made from `config.data`.
 
     Raises:
-        UserError: bad input, a checkpoint of another model, or a loss that is not finite (the checkpoints
-            before it stay).
+        UserError: bad input; a checkpoint of another model, text or tokenizer; a workdir that is in use; a
+            file that the system cannot write or read; a loss that is not finite. The checkpoints before it
+            stay.
     """
     workdir = pathlib.Path(workdir)
+    with system_errors_in_a_line(workdir):
+        return _train(config, workdir, progress, corpus)
+
+
+def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Corpus | None) -> TrainResult:
     corpus = corpus if corpus is not None else load_corpus(config.data)
     check_vocabulary(config, corpus)
     axes = mesh_axes(config, make_mesh(config.mesh))
@@ -99,30 +113,40 @@ def train(
     optimizers = make_optimizers(config)
     abstract = abstract_state(config, optimizers, axes)
     evaluate = Evaluator(config, corpus, axes)
-    _make_folder(workdir)
     meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus_identity(corpus)}
+    train = config.train
     with (
-        Checkpoints(workdir / "checkpoints", config.train.keep_last, config.train.keep_best) as checkpoints,
+        owned(workdir),
+        Checkpoints(workdir / "checkpoints", train.keep_last, train.keep_best) as checkpoints,
         _StopOnSigterm() as stop,
     ):
+        window = LossWindow()
         if checkpoints.latest_step() is None:
             if is_first():
                 save_tokenizer(corpus.tokenizer, workdir)
             state, start = _fresh_state(config, optimizers, axes, abstract), 0
         else:
-            _check_same_run(checkpoints.read_meta(), config, corpus, workdir)
+            check_same_run(checkpoints.read_meta(), config, corpus, workdir)
             restored = checkpoints.restore(abstract, data, expect_config=to_dict(config))
             state, start = restored.state, restored.step
-            log.info("resumed from step %d of %s", start, workdir)
+            window = LossWindow.of(restored.meta.since_record)
+            if is_first():
+                mend_tokenizer(corpus.tokenizer, workdir)
+            done = "already finished:" if start == train.steps else "resumed from"
+            log.info("%s step %d of %s", done, start, workdir)
+        # Cut off after a save and before its evaluation: that is made up for.
+        unmarked = start > 0 and _due(start, train.eval_every, start == train.steps)
+        unmarked = unmarked and not checkpoints.is_marked(start)
         step_function = _StepFunction(config, optimizers, axes, state, checkpoints)
         with (
-            MetricWriter(workdir, config.train.tensorboard, start or None)
+            MetricWriter(workdir, train.tensorboard, start or None, without_validation=unmarked)
             if is_first()
             else contextlib.nullcontext()
         ) as writer:
-            run = _Run(config, corpus, checkpoints, writer, evaluate, data, meta, stop)
+            target_bytes = TargetBytes(corpus.tokenizer, axes)
+            run = _Run(config, checkpoints, writer, evaluate, target_bytes, data, meta, stop, window)
             shard = functools.partial(shard_batch, axes=axes, batch_size=size)
-            return run.steps(state, start, step_function, shard, progress and is_first())
+            return run.steps(state, start, unmarked, step_function, shard, progress and is_first())
 
 
 def check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
@@ -136,73 +160,21 @@ def check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
     )
 
 
-def corpus_identity(corpus: Corpus) -> dict[str, Any]:
-    """What a checkpoint says of its data."""
-    return {
-        "corpus_hash": corpus.corpus_hash,
-        "num_tokens": corpus.num_tokens,
-        "num_bytes": corpus.num_bytes,
-        "tokenizer": corpus.tokenizer.name,
-    }
-
-
-_FIXED = ("data.seq_len", "train.batch_size", "train.seed", "train.table_gradient")
-"""What a position in the data, or the state of the optimizer, has no meaning without."""
-
-
-def _check_same_run(meta: Meta, config: RunConfig, corpus: Corpus, workdir: pathlib.Path) -> None:
-    """Refuses to go on with a run under settings, or on data, that would make it another one."""
-    require(
-        meta.step <= config.train.steps,
-        "train.steps",
-        config.train.steps,
-        f"must be at least {meta.step}, the steps that {workdir} has done",
-    )
-    for name in _FIXED:
-        part, field = name.split(".")
-        then, now = meta.config[part][field], to_dict(config)[part][field]
-        require(then == now, name, now, f"must stay {then!r}, as {workdir} began; or give another --workdir")
-    check_corpus(meta.corpus, corpus, workdir)
-
-
-def check_corpus(of_checkpoint: dict[str, Any], corpus: Corpus, workdir: str | pathlib.Path) -> None:
-    """Refuses a corpus that is not the one a checkpoint was trained on.
-
-    Raises:
-        UserError: with both hashes.
-    """
-    then, now = of_checkpoint["corpus_hash"], corpus.corpus_hash
-    if then != now:
-        raise UserError(
-            f"corpus {now[:12]} is not the one that {workdir} was trained on, {then[:12]}: "
-            "give another --workdir, or the same data"
-        )
-
-
 def _require_together(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) -> None:
     """Refuses processes with different settings or data, or without a folder in common."""
     if jax.process_count() == 1:
         return
     parts = {f"the config's {name}": part for name, part in to_dict(config).items() if name != "data"}
-    require_same(parts | {"corpus": corpus.corpus_hash})
+    require_same(parts | {"corpus": corpus.corpus_hash, "tokenizer": corpus.tokenizer.fingerprint})
     token = workdir / f".{from_first(uuid.uuid4().hex)}"
     if is_first():
-        _make_folder(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
         token.touch()
     from_first(None)  # it is there
     seen = gather(token.exists())
     if is_first():
         token.unlink()
     require(all(seen), "--workdir", str(workdir), "must be one folder that all processes share")
-
-
-def _make_folder(workdir: pathlib.Path) -> None:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--workdir = {str(workdir)!r}: must be a folder that can be written: {error}"
-        ) from None
 
 
 def _fresh_state(
@@ -260,79 +232,106 @@ class _Run:
     """What the steps of a run share."""
 
     config: RunConfig
-    corpus: Corpus
     checkpoints: Checkpoints
     writer: MetricWriter | None
     """Of the first process."""
-    evaluate: Evaluator
+    evaluator: Evaluator
+    target_bytes: TargetBytes
     data: Iterator[dict[str, np.ndarray]]
     meta: dict[str, Any]
     stop: "_StopOnSigterm"
+    window: LossWindow
+    validation: Evaluation = _NONE
+    """The last one."""
 
     def steps(
         self,
         state: TrainState,
         start: int,
+        unmarked: bool,
         step_function: "_StepFunction",
         shard: Callable[[np.ndarray], Any],
         progress: bool,
     ) -> TrainResult:
-        """Steps `start` + 1 to the last one of the config."""
+        """Steps `start` + 1 to the last one of the config; if `unmarked`, first the evaluation of `start`."""
         train = self.config.train
-        tokens_per_step = train.batch_size * self.config.data.seq_len
-        validation = Evaluation(loss=math.nan, bits_per_byte=math.nan, tokens=0)
+        targets = train.batch_size * self.config.data.seq_len
         seconds: deque[float] = deque(maxlen=_TIMED_STEPS)
-        step, finished = start, True
+        step, stopping = start, False
         bar = tqdm(total=train.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
         with bar:
-            if start == train.steps:  # finished before; its numbers are still wanted
-                validation = self.evaluate(model_variables(state))
-            while step < train.steps:
+            bar.set_postfix_str("compiling")
+            if unmarked:
+                stopping = not self._evaluate(step, state)
+            elif start == train.steps:  # its numbers are still wanted
+                stopping = not self._validate(state)
+            while step < train.steps and not stopping:
                 began = time.perf_counter()
-                state, metrics = step_function(state, shard(next(self.data)["tokens"]))
+                batch = shard(next(self.data)["tokens"])
+                num_bytes = self.target_bytes(batch)
+                state, metrics = step_function(state, batch)
                 loss = self._finite(metrics, step + 1)
                 seconds.append(time.perf_counter() - began)
                 step += 1
-                bits = bits_per_byte(loss, self.corpus.bytes_per_token("train"))
-                speed = tokens_per_step / float(np.median(list(seconds)[-20:]))
+                self.window.add(loss, int(num_bytes) / targets)
+                bits = bits_per_byte(loss, int(num_bytes) / targets)
+                speed = targets / float(np.median(list(seconds)[-20:]))
                 bar.set_postfix_str(f"loss {loss:.3f} ({bits:.3f} bits/byte), {speed:,.0f} tokens/s")
                 bar.update()
                 last = step == train.steps
                 if last or step % train.log_every == 0:
                     scalars = {name: float(value) for name, value in metrics.items()}
-                    self._write(step, "train", scalars | {"bits_per_byte": bits, "tokens_per_second": speed})
-                evaluated = _due(step, train.eval_every, last)
-                if evaluated:
-                    validation = self.evaluate(model_variables(state))
-                    self._require_finite({"validation loss": validation.loss}, step)
-                    scalars = {"loss": validation.loss, "bits_per_byte": validation.bits_per_byte}
-                    self._write(step, "validation", scalars)
+                    self._write(step, "train", scalars | self.window.take() | {"tokens_per_second": speed})
                 # The signal may have come to one process, or to all and not in the same step.
                 stopping = any_process(self.stop.requested) and not last
-                if stopping or _due(step, train.checkpoint_every, last):
-                    self._save(step, state, validation.loss if evaluated else None, step_function.records)
-                if stopping:
-                    finished = False
-                    break
+                saved = stopping or _due(step, train.checkpoint_every, last)
+                if saved:
+                    self._save(step, state, step_function.records)
+                if not stopping and _due(step, train.eval_every, last):
+                    stopping = not self._evaluate(step, state)
+                    if stopping and not saved:
+                        self._save(step, state, step_function.records)
         self.checkpoints.wait()
-        if not finished:
+        if stopping:
             log.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", step)
         # The first step of a process compiles.
-        speed = tokens_per_step / float(np.median(list(seconds)[1:])) if len(seconds) > 1 else math.nan
-        return TrainResult(step, finished, validation.loss, validation.bits_per_byte, speed, state)
+        speed = targets / float(np.median(list(seconds)[1:])) if len(seconds) > 1 else math.nan
+        found = self.validation
+        return TrainResult(step, not stopping, found.loss, found.bits_per_byte, speed, state)
+
+    def _evaluate(self, step: int, state: TrainState) -> bool:
+        """Evaluates after `step`, writes it down and ranks its checkpoint; False if SIGTERM cut it off."""
+        if not self._validate(state):
+            return False
+        scalars = {"loss": self.validation.loss, "bits_per_byte": self.validation.bits_per_byte}
+        self._write(step, "validation", scalars)
+        self.checkpoints.mark(step, self.validation.loss)
+        self._require_finite({"validation loss": self.validation.loss}, step)
+        return True
+
+    def _validate(self, state: TrainState) -> bool:
+        try:
+            self.validation = self.evaluator(model_variables(state), before_batch=self._stop_if_wanted)
+        except _Stopped:
+            return False
+        return True
+
+    def _stop_if_wanted(self) -> None:
+        if any_process(self.stop.requested):
+            raise _Stopped
 
     def _write(self, step: int, split: str, scalars: dict[str, float]) -> None:
         if self.writer is not None:
             self.writer.write(step, split, scalars)
 
-    def _save(self, step: int, state: TrainState, validation_loss: float | None, recorded: bool) -> None:
+    def _save(self, step: int, state: TrainState, recorded: bool) -> None:
         self.checkpoints.save(
             step,
             state,
             self.data,
             config=self.meta["config"],
             corpus=self.meta["corpus"],
-            validation_loss=validation_loss,
+            since_record=dataclasses.asdict(self.window),
             recorded=recorded,
         )
 
@@ -364,6 +363,10 @@ class _Run:
 
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
+
+
+class _Stopped(Exception):
+    """SIGTERM came during an evaluation."""
 
 
 class _StopOnSigterm:

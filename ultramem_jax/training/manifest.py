@@ -8,6 +8,7 @@ from pathlib import Path
 from ultramem_jax.files import replace_text
 
 _MANIFEST = "manifest.json"
+_FORMAT = 1
 _NOT_IN_MANIFEST = frozenset({_MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"})
 """The two of Orbax in a checkpoint's own directory are written last of all, and nothing here reads them."""
 
@@ -22,27 +23,35 @@ def write_manifest(directory: Path) -> None:
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "crc32": _checksum(path)}
         for path in _files(directory)
     }
-    replace_text(directory / _MANIFEST, json.dumps({"format": 1, "files": files}, indent=1))
+    replace_text(directory / _MANIFEST, json.dumps({"format": _FORMAT, "files": files}, indent=1))
 
 
 def find_damage(directory: Path) -> str | None:
-    """What is wrong with the checkpoint at `directory`, in one line; None if it equals its manifest.
+    """Returns what is wrong with the checkpoint at `directory`, in one line; None if it equals its manifest.
 
     Of a file above 256 MiB the size is checked and 256 blocks of 64 KiB, so that tables of many GB open at
     once. That finds what was cut off, left out or never flushed, but not a few bytes that changed in between:
     the chunks of arrays carry no checksum of their own.
     """
     try:
-        files = json.loads((directory / _MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        manifest = json.loads((directory / _MANIFEST).read_text())
+    except (OSError, ValueError) as error:
         return f"{_MANIFEST} cannot be read ({type(error).__name__})"
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        return f"{_MANIFEST} has the format {found!r}, known is {_FORMAT}"
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        return f"{_MANIFEST} lists no files"
     for name, expected in files.items():
         path = directory / name
+        if not isinstance(expected, dict):
+            return f"{_MANIFEST} has no size and checksum of {name}"
         if not path.is_file():
             return f"{name} is missing"
-        if (size := path.stat().st_size) != expected["bytes"]:
-            return f"{name} has {size} bytes instead of {expected['bytes']}"
-        if _checksum(path) != expected["crc32"]:
+        if (size := path.stat().st_size) != expected.get("bytes"):
+            return f"{name} has {size} bytes instead of {expected.get('bytes')}"
+        if _checksum(path) != expected.get("crc32"):
             return f"{name} has other content than was written"
     return None
 

@@ -6,9 +6,13 @@
 
 A number that JSON has no word for is written as a string, "NaN", "Infinity" or "-Infinity", and
 `read_metrics` turns it back into the float: a diverged run shows as diverged and not as a gap.
+
+A log never stops a run: lines that are no records are passed over, and what cannot be written is said once.
 """
 
+import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -17,6 +21,8 @@ from types import TracebackType
 from typing import Any
 
 from ultramem_jax.files import replace_text
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 LOSS = "bits_per_byte"
@@ -34,7 +40,11 @@ class MetricWriter:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], tensorboard: bool = False, resume_step: int | None = None
+        self,
+        workdir: str | os.PathLike[str],
+        tensorboard: bool = False,
+        resume_step: int | None = None,
+        without_validation: bool = False,
     ):
         """Opens the file for appending.
 
@@ -43,12 +53,19 @@ class MetricWriter:
             tensorboard: also write event files to `<workdir>/tensorboard`.
             resume_step: the step that the run goes on from. Records of later steps, and a half-written last
                 line, are dropped, so that no step appears twice. None, a run from its start, drops all.
+            without_validation: also drop validation records of that step, which is evaluated again.
+
+        Raises:
+            OSError: the file cannot be read or written.
         """
         Path(workdir).mkdir(parents=True, exist_ok=True)
         self.path = Path(workdir) / METRICS_FILE
         kept = [] if resume_step is None else _records_until(self.path, resume_step)
+        if without_validation:
+            kept = [r for r in kept if (r["step"], r.get("split")) != (resume_step, "validation")]
         replace_text(self.path, "".join(map(_line, kept)))
         self._file = self.path.open("a", buffering=1, encoding="utf-8")  # 1: by lines
+        self._failed = False
         self._events: Any = None
         if tensorboard:
             # Heavy to import, and most runs do without.
@@ -80,16 +97,28 @@ class MetricWriter:
         flat = flatten(scalars)
         if reserved := flat.keys() & {"step", "split"}:
             raise ValueError(f"metric names {sorted(reserved)} are taken")
-        self._file.write(_line({"step": int(step), "split": split, **flat}))
+        with self._never_stopping():
+            self._file.write(_line({"step": int(step), "split": split, **flat}))
         if self._events is not None:
             for name, value in flat.items():
                 self._events.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
+        with self._never_stopping():
+            self._file.close()
         if self._events is not None:
             self._events.close()
+
+    @contextlib.contextmanager
+    def _never_stopping(self) -> Iterator[None]:
+        """What the system refuses is said once. Python keeps the lines, and writes them when it can again."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                log.warning("%s: metrics cannot be written: %s", self.path, error.strerror)
+            self._failed = True
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
@@ -109,15 +138,19 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
-    """The records of a `metrics.jsonl`, in the order written; a half-written last line is left out.
+    """Returns the records of a `metrics.jsonl`, in the order written.
+
+    A line that is no record (cut off by a kill, or zeros after a loss of power) is passed over. If it is not
+    the last one, half-written, the log says so once.
 
     Raises:
-        ValueError: another line is not a record.
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be read.
     """
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    # What follows the last newline is empty, or was cut off by a kill.
-    return [_parse(line, number, path) for number, line in enumerate(lines[:-1], start=1)]
+    *lines, _ = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    records = [_parse(line) for line in lines]
+    if bad := [number for number, record in enumerate(records, start=1) if record is None]:
+        log.warning("%s: passing over %d lines that are no records, line %d first", path, len(bad), bad[0])
+    return [record for record in records if record is not None]
 
 
 def plot_loss_curve(
@@ -171,15 +204,21 @@ def _to_json(value: Any) -> Any:
     return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
 
 
-def _parse(line: str, number: int, path: str | os.PathLike[str]) -> Record:
+def _parse(line: str) -> Record | None:
+    """The record of a line, or None: an object with a whole number `step`, a name `split` and numbers."""
     try:
         record = json.loads(line)
-        return {
-            name: value if name == "split" else _NOT_IN_JSON.get(value, value)
-            for name, value in record.items()
-        }
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}, line {number}: not a record of metrics") from error
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("split"), str):
+        return None
+    values = {
+        name: _NOT_IN_JSON.get(value, value) if isinstance(value, str) and name != "split" else value
+        for name, value in record.items()
+    }
+    numbers = [value for name, value in values.items() if name != "split"]
+    right = type(values.get("step")) is int and all(isinstance(value, int | float) for value in numbers)
+    return values if right else None
 
 
 def _records_until(path: Path, step: int) -> list[Record]:

@@ -1,18 +1,23 @@
 """A trained model from its run's folder, for evaluation, sampling and notebooks."""
 
 import dataclasses
+import logging
 import pathlib
 from typing import Any
 
 import jax
 
-from ultramem_jax.config import RunConfig, run_config_from_dict
+from ultramem_jax.config import RunConfig
 from ultramem_jax.data import BpeTokenizer, ByteTokenizer, Tokenizer
 from ultramem_jax.errors import UserError
 from ultramem_jax.parallel.mesh import one_device
+from ultramem_jax.training.checkpoint_reading import saved_config
 from ultramem_jax.training.checkpoints import Checkpoints
+from ultramem_jax.training.continuing import check_tokenizer, tokenizer_identity
 from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state, reaches
+
+log = logging.getLogger(__name__)
 
 _TOKENIZER_FILE = "tokenizer.json"
 
@@ -39,13 +44,14 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
         checkpoint: `last`, `best` (by validation loss), or a step.
 
     Raises:
-        UserError: no such folder, step or whole checkpoint.
+        UserError: no such folder, step or whole checkpoint, or a tokenizer that is lost, damaged or not the
+            run's own.
     """
     folder = pathlib.Path(workdir) / "checkpoints"
     with Checkpoints(folder, read_only=True) as checkpoints:
         step = _step(checkpoints, checkpoint)
         meta = checkpoints.read_meta(step)
-        config = run_config_from_dict(_in_todays_fields(meta.config))
+        config = saved_config(folder / str(meta.step), meta.config)
         # On the first device alone, whatever the run was trained on.
         one = one_device()
         if config.model.memory is not None and not reaches(config.model.memory.memory_kind):
@@ -63,33 +69,51 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
             "memory": restored.get("tables", {}),
             "buffers": restored.get("buffers", {}),
         },
-        tokenizer=_tokenizer(config, pathlib.Path(workdir)),
+        tokenizer=_tokenizer(config, pathlib.Path(workdir), meta.corpus),
         step=meta.step,
         corpus=meta.corpus,
     )
 
 
-def _in_todays_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a checkpoint, where an older version wrote it under other names; new fields default."""
-    memory = dict(config["model"]["memory"] or {})
-    if "norm_query_key" in memory:  # before version 0.2
-        memory["norm_query"] = memory["norm_keys"] = memory.pop("norm_query_key")
-        return config | {"model": config["model"] | {"memory": memory}}
-    return config
-
-
 def save_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
-    """Keeps a trained tokenizer with the run, which then needs no corpus to be read back."""
+    """Keeps a trained tokenizer with the run, which then needs no corpus to be read back.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     if isinstance(tokenizer, BpeTokenizer):
-        partial = workdir / (_TOKENIZER_FILE + ".partial")
-        tokenizer.save(partial)
-        partial.replace(workdir / _TOKENIZER_FILE)
+        tokenizer.save(workdir / _TOKENIZER_FILE)
 
 
-def _tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
+def mend_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
+    """Writes the tokenizer of a run again where its file is lost or damaged, and says so in the log.
+
+    Raises:
+        UserError: the file holds another tokenizer.
+        OSError: it cannot be written.
+    """
+    path = workdir / _TOKENIZER_FILE
+    if not isinstance(tokenizer, BpeTokenizer):
+        return
+    try:
+        there = BpeTokenizer.load(path)
+    except UserError as error:
+        log.warning("%s; it is written again", error)
+        save_tokenizer(tokenizer, workdir)
+    else:
+        check_tokenizer(tokenizer_identity(tokenizer), there, str(path), workdir)
+
+
+def _tokenizer(config: RunConfig, workdir: pathlib.Path, corpus: dict[str, Any]) -> Tokenizer:
     if config.data.tokenizer == "bytes":
         return ByteTokenizer()
-    return BpeTokenizer.load(workdir / _TOKENIZER_FILE)
+    path = workdir / _TOKENIZER_FILE
+    try:
+        tokenizer = BpeTokenizer.load(path)
+    except UserError as error:
+        raise UserError(f"{error}; starting the run's training again writes it anew") from None
+    check_tokenizer(corpus, tokenizer, str(path), workdir)
+    return tokenizer
 
 
 def _step(checkpoints: Checkpoints, checkpoint: str | int) -> int | None:

@@ -1,0 +1,42 @@
+"""A run that trains in seconds, for tests of what happens around its steps."""
+
+import numpy as np
+
+from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.training.metrics import read_metrics
+
+
+def small_config(folder):
+    """Six steps of a model with every moving part: memory, buffers, dropout, accumulation, checkpoints."""
+    rng = np.random.default_rng(0)
+    words = ["memory", "slot", "key", "query", "\n", "token ", "value;"]
+    (folder / "text.txt").write_text(" ".join(rng.choice(words, 3000)))
+    memory = MemoryConfig.ultramem(placement="1:2", num_keys=24, top_m=4, num_heads=2, key_dim=8, value_dim=8)
+    model = ModelConfig(
+        embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, dropout=0.1, memory=memory
+    )
+    return RunConfig(
+        model=model,
+        data=DataConfig("text", str(folder / "text.txt"), seq_len=16, cache_dir=str(folder / "cache")),
+        train=TrainConfig(
+            steps=6,
+            batch_size=16,
+            grad_accumulation=2,
+            learning_rate=1e-2,
+            log_every=1,
+            eval_every=3,
+            eval_batches=2,
+            checkpoint_every=2,
+        ),
+    )
+
+
+def files(folder):
+    """Contents of all files below a folder, by path."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def scalars(workdir):
+    """Every record, without the one metric that is a measurement of time."""
+    records = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]

@@ -1,0 +1,208 @@
+"""What a run that goes on is compared with, and what it says when something differs."""
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.training.small_run import files
+from ultramem_jax import UserError
+from ultramem_jax.data import BpeTokenizer, load_corpus
+from ultramem_jax.training.continuing import check_corpus, corpus_identity
+from ultramem_jax.training.loop import train
+from ultramem_jax.training.restore import load_model
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture(scope="module")
+def bpe(config):
+    """One step with a tokenizer of 280 ids, in a model that has room for more."""
+    data = replace(config.data, tokenizer="bpe", bpe_vocab_size=280)
+    return replace(
+        config,
+        model=replace(config.model, vocab_size=300, memory=None),
+        data=data,
+        train=replace(config.train, steps=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(bpe, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("bpe")
+    train(bpe, workdir, progress=False)
+    return workdir
+
+
+@pytest.fixture
+def workdir(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def refused(error, *parts):
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def another_tokenizer(bpe):
+    return BpeTokenizer.train([b"quite another text, quite other merges " * 50], bpe.data.bpe_vocab_size)
+
+
+# ---- the identity of a corpus
+
+
+def test_a_tokenizer_of_another_size_is_refused(bpe, workdir):
+    other = replace(bpe, data=replace(bpe.data, bpe_vocab_size=270))
+    before = files(workdir)
+    with pytest.raises(UserError) as error:
+        train(other, workdir, progress=False)
+    refused(error, "'bpe' of 270 ids", "'bpe' of 280 ids", "data.bpe_vocab_size", str(workdir))
+    assert files(workdir) == before
+
+
+def test_a_cache_that_another_library_tokenized_is_refused(bpe, workdir, tmp_path, monkeypatch):
+    """The same text, size and settings; only the merges are others."""
+    monkeypatch.setattr(BpeTokenizer, "train", lambda *_, _made=another_tokenizer(bpe): _made)
+    other = replace(bpe, data=replace(bpe.data, cache_dir=str(tmp_path / "cache")))
+    corpus, loaded = load_corpus(other.data), load_model(workdir)
+    assert corpus.corpus_hash == loaded.corpus["corpus_hash"]
+    assert corpus.tokenizer.vocab_size == 280
+    before = files(workdir)
+    with pytest.raises(UserError) as error:
+        train(other, workdir, progress=False)
+    refused(error, "the tokenizer of this corpus", "'bpe' of 280 ids", "was trained with")
+    assert files(workdir) == before
+    with pytest.raises(UserError, match="the tokenizer of this corpus"):
+        check_corpus(loaded.corpus, corpus, workdir)
+
+
+def test_other_tokens_of_the_same_text_are_refused(bpe):
+    corpus = load_corpus(bpe.data)
+    then = corpus_identity(corpus)
+    check_corpus(then, corpus, "run")
+    check_corpus({"corpus_hash": then["corpus_hash"]}, corpus, "run")  # as old versions wrote it
+    fewer = then["num_tokens"] | {"train": then["num_tokens"]["train"] - 1}
+    with pytest.raises(UserError, match="it was tokenized in another way"):
+        check_corpus(then | {"num_tokens": fewer}, corpus, "run")
+
+
+def test_a_cache_whose_tokenizer_was_exchanged_is_refused(bpe, tmp_path):
+    data = replace(bpe.data, cache_dir=str(tmp_path / "cache"))
+    path = load_corpus(data).folder / "tokenizer.json"
+    another_tokenizer(bpe).save(path)
+    with pytest.raises(UserError, match="must be the tokenizer that the tokens beside it were made with"):
+        load_corpus(data)
+    path.write_text("")
+    with pytest.raises(UserError) as error:
+        load_corpus(data)
+    refused(error, str(path), "must be a tokenizer of byte-level BPE", "delete the folder")
+
+
+# ---- the tokenizer's file
+
+HARM = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_text(""),
+    "garbage": lambda path: path.write_bytes(b"\x00\xff{]"),
+    "of another kind": lambda path: path.write_text('{"model": {"type": "WordLevel", "vocab": {}}}'),
+    "cut off": lambda path: path.write_text(path.read_text()[:-100]),
+}
+
+
+@pytest.mark.parametrize("harm", HARM.values(), ids=list(HARM))
+def test_a_tokenizer_that_is_lost_is_an_error_to_read_and_written_again_by_training(
+    bpe, workdir, harm, caplog
+):
+    path = workdir / "tokenizer.json"
+    before = path.read_bytes()
+    harm(path)
+    with pytest.raises(UserError) as error:
+        load_model(workdir)
+    refused(error, str(path), "must be a tokenizer of byte-level BPE", "writes it anew")
+    train(bpe, workdir, progress=False)
+    assert "it is written again" in caplog.text
+    assert path.read_bytes() == before
+    np.testing.assert_array_equal(load_model(workdir).tokenizer.encode(b"memory"), _ids(bpe, b"memory"))
+
+
+def _ids(bpe, data):
+    return load_corpus(bpe.data).tokenizer.encode(data)
+
+
+def test_a_folder_in_place_of_the_tokenizer_is_named(bpe, workdir):
+    path = workdir / "tokenizer.json"
+    path.unlink()
+    path.mkdir()
+    for act in (lambda: load_model(workdir), lambda: train(bpe, workdir, progress=False)):
+        with pytest.raises(UserError) as error:
+            act()
+        refused(error, str(path), "directory")
+
+
+def test_another_tokenizer_in_the_runs_folder_is_refused(bpe, workdir):
+    path = workdir / "tokenizer.json"
+    another_tokenizer(bpe).save(path)
+    before = files(workdir)
+    for act in (lambda: load_model(workdir), lambda: train(bpe, workdir, progress=False)):
+        with pytest.raises(UserError) as error:
+            act()
+        refused(error, f"the tokenizer of {path}", "is not the one" if False else "was trained with")
+    assert files(workdir) == before
+
+
+def test_a_fingerprint_is_that_of_the_merges(bpe, tmp_path):
+    tokenizer = load_corpus(bpe.data).tokenizer
+    assert tokenizer.fingerprint != another_tokenizer(bpe).fingerprint
+    # As versions of the library before 0.20 write merges, and as others may indent and sort.
+    tree = json.loads(tokenizer._backend.to_str())
+    assert isinstance(tree["model"]["merges"][0], list)
+    tree["model"]["merges"] = [" ".join(merge) for merge in tree["model"]["merges"]]
+    (tmp_path / "old.json").write_text(json.dumps(tree, indent=3, sort_keys=True))
+    assert BpeTokenizer.load(tmp_path / "old.json").fingerprint == tokenizer.fingerprint
+
+
+# ---- settings that may change
+
+
+def test_each_changed_field_is_said_and_how_rates_jump(config, tmp_path, caplog):
+    short = replace(config, train=replace(config.train, steps=2, eval_every=0))
+    train(short, tmp_path, progress=False)
+    changed = dict(steps=4, learning_rate=5e-3, b1=0.8, weight_decay=0.0)
+    longer = replace(short, train=replace(short.train, **changed))
+    with caplog.at_level(logging.INFO):
+        train(longer, tmp_path, progress=False)
+    lines = caplog.messages
+    for name, then, now in (
+        ("steps", 2, 4),
+        ("learning_rate", 0.01, 0.005),
+        ("b1", 0.9, 0.8),
+        ("weight_decay", 0.1, 0.0),
+    ):
+        assert f"train.{name} = {now} from step 3 on, {then} before" in lines
+    assert len([line for line in lines if "before" in line]) == len(changed)
+    # By hand: the cosine ended on a tenth of the peak. Of four steps one is warm-up, and step 3 is two thirds
+    # down the cosine: 0.005·(0.1 + 0.9·(1 + cos(2π/3))/2) = 0.001625.
+    assert "the learning rate jumps from 0.001 in step 2 to 0.00162 in step 3 (×1.62)" in lines
+    # Tables: 10 -> 1 over two steps; two of three parts down from 10 to 1 over four: 10 - 9·2/3 = 4.
+    assert "the learning rate of tables jumps from 0.001 in step 2 to 0.0065 in step 3 (×6.5)" in lines
+
+
+def test_a_run_extended_to_twice_its_steps_says_by_how_much_its_rates_jump(config):
+    from ultramem_jax.training.continuing import _jumps
+
+    done = replace(config, train=replace(config.train, steps=1000))
+    assert _jumps(done, done, 500) == []
+    twice = replace(done, train=replace(done.train, steps=2000))
+    dense, tables = _jumps(done, twice, 1000)
+    assert dense.endswith("in step 1001 (×5.56)") and tables.endswith("in step 1001 (×30.6)")
+
+
+def test_a_finished_run_started_again_says_so(bpe, workdir, caplog):
+    with caplog.at_level(logging.INFO):
+        result = train(bpe, workdir, progress=False)
+    assert result.finished and f"already finished: step 1 of {workdir}" in caplog.messages

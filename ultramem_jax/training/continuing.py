@@ -1,0 +1,132 @@
+"""What a run that goes on must have in common with its checkpoint, and what may differ and is said."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from ultramem_jax.config import RunConfig, to_dict
+from ultramem_jax.data import Corpus, Tokenizer
+from ultramem_jax.errors import UserError, require
+from ultramem_jax.training.checkpoint_reading import Meta, differences, saved_config, shown
+from ultramem_jax.training.optimizer import table_learning_rate
+from ultramem_jax.training.schedules import learning_rate
+
+log = logging.getLogger(__name__)
+
+_FIXED = ("data.seq_len", "train.batch_size", "train.seed", "train.table_gradient")
+"""What a position in the data, or the state of the optimizer, has no meaning without."""
+
+
+def corpus_identity(corpus: Corpus) -> dict[str, Any]:
+    """Returns what a checkpoint says of its data, for JSON: hashes of text and tokenizer, and sizes."""
+    return {
+        "corpus_hash": corpus.corpus_hash,
+        "num_tokens": corpus.num_tokens,
+        "num_bytes": corpus.num_bytes,
+        **tokenizer_identity(corpus.tokenizer),
+    }
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the part of `corpus_identity` that is the tokenizer's."""
+    return {
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_hash": tokenizer.fingerprint,
+    }
+
+
+def check_corpus(of_checkpoint: dict[str, Any], corpus: Corpus, workdir: str | Path) -> None:
+    """Refuses a corpus whose text, tokenizer or tokens are not those that a checkpoint was trained on.
+
+    Args:
+        of_checkpoint: `Meta.corpus`. What an older version did not write is not compared.
+        corpus: to be read now.
+        workdir: of the run.
+
+    Raises:
+        UserError: with both hashes, or both numbers of tokens.
+    """
+    then, now = of_checkpoint, corpus_identity(corpus)
+    if then.get("corpus_hash") != now["corpus_hash"]:
+        raise UserError(
+            f"corpus {now['corpus_hash'][:12]} is not the one that {workdir} was trained on, "
+            f"{str(then.get('corpus_hash'))[:12]}: give another --workdir, or the same data"
+        )
+    check_tokenizer(then, corpus.tokenizer, f"this corpus, {corpus.folder}", workdir)
+    if then.get("num_tokens", now["num_tokens"]) != now["num_tokens"]:
+        raise UserError(
+            f"corpus {now['corpus_hash'][:12]} has {now['num_tokens']} tokens, and {then['num_tokens']} when "
+            f"{workdir} was trained on it: it was tokenized in another way; give another --workdir"
+        )
+
+
+def check_tokenizer(
+    of_checkpoint: dict[str, Any], tokenizer: Tokenizer, where: str, workdir: str | Path
+) -> None:
+    """Refuses a tokenizer that is not the one that a checkpoint was trained with.
+
+    Args:
+        of_checkpoint: as for `check_corpus`.
+        tokenizer: to be used now.
+        where: it comes from, for the message.
+        workdir: of the run.
+
+    Raises:
+        UserError: with names, sizes and hashes of both.
+    """
+    then, now = of_checkpoint.get("tokenizer_hash", tokenizer.fingerprint), tokenizer.fingerprint
+    if then == now:
+        return
+    size_then, name_then = of_checkpoint.get("vocab_size"), of_checkpoint.get("tokenizer")
+    raise UserError(
+        f"the tokenizer of {where}, is {tokenizer.name!r} of {tokenizer.vocab_size} ids ({now[:12]}) and not "
+        f"the one that {workdir} was trained with, {name_then!r} of {size_then} ids ({str(then)[:12]}): keep "
+        "data.tokenizer and data.bpe_vocab_size, or give another --workdir"
+    )
+
+
+def check_same_run(meta: Meta, config: RunConfig, corpus: Corpus, workdir: Path) -> None:
+    """Refuses to go on with a run under settings, or on data, that would make it another one.
+
+    What else differs is said in the log, a line for each field, and how the learning rate jumps if it does.
+
+    Raises:
+        UserError: names the first thing that must stay as it was.
+    """
+    require(
+        meta.step <= config.train.steps,
+        "train.steps",
+        config.train.steps,
+        f"must be at least {meta.step}, the steps that {workdir} has done",
+    )
+    before = saved_config(workdir / "checkpoints" / str(meta.step), meta.config)
+    changed = differences(to_dict(before), to_dict(config))
+    check_corpus(meta.corpus, corpus, workdir)
+    for name in _FIXED:
+        if name in changed:
+            then, now = changed[name]
+            require(False, name, now, f"must stay {then!r}, as {workdir} began; or give another --workdir")
+    for name, (then, now) in changed.items():
+        log.info("%s = %s from step %d on, %s before", name, shown(now), meta.step + 1, shown(then))
+    for line in _jumps(before, config, meta.step):
+        log.info("%s", line)
+
+
+def _jumps(before: RunConfig, now: RunConfig, step: int) -> list[str]:
+    """How the learning rates jump after `step`, a line each, where the schedules differ there."""
+    if step == 0 or step == now.train.steps:
+        return []
+    schedules = {"learning rate": [learning_rate(config.train) for config in (before, now)]}
+    if now.model.memory is not None:
+        schedules["learning rate of tables"] = [table_learning_rate(config) for config in (before, now)]
+    lines = []
+    for name, (old, new) in schedules.items():
+        if float(old(step)) == float(new(step)):
+            continue
+        last, following = float(old(step - 1)), float(new(step))
+        factor = f" (×{following / last:.3g})" if last else ""
+        lines.append(
+            f"the {name} jumps from {last:.3g} in step {step} to {following:.3g} in step {step + 1}{factor}"
+        )
+    return lines

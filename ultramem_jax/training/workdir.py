@@ -1,0 +1,81 @@
+"""The folder of a run: made, owned by one run at a time, and what the system refuses there said in a line."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from ultramem_jax.errors import UserError
+from ultramem_jax.parallel.distributed import from_first, is_first
+
+log = logging.getLogger(__name__)
+
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def owned(workdir: Path) -> Iterator[None]:
+    """Holds `workdir` for this run until the block ends; the folder is made if it is missing.
+
+    The lock belongs to an open file, so the system takes it back when a process dies, however that happens.
+    Where the file system has no locks, this is said in the log and nothing is held. Of several processes the
+    first one holds it for all; all call it together.
+
+    Raises:
+        UserError: another process holds it; its number and host are named. Or the folder cannot be made or
+            written.
+    """
+    with contextlib.ExitStack() as stack:
+        failure = None
+        if is_first():
+            try:
+                with system_errors_in_a_line(workdir):
+                    stack.enter_context(_locked(workdir))
+            except UserError as error:
+                failure = str(error)
+        failure = from_first(failure)
+        if failure is not None:
+            raise UserError(failure)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    workdir.mkdir(parents=True, exist_ok=True)
+    # Not emptied before it is held: whoever comes second reads in it who was first.
+    with open(workdir / _LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read() or "another process"
+            raise UserError(
+                f"{workdir} is in use by {owner}: wait until it ends, or give another --workdir"
+            ) from None
+        except OSError as error:
+            log.warning(
+                "%s: no lock can be held there (%s); start one run at a time", workdir, error.strerror
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def system_errors_in_a_line(path: Path) -> Iterator[None]:
+    """Turns what the system refuses within the block (`OSError`) into one line: the path and the reason.
+
+    Args:
+        path: named where the error names no file of its own.
+
+    Raises:
+        UserError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error}") from error
