@@ -1,0 +1,134 @@
+"""What a checkpoint says of itself may be anything that JSON can hold: it is read, or refused in one line."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import pytest
+
+from ultramem_jax import UserError
+from ultramem_jax.config import RunConfig, to_dict
+from ultramem_jax.training.checkpoints import Checkpoints
+from ultramem_jax.training.manifest import find_damage, write_manifest
+from ultramem_jax.training.restore import load_model
+
+STATE = {"table": jnp.arange(8.0)}
+CONFIG = to_dict(RunConfig())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, STATE, None, CONFIG, {"corpus_hash": "0"})
+            checkpoints.mark(step, float(step))
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def message(act):
+    with pytest.raises(UserError) as error:
+        act()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, damage",
+    [
+        (lambda m: m | {"format": 99}, "manifest.json has the format 99, known is 1"),
+        (lambda m: {"files": m["files"]}, "manifest.json has the format None, known is 1"),
+        (lambda m: [m], "manifest.json has the format None, known is 1"),
+        (lambda m: None, "manifest.json has the format None, known is 1"),
+        (lambda m: m | {"files": {}}, "manifest.json lists no files"),
+        (lambda m: m | {"files": list(m["files"])}, "manifest.json lists no files"),
+        (lambda m: {"format": 1}, "manifest.json lists no files"),
+        (
+            lambda m: m | {"files": {"meta/metadata": 7}},
+            "manifest.json has no size and checksum of meta/metadata",
+        ),
+        (lambda m: m | {"files": {"meta/metadata": {}}}, "bytes instead of None"),
+        (lambda m: m | {"files": {"meta": {"bytes": 1, "crc32": 1}}}, "meta is missing"),
+    ],
+)
+def test_a_manifest_of_an_unknown_form_is_damage(run, change, damage):
+    path = run / "checkpoints" / "2" / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert damage in find_damage(path.parent)
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.restore(STATE).step == 1
+
+
+def rewrite_meta(run, step, change):
+    """Changes what a checkpoint says of itself, with a manifest that agrees."""
+    directory = run / "checkpoints" / str(step)
+    path = directory / "meta" / "metadata"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    write_manifest(directory)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda m: None, "mapping"),
+        (lambda m: [], "mapping"),
+        (lambda m: {k: v for k, v in m.items() if k != "config"}, "config"),
+        (lambda m: m | {"config": None}, "meta: config is a NoneType"),
+        (lambda m: m | {"config": [1]}, "meta: config is a list"),
+        (lambda m: m | {"corpus": "stdlib"}, "meta: corpus is a str"),
+        (lambda m: m | {"step": True}, "meta: step is a bool"),
+        (lambda m: m | {"step": "2"}, "meta: step is a str"),
+        (lambda m: m | {"since_record": None}, "meta: since_record is a NoneType"),
+        (lambda m: m | {"of_the_future": 1}, "of_the_future"),
+    ],
+)
+def test_records_of_a_wrong_type_give_way_to_the_checkpoint_before(run, change, reason):
+    rewrite_meta(run, 2, change)
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore(STATE)
+        assert restored.step == 1 and reason in restored.skipped[0][1]
+    rewrite_meta(run, 1, change)
+    assert reason in message(lambda: load_model(run))
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ({}, "model"),
+        (CONFIG | {"model": None}, "model"),
+        (CONFIG | {"model": 7}, "model"),
+        (CONFIG | {"data": []}, "data"),
+        (CONFIG | {"model": CONFIG["model"] | {"memory": "large"}}, "model.memory"),
+        (CONFIG | {"model": CONFIG["model"] | {"embed_dim": "128"}}, "model.embed_dim = '128'"),
+        (CONFIG | {"model": CONFIG["model"] | {"mpl": 1}}, "unknown config key 'model.mpl'"),
+        (CONFIG | {"train": CONFIG["train"] | {"steps": None}}, "train.steps = None"),
+    ],
+)
+def test_a_config_that_is_not_one_is_refused_by_name(run, config, reason):
+    rewrite_meta(run, 2, lambda m: m | {"config": config})
+    found = message(lambda: load_model(run))
+    assert found.startswith(f"checkpoint at {run / 'checkpoints' / '2'} has no valid config: ")
+    assert reason in found
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"two": 1}', '{"2": "small"}', '{"2": null}', "\0\0"])
+def test_ranks_that_cannot_be_read_only_cost_the_best(run, caplog, content):
+    (run / "checkpoints" / "validation_losses.json").write_text(content)
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        assert (checkpoints.best_step(), checkpoints.latest_step()) == (None, 2)
+        assert checkpoints.restore(STATE).meta.validation_loss is None
+    assert "no checkpoint is known as the best" in caplog.text
+
+
+def test_ranks_that_older_versions_kept_in_each_checkpoint_count(run):
+    (run / "checkpoints" / "validation_losses.json").unlink()
+    for step, loss in ((1, 0.5), (2, 0.25)):
+        rewrite_meta(run, step, lambda m, loss=loss: m | {"validation_loss": loss})
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.best_step() == 2
+        assert checkpoints.read_meta(1).validation_loss == 0.5
