@@ -134,6 +134,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
                 mend_tokenizer(corpus.tokenizer, workdir)
             done = "already finished:" if start == train.steps else "resumed from"
             log.info("%s step %d of %s", done, start, workdir)
+        log.info("corpus %s (%s) in %s", corpus.corpus_hash[:12], config.data.dataset, corpus.folder)
         # Cut off after a save and before its evaluation: that is made up for.
         unmarked = start > 0 and _due(start, train.eval_every, start == train.steps)
         unmarked = unmarked and not checkpoints.is_marked(start)

@@ -44,7 +44,11 @@ def owned(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        allowed = "must be a folder that can be written"
+        raise UserError(f"--workdir = {str(workdir)!r}: {allowed}: {error.strerror}") from None
     # Not emptied before it is held: whoever comes second reads in it who was first.
     with open(workdir / _LOCK, "a+", encoding="utf-8") as file:
         try:
