@@ -132,3 +132,12 @@ def test_ranks_that_older_versions_kept_in_each_checkpoint_count(run):
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.best_step() == 2
         assert checkpoints.read_meta(1).validation_loss == 0.5
+
+
+def test_ranks_of_steps_that_are_done_again_are_forgotten(run):
+    shutil.rmtree(run / "checkpoints" / "2")
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        checkpoints.restore(STATE)
+        checkpoints.save(2, STATE, None, CONFIG, {"corpus_hash": "0"})
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        assert checkpoints.is_marked(1) and not checkpoints.is_marked(2)

@@ -249,6 +249,7 @@ class Checkpoints:
         data_iterator: Any,
         config: dict[str, Any],
         corpus: dict[str, Any],
+        validation_loss: float | None = None,
         *,
         since_record: dict[str, float] | None = None,
         recorded: bool = False,
@@ -267,6 +268,7 @@ class Checkpoints:
             data_iterator: a `grain.DatasetIterator`, whose position is saved; or None.
             config: the run's configuration, from `ultramem_jax.config.to_dict`.
             corpus: what identifies the data (its hash and the like), for JSON.
+            validation_loss: for `mark`, where it is known already.
             since_record: sums that the run's next record goes on from, see `Meta.since_record`.
             recorded: `state` is a `TrainState` whose tables lie on one CPU (`undo_log.is_worth_it`), and
                 whoever donates it does so in a `recorded_step`.
@@ -297,12 +299,14 @@ class Checkpoints:
         }
         if data_iterator is not None:
             items["data"] = ocp.args.JsonSave(dict(data_iterator.get_state()))
-        self._losses.pop(step, None)  # of an earlier run of this step
+        self._forget_losses_from(step)
         self._saving = self._position = step
         self._log = undo_log
         with self._failing_in_a_line(step):
             # Without `force` Orbax skips, silently, a step that is not above all those it knows.
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        if validation_loss is not None:
+            self.mark(step, validation_loss)
 
     def mark(self, step: int, validation_loss: float) -> None:
         """Ranks the checkpoint of `step`, which may still be in flight, by its validation loss.
@@ -311,6 +315,17 @@ class Checkpoints:
             OSError: it cannot be written down.
         """
         self._losses[step] = float(validation_loss)
+        self._write_losses()
+
+    def _forget_losses_from(self, step: int) -> None:
+        """Drops those that an earlier run of these steps left."""
+        stale = [old for old in self._losses if old >= step]
+        for old in stale:
+            del self._losses[old]
+        if stale:
+            self._write_losses()
+
+    def _write_losses(self) -> None:
         if distributed.is_first():
             known = {*self.all_steps(), self._saving}
             losses = {str(step): loss for step, loss in sorted(self._losses.items()) if step in known}
@@ -334,7 +349,6 @@ class Checkpoints:
         )
         for old in later:
             manager.delete(old)
-            self._losses.pop(old, None)
 
     def _finish(self) -> None:
         """Called by Orbax, in its thread and one process alone, when all is written and not yet renamed."""
