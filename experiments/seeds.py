@@ -30,7 +30,7 @@ from ultramem_jax.training.state import model_variables
 
 Result = dict[str, Any]
 """Of one run: `steps` and `bits` (validation bits per byte), `test_bits`, `tokens_per_second`, `environment`,
-and what it is a result of: `config`, `corpus_hash`, `test_batches`."""
+and what it is a result of: `config`, `corpus_hash`, `tokenizer_hash`, `test_batches`."""
 
 
 def train_over_seeds(
@@ -141,7 +141,7 @@ def _remember_compilations(folder: pathlib.Path) -> None:
 def _wherever_trained(result: Result) -> tuple[Any, ...]:
     """What a result is a result of, on whichever mesh; fields that configs did not have then are default."""
     config = dataclasses.replace(run_config_from_dict(result["config"]), mesh=MeshConfig())
-    return config, result["corpus_hash"], result["test_batches"]
+    return config, result["corpus_hash"], result["tokenizer_hash"], result["test_batches"]
 
 
 def _run(
@@ -156,12 +156,19 @@ def _run(
     In processes but the first one, which reports it, the result of a run may be empty.
     """
     done = workdir / "result.json"
-    identity = {"config": to_dict(config), "corpus_hash": corpus.corpus_hash, "test_batches": test_batches}
+    tokenizer = {"tokenizer_hash": corpus.tokenizer.fingerprint}
+    identity = {
+        "config": to_dict(config),
+        "corpus_hash": corpus.corpus_hash,
+        **tokenizer,
+        "test_batches": test_batches,
+    }
     result = from_first(json.loads(done.read_text()) if done.exists() else None)
     if result is not None:
-        if _wherever_trained(result) != _wherever_trained(identity):
+        # Older results do not say by which tokenizer.
+        if _wherever_trained(tokenizer | result) != _wherever_trained(identity):
             raise UserError(
-                f"{workdir} holds a run of another config, corpus or number of test batches; "
+                f"{workdir} holds a run of another config, corpus, tokenizer or number of test batches; "
                 "give another --workdir"
             )
         return result

@@ -43,9 +43,12 @@ def main() -> None:
     if not is_first():
         return
     curve = workdir / "loss_curve.png"
-    plot_loss_curve(workdir / "metrics.jsonl", curve, f"{cli.config_name()} on {config.data.dataset}")
     print(f"validation: {result.validation_bits_per_byte:.3f} bits per byte")
-    print(f"loss curve: {curve}")
+    try:
+        plot_loss_curve(workdir / "metrics.jsonl", curve, f"{cli.config_name()} on {config.data.dataset}")
+        print(f"loss curve: {curve}")
+    except ValueError as error:  # the log was lost, the run was not
+        print(f"no loss curve: {error}")
     print(f"checkpoint: {workdir / 'checkpoints'} (step {result.step})")
     if SAMPLE.value:
         prompt = "def "

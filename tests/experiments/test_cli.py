@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from experiments import EXPERIMENTS
 from ultramem_jax.parallel.mesh import make_mesh
 from ultramem_jax.training import loop
-from ultramem_jax.training.metrics import read_metrics
+from ultramem_jax.training.metrics import MetricWriter, read_metrics
 
 TINY = [
     "--preset=ultramem-tiny",
@@ -150,6 +151,23 @@ def test_a_config_file_that_cannot_be_used_gets_one_line(run, tmp_path, text, sa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name, flags", [("train", []), ("compare", ["--systems=dense", "--seeds=1"])])
+def test_sigterm_ends_with_a_status_of_its_own(run, text, tmp_path, monkeypatch, name, flags):
+    monkeypatch.setattr(MetricWriter, "write", lambda *_: signal.raise_signal(signal.SIGTERM))
+    command = [name, *flags, *TINY, *text, "--config.train.log_every=1", f"--workdir={tmp_path}"]
+    status, out, err = run(*command)
+    assert status == 75 and "Traceback" not in err
+    assert out.splitlines()[-1].endswith("the same command goes on from there")
+
+
+def test_a_run_whose_log_was_lost_is_finished_all_the_same(run, text, tmp_path):
+    command = ["train", *TINY, *text, f"--workdir={tmp_path}"]
+    assert run(*command)[0] == 0
+    (tmp_path / "metrics.jsonl").unlink()
+    status, out, err = run(*command)
+    assert status == 0 and "no loss curve" in out and "already finished: step 2" in err
+
+
 def test_compare_writes_table_and_figure_and_goes_on_where_it_was(run, text, tmp_path):
     arguments = [*TINY, *text, f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}"]
     arguments += ["--config.train.eval_every=1", "--seeds=1", "--test_batches=1"]
@@ -169,6 +187,12 @@ def test_compare_writes_table_and_figure_and_goes_on_where_it_was(run, text, tmp
     assert (tmp_path / "runs" / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns == written
     status, _, err = run("compare", *arguments, "--config.train.learning_rate=0.5")
     assert status == 2 and "another config" in err
+    result = tmp_path / "runs" / "dense-seed0" / "result.json"
+    made = json.loads(result.read_text())
+    for change, expected in (({}, 0), ({"tokenizer_hash": "0"}, 2)):  # older ones do not say which
+        result.write_text(json.dumps({k: v for k, v in made.items() if k != "tokenizer_hash"} | change))
+        status, _, err = run("compare", *arguments)
+        assert status == expected and ("another config, corpus, tokenizer" in err) == bool(expected)
 
 
 def test_count_lists_every_preset(run):

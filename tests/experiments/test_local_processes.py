@@ -67,6 +67,12 @@ def test_if_one_fails_all_end_and_it_is_said_which(ending, status, how):
     assert ("what went wrong" in err) == ("wrong" in ending)
 
 
+def test_those_that_were_stopped_have_not_failed():
+    process = start("say('stopped')\nsys.exit(75)")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (75, "stopped\n", "")
+
+
 def test_bad_input_is_said_once():
     process = start("print('error: x = 1', file=sys.stderr)\nsys.exit(2)")
     _, err = process.communicate(timeout=60)

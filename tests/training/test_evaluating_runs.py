@@ -84,6 +84,13 @@ def test_records_are_means_over_the_steps_since_the_one_before(config, whole, tm
         assert record["gradient_norm"] == single[steps[-1]]["gradient_norm"]
 
 
+def test_the_bar_says_what_takes_its_time(config, tmp_path, capsys):
+    once = replace(config, train=replace(config.train, steps=1))
+    train(once, tmp_path, progress=True)
+    bar = capsys.readouterr().err
+    assert bar.index(", compiling]") < bar.index(", loss ") < bar.index(", evaluating]")
+
+
 def test_an_evaluation_that_fails_costs_no_step(config, whole, tmp_path, monkeypatch):
     saving = replace(config, train=replace(config.train, checkpoint_every=3))
 

@@ -261,7 +261,7 @@ class _Run:
         step, stopping = start, False
         bar = tqdm(total=train.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
         with bar:
-            bar.set_postfix_str("compiling")
+            bar.set_postfix_str("compiling")  # the first step takes up to a minute
             if unmarked:
                 stopping = not self._evaluate(step, state)
             elif start == train.steps:  # its numbers are still wanted
@@ -289,6 +289,7 @@ class _Run:
                 if saved:
                     self._save(step, state, step_function.records)
                 if not stopping and _due(step, train.eval_every, last):
+                    bar.set_postfix_str("evaluating")
                     stopping = not self._evaluate(step, state)
                     if stopping and not saved:
                         self._save(step, state, step_function.records)
