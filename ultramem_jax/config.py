@@ -9,14 +9,26 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from ultramem_jax.errors import at_least, choice, fraction, require, unknown
+from ultramem_jax.errors import UserError, at_least, choice, fraction, require, unknown
+from ultramem_jax.field_types import Checked, FilePath
 from ultramem_jax.memory_config import MemoryConfig, TableLayout
 from ultramem_jax.placement import Span, parse_placement
 
+_MOST = {"vocab_size": 2**24, "num_layers": 2**14, "embed_dim": 2**20}
+"""Far above any model. Beyond these a typing error of a few zeros looks like a machine that hangs: layers are
+unrolled in the program, and what is computed once per width is computed while it is compiled."""
+
+
+def _small(name: str, value: float) -> None:
+    """Checks what is added to a denominator to keep it from zero."""
+    require(1e-30 <= value <= 1, name, value, "must be in [1e-30, 1]")
+
 
 @dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Checked):
     """A Mixture of Experts in place of every layer's MLP; dropless top-k routing."""
+
+    PREFIX = "model.moe."
 
     num_experts: int = 32
     top_k: int = 2
@@ -27,19 +39,29 @@ class MoEConfig:
     normalize_gates: bool = True
     """The k gates are divided by their sum (top-2 models); OLMoE leaves them as softmax gave them."""
     load_balance_weight: float = 0.01
-    """Weight of X·Σ f_i·p_i (Switch Transformer, arXiv 2101.03961; OLMoE uses 0.01)."""
+    """Weight of X·Σ f_i·p_i (Switch Transformer, arXiv 2101.03961; OLMoE uses 0.01). f and p are those of a
+    micro-batch, over all devices of a mesh: with `TrainConfig.grad_accumulation` the loss is the mean of the
+    micro-batches' own, which is not quite that of the whole batch."""
     router_z_weight: float = 1e-3
     """Weight of mean(logsumexp(router logits)²) (ST-MoE, arXiv 2202.08906)."""
+    auxiliary_over_layers: str = "sum"
+    """How the two losses of all L layers are combined: `sum` (Switch Transformer), or `mean`, as OLMoE's code
+    does (arXiv 2409.02060), so that their weight does not grow with depth."""
     implementation: str = "auto"
     """`blocks`: tokens sorted by expert into padded blocks; `ragged`: `jax.lax.ragged_dot`; `auto` takes
     `ragged` on GPU and TPU and `blocks` on CPU, where `ragged_dot` multiplies by every expert."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, model__moe__num_experts=self.num_experts, model__moe__top_k=self.top_k)
+        require(
+            self.num_experts < 2**31, "model.moe.num_experts", self.num_experts, "must be below 2**31: int32"
+        )
         at_least(1, model__moe__expert_dim=self.expert_dim)
         at_least(0, model__moe__load_balance_weight=self.load_balance_weight)
         at_least(0, model__moe__router_z_weight=self.router_z_weight)
         choice("model.moe.activation", self.activation, ("gelu", "swiglu"))
+        choice("model.moe.auxiliary_over_layers", self.auxiliary_over_layers, ("sum", "mean"))
         choice("model.moe.implementation", self.implementation, ("auto", "blocks", "ragged"))
         require(
             self.top_k <= self.num_experts,
@@ -50,8 +72,10 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """A pre-norm decoder. `moe` replaces the MLPs, `memory` adds memories beside them; either may be None."""
+
+    PREFIX = "model."
 
     vocab_size: int = 257
     """V. Bytes and one end-of-document token; see `ultramem_jax.data.tokenizers`."""
@@ -83,12 +107,18 @@ class ModelConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, model__vocab_size=self.vocab_size, model__embed_dim=self.embed_dim)
         at_least(1, model__num_layers=self.num_layers, model__num_heads=self.num_heads)
         at_least(1, model__num_kv_heads=self.num_kv_heads, model__mlp_dim=self.mlp_dim)
         fraction(model__dropout=self.dropout)
-        require(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "must be above 1")
-        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "must be above 0")
+        require(
+            1 < self.rope_theta <= 1e12, "model.rope_theta", self.rope_theta, "must be above 1, at most 1e12"
+        )
+        _small("model.norm_eps", self.norm_eps)
+        for name, most in _MOST.items():
+            allowed = f"must be at most {most:,}"
+            require(getattr(self, name) <= most, f"model.{name}", getattr(self, name), allowed)
         choice("model.mlp", self.mlp, ("gelu", "swiglu"))
         choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         require(
@@ -131,12 +161,14 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """What is read. Splits, tokenizers and files are described in `ultramem_jax.data`."""
+
+    PREFIX = "data."
 
     dataset: str = "stdlib"
     """`stdlib` (this Python's own sources), `enwik8` or `text` (both by `path`), or `tfds:NAME`."""
-    path: str = ""
+    path: FilePath = ""
     """A file or folder for `enwik8` (plain or .gz) and `text`; for `tfds:NAME` TFDS' own, or empty."""
     tokenizer: str = "bytes"
     """`bytes`, or `bpe`: byte-pair encoding trained on the corpus' training split."""
@@ -144,24 +176,35 @@ class DataConfig:
     """Vocabulary of `bpe`, end-of-document token included."""
     seq_len: int = 256
     """S, tokens that a sequence predicts."""
-    cache_dir: str = ""
+    cache_dir: FilePath = ""
     """Where prepared corpora are kept; empty: $ULTRAMEM_CACHE, else ~/.cache/ultramem_jax."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choice("data.tokenizer", self.tokenizer, ("bytes", "bpe"))
         at_least(2, data__seq_len=self.seq_len)
         at_least(258, data__bpe_vocab_size=self.bpe_vocab_size)
+        most = _MOST["vocab_size"]
+        require(
+            self.bpe_vocab_size <= most,
+            "data.bpe_vocab_size",
+            self.bpe_vocab_size,
+            f"must be at most {most:,}",
+        )
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """How it is trained. Defaults that have a source are the UltraMem paper's (its training of table 1)."""
+
+    PREFIX = "train."
 
     steps: int = 1000
     batch_size: int = 16
     """Sequences per step, over all devices and accumulated micro-batches."""
     grad_accumulation: int = 1
-    """Micro-batches that a step is cut into."""
+    """Micro-batches that a step is cut into. Gradients and losses are their means; only the load that a
+    Mixture of Experts balances is each micro-batch's own (`MoEConfig.load_balance_weight`)."""
     learning_rate: float = 1e-3
     """Peak, reached after warm-up."""
     warmup_fraction: float = 0.01
@@ -200,6 +243,7 @@ class TrainConfig:
     """Also write TensorBoard event files."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, train__steps=self.steps, train__batch_size=self.batch_size)
         at_least(1, train__grad_accumulation=self.grad_accumulation, train__log_every=self.log_every)
         at_least(1, train__keep_last=self.keep_last)
@@ -208,7 +252,8 @@ class TrainConfig:
         at_least(0, train__checkpoint_every=self.checkpoint_every, train__clip_norm=self.clip_norm)
         at_least(0, train__weight_decay=self.weight_decay, train__learning_rate=self.learning_rate)
         fraction(train__warmup_fraction=self.warmup_fraction, train__b1=self.b1, train__b2=self.b2)
-        require(self.eps > 0, "train.eps", self.eps, "must be above 0")
+        _small("train.eps", self.eps)
+        require(self.steps < 2**31, "train.steps", self.steps, "must be below 2**31: int32")
         require(self.seed < 2**32, "train.seed", self.seed, "must be below 2**32")
         require(
             0 <= self.final_lr_fraction <= 1,
@@ -236,12 +281,14 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Checked):
     """Devices along named axes; the product of all is their number. A run may go on on another mesh.
 
     Sequences of a batch are split over `data` and `fsdp` and, unless `batch_over_memory` is off, over
     `memory` and `width`. Devices along `tensor` work on the same sequences.
     """
+
+    PREFIX = "mesh."
 
     data: int = 0
     """Data parallelism: every device along it has all parameters. 0: the devices that the others leave."""
@@ -259,13 +306,14 @@ class MeshConfig:
     batches smaller than the number of devices."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(0, mesh__data=self.data)
         at_least(1, mesh__fsdp=self.fsdp, mesh__tensor=self.tensor)
         at_least(1, mesh__memory=self.memory, mesh__width=self.width)
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """One run: what `python launch.py train` needs to know."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -274,6 +322,7 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_mesh()
         for name, plain in (("table_dtype", "float32"), ("memory_kind", "device")):
             value = getattr(self.model.memory, name, plain)
@@ -377,13 +426,19 @@ def run_config_from_dict(tree: dict[str, Any]) -> RunConfig:
 
 
 def _build(cls: type, tree: dict[str, Any], path: str) -> Any:
+    if not isinstance(tree, dict):
+        raise UserError(f"{path or 'config'} = {tree!r}: must be a dict of the fields of {cls.__name__}")
     known = {f.name for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for key, value in tree.items():
         where = f"{path}.{key}" if path else key
         if key not in known:
-            raise unknown(f"config key {where!r}:", key, known)
+            raise unknown(f"config key {where!r}:", str(key), known)
         if where in _PARTS and value is not None:
             value = _build(_PARTS[where], value, where)
         values[key] = value
+    if cls is RunConfig:
+        for part in ("model", "data", "train"):
+            if part not in values:
+                raise UserError(f"config: must have the part {part!r}")
     return cls(**values)

@@ -9,12 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ultramem_jax.errors import at_least, choice, require
+from ultramem_jax.field_types import Checked
 
 _PREFIX = "model.memory."
 
 MAX_SLOTS = 2**31 - 2**26
 """Of a table. Slots are int32, and the 2²⁶ numbers above stand for no slot in the rows of a step, which reads
 fewer."""
+
+
+_MAX_CONV_WIDTH = 256
+_MAX_RANK = 256
+"""The papers have a width of 4 and ranks of 2 to 4."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class TableLayout:
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
+class MemoryConfig(Checked):
     """One memory layer. UltraMem's defaults; the constructors name the members of the family.
 
     `pkm()` has every change of the UltraMem paper off, `ultramem()` (numbers of the ablation in its table 2)
@@ -48,6 +54,8 @@ class MemoryConfig:
     sizes are yours to set: with the default placement every layer has a memory, also of the older systems,
     which were published with one (PKM, PEER) or a few.
     """
+
+    PREFIX = _PREFIX
 
     placement: str = "full"
     """Which layer feeds which memory (`ultramem_jax.placement`). Change 4, "split big memory & skip"."""
@@ -135,6 +143,7 @@ class MemoryConfig:
     """Change 11: width of the causal depthwise convolution before the query projection. 0 is off."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, model__memory__num_keys=self.num_keys, model__memory__top_m=self.top_m)
         at_least(1, model__memory__num_heads=self.num_heads, model__memory__key_dim=self.key_dim)
         at_least(1, model__memory__value_dim=self.value_dim, model__memory__num_cores=self.num_cores)
@@ -142,6 +151,16 @@ class MemoryConfig:
         at_least(0, model__memory__tucker_rank=self.tucker_rank)
         at_least(0, model__memory__pre_value_dim=self.pre_value_dim)
         at_least(0, model__memory__query_conv_width=self.query_conv_width)
+        self._require(
+            self.query_conv_width <= _MAX_CONV_WIDTH,
+            "query_conv_width",
+            f"must be at most {_MAX_CONV_WIDTH}: each tap is a step of the compiled program",
+        )
+        self._require(
+            self.tucker_rank <= _MAX_RANK,
+            "tucker_rank",
+            f"must be at most {_MAX_RANK}: each core has its singular values computed in every step",
+        )
         at_least(0, model__memory__core_loss_weight=self.core_loss_weight)
         at_least(0, model__memory__core_loss_margin=self.core_loss_margin)
         at_least(0, model__memory__balance_loss_weight=self.balance_loss_weight)

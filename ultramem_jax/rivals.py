@@ -175,7 +175,9 @@ RIVALS: dict[str, Candidates] = {
     "dense": _dense,
     "moe": _experts(lambda base: MoEConfig(top_k=_TOP_K, activation=base.mlp)),
     "moe-fine": _experts(
-        lambda base: MoEConfig(top_k=_FINE_TOP_K, activation="swiglu", normalize_gates=False)
+        lambda base: MoEConfig(
+            top_k=_FINE_TOP_K, activation="swiglu", normalize_gates=False, auxiliary_over_layers="mean"
+        )
     ),
     "pkm": _memories(_pkm),
     "pkm-improved": _memories(
@@ -189,7 +191,8 @@ RIVALS: dict[str, Candidates] = {
 
 - `dense`: an MLP wide enough for the compute of the memories.
 - `moe`: top-2 experts of the base's kind of MLP (the UltraMem paper's baseline).
-- `moe-fine`: top-8 SwiGLU experts, gates not normalised (OLMoE, arXiv 2409.02060).
+- `moe-fine`: top-8 SwiGLU experts, gates not normalised, losses that are means over the layers (OLMoE, arXiv
+  2409.02060).
 - `pkm`: Product-Key Memory as published: one memory in the middle layer, 2 heads, values D wide.
 - `pkm-improved`: the same with norms of queries and keys, and values that learn at 4 times the rate at first.
 - `memory-plus`: Memory+, as many memories as the base at a regular interval; 2 heads, values D wide, which

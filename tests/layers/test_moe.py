@@ -14,6 +14,7 @@ from ultramem_jax.layers.moe import (
     route,
 )
 from ultramem_jax.layers.served_experts import block_rows, served_experts
+from ultramem_jax.models import Transformer
 from ultramem_jax.ops.linear import OutputMajor
 
 from .test_mlp import gelu64, silu64
@@ -213,6 +214,24 @@ def test_sown_losses_carry_their_weights_and_metrics_do_not():
         "experts_chosen": (loads > 0).sum(),
         "router_entropy": pytest.approx(float(router.entropy), rel=1e-5),
     }
+
+
+@pytest.mark.parametrize("over_layers", ["sum", "mean"])
+@pytest.mark.parametrize("num_layers", [1, 2, 4])
+def test_losses_of_all_layers_are_summed_or_averaged(over_layers, num_layers):
+    moe = MoEConfig(num_experts=8, top_k=2, expert_dim=4, auxiliary_over_layers=over_layers)
+    config = ModelConfig(
+        vocab_size=5, embed_dim=8, num_layers=num_layers, num_heads=2, num_kv_heads=2, moe=moe
+    )
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6) % 5
+    params = Transformer(config).init(jax.random.key(0), tokens)["params"]
+    zero_router = jax.tree_util.tree_map_with_path(
+        lambda path, a: jnp.zeros_like(a) if path[-1].key == "router" else a, params
+    )
+    _, sown = Transformer(config).apply({"params": zero_router}, tokens, train=True, mutable=["losses"])
+    # By hand: 0.01·8·Σ f_i/8 = 0.01, and 0.001·(ln 8)² = 0.00432, as OLMoE's code has it for any depth.
+    total = sum(float(loss) for loss in jax.tree.leaves(sown["losses"]))
+    assert total == pytest.approx(0.014324 * (num_layers if over_layers == "sum" else 1), rel=1e-4)
 
 
 def test_uniform_router():

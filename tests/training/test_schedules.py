@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from ultramem_jax.config import TrainConfig
-from ultramem_jax.training.schedules import learning_rate, value_learning_rate
+from ultramem_jax.training.schedules import learning_rate, value_learning_rate, warmup_steps
 
 
 def test_warm_up_then_cosine_to_ten_percent():
@@ -26,3 +26,29 @@ def test_values_learn_at_a_multiple_that_falls_linearly_to_one():
     assert [float(multiple(jnp.asarray(s))) for s in (0, 50, 100)] == pytest.approx([10.0, 5.5, 1.0])
     # Beyond the last step, in a run that is carried on, it stays at one and never turns negative.
     assert float(multiple(jnp.asarray(500))) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "fraction, steps, expected",
+    [
+        (0.07, 100, 7),  # as floats 7.000000000000001
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (0.55, 100, 55),
+        (0.01, 1000, 10),
+        (0.01, 1001, 11),  # 10.01, rounded up
+        (0.1, 1, 1),
+        (0.05, 600, 30),
+        (1e-05, 100_000, 1),
+        (1e-05, 100_001, 2),
+        (0.0, 100, 0),
+        (1 / 3, 9, 3),
+    ],
+)
+def test_warm_up_takes_the_share_that_was_written(fraction, steps, expected):
+    config = TrainConfig(steps=steps, warmup_fraction=fraction, learning_rate=1.0)
+    assert warmup_steps(config) == expected
+    if 1 < expected < steps:  # the peak is reached there, and not before
+        rate = learning_rate(config)
+        assert float(rate(expected - 1)) == pytest.approx(1.0)
+        assert float(rate(expected - 2)) == pytest.approx(1 - 1 / expected)

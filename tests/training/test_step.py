@@ -235,3 +235,35 @@ def test_dropout_is_a_function_of_seed_and_step():
     assert once == again
     _, other = _run(replace(config, train=replace(TRAIN, seed=1)), batch)
     assert once[0]["loss"] != other[0]["loss"]
+
+
+def test_experts_are_balanced_within_each_micro_batch():
+    """Not within the whole batch: the loss is the mean of the micro-batches' own, from the definition."""
+    moe = MoEConfig(num_experts=4, top_k=2, expert_dim=8, load_balance_weight=1.0, router_z_weight=0.0)
+    model = replace(MODEL, num_layers=1, moe=moe)
+    config = RunConfig(model, train=replace(TRAIN, grad_accumulation=4))
+    tokens = _batches(1)[0]
+    state = _start(config)
+    router = jax.random.normal(jax.random.key(5), state.params["layer_1"]["feed_forward"]["router"].shape)
+    state.params["layer_1"]["feed_forward"]["router"] = router
+
+    def balance(batch):
+        """X·Σ f_i·p_i of these sequences, f the shares of choices and p the mean probabilities."""
+        _, left = Transformer(model).apply(
+            {"params": state.params},
+            batch[:, :-1],
+            train=True,
+            capture_intermediates=lambda module, _: module.name == "feed_forward_norm",
+            mutable=["intermediates"],
+        )
+        (x,) = jax.tree.leaves(left["intermediates"])
+        logits = np.asarray(x, np.float64).reshape(-1, 16) @ np.asarray(router, np.float64)
+        p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        chosen = np.argsort(-p, axis=1)[:, :2]
+        share = np.bincount(chosen.ravel(), minlength=4) / chosen.size
+        return 4 * (share * p.mean(0)).sum()
+
+    micro_batches = [balance(tokens[i::4]) for i in range(4)]
+    _, metrics = jax.jit(make_train_step(config, make_optimizers(config)))(state, tokens)
+    assert float(metrics["auxiliary_loss"]) == pytest.approx(np.mean(micro_batches), rel=1e-5)
+    assert abs(balance(tokens) - np.mean(micro_batches)) > 1e-3

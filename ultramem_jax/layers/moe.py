@@ -120,8 +120,9 @@ class MoE(nn.Module):
 
         # bfloat16 would round close probabilities to ties (Switch Transformer, section 2.4).
         router = route(tokens.astype(jnp.float32) @ w_router, moe.top_k, moe.normalize_gates)
-        sow(self, "losses", "load_balance", moe.load_balance_weight * router.load_balance)
-        sow(self, "losses", "router_z", moe.router_z_weight * router.router_z)
+        share = 1 / self.config.num_layers if moe.auxiliary_over_layers == "mean" else 1.0
+        sow(self, "losses", "load_balance", share * moe.load_balance_weight * router.load_balance)
+        sow(self, "losses", "router_z", share * moe.router_z_weight * router.router_z)
         mean_load = router.experts.size / moe.num_experts
         sow(self, "metrics", "load_max_over_mean", jnp.max(router.load).astype(jnp.float32) / mean_load)
         sow(self, "metrics", "experts_chosen", jnp.sum(router.load > 0).astype(jnp.float32))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ultramem_jax.errors import at_least, require
+from ultramem_jax.field_types import Checked
 from ultramem_jax.ops.topk import top_k as largest
 
 _FEW = 1024
@@ -16,7 +17,7 @@ _COLDEST = 1e-30
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Checked):
     """How a token is chosen; in the order of the fields, each of what the one before it leaves."""
 
     temperature: float = 1.0
@@ -28,6 +29,7 @@ class Sampling:
     them (nucleus sampling, arXiv 1904.09751, section 3.1). 1: all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(0, temperature=self.temperature, top_k=self.top_k)
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
 

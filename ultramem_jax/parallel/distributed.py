@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from ultramem_jax.errors import UserError, require
+from ultramem_jax.field_types import Checked
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,10 @@ _PADDING = 1024
 
 
 @dataclass(frozen=True)
-class Membership:
+class Membership(Checked):
     """The place of this process among those of a run."""
+
+    PREFIX = "--"
 
     coordinator_address: str
     """HOST:PORT on the machine of process 0, free there; or `auto`: what the cluster's environment says."""
@@ -55,6 +58,7 @@ class Membership:
     """Seconds without a sign of life after which a process counts as dead, and the others end."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("initialization_timeout", "heartbeat_timeout"):
             require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "must be at least 1 second")
         given = {"num_processes": self.num_processes, "process_id": self.process_id}

@@ -25,7 +25,14 @@ PRESETS: dict[str, ModelConfig] = {
     "pkm-tiny": replace(LAYERS, memory=_PKM),
     "moe-fine-tiny": replace(
         LAYERS,
-        moe=MoEConfig(num_experts=147, top_k=8, expert_dim=58, activation="swiglu", normalize_gates=False),
+        moe=MoEConfig(
+            num_experts=147,
+            top_k=8,
+            expert_dim=58,
+            activation="swiglu",
+            normalize_gates=False,
+            auxiliary_over_layers="mean",
+        ),
     ),
     "pkm-improved-tiny": replace(
         LAYERS, memory=replace(_PKM, norm_query=True, norm_keys=True, value_lr_multiple=4.0)

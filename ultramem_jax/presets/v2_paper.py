@@ -37,7 +37,7 @@ _LAYERS_1B = ModelConfig(
 
 
 def _olmoe(expert_dim: int) -> MoEConfig:
-    """OLMoE: softmax over 64 experts, the best 8 weighted as it gave them; its two losses."""
+    """OLMoE: softmax over 64 experts, the best 8 weighted as it gave them; its losses, means over layers."""
     return MoEConfig(
         num_experts=64,
         top_k=8,
@@ -46,6 +46,7 @@ def _olmoe(expert_dim: int) -> MoEConfig:
         normalize_gates=False,
         load_balance_weight=0.01,
         router_z_weight=1e-3,
+        auxiliary_over_layers="mean",
     )
 
 

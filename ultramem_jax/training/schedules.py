@@ -1,6 +1,7 @@
 """Learning rates as functions of the step, which counts from 0."""
 
 import math
+from fractions import Fraction
 
 import jax.numpy as jnp
 import optax
@@ -16,11 +17,19 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=min(math.ceil(config.warmup_fraction * config.steps), config.steps - 1),
+        warmup_steps=min(warmup_steps(config), config.steps - 1),
         decay_steps=config.steps,
         end_value=config.learning_rate * config.final_lr_fraction,
     )
     return lambda step: schedule(step + 1)
+
+
+def warmup_steps(config: TrainConfig) -> int:
+    """Returns the share of the steps that warm-up takes, rounded up.
+
+    The share is the decimal that was written: as floats, 7 % of 100 is a little more than 7.
+    """
+    return math.ceil(Fraction(str(config.warmup_fraction)) * config.steps)
 
 
 def value_learning_rate(config: TrainConfig, multiple: float) -> optax.Schedule:

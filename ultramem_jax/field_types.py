@@ -1,0 +1,67 @@
+"""Config dataclasses whose fields are what their annotations say, whoever makes them.
+
+Values come from Python code, config files, the command line and JSON. A number of another type would only
+show much later, far from its cause: `steps=2.5` trains three steps, and a NumPy integer cannot be saved.
+"""
+
+import dataclasses
+import functools
+import numbers
+import os
+import types
+import typing
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+
+from ultramem_jax.errors import require
+
+FilePath = Annotated[str, os.PathLike]
+"""A string; anything that names a file, such as `pathlib.Path`, is taken and becomes one."""
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_EXAMPLES = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+
+
+class Checked:
+    """Base of config dataclasses: when one is made, each field is checked against its annotation.
+
+    Whole numbers may be of any integer type and become `int`, numbers of any real type and become `float`;
+    only booleans are booleans. Every float is finite, also as float32, in which models compute. A subclass
+    that has checks of its own calls `super().__post_init__()` before them.
+    """
+
+    PREFIX: ClassVar[str] = ""
+    """What the names of the fields start with in an error: `train.`."""
+
+    def __post_init__(self) -> None:
+        for name, kind in _kinds(type(self)).items():  # type: ignore[arg-type]
+            value = _converted(self.PREFIX + name, getattr(self, name), kind)
+            object.__setattr__(self, name, value)  # frozen for everybody else
+
+
+@functools.cache
+def _kinds(cls: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _converted(name: str, value: Any, kind: Any) -> Any:
+    """The value as its annotation has it; a `UserError` names what cannot be."""
+    if isinstance(kind, types.UnionType):
+        (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+        return None if value is None else _converted(name, value, kind)
+    if kind is FilePath and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if kind is FilePath:
+        kind = str
+    accepted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    require(right, name, value, f"must be {_EXAMPLES.get(kind) or f'of the type {kind.__name__}'}")
+    if kind is int:
+        require(
+            abs(value) < 2**32, name, value, "must be below 2**32: nothing here counts in more than 32 bits"
+        )
+    if kind is float:
+        require(abs(value) <= _FLOAT32_MAX, name, value, "must be a finite number, also as float32")
+    return kind(value) if kind in (int, float, str) else value
