@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from experiments.arguments import take, take_integer
+from experiments.config_help import fields_help, presets_help
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
 from ultramem_jax.errors import Stopped, UserError, require, unknown
 from ultramem_jax.parallel import distributed
@@ -33,9 +34,11 @@ from ultramem_jax.presets import preset
 FLAGS = flags.FLAGS
 
 _CONFIG_HELP = (
-    "--config=FILE: a Python file with get_config() -> RunConfig, as in experiments/configs/",
-    "--preset=NAME: the model, one of `python launch.py count`",
-    "--config.part.field=value: any field of ultramem_jax/config.py or memory_config.py",
+    "--config=FILE: a Python file with get_config() -> RunConfig, as in experiments/configs/; it is run as a "
+    "program, so take one that you trust",
+    "--preset=NAME: the model, one of those below",
+    "--config.part.field=value: any of the fields below, explained in ultramem_jax/config.py and "
+    "memory_config.py",
 )
 _MESH_HELP = (
     "--mesh=AXIS:SIZE,...: the devices along the axes "
@@ -82,7 +85,7 @@ def run(
             if base is not None:
                 argv = _define_config(argv, base)
             if any(flag in HELP for flag in argv[1:]):
-                print(f"{usage}\n\n{_flag_help(main.__module__, base is not None, together)}")
+                print(f"{usage}\n\n{_flag_help(main.__module__, base, together)}")
                 return 0
             member = None
             if together:
@@ -242,9 +245,9 @@ def _check_key(tree: dict[str, Any], key: str) -> None:
         raise UserError(f"--config.{key}: is a group of fields; set one of {', '.join(sorted(node))}")
 
 
-def _flag_help(module: str, with_config: bool, together: bool) -> str:
+def _flag_help(module: str, base: RunConfig | None, together: bool) -> str:
     lines = []
-    if with_config:
+    if base is not None:
         # An experiment that does not take them all says which it takes.
         lines = [f"  {line}" for line in getattr(sys.modules[module], "CONFIG_HELP", _CONFIG_HELP)]
         lines.append(f"  {_MESH_HELP}")
@@ -252,6 +255,8 @@ def _flag_help(module: str, with_config: bool, together: bool) -> str:
         lines += [f"  {line}" for line in _PROCESSES_HELP]
     own = FLAGS.flags_by_module_dict().get(module, [])
     lines += [f"  --{flag.name}: {flag.help} (default {flag.default!r})" for flag in own]
+    if base is not None and not hasattr(sys.modules[module], "CONFIG_HELP"):
+        lines += ["", "Presets:", *presets_help(), "", "Fields, with their values here:", *fields_help(base)]
     return "\n".join(lines)
 
 

@@ -56,6 +56,10 @@ def write(text: str) -> None:
         raise SystemExit(0) from None
 
 
+_COMPILING = 2
+"""Tokens of a sequence for which something is compiled."""
+
+
 class _Timed:
     """A generator whose tokens are counted and timed on their way."""
 
@@ -74,13 +78,15 @@ class _Timed:
             yield tokens
 
     def summary(self) -> str:
-        """Tokens, seconds and tokens per second of the stream that has been read."""
-        tokens, seconds = sum(self._counts), self._times[-1] - self._times[0]
-        total = f"{tokens} tokens in {seconds:.1f} s, {_rate(tokens, seconds):.1f} tokens per second"
-        # One program is compiled for the first token of a sequence, another one for the second.
-        rest, seconds = sum(self._counts[2:]), self._times[-1] - self._times[min(2, len(self._counts))]
-        return f"{total} ({_rate(rest, seconds):.1f} once both programs were compiled)" if rest else total
+        """Tokens and seconds of the stream that has been read, and the rate once its programs were compiled.
 
-
-def _rate(tokens: int, seconds: float) -> float:
-    return tokens / max(seconds, 1e-9)
+        One program is compiled for the first token of a sequence, another one for the second.
+        """
+        tokens, rest = sum(self._counts), sum(self._counts[_COMPILING:])
+        seconds = self._times[-1] - self._times[0]
+        if not rest:
+            return f"{tokens} tokens in {seconds:.1f} s, most of which compiling takes"
+        first = self._times[_COMPILING] - self._times[0]
+        rate = rest / max(seconds - first, 1e-9)
+        how = f"{first:.1f} s with compiling, then {rate:.1f} tokens per second"
+        return f"{tokens} tokens in {seconds:.1f} s: {how}"

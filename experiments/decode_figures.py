@@ -27,7 +27,9 @@ PUBLISHED_BAND = (2.0, 6.0)
 parameters; most at batch 64."""
 PUBLISHED_MEETING = 131_072
 """The batch near which the paper has the bytes of MoE and of UltraMem meet."""
-_MARKED_BATCH = 64
+_MARKED_BATCHES = (16, 64)
+_DISTURBED = 5.0
+"""A repeat of more times the median was disturbed by other work. It is named: the band would look wrong."""
 _MILLI = 1e-3
 _TOUCHED_BATCHES = tuple(sorted({round(2 ** (i / 4)) for i in range(4 * 17 + 1)}))
 """1 to 131,072."""
@@ -36,6 +38,8 @@ _MARKERS = {"dense": "s", "moe": "^", "pkm": "D", "ultramem": "o", "ultramem-v2"
 _PANEL = 5.2
 """Inches."""
 _FAINT = "#888888"
+_ON_WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.0}
+"""Behind words that lie on lines."""
 _PUBLISHED = "#c9b458"
 """No system's colour, for what the paper has."""
 _CLOSE = 1.1
@@ -71,8 +75,8 @@ def write(study: DecodeStudy, folder: pathlib.Path, stem: str) -> dict[str, path
 def plot_batches(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.Path:
     """Draws the time of a step against the batch, a panel per dtype: medians, and the range of all repeats.
 
-    A band marks where MoE would be if it took 2 to 6 times as long as our UltraMem, as published; dotted
-    lines are floors.
+    Arrows give the ratio of MoE to UltraMem at some batches. A band marks where MoE would be if it took 2 to
+    6 times as long as our UltraMem, as published; dotted lines are floors.
 
     Args:
         study: with timings of the study `batch`.
@@ -108,6 +112,7 @@ def plot_batches(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.Pa
         figures.set_log(axes.xaxis, batches)
     _finish(panels)
     extra: list[Line2D | Patch] = [Line2D([], [], linestyle=":", color=_FAINT, label="floor of each, here")]
+    extra.append(_range_patch())
     if any({"moe", "ultramem"} <= study.by_system("batch", d).keys() for d in dtypes):
         extra.append(_published_patch())
     _legend(figure, study.by_system("batch"), extra)
@@ -202,7 +207,7 @@ def plot_sparsity(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.P
         if {"moe", "ultramem"} <= systems.keys():
             positions = [t.sparse_over_dense for t in systems["ultramem"]]
             _mark_published(axes, positions, systems["ultramem"])
-            extra = [_published_patch()]
+            extra = [_range_patch(), _published_patch()]
         any_timing = study.of("sparsity", dtype)[0]
         dense = study.beside(any_timing, "dense")
         if dense:
@@ -240,6 +245,8 @@ def _draw_times(axes: Axes, system: str, positions: Sequence[float], timings: Se
     axes.fill_between(positions, lows, highs, color=colour, alpha=figures.BAND_OPACITY, linewidth=0)
     medians = [t.median / _MILLI for t in timings]
     axes.plot(positions, medians, marker=_MARKERS.get(system, "o"), color=colour, linewidth=1.8, markersize=5)
+    for position, timing in zip(positions, timings, strict=True):
+        _mark_disturbed(axes, position, timing)
 
 
 def _mark_published(axes: Axes, positions: Sequence[float], ultramem: Sequence[DecodeTiming]) -> None:
@@ -262,20 +269,46 @@ def _published_patch() -> Patch:
     return Patch(facecolor=_PUBLISHED, alpha=figures.BAND_OPACITY, label=label)
 
 
+def _range_patch() -> Patch:
+    return Patch(facecolor=_FAINT, alpha=figures.BAND_OPACITY, label="range of all repeats")
+
+
 def _mark_ratio(axes: Axes, moe: Sequence[DecodeTiming], ultramem: Sequence[DecodeTiming]) -> None:
-    """The ratio of the two where the paper has them furthest apart."""
-    low, high = (
-        next((t.median for t in timings if t.batch == _MARKED_BATCH), None) for timings in (ultramem, moe)
-    )
-    if low and high:
+    """Arrows from UltraMem up to MoE, with the ratio of their medians."""
+    medians = [{t.batch: t.median for t in timings} for timings in (ultramem, moe)]
+    for batch in _MARKED_BATCHES:
+        low, high = (of_batch.get(batch) for of_batch in medians)
+        if not low or not high:
+            continue
+        arrow = {"arrowstyle": "<->", "color": _colour("moe"), "linewidth": 1.0, "shrinkA": 4, "shrinkB": 4}
+        axes.annotate("", (batch, high / _MILLI), (batch, low / _MILLI), arrowprops=arrow)
         axes.annotate(
-            f"{significant(high / low, 2)} × UltraMem",
-            (_MARKED_BATCH, high / _MILLI),
-            xytext=(-4, 7),
+            f"{significant(high / low, 2)} ×",
+            (batch, math.sqrt(low * high) / _MILLI),
+            xytext=(-5, 0),
             textcoords="offset points",
             ha="right",
-            fontsize=9,
+            va="center",
+            fontsize=10,
+            fontweight="bold",
             color=_colour("moe"),
+            bbox=_ON_WHITE,
+        )
+
+
+def _mark_disturbed(axes: Axes, position: float, timing: DecodeTiming) -> None:
+    """Says how many repeats make a band as wide as it is, where some took far longer than the others."""
+    far = [seconds for seconds in timing.seconds if seconds > _DISTURBED * timing.median]
+    if far:
+        of = f"{len(far)} of {len(timing.seconds)} repeats"
+        axes.annotate(
+            f"other work disturbed\n{of}, to {significant(max(far) / _MILLI, 2)} ms",
+            (position, max(far) / _MILLI),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color=_colour(timing.system),
+            bbox=_ON_WHITE,
         )
 
 

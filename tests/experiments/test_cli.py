@@ -1,5 +1,6 @@
 """The command line as a user meets it: what runs, and the one line that bad input gets."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from experiments import EXPERIMENTS
+from ultramem_jax.config import MoEConfig, RunConfig
 from ultramem_jax.parallel.mesh import make_mesh
+from ultramem_jax.presets import PRESETS, preset
 from ultramem_jax.training import loop
 from ultramem_jax.training.metrics import MetricWriter, read_metrics
 
@@ -54,6 +57,24 @@ def test_help_offers_what_is_not_refused(run):
     _, out, _ = run("ablate", "--help")
     assert "--preset" not in out and "--config.part.field" not in out
     assert "--config.train.field" in out and "--config.model.dtype" in out and "--scale" in out
+
+
+def test_help_names_every_preset_and_every_field_with_its_value(run):
+    _, out, _ = run("train", "--help")
+    presets, fields = out.split("Presets:")[1].split("Fields, with their values here:")
+    assert set(presets.split()) - {"--preset:"} == set(PRESETS)
+    base = RunConfig(model=preset("ultramem-tiny"))
+    parts = {"model": base.model, "model.memory": base.model.memory, "model.moe": MoEConfig()}
+    parts |= {"data": base.data, "train": base.train, "mesh": base.mesh}
+    shown = fields.split()
+    for name, part in parts.items():
+        assert f"--config.{name}:" in shown
+        for field in dataclasses.fields(part):
+            if f"{name}.{field.name}" not in parts:
+                assert f"{field.name}={getattr(part, field.name)}" in shown
+    assert max(map(len, (presets + fields).splitlines())) <= 110
+    _, out, _ = run("bench_decode", "--help")
+    assert "Presets:" not in out
 
 
 def test_train_evaluate_generate(run, text, tmp_path):

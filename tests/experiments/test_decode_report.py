@@ -329,11 +329,28 @@ def test_times_are_drawn_against_the_batch(tmp_path, drawn):
     assert {(1, 30), (1, 90), (64, 50), (64, 150)} <= corners
     repeats = left.collections[0].get_paths()[0].vertices
     assert {(64, 19), (64, 24)} <= {(round(x), round(y)) for x, y in repeats}
-    assert [text.get_text() for text in left.texts] == ["6.7 × UltraMem"]
+    assert [text.get_text() for text in left.texts if text.get_text()] == ["6.7 ×"]  # and its arrow
     assert not right.texts and len(right.collections) == 2
     assert (left.get_xscale(), left.get_yscale(), left.get_ylabel()[:11]) == ("log", "log", "ms per step")
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert set(labels[:3]) == {"dense", "MoE", "UltraMem"} and len(labels) == 5
+    assert set(labels[:3]) == {"dense", "MoE", "UltraMem"} and len(labels) == 6
+
+
+def test_both_quoted_batches_are_marked_and_a_repeat_that_was_disturbed_is_named(tmp_path, drawn):
+    def timing(system, batch, *seconds):
+        return replace(TIMINGS[0], system=system, preset=f"{system}-tiny", batch=batch, seconds=seconds)
+
+    # Medians 20 and 60 ms at batch 16, 30 and 45 at batch 64; one repeat of ten times the median.
+    timings = [timing("ultramem", 16, 0.02, 0.02, 0.2), timing("moe", 16, 0.06)]
+    timings += [timing("ultramem", 64, 0.03), timing("moe", 64, 0.045, 0.045, 0.05)]
+    decode_figures.plot_batches(replace(STUDY, timings=timings), tmp_path / "batch.png")
+    texts = {text.get_text(): text.xy for text in drawn[0].axes[0].texts if text.get_text()}
+    assert {"3.0 ×", "1.5 ×"} < set(texts)
+    (said,) = set(texts) - {"3.0 ×", "1.5 ×"}
+    assert said == "other work disturbed\n1 of 3 repeats, to 200 ms" and texts[said] == (
+        16,
+        pytest.approx(200),
+    )
 
 
 def test_bytes_are_drawn_as_counted(tmp_path, drawn):

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from experiments import continuations
 from experiments.continuations import write, write_continuations
 from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.data import ByteTokenizer
@@ -74,6 +75,42 @@ def test_a_seed_gives_the_same_text_again_and_another_seed_another(generate):
 def test_the_likeliest_of_one_is_the_likeliest_of_all(generate):
     flags = ["--num_tokens=9", "--cache_dtype=bfloat16"]
     assert generate(*flags, "--top_k=1")[0] == generate(*flags, "--temperature=0")[0]
+
+
+class Recorded:
+    """A generator of tokens that come at given times, and the clock that shows them."""
+
+    def __init__(self, times, sequences=1):
+        self._times, self._sequences = iter(times), sequences
+
+    def perf_counter(self):
+        return next(self._times)
+
+    def stream(self, prompts, num_tokens, seed=0):
+        for _ in range(num_tokens):
+            yield np.zeros(self._sequences, np.int32)
+
+
+@pytest.mark.parametrize(
+    "times, sequences, summary",
+    [
+        # The first two tokens compile. Three more in 0.3 s are ten a second, of each sequence.
+        ([0, 4, 7, 7.1, 7.2, 7.3], 1, "5 tokens in 7.3 s: 7.0 s with compiling, then 10.0 tokens per second"),
+        (
+            [0, 4, 7, 7.1, 7.2, 7.3],
+            4,
+            "20 tokens in 7.3 s: 7.0 s with compiling, then 40.0 tokens per second",
+        ),
+        ([0, 4, 7], 1, "2 tokens in 7.0 s, most of which compiling takes"),
+        ([0, 4], 1, "1 tokens in 4.0 s, most of which compiling takes"),
+    ],
+)
+def test_the_rate_leaves_compilation_out(monkeypatch, times, sequences, summary):
+    recorded = Recorded(times, sequences)
+    monkeypatch.setattr(continuations.time, "perf_counter", recorded.perf_counter)
+    timed = continuations._Timed(recorded)
+    assert len(list(timed.stream([[1]] * sequences, len(times) - 1))) == len(times) - 1
+    assert timed.summary() == summary
 
 
 BAD = {
