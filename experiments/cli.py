@@ -24,7 +24,7 @@ from ml_collections.config_flags import config_flags
 
 from experiments.arguments import take, take_integer
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
-from ultramem_jax.errors import UserError, require, unknown
+from ultramem_jax.errors import UserError, unknown, whole_number
 from ultramem_jax.parallel import distributed
 from ultramem_jax.parallel.distributed import HEARTBEAT_TIMEOUT, INITIALIZATION_TIMEOUT, Membership
 from ultramem_jax.parallel.mesh import AXES
@@ -168,9 +168,11 @@ def _mesh(text: str) -> dict[str, int]:
         name, _, size = part.partition(":")
         if name not in AXES:
             raise unknown(f"axis in --mesh = {text!r}:", name, AXES)
-        right = size.isdecimal() and name not in sizes
-        require(right, "--mesh", text, f"must be AXIS:SIZE,... of the axes {', '.join(AXES)}, each once")
-        sizes[name] = int(size)
+        number = whole_number(size)
+        if number is None or name in sizes:
+            allowed = f"must be AXIS:SIZE,... of the axes {', '.join(AXES)}, each once"
+            raise UserError(f"--mesh = {text!r}: {allowed}")
+        sizes[name] = number
     return dict.fromkeys(AXES, 1) | sizes
 
 
