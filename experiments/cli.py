@@ -7,6 +7,7 @@ command line.
 """
 
 import contextlib
+import inspect
 import logging
 import os
 import pathlib
@@ -207,15 +208,29 @@ def _read_config(path: str) -> RunConfig:
         known = [f"experiments/configs/{file.name}" for file in folder.glob("[!_]*.py")]
         raise unknown("config file", path, known)
     try:
-        config = runpy.run_path(path)["get_config"]()
+        get_config = runpy.run_path(path).get("get_config")
+        if not callable(get_config) or not _takes_nothing(get_config):
+            raise UserError(
+                f"--config = {path!r}: must define get_config(), a function that takes no arguments and "
+                "returns a RunConfig"
+            )
+        config = get_config()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Whatever a file of Python can do wrong is the user's to mend, and one line says what it was.
         raise UserError(f"--config = {path!r}: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
         raise UserError(f"--config = {path!r}: get_config() must return a RunConfig, not {config!r}")
     return config
+
+
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    return True
 
 
 def _check_key(tree: dict[str, Any], key: str) -> None:

@@ -137,7 +137,16 @@ def test_evaluation_refuses_another_corpus(run, text, tmp_path):
     "text, said",
     [
         ("def get_config(: pass", "SyntaxError"),
-        ("get_conf = 1", "get_config"),
+        (
+            "get_conf = 1",
+            "must define get_config(), a function that takes no arguments and returns a RunConfig",
+        ),
+        ("get_config = 1", "must define get_config(), a function that takes no arguments"),
+        ("def get_config(seed): return seed", "must define get_config(), a function that takes no arguments"),
+        ("import sys\nsys.exit(3)", "SystemExit: 3"),
+        ("def get_config(): raise SystemExit('no\\nmore')", "SystemExit: no more"),
+        ("get_config = '\\0'\0", "null bytes"),
+        ("def get_config(): return get_config()", "RecursionError"),
         ("def get_config(): return {}", "must return a RunConfig"),
         ("from ultramem_jax import *\ndef get_config(): return TrainConfig(stepz=3)", "stepz"),
         ("from ultramem_jax import *\ndef get_config(): return TrainConfig(steps=0)", "steps = 0"),
@@ -147,7 +156,14 @@ def test_a_config_file_that_cannot_be_used_gets_one_line(run, tmp_path, text, sa
     (tmp_path / "config.py").write_text(text)
     status, _, err = run("train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}")
     assert status == 2 and len(err.strip().splitlines()) == 1 and said in err
+    assert f"--config = {str(tmp_path / 'config.py')!r}: " in err or "TrainConfig" in text
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["raise KeyboardInterrupt", "def get_config(): raise KeyboardInterrupt"])
+def test_a_config_file_can_be_interrupted(run, tmp_path, text):
+    (tmp_path / "config.py").write_text(text)
+    assert run("train", f"--config={tmp_path / 'config.py'}")[::2] == (130, "interrupted\n")
 
 
 def test_compare_writes_table_and_figure_and_goes_on_where_it_was(run, text, tmp_path):
