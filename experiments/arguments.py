@@ -1,6 +1,6 @@
 """Flags that are read before absl reads the rest: their values come out of the command line by hand."""
 
-from ultramem_jax.errors import UserError, require
+from ultramem_jax.errors import UserError, require, whole_number
 
 
 def take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -30,5 +30,6 @@ def take_integer(argv: list[str], flag: str) -> tuple[int | None, list[str]]:
     text, rest = take(argv, flag)
     if text is None:
         return None, rest
-    require(text.isdecimal(), f"--{flag}", text, "must be a whole number, 0 or above")
-    return int(text), rest
+    number = whole_number(text)
+    require(number is not None, f"--{flag}", text, "must be a whole number, 0 or above")
+    return number, rest

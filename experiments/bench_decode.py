@@ -37,7 +37,7 @@ from experiments.decode_records import DecodeRates, DecodeStudy, DecodeTiming
 from ultramem_jax.accounting import bytes_per_token, count_parameters, decode_cost
 from ultramem_jax.accounting.model import DTYPE_BYTES
 from ultramem_jax.config import ModelConfig
-from ultramem_jax.errors import choice, require, unknown
+from ultramem_jax.errors import choice, require, unknown, whole_number
 from ultramem_jax.models.cache import CACHE_DTYPES, cache_bytes
 from ultramem_jax.presets import preset
 
@@ -188,8 +188,9 @@ def _system(name: str) -> str:
 
 
 def _positive(flag: str, text: str) -> int:
-    require(text.strip().isdecimal() and int(text) > 0, flag, text, "must be whole numbers above 0")
-    return int(text)
+    number = whole_number(text) or 0
+    require(number > 0, flag, text, "must be whole numbers above 0")
+    return number
 
 
 def _fitting(subject: Subject) -> Iterator[Subject]:

@@ -19,7 +19,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import report
-from ultramem_jax.errors import at_least, require
+from ultramem_jax.errors import require, whole_number
 from ultramem_jax.ops.lookup import pool, score_products
 from ultramem_jax.ops.owned_rows import owned_reads, pool_owned, score_products_owned
 
@@ -66,8 +66,8 @@ def main() -> None:
 
 
 def _parts(text: str) -> int:
-    number = int(text) if text.strip().isdecimal() else 0
-    at_least(1, parts=number)
+    number = whole_number(text) or 0
+    require(number > 0, "parts", text, "must be whole numbers above 0")
     for name, size in (("slots", SLOTS.value), ("width", WIDTH)):
         require(size % number == 0, "parts", number, f"must divide the {name} of the table, {size}")
     return number

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from experiments import bench_tables, machine, report, step_study
 from experiments.memory_step import SEQUENCES, Way, bench_memory
 from experiments.step_timing import WARM_UP
-from ultramem_jax.errors import UserError, at_least, require
+from ultramem_jax.errors import UserError, at_least, require, whole_number
 
 SLOTS = flags.DEFINE_list(
     "slots",
@@ -93,7 +93,7 @@ def _sides(slots: list[str]) -> list[int]:
     require(bool(slots), "slots", ",".join(slots), "must name at least one size")
     sides = set()
     for text in slots:
-        number = int(text) if text.strip().isdecimal() else 0
+        number = whole_number(text) or 0
         side = math.isqrt(number)
         require(number > 0 and side**2 == number, "slots", text, "must be a square: 65536, 1048576, ...")
         sides.add(side)

@@ -7,6 +7,7 @@ command line.
 """
 
 import contextlib
+import inspect
 import logging
 import os
 import pathlib
@@ -25,7 +26,7 @@ from ml_collections.config_flags import config_flags
 from experiments.arguments import take, take_integer
 from experiments.config_help import fields_help, presets_help
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
-from ultramem_jax.errors import Stopped, UserError, require, unknown
+from ultramem_jax.errors import Stopped, UserError, unknown, whole_number
 from ultramem_jax.parallel import distributed
 from ultramem_jax.parallel.distributed import HEARTBEAT_TIMEOUT, INITIALIZATION_TIMEOUT, Membership
 from ultramem_jax.parallel.mesh import AXES
@@ -180,9 +181,11 @@ def _mesh(text: str) -> dict[str, int]:
         name, _, size = part.partition(":")
         if name not in AXES:
             raise unknown(f"axis in --mesh = {text!r}:", name, AXES)
-        right = size.isdecimal() and name not in sizes
-        require(right, "--mesh", text, f"must be AXIS:SIZE,... of the axes {', '.join(AXES)}, each once")
-        sizes[name] = int(size)
+        number = whole_number(size)
+        if number is None or name in sizes:
+            allowed = f"must be AXIS:SIZE,... of the axes {', '.join(AXES)}, each once"
+            raise UserError(f"--mesh = {text!r}: {allowed}")
+        sizes[name] = number
     return dict.fromkeys(AXES, 1) | sizes
 
 
@@ -217,15 +220,29 @@ def _read_config(path: str) -> RunConfig:
         known = [f"experiments/configs/{file.name}" for file in folder.glob("[!_]*.py")]
         raise unknown("config file", path, known)
     try:
-        config = runpy.run_path(path)["get_config"]()
+        get_config = runpy.run_path(path).get("get_config")
+        if not callable(get_config) or not _takes_nothing(get_config):
+            raise UserError(
+                f"--config = {path!r}: must define get_config(), a function that takes no arguments and "
+                "returns a RunConfig"
+            )
+        config = get_config()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Whatever a file of Python can do wrong is the user's to mend, and one line says what it was.
         raise UserError(f"--config = {path!r}: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
         raise UserError(f"--config = {path!r}: get_config() must return a RunConfig, not {config!r}")
     return config
+
+
+def _takes_nothing(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    return True
 
 
 def _check_key(tree: dict[str, Any], key: str) -> None:

@@ -2,7 +2,12 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
+
+_WHOLE_NUMBER = re.compile("[0-9]{1,18}")
+"""Python's `int` and `\\d` also know the digits of other scripts, signs, blanks and underscores. It refuses
+thousands of digits with an error of its own; nothing here counts to 10¹⁸."""
 
 
 class UserError(ValueError):
@@ -35,6 +40,11 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"unknown {what} {name!r}: {hint}known are {', '.join(known)}")
+
+
+def whole_number(text: str) -> int | None:
+    """Returns the number that 1 to 18 ASCII digits write, or None for any other text."""
+    return int(text) if _WHOLE_NUMBER.fullmatch(text) else None
 
 
 def choice(field: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -5,12 +5,9 @@ output to the residual stream after layer 7, a second one spans layers 8 to 12. 
 the UltraMem paper. `full` puts one memory into every layer (`1:1/2:2/...`), `none` puts none anywhere.
 """
 
-import re
 from typing import NamedTuple
 
-from ultramem_jax.errors import require
-
-_SPAN = re.compile(r"(\d+):(\d+)")
+from ultramem_jax.errors import UserError, require, whole_number
 
 
 class Span(NamedTuple):
@@ -37,15 +34,12 @@ def parse_placement(placement: str, num_layers: int, field: str = "placement") -
         return tuple(Span(layer, layer) for layer in range(1, num_layers + 1))
     spans = []
     for part in placement.split("/"):
-        match = _SPAN.fullmatch(part)
-        require(
-            match is not None,
-            field,
-            placement,
-            f"{part!r} is not a span; allowed are 'full', 'none' or spans like '3:7/8:12'",
-        )
-        assert match is not None
-        span = Span(int(match[1]), int(match[2]))
+        first, _, last = part.partition(":")
+        start, end = whole_number(first), whole_number(last)
+        if start is None or end is None:
+            allowed = f"{part!r} is not a span; allowed are 'full', 'none' or spans like '3:7/8:12'"
+            raise UserError(f"{field} = {placement!r}: {allowed}")
+        span = Span(start, end)
         require(span.start >= 1, field, placement, f"span {part} starts before layer 1")
         require(span.start <= span.end, field, placement, f"span {part} lands before it starts")
         require(

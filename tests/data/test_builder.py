@@ -17,8 +17,8 @@ from ultramem_jax.data.sources import SPLITS, open_source
 
 @pytest.fixture
 def config(tmp_path) -> DataConfig:
-    """Random bytes: a training split of two and a half records."""
-    data = np.random.default_rng(0).integers(0, 256, int(2.5 * RECORD_TOKENS / 0.9), np.uint8)
+    """Random bytes, but no zeros: a training split of two and a half records."""
+    data = np.random.default_rng(0).integers(1, 256, int(2.5 * RECORD_TOKENS / 0.9), np.uint8)
     (tmp_path / "corpus.bin").write_bytes(data.tobytes())
     return DataConfig(dataset="text", path=str(tmp_path / "corpus.bin"), cache_dir=str(tmp_path / "cache"))
 

@@ -19,7 +19,7 @@ S = 32
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    data = np.random.default_rng(0).integers(0, 256, 20_000, np.uint8)
+    data = np.random.default_rng(0).integers(1, 256, 20_000, np.uint8)
     (folder / "corpus.bin").write_bytes(data.tobytes())
     return folder
 

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -48,6 +49,7 @@ def test_stdlib_is_disjoint_stable_and_without_tests():
 def test_folder_takes_text_and_leaves_the_rest(tmp_path):
     files = {
         "a.txt": b"plain",
+        "q.txt": b"validates",
         "deep/er/b.md": b"nested",
         "c.gz": gzip.compress(b"packed"),
         "latin.txt": b"caf\xe9",
@@ -61,6 +63,7 @@ def test_folder_takes_text_and_leaves_the_rest(tmp_path):
     found = documents(DataConfig(dataset="text", path=str(tmp_path)))
     assert {name: data for split in SPLITS for name, data in found[split]} == {
         "a.txt": b"plain",
+        "q.txt": b"validates",
         "deep/er/b.md": b"nested",
         "c.gz": b"packed",
         "latin.txt": b"caf\xe9",
@@ -78,7 +81,7 @@ def test_files_of_a_folder_stay_in_their_splits_when_one_is_added(tmp_path):
 
 @pytest.mark.parametrize("name", ["all.txt", "all.txt.gz"])
 def test_a_file_is_cut_in_order(tmp_path, name):
-    data = bytes(range(200))
+    data = bytes(range(1, 201))
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     found = documents(DataConfig(dataset="text", path=str(tmp_path / name)))
     assert found == {
@@ -89,7 +92,7 @@ def test_a_file_is_cut_in_order(tmp_path, name):
 
 
 def test_key_follows_content_not_time_stamps(tmp_path):
-    config = DataConfig(dataset="text", path=str(write(tmp_path, {"a": b"one", "b": b"two"})))
+    config = DataConfig(dataset="text", path=str(write(tmp_path, {"a": b"one", "q.txt": b"two"})))
     key = open_source(config).survey().key
     (tmp_path / "a").touch()
     assert open_source(config).survey().key == key
@@ -132,6 +135,125 @@ def test_enwik8_with_one_byte_changed(tmp_path, monkeypatch):
     (tmp_path / "e").write_bytes(b"abc")
     with pytest.raises(UserError, match=r"data\.path = .*sha256 2b49720e.*this one has sha256 ba7816bf"):
         open_source(DataConfig(dataset="enwik8", path=str(tmp_path / "e")))
+
+
+ASCII = "the slot of a key\n"
+NOT_TEXT = {
+    "utf16.txt": (ASCII.encode("utf-16"), "likely UTF-16 or UTF-32: convert it to UTF-8"),
+    "le.txt": (ASCII.encode("utf-16-le"), "likely UTF-16"),
+    "be.txt": (ASCII.encode("utf-16-be"), "likely UTF-16"),
+    "chinese.txt": ("键的槽".encode("utf-16"), "likely UTF-16"),  # no byte is zero
+    "utf32.txt": (ASCII.encode("utf-32"), "likely UTF-16 or UTF-32"),
+    "big.txt": (b"\0\0\xfe\xff" + ASCII.encode("utf-32-be"), "likely UTF-16 or UTF-32"),
+    "utf16.txt.gz": (gzip.compress(ASCII.encode("utf-16")), "likely UTF-16"),
+    "packed.txt": (gzip.compress(ASCII.encode()), "compressed: decompress it, or give a gzip file a name"),
+    "twice.gz": (gzip.compress(gzip.compress(ASCII.encode())), "compressed: decompress it"),
+    "all.tar.gz": (
+        gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar" + bytes(250)),
+        "a tar archive: unpack",
+    ),
+    "picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "binary: it has a zero byte among its first 8,192"),
+    "late": (b"text" * 2047 + b"\0" + b"text", "binary"),
+    "zero": (b"\0", "binary"),
+    "empty.gz": (gzip.compress(b""), "empty"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TEXT)
+def test_a_file_that_is_not_text_is_refused_and_a_folder_leaves_it_out(tmp_path, name):
+    data, kind = NOT_TEXT[name]
+    write(tmp_path, {name: data, "a.txt": b"trains", "q.txt": b"validates"})
+    with pytest.raises(
+        UserError, match="must name an existing file or folder of text; this file is "
+    ) as error:
+        open_source(DataConfig(dataset="text", path=str(tmp_path / name)))
+    assert kind in str(error.value) and "\n" not in str(error.value)
+    found = documents(DataConfig(dataset="text", path=str(tmp_path)))
+    assert {document for split in SPLITS for document, _ in found[split]} == {"a.txt", "q.txt"}
+
+
+@pytest.mark.parametrize("dataset", ["text", "enwik8"])
+@pytest.mark.parametrize(
+    "name", ["/dev/zero", "{tmp}/pipe", "{tmp}/link", "{tmp}/link.gz", "a\0b", "a" * 5000]
+)
+def test_only_regular_files_are_opened(tmp_path, dataset, name):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "link.gz").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"data\.path = .* must name ") as error:
+        open_source(DataConfig(dataset=dataset, path=name.format(tmp=tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_links_and_pipes(tmp_path):
+    write(tmp_path, {"text/a.txt": b"trains", "text/q.txt": b"validates", "elsewhere/b.txt": b"linked"})
+    folder = tmp_path / "text"
+    os.mkfifo(folder / "pipe.txt")
+    for link, target in (
+        ("loop", "."),
+        ("itself", "itself"),
+        ("gone", "nowhere"),
+        ("zero.txt", "/dev/zero"),
+        ("b.txt", "../elsewhere/b.txt"),
+        ("elsewhere", "../elsewhere"),
+    ):
+        (folder / link).symlink_to(target)
+    (tmp_path / "link").symlink_to("text")
+    found = documents(DataConfig(dataset="text", path=str(tmp_path / "link")))
+    assert {name for split in SPLITS for name, _ in found[split]} == {"a.txt", "q.txt", "b.txt"}
+
+
+def test_a_folder_below_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    write(tmp_path, {"a.txt": b"trains", "q.txt": b"validates", "closed/b.txt": b"?", ".closed/b.txt": b"?"})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"data\.path: cannot read '.*/closed': .*Permission denied") as error:
+        open_source(DataConfig(dataset="text", path=str(tmp_path)))
+    assert "/.closed" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "split"),
+    [(["a.txt", "b.txt"], 2, "validation"), (["q.txt"], 1, "train"), (["a.txt", "17.txt"], 2, "validation")],
+)
+def test_a_folder_with_an_empty_split_is_refused_before_it_is_read(
+    tmp_path, monkeypatch, names, count, split
+):
+    write(tmp_path, dict.fromkeys(names, b"text") | {"20.txt": b"\0"})
+    monkeypatch.setattr(sources, "read", lambda path: pytest.fail(f"{path} read"))
+    with pytest.raises(
+        UserError, match=r"data\.path = .*; give more files, or one file in place of"
+    ) as error:
+        open_source(DataConfig(dataset="text", path=str(tmp_path)))
+    assert f"none of the {count} text files of this folder falls into its {split} split" in str(error.value)
+
+
+def test_a_folder_may_lack_a_test_split(tmp_path):
+    write(tmp_path, {"a.txt": b"trains", "q.txt": b"validates"})
+    found = documents(DataConfig(dataset="text", path=str(tmp_path)))
+    assert {split: len(found[split]) for split in SPLITS} == {"train": 1, "validation": 1, "test": 0}
+
+
+def test_a_gzip_file_cut_off_anywhere(tmp_path):
+    whole = gzip.compress(b"some text " * 50)
+    for length in range(1, len(whole)):
+        (tmp_path / "cut.gz").write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"data\.path: cannot read '.*cut\.gz': ") as error:
+            open_source(DataConfig(dataset="text", path=str(tmp_path / "cut.gz"))).survey()
+        assert "\n" not in str(error.value)
+
+
+def test_a_file_of_another_size_is_not_read_to_see_that_it_is_not_enwik8(tmp_path, monkeypatch):
+    (tmp_path / "enwik9").write_bytes(b"0123456789")
+    monkeypatch.setattr(sources, "read", lambda path: pytest.fail(f"{path} read"))
+    with pytest.raises(UserError, match="this one has 10 bytes"):
+        open_source(DataConfig(dataset="enwik8", path=str(tmp_path / "enwik9")))
 
 
 @pytest.mark.parametrize(

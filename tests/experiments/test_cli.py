@@ -159,7 +159,16 @@ def test_evaluation_refuses_another_corpus(run, text, tmp_path):
     "text, said",
     [
         ("def get_config(: pass", "SyntaxError"),
-        ("get_conf = 1", "get_config"),
+        (
+            "get_conf = 1",
+            "must define get_config(), a function that takes no arguments and returns a RunConfig",
+        ),
+        ("get_config = 1", "must define get_config(), a function that takes no arguments"),
+        ("def get_config(seed): return seed", "must define get_config(), a function that takes no arguments"),
+        ("import sys\nsys.exit(3)", "SystemExit: 3"),
+        ("def get_config(): raise SystemExit('no\\nmore')", "SystemExit: no more"),
+        ("get_config = '\\0'\0", "null bytes"),
+        ("def get_config(): return get_config()", "RecursionError"),
         ("def get_config(): return {}", "must return a RunConfig"),
         ("from ultramem_jax import *\ndef get_config(): return TrainConfig(stepz=3)", "stepz"),
         ("from ultramem_jax import *\ndef get_config(): return TrainConfig(steps=0)", "steps = 0"),
@@ -169,6 +178,7 @@ def test_a_config_file_that_cannot_be_used_gets_one_line(run, tmp_path, text, sa
     (tmp_path / "config.py").write_text(text)
     status, _, err = run("train", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}")
     assert status == 2 and len(err.strip().splitlines()) == 1 and said in err
+    assert f"--config = {str(tmp_path / 'config.py')!r}: " in err or "TrainConfig" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -187,6 +197,12 @@ def test_a_run_whose_log_was_lost_is_finished_all_the_same(run, text, tmp_path):
     (tmp_path / "metrics.jsonl").unlink()
     status, out, err = run(*command)
     assert status == 0 and "no loss curve" in out and "already finished: step 2" in err
+
+
+@pytest.mark.parametrize("text", ["raise KeyboardInterrupt", "def get_config(): raise KeyboardInterrupt"])
+def test_a_config_file_can_be_interrupted(run, tmp_path, text):
+    (tmp_path / "config.py").write_text(text)
+    assert run("train", f"--config={tmp_path / 'config.py'}")[::2] == (130, "interrupted\n")
 
 
 def test_compare_writes_table_and_figure_and_goes_on_where_it_was(run, text, tmp_path):
@@ -281,6 +297,14 @@ BAD = {
     "a stray argument": (["count", "all"], "'all'", "--name=value"),
     "an unknown axis": (["train", "--mesh=data:4,memry:2"], "memry", "did you mean 'memory'?", "fsdp"),
     "a mesh without sizes": (["train", "--mesh=data"], "--mesh = 'data'", "AXIS:SIZE", "tensor"),
+    "a mesh in full-width digits": (["train", "--mesh=data:４"], "'data:４'", "AXIS:SIZE", "tensor"),
+    "batches in full-width digits": (
+        ["bench_decode", "--batches=４"],
+        "batches = '４'",
+        "whole numbers above 0",
+    ),
+    "owners in full-width digits": (["bench_owner", "--parts=４"], "parts = '４'", "whole numbers"),
+    "slots in full-width digits": (["bench_step", "--slots=４"], "slots = '４'", "must be a square"),
     "an axis twice": (["train", "--mesh=data:4,data:2"], "'data:4,data:2'", "each once"),
     "a mesh of other devices": (["train", "--mesh=data:3"], "data:3", "there are 8 devices"),
     "a mesh that does not divide": (["train", "--mesh=data:0,tensor:3"], "mesh.tensor = 3", "must divide"),

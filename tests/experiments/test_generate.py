@@ -124,6 +124,7 @@ BAD = {
     "a negative window": ("--window=-1", "--window=-1", "non-negative"),
     "no run": ("--workdir=nowhere", "no directory", "nowhere"),
     "no such step": ("--checkpoint=7", "--checkpoint = '7'", "'last'", "steps 2"),
+    "a step in full-width digits": ("--checkpoint=２", "--checkpoint = '２'", "'last'", "steps 2"),
 }
 
 

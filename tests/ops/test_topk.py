@@ -50,3 +50,47 @@ def test_short_rows_k_of_the_whole_row_and_lengths_without_divisors(length, k, b
 def test_bfloat16():
     x = jax.random.normal(jax.random.key(0), (4, 4096), jnp.bfloat16)  # eight bits: many ties
     _assert_equal(x, 32)
+
+
+def _zeros_and_subnormals(dtype):
+    """Rows (400, 128) of zeros of both signs, subnormals, and from none to many numbers on either side."""
+    rng = np.random.default_rng(0)
+    smallest = float(jnp.finfo(dtype).smallest_subnormal)
+    x = rng.integers(-3, 4, (400, 128)) * smallest * rng.choice([-1.0, 1.0], (400, 128))
+    x[::4] = np.abs(x[::4])
+    x[1::4] = np.copysign(0.0, x[1::4])
+    normal = rng.random((400, 128)) < np.linspace(0, 0.2, 400)[:, None]
+    x = np.where(normal, rng.integers(-2, 3, (400, 128)), x)
+    return jnp.asarray(np.where(rng.random((400, 1)) < 0.2, -np.abs(x), x).astype(dtype))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("block", [2, 4, 16])
+def test_rows_of_zeros_and_subnormals_agree_in_all_normal_numbers(dtype, block, compiled):
+    x, k = _zeros_and_subnormals(dtype), 6
+    ours = lambda x: top_k(x, k, block)  # noqa: E731
+    values, index = map(np.asarray, (jax.jit(ours) if compiled else ours)(x))
+    expected, expected_index = map(np.asarray, jax.lax.top_k(x, k))
+    least = float(jnp.finfo(dtype).tiny)
+    magnitude = np.abs(expected.astype(np.float32))
+    np.testing.assert_array_equal(values, np.take_along_axis(np.asarray(x), index, -1))
+    assert all(len(set(row)) == k for row in index)
+    exact = magnitude[:, -1] >= least
+    assert 0 < exact.sum() < len(x)
+    np.testing.assert_array_equal(index[exact], expected_index[exact])
+    # The other rows: numbers first, and then zeros and subnormals alone, in the order of lax.top_k.
+    normal = magnitude >= least
+    np.testing.assert_array_equal(index[normal], expected_index[normal])
+    assert (np.abs(values.astype(np.float32)[~normal]) < least).all()
+    again = np.asarray(jax.lax.top_k(jnp.asarray(values), k)[1])
+    np.testing.assert_array_equal(again, np.broadcast_to(np.arange(k), index.shape))
+
+
+def test_subnormals_by_hand():
+    # The maxima 0, 1e-45 and 4e-45 of three blocks are all zero where subnormals are flushed.
+    row = np.array([0.0, 0.0, 1e-45, 0.0, 3e-45, 4e-45, 2.0, -1.0], np.float32)
+    values, index = top_k(jnp.asarray(row), 2, block=2)
+    assert (values[0], index[0]) == (2, 6)
+    assert index[1] in range(6) and np.asarray(values)[1] == row[index[1]]
+    _assert_equal(row, 1, 2)  # its last value is a normal number

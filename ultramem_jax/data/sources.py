@@ -11,12 +11,10 @@ A source yields the documents of each split in a fixed order. Split rules:
 
 import contextlib
 import difflib
-import gzip
 import hashlib
 import os
 import sys
 import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ultramem_jax.config import DataConfig
+from ultramem_jax.data.local_files import is_regular, other_than_text, read, regular_files
 from ultramem_jax.errors import UserError, require, unknown
 
 SPLITS = ("train", "validation", "test")
@@ -33,8 +32,6 @@ ENWIK8_BYTES = 100_000_000
 ENWIK8_SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
 
 _STDLIB_EXCLUDED = {"test", "site-packages", "dist-packages", "__pycache__"}
-_SNIFFED_BYTES = 8192
-"""A file with a zero byte among its first ones is not text; the rule of git."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ class FolderSource(_LocalSource):
         """See `Source.documents`; in the order of the names."""
         for name in self._names:
             if split_of(name) == split:
-                yield Document(name, _read(self._root / name))
+                yield Document(name, read(self._root / name))
 
 
 class FileSource(_LocalSource):
@@ -150,7 +147,7 @@ class FileSource(_LocalSource):
     @cached_property
     def data(self) -> bytes:
         """The whole file, decompressed."""
-        return _read(self._path)
+        return read(self._path)
 
     def documents(self, split: str) -> Iterator[Document]:
         """See `Source.documents`."""
@@ -172,7 +169,7 @@ def stdlib_source() -> FolderSource:
     files = [
         path
         for path in root.rglob("*.py")
-        if path.is_file() and _STDLIB_EXCLUDED.isdisjoint(path.relative_to(root).parts)
+        if is_regular(path) and _STDLIB_EXCLUDED.isdisjoint(path.relative_to(root).parts)
     ]
     if not files:
         raise UserError(f"data.dataset = 'stdlib': this Python has no .py sources under {root}; use 'text'")
@@ -182,9 +179,10 @@ def stdlib_source() -> FolderSource:
 def enwik8_source(path: str) -> FileSource:
     """The first 10^8 bytes of the English Wikipedia dump of 2006-03-03, split 90 M / 5 M / 5 M."""
     allowed = f"must name enwik8, plain or .gz: a file of {ENWIK8_BYTES:,} bytes with sha256 {ENWIK8_SHA256}"
-    require(bool(path) and Path(path).is_file(), "data.path", path, f"{allowed}; there is no such file")
+    require(is_regular(path), "data.path", path, f"{allowed}; there is no such file")
     source = FileSource("enwik8", Path(path))
-    size = len(source.data)
+    # Of a plain file before it is read: it may be the whole dump.
+    size = len(source.data) if path.endswith(".gz") else os.path.getsize(path)
     require(size == ENWIK8_BYTES, "data.path", path, f"{allowed}; this one has {size:,} bytes")
     digest = hashlib.sha256(source.data).hexdigest()
     require(digest == ENWIK8_SHA256, "data.path", path, f"{allowed}; this one has sha256 {digest}")
@@ -192,20 +190,31 @@ def enwik8_source(path: str) -> FileSource:
 
 
 def text_source(path: str) -> FolderSource | FileSource:
-    """A file, or all text files below a folder except hidden ones; .gz files are decompressed."""
+    """Returns a file, or all text files below a folder except hidden ones; .gz files are decompressed.
+
+    Raises:
+        UserError: a path that is neither; a file that is not text; a folder without text, or without any for
+            the training or the validation split.
+    """
     allowed = "must name an existing file or folder of text"
-    # Path("") would be the working directory, which nobody who left the field empty has asked for.
-    require(bool(path) and Path(path).exists(), "data.path", path, allowed)
     root = Path(path)
-    if not root.is_dir():
-        source = FileSource(root.name, root)
-        require(len(source.data) > 0, "data.path", path, f"{allowed}; this file is empty")
-        return source
-    files = [
-        file for file in root.rglob("*") if file.is_file() and not _is_hidden(file, root) and _is_text(file)
-    ]
-    require(bool(files), "data.path", path, f"{allowed}; there is no text in this folder")
-    return FolderSource(root, files)
+    # Path("") would be the working directory, which nobody who left the field empty has asked for.
+    if path and os.path.isdir(path):
+        files = [file for file in regular_files(root) if other_than_text(file) is None]
+        require(bool(files), "data.path", path, f"{allowed}; there is no text in this folder")
+        splits = {split_of(file.relative_to(root).as_posix()) for file in files}
+        for split in ("train", "validation"):  # no run does without; a test split is only evaluated
+            rule = (
+                f"none of the {len(files):,} text files of this folder falls into its {split} split (a "
+                "folder is split by the names of its files); give more files, or one file in place of a few"
+            )
+            require(split in splits, "data.path", path, rule)
+        return FolderSource(root, files)
+    require(os.path.exists(path), "data.path", path, allowed)
+    require(is_regular(path), "data.path", path, f"{allowed}; this is neither a regular file nor a folder")
+    kind = other_than_text(root)
+    require(kind is None, "data.path", path, f"{allowed}; this file is {kind}")
+    return FileSource(root.name, root)
 
 
 class TfdsSource:
@@ -244,30 +253,6 @@ class TfdsSource:
         splits = sorted((name, s.num_examples, s.num_bytes) for name, s in self._info.splits.items())
         account = repr((self._info.full_name, str(self._info.data_dir), self._feature, splits))
         return Survey(hashlib.sha256(account.encode()).hexdigest(), None)
-
-
-def _read(path: Path) -> bytes:
-    """The bytes of a file, decompressed if its name ends in .gz."""
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data.path: cannot read {str(path)!r}: {error}") from error
-
-
-def _is_hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
-
-
-def _is_text(path: Path) -> bool:
-    """Not empty, and no zero byte near the beginning (of what is inside, for .gz)."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            head = file.read(_SNIFFED_BYTES)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data.path: cannot read {str(path)!r}: {error}") from error
-    return bool(head) and b"\0" not in head
 
 
 def _tfds_records(name: str, data_dir: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from ultramem_jax.errors import UserError, require
+from ultramem_jax.errors import UserError, require, whole_number
 from ultramem_jax.field_types import Checked
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Membership(Checked):
                 require(value is None, f"--{name}", value, "is not given with --coordinator_address=auto")
             return
         host, colon, port = address.rpartition(":")
-        right = bool(host and colon) and port.isdecimal() and 0 < int(port) < 2**16
+        right = bool(host and colon) and 0 < (whole_number(port) or 0) < 2**16
         require(right, "--coordinator_address", address, f"must be HOST:PORT, or {AUTO!r}")
         for name, value in given.items():
             if value is None:

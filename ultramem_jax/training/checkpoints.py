@@ -43,7 +43,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 import ultramem_jax
-from ultramem_jax.errors import UserError
+from ultramem_jax.errors import UserError, whole_number
 from ultramem_jax.files import replace_text
 from ultramem_jax.parallel import distributed
 from ultramem_jax.training.checkpoint_reading import (
@@ -229,7 +229,7 @@ class Checkpoints:
         """Steps with a committed checkpoint, rising. A save in flight counts after `wait`."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        return sorted(n for path in self.directory.iterdir() if (n := whole_number(path.name)) is not None)
 
     def latest_step(self) -> int | None:
         """The newest of `all_steps`, or None. It is not checked for damage."""

@@ -9,7 +9,7 @@ import jax
 
 from ultramem_jax.config import RunConfig
 from ultramem_jax.data import BpeTokenizer, ByteTokenizer, Tokenizer
-from ultramem_jax.errors import UserError
+from ultramem_jax.errors import UserError, whole_number
 from ultramem_jax.parallel.mesh import one_device
 from ultramem_jax.training.checkpoint_reading import saved_config
 from ultramem_jax.training.checkpoints import Checkpoints
@@ -127,7 +127,8 @@ def _step(checkpoints: Checkpoints, checkpoint: str | int) -> int | None:
                 "--checkpoint = 'best': no checkpoint here has a validation loss; allowed is 'last'"
             )
         return best
-    if not str(checkpoint).isdecimal() or int(checkpoint) not in checkpoints.all_steps():
+    step = whole_number(str(checkpoint))
+    if step is None or step not in checkpoints.all_steps():
         steps = ", ".join(map(str, checkpoints.all_steps()))
         raise UserError(f"--checkpoint = {checkpoint!r}: allowed are 'last', 'best' and the steps {steps}")
-    return int(checkpoint)
+    return step
