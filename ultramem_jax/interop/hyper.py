@@ -13,6 +13,8 @@ from ultramem_jax.memory_config import MemoryConfig
 T = TypeVar("T")
 
 _LAYERS = ("v1", "v2", "memory_plus")
+_MAX_LAYERS = 2**14
+"""As in `ModelConfig`. Every layer has a dozen names in the state dict."""
 _NORM_EPS = 1e-5
 """The default of OLMo, which the authors' code is built on, and of `ModelConfig`."""
 
@@ -64,6 +66,10 @@ class Reference:
         Raises:
             UserError: a field is missing, or has a value that the layer cannot have.
         """
+        if not isinstance(hyper, Mapping):
+            raise UserError(
+                f"hyper = {hyper!r}: must be a dict of hyper-parameters, not a {type(hyper).__name__}"
+            )
         layer = _value(hyper, "layer")
         choice("hyper.layer", str(layer), _LAYERS)
         # RMS norms with a gain are the only ones that the state dict of a fixture can come from.
@@ -79,7 +85,7 @@ class Reference:
             # How the layer starts does not matter here; of the ways to start, this one costs nothing.
             init="reference",
         )
-        num_layers = num_memories = 1 if layer == "v1" else _integer(hyper, "layers")
+        num_layers = num_memories = 1 if layer == "v1" else _integer(hyper, "layers", most=_MAX_LAYERS)
         if layer == "memory_plus":
             # The authors' release computes the norm of the keys and scores with the plain keys.
             config = _of_hyper(lambda: MemoryConfig.memory_plus(norm_keys=False, **fields))
@@ -95,7 +101,7 @@ class Reference:
             fields |= _v1_fields(hyper) if layer == "v1" else _v2_fields(hyper)
             config = _of_hyper(lambda: MemoryConfig(**fields))
         if layer == "v2" and hyper.get("mem_layer_num") is not None:
-            num_memories = _integer(hyper, "mem_layer_num", low=num_layers)
+            num_memories = _integer(hyper, "mem_layer_num", low=num_layers, most=_MAX_LAYERS)
         embed_dim, norm_eps = (
             _integer(hyper, "hidden_size"),
             _number({"norm_eps": _NORM_EPS} | dict(hyper), "norm_eps"),
@@ -148,10 +154,10 @@ def _value(hyper: Mapping[str, Any], name: str) -> Any:
     return hyper[name]
 
 
-def _integer(hyper: Mapping[str, Any], name: str, low: int = 1) -> int:
+def _integer(hyper: Mapping[str, Any], name: str, low: int = 1, most: int = 2**32 - 1) -> int:
     value = _value(hyper, name)
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= low
-    require(bool(whole), f"hyper.{name}", value, f"must be an integer of at least {low}")
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and low <= value <= most
+    require(bool(whole), f"hyper.{name}", value, f"must be an integer of at least {low} and at most {most}")
     return int(value)
 
 

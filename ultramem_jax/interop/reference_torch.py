@@ -108,21 +108,26 @@ class ReferenceModule:
 
 
 def load(
-    state: Mapping[str, Any] | str | os.PathLike[str], hyper: Mapping[str, Any]
+    state: Mapping[str, Any] | str | os.PathLike[str],
+    hyper: Mapping[str, Any],
+    *,
+    allow_nonfinite: bool = False,
 ) -> tuple[ReferenceModule, Variables]:
-    """The module and the variables that a state dict of the authors' code amounts to.
+    """Returns the module and the variables that a state dict of the authors' code amounts to.
 
     Args:
         state: arrays by name, or the path of a `.safetensors` file. Floats of any width become float32.
         hyper: the hyper-parameters, see `Reference.of`.
+        allow_nonfinite: also takes weights that are NaN or infinite, as those of a run that diverged.
 
     Returns:
         The module and its variables: `params`, `memory` (the tables) and `buffers`. All leaves are float32,
         so that `jax.grad` takes the whole tree; permutations are a `Constant`.
 
     Raises:
-        UserError: an entry is missing, extra, misshapen or no array of numbers; a shuffled address is out of
-            range; a hyper-parameter or the file is not as it must be.
+        UserError: an entry is missing, extra, misshapen, no array of real numbers or, unless
+            `allow_nonfinite`, not finite; a shuffled address is out of range; a hyper-parameter or the file
+            is not as it must be.
     """
     if isinstance(state, str | os.PathLike):
         state = read_safetensors(state)
@@ -131,7 +136,7 @@ def load(
     _compare_names(state, [name for entry in expected for name in entry.names], "the state dict")
     variables: Variables = {}
     for entry in expected:
-        arrays = [_checked(name, state[name], entry) for name in entry.names]
+        arrays = [_checked(name, state[name], entry, allow_nonfinite) for name in entry.names]
         value = Constant(arrays[0]) if entry.constant else jnp.asarray(entry.pack(arrays))
         collection, module, name = entry.path
         variables.setdefault(collection, {}).setdefault(module, {})[name] = value
@@ -199,12 +204,19 @@ def _compare_names(given: Mapping[str, Any], expected: Sequence[str], what: str)
         raise UserError(f"{what} {'; it '.join(complaints)}")
 
 
-def _checked(name: str, value: Any, entry: Entry) -> np.ndarray:
+def _checked(name: str, value: Any, entry: Entry, allow_nonfinite: bool) -> np.ndarray:
     """The array under `name`, float32 unless the entry is a constant."""
     try:
-        array = np.asarray(value) if entry.constant else np.asarray(value).astype(np.float32)
-    except (TypeError, ValueError):
+        array = np.asarray(value)
+    except ValueError:  # nested lists of unequal length
         raise UserError(f"{name}: must be an array of numbers, not a {type(value).__name__}") from None
+    if not entry.constant:
+        real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+        if not real:
+            raise UserError(f"{name}: must be an array of numbers, floats or integers, not of {array.dtype}")
+        array = array.astype(np.float32)
+        bad = 0 if allow_nonfinite else np.count_nonzero(~np.isfinite(array))
+        require(bad == 0, name, f"{bad} of {array.size} are NaN or infinite", "must be finite as float32")
     require(array.shape == entry.shape, f"{name}.shape", array.shape, f"must be {entry.shape}")
     if entry.constant:
         whole = np.issubdtype(array.dtype, np.integer)

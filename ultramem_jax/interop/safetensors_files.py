@@ -12,15 +12,26 @@ import safetensors.numpy
 
 from ultramem_jax.errors import UserError
 
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64")
+"""Names that the format has for what NumPy, with bfloat16 by ml_dtypes, has."""
+
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a file by name, with their stored dtypes.
+    """Returns the arrays of a file by name, with their stored dtypes.
 
     Raises:
-        UserError: the file is missing, cannot be opened, or is broken.
+        UserError: the file is missing, cannot be opened, or is broken; or an array has a dtype that NumPy
+            does not have (floats of fewer than 16 bits).
     """
     try:
-        return safetensors.numpy.load_file(path)
+        with safetensors.safe_open(path, framework="np") as file:
+            names = list(file.keys())
+            for name in names:
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in _DTYPES:
+                    allowed = f"must be one of {', '.join(_DTYPES)}"
+                    raise UserError(f"{path}: the dtype of {name!r} is {dtype}: {allowed}")
+            return {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
