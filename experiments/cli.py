@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import flags
-from absl import logging as absl_logging
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from experiments.arguments import take, take_integer
 from experiments.config_help import fields_help, presets_help
+from experiments.plain_log import plain_log
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
 from ultramem_jax.errors import Stopped, UserError, unknown, whole_number
 from ultramem_jax.parallel import distributed
@@ -81,7 +81,7 @@ def run(
         0; 2 after an error of the user's or a file that the system refuses (one line on standard error); 75
         if SIGTERM stopped work that the same command goes on with; 130 after an interrupt.
     """
-    with _plain_log() as logger:
+    with plain_log() as logger:
         try:
             if base is not None:
                 argv = _define_config(argv, base)
@@ -288,23 +288,3 @@ def _joined(member: Membership | None, logger: logging.Logger) -> Iterator[None]
     logger.setLevel(logging.ERROR)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
-
-
-@contextlib.contextmanager
-def _plain_log() -> Iterator[logging.Logger]:
-    """Our own messages as plain lines on standard error, once; from the libraries, warnings alone."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    logger = logging.getLogger("ultramem_jax")
-    before = logger.level, logger.propagate
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    # Libraries give the root logger handlers of their own, which would print every line again.
-    logger.propagate = False
-    try:
-        yield logger
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]

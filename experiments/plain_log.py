@@ -1,0 +1,69 @@
+"""What the command line shows of logs: our own messages as plain lines, and from the libraries, warnings."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from absl import logging as absl_logging
+from tqdm import tqdm
+
+
+@contextlib.contextmanager
+def plain_log() -> Iterator[logging.Logger]:
+    """Shows logs on standard error while the block runs, and gives our own logger.
+
+    Each message is a line of its own, above a progress bar that is being drawn.
+    """
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logger = logging.getLogger("ultramem_jax")
+    before = logger.level, logger.propagate
+    handler = _BesideBars()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # Libraries give the root logger handlers of their own, which would print every line again.
+    logger.propagate = False
+    hook, sys.unraisablehook = sys.unraisablehook, _unless_of_a_closed_loop
+    others = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for other in others:
+        other.addFilter(_is_news)
+    try:
+        yield logger
+    finally:
+        sys.unraisablehook = hook
+        for other in others:
+            other.removeFilter(_is_news)
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+class _BesideBars(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of a library says what nothing else does.
+
+    Orbax logs a failed save with several tracebacks, and asyncio does once more; it is raised as well, and
+    said in one line. That a save waits for the one before it is how saving works.
+    """
+    of_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    waiting = of_orbax and str(record.msg).startswith("Waiting for previous save")
+    raised = record.exc_info is not None and (of_orbax or record.name == "asyncio")
+    return not (waiting or raised)
+
+
+def _unless_of_a_closed_loop(unraisable: Any) -> None:
+    """Prints an exception that nothing can catch, as Python does.
+
+    After a save has failed, TensorStore's own threads report further failed writes to an event loop that
+    Orbax has closed by then.
+    """
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
