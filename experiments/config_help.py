@@ -1,4 +1,4 @@
-"""What `--help` says of a run's config: presets by name, and every field with its value before any change."""
+"""Lists presets by name, and every field of a run's config with its default, for `--help`."""
 
 import dataclasses
 import textwrap
@@ -9,7 +9,7 @@ from ultramem_jax.presets import PRESETS
 
 _WIDTH = 110
 _PARTS = {"model.memory": MemoryConfig(), "model.moe": MoEConfig()}
-"""What a model may lack; then the fields are shown as they are by default."""
+"""Parts that a model may lack; their fields are then shown as they are by default."""
 
 
 def presets_help() -> list[str]:

@@ -57,7 +57,7 @@ def write(text: str) -> None:
 
 
 _COMPILING = 2
-"""Tokens of a sequence for which something is compiled."""
+"""Each of the first two tokens of a sequence has a program compiled for it."""
 
 
 class _Timed:
@@ -78,7 +78,7 @@ class _Timed:
             yield tokens
 
     def summary(self) -> str:
-        """Tokens and seconds of the stream that has been read, and the rate once its programs were compiled.
+        """Returns a line with tokens and seconds of the stream that was read, and the rate once compiled.
 
         One program is compiled for the first token of a sequence, another one for the second.
         """

@@ -29,7 +29,8 @@ PUBLISHED_MEETING = 131_072
 """The batch near which the paper has the bytes of MoE and of UltraMem meet."""
 _MARKED_BATCHES = (16, 64)
 _DISTURBED = 5.0
-"""A repeat of more times the median was disturbed by other work. It is named: the band would look wrong."""
+"""A repeat that takes this many times the median was disturbed by other work. The figure names it, as the
+band would look like a fault."""
 _MILLI = 1e-3
 _TOUCHED_BATCHES = tuple(sorted({round(2 ** (i / 4)) for i in range(4 * 17 + 1)}))
 """1 to 131,072."""
@@ -274,7 +275,7 @@ def _range_patch() -> Patch:
 
 
 def _mark_ratio(axes: Axes, moe: Sequence[DecodeTiming], ultramem: Sequence[DecodeTiming]) -> None:
-    """Arrows from UltraMem up to MoE, with the ratio of their medians."""
+    """Draws arrows from UltraMem up to MoE, with the ratio of their medians."""
     medians = [{t.batch: t.median for t in timings} for timings in (ultramem, moe)]
     for batch in _MARKED_BATCHES:
         low, high = (of_batch.get(batch) for of_batch in medians)

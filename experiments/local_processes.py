@@ -136,7 +136,7 @@ class _Job:
                 member.send_signal(number)
 
     def watch(self, forwarded: _Forwarded) -> int:
-        """Until the last one has ended; the status of the first that failed, or that of `Stopped`."""
+        """Waits for all; returns the status of the first that failed, else 0 or that of `Stopped`."""
         failed: tuple[int, int] | None = None
         stopped = False
         deadline, running = None, len(self._members)

@@ -1,4 +1,4 @@
-"""What the command line shows of logs: our own messages as plain lines, and from the libraries, warnings."""
+"""Shows our own messages as plain lines on the command line, and of the libraries' only warnings."""
 
 import contextlib
 import logging
@@ -47,7 +47,7 @@ class _BesideBars(logging.Handler):
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of a library says what nothing else does.
+    """Tells whether a message of a library says what nothing else says.
 
     Orbax logs a failed save with several tracebacks, and asyncio does once more; it is raised as well, and
     said in one line. That a save waits for the one before it is how saving works.

@@ -151,7 +151,7 @@ def _run(
     environment: Mapping[str, str],
     test_batches: int | None,
 ) -> Result:
-    """One run's validation curve and test loss, from its folder if it was done before.
+    """Returns one run's validation curve and test loss, from its folder if it was done before.
 
     In processes but the first one, which reports it, the result of a run may be empty.
     """

@@ -1,4 +1,4 @@
-"""What counts as a whole number in a flag, a placement or the name of a checkpoint's folder."""
+"""Whole numbers in flags, placements and names of checkpoints' folders are ASCII digits."""
 
 import pytest
 

@@ -15,12 +15,12 @@ from ultramem_jax.memory_config import MemoryConfig, TableLayout
 from ultramem_jax.placement import Span, parse_placement
 
 _MOST = {"vocab_size": 2**24, "num_layers": 2**14, "embed_dim": 2**20}
-"""Far above any model. Beyond these a typing error of a few zeros looks like a machine that hangs: layers are
-unrolled in the program, and what is computed once per width is computed while it is compiled."""
+"""Bounds far above any model. Beyond them a typing error of a few zeros looks like a machine that hangs:
+layers are unrolled in the program, and some of what depends on D is computed while it is traced."""
 
 
 def _small(name: str, value: float) -> None:
-    """Checks what is added to a denominator to keep it from zero."""
+    """Checks a number that keeps a denominator from zero."""
     require(1e-30 <= value <= 1, name, value, "must be in [1e-30, 1]")
 
 

@@ -1,4 +1,4 @@
-"""Config dataclasses whose fields are what their annotations say, whoever makes them.
+"""Makes config dataclasses hold what their annotations say.
 
 Values come from Python code, config files, the command line and JSON. A number of another type would only
 show much later, far from its cause: `steps=2.5` trains three steps, and a NumPy integer cannot be saved.
@@ -24,7 +24,7 @@ _EXAMPLES = {bool: "True or False", int: "a whole number", float: "a number", st
 
 
 class Checked:
-    """Base of config dataclasses: when one is made, each field is checked against its annotation.
+    """Checks each field of a config dataclass, its subclass, against the annotation when one is made.
 
     Whole numbers may be of any integer type and become `int`, numbers of any real type and become `float`;
     only booleans are booleans. Every float is finite, also as float32, in which models compute. A subclass
@@ -32,7 +32,7 @@ class Checked:
     """
 
     PREFIX: ClassVar[str] = ""
-    """What the names of the fields start with in an error: `train.`."""
+    """Errors put this before the name of a field: `train.`."""
 
     def __post_init__(self) -> None:
         for name, kind in _kinds(type(self)).items():  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ def _kinds(cls: Any) -> dict[str, Any]:
 
 
 def _converted(name: str, value: Any, kind: Any) -> Any:
-    """The value as its annotation has it; a `UserError` names what cannot be."""
+    """Returns the value as its annotation has it; a `UserError` names one that cannot be."""
     if isinstance(kind, types.UnionType):
         (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
         return None if value is None else _converted(name, value, kind)

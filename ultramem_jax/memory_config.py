@@ -20,7 +20,7 @@ fewer."""
 
 _MAX_CONV_WIDTH = 256
 _MAX_RANK = 256
-"""The papers have a width of 4 and ranks of 2 to 4."""
+"""Published models have a width of 4 and ranks of 2 to 4."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run that goes on is compared with, and what it says when something differs."""
+"""A run that goes on is compared with its checkpoint, and says what differs."""
 
 import json
 import logging

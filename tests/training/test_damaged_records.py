@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself may be anything that JSON can hold: it is read, or refused in one line."""
+"""Records of a checkpoint may be anything that JSON can hold: they are read, or refused in one line."""
 
 import json
 import shutil

@@ -41,7 +41,7 @@ class Metadata(TypedDict):
     dataset: str
     tokenizer: str
     tokenizer_hash: str
-    """`Tokenizer.fingerprint`. Caches of older versions have none."""
+    """The `Tokenizer.fingerprint`. Caches of older versions have none."""
     vocab_size: int
     record_tokens: int
     num_tokens: dict[str, int]

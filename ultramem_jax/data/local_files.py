@@ -1,4 +1,4 @@
-"""Files of this machine: which of them are text, and what is in them. Only regular files are ever opened."""
+"""Finds and reads text files of this machine. Only regular files are ever opened."""
 
 import gzip
 import os
@@ -11,7 +11,7 @@ from ultramem_jax.errors import UserError
 _SNIFFED_BYTES = 8192
 """A file with a zero byte among its first ones is not text; the rule of git."""
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
-"""Of UTF-16 and, with zeros, UTF-32. No text in UTF-8 has them."""
+"""UTF-16 begins with these and, with zeros, UTF-32. No text in UTF-8 has them."""
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"PK\x03\x04", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 """How files of gzip, bzip2, zip, xz and Zstandard begin."""
 

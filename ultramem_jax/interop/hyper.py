@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 _LAYERS = ("v1", "v2", "memory_plus")
 _MAX_LAYERS = 2**14
-"""As in `ModelConfig`. Every layer has a dozen names in the state dict."""
+"""`ModelConfig` has the same bound. Every layer has a dozen names in the state dict."""
 _NORM_EPS = 1e-5
 """The default of OLMo, which the authors' code is built on, and of `ModelConfig`."""
 

@@ -13,7 +13,7 @@ import safetensors.numpy
 from ultramem_jax.errors import UserError
 
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64")
-"""Names that the format has for what NumPy, with bfloat16 by ml_dtypes, has."""
+"""Dtypes of the format that NumPy knows, bfloat16 by ml_dtypes, under their names in the format."""
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

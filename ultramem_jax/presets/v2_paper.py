@@ -37,7 +37,7 @@ _LAYERS_1B = ModelConfig(
 
 
 def _olmoe(expert_dim: int) -> MoEConfig:
-    """OLMoE: softmax over 64 experts, the best 8 weighted as it gave them; its losses, means over layers."""
+    """Returns OLMoE's experts: a softmax over 64, the best 8 weighted as it gave them, losses averaged."""
     return MoEConfig(
         num_experts=64,
         top_k=8,

@@ -38,7 +38,7 @@ class Meta:
     versions: dict[str, str]
     """Of Python and the libraries that wrote it."""
     validation_loss: float | None = None
-    """Of `Checkpoints.mark`; None where the run did not evaluate at that step. Not written by `save`."""
+    """The loss that `Checkpoints.mark` was given; None where the run did not evaluate at that step."""
     since_record: dict[str, float] = dataclasses.field(default_factory=dict)
     """Sums over the steps since the last training record, which the next one is made of: `steps`, `nats`,
     `bytes` (`training.window`)."""
@@ -85,7 +85,7 @@ def saved_config(directory: Path, config: dict[str, Any]) -> RunConfig:
 
 
 def _in_todays_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a checkpoint under the names that its fields have today."""
+    """Returns the config of a checkpoint under the names that its fields have today."""
     model = config.get("model")
     if not (isinstance(model, dict) and isinstance(model.get("memory"), dict)):
         return config
@@ -177,7 +177,7 @@ def require_same_model(directory: Path, there: dict[str, Any], here: dict[str, A
 
 
 def _of_model(config: dict[str, Any]) -> dict[str, Any]:
-    """What makes a model, without what says where its tables lie, which a run may change."""
+    """Returns what makes a model: all but where its tables lie, which a run may change."""
     model = config["model"]
     if model["memory"] is not None:
         where = ("memory_kind", "partition")

@@ -71,11 +71,11 @@ _TIMEOUT_SECONDS = 24 * 3600
 """Orbax gives up a save after ten minutes, which 16 GB take on a slow disk."""
 
 _LOSSES = "validation_losses.json"
-"""JSON: validation loss by step."""
+"""This file holds validation losses by step, as JSON."""
 
 _STATUS = re.compile(r"([A-Z_]+): ")
 _OS_ERROR_CODE = re.compile(r"\[os_error_code='(\d+)'")
-"""How TensorStore begins an error, and the system's number of it where there is one."""
+"""TensorStore begins an error with a status, and gives the system's number of it where there is one."""
 
 _REASON_CHARACTERS = 200
 """TensorStore appends its whole specification of an array to every error."""
@@ -318,7 +318,7 @@ class Checkpoints:
         self._write_losses()
 
     def _forget_losses_from(self, step: int) -> None:
-        """Drops those that an earlier run of these steps left."""
+        """Drops the losses that an earlier run of these steps left."""
         stale = [old for old in self._losses if old >= step]
         for old in stale:
             del self._losses[old]
@@ -332,7 +332,7 @@ class Checkpoints:
             replace_text(self.directory / _LOSSES, json.dumps(losses))
 
     def is_marked(self, step: int) -> bool:
-        """Whether the validation loss of the checkpoint of `step` is known."""
+        """Tells whether the validation loss of the checkpoint of `step` is known."""
         return step in self._losses
 
     def _drop_later_than_position(self, manager: ocp.CheckpointManager, step: int) -> None:
@@ -482,7 +482,7 @@ class Checkpoints:
         return found
 
     def _losses_on_disk(self) -> list[tuple[int, float]]:
-        """Validation losses by step: those of `mark`, and those that older versions kept in a checkpoint."""
+        """Returns validation losses by step: those of `mark`, and those that older versions kept inside."""
         losses: dict[int, float] = {}
         for step in self.all_steps():
             try:
@@ -538,12 +538,12 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         return [step in kept for step in steps]
 
     def kept(self, steps: Sequence[int]) -> set[int]:
-        """Those of `steps` that are to be kept."""
+        """Returns those of `steps` that are to be kept."""
         return {*sorted(steps)[-self.keep_last :], *_by_loss(self.losses, steps)[: self.keep_best]}
 
 
 def _refusal(error: Exception) -> tuple[int, str] | None:
-    """Number and reason of what the system refused to a save; None if it was something else that failed."""
+    """Returns number and reason of what the system refused to a save; None if something else failed."""
     if isinstance(error, OSError):
         named = f" ({error.filename})" if error.filename else ""
         return error.errno or errno.EIO, f"{error.strerror or error}{named}"

@@ -1,4 +1,4 @@
-"""What a run that goes on must have in common with its checkpoint, and what may differ and is said."""
+"""Compares a run that goes on with its checkpoint: some things must be the same, and others are said."""
 
 import logging
 from pathlib import Path
@@ -14,7 +14,7 @@ from ultramem_jax.training.schedules import learning_rate
 log = logging.getLogger(__name__)
 
 _FIXED = ("data.seq_len", "train.batch_size", "train.seed", "train.table_gradient")
-"""What a position in the data, or the state of the optimizer, has no meaning without."""
+"""A position in the data, or the state of the optimizer, has no meaning without these."""
 
 
 def corpus_identity(corpus: Corpus) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def check_same_run(meta: Meta, config: RunConfig, corpus: Corpus, workdir: Path)
 
 
 def _jumps(before: RunConfig, now: RunConfig, step: int) -> list[str]:
-    """How the learning rates jump after `step`, a line each, where the schedules differ there."""
+    """Returns a line for each learning rate that jumps after `step`, where the schedules differ."""
     if step == 0 or step == now.train.steps:
         return []
     schedules = {"learning rate": [learning_rate(config.train) for config in (before, now)]}

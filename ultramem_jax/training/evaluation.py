@@ -26,7 +26,7 @@ class Evaluation:
     loss: float
     """Mean over targets, in nats per token."""
     bits_per_byte: float
-    """Bits that all targets take, over the bytes of text that they stand for."""
+    """The bits that all targets take, over the bytes of text that they stand for."""
     tokens: int
     """Targets that the loss is the mean of."""
 
@@ -66,7 +66,7 @@ class TargetBytes:
 
 
 class Evaluator:
-    """The mean loss over a split, on the same sequences each time.
+    """Computes the mean loss over a split, on the same sequences each time.
 
     It takes as many sequences at a time as a micro-batch of training has, and so needs no more memory. On a
     mesh each batch is split over the devices as those of training are; all processes call it together.

@@ -243,7 +243,7 @@ class _Run:
     stop: "_StopOnSigterm"
     window: LossWindow
     validation: Evaluation = _NONE
-    """The last one."""
+    """The newest one."""
 
     def steps(
         self,
@@ -254,7 +254,7 @@ class _Run:
         shard: Callable[[np.ndarray], Any],
         progress: bool,
     ) -> TrainResult:
-        """Steps `start` + 1 to the last one of the config; if `unmarked`, first the evaluation of `start`."""
+        """Runs steps `start` + 1 to the last of the config; if `unmarked`, it evaluates `start` before."""
         train = self.config.train
         targets = train.batch_size * self.config.data.seq_len
         seconds: deque[float] = deque(maxlen=_TIMED_STEPS)
@@ -368,7 +368,7 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 class _Stopped(Exception):
-    """SIGTERM came during an evaluation."""
+    """Ends an evaluation in which SIGTERM came."""
 
 
 class _StopOnSigterm:

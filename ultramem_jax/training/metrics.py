@@ -112,7 +112,7 @@ class MetricWriter:
 
     @contextlib.contextmanager
     def _never_stopping(self) -> Iterator[None]:
-        """What the system refuses is said once. Python keeps the lines, and writes them when it can again."""
+        """Says once what the system refuses. Python keeps the lines, and writes them when it can again."""
         try:
             yield
         except OSError as error:
@@ -205,7 +205,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _parse(line: str) -> Record | None:
-    """The record of a line, or None: an object with a whole number `step`, a name `split` and numbers."""
+    """Returns the record of a line, an object with a whole `step`, a name `split` and numbers; else None."""
     try:
         record = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The training loss that a record holds: the mean over all steps since the record before."""
+"""Averages the training loss over the steps between two records."""
 
 import dataclasses
 
@@ -7,13 +7,13 @@ from ultramem_jax.training.evaluation import bits_per_byte
 
 @dataclasses.dataclass
 class LossWindow:
-    """Sums over the steps since the last record. A checkpoint carries them over to the next process."""
+    """Sums losses over the steps since the last record. A checkpoint carries them to the next process."""
 
     steps: int = 0
     nats: float = 0.0
-    """Of a mean target of each step."""
+    """The sum of each step's mean loss per target."""
     bytes: float = 0.0
-    """Of a mean target of each step."""
+    """The sum of each step's mean bytes of text per target."""
 
     @classmethod
     def of(cls, saved: dict[str, float]) -> "LossWindow":

@@ -1,4 +1,4 @@
-"""The folder of a run: made, owned by one run at a time, and what the system refuses there said in a line."""
+"""Gives a run's folder one owner at a time, and says in a line what the system refuses there."""
 
 import contextlib
 import fcntl
