@@ -196,6 +196,13 @@ def test_each_changed_field_is_said_and_how_rates_jump(config, tmp_path, caplog)
     assert _jumps(*with_memory, 2) == [jump, of_tables]
 
 
+def test_nothing_is_said_of_changes_that_are_refused(bpe, workdir, caplog):
+    other = replace(bpe, model=replace(bpe.model, mlp_dim=32), train=replace(bpe.train, b1=0.5))
+    with caplog.at_level(logging.INFO), pytest.raises(UserError, match=r"model\.mlp_dim is 16 there"):
+        train(other, workdir, progress=False)
+    assert "before" not in caplog.text
+
+
 def test_a_run_extended_to_twice_its_steps_says_by_how_much_its_rates_jump(config):
     done = replace(config, train=replace(config.train, steps=1000))
     assert _jumps(done, done, 500) == []

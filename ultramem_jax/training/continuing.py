@@ -89,8 +89,6 @@ def check_tokenizer(
 def check_same_run(meta: Meta, config: RunConfig, corpus: Corpus, workdir: Path) -> None:
     """Refuses to go on with a run under settings, or on data, that would make it another one.
 
-    What else differs is said in the log, a line for each field, and how the learning rate jumps if it does.
-
     Raises:
         UserError: names the first thing that must stay as it was.
     """
@@ -100,17 +98,27 @@ def check_same_run(meta: Meta, config: RunConfig, corpus: Corpus, workdir: Path)
         config.train.steps,
         f"must be at least {meta.step}, the steps that {workdir} has done",
     )
-    before = saved_config(workdir / "checkpoints" / str(meta.step), meta.config)
-    changed = differences(to_dict(before), to_dict(config))
     check_corpus(meta.corpus, corpus, workdir)
+    _, changed = _changes(meta, config, workdir)
     for name in _FIXED:
         if name in changed:
             then, now = changed[name]
             require(False, name, now, f"must stay {then!r}, as {workdir} began; or give another --workdir")
+
+
+def say_what_changed(meta: Meta, config: RunConfig, workdir: Path) -> None:
+    """Logs each setting that differs from the checkpoint's, and how learning rates jump if they do."""
+    before, changed = _changes(meta, config, workdir)
     for name, (then, now) in changed.items():
         log.info("%s = %s from step %d on, %s before", name, shown(now), meta.step + 1, shown(then))
     for line in _jumps(before, config, meta.step):
         log.info("%s", line)
+
+
+def _changes(meta: Meta, config: RunConfig, workdir: Path) -> tuple[RunConfig, dict[str, tuple[Any, Any]]]:
+    """Returns the checkpoint's config, and the fields in which this one differs from it."""
+    before = saved_config(workdir / "checkpoints" / str(meta.step), meta.config)
+    return before, differences(to_dict(before), to_dict(config))
 
 
 def _jumps(before: RunConfig, now: RunConfig, step: int) -> list[str]:

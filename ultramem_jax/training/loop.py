@@ -31,7 +31,7 @@ from ultramem_jax.parallel.distributed import (
 )
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, rows_here, shard_batch
 from ultramem_jax.training.checkpoints import Checkpoints
-from ultramem_jax.training.continuing import check_same_run, corpus_identity
+from ultramem_jax.training.continuing import check_same_run, corpus_identity, say_what_changed
 from ultramem_jax.training.evaluation import Evaluation, Evaluator, TargetBytes, bits_per_byte
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.optimizer import Optimizers, make_optimizers
@@ -132,6 +132,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
             window = LossWindow.of(restored.meta.since_record)
             if is_first():
                 mend_tokenizer(corpus.tokenizer, workdir)
+            say_what_changed(restored.meta, config, workdir)
             done = "already finished:" if start == train.steps else "resumed from"
             log.info("%s step %d of %s", done, start, workdir)
         log.info("corpus %s (%s) in %s", corpus.corpus_hash[:12], config.data.dataset, corpus.folder)
