@@ -229,6 +229,7 @@ class TrainConfig(Checked):
     seed: int = 0
     """Of initialisation, dropout and the order of the data."""
     log_every: int = 10
+    """Steps between training records, whose losses are means over these steps. The last step is recorded."""
     eval_every: int = 250
     """Steps between evaluations. The last step always evaluates. 0 is the last step alone."""
     eval_batches: int = 32
