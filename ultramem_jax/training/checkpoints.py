@@ -22,15 +22,12 @@ the first one writes the rest, says what is there and whether it is whole.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
-import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,8 +41,8 @@ from etils import epath
 
 import ultramem_jax
 from ultramem_jax.errors import UserError, whole_number
-from ultramem_jax.files import replace_text
 from ultramem_jax.parallel import distributed
+from ultramem_jax.training.checkpoint_ranks import NewestAndBest, by_loss, read_losses, write_losses
 from ultramem_jax.training.checkpoint_reading import (
     UNDO_LOG,
     Meta,
@@ -54,6 +51,7 @@ from ultramem_jax.training.checkpoint_reading import (
     require_same_model,
 )
 from ultramem_jax.training.manifest import find_damage, write_manifest
+from ultramem_jax.training.refusals import refusal
 from ultramem_jax.training.undo_log import LiveView, UndoLog
 
 log = logging.getLogger(__name__)
@@ -69,13 +67,6 @@ POSITION = "process_0-of-1.json"
 """Of the data. Grain's name for it in a run of one process."""
 _TIMEOUT_SECONDS = 24 * 3600
 """Orbax gives up a save after ten minutes, which 16 GB take on a slow disk."""
-
-_LOSSES = "validation_losses.json"
-"""This file holds validation losses by step, as JSON."""
-
-_STATUS = re.compile(r"([A-Z_]+): ")
-_OS_ERROR_CODE = re.compile(r"\[os_error_code='(\d+)'")
-"""TensorStore begins an error with a status, and gives the system's number of it where there is one."""
 
 _REASON_CHARACTERS = 200
 """TensorStore appends its whole specification of an array to every error."""
@@ -130,10 +121,10 @@ class Checkpoints:
         self._position: int | None = None  # the step that this object last restored or saved
         self._saving = -1
         self._log: UndoLog | None = None  # of the save in flight, if training may go on in what it reads
-        self._policy = None if read_only else _NewestAndBest(keep_last, keep_best, self._losses)
+        self._policy = None if read_only else NewestAndBest(keep_last, keep_best, self._losses)
         self._manager: ocp.CheckpointManager | None = None  # opened by the first save
 
-    def _open_manager(self, policy: "_NewestAndBest") -> ocp.CheckpointManager:
+    def _open_manager(self, policy: NewestAndBest) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
             epath.Path(self.directory),
             item_handlers={
@@ -200,15 +191,15 @@ class Checkpoints:
             yield
         except Exception as error:
             self._abandon_log()
-            refusal = _refusal(error)
-            if refusal is None:
+            refused = refusal(error)
+            if refused is None:
                 raise
             steps = self.all_steps()
             kept = (
                 f"the last whole checkpoint is that of step {steps[-1]}" if steps else "there is none before"
             )
-            message = f"the checkpoint of step {step} cannot be saved: {refusal[1]}; {kept}"
-            raise OSError(refusal[0], message, str(self.directory)) from error
+            message = f"the checkpoint of step {step} cannot be saved: {refused[1]}; {kept}"
+            raise OSError(refused[0], message, str(self.directory)) from error
 
     @contextlib.contextmanager
     def recorded_step(self) -> Iterator[UndoLog | None]:
@@ -237,7 +228,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step of lowest validation loss among `all_steps`, the newest of equals, or None."""
-        ranking = _by_loss(self._losses, self.all_steps())
+        ranking = by_loss(self._losses, self.all_steps())
         return ranking[0] if ranking else None
 
     # ---- writing
@@ -327,9 +318,7 @@ class Checkpoints:
 
     def _write_losses(self) -> None:
         if distributed.is_first():
-            known = {*self.all_steps(), self._saving}
-            losses = {str(step): loss for step, loss in sorted(self._losses.items()) if step in known}
-            replace_text(self.directory / _LOSSES, json.dumps(losses))
+            write_losses(self.directory, self._losses, [*self.all_steps(), self._saving])
 
     def is_marked(self, step: int) -> bool:
         """Tells whether the validation loss of the checkpoint of `step` is known."""
@@ -491,66 +480,11 @@ class Checkpoints:
                 continue
             if loss is not None:
                 losses[step] = loss
-        path = self.directory / _LOSSES
-        if path.exists():
-            try:
-                marks = json.loads(path.read_text())
-                losses |= {int(step): float(loss) for step, loss in marks.items()}
-            except (OSError, ValueError, AttributeError, TypeError) as error:
-                log.warning("%s cannot be read (%s): no checkpoint is known as the best", path, error)
-        return list(losses.items())
+        return list((losses | read_losses(self.directory)).items())
 
 
 class _Damaged(Exception):
     """A checkpoint that differs from its manifest."""
-
-
-# ---- which checkpoints are kept
-
-
-def _by_loss(losses: dict[int, float], steps: Sequence[int]) -> list[int]:
-    """The steps that have a finite loss, best first, the newer of equals first."""
-    ranked = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
-    return sorted(ranked, key=lambda step: (losses[step], -step))
-
-
-@dataclass
-class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
-    """Orbax's `AnyPreservationPolicy` of `LatestN` and `BestN`, but for two points.
-
-    `BestN` keeps everything while there are no more than n checkpoints in all, ranked or not, and its order
-    is undefined when a loss is NaN.
-    """
-
-    keep_last: int
-    keep_best: int
-    losses: dict[int, float]
-    """Validation loss by step; shared with `Checkpoints`, which fills it."""
-
-    def should_preserve(
-        self,
-        checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo],
-        *,
-        context: ocp.checkpoint_managers.PreservationContext,
-    ) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = self.kept(steps)
-        return [step in kept for step in steps]
-
-    def kept(self, steps: Sequence[int]) -> set[int]:
-        """Returns those of `steps` that are to be kept."""
-        return {*sorted(steps)[-self.keep_last :], *_by_loss(self.losses, steps)[: self.keep_best]}
-
-
-def _refusal(error: Exception) -> tuple[int, str] | None:
-    """Returns number and reason of what the system refused to a save; None if something else failed."""
-    if isinstance(error, OSError):
-        named = f" ({error.filename})" if error.filename else ""
-        return error.errno or errno.EIO, f"{error.strerror or error}{named}"
-    status, code = _STATUS.match(str(error)), _OS_ERROR_CODE.search(str(error))
-    if code is not None:
-        return int(code[1]), os.strerror(int(code[1]))
-    return (errno.EIO, status[1].replace("_", " ").lower()) if status is not None else None
 
 
 def _steps(steps: Sequence[int]) -> str:

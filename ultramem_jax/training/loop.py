@@ -35,6 +35,7 @@ from ultramem_jax.training.continuing import check_same_run, corpus_identity, sa
 from ultramem_jax.training.evaluation import Evaluation, Evaluator, TargetBytes, bits_per_byte
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.optimizer import Optimizers, make_optimizers
+from ultramem_jax.training.refusals import refusals_in_a_line
 from ultramem_jax.training.restore import mend_tokenizer, save_tokenizer
 from ultramem_jax.training.state import (
     TrainState,
@@ -45,7 +46,7 @@ from ultramem_jax.training.state import (
 from ultramem_jax.training.step import make_train_step
 from ultramem_jax.training.undo_log import is_worth_it
 from ultramem_jax.training.window import LossWindow
-from ultramem_jax.training.workdir import owned, system_errors_in_a_line
+from ultramem_jax.training.workdir import owned
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def train(
             stay.
     """
     workdir = pathlib.Path(workdir)
-    with system_errors_in_a_line(workdir):
+    with refusals_in_a_line(workdir):
         return _train(config, workdir, progress, corpus)
 
 

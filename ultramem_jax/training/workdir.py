@@ -1,4 +1,4 @@
-"""Gives a run's folder one owner at a time, and says in a line what the system refuses there."""
+"""Gives a run's folder one owner at a time."""
 
 import contextlib
 import fcntl
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ultramem_jax.errors import UserError
 from ultramem_jax.parallel.distributed import from_first, is_first
+from ultramem_jax.training.refusals import refusals_in_a_line
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def owned(workdir: Path) -> Iterator[None]:
         failure = None
         if is_first():
             try:
-                with system_errors_in_a_line(workdir):
+                with refusals_in_a_line(workdir):
                     stack.enter_context(_locked(workdir))
             except UserError as error:
                 failure = str(error)
@@ -67,19 +68,3 @@ def _locked(workdir: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-@contextlib.contextmanager
-def system_errors_in_a_line(path: Path) -> Iterator[None]:
-    """Turns what the system refuses within the block (`OSError`) into one line: the path and the reason.
-
-    Args:
-        path: named where the error names no file of its own.
-
-    Raises:
-        UserError: in place of an `OSError`.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror or error}") from error

@@ -1,0 +1,75 @@
+"""Ranks checkpoints by validation loss, and says which of them are kept."""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+
+from ultramem_jax.files import replace_text
+
+log = logging.getLogger(__name__)
+
+LOSSES_FILE = "validation_losses.json"
+"""Lies beside the checkpoints and holds validation losses by step. A run saves first and then evaluates, so
+that an evaluation that fails loses no step; the loss is not known yet when the checkpoint is written."""
+
+
+def read_losses(directory: Path) -> dict[int, float]:
+    """Returns the validation losses by step that `write_losses` wrote; none where they cannot be read."""
+    path = directory / LOSSES_FILE
+    if not path.exists():
+        return {}
+    try:
+        return {int(step): float(loss) for step, loss in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        log.warning("%s cannot be read (%s): no checkpoint is known as the best", path, error)
+        return {}
+
+
+def write_losses(directory: Path, losses: dict[int, float], steps: Iterable[int]) -> None:
+    """Writes the validation losses of `steps`, those that are known.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    known = {str(step): losses[step] for step in sorted(set(steps)) if step in losses}
+    replace_text(directory / LOSSES_FILE, json.dumps(known))
+
+
+def by_loss(losses: dict[int, float], steps: Sequence[int]) -> list[int]:
+    """Returns the steps that have a finite loss, best first, the newer of equals first."""
+    ranked = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
+    return sorted(ranked, key=lambda step: (losses[step], -step))
+
+
+@dataclass
+class NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Orbax's `AnyPreservationPolicy` of `LatestN` and `BestN`, but for two points.
+
+    `BestN` keeps everything while there are no more than n checkpoints in all, ranked or not, and its order
+    is undefined when a loss is NaN.
+    """
+
+    keep_last: int
+    keep_best: int
+    losses: dict[int, float]
+    """Validation loss by step; shared with `Checkpoints`, which fills it."""
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: ocp.checkpoint_managers.PreservationContext,
+    ) -> list[bool]:
+        """Tells of each checkpoint whether it is kept."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = self.kept(steps)
+        return [step in kept for step in steps]
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        """Returns those of `steps` that are kept."""
+        return {*sorted(steps)[-self.keep_last :], *by_loss(self.losses, steps)[: self.keep_best]}
