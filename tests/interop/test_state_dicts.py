@@ -1,7 +1,5 @@
 """What goes in and out of the authors' state dicts: dtypes, files, and the errors that name what is wrong."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,84 +182,3 @@ def test_constant():
     for node in (constant, same, Constant([0, 1, 3])):
         assert double({"x": jnp.ones(()), "c": node})["c"] == node
     assert len(traces) == 2
-
-
-FOREIGN = {"F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F4": 0.5, "F6_E2M3": 0.75}
-"""Dtypes that the format has and NumPy has not, with the bytes of a number."""
-
-
-def _file_of(path, dtype, num_bytes):
-    """A file of four numbers, byte by byte: the length of a header of JSON, the header, the data."""
-    header = json.dumps({"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, num_bytes]}}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(num_bytes))
-    return path
-
-
-@pytest.mark.parametrize("dtype", FOREIGN)
-def test_dtypes_that_numpy_does_not_have_are_named(tmp_path, dtype):
-    path = _file_of(tmp_path / "memory.safetensors", dtype, int(4 * FOREIGN[dtype]))
-    with pytest.raises(UserError) as error:
-        read_safetensors(path)
-    message = str(error.value)
-    assert message.startswith(f"{path}: ") and dtype in message and "\n" not in message
-    with pytest.raises(UserError):
-        load(path, synthetic.V1)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "width", "expected"),
-    [("BF16", 2, jnp.bfloat16), ("F16", 2, np.float16), ("F64", 8, np.float64), ("I8", 1, np.int8)],
-)
-def test_dtypes_that_numpy_has_are_read(tmp_path, dtype, width, expected):
-    array = read_safetensors(_file_of(tmp_path / "memory.safetensors", dtype, 4 * width))["w"]
-    assert array.dtype == np.dtype(expected) and not array.any() and array.shape == (4,)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda a: a + 1j, "must be an array of numbers, floats or integers, not of complex128"),
-        (lambda a: a.astype(np.complex64), "not of complex64"),
-        (lambda a: a > 0, "not of bool"),
-        (lambda a: a.astype(str), "not of <U"),
-        (lambda a: a.astype(object), "not of object"),
-        (lambda a: None, "not of object"),
-        (lambda a: np.where(a == a.flat[0], np.nan, a), "'1 of 5 are NaN or infinite': must be finite"),
-        (lambda a: np.where(a == a.flat[0], a, -np.inf), "'4 of 5 are NaN or infinite': must be finite"),
-        (lambda a: a * 1e300, "are NaN or infinite': must be finite as float32"),
-    ],
-)
-def test_what_is_no_finite_number_is_refused(change, message):
-    hyper = synthetic.CASES["v1_three_heads"]
-    state = {name: np.asarray(array, np.float64) for name, array in synthetic.random_state(hyper, 0).items()}
-    state["shuffle_index"] = state["shuffle_index"].astype(np.int64)
-    name = "query_norm.weight"
-    with np.errstate(over="ignore"), pytest.raises(UserError) as error:
-        load(state | {name: change(state[name] + 1.0)}, hyper)
-    assert str(error.value).startswith(name) and message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_weights_that_are_not_finite_are_taken_if_asked_for():
-    hyper = synthetic.CASES["v1_three_heads"]
-    state = synthetic.random_state(hyper, 0)
-    state["values_proj.weight"] = np.full_like(state["values_proj.weight"], np.nan)
-    _, variables = load(state, hyper, allow_nonfinite=True)
-    assert np.isnan(variables["params"]["memory_0"]["projection"]).all()
-    synthetic.equal_states(dump(variables, hyper), state)
-
-
-@pytest.mark.parametrize("hyper", [None, [], "v1", 3, [("layer", "v1")]])
-def test_hyper_parameters_are_a_dict(hyper):
-    with pytest.raises(UserError, match=r"^hyper = .*: must be a dict of hyper-parameters"):
-        load({}, hyper)
-
-
-@pytest.mark.parametrize("value", [10**9, 10**12, 10**20])
-@pytest.mark.parametrize("hyper", (synthetic.V1, synthetic.V2, synthetic.MEMORY_PLUS))
-def test_absurd_hyper_parameters_are_refused_at_once(hyper, value):
-    for name in (name for name, known in hyper.items() if type(known) is int):
-        with pytest.raises(UserError) as error:
-            load({}, hyper | {name: value})
-        assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"hyper\.mem_layer_num = .* at most 16384"):
-        load({}, synthetic.V2 | dict(mem_layer_num=value))
