@@ -1,6 +1,7 @@
 """The authors' hyper-parameters and the `MemoryConfig` that they amount to."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +16,10 @@ T = TypeVar("T")
 _LAYERS = ("v1", "v2", "memory_plus")
 _NORM_EPS = 1e-5
 """The default of OLMo, which the authors' code is built on, and of `ModelConfig`."""
+_MOST_PARTS = 1024
+"""Of layers, and of Tucker cores of a layer: the state dict has arrays of its own for each."""
+_MOST = 2**31 - 1
+"""Of any other size: addresses are int32."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,18 @@ class Reference:
         dict holds only the first of them.
 
         Raises:
-            UserError: a field is missing, or has a value that the layer cannot have.
+            UserError: `hyper` is no mapping; a field is missing, or has a value that the layer cannot have,
+                or one that no machine can hold.
         """
+        if not isinstance(hyper, Mapping):
+            raise UserError(
+                f"hyper: must be a dict of the authors' hyper-parameters, not a {type(hyper).__name__}"
+            )
         layer = _value(hyper, "layer")
         choice("hyper.layer", str(layer), _LAYERS)
         # RMS norms with a gain are the only ones that the state dict of a fixture can come from.
-        require(hyper.get("norm", "rms") == "rms", "hyper.norm", hyper.get("norm"), "must be 'rms'")
+        norm = hyper.get("norm", "rms")
+        require(isinstance(norm, str) and norm == "rms", "hyper.norm", norm, "must be 'rms'")
         affine = hyper.get("norm_affine", True)
         require(affine is True, "hyper.norm_affine", affine, "must be true: the norms have gains")
         fields: dict[str, Any] = dict(
@@ -79,14 +90,14 @@ class Reference:
             # How the layer starts does not matter here; of the ways to start, this one costs nothing.
             init="reference",
         )
-        num_layers = num_memories = 1 if layer == "v1" else _integer(hyper, "layers")
+        num_layers = num_memories = 1 if layer == "v1" else _integer(hyper, "layers", high=_MOST_PARTS)
         if layer == "memory_plus":
             # The authors' release computes the norm of the keys and scores with the plain keys.
             config = _of_hyper(lambda: MemoryConfig.memory_plus(norm_keys=False, **fields))
         else:
             fields |= dict(
                 tucker_rank=_integer(hyper, "tucker_rank"),
-                num_cores=_integer(hyper, "tucker_multihead"),
+                num_cores=_integer(hyper, "tucker_multihead", high=_MOST_PARTS),
                 rank_keys="full",
                 shuffle="explicit",
                 core_loss_weight=0.0,
@@ -95,7 +106,7 @@ class Reference:
             fields |= _v1_fields(hyper) if layer == "v1" else _v2_fields(hyper)
             config = _of_hyper(lambda: MemoryConfig(**fields))
         if layer == "v2" and hyper.get("mem_layer_num") is not None:
-            num_memories = _integer(hyper, "mem_layer_num", low=num_layers)
+            num_memories = _integer(hyper, "mem_layer_num", low=num_layers, high=_MOST_PARTS)
         embed_dim, norm_eps = (
             _integer(hyper, "hidden_size"),
             _number({"norm_eps": _NORM_EPS} | dict(hyper), "norm_eps"),
@@ -148,10 +159,13 @@ def _value(hyper: Mapping[str, Any], name: str) -> Any:
     return hyper[name]
 
 
-def _integer(hyper: Mapping[str, Any], name: str, low: int = 1) -> int:
+def _integer(hyper: Mapping[str, Any], name: str, low: int = 1, high: int = _MOST) -> int:
     value = _value(hyper, name)
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= low
-    require(bool(whole), f"hyper.{name}", value, f"must be an integer of at least {low}")
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and low <= value <= high
+    why = "sizes are int32" if high == _MOST else "each has arrays of its own in the state dict"
+    require(
+        bool(whole), f"hyper.{name}", value, f"must be an integer of at least {low}, at most {high}: {why}"
+    )
     return int(value)
 
 
@@ -160,9 +174,9 @@ def _number(hyper: Mapping[str, Any], name: str) -> float:
     number = (
         isinstance(value, int | float | np.integer | np.floating)
         and not isinstance(value, bool)
-        and 0 <= value < math.inf
+        and 0 <= value <= sys.float_info.max
     )
-    require(bool(number), f"hyper.{name}", value, "must be a number of at least 0")
+    require(bool(number), f"hyper.{name}", value, "must be a number of at least 0, and finite")
     return float(value)
 
 

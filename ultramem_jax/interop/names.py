@@ -4,18 +4,22 @@ The authors keep linear maps as (out, in), keys with their heads first and ranks
 as an array of its own.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ultramem_jax.errors import require
 from ultramem_jax.interop.hyper import Reference
 from ultramem_jax.models.transformer import memory_name
 
 Path = tuple[str, ...]
 TABLES = "tables"
 """The module that holds the tables."""
+_MOST_NUMBERS = 2**48
+"""Of an array, a petabyte in float32. NumPy would fail at larger shapes with errors of its own."""
 
 
 def _same(array: np.ndarray) -> np.ndarray:
@@ -54,8 +58,10 @@ class Entry:
     @property
     def variable_shape(self) -> tuple[int, ...]:
         """Shape of the variable."""
+        if self._in_parts:
+            return (self.shape[0], len(self.names), *self.shape[1:])
         # A view of a single number, which takes no memory whatever the shape.
-        return self.pack([np.broadcast_to(np.float32(0), self.shape)] * len(self.names)).shape
+        return self.pack([np.broadcast_to(np.float32(0), self.shape)]).shape
 
     @property
     def _in_parts(self) -> bool:
@@ -63,7 +69,11 @@ class Entry:
 
 
 def entries(reference: Reference) -> list[Entry]:
-    """All of them, in the order of the layers; the tables come last."""
+    """Returns all of them, in the order of the layers; the tables come last.
+
+    Raises:
+        UserError: an array would have more numbers than any machine holds.
+    """
     config = reference.config
     found = [entry for index in range(reference.num_layers) for entry in _layer_entries(reference, index)]
     slots = config.layout(reference.num_memories).num_slots
@@ -71,6 +81,11 @@ def entries(reference: Reference) -> list[Entry]:
         if width:
             names = (f"{reference.table_prefix}{name}_for_look_up",)
             found.append(Entry(("memory", TABLES, name), names, (slots, width)))
+    for entry in found:
+        fits = math.prod(entry.shape) <= _MOST_NUMBERS
+        require(
+            fits, f"hyper amounts to {entry.names[0]}.shape", entry.shape, "must be of at most 2**48 numbers"
+        )
     return found
 
 

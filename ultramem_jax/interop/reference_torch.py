@@ -32,6 +32,8 @@ __all__ = ["Constant", "ReferenceModule", "dump", "load", "read_safetensors", "w
 
 Variables = dict[str, Any]
 _LOSSES = "losses"
+_NAMED = 8
+"""Entries that an error names."""
 
 
 class _Layers(nn.Module):
@@ -108,30 +110,36 @@ class ReferenceModule:
 
 
 def load(
-    state: Mapping[str, Any] | str | os.PathLike[str], hyper: Mapping[str, Any]
+    state: Mapping[str, Any] | str | os.PathLike[str],
+    hyper: Mapping[str, Any],
+    *,
+    allow_nonfinite: bool = False,
 ) -> tuple[ReferenceModule, Variables]:
-    """The module and the variables that a state dict of the authors' code amounts to.
+    """Makes the module and the variables that a state dict of the authors' code amounts to.
 
     Args:
         state: arrays by name, or the path of a `.safetensors` file. Floats of any width become float32.
         hyper: the hyper-parameters, see `Reference.of`.
+        allow_nonfinite: takes weights that are NaN or infinite as they are, say to look into a run that
+            diverged.
 
     Returns:
         The module and its variables: `params`, `memory` (the tables) and `buffers`. All leaves are float32,
         so that `jax.grad` takes the whole tree; permutations are a `Constant`.
 
     Raises:
-        UserError: an entry is missing, extra, misshapen or no array of numbers; a shuffled address is out of
-            range; a hyper-parameter or the file is not as it must be.
+        UserError: an entry is missing, extra, misshapen or no array of floats; it is not finite, or not in
+            float32; a shuffled address is out of range; a hyper-parameter or the file is not as it must be.
     """
     if isinstance(state, str | os.PathLike):
         state = read_safetensors(state)
+    _require_mapping("state", state, "a dict of arrays by name, or the path of a .safetensors file")
     reference = Reference.of(hyper)
     expected = entries(reference)
     _compare_names(state, [name for entry in expected for name in entry.names], "the state dict")
     variables: Variables = {}
     for entry in expected:
-        arrays = [_checked(name, state[name], entry) for name in entry.names]
+        arrays = [_checked(name, state[name], entry, allow_nonfinite) for name in entry.names]
         value = Constant(arrays[0]) if entry.constant else jnp.asarray(entry.pack(arrays))
         collection, module, name = entry.path
         variables.setdefault(collection, {}).setdefault(module, {})[name] = value
@@ -139,7 +147,7 @@ def load(
 
 
 def dump(variables: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The authors' state dict for variables of `load`, or for a tree of gradients by them.
+    """Returns the authors' state dict for variables of `load`, or for a tree of gradients by them.
 
     Args:
         variables: with the collections `params`, `memory` and, but for Memory+, `buffers`. Others are passed
@@ -147,26 +155,32 @@ def dump(variables: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, np
         hyper: the hyper-parameters that they were loaded with.
 
     Returns:
-        NumPy arrays by name, in the dtypes of the variables; permutations in the dtype that was loaded.
+        NumPy arrays by name, in the dtypes of the variables; permutations in the dtype that was loaded. NaN
+        and infinities are kept.
 
     Raises:
         UserError: a variable is missing, extra or misshapen, or a hyper-parameter is not as it must be.
     """
     expected = entries(Reference.of(hyper))
+    _require_mapping("variables", variables, "a dict of collections, as of load")
     collections = {entry.path[0] for entry in expected}
     given = {
-        "/".join(path): value
+        "/".join(map(str, path)): value
         for path, value in _flatten({name: variables.get(name, {}) for name in collections})
     }
     _compare_names(given, ["/".join(entry.path) for entry in expected], "the tree of variables")
     state: dict[str, np.ndarray] = {}
     for entry in expected:
         path = "/".join(entry.path)
-        variable = np.asarray(given[path])
+        variable = _array(path, given[path])
         shape = entry.variable_shape
         require(variable.shape == shape, f"{path}.shape", variable.shape, f"must be {shape}")
-        numbers = entry.constant or jnp.issubdtype(variable.dtype, jnp.floating)
-        require(numbers, f"{path}.dtype", str(variable.dtype), "must be floats: see ops.rows.from_stored")
+        kind, allowed = (
+            (jnp.integer, "must be one of integers")
+            if entry.constant
+            else (jnp.floating, "must be floats: see ops.rows.from_stored")
+        )
+        require(jnp.issubdtype(variable.dtype, kind), f"{path}.dtype", variable.dtype.name, allowed)
         state |= zip(entry.names, entry.unpack(variable), strict=True)
     return state
 
@@ -192,19 +206,34 @@ _with_gradient_of.defvjp(_hook_forward, _hook_backward)
 def _compare_names(given: Mapping[str, Any], expected: Sequence[str], what: str) -> None:
     """Raises an error that names the entries that are missing from, or too many in, `given`."""
     missing = [name for name in expected if name not in given]
-    extra = sorted(set(given) - set(expected))
-    complaints = [f"has no {', '.join(map(repr, missing))}"] if missing else []
-    complaints += [f"has {', '.join(map(repr, extra))}, which the layers do not have"] if extra else []
+    extra = sorted(set(given) - set(expected), key=str)
+    complaints = [f"has no {_some(missing)}"] if missing else []
+    complaints += [f"has {_some(extra)}, which the layers do not have"] if extra else []
     if complaints:
         raise UserError(f"{what} {'; it '.join(complaints)}")
 
 
-def _checked(name: str, value: Any, entry: Entry) -> np.ndarray:
-    """The array under `name`, float32 unless the entry is a constant."""
+def _some(names: Sequence[str]) -> str:
+    """The names, or the first of many: a file of another model lacks thousands."""
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, names[:_NAMED])) + more
+
+
+def _require_mapping(field: str, value: object, allowed: str) -> None:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{field}: must be {allowed}, not a {type(value).__name__}")
+
+
+def _array(name: str, value: Any) -> np.ndarray:
     try:
-        array = np.asarray(value) if entry.constant else np.asarray(value).astype(np.float32)
-    except (TypeError, ValueError):
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
         raise UserError(f"{name}: must be an array of numbers, not a {type(value).__name__}") from None
+
+
+def _checked(name: str, value: Any, entry: Entry, allow_nonfinite: bool) -> np.ndarray:
+    """The array under `name`, float32 unless the entry is a constant."""
+    array = _array(name, value)
     require(array.shape == entry.shape, f"{name}.shape", array.shape, f"must be {entry.shape}")
     if entry.constant:
         whole = np.issubdtype(array.dtype, np.integer)
@@ -214,7 +243,20 @@ def _checked(name: str, value: Any, entry: Entry) -> np.ndarray:
         require(inside, name, (array.min(), array.max()), f"its range must be within [0, {array.size})")
         distinct = np.unique(array).size
         require(distinct == array.size, name, f"{distinct} distinct addresses", f"must be {array.size}")
-    return array
+        return array
+    # Of other dtypes NumPy would make floats too: it drops imaginary parts, reads strings, counts booleans.
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"{name}: must be an array of numbers of a float dtype, not {array.dtype.name!r}")
+    with np.errstate(over="ignore"):
+        numbers = array.astype(np.float32)
+    finite = np.isfinite(numbers)
+    if not finite.all():
+        lost = array[np.isfinite(array) & ~finite]
+        require(lost.size == 0, name, lost[:1].tolist(), "must be numbers that float32 can hold")
+        bad = numbers[~finite]
+        allowed = f"must be finite, {bad.size:,} of {numbers.size:,} are not; allow_nonfinite=True takes them"
+        require(allow_nonfinite, name, bad[:1].tolist(), allowed)
+    return numbers
 
 
 def _flatten(tree: Mapping[str, Any], path: Path = ()) -> list[tuple[Path, Any]]:

@@ -1,27 +1,56 @@
 """State dicts as `.safetensors` files."""
 
+import json
 import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ultramem_jax.errors import UserError
+from ultramem_jax.errors import UserError, require
+
+_DTYPES: dict[str, np.dtype] = {
+    code: np.dtype(dtype)
+    for code, dtype in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": jnp.bfloat16,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+        "C64": np.complex64,
+    }.items()
+}
+"""Those of the format that NumPy can hold. It has more, of floats of 4 to 8 bits, which need scales too."""
+_LONGEST_HEADER = 100_000_000
+"""Bytes; that of the format's own reader."""
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of a file by name, with their stored dtypes.
+    """Returns the arrays of a file by name, with their stored dtypes.
 
     Raises:
-        UserError: the file is missing, cannot be opened, or is broken.
+        UserError: the file is missing, not a regular one, cannot be opened, or is broken; NumPy has no dtype
+            for an array.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for somebody to write
+        raise UserError(f"{path}: cannot be read: not a regular file")
+    _require_dtypes(path)
     try:
         return safetensors.numpy.load_file(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # no path has a zero byte
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
@@ -35,10 +64,13 @@ def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, Any]) ->
     The file appears whole or not at all: another of the same name stays until the new one is complete.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: `state` is no mapping; an entry has no array that the format and `read_safetensors` know;
+            the file cannot be written.
     """
     path = pathlib.Path(path)
-    arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
+    if not isinstance(state, Mapping):
+        raise UserError(f"state: must be a dict of arrays by name, not a {type(state).__name__}")
+    arrays = {name: _storable(name, value) for name, value in state.items()}
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,11 +81,37 @@ def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, Any]) ->
         # A temporary file is its owner's alone; the finished one has the rights of any new file.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {_one_line(error)}") from None
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _require_dtypes(path: str | os.PathLike[str]) -> None:
+    """Refuses arrays that NumPy cannot hold. Of a header that is broken the format's reader says how."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, _LONGEST_HEADER)))
+        dtypes = {name: str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return
+    for name, dtype in dtypes.items():
+        require(dtype in _DTYPES, f"{path}: {name}.dtype", dtype, f"must be one of {', '.join(_DTYPES)}")
+
+
+def _storable(name: str, value: Any) -> np.ndarray:
+    if not isinstance(name, str):
+        raise UserError(f"state: names must be strings, {name!r} is not")
+    try:
+        array = np.asarray(value, order="C")
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{name}: must be an array of numbers, not a {type(value).__name__}") from None
+    known = array.dtype.newbyteorder("=") in _DTYPES.values()
+    allowed = f"cannot be written; allowed are {', '.join(dtype.name for dtype in _DTYPES.values())}"
+    require(known, f"{name}.dtype", array.dtype.name, allowed)
+    return array
 
 
 def _umask() -> int:
