@@ -228,10 +228,10 @@ def test_a_folder_with_an_empty_split_is_refused_before_it_is_read(
     write(tmp_path, dict.fromkeys(names, b"text") | {"20.txt": b"\0"})
     monkeypatch.setattr(sources, "read", lambda path: pytest.fail(f"{path} read"))
     with pytest.raises(
-        UserError, match=r"data\.path = .*; give more files, or one file in place of"
+        UserError, match=r"data\.path: no text .*; give more files, or one file in place of"
     ) as error:
         open_source(DataConfig(dataset="text", path=str(tmp_path)))
-    assert f"none of the {count} text files of this folder falls into its {split} split" in str(error.value)
+    assert f"falls into its {split} split" in str(error.value) and f"here {count} of text" in str(error.value)
 
 
 def test_a_folder_may_lack_a_test_split(tmp_path):

@@ -204,11 +204,12 @@ def text_source(path: str) -> FolderSource | FileSource:
         require(bool(files), "data.path", path, f"{allowed}; there is no text in this folder")
         splits = {split_of(file.relative_to(root).as_posix()) for file in files}
         for split in ("train", "validation"):  # no run does without; a test split is only evaluated
-            rule = (
-                f"none of the {len(files):,} text files of this folder falls into its {split} split (a "
-                "folder is split by the names of its files); give more files, or one file in place of a few"
-            )
-            require(split in splits, "data.path", path, rule)
+            if split not in splits:
+                raise UserError(
+                    f"data.path: no text of the folder {path!r} falls into its {split} split (a folder is "
+                    f"split by the names of its files, here {len(files):,} of text); give more files, or one "
+                    "file in place of a few"
+                )
         return FolderSource(root, files)
     require(os.path.exists(path), "data.path", path, allowed)
     require(is_regular(path), "data.path", path, f"{allowed}; this is neither a regular file nor a folder")
