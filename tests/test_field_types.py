@@ -138,10 +138,11 @@ def test_numbers_and_paths_become_what_json_knows(tmp_path):
     assert plain["data"]["path"] == str(tmp_path / "text.txt") and plain["data"]["cache_dir"] == str(tmp_path)
     for part, name, value in (
         (config.train, "steps", 3),
-        (config.train, "learning_rate", 1.0),
+        (config.train, "learning_rate", 1),
         (memory, "num_keys", 32),
         (memory, "core_loss_weight", 0.5),
-        (config.model, "dropout", 0.0),
+        (config.model, "dropout", 0),
+        (config.model, "rope_theta", 500.0),
         (config.model, "norm_eps", 2.0**-10),
         (config.data, "dataset", "text"),
     ):

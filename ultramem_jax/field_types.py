@@ -26,8 +26,8 @@ _EXAMPLES = {bool: "True or False", int: "a whole number", float: "a number", st
 class Checked:
     """Checks each field of a config dataclass, its subclass, against the annotation when one is made.
 
-    Whole numbers may be of any integer type and become `int`, numbers of any real type and become `float`;
-    only booleans are booleans. Every float is finite, also as float32, in which models compute. A subclass
+    Whole numbers may be of any integer type and become `int`; numbers may be of any real type and become
+    `float`, unless they are an `int` already. Only booleans are booleans. Every float is finite, also as float32, in which models compute. A subclass
     that has checks of its own calls `super().__post_init__()` before them.
     """
 
@@ -64,4 +64,4 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
         )
     if kind is float:
         require(abs(value) <= _FLOAT32_MAX, name, value, "must be a finite number, also as float32")
-    return kind(value) if kind in (int, float, str) else value
+    return kind(value) if kind in (int, float, str) and type(value) is not int else value
