@@ -27,8 +27,9 @@ class Checked:
     """Checks each field of a config dataclass, its subclass, against the annotation when one is made.
 
     Whole numbers may be of any integer type and become `int`; numbers may be of any real type and become
-    `float`, unless they are an `int` already. Only booleans are booleans. Every float is finite, also as float32, in which models compute. A subclass
-    that has checks of its own calls `super().__post_init__()` before them.
+    `float`, unless they are an `int` already. Only booleans are booleans. Every float is finite, also as
+    float32, in which models compute. A subclass that has checks of its own calls `super().__post_init__()`
+    before them.
     """
 
     PREFIX: ClassVar[str] = ""
