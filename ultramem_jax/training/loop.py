@@ -37,6 +37,7 @@ from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.optimizer import Optimizers, make_optimizers
 from ultramem_jax.training.refusals import refusals_in_a_line
 from ultramem_jax.training.restore import mend_tokenizer, save_tokenizer
+from ultramem_jax.training.room import not_enough, require_room
 from ultramem_jax.training.state import (
     TrainState,
     abstract_state,
@@ -113,6 +114,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
     corpus.require_sequences("validation")  # now, not after hours of training
     optimizers = make_optimizers(config)
     abstract = abstract_state(config, optimizers, axes)
+    require_room(abstract, count_parameters(config.model).total)
     evaluate = Evaluator(config, corpus, axes)
     meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus_identity(corpus)}
     train = config.train
@@ -189,11 +191,7 @@ def _fresh_state(
     except jax.errors.JaxRuntimeError as error:
         if "memory" not in str(error).lower():
             raise
-        total = count_parameters(config.model).total
-        raise UserError(
-            f"not enough memory for {total:,} parameters and their moments: "
-            "lower model.memory.num_keys, or choose a smaller model"
-        ) from None
+        raise not_enough(count_parameters(config.model).total, "as the devices say") from None
 
 
 class _StepFunction:

@@ -1,0 +1,46 @@
+"""A state that cannot fit is refused before anything is drawn, with its size."""
+
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from ultramem_jax import UserError
+from ultramem_jax.training import room
+from ultramem_jax.training.loop import train
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: replace(model, memory=replace(model.memory, value_dim=10**9)),
+        lambda model: replace(model, memory=replace(model.memory, num_keys=40_000, value_dim=64)),
+        lambda model: replace(model, memory=None, mlp_dim=10**9),
+        lambda model: replace(model, vocab_size=2**24, embed_dim=2**14),
+    ],
+)
+def test_a_model_beyond_the_machine_is_refused_at_once(config, tmp_path, change):
+    large = replace(config, model=change(config.model))
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"not enough memory for [\d,]+ parameters .* GB, and there are"):
+        train(large, tmp_path / "run", progress=False)
+    assert time.monotonic() - began < 60 and not (tmp_path / "run").exists()
+
+
+def test_bytes_are_those_of_all_devices_here(monkeypatch):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def leaf(*spec):
+        sharding = jax.NamedSharding(mesh, jax.P(*spec))
+        return jax.ShapeDtypeStruct((16, 8), np.float32, sharding=sharding)
+
+    # 512 bytes in all: once if split over all devices, eight times if everywhere, twice if along `a` only.
+    assert [room._bytes_here(x) for x in (leaf(("a", "b")), leaf(), leaf("a"))] == [512, 8 * 512, 2 * 512]
+    monkeypatch.setattr(room, "_memory_bytes", lambda: 4 * 512)
+    room.require_room({"one": leaf("a"), "other": leaf("a")}, 256)
+    with pytest.raises(UserError, match="not enough memory for 256 parameters"):
+        room.require_room({"one": leaf("a"), "other": leaf("a"), "more": leaf("a", "b")}, 256)

@@ -1,0 +1,56 @@
+"""Checks that a state fits into memory before it is drawn.
+
+Without that check too large a state ends in the middle of a compilation, is killed by the system, or waits
+forever for memory that will not come.
+"""
+
+import math
+import os
+from typing import Any
+
+import jax
+
+from ultramem_jax.errors import UserError
+
+
+def require_room(abstract: Any, num_parameters: int) -> None:
+    """Refuses a state that is larger than the memory of this process's devices.
+
+    Args:
+        abstract: of `abstract_state`: shapes, dtypes and shardings.
+        num_parameters: for the message.
+
+    Raises:
+        UserError: with both sizes.
+    """
+    wanted = sum(_bytes_here(leaf) for leaf in jax.tree.leaves(abstract))
+    there_is = _memory_bytes()
+    if there_is is not None and wanted > there_is:
+        raise not_enough(num_parameters, f"{wanted / 1e9:,.1f} GB, and there are {there_is / 1e9:,.1f}")
+
+
+def not_enough(num_parameters: int, why: str) -> UserError:
+    """Returns the error for a state that does not fit."""
+    return UserError(
+        f"not enough memory for {num_parameters:,} parameters and their moments ({why}): "
+        "lower model.memory.num_keys, or choose a smaller model"
+    )
+
+
+def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array on all devices of this process; 0 where it lies in another memory of theirs."""
+    sharding: Any = leaf.sharding
+    device = jax.local_devices()[0]
+    if device.platform != "cpu" and sharding.memory_kind not in (None, device.default_memory().kind):
+        return 0
+    of_a_device = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return of_a_device * len(sharding.addressable_devices)
+
+
+def _memory_bytes() -> int | None:
+    """Memory of all devices of this process; on CPUs that of the machine. None if it is not known."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
+    return sum(limits) if all(limits) else None
