@@ -203,8 +203,8 @@ class TrainConfig(Checked):
     batch_size: int = 16
     """Sequences per step, over all devices and accumulated micro-batches."""
     grad_accumulation: int = 1
-    """Micro-batches that a step is cut into. Gradients and losses are their means; only the load that a
-    Mixture of Experts balances is each micro-batch's own (`MoEConfig.load_balance_weight`)."""
+    """Micro-batches that a step is cut into. Gradients and losses are their means; the loads that experts, and
+    keys in UltraMemV2, are balanced by are each micro-batch's own (`MoEConfig.load_balance_weight`)."""
     learning_rate: float = 1e-3
     """Peak, reached after warm-up."""
     warmup_fraction: float = 0.01
