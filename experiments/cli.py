@@ -227,9 +227,9 @@ def _read_config(path: str) -> RunConfig:
                 "returns a RunConfig"
             )
         config = get_config()
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         # Whatever a file of Python can do wrong is the user's to mend, and one line says what it was.
         raise UserError(f"--config = {path!r}: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):

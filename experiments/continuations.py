@@ -85,7 +85,7 @@ class _Timed:
         tokens, rest = sum(self._counts), sum(self._counts[_COMPILING:])
         seconds = self._times[-1] - self._times[0]
         if not rest:
-            return f"{tokens} tokens in {seconds:.1f} s, most of which compiling takes"
+            return f"{tokens} tokens in {seconds:.1f} s with compiling"
         first = self._times[_COMPILING] - self._times[0]
         rate = rest / max(seconds - first, 1e-9)
         how = f"{first:.1f} s with compiling, then {rate:.1f} tokens per second"

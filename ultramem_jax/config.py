@@ -14,7 +14,7 @@ from ultramem_jax.field_types import Checked, FilePath
 from ultramem_jax.memory_config import MemoryConfig, TableLayout
 from ultramem_jax.placement import Span, parse_placement
 
-_MOST = {"vocab_size": 2**24, "num_layers": 2**14, "embed_dim": 2**20}
+_MOST = {"vocab_size": 2**24, "num_layers": 1024, "embed_dim": 2**20}
 """Bounds far above any model. Beyond them a typing error of a few zeros looks like a machine that hangs:
 layers are unrolled in the program, and some of what depends on D is computed while it is traced."""
 
@@ -203,8 +203,8 @@ class TrainConfig(Checked):
     batch_size: int = 16
     """Sequences per step, over all devices and accumulated micro-batches."""
     grad_accumulation: int = 1
-    """Micro-batches that a step is cut into. Gradients and losses are their means; the loads that experts, and
-    keys in UltraMemV2, are balanced by are each micro-batch's own (`MoEConfig.load_balance_weight`)."""
+    """Micro-batches that a step is cut into. Gradients and losses are their means; the loads that balance
+    losses spread, of experts and of UltraMemV2's keys, are each micro-batch's own."""
     learning_rate: float = 1e-3
     """Peak, reached after warm-up."""
     warmup_fraction: float = 0.01

@@ -31,7 +31,14 @@ class Stopped(Exception):
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raises `UserError` "field = value: allowed" unless `condition` holds."""
     if not condition:
-        raise UserError(f"{field} = {value!r}: {allowed}")
+        raise UserError(f"{field} = {_shown(value)}: {allowed}")
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:

@@ -26,7 +26,7 @@ _EXAMPLES = {bool: "True or False", int: "a whole number", float: "a number", st
 class Checked:
     """Checks each field of a config dataclass, its subclass, against the annotation when one is made.
 
-    Whole numbers may be of any integer type and become `int`; numbers may be of any real type and become
+    Whole numbers may be of any integer type and become `int`. Numbers may be any `numbers.Real` and become
     `float`, unless they are an `int` already. Only booleans are booleans. Every float is finite, also as
     float32, in which models compute. A subclass that has checks of its own calls `super().__post_init__()`
     before them.
@@ -60,9 +60,15 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
     require(right, name, value, f"must be {_EXAMPLES.get(kind) or f'of the type {kind.__name__}'}")
     if kind is int:
-        require(
-            abs(value) < 2**32, name, value, "must be below 2**32: nothing here counts in more than 32 bits"
-        )
+        value = int(value)
+        require(abs(value) < 2**32, name, value, "must be below 2**32: nothing here has more bits")
     if kind is float:
-        require(abs(value) <= _FLOAT32_MAX, name, value, "must be a finite number, also as float32")
-    return kind(value) if kind in (int, float, str) and type(value) is not int else value
+        try:
+            # A whole number stays one, so that messages show what was written.
+            value = value if type(value) is int else float(value)
+            finite = abs(value) <= _FLOAT32_MAX
+        except OverflowError:  # a fraction
+            finite = False
+        require(finite, name, value, "must be a finite number, also as float32")
+    # An enumeration of strings is written as its value.
+    return str.__str__(value) if kind is str else value

@@ -105,7 +105,7 @@ class MemoryConfig(Checked):
     core_loss_margin: float = 0.15
     """τ: the singular values λ_i, i >= 2, are pushed below it."""
     balance_loss_weight: float = 0.0
-    """β of the loss that spreads candidates over the keys of a side (UltraMemV2), those of a micro-batch. 0 is
+    """β of the loss that spreads the candidates of a micro-batch over the keys of a side (UltraMemV2). 0 is
     off."""
     pre_value_dim: int = 0
     """d_p, width of a second vector per slot, the pre-value u (PEER, UltraMemV2): a slot is then an expert of

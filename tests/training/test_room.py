@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 def test_a_model_beyond_the_machine_is_refused_at_once(config, tmp_path, change):
     large = replace(config, model=change(config.model))
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"not enough memory for [\d,]+ parameters .* GB, and there are"):
+    with pytest.raises(UserError, match=r"not enough memory for [\d,]+ parameters, .*GB, and there are"):
         train(large, tmp_path / "run", progress=False)
     assert time.monotonic() - began < 60 and not (tmp_path / "run").exists()
 
@@ -44,3 +44,12 @@ def test_bytes_are_those_of_all_devices_here(monkeypatch):
     room.require_room({"one": leaf("a"), "other": leaf("a")}, 256)
     with pytest.raises(UserError, match="not enough memory for 256 parameters"):
         room.require_room({"one": leaf("a"), "other": leaf("a"), "more": leaf("a", "b")}, 256)
+
+
+def test_a_device_that_runs_out_later_is_said_too(config, tmp_path, monkeypatch):
+    def step(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr("ultramem_jax.training.loop._StepFunction.__call__", step)
+    with pytest.raises(UserError, match=r"not enough memory .* raise train\.grad_accumulation"):
+        train(config, tmp_path / "run", progress=False)

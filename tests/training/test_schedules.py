@@ -1,6 +1,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ultramem_jax.config import TrainConfig
@@ -43,6 +44,8 @@ def test_values_learn_at_a_multiple_that_falls_linearly_to_one():
         (1e-05, 100_001, 2),
         (0.0, 100, 0),
         (1 / 3, 9, 3),
+        (0.1 + 0.2, 10, 3),
+        (np.float32(0.07), 100, 7),
     ],
 )
 def test_warm_up_takes_the_share_that_was_written(fraction, steps, expected):

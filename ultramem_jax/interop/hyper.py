@@ -111,6 +111,7 @@ class Reference:
             _integer(hyper, "hidden_size"),
             _number({"norm_eps": _NORM_EPS} | dict(hyper), "norm_eps"),
         )
+        require(1e-30 <= norm_eps <= 1, "hyper.norm_eps", norm_eps, "must be in [1e-30, 1]")
         _of_hyper(lambda: config.layout(num_memories))  # raises where table and reads do not fit each other
         return cls(layer, config, num_layers, num_memories, embed_dim, norm_eps)
 

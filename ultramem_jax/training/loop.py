@@ -37,7 +37,7 @@ from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.optimizer import Optimizers, make_optimizers
 from ultramem_jax.training.refusals import refusals_in_a_line
 from ultramem_jax.training.restore import mend_tokenizer, save_tokenizer
-from ultramem_jax.training.room import not_enough, require_room
+from ultramem_jax.training.room import require_room, running_out_in_a_line
 from ultramem_jax.training.state import (
     TrainState,
     abstract_state,
@@ -100,7 +100,7 @@ def train(
             stay.
     """
     workdir = pathlib.Path(workdir)
-    with refusals_in_a_line(workdir):
+    with refusals_in_a_line(workdir), running_out_in_a_line(count_parameters(config.model).total):
         return _train(config, workdir, progress, corpus)
 
 
@@ -127,7 +127,9 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
         if checkpoints.latest_step() is None:
             if is_first():
                 save_tokenizer(corpus.tokenizer, workdir)
-            state, start = _fresh_state(config, optimizers, axes, abstract), 0
+            # The seed is an argument, so that a cache of compiled programs has one for all seeds.
+            seed = np.uint32(config.train.seed)
+            state, start = fresh_state(config, optimizers, axes, seed, abstract), 0
         else:
             check_same_run(checkpoints.read_meta(), config, corpus, workdir)
             restored = checkpoints.restore(abstract, data, expect_config=to_dict(config))
@@ -180,18 +182,6 @@ def _require_together(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) 
     if is_first():
         token.unlink()
     require(all(seen), "--workdir", str(workdir), "must be one folder that all processes share")
-
-
-def _fresh_state(
-    config: RunConfig, optimizers: Optimizers, axes: MeshAxes, abstract: TrainState
-) -> TrainState:
-    try:
-        # The seed is an argument, so that a cache of compiled programs has one for all seeds.
-        return fresh_state(config, optimizers, axes, np.uint32(config.train.seed), abstract)
-    except jax.errors.JaxRuntimeError as error:
-        if "memory" not in str(error).lower():
-            raise
-        raise not_enough(count_parameters(config.model).total, "as the devices say") from None
 
 
 class _StepFunction:

@@ -1,11 +1,13 @@
-"""Checks that a state fits into memory before it is drawn.
+"""Says in a line that a model does not fit into memory, and checks that its state does before it is drawn.
 
 Without that check too large a state ends in the middle of a compilation, is killed by the system, or waits
 forever for memory that will not come.
 """
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,14 +28,31 @@ def require_room(abstract: Any, num_parameters: int) -> None:
     wanted = sum(_bytes_here(leaf) for leaf in jax.tree.leaves(abstract))
     there_is = _memory_bytes()
     if there_is is not None and wanted > there_is:
-        raise not_enough(num_parameters, f"{wanted / 1e9:,.1f} GB, and there are {there_is / 1e9:,.1f}")
+        raise _not_enough(num_parameters, f"{wanted / 1e9:,.1f} GB, and there are {there_is / 1e9:,.1f}")
 
 
-def not_enough(num_parameters: int, why: str) -> UserError:
-    """Returns the error for a state that does not fit."""
+@contextlib.contextmanager
+def running_out_in_a_line(num_parameters: int) -> Iterator[None]:
+    """Words the error of a device that has no memory left.
+
+    Args:
+        num_parameters: of the model, for the message.
+
+    Raises:
+        UserError: in place of JAX's own error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "memory" not in str(error).lower():
+            raise
+        raise _not_enough(num_parameters, "the device says so") from error
+
+
+def _not_enough(num_parameters: int, why: str) -> UserError:
     return UserError(
-        f"not enough memory for {num_parameters:,} parameters and their moments ({why}): "
-        "lower model.memory.num_keys, or choose a smaller model"
+        f"not enough memory for {num_parameters:,} parameters, their moments and a step ({why}): lower "
+        "model.memory.num_keys or train.batch_size, raise train.grad_accumulation, or choose a smaller model"
     )
 
 

@@ -1,7 +1,6 @@
 """Learning rates as functions of the step, which counts from 0."""
 
 import math
-from fractions import Fraction
 
 import jax.numpy as jnp
 import optax
@@ -25,11 +24,9 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def warmup_steps(config: TrainConfig) -> int:
-    """Returns the share of the steps that warm-up takes, rounded up.
-
-    The share is the decimal that was written: as floats, 7 % of 100 is a little more than 7.
-    """
-    return math.ceil(Fraction(str(config.warmup_fraction)) * config.steps)
+    """Returns the share of the steps that warm-up takes, rounded up."""
+    # As floats, 7 % of 100 is a little more than 7.
+    return math.ceil(round(config.warmup_fraction * config.steps, 6))
 
 
 def value_learning_rate(config: TrainConfig, multiple: float) -> optax.Schedule:
