@@ -122,6 +122,9 @@ def test_every_float_is_finite_also_in_float32(value):
         (lambda: ModelConfig(num_layers=10**9), "model.num_layers"),
         (lambda: MemoryConfig(query_conv_width=10**6), "model.memory.query_conv_width"),
         (lambda: MemoryConfig(tucker_rank=10**5, rank_keys="full"), "model.memory.tucker_rank"),
+        (lambda: MemoryConfig(tucker_rank=64, rank_keys="full"), "model.memory.tucker_rank"),
+        (lambda: MemoryConfig(expansion=31622**2), "model.memory.expansion"),
+        (lambda: ModelConfig(num_layers=1001), "model.num_layers"),
         (lambda: ModelConfig(embed_dim=10**9), "model.embed_dim"),
         (lambda: MoEConfig(num_experts=2**31), "model.moe.num_experts"),
         (lambda: TrainConfig(steps=2**31), "train.steps"),
@@ -131,6 +134,20 @@ def test_every_float_is_finite_also_in_float32(value):
 def test_absurd_values_are_refused_at_once(make, name):
     with pytest.raises(UserError, match=rf"^{name} = .*: must be "):
         make()
+
+
+@pytest.mark.parametrize("name", ["b1", "b2", "warmup_fraction"])
+def test_what_must_be_below_one_is_so_in_float32(name):
+    # Adam divides by 1 - b1: with 1 - 1e-12 one step made parameters infinite.
+    near = 1 - 1e-12
+    refused(lambda: TrainConfig(**{name: near}), f"train.{name}", near, "in [0, 1), also as float32")
+    assert getattr(TrainConfig(**{name: 1 - 2**-24}), name) == 1 - 2**-24
+
+
+def test_an_array_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"^train\.steps = array\(.*: must be a whole number$") as error:
+        TrainConfig(steps=np.ones((3, 3)))
+    assert "\n" not in str(error.value)
 
 
 def test_numbers_and_paths_become_what_json_knows(tmp_path):

@@ -14,9 +14,10 @@ from ultramem_jax.field_types import Checked, FilePath
 from ultramem_jax.memory_config import MemoryConfig, TableLayout
 from ultramem_jax.placement import Span, parse_placement
 
-_MOST = {"vocab_size": 2**24, "num_layers": 1024, "embed_dim": 2**20}
+_MOST = {"vocab_size": 2**24, "num_layers": 1000, "embed_dim": 2**20}
 """Bounds far above any model. Beyond them a typing error of a few zeros looks like a machine that hangs:
-layers are unrolled in the program, and some of what depends on D is computed while it is traced."""
+layers are unrolled in the program, and some of what depends on D is computed while it is traced. The deepest
+published Transformer has 1,000 layers (DeepNet, arXiv 2203.00555), which take half a minute to trace."""
 
 
 def _small(name: str, value: float) -> None:

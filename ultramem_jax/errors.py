@@ -36,7 +36,7 @@ def require(condition: bool, field: str, value: object, allowed: str) -> None:
 
 def _shown(value: object) -> str:
     try:
-        return repr(value)
+        return " ".join(repr(value).split())  # an array's has several lines
     except ValueError:  # an integer of more digits than Python writes
         return "a number of thousands of digits"
 
@@ -68,6 +68,9 @@ def at_least(low: float, **fields: float) -> None:
 
 
 def fraction(**fields: float) -> None:
-    """Raises unless every field, named as for `at_least`, is in [0, 1)."""
+    """Raises unless every field, named as for `at_least`, is in [0, 1), also as float32."""
     for name, value in fields.items():
-        require(0 <= value < 1, name.replace("__", "."), value, "must be in [0, 1)")
+        # Nearer to 1 than half of the distance to the float32 below it, a value becomes 1: Adam would divide by
+        # 1 - b1.
+        rounded = ", also as float32" if 0 <= value < 1 else ""
+        require(0 <= value < 1 - 2**-25, name.replace("__", "."), value, f"must be in [0, 1){rounded}")

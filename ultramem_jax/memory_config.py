@@ -19,8 +19,9 @@ fewer."""
 
 
 _MAX_CONV_WIDTH = 256
-_MAX_RANK = 256
-"""Published models have a width of 4 and ranks of 2 to 4."""
+_MAX_RANK = 32
+_MAX_EXPANSION = 1024
+"""Published models have a width of 4, ranks of 2 to 4, and 4 to 16 blocks."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,12 @@ class MemoryConfig(Checked):
         self._require(
             self.tucker_rank <= _MAX_RANK,
             "tucker_rank",
-            f"must be at most {_MAX_RANK}: each core has its singular values computed in every step",
+            f"must be at most {_MAX_RANK}: each of its r² products is a step of the compiled program",
+        )
+        self._require(
+            self.expansion <= _MAX_EXPANSION,
+            "expansion",
+            f"must be at most {_MAX_EXPANSION}: each block has a projector of its own",
         )
         at_least(0, model__memory__core_loss_weight=self.core_loss_weight)
         at_least(0, model__memory__core_loss_margin=self.core_loss_margin)
