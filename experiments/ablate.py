@@ -20,8 +20,10 @@ from ultramem_jax.presets import ladder
 
 BASE_CONFIG = tiny_config.get_config()
 CONFIG_HELP = (
-    "--config=FILE: a Python file with get_config() -> RunConfig; --scale=151m needs one",
-    "--config.data.field=value, --config.train.field=value: any field of ultramem_jax/config.py",
+    "--config=FILE: a Python file with get_config() -> RunConfig; it is run as a program, so take one "
+    "that you trust; --scale=151m needs one",
+    "--config.data.field=value, --config.train.field=value: any of the fields below, explained in "
+    "ultramem_jax/config.py",
     "--config.model.dtype=value: all that can be set of the models, which are those of --scale",
 )
 

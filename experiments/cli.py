@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from experiments.arguments import take, take_integer
-from experiments.config_help import fields_help, presets_help
+from experiments.config_help import fields_help, presets_help, wrapped
 from experiments.plain_log import plain_log
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
 from ultramem_jax.errors import Stopped, UserError, unknown, whole_number
@@ -263,17 +263,21 @@ def _check_key(tree: dict[str, Any], key: str) -> None:
 
 
 def _flag_help(module: str, base: RunConfig | None, together: bool) -> str:
-    lines = []
+    entries: list[str] = []
+    own_models = hasattr(sys.modules[module], "CONFIG_HELP")
     if base is not None:
-        # An experiment that does not take them all says which it takes.
-        lines = [f"  {line}" for line in getattr(sys.modules[module], "CONFIG_HELP", _CONFIG_HELP)]
-        lines.append(f"  {_MESH_HELP}")
+        # An experiment that has models of its own says what it takes.
+        entries += getattr(sys.modules[module], "CONFIG_HELP", _CONFIG_HELP)
+        entries.append(_MESH_HELP)
     if together:
-        lines += [f"  {line}" for line in _PROCESSES_HELP]
+        entries += _PROCESSES_HELP
     own = FLAGS.flags_by_module_dict().get(module, [])
-    lines += [f"  --{flag.name}: {flag.help} (default {flag.default!r})" for flag in own]
-    if base is not None and not hasattr(sys.modules[module], "CONFIG_HELP"):
-        lines += ["", "Presets:", *presets_help(), "", "Fields, with their values here:", *fields_help(base)]
+    entries += [f"--{flag.name}: {flag.help} (default {flag.default!r})" for flag in own]
+    lines = [line for entry in entries for line in wrapped(entry)]
+    if base is not None:
+        presets = [] if own_models else ["", "Presets:", *presets_help()]
+        fields = fields_help(base, with_model=not own_models)
+        lines += [*presets, "", "Fields, with their values here:", *fields]
     return "\n".join(lines)
 
 

@@ -56,8 +56,9 @@ def write(text: str) -> None:
         raise SystemExit(0) from None
 
 
-_COMPILING = 2
-"""Each of the first two tokens of a sequence has a program compiled for it."""
+_COMPILING = 3
+"""Tokens of a sequence until all programs are compiled: the first comes from reading the prompt, the second
+from a step. After a prompt that fills the window the second comes from reading again, the third steps."""
 
 
 class _Timed:
@@ -78,10 +79,7 @@ class _Timed:
             yield tokens
 
     def summary(self) -> str:
-        """Returns a line with tokens and seconds of the stream that was read, and the rate once compiled.
-
-        One program is compiled for the first token of a sequence, another one for the second.
-        """
+        """Returns a line with tokens and seconds of the stream that was read, and the rate once compiled."""
         tokens, rest = sum(self._counts), sum(self._counts[_COMPILING:])
         seconds = self._times[-1] - self._times[0]
         if not rest:

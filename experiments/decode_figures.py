@@ -29,7 +29,7 @@ PUBLISHED_MEETING = 131_072
 """The batch near which the paper has the bytes of MoE and of UltraMem meet."""
 _MARKED_BATCHES = (16, 64)
 _FAR = 5.0
-"""A repeat that takes this many times the median is named in the figure: the band would look like a fault."""
+"""The figure names a repeat that takes this many times the median, as its band would look like a fault."""
 _MILLI = 1e-3
 _TOUCHED_BATCHES = tuple(sorted({round(2 ** (i / 4)) for i in range(4 * 17 + 1)}))
 """1 to 131,072."""
@@ -297,12 +297,17 @@ def _mark_ratio(axes: Axes, moe: Sequence[DecodeTiming], ultramem: Sequence[Deco
 
 
 def _mark_far(axes: Axes, position: float, timing: DecodeTiming) -> None:
-    """Says how many repeats make a band as wide as it is, where some took far longer than the others."""
+    """Says how many repeats make a band as wide as it is, where some took far longer than the others.
+
+    What slowed them is not recorded, and not said.
+    """
     far = [seconds for seconds in timing.seconds if seconds > _FAR * timing.median]
     if far:
-        of = f"{len(far)} of {len(timing.seconds)} repeats"
+        others = [seconds for seconds in timing.seconds if seconds not in far]
+        low, high, longest = (significant(s / _MILLI, 2) for s in (min(others), max(others), max(far)))
+        took = "took" if len(far) == 1 else "took up to"
         axes.annotate(
-            f"{of} took\n{'up to ' * (len(far) > 1)}{significant(max(far) / _MILLI, 3)} ms",
+            f"{len(far)} of {len(timing.seconds)} repeats {took} {longest} ms,\nthe others {low} to {high}",
             (position, max(far) / _MILLI),
             xytext=(4, 4),
             textcoords="offset points",

@@ -54,7 +54,8 @@ def _is_news(record: logging.LogRecord) -> bool:
     """
     of_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
     waiting = of_orbax and str(record.msg).startswith("Waiting for previous save")
-    raised = record.exc_info is not None and (of_orbax or record.name == "asyncio")
+    failed = record.exc_info is not None and record.levelno >= logging.ERROR
+    raised = failed and (of_orbax or record.name == "asyncio")
     return not (waiting or raised)
 
 

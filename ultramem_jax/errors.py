@@ -70,7 +70,7 @@ def at_least(low: float, **fields: float) -> None:
 def fraction(**fields: float) -> None:
     """Raises unless every field, named as for `at_least`, is in [0, 1), also as float32."""
     for name, value in fields.items():
-        # Nearer to 1 than half of the distance to the float32 below it, a value becomes 1: Adam would divide by
+        # Nearer to 1 than half of the way to the float32 below it, a value becomes 1, and Adam divides by
         # 1 - b1.
         rounded = ", also as float32" if 0 <= value < 1 else ""
         require(0 <= value < 1 - 2**-25, name.replace("__", "."), value, f"must be in [0, 1){rounded}")

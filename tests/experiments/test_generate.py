@@ -4,6 +4,7 @@ import io
 import os
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,8 +12,9 @@ from experiments import continuations
 from experiments.continuations import write, write_continuations
 from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.data import ByteTokenizer
-from ultramem_jax.models.generation import ENDED, continue_texts, text_generator
+from ultramem_jax.models.generation import ENDED, Generator, continue_texts, text_generator
 from ultramem_jax.models.sampling import Sampling
+from ultramem_jax.models.transformer import Transformer
 from ultramem_jax.training.loop import train
 from ultramem_jax.training.restore import load_model
 
@@ -94,14 +96,18 @@ class Recorded:
 @pytest.mark.parametrize(
     "times, sequences, summary",
     [
-        # The first two tokens compile. Three more in 0.3 s are ten a second, of each sequence.
-        ([0, 4, 7, 7.1, 7.2, 7.3], 1, "5 tokens in 7.3 s: 7.0 s with compiling, then 10.0 tokens per second"),
+        # The first three tokens compile. Three more in 0.3 s are ten a second, of each sequence.
         (
-            [0, 4, 7, 7.1, 7.2, 7.3],
-            4,
-            "20 tokens in 7.3 s: 7.0 s with compiling, then 40.0 tokens per second",
+            [0, 4, 4.1, 7, 7.1, 7.2, 7.3],
+            1,
+            "6 tokens in 7.3 s: 7.0 s with compiling, then 10.0 tokens per second",
         ),
-        ([0, 4, 7], 1, "2 tokens in 7.0 s with compiling"),
+        (
+            [0, 4, 4.1, 7, 7.1, 7.2, 7.3],
+            4,
+            "24 tokens in 7.3 s: 7.0 s with compiling, then 40.0 tokens per second",
+        ),
+        ([0, 4, 4.1, 7], 1, "3 tokens in 7.0 s with compiling"),
         ([0, 4], 1, "1 tokens in 4.0 s with compiling"),
     ],
 )
@@ -111,6 +117,19 @@ def test_the_rate_leaves_compilation_out(monkeypatch, times, sequences, summary)
     timed = continuations._Timed(recorded)
     assert len(list(timed.stream([[1]] * sequences, len(times) - 1))) == len(times) - 1
     assert timed.summary() == summary
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 12])
+def test_nothing_is_compiled_in_the_time_that_the_rate_is_of(length):
+    # Prompts shorter than the window, one token short of it, as long, and longer.
+    config = ModelConfig(embed_dim=8, num_layers=1, num_heads=1, num_kv_heads=1, mlp_dim=8)
+    variables = Transformer(config).init(jax.random.key(0), np.zeros((1, 2), np.int32))
+    generator = Generator(config, variables, window=8)
+    programs = (generator._read_chunk, generator._choose, generator._step)
+    compiled = [
+        sum(program._cache_size() for program in programs) for _ in generator.stream([[1] * length], 12)
+    ]
+    assert set(compiled[continuations._COMPILING - 1 :]) == {3}
 
 
 BAD = {
