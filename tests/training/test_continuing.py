@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from dataclasses import replace
 
@@ -113,6 +114,7 @@ HARM = {
     "garbage": lambda path: path.write_bytes(b"\x00\xff{]"),
     "of another kind": lambda path: path.write_text('{"model": {"type": "WordLevel", "vocab": {}}}'),
     "cut off": lambda path: path.write_text(path.read_text()[:-100]),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
 }
 
 
@@ -123,7 +125,7 @@ def test_a_lost_tokenizer_is_an_error_to_read_and_written_again_by_training(bpe,
     harm(path)
     with pytest.raises(UserError) as error:
         load_model(workdir)
-    refused(error, str(path), "must be a tokenizer of byte-level BPE", "writes it anew")
+    refused(error, str(path), "tokenizer of byte-level BPE", "writes it anew")
     train(bpe, workdir, progress=False)
     assert "it is written again" in caplog.text
     assert path.read_bytes() == before
@@ -141,7 +143,7 @@ def test_a_folder_in_place_of_the_tokenizer_is_named(bpe, workdir):
     for act in (lambda: load_model(workdir), lambda: train(bpe, workdir, progress=False)):
         with pytest.raises(UserError) as error:
             act()
-        refused(error, str(path), "directory")
+        refused(error, f"{path}: must be a file", "remove it")
 
 
 def test_another_tokenizer_in_the_runs_folder_is_refused(bpe, workdir):
@@ -164,6 +166,24 @@ def test_a_fingerprint_is_that_of_the_merges(bpe, tmp_path):
     tree["model"]["merges"] = [" ".join(merge) for merge in tree["model"]["merges"]]
     (tmp_path / "old.json").write_text(json.dumps(tree, indent=3, sort_keys=True))
     assert BpeTokenizer.load(tmp_path / "old.json").fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update(normalizer={"type": "Lowercase"}),
+        lambda t: t["pre_tokenizer"].update(add_prefix_space=True),
+        lambda t: t.update(pre_tokenizer=None),
+        lambda t: t["model"].update(dropout=0.9),
+        lambda t: t["model"]["merges"].pop(),
+    ],
+)
+def test_a_fingerprint_is_that_of_all_that_makes_ids(bpe, tmp_path, change):
+    tokenizer = load_corpus(bpe.data).tokenizer
+    tree = json.loads(tokenizer._backend.to_str())
+    change(tree)
+    (tmp_path / "changed.json").write_text(json.dumps(tree))
+    assert BpeTokenizer.load(tmp_path / "changed.json").fingerprint != tokenizer.fingerprint
 
 
 # ---- settings that may change

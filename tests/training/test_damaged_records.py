@@ -41,10 +41,10 @@ def message(act):
 @pytest.mark.parametrize(
     "change, damage",
     [
-        (lambda m: m | {"format": 99}, "manifest.json has the format 99, known is 1"),
-        (lambda m: {"files": m["files"]}, "manifest.json has the format None, known is 1"),
-        (lambda m: [m], "manifest.json has the format None, known is 1"),
-        (lambda m: None, "manifest.json has the format None, known is 1"),
+        (lambda m: {"files": m["files"]}, "manifest.json has no format"),
+        (lambda m: m | {"format": "1"}, "manifest.json has no format"),
+        (lambda m: [m], "manifest.json has no format"),
+        (lambda m: None, "manifest.json has no format"),
         (lambda m: m | {"files": {}}, "manifest.json lists no files"),
         (lambda m: m | {"files": list(m["files"])}, "manifest.json lists no files"),
         (lambda m: {"format": 1}, "manifest.json lists no files"),
@@ -64,6 +64,28 @@ def test_a_manifest_of_an_unknown_form_is_damage(run, change, damage):
         assert checkpoints.restore(STATE).step == 1
 
 
+def test_what_another_version_wrote_is_refused_and_nothing_deleted(run):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    manifest = run / "checkpoints" / "2" / "manifest.json"
+    content = json.loads(manifest.read_text())
+
+    def refused(said):
+        for act in (lambda c: c.restore(STATE), lambda c: c.read_meta(2), lambda c: c.restore(STATE, step=2)):
+            with (
+                Checkpoints(run / "checkpoints", keep_last=1) as checkpoints,
+                pytest.raises(UserError, match=said) as error,
+            ):
+                act(checkpoints)
+            assert "\n" not in str(error.value)
+
+    manifest.write_text(json.dumps(content | {"format": 99}))
+    refused(r"2/manifest\.json has the format 99, known is 1")
+    manifest.write_bytes(before[manifest])
+    rewrite_meta(run, 2, lambda m: m | {"of_the_future": 1})
+    refused("2 has of_the_future in its meta: a later version")
+    assert {path for path in run.rglob("*") if path.is_file()} == set(before)
+
+
 def rewrite_meta(run, step, change):
     """Changes what a checkpoint says of itself, with a manifest that agrees."""
     directory = run / "checkpoints" / str(step)
@@ -75,8 +97,8 @@ def rewrite_meta(run, step, change):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda m: None, "mapping"),
-        (lambda m: [], "mapping"),
+        (lambda m: None, "meta is a NoneType"),
+        (lambda m: [], "meta is a list"),
         (lambda m: {k: v for k, v in m.items() if k != "config"}, "config"),
         (lambda m: m | {"config": None}, "meta: config is a NoneType"),
         (lambda m: m | {"config": [1]}, "meta: config is a list"),
@@ -84,7 +106,8 @@ def rewrite_meta(run, step, change):
         (lambda m: m | {"step": True}, "meta: step is a bool"),
         (lambda m: m | {"step": "2"}, "meta: step is a str"),
         (lambda m: m | {"since_record": None}, "meta: since_record is a NoneType"),
-        (lambda m: m | {"of_the_future": 1}, "of_the_future"),
+        (lambda m: m | {"since_record": {"steps": "a"}}, "meta: since_record.steps is a str"),
+        (lambda m: m | {"step": m["step"] + 1}, "meta is of step"),
     ],
 )
 def test_records_of_a_wrong_type_give_way_to_the_checkpoint_before(run, change, reason):
@@ -116,13 +139,31 @@ def test_a_config_that_is_not_one_is_refused_by_name(run, config, reason):
     assert reason in found
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", '{"two": 1}', '{"2": "small"}', '{"2": null}', "\0\0"])
+NO_RANKS = [
+    "",
+    "[]",
+    "null",
+    "[" * 100_000,
+    '{"2": 1' + "0" * 400 + "}",
+    '{"two": 1}',
+    '{"2": "small"}',
+    "\0\0",
+]
+
+
+@pytest.mark.parametrize("content", NO_RANKS, ids=range(len(NO_RANKS)))
 def test_ranks_that_cannot_be_read_only_cost_the_best(run, caplog, content):
     (run / "checkpoints" / "validation_losses.json").write_text(content)
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         assert (checkpoints.best_step(), checkpoints.latest_step()) == (None, 2)
         assert checkpoints.restore(STATE).meta.validation_loss is None
     assert "no checkpoint is known as the best" in caplog.text
+    # The best may be among those whose losses are lost, so all of them stay.
+    with Checkpoints(run / "checkpoints", keep_last=1, keep_best=1) as checkpoints:
+        checkpoints.restore(STATE)
+        for step in (3, 4):
+            checkpoints.save(step, STATE, None, CONFIG, {"corpus_hash": "0"}, 1.0 / step)
+    assert checkpoints.all_steps() == [1, 2, 4]
 
 
 def test_ranks_that_older_versions_kept_in_each_checkpoint_count(run):
@@ -141,3 +182,11 @@ def test_ranks_of_steps_that_are_done_again_are_forgotten(run):
         checkpoints.save(2, STATE, None, CONFIG, {"corpus_hash": "0"})
     with Checkpoints(run / "checkpoints") as checkpoints:
         assert checkpoints.is_marked(1) and not checkpoints.is_marked(2)
+
+
+def test_a_mark_alone_lets_the_surpassed_go(run):
+    with Checkpoints(run / "checkpoints", keep_last=1, keep_best=1) as checkpoints:
+        checkpoints.restore(STATE)
+        assert checkpoints.best_step() == 1
+        checkpoints.mark(2, 0.5)
+    assert checkpoints.all_steps() == [2]

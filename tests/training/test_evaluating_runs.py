@@ -88,7 +88,9 @@ def test_the_bar_says_what_takes_its_time(config, tmp_path, capsys):
     once = replace(config, train=replace(config.train, steps=1))
     train(once, tmp_path, progress=True)
     bar = capsys.readouterr().err
-    assert bar.index(", compiling]") < bar.index(", loss ") < bar.index(", evaluating]")
+    assert (
+        bar.index(", compiling]") < bar.index(", loss ") < bar.index(", evaluating]") < bar.rindex(", loss ")
+    )
 
 
 def test_an_evaluation_that_fails_costs_no_step(config, whole, tmp_path, monkeypatch):
@@ -127,16 +129,35 @@ def test_the_last_evaluation_can_be_stopped_as_well(config, whole, tmp_path, mon
     assert_ends_as(whole, train(config, tmp_path, progress=False), tmp_path)
 
 
-def test_a_validation_loss_that_is_not_finite_ranks_nothing_and_can_be_gone_on_from(
-    config, whole, tmp_path, monkeypatch
-):
-    with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "__call__", lambda *_, **__: Evaluation(math.nan, math.nan, 1))
-        with pytest.raises(UserError, match=r"step 3: validation loss = nan.*must be finite"):
-            train(replace(config, train=replace(config.train, checkpoint_every=3)), tmp_path, progress=False)
-    assert steps_of(tmp_path) == ([3], None)
-    result = train(config, tmp_path, progress=False)
-    assert result.finished and result.validation_loss == whole[0].validation_loss
+def test_a_validation_loss_that_is_not_finite_stops_the_run_each_time(config, whole, tmp_path, monkeypatch):
+    each = replace(config, train=replace(config.train, checkpoint_every=1))
+    real = Evaluator.__call__
+    said = (
+        "validation loss = nan: must be finite; the last good checkpoint is that of step {}, and .* {}, which"
+    )
+
+    def fails_at(count):
+        calls = []
+
+        def evaluate(*args, **kwargs):
+            calls.append(None)
+            bad = len(calls) >= count
+            return Evaluation(math.nan, math.nan, 1) if bad else real(*args, **kwargs)
+
+        monkeypatch.setattr(Evaluator, "__call__", evaluate)
+
+    fails_at(1)
+    for _ in range(2):  # and once more, as nothing has changed
+        with pytest.raises(UserError, match=said.format(2, 3)):
+            train(each, tmp_path, progress=False)
+        assert steps_of(tmp_path) == ([2, 3], None)
+    fails_at(2)
+    for _ in range(2):
+        with pytest.raises(UserError, match=said.format(5, 6)):
+            train(each, tmp_path, progress=False)
+        fails_at(1)
+    monkeypatch.setattr(Evaluator, "__call__", real)
+    assert_ends_as(whole, train(each, tmp_path, progress=False), tmp_path)
     assert load_model(tmp_path, "best").step == 6
 
 

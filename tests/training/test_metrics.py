@@ -87,6 +87,7 @@ NO_RECORDS = [
     "\0" * 300,
     "[1]",
     "null",
+    "[" * 100_000,
     "7",
     '"step"',
     '{"split": "train", "loss": 1.0}',
@@ -136,15 +137,15 @@ def test_a_disk_that_is_full_for_a_while_stops_nothing(tmp_path, caplog):
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (writer.path.stat().st_size + 5, limits[1]))
         try:
-            for step in (2, 3):
+            for step in range(2, 600):
                 writer.write(step, "train", {"loss": 1.0})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, handler)
-        writer.write(4, "train", {"loss": 1.0})
+        writer.write(600, "train", {"loss": 1.0})
     (warning,) = [record.getMessage() for record in caplog.records]
     assert warning == f"{writer.path}: metrics cannot be written: File too large"
-    assert [record["step"] for record in read_metrics(writer.path)] == [1, 2, 3, 4]
+    assert [record["step"] for record in read_metrics(writer.path)] == list(range(1, 601))
 
 
 def test_tensorboard_files_hold_the_scalars(tmp_path):

@@ -122,7 +122,19 @@ def test_a_file_in_place_of_the_checkpoints(config, tmp_path):
     assert one_line(config, tmp_path) == f"{tmp_path / 'checkpoints'}: File exists"
 
 
-def test_a_folder_that_is_deleted_while_the_run_goes_on(config, tmp_path, monkeypatch):
+@pytest.fixture
+def no_save_in_flight(monkeypatch):
+    """Every save is waited for; else it would write into what is being deleted."""
+    save = Checkpoints.save
+
+    def save_and_wait(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        self.wait()
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_wait)
+
+
+def test_a_folder_that_is_deleted_while_the_run_goes_on(config, tmp_path, monkeypatch, no_save_in_flight):
     write = MetricWriter.write
 
     def delete_at_three(self, step, split, scalars):
@@ -130,18 +142,36 @@ def test_a_folder_that_is_deleted_while_the_run_goes_on(config, tmp_path, monkey
         if step == 3:
             shutil.rmtree(tmp_path / "run")
 
-    wait = Checkpoints.save
-
-    def save_and_wait(self, *args, **kwargs):
-        wait(self, *args, **kwargs)
-        self.wait()
-
-    monkeypatch.setattr(Checkpoints, "save", save_and_wait)
     monkeypatch.setattr(MetricWriter, "write", delete_at_three)
     without = replace(config, train=replace(config.train, eval_every=0))
     message = one_line(without, tmp_path / "run")
-    assert "the checkpoint of step 4 cannot be saved: No such file or directory" in message
+    assert message == f"{tmp_path / 'run' / '.lock'}: No such file or directory"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_another_run_has_made_again_is_left_alone(
+    config, tmp_path, monkeypatch, no_save_in_flight
+):
+    workdir, write = tmp_path / "run", MetricWriter.write
+    again = []
+
+    def begin_another(self, step, split, scalars):
+        write(self, step, split, scalars)
+        if step == 3 and not again:
+            shutil.rmtree(workdir)
+            again.append(owned(workdir))
+            again[0].__enter__()
+
+    monkeypatch.setattr(MetricWriter, "write", begin_another)
+    message = one_line(replace(config, train=replace(config.train, eval_every=0)), workdir)
+    assert message == f"{workdir} was deleted, and is in use by another run now"
+    assert sorted(path.name for path in workdir.iterdir()) == [".lock"]
+    again[0].__exit__(None, None, None)
+
+
+def test_a_name_that_is_not_utf8_is_refused_at_the_start(config, tmp_path):
+    with pytest.raises(UserError, match="must be a name in UTF-8"):
+        train(config, os.fsdecode(os.fsencode(tmp_path) + b"/a\xff"), progress=False)
 
 
 def _fill_the_disk(directory, answers):

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
@@ -117,11 +117,13 @@ class BpeTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """See `Tokenizer.fingerprint`; it covers ids and merges, which all versions of the library write."""
-        model = json.loads(self._backend.to_str())["model"]
+        """See `Tokenizer.fingerprint`; of all that decides which ids a text becomes."""
+        tree = json.loads(self._backend.to_str())
         # Merges are pairs in newer versions of the library, and strings with a blank in older ones.
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-        content = json.dumps([sorted(model["vocab"].items()), merges])
+        merges = tree["model"]["merges"]
+        tree["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
+        del tree["version"]
+        content = json.dumps(_without_nothing(tree), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     @classmethod
@@ -146,9 +148,15 @@ class BpeTokenizer:
         Raises:
             UserError: there is no such file, or it holds no byte-level BPE tokenizer with `EOS_TOKEN`.
         """
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: must be a file, the tokenizer of byte-level BPE")
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises no other type, and foreign vocabularies a KeyError
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except (
+            BaseException
+        ) as error:  # the library raises a bare Exception or, where it panics, not even that
             reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
             raise UserError(f"{path}: must be a tokenizer of byte-level BPE: {reason}") from None
 
@@ -173,6 +181,13 @@ class BpeTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """See `Tokenizer.decode`."""
         return b"".join(self._bytes_of_id[i] for i in _check_ids(ids, self.vocab_size))
+
+
+def _without_nothing(tree: Any) -> Any:
+    """The tree without entries that are null or false, which a later version of the library may add."""
+    if isinstance(tree, dict):
+        return {key: _without_nothing(value) for key, value in tree.items() if value not in (None, False)}
+    return [_without_nothing(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:

@@ -18,16 +18,16 @@ LOSSES_FILE = "validation_losses.json"
 that an evaluation that fails loses no step; the loss is not known yet when the checkpoint is written."""
 
 
-def read_losses(directory: Path) -> dict[int, float]:
-    """Returns the validation losses by step that `write_losses` wrote; none where they cannot be read."""
+def read_losses(directory: Path) -> dict[int, float] | None:
+    """Returns the validation losses by step that `write_losses` wrote; None where they cannot be read."""
     path = directory / LOSSES_FILE
     if not path.exists():
         return {}
     try:
         return {int(step): float(loss) for step, loss in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         log.warning("%s cannot be read (%s): no checkpoint is known as the best", path, error)
-        return {}
+        return None
 
 
 def write_losses(directory: Path, losses: dict[int, float], steps: Iterable[int]) -> None:
@@ -58,6 +58,8 @@ class NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     keep_best: int
     losses: dict[int, float]
     """Validation loss by step; shared with `Checkpoints`, which fills it."""
+    unknown: frozenset[int] = frozenset()
+    """Steps whose losses are lost. They are kept: the best may be among them."""
 
     def should_preserve(
         self,
@@ -72,4 +74,5 @@ class NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
 
     def kept(self, steps: Sequence[int]) -> set[int]:
         """Returns those of `steps` that are kept."""
-        return {*sorted(steps)[-self.keep_last :], *by_loss(self.losses, steps)[: self.keep_best]}
+        best = by_loss(self.losses, steps)[: self.keep_best]
+        return {*sorted(steps)[-self.keep_last :], *best, *self.unknown.intersection(steps)}

@@ -49,6 +49,9 @@ class Meta:
             value = getattr(self, name)
             if not isinstance(value, kinds) or isinstance(value, bool):
                 raise ValueError(f"meta: {name} is a {type(value).__name__}")
+        for name, value in self.since_record.items():
+            if not isinstance(value, int | float):
+                raise ValueError(f"meta: since_record.{name} is a {type(value).__name__}")
 
 
 _META_KINDS: dict[str, Any] = {
@@ -62,8 +65,22 @@ _META_KINDS: dict[str, Any] = {
 
 
 def load_meta(directory: Path) -> Meta:
-    """Returns what the checkpoint at `directory` says about itself; raises whatever its damage leads to."""
-    return Meta(**ocp.JsonCheckpointHandler().restore(epath.Path(directory / "meta")))
+    """Returns what the checkpoint at `directory` says about itself; raises whatever its damage leads to.
+
+    Raises:
+        UserError: it says more than this version knows.
+    """
+    found = ocp.JsonCheckpointHandler().restore(epath.Path(directory / "meta"))
+    if not isinstance(found, dict):
+        raise ValueError(f"meta is a {type(found).__name__}")
+    if more := found.keys() - {field.name for field in dataclasses.fields(Meta)}:
+        # Whole, for all we know: a run must not go on from an older one and delete it.
+        known = f"checkpoint at {directory} has {', '.join(sorted(more))} in its meta"
+        raise UserError(f"{known}: a later version of this program wrote it")
+    meta = Meta(**found)
+    if str(meta.step) != directory.name:
+        raise ValueError(f"meta is of step {meta.step}")
+    return meta
 
 
 def saved_config(directory: Path, config: dict[str, Any]) -> RunConfig:

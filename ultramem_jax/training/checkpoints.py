@@ -117,11 +117,14 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
         # Whoever reads alone may do so while other processes are at something else.
         self._together = not read_only
-        self._losses = {step: loss for step, loss in self._agreed(self._losses_on_disk)}
+        losses, unknown = self._agreed(self._losses_on_disk)
+        self._losses = {step: loss for step, loss in losses}
         self._position: int | None = None  # the step that this object last restored or saved
         self._saving = -1
         self._log: UndoLog | None = None  # of the save in flight, if training may go on in what it reads
-        self._policy = None if read_only else NewestAndBest(keep_last, keep_best, self._losses)
+        policy = NewestAndBest(keep_last, keep_best, self._losses, frozenset(unknown))
+        self._policy = None if read_only else policy
+        self._marked = False
         self._manager: ocp.CheckpointManager | None = None  # opened by the first save
 
     def _open_manager(self, policy: NewestAndBest) -> ocp.CheckpointManager:
@@ -163,14 +166,14 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the save in flight, deletes what need not be kept and ends the background threads."""
-        if self._manager is not None and self._policy is not None:
+        if self._policy is not None and (self._manager is not None or self._marked):
             self.wait()
-            steps = self._manager.all_steps()
+            manager = self._manager or self._open_manager(self._policy)
+            steps = manager.all_steps()
             for step in sorted(set(steps) - self._policy.kept(steps)):
-                self._manager.delete(step)
-            self._manager.close()
-            self._manager = None
-        self._policy = None
+                manager.delete(step)
+            manager.close()
+        self._manager = self._policy = None
 
     def wait(self) -> None:
         """Blocks until the save in flight is on disk.
@@ -306,6 +309,7 @@ class Checkpoints:
             OSError: it cannot be written down.
         """
         self._losses[step] = float(validation_loss)
+        self._marked = True
         self._write_losses()
 
     def _forget_losses_from(self, step: int) -> None:
@@ -459,28 +463,35 @@ class Checkpoints:
         """What the first process sees, where several look together: a disk may show them two states."""
         if not self._together or jax.process_count() == 1:
             return look()
-        found, failure = None, None
+        found, failure, is_users = None, None, False
         if distributed.is_first():
             try:
                 found = look()
             except Exception as error:  # the others wait for an answer, whatever it is
-                failure = f"{type(error).__name__}: {error}"
-        found, failure = distributed.from_first([found, failure])
+                is_users = isinstance(error, UserError)
+                failure = str(error) if is_users else f"{type(error).__name__}: {error}"
+        found, failure, is_users = distributed.from_first([found, failure, is_users])
         if failure is not None:
-            raise OSError(failure)
+            raise UserError(failure) if is_users else OSError(failure)
         return found
 
-    def _losses_on_disk(self) -> list[tuple[int, float]]:
-        """Returns validation losses by step: those of `mark`, and those that older versions kept inside."""
+    def _losses_on_disk(self) -> tuple[list[tuple[int, float]], list[int]]:
+        """Returns validation losses by step, and the steps whose losses are lost.
+
+        Older versions kept a loss inside its checkpoint.
+        """
         losses: dict[int, float] = {}
-        for step in self.all_steps():
+        steps = self.all_steps()
+        for step in steps:
             try:
                 loss = load_meta(self.directory / str(step)).validation_loss
             except Exception:  # damaged: it has no rank, and `restore` will say what is wrong with it
                 continue
             if loss is not None:
                 losses[step] = loss
-        return list((losses | read_losses(self.directory)).items())
+        marks = read_losses(self.directory)
+        lost = [step for step in steps if step not in losses] if marks is None else []
+        return list((losses | (marks or {})).items()), lost
 
 
 class _Damaged(Exception):

@@ -53,7 +53,8 @@ def check_corpus(of_checkpoint: dict[str, Any], corpus: Corpus, workdir: str | P
             f"corpus {now['corpus_hash'][:12]} is not the one that {workdir} was trained on, "
             f"{str(then.get('corpus_hash'))[:12]}: give another --workdir, or the same data"
         )
-    check_tokenizer(then, corpus.tokenizer, f"this corpus, {corpus.folder}", workdir)
+    advice = "keep data.tokenizer and data.bpe_vocab_size, or give another --workdir"
+    check_tokenizer(then, corpus.tokenizer, f"this corpus ({corpus.folder})", workdir, advice)
     if then.get("num_tokens", now["num_tokens"]) != now["num_tokens"]:
         raise UserError(
             f"corpus {now['corpus_hash'][:12]} has {now['num_tokens']} tokens, and {then['num_tokens']} when "
@@ -62,15 +63,16 @@ def check_corpus(of_checkpoint: dict[str, Any], corpus: Corpus, workdir: str | P
 
 
 def check_tokenizer(
-    of_checkpoint: dict[str, Any], tokenizer: Tokenizer, where: str, workdir: str | Path
+    of_checkpoint: dict[str, Any], tokenizer: Tokenizer, where: str, workdir: str | Path, advice: str
 ) -> None:
     """Refuses a tokenizer that is not the one that a checkpoint was trained with.
 
     Args:
         of_checkpoint: as for `check_corpus`.
         tokenizer: to be used now.
-        where: it comes from, for the message.
+        where: the place that it comes from, for the message.
         workdir: of the run.
+        advice: what to do, for the message.
 
     Raises:
         UserError: with names, sizes and hashes of both.
@@ -80,9 +82,9 @@ def check_tokenizer(
         return
     size_then, name_then = of_checkpoint.get("vocab_size"), of_checkpoint.get("tokenizer")
     raise UserError(
-        f"the tokenizer of {where}, is {tokenizer.name!r} of {tokenizer.vocab_size} ids ({now[:12]}) and not "
-        f"the one that {workdir} was trained with, {name_then!r} of {size_then} ids ({str(then)[:12]}): keep "
-        "data.tokenizer and data.bpe_vocab_size, or give another --workdir"
+        f"the tokenizer of {where} is {tokenizer.name!r} of {tokenizer.vocab_size} ids ({now[:12]}) and not "
+        f"the one that {workdir} was trained with, {name_then!r} of {size_then} ids ({str(then)[:12]}): "
+        f"{advice}"
     )
 
 

@@ -119,7 +119,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
     meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus_identity(corpus)}
     train = config.train
     with (
-        owned(workdir),
+        owned(workdir) as require_owned,
         Checkpoints(workdir / "checkpoints", train.keep_last, train.keep_best) as checkpoints,
         _StopOnSigterm() as stop,
     ):
@@ -137,9 +137,11 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
             window = LossWindow.of(restored.meta.since_record)
             if is_first():
                 mend_tokenizer(corpus.tokenizer, workdir)
-            say_what_changed(restored.meta, config, workdir)
-            done = "already finished:" if start == train.steps else "resumed from"
-            log.info("%s step %d of %s", done, start, workdir)
+            if start == train.steps:
+                log.info("already finished: step %d of %s", start, workdir)
+            else:
+                say_what_changed(restored.meta, config, workdir)
+                log.info("resumed from step %d of %s", start, workdir)
         log.info("corpus %s (%s) in %s", corpus.corpus_hash[:12], config.data.dataset, corpus.folder)
         # Cut off after a save and before its evaluation: that is made up for.
         unmarked = start > 0 and _due(start, train.eval_every, start == train.steps)
@@ -151,7 +153,9 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
             else contextlib.nullcontext()
         ) as writer:
             target_bytes = TargetBytes(corpus.tokenizer, axes)
-            run = _Run(config, checkpoints, writer, evaluate, target_bytes, data, meta, stop, window)
+            run = _Run(
+                config, checkpoints, require_owned, writer, evaluate, target_bytes, data, meta, stop, window
+            )
             shard = functools.partial(shard_batch, axes=axes, batch_size=size)
             return run.steps(state, start, unmarked, step_function, shard, progress and is_first())
 
@@ -224,6 +228,8 @@ class _Run:
 
     config: RunConfig
     checkpoints: Checkpoints
+    require_owned: Callable[[], None]
+    """Refuses to save into a folder that is another run's by now."""
     writer: MetricWriter | None
     """Of the first process."""
     evaluator: Evaluator
@@ -251,11 +257,11 @@ class _Run:
         step, stopping = start, False
         bar = tqdm(total=train.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
         with bar:
-            bar.set_postfix_str("compiling")  # the first step takes up to a minute
-            if unmarked:
-                stopping = not self._evaluate(step, state)
-            elif start == train.steps:  # its numbers are still wanted
-                stopping = not self._validate(state)
+            if unmarked or start == train.steps:  # of a finished run the numbers are still wanted
+                bar.set_postfix_str("evaluating")
+                stopping = not self._evaluate(step, state, known=not unmarked)
+            if step < train.steps:
+                bar.set_postfix_str("compiling")  # the first step takes up to a minute
             while step < train.steps and not stopping:
                 began = time.perf_counter()
                 batch = shard(next(self.data)["tokens"])
@@ -267,7 +273,8 @@ class _Run:
                 self.window.add(loss, int(num_bytes) / targets)
                 bits = bits_per_byte(loss, int(num_bytes) / targets)
                 speed = targets / float(np.median(list(seconds)[-20:]))
-                bar.set_postfix_str(f"loss {loss:.3f} ({bits:.3f} bits/byte), {speed:,.0f} tokens/s")
+                said = f"loss {loss:.3f} ({bits:.3f} bits/byte), {speed:,.0f} tokens/s"
+                bar.set_postfix_str(said)
                 bar.update()
                 last = step == train.steps
                 if last or step % train.log_every == 0:
@@ -281,6 +288,7 @@ class _Run:
                 if not stopping and _due(step, train.eval_every, last):
                     bar.set_postfix_str("evaluating")
                     stopping = not self._evaluate(step, state)
+                    bar.set_postfix_str(said)
                     if stopping and not saved:
                         self._save(step, state, step_function.records)
         self.checkpoints.wait()
@@ -291,21 +299,23 @@ class _Run:
         found = self.validation
         return TrainResult(step, not stopping, found.loss, found.bits_per_byte, speed, state)
 
-    def _evaluate(self, step: int, state: TrainState) -> bool:
-        """Evaluates after `step`, writes it down and ranks its checkpoint; False if SIGTERM cut it off."""
-        if not self._validate(state):
-            return False
-        scalars = {"loss": self.validation.loss, "bits_per_byte": self.validation.bits_per_byte}
-        self._write(step, "validation", scalars)
-        self.checkpoints.mark(step, self.validation.loss)
-        self._require_finite({"validation loss": self.validation.loss}, step)
-        return True
+    def _evaluate(self, step: int, state: TrainState, known: bool = False) -> bool:
+        """Evaluates after `step` and, unless it is known, writes it down and ranks its checkpoint.
 
-    def _validate(self, state: TrainState) -> bool:
+        Returns:
+            False if SIGTERM cut it off.
+        """
         try:
             self.validation = self.evaluator(model_variables(state), before_batch=self._stop_if_wanted)
         except _Stopped:
             return False
+        found = self.validation
+        if not known:
+            self._write(step, "validation", {"loss": found.loss, "bits_per_byte": found.bits_per_byte})
+        # Not ranked, it is evaluated again when the run goes on, and stops it again.
+        self._require_finite({"validation loss": found.loss}, step)
+        if not known:
+            self.checkpoints.mark(step, found.loss)
         return True
 
     def _stop_if_wanted(self) -> None:
@@ -317,6 +327,7 @@ class _Run:
             self.writer.write(step, split, scalars)
 
     def _save(self, step: int, state: TrainState, recorded: bool) -> None:
+        self.require_owned()
         self.checkpoints.save(
             step,
             state,
@@ -341,12 +352,13 @@ class _Run:
         if not bad:
             return
         self.checkpoints.wait()
-        kept = self.checkpoints.latest_step()
-        last = (
-            "there is no checkpoint yet"
-            if kept is None
-            else f"the last good checkpoint is that of step {kept}"
-        )
+        steps = self.checkpoints.all_steps()
+        good = max((kept for kept in steps if kept < step), default=None)
+        last = "there is no checkpoint yet"
+        if good is not None:
+            last = f"the last good checkpoint is that of step {good}"
+        if step in steps:
+            last += f", and that of step {step}, which is kept, cannot be gone on from"
         raise UserError(
             f"step {step}: {bad}: must be finite; {last}; lower train.learning_rate or raise "
             "train.warmup_fraction"

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ultramem_jax.errors import UserError
 from ultramem_jax.files import replace_text
 
 _MANIFEST = "manifest.json"
@@ -32,14 +33,22 @@ def find_damage(directory: Path) -> str | None:
     Of a file above 256 MiB the size is checked and 256 blocks of 64 KiB, so that tables of many GB open at
     once. That finds what was cut off, left out or never flushed, but not a few bytes that changed in between:
     the chunks of arrays carry no checksum of their own.
+
+    Raises:
+        UserError: the manifest is of a format that is not known.
     """
     try:
         manifest = json.loads((directory / _MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"{_MANIFEST} cannot be read ({type(error).__name__})"
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        return f"{_MANIFEST} has the format {found!r}, known is {_FORMAT}"
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        return f"{_MANIFEST} has no format"
+    if manifest["format"] != _FORMAT:
+        # Whole, for all we know: a run must not go on from an older one and delete it.
+        raise UserError(
+            f"{directory / _MANIFEST} has the format {manifest['format']}, known is {_FORMAT}: another "
+            "version of this program wrote it"
+        )
     files = manifest.get("files")
     if not isinstance(files, dict) or not files:
         return f"{_MANIFEST} lists no files"

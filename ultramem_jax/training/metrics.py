@@ -10,7 +10,6 @@ A number that JSON has no word for is written as a string, "NaN", "Infinity" or 
 A log never stops a run: lines that are no records are passed over, and what cannot be written is said once.
 """
 
-import contextlib
 import json
 import logging
 import math
@@ -64,7 +63,8 @@ class MetricWriter:
         if without_validation:
             kept = [r for r in kept if (r["step"], r.get("split")) != (resume_step, "validation")]
         replace_text(self.path, "".join(map(_line, kept)))
-        self._file = self.path.open("a", buffering=1, encoding="utf-8")  # 1: by lines
+        self._file = self.path.open("ab", buffering=0)
+        self._waiting = b""
         self._failed = False
         self._events: Any = None
         if tensorboard:
@@ -97,24 +97,24 @@ class MetricWriter:
         flat = flatten(scalars)
         if reserved := flat.keys() & {"step", "split"}:
             raise ValueError(f"metric names {sorted(reserved)} are taken")
-        with self._never_stopping():
-            self._file.write(_line({"step": int(step), "split": split, **flat}))
+        self._waiting += _line({"step": int(step), "split": split, **flat}).encode()
+        self._write_what_waits()
         if self._events is not None:
             for name, value in flat.items():
                 self._events.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
         """Closes the files."""
-        with self._never_stopping():
-            self._file.close()
+        self._write_what_waits()
+        self._file.close()
         if self._events is not None:
             self._events.close()
 
-    @contextlib.contextmanager
-    def _never_stopping(self) -> Iterator[None]:
-        """Says once what the system refuses. Python keeps the lines, and writes them when it can again."""
+    def _write_what_waits(self) -> None:
+        """Writes what it can. What the system refuses is said once, and waits for the next record."""
         try:
-            yield
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) or 0 :]
         except OSError as error:
             if not self._failed:
                 log.warning("%s: metrics cannot be written: %s", self.path, error.strerror)
@@ -208,7 +208,7 @@ def _parse(line: str) -> Record | None:
     """Returns the record of a line, an object with a whole `step`, a name `split` and numbers; else None."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or not isinstance(record.get("split"), str):
         return None

@@ -20,6 +20,7 @@ from ultramem_jax.training.state import abstract_state, reaches
 log = logging.getLogger(__name__)
 
 _TOKENIZER_FILE = "tokenizer.json"
+_AGAIN = "remove it if it is there, and the run's training, started again, writes it anew"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +99,13 @@ def mend_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
     try:
         there = BpeTokenizer.load(path)
     except UserError as error:
+        if path.is_dir():
+            raise UserError(f"{error}; {_AGAIN}") from None
         log.warning("%s; it is written again", error)
         save_tokenizer(tokenizer, workdir)
     else:
-        check_tokenizer(tokenizer_identity(tokenizer), there, str(path), workdir)
+        identity = tokenizer_identity(tokenizer)
+        check_tokenizer(identity, there, str(path), workdir, _AGAIN)
 
 
 def _tokenizer(config: RunConfig, workdir: pathlib.Path, corpus: dict[str, Any]) -> Tokenizer:
@@ -111,8 +115,8 @@ def _tokenizer(config: RunConfig, workdir: pathlib.Path, corpus: dict[str, Any])
     try:
         tokenizer = BpeTokenizer.load(path)
     except UserError as error:
-        raise UserError(f"{error}; starting the run's training again writes it anew") from None
-    check_tokenizer(corpus, tokenizer, str(path), workdir)
+        raise UserError(f"{error}; {_AGAIN}") from None
+    check_tokenizer(corpus, tokenizer, str(path), workdir, _AGAIN)
     return tokenizer
 
 

@@ -5,7 +5,7 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ultramem_jax.errors import UserError
@@ -18,8 +18,11 @@ _LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def owned(workdir: Path) -> Iterator[None]:
+def owned(workdir: Path) -> Iterator[Callable[[], None]]:
     """Holds `workdir` for this run until the block ends; the folder is made if it is missing.
+
+    It gives a function that raises a `UserError` if the folder was deleted meanwhile, or made again by
+    another run. All processes call it together.
 
     The lock belongs to an open file, so the system takes it back when a process dies, however that happens.
     Where the file system has no locks, this is said in the log and nothing is held. Of several processes the
@@ -30,21 +33,41 @@ def owned(workdir: Path) -> Iterator[None]:
             written.
     """
     with contextlib.ExitStack() as stack:
-        failure = None
-        if is_first():
-            try:
-                with refusals_in_a_line(workdir):
-                    stack.enter_context(_locked(workdir))
-            except UserError as error:
-                failure = str(error)
-        failure = from_first(failure)
-        if failure is not None:
-            raise UserError(failure)
-        yield
+        held: int | None = None
+
+        def take() -> None:
+            nonlocal held
+            held = stack.enter_context(_locked(workdir))
+
+        def require_held() -> None:
+            if os.stat(workdir / _LOCK).st_ino != held:
+                raise UserError(f"{workdir} was deleted, and is in use by another run now")
+
+        _in_the_first(take, workdir)
+        yield lambda: _in_the_first(require_held, workdir)
+
+
+def _in_the_first(act: Callable[[], None], workdir: Path) -> None:
+    """Does something in the first process; all raise what it fails with, in a line."""
+    failure = None
+    if is_first():
+        try:
+            with refusals_in_a_line(workdir):
+                act()
+        except UserError as error:
+            failure = str(error)
+    failure = from_first(failure)
+    if failure is not None:
+        raise UserError(failure)
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
+def _locked(workdir: Path) -> Iterator[int]:
+    """Holds the lock and gives the number of its file."""
+    try:
+        str(workdir).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--workdir = {str(workdir)!r}: must be a name in UTF-8") from None
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,4 +90,4 @@ def _locked(workdir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        yield os.fstat(file.fileno()).st_ino
