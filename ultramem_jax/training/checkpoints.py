@@ -463,16 +463,16 @@ class Checkpoints:
         """What the first process sees, where several look together: a disk may show them two states."""
         if not self._together or jax.process_count() == 1:
             return look()
-        found, failure, is_users = None, None, False
+        found, failure = None, None
         if distributed.is_first():
             try:
                 found = look()
             except Exception as error:  # the others wait for an answer, whatever it is
-                is_users = isinstance(error, UserError)
-                failure = str(error) if is_users else f"{type(error).__name__}: {error}"
-        found, failure, is_users = distributed.from_first([found, failure, is_users])
+                failure = f"{type(error).__name__}: {error}"
+        found, failure = distributed.from_first([found, failure])
         if failure is not None:
-            raise UserError(failure) if is_users else OSError(failure)
+            of_user = failure.removeprefix(f"{UserError.__name__}: ")
+            raise OSError(failure) if of_user == failure else UserError(of_user)
         return found
 
     def _losses_on_disk(self) -> tuple[list[tuple[int, float]], list[int]]:
