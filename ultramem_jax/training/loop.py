@@ -260,8 +260,8 @@ class _Run:
             if unmarked or start == train.steps:  # of a finished run the numbers are still wanted
                 bar.set_postfix_str("evaluating")
                 stopping = not self._evaluate(step, state, known=not unmarked)
-            if step < train.steps:
-                bar.set_postfix_str("compiling")  # the first step takes up to a minute
+            # The first step takes up to a minute.
+            bar.set_postfix_str("compiling" if step < train.steps else "")
             while step < train.steps and not stopping:
                 began = time.perf_counter()
                 batch = shard(next(self.data)["tokens"])
