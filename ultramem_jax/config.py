@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from ultramem_jax.errors import UserError, at_least, choice, fraction, require, unknown
+from ultramem_jax.errors import UserError, at_least, choice, fraction, guards_a_denominator, require, unknown
 from ultramem_jax.field_types import Checked, FilePath
 from ultramem_jax.memory_config import MemoryConfig, TableLayout
 from ultramem_jax.placement import Span, parse_placement
@@ -18,11 +18,6 @@ _MOST = {"vocab_size": 2**24, "num_layers": 1000, "embed_dim": 2**20}
 """Bounds far above any model. Beyond them a typing error of a few zeros looks like a machine that hangs:
 layers are unrolled in the program, and some of what depends on D is computed while it is traced. The deepest
 published Transformer has 1,000 layers (DeepNet, arXiv 2203.00555), which take half a minute to trace."""
-
-
-def _small(name: str, value: float) -> None:
-    """Checks a number that keeps a denominator from zero."""
-    require(1e-30 <= value <= 1, name, value, "must be in [1e-30, 1]")
 
 
 @dataclass(frozen=True)
@@ -116,7 +111,7 @@ class ModelConfig(Checked):
         require(
             1 < self.rope_theta <= 1e12, "model.rope_theta", self.rope_theta, "must be above 1, at most 1e12"
         )
-        _small("model.norm_eps", self.norm_eps)
+        guards_a_denominator("model.norm_eps", self.norm_eps)
         for name, most in _MOST.items():
             allowed = f"must be at most {most:,}"
             require(getattr(self, name) <= most, f"model.{name}", getattr(self, name), allowed)
@@ -254,7 +249,7 @@ class TrainConfig(Checked):
         at_least(0, train__checkpoint_every=self.checkpoint_every, train__clip_norm=self.clip_norm)
         at_least(0, train__weight_decay=self.weight_decay, train__learning_rate=self.learning_rate)
         fraction(train__warmup_fraction=self.warmup_fraction, train__b1=self.b1, train__b2=self.b2)
-        _small("train.eps", self.eps)
+        guards_a_denominator("train.eps", self.eps)
         require(self.steps < 2**31, "train.steps", self.steps, "must be below 2**31: int32")
         require(self.seed < 2**32, "train.seed", self.seed, "must be below 2**32")
         require(

@@ -67,6 +67,11 @@ def at_least(low: float, **fields: float) -> None:
         require(low <= value < math.inf, name.replace("__", "."), value, allowed)
 
 
+def guards_a_denominator(field: str, value: float) -> None:
+    """Raises unless a number that keeps a denominator from zero is in [1e-30, 1]."""
+    require(1e-30 <= value <= 1, field, value, "must be in [1e-30, 1]")
+
+
 def fraction(**fields: float) -> None:
     """Raises unless every field, named as for `at_least`, is in [0, 1), also as float32."""
     for name, value in fields.items():

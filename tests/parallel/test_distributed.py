@@ -16,18 +16,13 @@ import jax
 import numpy as np
 import pytest
 
+from tests.training.small_run import scalars, small_config
 from ultramem_jax.config import (
-    DataConfig,
-    MemoryConfig,
     MeshConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
     to_dict,
 )
 from ultramem_jax.parallel.mesh import make_mesh
 from ultramem_jax.training import loop
-from ultramem_jax.training.metrics import read_metrics
 from ultramem_jax.training.restore import load_model
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -48,27 +43,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    """Six steps of a model with every moving part: memory, buffers, dropout, accumulation, checkpoints."""
-    rng = np.random.default_rng(0)
-    words = ["memory", "slot", "key", "query", "\n", "token ", "value;"]
-    (folder / "text.txt").write_text(" ".join(rng.choice(words, 3000)))
-    memory = MemoryConfig.ultramem(placement="1:2", num_keys=24, top_m=4, num_heads=2, key_dim=8, value_dim=8)
-    model = ModelConfig(
-        embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, dropout=0.1, memory=memory
-    )
-    data = DataConfig("text", str(folder / "text.txt"), seq_len=16, cache_dir=str(folder / "cache"))
-    training = TrainConfig(
-        steps=6,
-        batch_size=16,
-        grad_accumulation=2,
-        learning_rate=1e-2,
-        log_every=1,
-        eval_every=3,
-        eval_batches=2,
-        checkpoint_every=1,
-        keep_last=10,
-    )
-    return RunConfig(model=model, data=data, train=training, mesh=MeshConfig(memory=2))
+    """The run of `small_config`, with tables over two devices and a checkpoint of every step."""
+    small = small_config(folder)
+    training = replace(small.train, checkpoint_every=1, keep_last=10)
+    return replace(small, train=training, mesh=MeshConfig(memory=2))
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +90,6 @@ def one(train_alone, folder):
     """The run in one process of four devices."""
     train_alone(folder / "one")
     return folder / "one"
-
-
-def records(workdir):
-    """Every record, without the one metric that is a measurement of time."""
-    found = read_metrics(workdir / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in found]
 
 
 def variables(workdir, checkpoint="last"):
@@ -172,7 +144,7 @@ def test_killed_in_the_middle_two_processes_end_and_the_same_command_ends_as_one
     out, err = process.communicate(timeout=SOON)
     assert process.returncode == 0, err
     assert f"resumed from step {last}" in err
-    close(records(workdir), records(one))
+    close(scalars(workdir), scalars(one))
     same(variables(workdir), variables(one), rtol=1e-2, atol=1e-3)
     # One of them speaks, and nothing of what connects them is in its results.
     assert out.splitlines()[0].startswith("validation: ") and out.count("bits per byte") == 1
@@ -208,7 +180,7 @@ def begun(eight, folder, request):
 
 
 def assert_ends_as(workdir, whole):
-    close(records(workdir), records(whole))
+    close(scalars(workdir), scalars(whole))
     same(variables(workdir), variables(whole), rtol=1e-2, atol=1e-3)
 
 
@@ -239,6 +211,6 @@ def test_it_goes_on_in_two_processes_a_signal_to_one_stops_both_and_one_process_
     assert "resumed from step 1" in err and err.count("stopped by SIGTERM") == 1
     assert "the same command goes on from there" in out
     last = load_model(begun).step
-    assert last == max(r["step"] for r in records(begun)) < 6
+    assert last == max(r["step"] for r in scalars(begun)) < 6
     assert train_alone(begun).finished
     assert_ends_as(begun, eight[1])

@@ -13,7 +13,7 @@ _SNIFFED_BYTES = 8192
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 """UTF-16 begins with these and, with zeros, UTF-32. No text in UTF-8 has them."""
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"PK\x03\x04", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
-"""How files of gzip, bzip2, zip, xz and Zstandard begin."""
+"""Files of gzip, bzip2, zip, xz and Zstandard begin with these."""
 
 
 def is_regular(path: str | Path) -> bool:

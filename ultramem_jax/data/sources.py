@@ -181,7 +181,7 @@ def enwik8_source(path: str) -> FileSource:
     allowed = f"must name enwik8, plain or .gz: a file of {ENWIK8_BYTES:,} bytes with sha256 {ENWIK8_SHA256}"
     require(is_regular(path), "data.path", path, f"{allowed}; there is no such file")
     source = FileSource("enwik8", Path(path))
-    # Of a plain file before it is read: it may be the whole dump.
+    # A plain file is measured before it is read: it may be the whole dump.
     size = len(source.data) if path.endswith(".gz") else os.path.getsize(path)
     require(size == ENWIK8_BYTES, "data.path", path, f"{allowed}; this one has {size:,} bytes")
     digest = hashlib.sha256(source.data).hexdigest()

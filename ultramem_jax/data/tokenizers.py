@@ -4,6 +4,7 @@ Both are lossless for every byte string, text or not, and both hold one end-of-d
 can produce by itself.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -115,7 +116,7 @@ class BpeTokenizer:
         self._id_of_byte = np.array([id_of[characters[byte]] for byte in range(256)], np.int32)
         self.id_bytes = np.array([len(data) for data in self._bytes_of_id], np.int32)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """See `Tokenizer.fingerprint`; of all that decides which ids a text becomes."""
         tree = json.loads(self._backend.to_str())

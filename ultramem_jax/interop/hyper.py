@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ultramem_jax.errors import UserError, choice, require
+from ultramem_jax.errors import UserError, choice, guards_a_denominator, require
 from ultramem_jax.memory_config import MemoryConfig
 
 T = TypeVar("T")
@@ -17,9 +17,9 @@ _LAYERS = ("v1", "v2", "memory_plus")
 _NORM_EPS = 1e-5
 """The default of OLMo, which the authors' code is built on, and of `ModelConfig`."""
 _MOST_PARTS = 1024
-"""Of layers, and of Tucker cores of a layer: the state dict has arrays of its own for each."""
+"""Bounds layers, and Tucker cores of a layer: the state dict has arrays of its own for each."""
 _MOST = 2**31 - 1
-"""Of any other size: addresses are int32."""
+"""Bounds any other size: addresses are int32."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Reference:
             _integer(hyper, "hidden_size"),
             _number({"norm_eps": _NORM_EPS} | dict(hyper), "norm_eps"),
         )
-        require(1e-30 <= norm_eps <= 1, "hyper.norm_eps", norm_eps, "must be in [1e-30, 1]")
+        guards_a_denominator("hyper.norm_eps", norm_eps)
         _of_hyper(lambda: config.layout(num_memories))  # raises where table and reads do not fit each other
         return cls(layer, config, num_layers, num_memories, embed_dim, norm_eps)
 

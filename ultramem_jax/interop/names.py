@@ -19,7 +19,7 @@ Path = tuple[str, ...]
 TABLES = "tables"
 """The module that holds the tables."""
 _MOST_NUMBERS = 2**48
-"""Of an array, a petabyte in float32. NumPy would fail at larger shapes with errors of its own."""
+"""Bounds an array, at a petabyte in float32. NumPy would fail at larger shapes with errors of its own."""
 
 
 def _same(array: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -184,6 +184,28 @@ def gather(value: Any) -> list[Any]:
 def from_first(value: Any) -> Any:
     """The first process's value, something that JSON knows. All call it."""
     return gather(value if is_first() else None)[0]
+
+
+def look_in_first(look: Callable[[], Any]) -> Any:
+    """Returns what `look` gives in the first process, something that JSON knows. All call it.
+
+    Raises:
+        UserError: in all processes, where `look` raises one.
+        OSError: in all of several processes, with the words of anything else that `look` raises.
+    """
+    if jax.process_count() == 1:
+        return look()
+    found, failure = None, None
+    if is_first():
+        try:
+            found = look()
+        except Exception as error:  # the others wait for an answer, whatever it is
+            failure = f"{type(error).__name__}: {error}"
+    found, failure = from_first([found, failure])
+    if failure is not None:
+        of_user = failure.removeprefix(f"{UserError.__name__}: ")
+        raise OSError(failure) if of_user == failure else UserError(of_user)
+    return found
 
 
 def require_same(what: dict[str, Any]) -> None:

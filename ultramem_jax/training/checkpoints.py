@@ -461,19 +461,7 @@ class Checkpoints:
 
     def _agreed(self, look: Callable[[], Any]) -> Any:
         """What the first process sees, where several look together: a disk may show them two states."""
-        if not self._together or jax.process_count() == 1:
-            return look()
-        found, failure = None, None
-        if distributed.is_first():
-            try:
-                found = look()
-            except Exception as error:  # the others wait for an answer, whatever it is
-                failure = f"{type(error).__name__}: {error}"
-        found, failure = distributed.from_first([found, failure])
-        if failure is not None:
-            of_user = failure.removeprefix(f"{UserError.__name__}: ")
-            raise OSError(failure) if of_user == failure else UserError(of_user)
-        return found
+        return distributed.look_in_first(look) if self._together else look()
 
     def _losses_on_disk(self) -> tuple[list[tuple[int, float]], list[int]]:
         """Returns validation losses by step, and the steps whose losses are lost.

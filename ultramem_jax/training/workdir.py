@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ultramem_jax.errors import UserError
-from ultramem_jax.parallel.distributed import from_first, is_first
+from ultramem_jax.parallel.distributed import look_in_first
 from ultramem_jax.training.refusals import refusals_in_a_line
 
 log = logging.getLogger(__name__)
@@ -33,32 +33,19 @@ def owned(workdir: Path) -> Iterator[Callable[[], None]]:
             written.
     """
     with contextlib.ExitStack() as stack:
-        held: int | None = None
 
-        def take() -> None:
-            nonlocal held
-            held = stack.enter_context(_locked(workdir))
+        def take() -> int:
+            with refusals_in_a_line(workdir):
+                return stack.enter_context(_locked(workdir))
+
+        held = look_in_first(take)
 
         def require_held() -> None:
-            if os.stat(workdir / _LOCK).st_ino != held:
-                raise UserError(f"{workdir} was deleted, and is in use by another run now")
-
-        _in_the_first(take, workdir)
-        yield lambda: _in_the_first(require_held, workdir)
-
-
-def _in_the_first(act: Callable[[], None], workdir: Path) -> None:
-    """Does something in the first process; all raise what it fails with, in a line."""
-    failure = None
-    if is_first():
-        try:
             with refusals_in_a_line(workdir):
-                act()
-        except UserError as error:
-            failure = str(error)
-    failure = from_first(failure)
-    if failure is not None:
-        raise UserError(failure)
+                if os.stat(workdir / _LOCK).st_ino != held:
+                    raise UserError(f"{workdir} was deleted, and is in use by another run now")
+
+        yield lambda: look_in_first(require_held)
 
 
 @contextlib.contextmanager
