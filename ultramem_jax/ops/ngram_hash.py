@@ -1,0 +1,221 @@
+"""Rows of hashed n-gram tables, from token ids alone (Engram, arXiv 2601.07372, section 2.2).
+
+The hash is defined on 64-bit integers, which JAX does not have without its x64 mode. Here a 64-bit number is
+two uint32, its high and its low half, and every result is exact: the rows are those of the reference in int64
+NumPy.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MIN_ROWS = 16
+"""Fewest rows of a hashed table: the first four bits of a hash are then a remainder already."""
+MAX_ROWS = 2**31 - 1
+"""Most rows of a hashed table: rows are int32. The number is a prime."""
+
+_LAYER_STRIDE = 10007
+_DIGIT = 20
+"""Bits that one reduction takes in: the quotient, below 2²⁰, must survive float32 with its 24 bits."""
+
+
+class _Word(NamedTuple):
+    """64-bit numbers as two uint32 of one shape."""
+
+    high: jax.Array
+    low: jax.Array
+
+
+def multipliers(seed: int, layer_id: int, num_canonical_ids: int, max_order: int) -> np.ndarray:
+    """Returns the odd random multipliers of a layer's hash, as in the released demo of Engram.
+
+    Args:
+        seed: of the model.
+        layer_id: the layer's index in the model; every layer has multipliers of its own.
+        num_canonical_ids: V_c. An id below V_c times a multiplier stays below 2⁶³ - 1.
+        max_order: n_max, the longest n-gram.
+
+    Returns:
+        (n_max,) int64: the factor of the id at the position itself, of the id before it, and so on.
+    """
+    bound = max(1, (2**63 - 1) // num_canonical_ids // 2)
+    random = np.random.default_rng(seed + _LAYER_STRIDE * layer_id)
+    return 2 * random.integers(0, bound, max_order, np.int64) + 1
+
+
+def head_sizes(wished: Sequence[int], num_heads: int, layers: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the number of rows of every head's table: distinct primes over the whole model.
+
+    Layers come in order, in a layer the orders, and in an order the heads. Each head takes the smallest prime
+    that is at least the wished size and that no head before it has, as in the released demo of Engram.
+
+    Args:
+        wished: the wished size of each order's tables, each in [MIN_ROWS, MAX_ROWS].
+        num_heads: K, heads per order.
+        layers: the number of layers with n-gram tables.
+
+    Returns:
+        For each layer R = len(wished)·K sizes, orders first, then heads.
+
+    Raises:
+        ValueError: a wished size is out of range, or the primes up to MAX_ROWS do not suffice.
+    """
+    if not all(MIN_ROWS <= size <= MAX_ROWS for size in wished):
+        raise ValueError(f"wished sizes must be in [{MIN_ROWS}, {MAX_ROWS}], got {tuple(wished)}")
+    taken: set[int] = set()
+    # Every prime from a wished size up to the one last found for it is taken: the next search starts there.
+    reached = {size: size - 1 for size in wished}
+    sizes: list[tuple[int, ...]] = []
+    for _ in range(layers):
+        layer: list[int] = []
+        for size in wished:
+            for _ in range(num_heads):
+                candidate = reached[size] + 1
+                while candidate in taken or not is_prime(candidate):
+                    candidate += 1
+                if candidate > MAX_ROWS:
+                    raise ValueError(f"wished sizes {tuple(wished)} leave too few primes up to {MAX_ROWS}")
+                taken.add(candidate)
+                reached[size] = candidate
+                layer.append(candidate)
+        sizes.append(tuple(layer))
+    return tuple(sizes)
+
+
+def is_prime(number: int) -> bool:
+    """Tells whether an integer below 3,215,031,751 is a prime (the test of Miller and Rabin).
+
+    Bases 2, 3, 5 and 7 leave no doubt below that bound (Jaeschke 1993).
+    """
+    small = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+    if number < 2 or any(number % prime == 0 for prime in small):
+        return number in small
+    odd, twos = number - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for base in (2, 3, 5, 7):
+        power = pow(base, odd, number)
+        if power == 1:
+            continue
+        for _ in range(twos):
+            if power == number - 1:
+                break
+            power = power * power % number
+        else:
+            return False
+    return True
+
+
+def ngram_slots(
+    ids: jax.Array,
+    multipliers: np.ndarray,
+    sizes: Sequence[int],
+    orders: Sequence[int],
+    *,
+    pad_id: int,
+    previous: jax.Array | None = None,
+) -> jax.Array:
+    """Returns the row that every head reads at every position, a hash of the n-gram that ends there.
+
+    For order n the hash is the XOR over i < n of id(t - i)·multipliers[i], modulo 2⁶⁴ and read as a signed
+    number. The row is that hash modulo the head's size and never negative, as with NumPy's `%`. (With the
+    multipliers of this module and ids below V_c the hash itself is never negative.)
+
+    Args:
+        ids: (B, S) int32, canonical token ids, none negative.
+        multipliers: at least (n_max,) int64, in NumPy, with n_max = max(orders).
+        sizes: R = len(orders)·K rows of the heads' tables, orders first, then heads, each in
+            [MIN_ROWS, MAX_ROWS]; primes where they come from `head_sizes`.
+        orders: the lengths n of the n-grams, each at least 1.
+        pad_id: the canonical id that stands before the start of a sequence.
+        previous: (B, n_max - 1) int32, the canonical ids just before `ids`, for a sequence that comes in
+            chunks; by default `pad_id` throughout.
+
+    Returns:
+        (B, S, R) int32; head r's are in [0, sizes[r]).
+
+    Raises:
+        ValueError: sizes are out of range or not equally many per order, or multipliers are too few.
+    """
+    if not all(MIN_ROWS <= size <= MAX_ROWS for size in sizes):
+        raise ValueError(f"sizes must be in [{MIN_ROWS}, {MAX_ROWS}], got {tuple(sizes)}")
+    span = max(orders)
+    if len(sizes) % len(orders) or len(multipliers) < span:
+        raise ValueError(
+            f"{len(sizes)} sizes and {len(multipliers)} multipliers do not fit the orders {tuple(orders)}"
+        )
+    batch, length = ids.shape
+    if previous is None:
+        previous = jnp.full((batch, span - 1), pad_id, jnp.int32)
+    elif previous.shape != (batch, span - 1):
+        raise ValueError(f"previous must be of shape {(batch, span - 1)}, got {previous.shape}")
+    window = jnp.concatenate([previous, ids], axis=1).astype(jnp.uint32)
+    hashes: list[_Word] = []
+    for i in range(span):
+        word = _product(window[:, span - 1 - i : span - 1 - i + length], int(multipliers[i]))
+        hashes.append(_Word(*map(jnp.bitwise_xor, hashes[-1], word)) if hashes else word)
+    chosen = _Word(*(jnp.stack(half, -1) for half in zip(*(hashes[n - 1] for n in orders), strict=True)))
+    return _remainders(chosen, np.reshape(sizes, (len(orders), -1))).reshape(batch, length, len(sizes))
+
+
+def exact_slots(ids: jax.Array) -> jax.Array:
+    """Returns the rows of a table with one row per canonical id: the ids themselves.
+
+    This is the address of a per-layer embedding (STEM, arXiv 2601.10639): order 1, one head, no hash.
+
+    Args:
+        ids: (B, S) int32 in [0, V_c).
+
+    Returns:
+        (B, S, 1) int32.
+    """
+    return ids.astype(jnp.int32)[..., None]
+
+
+def _product(x: jax.Array, factor: int) -> _Word:
+    """Returns x · factor modulo 2⁶⁴: `x` uint32 of any shape, `factor` any 64-bit integer."""
+    high, low = np.uint32(factor >> 32 & 0xFFFFFFFF), np.uint32(factor & 0xFFFFFFFF)
+    # The high half of x · low out of products of 16-bit halves. No sum here exceeds 32 bits.
+    x0, x1 = x & 0xFFFF, x >> 16
+    low0, low1 = np.uint32(low & 0xFFFF), np.uint32(low >> 16)
+    middle = x1 * low0 + (x0 * low0 >> 16)
+    carry = x0 * low1 + (middle & 0xFFFF)
+    return _Word(x1 * low1 + (middle >> 16) + (carry >> 16) + x * high, x * low)
+
+
+def _remainders(x: _Word, sizes: np.ndarray) -> jax.Array:
+    """Returns x modulo every size, x read as signed: (..., O) and sizes (O, K) give (..., O, K) int32."""
+    sizes = sizes.reshape((1,) * (x.high.ndim - 1) + sizes.shape)
+    p = sizes.astype(np.uint32)
+    inverse = (2.0**_DIGIT / sizes * (1 - 2.0**-21)).astype(np.float32)  # a little too small: see `_append`
+    high, low = x.high[..., None], x.low[..., None]
+    # Long division from the top: 4 bits, which are below p, and three digits of 20 bits. The top bit counts
+    # as -2⁶³, hence the top four bits as their number minus 16 where it is set.
+    top = high >> 28
+    remainder = jnp.where(top >= 8, top + (p - np.uint32(16)), top)
+    mask = (1 << _DIGIT) - 1
+    for digit in (high >> 8 & mask, (high << 12 | low >> 20) & mask, low & mask):
+        remainder = _append(remainder, digit, p, inverse)
+    return remainder.astype(jnp.int32)
+
+
+def _append(remainder: jax.Array, digit: jax.Array, p: np.ndarray, inverse: np.ndarray) -> jax.Array:
+    """Returns (remainder·2²⁰ + digit) mod p, for remainder < p < 2³¹ and digit < 2²⁰, all uint32.
+
+    The exact quotient is below 2²⁰. Its estimate in float32 is too small by a factor 1 - 2⁻²¹ on purpose, and
+    four roundings change it by a factor 1 ± 2⁻²¹ at most, even on hardware that truncates. So the estimate is
+    never above the exact quotient, and less than 1 below. Its whole part is right or one too small, and what
+    remains is below 2p < 2³², hence right although its terms wrap around.
+    """
+    dividend = _as_float(remainder) + _as_float(digit) * np.float32(2.0**-_DIGIT)
+    quotient = (dividend * inverse).astype(jnp.int32).astype(jnp.uint32)
+    rest = (remainder << _DIGIT) + digit - quotient * p
+    return jnp.minimum(rest, rest - p)  # where rest < p, rest - p wraps around to a large number
+
+
+def _as_float(x: jax.Array) -> jax.Array:
+    # By way of int32, which holds these numbers: CPUs convert it in one instruction.
+    return x.astype(jnp.int32).astype(jnp.float32)
