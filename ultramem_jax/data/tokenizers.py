@@ -45,6 +45,10 @@ class Tokenizer(Protocol):
         """The id of the end-of-document token."""
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of tokens that are no text, the end-of-document token among them."""
+
+    @property
     def id_bytes(self) -> np.ndarray:
         """The number of bytes that each id stands for, (V,) int32; 0 for the end-of-document token."""
 
@@ -69,6 +73,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     eos_id = 256
+    special_ids = frozenset({256})
     id_bytes = np.append(np.ones(256, np.int32), np.int32(0))
     fingerprint = hashlib.sha256(b"bytes").hexdigest()
 
@@ -107,6 +112,8 @@ class BpeTokenizer:
         self.vocab_size: int = backend.get_vocab_size()
         id_of = backend.get_vocab()
         self.eos_id: int = id_of[EOS_TOKEN]
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset({self.eos_id, *(i for i, token in added.items() if token.special)})
         characters = _byte_characters()
         byte_of = {character: byte for byte, character in characters.items()}
         self._bytes_of_id = [b""] * self.vocab_size
