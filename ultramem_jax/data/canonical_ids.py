@@ -23,9 +23,10 @@ def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
     """Returns the canonical id of every token (Engram, arXiv 2601.07372, section 2.2).
 
     Tokens share an id where their texts are equal once normalised: NFKC, then NFD without combining marks,
-    lower case, runs of blanks and line ends as one space, no space at either end. A text of only space becomes
-    one space, and a text of which nothing would be left stays as it is. Special tokens share their id with no
-    other, nor do tokens whose bytes are not UTF-8 or hold U+FFFD. The map of a `ByteTokenizer` is the identity.
+    lower case, runs of blanks and line ends as one space, no space at either end. A text of only space
+    becomes one space, and a text of which nothing would be left stays as it is. Special tokens share their id
+    with no other token, nor do tokens whose bytes are not UTF-8 or hold U+FFFD. The map of a `ByteTokenizer`
+    is the identity.
 
     Returns:
         (V,) int32 in [0, V_c), numbered in the order of each id's first token; V_c is the largest plus one.

@@ -138,7 +138,8 @@ def ngram_slots(
         (B, S, R) int32; head r's are in [0, sizes[r]).
 
     Raises:
-        ValueError: sizes are out of range or not equally many per order, or multipliers are too few.
+        ValueError: sizes are out of range or not equally many per order, multipliers are too few, or
+            `previous` has another shape.
     """
     if not all(MIN_ROWS <= size <= MAX_ROWS for size in sizes):
         raise ValueError(f"sizes must be in [{MIN_ROWS}, {MAX_ROWS}], got {tuple(sizes)}")
@@ -178,7 +179,8 @@ def exact_slots(ids: jax.Array) -> jax.Array:
 def _product(x: jax.Array, factor: int) -> _Word:
     """Returns x · factor modulo 2⁶⁴: `x` uint32 of any shape, `factor` any 64-bit integer."""
     high, low = np.uint32(factor >> 32 & 0xFFFFFFFF), np.uint32(factor & 0xFFFFFFFF)
-    # The high half of x · low out of products of 16-bit halves. No sum here exceeds 32 bits.
+    # The high half of x · low out of products of 16-bit halves, which fit 32 bits with what is added to them.
+    # Only x · high and its sum with that half wrap around, as they should.
     x0, x1 = x & 0xFFFF, x >> 16
     low0, low1 = np.uint32(low & 0xFFFF), np.uint32(low >> 16)
     middle = x1 * low0 + (x0 * low0 >> 16)
