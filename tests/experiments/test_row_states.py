@@ -15,7 +15,8 @@ from experiments.row_states_table import CHOICES, REFERENCE, make_configs
 from ultramem_jax import MemoryConfig, ModelConfig, TrainConfig, UserError
 from ultramem_jax.accounting import bytes_per_token, optimizer_bytes, row_bytes
 from ultramem_jax.ops.rows import stored_dtype
-from ultramem_jax.training.row_sparse import row_sparse_adamw
+from ultramem_jax.row_states import ROW_OPTIMIZERS
+from ultramem_jax.training.row_rules import row_rule
 
 from .test_cli import TINY
 
@@ -43,19 +44,40 @@ def test_bytes_of_a_row_by_hand(memory, table, moments):
             assert row_bytes(halves, train) == dataclasses.replace(found, table=table // 2)
 
 
+# Bytes of the state of a value 6 wide and a pre-value 4 wide.
+KEPT = {
+    "adamw": 8 * 10,
+    "adamw_catch_up": 8 * 10 + 2 * 4,
+    "adagrad": 4 * 10,
+    "adagrad_row": 2 * 4,
+    "sgd": 0,
+    "sgd_momentum": 4 * 10,
+}
+
+
 @pytest.mark.parametrize("table_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("second", ["element", "row"])
-def test_bytes_of_a_row_are_those_of_the_arrays(table_dtype, moment_dtype, second):
-    optimizer = row_sparse_adamw(
-        lambda step: 1.0, 0.9, 0.95, 1e-8, 0.0, moment_dtype=moment_dtype, second_moment=second
-    )
+def test_bytes_of_a_row_are_those_of_the_arrays(table_dtype):
     tables = [jnp.zeros((7, width), stored_dtype(table_dtype)) for width in (6, 4)]
-    moments = [optimizer.init(table) for table in tables]
     memory = dataclasses.replace(BOTH, table_dtype=table_dtype)
-    found = row_bytes(memory, TrainConfig(row_second_moment=second, row_moment_dtype=moment_dtype))
-    assert 7 * found.table == sum(table.nbytes for table in tables)
-    assert 7 * found.moments == sum(array.nbytes for array in jax.tree.leaves(moments))
+    options = {"row_second_moment": ("element", "row"), "row_moment_dtype": ("float32", "bfloat16")}
+    seen = set()
+    for name, second, dtype in itertools.product(ROW_OPTIMIZERS, *options.values()):
+        chosen = dict(zip(options, (second, dtype), strict=True))
+        try:
+            train = TrainConfig(row_optimizer=name, **chosen)
+        except UserError:
+            continue  # an option that the rule does not have
+        states = [row_rule(train).init(table) for table in tables]
+        found = row_bytes(memory, train)
+        assert 7 * found.table == sum(table.nbytes for table in tables)
+        assert 7 * found.moments == sum(array.nbytes for array in jax.tree.leaves(states))
+        for state in states:
+            assert [array.name for array in train.row_arrays] == list(getattr(state, "_fields", ()))
+            assert all(len(array) == 7 and not array.any() for array in jax.tree.leaves(state))
+        if chosen == {"row_second_moment": "element", "row_moment_dtype": "float32"}:
+            assert found.moments == KEPT[name]
+        seen.add((name, second, dtype))
+    assert len(seen) == 4 + 4 + 2 + 1 + 1 + 2
 
 
 def test_bytes_of_a_model_follow_its_rows():
