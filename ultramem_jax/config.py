@@ -291,7 +291,7 @@ class TrainConfig(Checked):
             self.table_gradient == "row_sparse" or self.row_optimizer != "adamw_catch_up",
             "train.table_gradient",
             self.table_gradient,
-            "must be 'row_sparse' while train.row_optimizer is 'adamw_catch_up': it asks which rows were read",
+            "must be 'row_sparse' while train.row_optimizer is 'adamw_catch_up': it asks which rows are read",
         )
         self._check_row_options()
         require(

@@ -16,8 +16,8 @@ _IN_LAYERS = ("w_query", "w_key", "w_value", "w_out", "w_in", "w_gate", "router"
 _IN_MEMORIES = ("query", "gate", "pre_projection", "projection")
 MUON_MATRICES = frozenset((*_IN_LAYERS, *_IN_MEMORIES))
 """Names of the parameters that Muon orthogonalizes: weights of matrix products, (in, out), or (X, in, out)
-with an axis of experts. Embedding and output are left to AdamW, as Muon's author advises. So are keys and cores,
-which meet scores, and a depthwise convolution, which is no matrix."""
+with an axis of experts. Embedding and output are left to AdamW, as Muon's author advises. So are keys and
+cores, which meet scores, and a depthwise convolution, which is no matrix."""
 MUON_MOMENTUM = 0.95
 """Muon's own default, with Nesterov's correction."""
 _MUON_RMS = 0.2
