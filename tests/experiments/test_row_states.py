@@ -137,12 +137,32 @@ def test_table_and_figure_by_hand(tmp_path):
         "bfloat16": (128, 256),
         "bfloat16-row": (128, 132),
         "bfloat16-row-nearest": (128, 132),
+        "catch-up": (256, 516),
+        "adagrad": (256, 256),
+        "adagrad-row": (256, 4),
+        "sgd-momentum": (256, 256),
+        "sgd": (256, 0),
     }
     assert all(row["bytes/slot"] == sum(sizes[name]) for name, row in rows.items())
     assert rows["full-adam"]["GB of 20,250,000 × 128"] == pytest.approx(20.25e6 * 12 * 128 / 1e9)
     assert rows["bfloat16-row"]["GB of 20,250,000 × 128"] == pytest.approx(20.25e6 * (4 * 128 + 4) / 1e9)
-    assert [row["rounding"] for row in rows.values()] == ["", "", *["stochastic"] * 3, "nearest"]
-    assert rows["bfloat16-row"]["moments"] == "bfloat16, float32 per row"
+    assert [row["rounding"] for row in rows.values()] == ["", "", *["stochastic"] * 3, "nearest", *[""] * 5]
+    assert {name: row["moments"] for name, row in rows.items()} == {
+        "full-adam": "2 × float32",
+        "row-second-moment": "float32, float32 per row",
+        "bfloat16-moments": "2 × bfloat16",
+        "bfloat16": "2 × bfloat16",
+        "bfloat16-row": "bfloat16, float32 per row",
+        "bfloat16-row-nearest": "bfloat16, float32 per row",
+        "catch-up": "2 × float32, int32 per row",
+        "adagrad": "float32",
+        "adagrad-row": "float32 per row",
+        "sgd-momentum": "float32",
+        "sgd": "",
+    }
+    # A choice that was not trained has no row.
+    some = make_configs(BASE, ["sgd"])
+    assert [row["choice"] for row in row_states_table.rows(some, results)] == ["full Adam", "SGD"]
     assert rows["full-adam"]["Δ"] is None
     assert rows["bfloat16"]["Δ"] == pytest.approx(0.03)
     assert rows["bfloat16"]["± (Δ)"] == pytest.approx(0, abs=1e-12)
