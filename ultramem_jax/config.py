@@ -319,7 +319,7 @@ class TrainConfig(Checked):
 
     @property
     def row_arrays(self) -> tuple[RowArray, ...]:
-        """What the optimizer of rows keeps for each row of a table."""
+        """Lists what the optimizer of rows keeps for each row of a table."""
         return row_arrays(self.row_optimizer, self.row_second_moment, self.row_moment_dtype)
 
 

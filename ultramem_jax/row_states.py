@@ -1,4 +1,4 @@
-"""What each optimizer of rows keeps for a row of a table: the arrays, their dtypes and their bytes.
+"""Declares what each optimizer of rows keeps for a row of a table: arrays, their dtypes and their bytes.
 
 `ultramem_jax.training.row_rules` makes these arrays, `ultramem_jax.accounting` counts them, and the configs
 refuse options that change none of them.
@@ -10,7 +10,7 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int32": 4}
 
 
 class RowArray(NamedTuple):
-    """One array that an optimizer keeps beside a table (N, d)."""
+    """Describes one array that an optimizer keeps beside a table (N, d)."""
 
     name: str
     per: str

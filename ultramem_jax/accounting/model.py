@@ -119,7 +119,7 @@ class Parameters:
 
     @property
     def matrices(self) -> int:
-        """Weights of matrix products, each expert's among them, which are what Muon orthogonalizes.
+        """Counts the weights of matrix products, experts' among them, which Muon orthogonalizes.
 
         Not the embedding and the output, nor keys and cores, which meet scores, nor a convolution.
         """

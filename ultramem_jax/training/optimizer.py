@@ -60,12 +60,12 @@ def _adamw(train: TrainConfig, rate: optax.Schedule, mask: Any) -> optax.Gradien
 
 
 def _lion(train: TrainConfig, rate: optax.Schedule, mask: Any) -> optax.GradientTransformation:
-    """Lion (arXiv 2302.06675). Its steps are signs: a good learning rate is 3 to 10 times below AdamW's."""
+    """Returns Lion (arXiv 2302.06675). Its learning rate should be 3 to 10 times below AdamW's."""
     return optax.lion(rate, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay, mask=mask)
 
 
 def _muon(train: TrainConfig, rate: optax.Schedule, mask: Any) -> optax.GradientTransformation:
-    """Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) on `MUON_MATRICES`, AdamW on the rest.
+    """Returns Muon (Jordan et al., kellerjordan.github.io/posts/muon) on `MUON_MATRICES`, AdamW on the rest.
 
     Not `optax.contrib.muon`, whose AdamW would use Nesterov's correction and decay gains.
     """
@@ -84,7 +84,7 @@ def _matrices(params: Any) -> Any:
 
 
 def _muon_labels(params: Any) -> Any:
-    """Per parameter the optimizer that takes it, `muon` or `adamw`."""
+    """Names the optimizer that takes each parameter, `muon` or `adamw`."""
 
     def label(path: Any, _: Any) -> str:
         return "muon" if path[-1].key in MUON_MATRICES else "adamw"
@@ -93,12 +93,12 @@ def _muon_labels(params: Any) -> Any:
 
 
 def _of_last_axes(matrices: Any) -> Any:
-    """Which axes make a matrix: the last two, each expert's by itself."""
+    """Says which axes make a matrix: the last two, so that each expert has its own."""
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), matrices)
 
 
 def _of_tables(train: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """The optax equal of the rule of rows, on gradients that are zero where nothing was read."""
+    """Returns the optax equal of the rule of rows, for gradients that are zero where nothing was read."""
     scaled: dict[str, optax.GradientTransformation] = {
         "adagrad": optax.scale_by_rss(0.0, train.eps**2),
         "adagrad_row": scale_by_row_rss(train.eps),
@@ -112,16 +112,16 @@ def _of_tables(train: TrainConfig, rate: optax.Schedule) -> optax.GradientTransf
 
 
 class RowRssState(NamedTuple):
-    """The state of `scale_by_row_rss`."""
+    """Holds the state of `scale_by_row_rss`."""
 
     sum_of_squares: Any
     """Per table (N, 1) float32."""
 
 
 def scale_by_row_rss(eps: float) -> optax.GradientTransformation:
-    """`optax.scale_by_rss` with one sum per row, of the means of squared gradients: row-wise Adagrad.
+    """Returns `optax.scale_by_rss` with one sum per row, of the means of squared gradients.
 
-    It is the plain equal of `row_rules.adagrad_row`.
+    It is the dense equal of `row_rules.adagrad_row`.
 
     Args:
         eps: its square is added below the root.

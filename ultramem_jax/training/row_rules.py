@@ -1,4 +1,4 @@
-"""The rules by which an optimizer moves a row of a table that was read, as small pure functions.
+"""Defines what each optimizer does to a row of a table that was read, in small pure functions.
 
 A rule is a pair (init, apply) with the list of arrays that it keeps (`ultramem_jax.row_states`). It knows of
 rows and their gradients only; `row_sparse` reads the rows, rounds what it makes of them and writes them back.
@@ -31,7 +31,7 @@ class RowMoments(NamedTuple):
 
 
 class DatedMoments(NamedTuple):
-    """Adam's moments of a table, and of which step they are."""
+    """Holds Adam's moments of a table, and the step that each row's are of."""
 
     first: jax.Array
     """(N, d), as in `RowMoments`."""
@@ -42,7 +42,7 @@ class DatedMoments(NamedTuple):
 
 
 class SquareSums(NamedTuple):
-    """Adagrad's accumulator."""
+    """Holds Adagrad's accumulator."""
 
     squares: jax.Array
     """(N, d), float32 or bfloat16 as stored, the sum of the squares of a value's gradients; or (N, 1)
@@ -50,14 +50,14 @@ class SquareSums(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """The momentum of SGD."""
+    """Holds the momentum of SGD."""
 
     trace: jax.Array
     """(N, d), float32 or bfloat16 as stored."""
 
 
 class RowStep(NamedTuple):
-    """The step that a rule is applied in."""
+    """Describes the step that a rule is applied in."""
 
     step: jax.Array
     """() int32, from 0."""
@@ -68,7 +68,7 @@ class RowStep(NamedTuple):
 
 
 class RowRule(NamedTuple):
-    """What an optimizer does to one row."""
+    """Says what an optimizer keeps of a row and does to it."""
 
     kept: tuple[RowArray, ...]
     """The arrays of the state, in the order of its leaves; their bytes are what the rule keeps per row."""
@@ -135,7 +135,7 @@ def adamw(
         first = b1 * moments.first + (1 - b1) * gradients
         second = b2 * moments.second + (1 - b2) * squares
         direction = (first / (1 - b1**count)) / (jnp.sqrt(second / (1 - b2**count)) + eps)
-        return _moved(rows, at.rate, direction, weight_decay), RowMoments(first, second)
+        return _stepped(rows, at.rate, direction, weight_decay), RowMoments(first, second)
 
     return RowRule(kept, _zeros(RowMoments, kept), apply)
 
@@ -195,7 +195,7 @@ def adagrad(eps: float, weight_decay: float, *, moment_dtype: str = "float32") -
     ) -> tuple[jax.Array, SquareSums]:
         squares = state.squares + gradients**2
         direction = gradients * inverse_root(squares, eps)
-        return _moved(rows, at.rate, direction, weight_decay), SquareSums(squares)
+        return _stepped(rows, at.rate, direction, weight_decay), SquareSums(squares)
 
     return RowRule(kept, _zeros(SquareSums, kept), apply)
 
@@ -217,7 +217,7 @@ def adagrad_row(eps: float, weight_decay: float) -> RowRule:
     ) -> tuple[jax.Array, SquareSums]:
         squares = state.squares + at.mean_over_row(gradients**2)
         direction = gradients * inverse_root(squares, eps)
-        return _moved(rows, at.rate, direction, weight_decay), SquareSums(squares)
+        return _stepped(rows, at.rate, direction, weight_decay), SquareSums(squares)
 
     return RowRule(kept, _zeros(SquareSums, kept), apply)
 
@@ -230,7 +230,7 @@ def sgd(weight_decay: float) -> RowRule:
     """
 
     def apply(at: RowStep, rows: jax.Array, state: Any, gradients: jax.Array) -> tuple[jax.Array, Any]:
-        return _moved(rows, at.rate, gradients, weight_decay), state
+        return _stepped(rows, at.rate, gradients, weight_decay), state
 
     return RowRule((), lambda table: optax.EmptyState(), apply)
 
@@ -250,7 +250,7 @@ def sgd_momentum(momentum: float, weight_decay: float, *, moment_dtype: str = "f
 
     def apply(at: RowStep, rows: jax.Array, state: Trace, gradients: jax.Array) -> tuple[jax.Array, Trace]:
         trace = gradients + momentum * state.trace
-        return _moved(rows, at.rate, trace, weight_decay), Trace(trace)
+        return _stepped(rows, at.rate, trace, weight_decay), Trace(trace)
 
     return RowRule(kept, _zeros(Trace, kept), apply)
 
@@ -265,7 +265,7 @@ def inverse_root(squares: jax.Array, eps: float) -> jax.Array:
     return jnp.where(squares > 0, jax.lax.rsqrt(squares + eps**2), 0.0)
 
 
-def _moved(rows: jax.Array, rate: Any, direction: jax.Array, weight_decay: float) -> jax.Array:
+def _stepped(rows: jax.Array, rate: Any, direction: jax.Array, weight_decay: float) -> jax.Array:
     """Takes a step against the direction, with decoupled weight decay; (U, d) each."""
     return rows - rate * (direction + weight_decay * rows)
 

@@ -1,4 +1,4 @@
-"""An optimizer of the rows of a table that were read, in place, in optax's manner.
+"""Applies a rule to the rows of a table that were read, in place, in optax's manner.
 
 optax has no notion of a gradient that is zero almost everywhere. This pair (init, update) takes the gradient
 as `RowGradients` and touches those rows of the table and of its state, and nothing else: rows that were
@@ -61,7 +61,7 @@ class RowSparseTransformation(NamedTuple):
 def row_sparse(
     rule: RowRule, learning_rate: optax.Schedule, *, rounding: str = "stochastic"
 ) -> RowSparseTransformation:
-    """Applies a rule to the rows read.
+    """Returns the optimizer that applies a rule to the rows read.
 
     Args:
         rule: of `row_rules`.
@@ -130,13 +130,13 @@ def row_sparse(
 
 
 def _mean_over_row(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """(U, 1) means of x (U, d) over all columns of a row, d of which are here."""
+    """Returns the means (U, 1) of x (U, d) over all columns of a row, d of which are here."""
     mean = x.mean(1, keepdims=True)
     return jax.lax.pmean(mean, axes) if axes else mean
 
 
 def _in_float32(rows: jax.Array) -> jax.Array:
-    """Rows to compute with; integers are counts, which float32 cannot hold beyond 2²⁴."""
+    """Returns rows to compute with; integers are counts, which float32 cannot hold beyond 2²⁴."""
     return rows if jnp.issubdtype(rows.dtype, jnp.integer) else rows.astype(jnp.float32)
 
 
