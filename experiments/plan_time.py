@@ -5,7 +5,7 @@ everything overlapped, a step would take as long as the busiest of them; were no
 one after the other.
 
 Left out: activations on their way to memory and back, gradients of rows, the sort of the reads, top-k, and
-everything else that is neither a matrix product nor a parameter nor a row.
+everything else that is neither a matrix product nor a parameter nor a row; and Muon's products of matrices.
 """
 
 import math
@@ -20,10 +20,11 @@ from ultramem_jax.accounting import expected_rows, flops_per_token
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES
 from ultramem_jax.config import RunConfig
 from ultramem_jax.ops.on_mesh import MeshAxes
-from ultramem_jax.step_costs import ADAMW_ARRAYS
+from ultramem_jax.step_costs import UPDATE_ARRAYS
 
 _PASSES = 3
 """Forward, and backward by input and by weight."""
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "lion": "Lion"}
 _DENSE_READS = 2
 """Of every parameter, by the forward and the backward pass."""
 
@@ -81,17 +82,17 @@ def estimate_step(
         config: of the run.
         axes: of its mesh, which may be without devices.
         hardware: of every device.
-        state: bytes of its parameters; those of its tables do not count.
+        state: bytes of its parameters and their optimizer; those of its tables do not count.
         gathered_parameters: bytes of the parameters that a device computes with.
         sent: bytes that a device sends along each group of axes.
     """
     flops = step_flops(config, axes)
-    dense = _DENSE_READS * gathered_parameters + ADAMW_ARRAYS * state.parameters
+    dense = _DENSE_READS * gathered_parameters + UPDATE_ARRAYS * state.parameters + 2 * state.optimizer
     looked_up, updated = row_traffic(config, axes, hardware.access_bytes)
     rate = hardware.memory_bytes_per_second
     parts = [
         TimePart("compute", "compute", flops, flops / hardware.matmul_flops(config.model.dtype)),
-        TimePart("parameters and AdamW", "memory", dense, dense / rate),
+        TimePart(f"parameters and {_OPTIMIZERS[config.train.optimizer]}", "memory", dense, dense / rate),
     ]
     if config.model.memory is not None:
         # Once by the forward pass, once by the backward pass for the gradients of the scores.
@@ -150,13 +151,13 @@ def row_traffic(config: RunConfig, axes: MeshAxes, access: int) -> tuple[float, 
     of_read = sum(access_bytes(value * width, access) for width in widths)
     looked_up = reads_here / axes.size(axes.replicas) * of_read
     if train.table_gradient == "dense":
-        updated = ADAMW_ARRAYS * FLOAT32_BYTES * sum(widths) * rows * layout.num_tables
+        of_row = sum(UPDATE_ARRAYS * FLOAT32_BYTES * width for width in widths)
+        of_row += 2 * sum(array.bytes(width) for array in train.row_arrays for width in widths)
+        updated = rows * layout.num_tables * of_row
     else:
-        moment = DTYPE_BYTES[train.row_moment_dtype]
         updated = 0.0
         for width in widths:
-            second = FLOAT32_BYTES if train.row_second_moment == "row" else moment * width
-            for of_row in (value * width, moment * width, second):
+            for of_row in (value * width, *(array.bytes(width) for array in train.row_arrays)):
                 touched = touched_bytes(of_row, rows, reads_here / layout.num_tables, access)
                 updated += 2 * touched * layout.num_tables  # read and written
     return looked_up, updated

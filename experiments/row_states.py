@@ -1,9 +1,9 @@
 """What is kept of a table's rows in training, and what each choice costs in memory and in loss.
 
-AdamW in float32 keeps three numbers for every number of a table. The second moment can be one per row, and
-moments and table can be bfloat16, rounded stochastically. One model is trained with each choice on the same
-batches, over several seeds. An experiment that was cut off goes on with the same command. Without --config,
-model and training are those of experiments/configs/row_states.py.
+AdamW in float32 keeps two numbers beside every number of a table. The second moment can be one per row,
+moments and table can be bfloat16, rounded stochastically, and other rules keep less. One model is trained
+with each choice on the same batches, over several seeds. An experiment that was cut off goes on with the same
+command. Without --config, model and training are those of experiments/configs/row_states.py.
 """
 
 import pathlib

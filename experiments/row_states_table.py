@@ -12,17 +12,22 @@ from experiments.seeds import Result, deviation, final_bits, median_speed, train
 from ultramem_jax import MemoryConfig, RunConfig, UserError
 from ultramem_jax.accounting import RowBytes, row_bytes
 from ultramem_jax.data import Corpus
+from ultramem_jax.row_states import row_arrays, takes_means
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What is kept of a row; `table_dtype` is a field of `MemoryConfig`, the others are of `TrainConfig`."""
+    """What is kept of a row, and by which rule it is updated.
+
+    `table_dtype` is a field of `MemoryConfig`, the others are of `TrainConfig`.
+    """
 
     label: str
     table_dtype: str = "float32"
     row_second_moment: str = "element"
     row_moment_dtype: str = "float32"
     row_rounding: str = "stochastic"
+    row_optimizer: str = "adamw"
 
     def config(self, base: RunConfig, memory: MemoryConfig) -> RunConfig:
         """The base, whose memory this is, with this choice."""
@@ -34,10 +39,11 @@ class Choice:
 
     @property
     def moments(self) -> str:
-        """Both moments of a value, in words."""
-        if self.row_second_moment == "element":
-            return f"2 × {self.row_moment_dtype}"
-        return f"{self.row_moment_dtype}, float32 per row"
+        """What is kept beside the table, in words: numbers of a value, then numbers of a row."""
+        kept = row_arrays(self.row_optimizer, self.row_second_moment, self.row_moment_dtype)
+        of_values = [array.dtype for array in kept if array.per == "value"]
+        words = [f"{len(of_values)} × {of_values[0]}"] if len(of_values) > 1 else of_values
+        return ", ".join([*words, *(f"{array.dtype} per row" for array in kept if array.per == "row")])
 
     @property
     def rounding(self) -> str:
@@ -56,6 +62,11 @@ CHOICES = {
     "bfloat16-row-nearest": Choice(
         f"{_HALVES}, second moment per row, to nearest", "bfloat16", "row", "bfloat16", "nearest"
     ),
+    "catch-up": Choice("Adam that catches up on missed decay", row_optimizer="adamw_catch_up"),
+    "adagrad": Choice("Adagrad", row_optimizer="adagrad"),
+    "adagrad-row": Choice("row-wise Adagrad", row_optimizer="adagrad_row"),
+    "sgd-momentum": Choice("SGD with momentum", row_optimizer="sgd_momentum"),
+    "sgd": Choice("SGD", row_optimizer="sgd"),
 }
 """By name of the run."""
 
@@ -82,8 +93,9 @@ def make_configs(base: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]:
     configs = {name: choice.config(base, memory) for name, choice in CHOICES.items() if name in chosen}
     if configs[REFERENCE] != base:
         raise UserError(
-            "config: model.memory.table_dtype, train.row_second_moment, train.row_moment_dtype and "
-            "train.row_rounding are what --choices varies; leave them at their defaults"
+            "config: model.memory.table_dtype, train.row_optimizer, train.row_second_moment, "
+            "train.row_moment_dtype and train.row_rounding are what --choices varies; leave them at their "
+            "defaults"
         )
     return configs
 
@@ -98,11 +110,14 @@ def notes(base: RunConfig, corpus: Corpus, seeds: int) -> list[str]:
     return [
         f"One model of width {base.model.embed_dim} with {base.model.num_layers} layers and "
         f"{len(base.model.spans)} memories, {training_in_words(base, corpus)}",
-        "Bytes per slot: its row of the table and AdamW's moments of it. `2 × float32`: a first and a second "
-        "moment for every value; `per row`: the second one is the mean over the values of a row. "
+        "Bytes per slot: its row of the table and the optimizer's state of it. `2 × float32`: a first and a "
+        "second moment for every value; `float32 per row`: the second one, or Adagrad's sum, is of means "
+        "over the values of a row; `int32 per row`: the last step that read it. "
         f"GB: table and moments of {_LARGE_SLOTS:,} slots with values {_LARGE.value_dim} wide, 10⁹ bytes.",
         "Rounding: of what is kept in bfloat16. To nearest, an update below half of a value's last bit is "
         "lost; stochastically it arrives on average.",
+        "Every choice has the learning rate of full Adam. SGD and Adagrad would each need their own: of "
+        "these the loss says what changing the rule does, not what the rule can do.",
         f"Means over {seeds} seeds, ± one standard deviation over them; Δ, to full Adam, is taken seed by "
         "seed between runs on the same batches. The runs are short: what small updates lose in a long run "
         "with a low learning rate at its end, these cannot show.",
@@ -122,12 +137,12 @@ def plot(
     axes = figure.subplots()
     for name, place in _moved_apart(sizes).items():
         choice, differences = CHOICES[name], _differences(results, name)
-        per_row = choice.row_second_moment == "row"
+        per_row = takes_means(configs[name].train.row_arrays)
         axes.errorbar(
             place,
             statistics.fmean(differences),
             yerr=deviation(differences) or 0.0,
-            fmt="D" if per_row else "o",
+            fmt=_marker(choice, per_row),
             color=_colour(choice),
             markerfacecolor="white" if per_row else None,
             markersize=7,
@@ -180,6 +195,11 @@ def _differences(results: Mapping[str, list[Result]], name: str) -> list[float]:
     """To the reference, seed by seed."""
     pairs = zip(final_bits(results[name]), final_bits(results[REFERENCE]), strict=True)
     return [new - old for new, old in pairs]
+
+
+def _marker(choice: Choice, per_row: bool) -> str:
+    of_rules = {"adamw_catch_up": "^", "adagrad": "s", "adagrad_row": "s", "sgd": "v", "sgd_momentum": "P"}
+    return of_rules.get(choice.row_optimizer, "D" if per_row else "o")
 
 
 def _colour(choice: Choice) -> str:

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 from tests import test_accounting
-from ultramem_jax.accounting import PartCost, expected_rows, floor_seconds
+from ultramem_jax.accounting import PartCost, count_parameters, expected_rows, floor_seconds
 from ultramem_jax.config import DataConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.step_costs import memory_step_costs, model_step_cost
@@ -67,6 +67,30 @@ def test_rows_of_half_the_bytes_and_one_second_moment():
     assert costs.lookup.bytes == round(ROWS * 8)
     # Row and first moment 8 bytes each, the second moment 4.
     assert costs.row_update.bytes == round(2 * ROWS * (8 + 8 + 4))
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"), [("adamw_catch_up", 36), ("adagrad", 16), ("adagrad_row", 4), ("sgd", 0)]
+)
+def test_every_rule_moves_what_it_keeps(rule, kept):
+    config = replace(CONFIG, train=TrainConfig(row_optimizer=rule))
+    assert memory_step_costs(config, TOKENS).row_update.bytes == round(2 * ROWS * (16 + kept))
+    if rule != "adamw_catch_up":
+        dense = replace(CONFIG, train=TrainConfig(row_optimizer=rule, table_gradient="dense"))
+        assert memory_step_costs(dense, TOKENS).row_update.bytes == 9 * (3 * 16 + 2 * kept)
+
+
+def test_the_moments_of_muon_and_lion_move_as_well():
+    # One moment instead of two, read and written: of the weights of products, or of all.
+    p = count_parameters(CONFIG.model)
+    matrices = p.memory_queries + p.memory_projection
+    found = {
+        name: memory_step_costs(
+            replace(CONFIG, train=TrainConfig(optimizer=name)), TOKENS
+        ).dense_optimizer.bytes
+        for name in ("adamw", "muon", "lion")
+    }
+    assert found["adamw"] - found["muon"] == 8 * matrices and found["lion"] == 20 * DENSE
 
 
 @pytest.mark.parametrize(

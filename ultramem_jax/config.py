@@ -13,6 +13,7 @@ from ultramem_jax.errors import UserError, at_least, choice, fraction, guards_a_
 from ultramem_jax.field_types import Checked, FilePath
 from ultramem_jax.memory_config import MemoryConfig, TableLayout
 from ultramem_jax.placement import Span, parse_placement
+from ultramem_jax.row_states import ROW_OPTIMIZERS, RowArray, row_arrays
 
 _MOST = {"vocab_size": 2**24, "num_layers": 1000, "embed_dim": 2**20}
 """Bounds far above any model. Beyond them a typing error of a few zeros looks like a machine that hangs:
@@ -207,19 +208,33 @@ class TrainConfig(Checked):
     """Share of the steps that the learning rate rises over, linearly from 0."""
     final_lr_fraction: float = 0.1
     """The cosine ends at this share of the peak."""
+    optimizer: str = "adamw"
+    """Of the dense parameters: `adamw`; `muon` (Jordan et al., 2024) on the weights of matrix products, each
+    expert's by themselves, and AdamW on the rest; or `lion` (arXiv 2302.06675)."""
     b1: float = 0.9
+    """Of AdamW, the decay of the first moment; of Lion, the weight of its momentum in a step."""
     b2: float = 0.95
+    """Of AdamW, the decay of the second moment; of Lion, that of its momentum."""
     eps: float = 1e-8
+    """The least root of squared gradients that AdamW and Adagrad divide by."""
     weight_decay: float = 0.1
-    """Decoupled (AdamW); on matrices, and on the rows of a table that were read. Not on gains and biases."""
+    """Decoupled, times the learning rate, for every optimizer; on matrices, and on the rows of a table that
+    were read. Not on gains and biases."""
     clip_norm: float = 1.0
     """Global norm that the gradient of the dense parameters is clipped to. 0 is off."""
     table_gradient: str = "row_sparse"
     """`row_sparse` touches the rows that were read; `dense` is the plain way, linear in slots: the oracle."""
+    row_optimizer: str = "adamw"
+    """Of the rows of tables, see `ultramem_jax.training.row_rules`: `adamw`; `adamw_catch_up`, whose moments
+    first decay by the steps that did not read the row; `adagrad`; `adagrad_row`, which keeps one number per
+    row; `sgd`; `sgd_momentum`."""
+    momentum: float = 0.9
+    """Decay of the trace of `sgd_momentum`."""
     row_second_moment: str = "element"
     """Of Adam on a table's rows: `element` keeps one for every value, `row` one for all values of a row."""
     row_moment_dtype: str = "float32"
-    """Of the moments of a row's values, `float32` or `bfloat16`. With `row`, the second moment is float32."""
+    """Of the moments of a row's values, `float32` or `bfloat16`; also of Adagrad's sums and the trace of SGD.
+    What is kept once per row is float32."""
     row_rounding: str = "stochastic"
     """Of what is kept in bfloat16: `stochastic`, right on average however small an update, or `nearest`."""
     seed: int = 0
@@ -249,6 +264,7 @@ class TrainConfig(Checked):
         at_least(0, train__checkpoint_every=self.checkpoint_every, train__clip_norm=self.clip_norm)
         at_least(0, train__weight_decay=self.weight_decay, train__learning_rate=self.learning_rate)
         fraction(train__warmup_fraction=self.warmup_fraction, train__b1=self.b1, train__b2=self.b2)
+        fraction(train__momentum=self.momentum)
         guards_a_denominator("train.eps", self.eps)
         require(self.steps < 2**31, "train.steps", self.steps, "must be below 2**31: int32")
         require(self.seed < 2**32, "train.seed", self.seed, "must be below 2**32")
@@ -259,6 +275,8 @@ class TrainConfig(Checked):
             "must be in [0, 1]",
         )
         choice("train.table_gradient", self.table_gradient, ("row_sparse", "dense"))
+        choice("train.optimizer", self.optimizer, ("adamw", "muon", "lion"))
+        choice("train.row_optimizer", self.row_optimizer, ROW_OPTIMIZERS)
         choice("train.row_second_moment", self.row_second_moment, ("element", "row"))
         choice("train.row_moment_dtype", self.row_moment_dtype, ("float32", "bfloat16"))
         choice("train.row_rounding", self.row_rounding, ("stochastic", "nearest"))
@@ -270,11 +288,39 @@ class TrainConfig(Checked):
                 f"must be {plain!r} while train.table_gradient is 'dense'",
             )
         require(
+            self.table_gradient == "row_sparse" or self.row_optimizer != "adamw_catch_up",
+            "train.table_gradient",
+            self.table_gradient,
+            "must be 'row_sparse' while train.row_optimizer is 'adamw_catch_up': it asks which rows are read",
+        )
+        self._check_row_options()
+        require(
             self.batch_size % self.grad_accumulation == 0,
             "train.grad_accumulation",
             self.grad_accumulation,
             f"must divide batch_size = {self.batch_size}",
         )
+
+    def _check_row_options(self) -> None:
+        """Refuses options that the optimizer of rows does not have."""
+        without = f"while train.row_optimizer is {self.row_optimizer!r}"
+        options = {"second_moment": "element", "moment_dtype": "float32"}
+        for name, plain in options.items():
+            value = getattr(self, f"row_{name}")
+            changed = row_arrays(self.row_optimizer, **{name: value}) != row_arrays(self.row_optimizer)
+            require(changed or value == plain, f"train.row_{name}", value, f"must be {plain!r} {without}")
+        plain_momentum = TrainConfig.momentum
+        require(
+            self.row_optimizer == "sgd_momentum" or self.momentum == plain_momentum,
+            "train.momentum",
+            self.momentum,
+            f"must be {plain_momentum} {without}: only 'sgd_momentum' has one",
+        )
+
+    @property
+    def row_arrays(self) -> tuple[RowArray, ...]:
+        """Lists what the optimizer of rows keeps for each row of a table."""
+        return row_arrays(self.row_optimizer, self.row_second_moment, self.row_moment_dtype)
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,33 @@
 
 These are floors, for timings to stand beside: what a program could not do without, however it is written.
 FLOPs are those of products with a width, two per multiplication and addition, as in
-`ultramem_jax.accounting`; norms, comparisons, addresses and the element-wise arithmetic of optimizers are
-left out. Bytes are those of parameters, rows and moments that have to come from memory or go there, each part
-by itself: activations, scores and gradients of rows among them, can stay in the cache, and so can weights and
-keys between the forward and the backward pass. The letters are those of the axis legend in `ultramem_jax`;
-T is tokens, R = H·m the reads of one, P the dense parameters of the layer, U the distinct rows of a step.
+`ultramem_jax.accounting`; norms, comparisons, addresses and the arithmetic of optimizers, Muon's products of
+matrices among it, are left out. Bytes are those of parameters, rows and moments that have to come from memory
+or go there, each part by itself: activations, scores and gradients of rows among them, can stay in the cache,
+and so can weights and keys between the forward and the backward pass. The letters are those of the axis
+legend in `ultramem_jax`; T is tokens, R = H·m the reads of one, P the dense parameters of the layer, U the
+distinct rows of a step.
 """
 
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ultramem_jax.accounting import PartCost, count_parameters, expected_rows, flops_per_token, row_bytes
+from ultramem_jax.accounting import (
+    PartCost,
+    count_parameters,
+    expected_rows,
+    flops_per_token,
+    moments_kept,
+    row_bytes,
+)
 from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import UserError, at_least
 
 _PARAMETER_BYTES = 4
-ADAMW_ARRAYS = 7
-"""Parameter, gradient and two moments are read; parameter and two moments are written."""
+UPDATE_ARRAYS = 3
+"""Parameter and gradient are read, and the parameter is written. Each moment is read and written besides:
+seven arrays in all with AdamW, five with Lion."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +61,10 @@ class MemoryStepCosts:
     """FLOPs 2·T·R·d_v: what each read sends to its row, and its sum. No bytes: a row is moved on as soon as
     its gradient is complete. In the dense way 4·N·d_v, the gradient of the whole table."""
     row_update: PartCost
-    """AdamW. Bytes: every distinct row and its moments, read and written. In the dense way all N rows: table,
-    gradient and two moments read, all but the gradient written, 7·4·N·d_v."""
+    """Bytes: every distinct row and its moments, read and written. In the dense way all N rows: table,
+    gradient and moments read, all but the gradient written, with AdamW 7·4·N·d_v."""
     dense_optimizer: PartCost
-    """AdamW. Bytes 7·4·P: parameter, gradient and two moments read, all but the gradient written."""
+    """Bytes: parameter, gradient and moments read, all but the gradient written; with AdamW 7·4·P."""
 
     @property
     def total(self) -> PartCost:
@@ -88,11 +97,13 @@ def memory_step_costs(config: RunConfig, tokens: int) -> MemoryStepCosts:
     weighing = heads * 2 * 2 * ranks * layout.num_virtual_keys if memory.tucker_rank else 0
     rows = expected_rows(layout.num_slots, tokens * heads * top_m)
     of_row = row_bytes(memory, config.train)
-    dense = parameters.memory_norms + parameters.memory_cores + parameters.memory_queries
-    dense += parameters.memory_conv + parameters.memory_keys + parameters.memory_projection
+    matrices = parameters.memory_queries + parameters.memory_projection
+    others = parameters.memory_norms + parameters.memory_cores + parameters.memory_conv
+    others += parameters.memory_keys
+    dense = matrices + others
     if config.train.table_gradient == "dense":
         gradient = layout.num_slots * memory.value_dim * _PARAMETER_BYTES
-        update = ADAMW_ARRAYS * gradient
+        update = UPDATE_ARRAYS * gradient + 2 * layout.num_slots * of_row.moments
     else:
         gradient, update = 0, round(2 * rows * of_row.total)
 
@@ -114,14 +125,14 @@ def memory_step_costs(config: RunConfig, tokens: int) -> MemoryStepCosts:
         ),
         row_gradients=cost(flops.memory_lookup, gradient),
         row_update=cost(0, update),
-        dense_optimizer=cost(0, ADAMW_ARRAYS * _PARAMETER_BYTES * dense),
+        dense_optimizer=cost(0, _update_bytes(config, matrices, others)),
     )
 
 
 def model_step_cost(config: RunConfig, tokens: int) -> PartCost:
     """The cost of one training step of the whole model: its memory, and three forward passes of the rest.
 
-    Every other parameter is read, its gradient written, and moved on by AdamW.
+    Every other parameter is read, its gradient written, and updated by the optimizer.
 
     Args:
         config: of a model that `memory_step_costs` takes, with MLPs.
@@ -135,9 +146,16 @@ def model_step_cost(config: RunConfig, tokens: int) -> PartCost:
         raise UserError("model.moe: the cost of a step is counted for models with MLPs")
     flops, parameters = flops_per_token(config.model, config.data.seq_len), count_parameters(config.model)
     forward = flops.attention + flops.feed_forward + flops.attention_scores + flops.logits
-    rest = parameters.attention + parameters.feed_forward + parameters.norms
-    rest += parameters.embedding + parameters.output
-    return of_memory + PartCost(3 * tokens * forward, (2 + ADAMW_ARRAYS) * _PARAMETER_BYTES * rest)
+    matrices = parameters.attention + parameters.feed_forward
+    others = parameters.norms + parameters.embedding + parameters.output
+    moved = 2 * _PARAMETER_BYTES * (matrices + others) + _update_bytes(config, matrices, others)
+    return of_memory + PartCost(3 * tokens * forward, moved)
+
+
+def _update_bytes(config: RunConfig, matrices: int, others: int) -> int:
+    """Bytes that the optimizer moves for so many weights of matrix products and other dense parameters."""
+    moments = moments_kept(config.train.optimizer, matrices, others)
+    return _PARAMETER_BYTES * (UPDATE_ARRAYS * (matrices + others) + 2 * moments)
 
 
 def _total(costs: Iterable[PartCost]) -> PartCost:

@@ -284,6 +284,15 @@ def test_one_moment_per_row_costs_an_access_too():
 def test_the_dense_way_updates_the_whole_table():
     config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, table_gradient="dense"))
     assert row_traffic(config, abstract_axes(config), 32)[1] == 7 * 4 * 8 * 64
+    adagrad = dataclasses.replace(config.train, row_optimizer="adagrad_row")
+    config = dataclasses.replace(config, train=adagrad)
+    assert row_traffic(config, abstract_axes(config), 32)[1] == (3 * 4 * 8 + 2 * 4) * 64
+
+
+def test_a_rule_that_keeps_nothing_moves_rows_alone():
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, row_optimizer="sgd"))
+    updated = row_traffic(config, abstract_axes(config), 32)[1]
+    assert updated == pytest.approx(2 * touched_bytes(32, 64, 128, 32))
 
 
 def test_an_estimate_has_the_parts_of_a_step_and_two_bounds():

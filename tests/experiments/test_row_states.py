@@ -15,7 +15,8 @@ from experiments.row_states_table import CHOICES, REFERENCE, make_configs
 from ultramem_jax import MemoryConfig, ModelConfig, TrainConfig, UserError
 from ultramem_jax.accounting import bytes_per_token, optimizer_bytes, row_bytes
 from ultramem_jax.ops.rows import stored_dtype
-from ultramem_jax.training.row_sparse import row_sparse_adamw
+from ultramem_jax.row_states import ROW_OPTIMIZERS
+from ultramem_jax.training.row_rules import row_rule
 
 from .test_cli import TINY
 
@@ -43,19 +44,40 @@ def test_bytes_of_a_row_by_hand(memory, table, moments):
             assert row_bytes(halves, train) == dataclasses.replace(found, table=table // 2)
 
 
+# Bytes of the state of a value 6 wide and a pre-value 4 wide.
+KEPT = {
+    "adamw": 8 * 10,
+    "adamw_catch_up": 8 * 10 + 2 * 4,
+    "adagrad": 4 * 10,
+    "adagrad_row": 2 * 4,
+    "sgd": 0,
+    "sgd_momentum": 4 * 10,
+}
+
+
 @pytest.mark.parametrize("table_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("second", ["element", "row"])
-def test_bytes_of_a_row_are_those_of_the_arrays(table_dtype, moment_dtype, second):
-    optimizer = row_sparse_adamw(
-        lambda step: 1.0, 0.9, 0.95, 1e-8, 0.0, moment_dtype=moment_dtype, second_moment=second
-    )
+def test_bytes_of_a_row_are_those_of_the_arrays(table_dtype):
     tables = [jnp.zeros((7, width), stored_dtype(table_dtype)) for width in (6, 4)]
-    moments = [optimizer.init(table) for table in tables]
     memory = dataclasses.replace(BOTH, table_dtype=table_dtype)
-    found = row_bytes(memory, TrainConfig(row_second_moment=second, row_moment_dtype=moment_dtype))
-    assert 7 * found.table == sum(table.nbytes for table in tables)
-    assert 7 * found.moments == sum(array.nbytes for array in jax.tree.leaves(moments))
+    options = {"row_second_moment": ("element", "row"), "row_moment_dtype": ("float32", "bfloat16")}
+    seen = set()
+    for name, second, dtype in itertools.product(ROW_OPTIMIZERS, *options.values()):
+        chosen = dict(zip(options, (second, dtype), strict=True))
+        try:
+            train = TrainConfig(row_optimizer=name, **chosen)
+        except UserError:
+            continue  # an option that the rule does not have
+        states = [row_rule(train).init(table) for table in tables]
+        found = row_bytes(memory, train)
+        assert 7 * found.table == sum(table.nbytes for table in tables)
+        assert 7 * found.moments == sum(array.nbytes for array in jax.tree.leaves(states))
+        for state in states:
+            assert [array.name for array in train.row_arrays] == list(getattr(state, "_fields", ()))
+            assert all(len(array) == 7 and not array.any() for array in jax.tree.leaves(state))
+        if chosen == {"row_second_moment": "element", "row_moment_dtype": "float32"}:
+            assert found.moments == KEPT[name]
+        seen.add((name, second, dtype))
+    assert len(seen) == 4 + 4 + 2 + 1 + 1 + 2
 
 
 def test_bytes_of_a_model_follow_its_rows():
@@ -115,12 +137,32 @@ def test_table_and_figure_by_hand(tmp_path):
         "bfloat16": (128, 256),
         "bfloat16-row": (128, 132),
         "bfloat16-row-nearest": (128, 132),
+        "catch-up": (256, 516),
+        "adagrad": (256, 256),
+        "adagrad-row": (256, 4),
+        "sgd-momentum": (256, 256),
+        "sgd": (256, 0),
     }
     assert all(row["bytes/slot"] == sum(sizes[name]) for name, row in rows.items())
     assert rows["full-adam"]["GB of 20,250,000 × 128"] == pytest.approx(20.25e6 * 12 * 128 / 1e9)
     assert rows["bfloat16-row"]["GB of 20,250,000 × 128"] == pytest.approx(20.25e6 * (4 * 128 + 4) / 1e9)
-    assert [row["rounding"] for row in rows.values()] == ["", "", *["stochastic"] * 3, "nearest"]
-    assert rows["bfloat16-row"]["moments"] == "bfloat16, float32 per row"
+    assert [row["rounding"] for row in rows.values()] == ["", "", *["stochastic"] * 3, "nearest", *[""] * 5]
+    assert {name: row["moments"] for name, row in rows.items()} == {
+        "full-adam": "2 × float32",
+        "row-second-moment": "float32, float32 per row",
+        "bfloat16-moments": "2 × bfloat16",
+        "bfloat16": "2 × bfloat16",
+        "bfloat16-row": "bfloat16, float32 per row",
+        "bfloat16-row-nearest": "bfloat16, float32 per row",
+        "catch-up": "2 × float32, int32 per row",
+        "adagrad": "float32",
+        "adagrad-row": "float32 per row",
+        "sgd-momentum": "float32",
+        "sgd": "",
+    }
+    # A choice that was not trained has no row.
+    some = make_configs(BASE, ["sgd"])
+    assert [row["choice"] for row in row_states_table.rows(some, results)] == ["full Adam", "SGD"]
     assert rows["full-adam"]["Δ"] is None
     assert rows["bfloat16"]["Δ"] == pytest.approx(0.03)
     assert rows["bfloat16"]["± (Δ)"] == pytest.approx(0, abs=1e-12)

@@ -238,6 +238,8 @@ def test_other_data_than_the_checkpoints_is_refused(config, whole, tmp_path):
         ("train", "batch_size", 32),
         ("train", "seed", 1),
         ("train", "table_gradient", "dense"),
+        ("train", "optimizer", "lion"),
+        ("train", "row_optimizer", "sgd"),
     ],
 )
 def test_settings_that_would_make_it_another_run_are_refused(config, whole, part, field, value):

@@ -7,7 +7,8 @@ import pytest
 from ultramem_jax.ops import chunks
 from ultramem_jax.ops.lookup import RowGradients, row_gradients, rows_read
 from ultramem_jax.ops.rows import from_stored, stored_dtype, to_stored
-from ultramem_jax.training.row_sparse import RowMoments, row_sparse_adamw
+from ultramem_jax.training.row_rules import RowMoments, adamw
+from ultramem_jax.training.row_sparse import row_sparse
 from ultramem_jax.training.slot_usage import init_usage, record_reads
 
 SEED = np.uint32(7)
@@ -20,7 +21,7 @@ def _adamw_by_hand(rows, first, second, grads, step, rate=0.1, b1=0.9, b2=0.95, 
 
 
 def _optimizer(**kept):
-    return row_sparse_adamw(lambda step: 0.1, 0.9, 0.95, 1e-8, 0.1, **kept)
+    return row_sparse(adamw(0.9, 0.95, 1e-8, 0.1, **kept), lambda step: 0.1)
 
 
 def test_touched_rows_follow_adamw_and_the_rest_keeps_every_bit():
@@ -119,9 +120,8 @@ def test_bfloat16_rows_follow_the_float32_ones_on_average():
     slots = jnp.arange(512, dtype=jnp.int32)
     ends = {}
     for rounding in ("stochastic", "nearest"):
-        optimizer = row_sparse_adamw(
-            lambda step: 1e-4, 0.9, 0.95, 1e-8, 0.0, moment_dtype="bfloat16", rounding=rounding
-        )
+        rule = adamw(0.9, 0.95, 1e-8, 0.0, moment_dtype="bfloat16")
+        optimizer = row_sparse(rule, lambda step: 1e-4, rounding=rounding)
         update = jax.jit(optimizer.update)
         rows, moments = table, optimizer.init(table)
         assert moments.first.dtype == moments.second.dtype == jnp.uint16
@@ -149,7 +149,7 @@ def test_equals_optax_where_every_row_is_read():
         return 0.1 / (1 + step)
 
     ours, theirs = (
-        row_sparse_adamw(rate, 0.9, 0.95, 1e-8, 0.1),
+        row_sparse(adamw(0.9, 0.95, 1e-8, 0.1), rate),
         optax.adamw(rate, 0.9, 0.95, 1e-8, weight_decay=0.1),
     )
     sparse, moments = table, ours.init(table)

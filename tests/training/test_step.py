@@ -90,6 +90,24 @@ def test_row_sparse_equals_dense_where_every_row_is_read(name, micro_batches):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
 
 
+def test_row_wise_adagrad_equals_the_dense_way_whatever_is_read():
+    memory = replace(ULTRAMEM.memory, placement="1:1", num_keys=16, top_m=4)
+    model = replace(MODEL, num_layers=1, memory=memory)
+    train = replace(TRAIN, row_optimizer="adagrad_row", weight_decay=0.0)
+    batches = _batches(3, length=5)
+    sparse, rows = _run(RunConfig(model, train=train), batches)
+    dense, _ = _run(RunConfig(model, train=replace(train, table_gradient="dense")), batches)
+    assert 0 < rows[-1]["memory_0/slots_read_share"] < 0.9
+    ours, theirs = (state.tables["memory_0"]["values"] for state in (sparse, dense))
+    assert (
+        np.asarray(ours) != np.asarray(_start(RunConfig(model, train=train)).tables["memory_0"]["values"])
+    ).any()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    expected = dense.table_state[0].sum_of_squares["memory_0"]["values"]
+    squares = sparse.table_state["memory_0"]["values"].squares
+    np.testing.assert_allclose(squares, expected, rtol=1e-4, atol=1e-12)
+
+
 def test_rows_that_are_not_read_keep_every_bit():
     model = replace(ULTRAMEM, memory=replace(ULTRAMEM.memory, num_keys=40, top_m=2))
     config = RunConfig(model, train=TRAIN)
@@ -169,9 +187,10 @@ def test_temporaries_at_four_million_slots_are_a_small_share_of_the_table(stored
 
 
 def test_a_host_resident_table_trains_bit_for_bit_like_one_on_the_device():
-    # A shared table with pre-values, and everything stored in other dtypes.
+    # A shared table with pre-values, and everything stored in other dtypes, integers among it.
     memory = replace(FAMILY["ultramem-v2"], table_dtype="bfloat16")
     train = replace(TRAIN, grad_accumulation=2, row_moment_dtype="bfloat16", row_second_moment="row")
+    train = replace(train, row_optimizer="adamw_catch_up")
     axes = one_device()
     sharding = axes.sharding()
     batches, ends = _batches(3), {}

@@ -74,6 +74,22 @@ def test_means_over_columns_are_sent_for_every_place_of_the_chunks_of_reads():
     assert means[0].operand_bytes == 4 * 8 * 16 * 16
 
 
+def test_every_rule_that_takes_means_over_columns_sends_them():
+    shape = compiled(WIDTH).axes.mesh.shape
+    rules = {
+        "row": dict(row_second_moment="row"),
+        "adagrad_row": dict(row_optimizer="adagrad_row"),
+        "catch up": dict(row_optimizer="adamw_catch_up"),
+        "sgd": dict(row_optimizer="sgd"),
+    }
+    sent = {
+        name: {t.name for t in step_transfers(replace(WIDTH, train=replace(WIDTH.train, **fields)), shape)}
+        for name, fields in rules.items()
+    }
+    assert sent["adagrad_row"] == sent["row"] == sent["sgd"] | {"means over the columns of rows"}
+    assert sent["catch up"] == sent["sgd"]
+
+
 @pytest.mark.parametrize("config", [SLOTS, WIDTH], ids=["slots", "width"])
 def test_more_slots_send_no_more(config):
     memory = replace(config.model.memory, num_keys=8)

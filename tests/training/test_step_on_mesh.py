@@ -73,6 +73,11 @@ OTHERS = {
     "both, the same tokens on all owners": SAME_TOKENS,
     "pre-values in a ring, micro-batches": MICRO_BATCHES,
     "a dense gradient": replace(BOTH, train=replace(TRAIN, table_gradient="dense")),
+    "catching up": replace(
+        BOTH, train=replace(TRAIN, row_optimizer="adamw_catch_up", row_second_moment="row")
+    ),
+    "row-wise Adagrad": replace(BOTH, train=replace(TRAIN, row_optimizer="adagrad_row")),
+    "SGD, which keeps nothing": replace(BOTH, train=replace(TRAIN, row_optimizer="sgd")),
     "fsdp and tensor": run_config(MEMORY, MeshConfig(data=1, fsdp=2, tensor=2, memory=2)),
 }
 

@@ -167,6 +167,28 @@ def test_steps_during_a_save_leave_no_trace_in_it(config, optimizers, held, tmp_
     np.testing.assert_array_equal(np.flatnonzero(differs.any(1)), np.sort(np.concatenate(slots)))
 
 
+@pytest.mark.parametrize("rule", ["adamw_catch_up", "sgd"])
+def test_whatever_a_rule_keeps_is_undone(config, held, tmp_path, rule):
+    # Integers, one for each row; and nothing at all.
+    config = replace(config, train=replace(config.train, row_optimizer=rule))
+    optimizers = make_optimizers(config)
+    state = start(config, optimizers)
+    with Checkpoints(tmp_path) as checkpoints:
+        step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
+        state, _ = step(state, batches(1)[0])
+        expected, places = bits(state), pointers(state)
+        save(checkpoints, 1, state)
+        for tokens in batches(3)[1:]:
+            state, _ = step(state, tokens)
+            assert pointers(state) == places
+        checkpoints.wait()
+        restored = checkpoints.restore(abstract(state))
+    assert_same_bits(restored.state, expected)
+    undo = UndoRows(tmp_path / "1" / "undo.npz")
+    kept = [f"table_state.memory_0.values.{array.name}" for array in config.train.row_arrays]
+    assert all(len(undo.read(name)) == 2 for name in ("tables.memory_0.values", *kept))
+
+
 def test_a_run_ends_as_one_that_waits_for_its_saves(config, held, one_device, tmp_path, monkeypatch):
     recorded = loop.train(config, tmp_path / "recorded", progress=False)
     logs = [path.parent.name for path in tmp_path.glob("recorded/checkpoints/*/undo.npz")]

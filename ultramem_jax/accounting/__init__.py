@@ -15,6 +15,7 @@ from ultramem_jax.accounting.model import (
     bytes_per_token,
     count_parameters,
     flops_per_token,
+    moments_kept,
     optimizer_bytes,
     row_bytes,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "expected_rows",
     "floor_seconds",
     "flops_per_token",
+    "moments_kept",
     "optimizer_bytes",
     "row_bytes",
     "step_transfers",

@@ -7,8 +7,9 @@ not depend on the number of slots; only the gradient of the keys grows with it, 
 
 The letters are those of the axis legend in `ultramem_jax`. Besides: G, the devices of a group that has each
 table once and tokens of its own; P_s and P_w, the parts that rows and columns are cut into; T_g, the tokens
-of a group in one micro-batch; b, the bytes of a value of `ModelConfig.dtype`. Left out are scalars, and what
-it takes to split the vocabulary over `tensor`, where that divides.
+of a group in one micro-batch; b, the bytes of a value of `ModelConfig.dtype`. Left out are scalars, what
+it takes to split the vocabulary over `tensor`, where that divides, and what Muon sends to orthogonalize
+matrices that are split over `fsdp` or `tensor`.
 """
 
 import math
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, MLP_MATRICES, count_parameters
 from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig
 from ultramem_jax.exchange_shapes import AxisRoles, axis_roles, block_bytes, exchange_capacity
+from ultramem_jax.row_states import takes_means
 
 _INT32_BYTES = 4
 
@@ -118,7 +120,8 @@ def step_transfers(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Transfe
     Per memory and step, an all-gather over the axes that split tokens and not tables, to the devices that
     have the same part of a table: slots, blocks, scores and cotangents of all tokens, with d_v/P_w columns.
     With `batch_over_memory` off, tokens are on all devices of a group: nothing is gathered within it, and
-    sums are all-reduces. One second moment per row, with columns split, adds an all-reduce of 4 bytes a row.
+    sums are all-reduces. A mean over each row (one second moment, or Adagrad's sum per row), with columns
+    split, adds an all-reduce of 4 bytes a row.
 
     Dense parameters: an all-reduce of 4 bytes each (8 for a tied embedding, and for keys with a balance
     loss), once per micro-batch, over all axes that split tokens; with `fsdp` an all-gather before that.
@@ -221,7 +224,7 @@ def _row_updates(transfers: _Transfers, groups: _Groups, config: RunConfig, toke
     if memory.pre_value_dim:
         gathered += tokens * memory.pre_value_dim // parts * size + reads * size
     transfers.add("reads and cotangents to replicas", "all-gather", groups.replicas, gathered)
-    if config.train.row_second_moment == "row":
+    if takes_means(config.train.row_arrays):
         # For every place in the chunks of reads that owners work on, of values and of pre-values.
         means = reads / groups.size(groups.slots) * FLOAT32_BYTES * (2 if memory.pre_value_dim else 1)
         transfers.add("means over the columns of rows", "all-reduce", groups.width, means)

@@ -24,8 +24,6 @@ _FLOPS_PER_WEIGHT = 2
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 FLOAT32_BYTES = DTYPE_BYTES["float32"]
 """Parameters and their moments are float32 whatever the computation's dtype; rows of tables: `row_bytes`."""
-_MOMENTS = 2
-"""AdamW keeps a first and a second moment of every parameter."""
 _DEFAULT_TRAINING = TrainConfig()
 
 
@@ -120,6 +118,15 @@ class Parameters:
         return self.dense + self.active_experts
 
     @property
+    def matrices(self) -> int:
+        """Counts the weights of matrix products, experts' among them, which Muon orthogonalizes.
+
+        Not the embedding and the output, nor keys and cores, which meet scores, nor a convolution.
+        """
+        memory = self.memory_queries + self.memory_projection + self.memory_pre_projection + self.memory_gate
+        return self.attention + self.feed_forward + self.router + self.experts + memory
+
+    @property
     def _token_weights(self) -> int:
         memory = self.memory_queries + self.memory_conv + self.memory_keys + self.memory_projection
         memory += self.memory_pre_projection + self.memory_gate
@@ -187,8 +194,10 @@ class RowBytes:
     table: int
     """b·(d_v + d_p), b the bytes of `MemoryConfig.table_dtype`."""
     moments: int
-    """2·b·(d_v + d_p), b the bytes of `TrainConfig.row_moment_dtype`. With one second moment per row
-    b·(d_v + d_p), and 4 for each of a slot's rows: one, or two where there are pre-values."""
+    """Σ over `TrainConfig.row_arrays`. AdamW: 2·b·(d_v + d_p), b the bytes of `TrainConfig.row_moment_dtype`.
+    With one second moment per row b·(d_v + d_p), and 4 for each of a slot's rows: one, or two where there are
+    pre-values. The last step of `adamw_catch_up` is 4 bytes more for each of these. `adagrad` and
+    `sgd_momentum`: b·(d_v + d_p); `adagrad_row`: 4 for each row; `sgd`: 0."""
 
     @property
     def total(self) -> int:
@@ -212,8 +221,8 @@ class Bytes:
     """Rows of width d_v + d_p: min(B·H·m, N) for every memory (ibid.); from a table that memories share, as
     many as all of them read of it, up to the slots of their windows."""
     optimizer: int
-    """Training only: AdamW's moments that a step reads and then writes. Those of dense parameters and of all
-    experts, whose gradient is a dense array; of tables, those of the rows that were read."""
+    """Training only: the optimizer's state that a step reads and then writes. That of dense parameters and of
+    all experts, whose gradient is a dense array; of tables, that of the rows that were read."""
 
     @property
     def sparse(self) -> int:
@@ -288,10 +297,9 @@ def row_bytes(memory: MemoryConfig, train: TrainConfig = _DEFAULT_TRAINING) -> R
         memory: widths of a row, and what it is stored in.
         train: which moments of it are kept, and in what.
     """
-    first = second = DTYPE_BYTES[train.row_moment_dtype] * memory.row_dim
-    if train.row_second_moment == "row":
-        second = FLOAT32_BYTES * (2 if memory.pre_value_dim else 1)
-    return RowBytes(DTYPE_BYTES[memory.table_dtype] * memory.row_dim, first + second)
+    widths = [width for width in (memory.value_dim, memory.pre_value_dim) if width]
+    moments = sum(array.bytes(width) for array in train.row_arrays for width in widths)
+    return RowBytes(DTYPE_BYTES[memory.table_dtype] * memory.row_dim, moments)
 
 
 def bytes_per_token(
@@ -331,22 +339,36 @@ def bytes_per_token(
         dense=stored * dense_read,
         experts=stored * experts_read,
         memory=table_read,
-        optimizer=_moment_bytes(parameters) + moments_read,
+        optimizer=_moment_bytes(parameters, train) + moments_read,
     )
 
 
 def optimizer_bytes(config: ModelConfig, train: TrainConfig = _DEFAULT_TRAINING) -> int:
-    """Bytes that AdamW's two moments of all parameters, tables included, occupy."""
+    """Bytes that the optimizers' moments of all parameters, tables included, occupy; see `moments_kept`."""
     parameters, memory = count_parameters(config), config.memory
     if memory is None:
-        return _moment_bytes(parameters)
+        return _moment_bytes(parameters, train)
     slots = parameters.memory_tables // memory.row_dim
-    return _moment_bytes(parameters) + slots * row_bytes(memory, train).moments
+    return _moment_bytes(parameters, train) + slots * row_bytes(memory, train).moments
 
 
-def _moment_bytes(parameters: Parameters) -> int:
+def moments_kept(optimizer: str, matrices: int, others: int) -> int:
+    """Returns how many numbers an optimizer of dense parameters keeps: two moments of each, or a momentum.
+
+    AdamW keeps two, Lion one; Muon one of the matrices that it orthogonalizes, and two of all else.
+
+    Args:
+        optimizer: `TrainConfig.optimizer`.
+        matrices: parameters that are weights of matrix products (`Parameters.matrices`).
+        others: all other parameters whose gradient is a dense array.
+    """
+    return {"adamw": 2, "muon": 1, "lion": 1}[optimizer] * matrices + (1 + (optimizer != "lion")) * others
+
+
+def _moment_bytes(parameters: Parameters, train: TrainConfig) -> int:
     """Of the parameters whose gradient is a dense array: all but the tables."""
-    return _MOMENTS * FLOAT32_BYTES * (parameters.dense + parameters.experts)
+    others = parameters.dense + parameters.experts - parameters.matrices
+    return FLOAT32_BYTES * moments_kept(train.optimizer, parameters.matrices, others)
 
 
 def _memory_parameters(config: ModelConfig) -> dict[str, int]:

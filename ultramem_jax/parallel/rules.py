@@ -64,8 +64,8 @@ def parameter_spec(path: Any, shape: tuple[int, ...], axes: MeshAxes) -> P:
         KeyError: a parameter of unknown name.
     """
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-    if not names or not shape:
-        return P()  # a count of the optimizer's
+    if not isinstance(path[-1], jax.tree_util.DictKey) or not shape:
+        return P()  # a count of the optimizer's, or constants of its own
     module = "experts" if len(shape) == 3 and names[-2:-1] == ["feed_forward"] else "/".join(names[-2:-1])
     name = names[-1]
     logical = LOGICAL_AXES.get(f"{module}/{name}") or LOGICAL_AXES[name]

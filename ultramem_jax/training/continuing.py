@@ -13,7 +13,14 @@ from ultramem_jax.training.schedules import learning_rate
 
 log = logging.getLogger(__name__)
 
-_FIXED = ("data.seq_len", "train.batch_size", "train.seed", "train.table_gradient")
+_FIXED = (
+    "data.seq_len",
+    "train.batch_size",
+    "train.seed",
+    "train.table_gradient",
+    "train.optimizer",
+    "train.row_optimizer",
+)
 """A position in the data, or the state of the optimizer, has no meaning without these."""
 
 

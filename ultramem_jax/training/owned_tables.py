@@ -18,7 +18,7 @@ from ultramem_jax.ops.lookup import RowGradients, RowsRead, read_gradients, rows
 from ultramem_jax.ops.on_mesh import MeshAxes, island
 from ultramem_jax.ops.sharded_lookup import first_slot, narrow_blocks, own_cores
 from ultramem_jax.parallel.rules import table_specs
-from ultramem_jax.training.row_sparse import ROW_ARRAYS, RowMoments, RowSparseTransformation, TablePart
+from ultramem_jax.training.row_sparse import ROW_ARRAYS, RowSparseTransformation, TablePart
 from ultramem_jax.training.slot_usage import SlotUsage, record_reads
 from ultramem_jax.training.table_gradients import slots_if
 
@@ -36,7 +36,7 @@ class OwnedTable:
         self,
         optimizer: RowSparseTransformation,
         parts: dict[str, jax.Array],
-        moments: dict[str, RowMoments],
+        moments: dict[str, Any],
         usage: SlotUsage,
         reads: dict[str, dict[str, jax.Array]],
         cotangents: dict[str, dict[str, jax.Array]],
@@ -148,7 +148,7 @@ class OwnedTable:
         self,
         optimizer: RowSparseTransformation,
         parts: dict[str, jax.Array],
-        moments: dict[str, RowMoments],
+        moments: dict[str, Any],
         rows: RowsRead,
         gradients: dict[str, Callable[[jax.Array], jax.Array]],
         of_step: tuple[jax.Array, jax.Array, dict[str, jax.Array]],

@@ -1,14 +1,15 @@
-"""AdamW on the rows of a table that were read, in place, in optax's manner.
+"""Applies a rule to the rows of a table that were read, in place, in optax's manner.
 
 optax has no notion of a gradient that is zero almost everywhere. This pair (init, update) takes the gradient
-as `RowGradients` and touches those rows of the table and of its moments, and nothing else: rows that were
-not read keep their values and moments to the bit. Where every row is read at every step, it is `optax.adamw`.
-Bias correction counts the optimizer's steps, not the reads of a row, as in lazy Adam.
+as `RowGradients` and touches those rows of the table and of its state, and nothing else: rows that were
+not read keep their values and state to the bit. What becomes of a row is the business of a `RowRule`; here
+rows are read, chunk by chunk, recorded, rounded and written, the same for every rule.
 
-Twenty million rows make the moments as much of a matter as the table. They can be kept in bfloat16, as the
-table can, rounded stochastically; and of the second one it can be enough to keep a mean per row.
+Twenty million rows make the state as much of a matter as the table. It can be kept in bfloat16, as the
+table can, rounded stochastically.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,26 +22,19 @@ from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import RowGradients
 from ultramem_jax.ops.rounding import stochastic_round
 from ultramem_jax.ops.rows import put_sorted_rows, stored_dtype, take_sorted_rows, to_stored
-
-
-class RowMoments(NamedTuple):
-    """Adam's moments of a table."""
-
-    first: jax.Array
-    """(N, d_v), float32 or bfloat16 as `ultramem_jax.ops.rows` stores it."""
-    second: jax.Array
-    """(N, d_v) like the first, or (N, 1) float32: the mean over a row's values."""
+from ultramem_jax.training.row_rules import RowRule, RowStep
 
 
 class RowUpdate(NamedTuple):
     """What a step makes of a table."""
 
     table: jax.Array
-    moments: RowMoments
+    moments: Any
+    """The state of the rule, as `RowRule.init` makes it."""
     norm: jax.Array
     """() float32, of the new rows before they are rounded: not finite if any value written is not."""
-    before: tuple[jax.Array, RowMoments] | None
-    """The rows (U, ...) of the table and of its moments that were overwritten, if that was asked for."""
+    before: tuple[jax.Array, Any] | None
+    """The rows (U, ...) of the table and of its state that were overwritten, if that was asked for."""
 
 
 class TablePart(NamedTuple):
@@ -55,8 +49,8 @@ class TablePart(NamedTuple):
 class RowSparseTransformation(NamedTuple):
     """What `optax.GradientTransformation` is for arrays, for tables whose gradient comes by rows."""
 
-    init: Callable[[jax.Array], RowMoments]
-    """table (N, d_v) -> moments."""
+    init: Callable[[jax.Array], Any]
+    """table (N, d_v) -> moments: the rule's state."""
     update: Callable[..., RowUpdate]
     """(gradients, moments, table, step from 0, seed () uint32, record=False, part=TablePart()). To be
     compiled with table and moments donated. The seed is for rounding, another one for every array and step.
@@ -64,55 +58,16 @@ class RowSparseTransformation(NamedTuple):
     the part's first."""
 
 
-def row_sparse_adamw(
-    learning_rate: optax.Schedule,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    *,
-    moment_dtype: str = "float32",
-    second_moment: str = "element",
-    rounding: str = "stochastic",
+def row_sparse(
+    rule: RowRule, learning_rate: optax.Schedule, *, rounding: str = "stochastic"
 ) -> RowSparseTransformation:
-    """AdamW (arXiv 1711.05101) with decoupled weight decay, on the rows read.
+    """Returns the optimizer that applies a rule to the rows read.
 
     Args:
+        rule: of `row_rules`.
         learning_rate: of the step.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: times the learning rate.
-        moment_dtype: of the moments of a row's values, `float32` or `bfloat16`.
-        second_moment: `element`, one for every value; or `row`, one float32 for all values of a row, the mean
-            of their squares (the blocks of Adam-mini, arXiv 2406.16793).
         rounding: of what is kept in bfloat16, `stochastic` or `nearest`.
     """
-
-    def init(table: jax.Array) -> RowMoments:
-        stored = stored_dtype(moment_dtype)
-        first = jnp.zeros(table.shape, stored)
-        if second_moment == "row":
-            return RowMoments(first, jnp.zeros((table.shape[0], 1), jnp.float32))
-        return RowMoments(first, jnp.zeros(table.shape, stored))
-
-    def adamw(
-        count: jax.Array,
-        rate: jax.Array,
-        rows: jax.Array,
-        moments: RowMoments,
-        gradients: jax.Array,
-        part: TablePart,
-    ) -> tuple[jax.Array, RowMoments]:
-        squares = gradients**2
-        if second_moment == "row":
-            squares = squares.mean(1, keepdims=True)
-            if part.width_axes:
-                squares = jax.lax.pmean(squares, part.width_axes)
-        first = b1 * moments.first + (1 - b1) * gradients
-        second = b2 * moments.second + (1 - b2) * squares
-        direction = (first / (1 - b1**count)) / (jnp.sqrt(second / (1 - b2**count)) + eps)
-        return rows - rate * (direction + weight_decay * rows), RowMoments(first, second)
 
     def rounded(
         x: jax.Array, stored: jnp.dtype, slots: jax.Array, seed: jax.Array, part: TablePart
@@ -123,15 +78,15 @@ def row_sparse_adamw(
 
     def update(
         gradients: RowGradients,
-        moments: RowMoments,
+        moments: Any,
         table: jax.Array,
         step: jax.Array,
         seed: jax.Array,
         record: bool = False,
         part: TablePart = TablePart(),  # noqa: B008
     ) -> RowUpdate:
-        count, rate = step.astype(jnp.float32) + 1, learning_rate(step)
         num_rows = gradients.slots.shape[0]
+        at = RowStep(step, learning_rate(step), functools.partial(_mean_over_row, axes=part.width_axes))
 
         def update_rows(carry: Any, place: jax.Array, slots: jax.Array, gradients: jax.Array) -> Any:
             arrays, norm, log = carry
@@ -144,8 +99,8 @@ def row_sparse_adamw(
                     log,
                     before,
                 )
-            rows, of_rows = jax.tree.map(lambda rows: rows.astype(jnp.float32), before)
-            after = adamw(count, rate, rows, of_rows, gradients, part)
+            rows, of_rows = jax.tree.map(_in_float32, before)
+            after = rule.apply(at, rows, of_rows, gradients)
             leaves, structure = jax.tree.flatten(arrays)
             written = [
                 put_sorted_rows(
@@ -157,7 +112,7 @@ def row_sparse_adamw(
             norm = norm + jnp.sum(jnp.where(padding, 0.0, after[0] ** 2))
             return jax.tree.unflatten(structure, written), norm, log
 
-        # Chunk by chunk, so that a row's three visits to the memory, read, moved on, written, find it in the
+        # Chunk by chunk, so that a row's three visits to the memory, read, updated, written, find it in the
         # cache, and nothing of the size of all rows is made in between.
         arrays, log = (table, moments), None
         if record:
@@ -171,7 +126,18 @@ def row_sparse_adamw(
         )
         return RowUpdate(table, moments, jnp.sqrt(norm), log)
 
-    return RowSparseTransformation(init, update)
+    return RowSparseTransformation(rule.init, update)
+
+
+def _mean_over_row(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns the means (U, 1) of x (U, d) over all columns of a row, d of which are here."""
+    mean = x.mean(1, keepdims=True)
+    return jax.lax.pmean(mean, axes) if axes else mean
+
+
+def _in_float32(rows: jax.Array) -> jax.Array:
+    """Returns rows to compute with; integers are counts, which float32 cannot hold beyond 2²⁴."""
+    return rows if jnp.issubdtype(rows.dtype, jnp.integer) else rows.astype(jnp.float32)
 
 
 ROW_ARRAYS = 16

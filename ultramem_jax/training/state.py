@@ -28,7 +28,8 @@ class TrainState(flax.struct.PyTreeNode):
     tables: Any
     """The `memory` collection: per table `values` (N, d_v) and, if any, `pre_values` (N, d_p)."""
     table_state: Any
-    """Moments of the tables: `RowMoments` per array of a table, or optax's state in the dense way."""
+    """State of the tables' optimizer: per array of a table that of its `RowRule`, which is empty for plain
+    SGD; or optax's state in the dense way."""
     usage: Any
     """`SlotUsage` per table."""
     buffers: Any
