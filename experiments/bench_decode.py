@@ -12,7 +12,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +138,7 @@ def main() -> None:
     partial.unlink()
 
 
-def _rates(dtypes: list[str]) -> DecodeRates:
+def _rates(dtypes: Iterable[str]) -> DecodeRates:
     return DecodeRates(
         flops_per_second={dtype: machine.product_flops_per_second(dtype) for dtype in dtypes},
         bytes_per_second=machine.read_bytes_per_second(),

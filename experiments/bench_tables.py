@@ -113,8 +113,7 @@ def part_rows(study: Study, parts: PartsResult) -> list[dict[str, object]]:
     """One row per part, then their sum and the whole step of the same way."""
     whole = study.timed(parts.slots, parts.way)
     lines = [
-        (part.name, parts.times.of(part), getattr(parts.costs, part.cost) if part.cost else None)
-        for part in PARTS
+        (part.name, parts.times.of(part), parts.costs[part.cost] if part.cost else None) for part in PARTS
     ]
     summed = zip(*(parts.times.of(part) for part in PARTS if part.in_sum), strict=True)
     lines.append(("sum, but for ·", [sum(of_round) for of_round in summed], None))
@@ -163,13 +162,13 @@ def plot(study: Study, path: pathlib.Path) -> pathlib.Path:
 
 
 def _notes(study: Study, on_cpu: bool) -> list[str]:
-    rates, memory = study.rates, study.memory
+    rates, field = study.rates, study.memory.value_of
     limit = "no limit" if study.memory_limit is None else f"{study.memory_limit / _GIGA:.1f} GB"
     return [
-        f"{study.about}; {study.tokens} tokens a step in {SEQUENCES} sequences, d_k {memory.key_dim}, "
-        f"d_v {memory.value_dim}, m {memory.top_m}, H {memory.num_heads}, E {memory.expansion}, "
-        f"r {memory.tucker_rank}, h {memory.num_cores}; forward, backward and AdamW. {study.repeats} steps "
-        f"of each way after {WARM_UP} of warm-up, in turns, each round on a new random batch. Peak and "
+        f"{study.about}; {study.tokens} tokens a step in {SEQUENCES} sequences, d_k {field('key_dim')}, "
+        f"d_v {field('value_dim')}, m {field('top_m')}, H {field('num_heads')}, E {field('expansion')}, "
+        f"r {field('tucker_rank')}, h {field('num_cores')}; forward, backward and AdamW. {study.repeats} "
+        f"steps of each way after {WARM_UP} of warm-up, in turns, each round on a new random batch. Peak and "
         "temporaries as the compiler planned them; GB are 10^9 bytes.",
         "`row_sparse` keeps table and moments in float32. `row_sparse bf16` keeps table and first moment in "
         "bfloat16, rounded stochastically, and one second moment per row. `dense` is AdamW of optax on a "
@@ -185,7 +184,7 @@ def _notes(study: Study, on_cpu: bool) -> list[str]:
 
 def _breakdown(study: Study, parts: PartsResult) -> list[str]:
     rows = sum(parts.times.rows) / len(parts.times.rows)
-    uniform = expected_rows(parts.slots, study.tokens * study.memory.num_heads * study.memory.top_m)
+    uniform = expected_rows(parts.slots, study.tokens * study.memory.reads_per_token)
     return [
         markdown.table(part_rows(study, parts), left=["part", "p10–p90"]),
         "Each compiled and timed alone. The choice makes scores and top-k by chunks of tokens, as the step "
@@ -202,7 +201,11 @@ def _raw(study: Study) -> dict[str, Any]:
         for step in study.steps
     ]
     parts = [
-        dataclasses.asdict(part) | {"costs": dataclasses.asdict(part.costs), "times": part.times._asdict()}
+        dataclasses.asdict(part)
+        | {
+            "costs": {name: dataclasses.asdict(cost) for name, cost in part.costs.items()},
+            "times": part.times._asdict(),
+        }
         for part in study.parts
     ]
     shape = {"rates": dataclasses.asdict(study.rates), "memory": dataclasses.asdict(study.memory)}

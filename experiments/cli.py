@@ -38,8 +38,9 @@ _CONFIG_HELP = (
     "--config=FILE: a Python file with get_config() -> RunConfig, as in experiments/configs/; it is run as a "
     "program, so take one that you trust",
     "--preset=NAME: the model, one of those below",
-    "--config.part.field=value: any of the fields below, explained in ultramem_jax/config.py and "
-    "memory_config.py",
+    "--config.part.field=value: any of the fields below, explained in ultramem_jax/config.py, "
+    "memory_config.py, memory_parts.py and layers/memory/; --config.model.memory.top_m=8 is short for "
+    "--config.model.memories.NAME.address.top_m=8 where there is one memory",
 )
 _MESH_HELP = (
     "--mesh=AXIS:SIZE,...: the devices along the axes "
@@ -56,6 +57,7 @@ _PROCESSES_HELP = (
     f"(default {HEARTBEAT_TIMEOUT})",
 )
 HELP = ("--help", "-h", "-help")
+_OF_ONE_MEMORY = re.compile(r"(--?(?:no)?)config\.model\.memory\.([^=]+)((?:=.*)?)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?")
 
 
@@ -166,12 +168,41 @@ def _define_config(argv: list[str], base: RunConfig) -> list[str]:
         _name = preset_name
     if mesh is not None:
         tree["mesh"] |= _mesh(mesh)
+    rest = [_spelled_out(argument, tree) for argument in rest]
     for argument in rest:
         if match := _OVERRIDE.fullmatch(argument):
             _check_key(tree, match[1])
     with _sys_argv(rest):
         config_flags.DEFINE_config_dict("config", ConfigDict(tree), "the run; --config.part.field=value")
     return rest
+
+
+def _spelled_out(argument: str, tree: dict[str, Any]) -> str:
+    """Returns an override of the one memory, `--config.model.memory.top_m=8`, under the field's full name.
+
+    Raises:
+        UserError: the model has several memories or none, or the memory has no such field.
+    """
+    match = _OF_ONE_MEMORY.fullmatch(argument)
+    if match is None:
+        return argument
+    memories = tree["model"]["memories"]
+    if len(memories) != 1:
+        has = f"has {', '.join(memories)}" if memories else "has none"
+        raise UserError(f"{argument}: must be of the one memory of a model, and this one {has}")
+    ((name, memory),) = memories.items()
+    field, *inner = match[2].split(".")
+    if field not in memory:
+        parts = [part for part, fields in memory.items() if isinstance(fields, dict) and field in fields]
+        if not parts:
+            known = [
+                *memory,
+                *(one for fields in memory.values() if isinstance(fields, dict) for one in fields),
+            ]
+            raise unknown(f"config key 'model.memory.{match[2]}':", field, known)
+        field = f"{parts[0]}.{field}"
+    path = ".".join(["model.memories", name, field, *inner])
+    return f"{match[1]}config.{path}{match[3]}"
 
 
 def _mesh(text: str) -> dict[str, int]:

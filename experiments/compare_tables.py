@@ -32,26 +32,18 @@ def shape(model: ModelConfig) -> str:
     if moe := model.moe:
         kind = "SwiGLU experts" if moe.activation == "swiglu" else "experts"
         return f"{moe.top_k} of {moe.num_experts} {kind}, {moe.expert_dim} wide"
-    if memory := model.memory:
-        words = [f"n {memory.num_keys}"]
-        if memory.expansion > 1:
-            words.append(f"E {memory.expansion}")
-        if memory.tucker_rank:
-            words.append(f"r {memory.tucker_rank}")
-        words += [f"d_k {memory.key_dim}", f"d_v {memory.value_dim}"]
-        if memory.pre_value_dim:
-            words.append(f"d_p {memory.pre_value_dim}")
-        words.append(f"{memory.num_heads}·{memory.top_m} reads")
-        norms = {"query": memory.norm_query, "key": memory.norm_keys}
-        words += ["/".join(name for name, on in norms.items() if on) + " norm"] if any(norms.values()) else []
-        if memory.gate:
-            words.append("gate")
-        memories = f"{len(model.spans)} × ({', '.join(words)})"
-        if memory.shares_table and model.layout:
-            part = model.layout.window_slots / model.layout.num_slots
-            memories += " on one table" if part == 1 else f", each on {part:.0%} of one table"
-        return f"{memories}, MLP {model.mlp_dim}"
-    return f"MLP {model.mlp_dim}"
+    words = [memories_in_words(model, name) for name in model.memories]
+    return ", ".join([*words, f"MLP {model.mlp_dim}"])
+
+
+def memories_in_words(model: ModelConfig, name: str) -> str:
+    """Returns what the memories of one config are, in a few words."""
+    sites = [site for site in model.sites if site.group == name]
+    words = f"{len(sites)} × ({', '.join(model.memories[name].in_words())})"
+    if sites and sites[0].config.table.is_shared:
+        part = sites[0].window.size / sites[0].num_slots
+        words += " on one table" if part == 1 else f", each on {part:.0%} of one table"
+    return words
 
 
 def notes(base: RunConfig, corpus: Corpus, models: dict[str, ModelConfig], seeds: int) -> list[str]:
@@ -70,7 +62,7 @@ def _value_rates(models: dict[str, ModelConfig]) -> str:
     """The note on the learning rates of tables; empty without any."""
     systems: dict[float, list[str]] = {}
     for system, model in models.items():
-        if model.memory:
-            systems.setdefault(model.memory.value_lr_multiple, []).append(system)
+        for memory in model.memories.values():
+            systems.setdefault(memory.value_lr_multiple, []).append(system)
     rates = [f"{multiple:g} × ({', '.join(systems[multiple])})" for multiple in sorted(systems)]
     return f" As multiples of it, the rate of the values starts at {', '.join(rates)}." if rates else ""

@@ -4,12 +4,11 @@ import dataclasses
 import textwrap
 from typing import Any
 
-from ultramem_jax.config import MemoryConfig, MoEConfig, RunConfig
-from ultramem_jax.presets import PRESETS
+from ultramem_jax.config import MoEConfig, RunConfig
+from ultramem_jax.memory_config import PARTS
+from ultramem_jax.presets import PRESETS, families
 
 _WIDTH = 110
-_PARTS = {"model.memory": MemoryConfig(), "model.moe": MoEConfig()}
-"""Parts that a model may lack; their fields are then shown as they are by default."""
 
 
 def presets_help() -> list[str]:
@@ -30,12 +29,15 @@ def fields_help(base: RunConfig, *, with_model: bool = True) -> list[str]:
     parts: dict[str, Any] = {}
     if with_model:
         parts["model"] = base.model
-        for name, default in _PARTS.items():
-            parts[name] = getattr(base.model, name.removeprefix("model.")) or default
+        # Of parts that the model lacks, fields are shown as they are by default.
+        parts["model.moe"] = base.model.moe or MoEConfig()
+        for name, memory in (base.model.memories or {"NAME": families.ultramem()}).items():
+            path = f"model.memories.{name}"
+            parts |= {path: memory} | {f"{path}.{part}": getattr(memory, part) for part in PARTS}
     parts |= {"data": base.data, "train": base.train, "mesh": base.mesh}
-    lines = []
+    lines, hidden = [], parts.keys() | {"model.memories"}
     for name, part in parts.items():
-        fields = [field.name for field in dataclasses.fields(part) if f"{name}.{field.name}" not in parts]
+        fields = [field.name for field in dataclasses.fields(part) if f"{name}.{field.name}" not in hidden]
         shown = " ".join(f"{field}={getattr(part, field)}" for field in fields)
         lines += wrapped(f"--config.{name}: {shown}")
     return lines

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,13 @@ import numpy as np
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError
-from ultramem_jax.layers import Attention, RMSNorm, feed_forward, memory, shared_tables
+from ultramem_jax.layers import Attention, Memory, RMSNorm, feed_forward
 from ultramem_jax.layers.caching import next_chunk
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.cache import Cache, empty_cache
 from ultramem_jax.models.sampling import likeliest
 from ultramem_jax.models.serving import prepare_for_decoding
-from ultramem_jax.models.transformer import SHARED_TABLES, memory_name, table_readers
+from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.linear import OutputMajor, project
 from ultramem_jax.ops.rows import to_stored
@@ -37,8 +37,8 @@ Program = Callable[..., Any]
 
 def served_in(config: ModelConfig, dtype: str) -> ModelConfig:
     """The model in `dtype`, its tables too, without dropout."""
-    of_memory = config.memory and replace(config.memory, table_dtype=dtype)
-    return replace(config, dtype=dtype, dropout=0.0, memory=of_memory)
+    memories = {name: memory.changed(dtype=dtype) for name, memory in config.memories.items()}
+    return replace(config, dtype=cast(Any, dtype), dropout=0.0, memories=memories)
 
 
 def sparse_over_dense(config: ModelConfig) -> float:
@@ -57,11 +57,10 @@ def with_sparsity(config: ModelConfig, ratio: float) -> ModelConfig:
     if config.moe is not None:
         each = count_parameters(config).experts / config.moe.num_experts
         return replace(config, moe=replace(config.moe, num_experts=round(sparse / each)))
-    if config.memory is None or config.layout is None:
+    if config.memory is None:
         raise UserError(f"ratios = {ratio}: must be of models with experts or a memory")
-    slots = count_parameters(config).memory_tables / config.memory.row_dim
-    num_keys = round(config.memory.num_keys * math.sqrt(sparse / config.memory.row_dim / slots))
-    return replace(config, memory=replace(config.memory, num_keys=num_keys))
+    of_slot = count_parameters(config).memory_tables / config.memory.address.own_slots
+    return config.with_memory(config.memory.resized(sparse / of_slot))
 
 
 def random_variables(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
@@ -164,17 +163,15 @@ def part_programs(config: ModelConfig) -> dict[str, Program]:
         return kept, x
 
     def memories(variables: Any, kept: Cache, counters: Cache, x: jax.Array) -> Any:
-        chunk, left, tables = chunk_of(counters, x), dict(kept), None
+        chunk, left = chunk_of(counters, x), dict(kept)
         held = {name: variables[name] for name in ("params", "memory", "buffers") if name in variables}
-        if config.memory is not None and config.memory.shares_table:
-            of_tables = {"memory": held["memory"][SHARED_TABLES]}
-            tables = shared_tables(config).apply(of_tables, config.embed_dim)
-        for index in range(len(config.spans)):
-            name = memory_name(index)
+        for site in config.sites:
+            name = site.name
+            tables = held["memory"][site.table] if site.config.table.is_shared else None
             own = {part: tree[name] for part, tree in held.items() if name in tree}
             if name in kept:
                 own["cache"] = kept[name]
-            y, new = memory(config, index).apply(
+            y, new = Memory(site).apply(
                 own, normed(x), train=False, tables=tables, chunk=chunk, mutable=["cache"]
             )
             x, left = x + y, left | ({name: new["cache"]} if name in kept else {})
@@ -185,7 +182,7 @@ def part_programs(config: ModelConfig) -> dict[str, Program]:
         return kept, likeliest(project(normed(x[:, 0]), params["output"], jnp.float32))
 
     parts = {"attention": attention, "feed_forward": feed_forwards, "logits": logits}
-    if config.spans:
+    if config.sites:
         parts["memory"] = memories
     return {name: jax.jit(part, donate_argnums=1) for name, part in parts.items()}
 
@@ -194,15 +191,15 @@ def _chosen(config: ModelConfig, left: Any) -> Chosen:
     layers = [layer.get("feed_forward", {}) for layer in left.get("metrics", {}).values()]
     experts = [layer["experts_chosen"] for layer in layers if "experts_chosen" in layer]
     slots = {
-        table: jnp.concatenate([left["reads"][memory]["slots"] for memory in memories], axis=1)
-        for table, memories in table_readers(config).items()
+        table: jnp.concatenate([left["reads"][site.name]["slots"] for site in readers], axis=1)
+        for table, readers in table_readers(config).items()
     }
     return Chosen(jnp.stack(experts).mean() if experts else jnp.zeros(()), slots)
 
 
 def sparse_part(config: ModelConfig) -> str:
     """The part of a step that grows with its experts or slots, of those of `part_programs`."""
-    return "memory" if config.spans else "feed_forward"
+    return "memory" if config.sites else "feed_forward"
 
 
 def _dense_weights(config: ModelConfig) -> int:

@@ -13,9 +13,10 @@ import optax
 
 from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.errors import UserError
-from ultramem_jax.layers.memory import ProductKeyMemory
+from ultramem_jax.layers import Memory
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import RowGradients, row_gradients, rows_read
+from ultramem_jax.presets import families
 from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.table_gradients import rows_if
 
@@ -27,7 +28,7 @@ EMBED_DIM = 256
 
 @dataclass(frozen=True)
 class Way:
-    """How a table is kept and trained: fields of `MemoryConfig` and `TrainConfig`."""
+    """How a table is kept and trained: the dtype of `TableConfig`, and fields of `TrainConfig`."""
 
     table_dtype: str = "float32"
     table_gradient: str = "row_sparse"
@@ -68,7 +69,7 @@ class MemoryState(NamedTuple):
 
 def bench_memory(num_keys: int, way: Way) -> MemoryConfig:
     """The memory that is timed, with n² slots."""
-    return MemoryConfig.ultramem(
+    return families.ultramem(
         placement="2:3",
         num_keys=num_keys,
         top_m=32,
@@ -78,7 +79,7 @@ def bench_memory(num_keys: int, way: Way) -> MemoryConfig:
         expansion=4,
         tucker_rank=2,
         num_cores=2,
-        table_dtype=way.table_dtype,
+        dtype=way.table_dtype,
     )
 
 
@@ -92,7 +93,10 @@ def bench_config(num_keys: int, way: Way, tokens: int) -> RunConfig:
     """
     return RunConfig(
         model=ModelConfig(
-            embed_dim=EMBED_DIM, num_layers=4, mlp_dim=4 * EMBED_DIM, memory=bench_memory(num_keys, way)
+            embed_dim=EMBED_DIM,
+            num_layers=4,
+            mlp_dim=4 * EMBED_DIM,
+            memories={"ultramem": bench_memory(num_keys, way)},
         ),
         data=DataConfig(seq_len=tokens // SEQUENCES),
         train=TrainConfig(
@@ -108,13 +112,14 @@ class MemoryLayer:
     """The memory of a model, taken alone. Methods are pure functions of arrays, to be compiled."""
 
     def __init__(self, config: RunConfig):
-        memory, layout = config.model.memory, config.model.layout
-        if memory is None or layout is None:
-            raise UserError("model.memory = None: a step of a memory layer needs one")
-        self.memory, self.num_slots = memory, layout.num_slots
+        if len(config.model.sites) != 1:
+            raise UserError(f"model.memories: {len(config.model.sites)} of them, a layer alone is one")
+        (site,) = config.model.sites
+        self.memory, self.num_slots = site.config, site.num_slots
         self.embed_dim = config.model.embed_dim
-        self.module = ProductKeyMemory(memory, num_layers=config.model.num_layers)
+        self.module = Memory(site)
         self.optimizers = make_optimizers(config)
+        self._rows = self.optimizers.rows[site.table]
         self.is_dense = config.train.table_gradient == "dense"
 
     def init(self) -> MemoryState:
@@ -127,7 +132,7 @@ class MemoryLayer:
             params=params,
             opt_state=self.optimizers.params.init(params),
             table=table,
-            table_state=(self.optimizers.tables if self.is_dense else self.optimizers.rows).init(table),
+            table_state=(self.optimizers.tables if self.is_dense else self._rows).init(table),
             buffers=variables["buffers"],
         )
 
@@ -180,7 +185,7 @@ class MemoryLayer:
         if self.is_dense:
             return point | {"table": state.table}
         tokens = batch.x.shape[0] * batch.x.shape[1]
-        return point | {"pooled": jnp.zeros((tokens, self.memory.num_blocks, self.memory.value_dim))}
+        return point | {"pooled": jnp.zeros((tokens, self.memory.num_blocks, self.memory.table.value_dim))}
 
     def gradients(self, state: MemoryState, batch: Batch) -> tuple[dict[str, Any], Any]:
         """The gradient by everything in `at`, and what `forward` left."""
@@ -196,7 +201,7 @@ class MemoryLayer:
     ) -> tuple[jax.Array, Any]:
         """Table and moments after row-sparse AdamW."""
         seed = mix(step.astype(jnp.uint32), jnp.uint32(0))
-        table, moments, *_ = self.optimizers.rows.update(gradients, moments, table, step, seed)
+        table, moments, *_ = self._rows.update(gradients, moments, table, step, seed)
         return table, moments
 
     def update_params(self, gradients: Any, params: Any, opt_state: Any) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from experiments.plan_hardware import Hardware
 from experiments.plan_time import access_bytes
 from ultramem_jax.accounting import exchange_bytes
 from ultramem_jax.accounting.model import DTYPE_BYTES
-from ultramem_jax.config import ModelConfig
+from ultramem_jax.memory_config import MemorySite
 
 WAYS = ("slots", "width", "paper_number_wise", "paper_dimension_wise")
 """Fields of `ultramem_jax.accounting.Exchange`."""
@@ -37,27 +37,26 @@ Costs = dict[int, dict[str, WayCost]]
 """By P and way; a way is absent where P does not divide what it splits."""
 
 
-def partition_costs(model: ModelConfig, tokens: int, hardware: Hardware, most: int) -> Costs:
+def partition_costs(site: MemorySite, tokens: int, hardware: Hardware, most: int) -> Costs:
     """The four ways for P = 2, 4, 8, ...
 
     Args:
-        model: with memories.
+        site: a memory of a model.
         tokens: of one device.
         hardware: of every device.
         most: the largest P.
     """
-    memory, layout = model.memory, model.layout
-    assert memory is not None and layout is not None
-    value, reads = DTYPE_BYTES[memory.table_dtype], tokens * memory.num_heads * memory.top_m
-    widths = [width for width in (memory.value_dim, memory.pre_value_dim) if width]
+    memory, table = site.config, site.config.table
+    value, reads = DTYPE_BYTES[table.dtype], tokens * memory.reads_per_token
+    widths = list(table.arrays.values())
     costs: Costs = {}
     parts = 2
     while parts <= most:
-        exchange = exchange_bytes(model, tokens, parts)
+        exchange = exchange_bytes(site, tokens, parts)
         rate = hardware.node_link_bytes if parts <= hardware.devices_per_node else hardware.outer_link_bytes
         for way in WAYS:
             columns = parts if way in _BY_COLUMNS else 1
-            split = widths if way in _BY_COLUMNS else [layout.num_slots]
+            split = widths if way in _BY_COLUMNS else [site.num_slots]
             if any(size % parts for size in split):
                 continue
             of_read = sum(access_bytes(value * (width // columns), hardware.access_bytes) for width in widths)

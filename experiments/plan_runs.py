@@ -45,9 +45,9 @@ def planned_runs(config: RunConfig, partitions: str, rival: str) -> dict[str, tu
         require(not partitions, "--partition", partitions, "must be empty for a model without memories")
         runs["model"] = config, ""
     else:
-        for name in partitions.split(",") if partitions else [memory.partition]:
+        for name in partitions.split(",") if partitions else [memory.table.partition]:
             choice("--partition", name, ("slots", "width", "both"))
-            model = dataclasses.replace(config.model, memory=dataclasses.replace(memory, partition=name))
+            model = config.model.with_memory(memory.changed(partition=name))
             runs[name] = dataclasses.replace(config, model=model), ""
     if rival:
         choice("--rival", rival, RIVALS)
@@ -74,7 +74,7 @@ def lookups(config: RunConfig, hardware: Hardware) -> tuple[int, Costs] | None:
     None without memories, and for one device.
     """
     axes = abstract_axes(config)
-    if not config.model.spans or axes.mesh.size == 1:
+    if not config.model.sites or axes.mesh.size == 1:
         return None
     tokens = config.train.batch_size * config.data.seq_len // axes.size(axes.tokens)
-    return tokens, partition_costs(config.model, tokens, hardware, axes.mesh.size)
+    return tokens, partition_costs(config.model.sites[0], tokens, hardware, axes.mesh.size)

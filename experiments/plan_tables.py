@@ -93,9 +93,8 @@ def render(
     if partitions is not None:
         tokens, costs = partitions
         parts += ["## By slots or by width", markdown.table(partition_rows(costs)), partition_words(costs)]
-        memory = plans[0].step.config.model.memory
-        assert memory is not None
-        about = {"cores": memory.num_cores, "blocks": memory.num_blocks}
+        memory = plans[0].step.config.model.sites[0].config
+        about = {"cores": memory.address.weights_per_read, "blocks": memory.num_blocks}
         parts.append(_PARTITION.format(tokens=tokens, access=hardware.access_bytes, **about))
     if hardware.notes:
         parts += [f"## Rates of {hardware.name}", "\n".join(f"- {note}" for note in hardware.notes)]

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.plan_compile import DeviceBytes
 from experiments.plan_hardware import Hardware
-from ultramem_jax.accounting import expected_rows, flops_per_token
+from ultramem_jax.accounting import expected_rows, flops_per_token, table_readers
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES
 from ultramem_jax.config import RunConfig
 from ultramem_jax.ops.on_mesh import MeshAxes
@@ -94,7 +94,7 @@ def estimate_step(
         TimePart("compute", "compute", flops, flops / hardware.matmul_flops(config.model.dtype)),
         TimePart(f"parameters and {_OPTIMIZERS[config.train.optimizer]}", "memory", dense, dense / rate),
     ]
-    if config.model.memory is not None:
+    if config.model.sites:
         # Once by the forward pass, once by the backward pass for the gradients of the scores.
         parts.append(TimePart("rows, forward and backward", "memory", 2 * looked_up, 2 * looked_up / rate))
         parts.append(TimePart("update of rows", "memory", updated, updated / rate))
@@ -118,8 +118,7 @@ def step_flops(config: RunConfig, axes: MeshAxes) -> float:
     flops = flops_per_token(model, config.data.seq_len)
     shared = flops.attention + flops.attention_scores
     logits = flops.logits / (tensor if model.vocab_size % tensor == 0 else 1)
-    memory = flops.memory_queries + flops.memory_keys + flops.memory_scoring + flops.memory_projection
-    memory += flops.memory_pre_projection + flops.memory_gate
+    memory = flops.memory.total() + flops.memory_scoring
     apart = axes.of_tokens(axes.experts) == axes.experts
     feed_forward = flops.feed_forward / (1 if apart else axes.size(axes.experts))
     of_token = (shared + feed_forward) / tensor + logits + flops.router + memory
@@ -139,27 +138,24 @@ def row_traffic(config: RunConfig, axes: MeshAxes, access: int) -> tuple[float, 
         axes: of its mesh.
         access: bytes of the smallest access.
     """
-    memory, layout, train = config.model.memory, config.model.layout, config.train
-    if memory is None or layout is None:
-        return 0.0, 0.0
-    memories, columns = len(config.model.spans), axes.size(axes.width)
-    reads = train.batch_size * config.data.seq_len * memory.num_heads * memory.top_m * memories
-    reads_here = reads / axes.size(axes.slots)
-    rows = layout.num_slots / axes.size(axes.slots)
-    widths = [width // columns for width in (memory.value_dim, memory.pre_value_dim) if width]
-    value = DTYPE_BYTES[memory.table_dtype]
-    of_read = sum(access_bytes(value * width, access) for width in widths)
-    looked_up = reads_here / axes.size(axes.replicas) * of_read
-    if train.table_gradient == "dense":
-        of_row = sum(UPDATE_ARRAYS * FLOAT32_BYTES * width for width in widths)
-        of_row += 2 * sum(array.bytes(width) for array in train.row_arrays for width in widths)
-        updated = rows * layout.num_tables * of_row
-    else:
-        updated = 0.0
+    train, columns, owners = config.train, axes.size(axes.width), axes.size(axes.slots)
+    looked_up = updated = 0.0
+    for readers in table_readers(config.model):
+        table = readers[0].config.table
+        reads = train.batch_size * config.data.seq_len * readers[0].config.reads_per_token * len(readers)
+        rows, reads_here = readers[0].num_slots / owners, reads / owners
+        widths = [width // columns for width in table.arrays.values()]
+        value = DTYPE_BYTES[table.dtype]
+        of_read = sum(access_bytes(value * width, access) for width in widths)
+        looked_up += reads_here / axes.size(axes.replicas) * of_read
+        if train.table_gradient == "dense":
+            of_row = sum(UPDATE_ARRAYS * FLOAT32_BYTES * width for width in widths)
+            of_row += 2 * sum(array.bytes(width) for array in train.row_arrays for width in widths)
+            updated += rows * of_row
+            continue
         for width in widths:
             for of_row in (value * width, *(array.bytes(width) for array in train.row_arrays)):
-                touched = touched_bytes(of_row, rows, reads_here / layout.num_tables, access)
-                updated += 2 * touched * layout.num_tables  # read and written
+                updated += 2 * touched_bytes(of_row, rows, reads_here, access)  # read and written
     return looked_up, updated
 
 

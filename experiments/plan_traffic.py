@@ -16,7 +16,8 @@ OVERFLOW = "overflow of experts"
 _EXPERTS = "tokens to experts and back"
 _TO_EXPERTS = ("tokens to experts", "results to tokens")
 """Two purposes of the formulas whose collectives have one name in the program."""
-_MEMORY = re.compile(r"\bmemory_(\d+|tables)/")
+_MEMORY = re.compile(r"/(address|table|readout)[./]")
+"""Modules of a memory."""
 
 _OF_POOLED = {
     # (whether in the backward pass, whether it adds numbers of reads) -> purpose
@@ -148,12 +149,13 @@ def by_axes(rows: Iterable[Traffic]) -> Mapping[tuple[str, ...], float]:
 
 
 def reads_at_owner(config: RunConfig, axes: MeshAxes) -> float:
-    """Reads of one memory in a step that are of rows one device owns, if they are spread evenly."""
-    memory = config.model.memory
-    if memory is None:
+    """Reads of a memory, on average, in a step that are of one device's rows, if they are spread evenly."""
+    sites = config.model.sites
+    if not sites:
         return 0.0
     tokens = config.train.batch_size * config.data.seq_len
-    return tokens * memory.num_heads * memory.top_m / axes.size(axes.slots)
+    reads = sum(site.config.reads_per_token for site in sites) / len(sites)
+    return tokens * reads / axes.size(axes.slots)
 
 
 def _row(

@@ -12,6 +12,7 @@ from experiments.seeds import Result, deviation, final_bits, median_speed, train
 from ultramem_jax import MemoryConfig, RunConfig, UserError
 from ultramem_jax.accounting import RowBytes, row_bytes
 from ultramem_jax.data import Corpus
+from ultramem_jax.presets import families
 from ultramem_jax.row_states import row_arrays, takes_means
 
 
@@ -19,7 +20,7 @@ from ultramem_jax.row_states import row_arrays, takes_means
 class Choice:
     """What is kept of a row, and by which rule it is updated.
 
-    `table_dtype` is a field of `MemoryConfig`, the others are of `TrainConfig`.
+    `table_dtype` is the table's `dtype`, the others are of `TrainConfig`.
     """
 
     label: str
@@ -33,8 +34,8 @@ class Choice:
         """The base, whose memory this is, with this choice."""
         fields = dataclasses.asdict(self)
         del fields["label"]
-        memory = dataclasses.replace(memory, table_dtype=fields.pop("table_dtype"))
-        model = dataclasses.replace(base.model, memory=memory)
+        memory = memory.changed(dtype=fields.pop("table_dtype"))
+        model = base.model.with_memory(memory)
         return dataclasses.replace(base, model=model, train=dataclasses.replace(base.train, **fields))
 
     @property
@@ -70,9 +71,9 @@ CHOICES = {
 }
 """By name of the run."""
 
-_LARGE = MemoryConfig(num_keys=4500, value_dim=128)
+_LARGE = families.ultramem(num_keys=4500, value_dim=128)
 """Of a memory for which these choices matter."""
-_LARGE_SLOTS = _LARGE.num_keys**2
+_LARGE_SLOTS = _LARGE.address.own_slots
 _GB = 1e9
 
 
@@ -87,13 +88,13 @@ def make_configs(base: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]:
         UserError: a base without a memory, or that has made such a choice itself.
     """
     memory = base.model.memory
-    if memory is None or not base.model.spans:
+    if memory is None or not base.model.sites:
         raise UserError("model.memory: rows belong to memories; the base must have one")
     chosen = {REFERENCE, *names}
     configs = {name: choice.config(base, memory) for name, choice in CHOICES.items() if name in chosen}
     if configs[REFERENCE] != base:
         raise UserError(
-            "config: model.memory.table_dtype, train.row_optimizer, train.row_second_moment, "
+            "config: model.memories.*.table.dtype, train.row_optimizer, train.row_second_moment, "
             "train.row_moment_dtype and train.row_rounding are what --choices varies; leave them at their "
             "defaults"
         )
@@ -109,11 +110,12 @@ def notes(base: RunConfig, corpus: Corpus, seeds: int) -> list[str]:
     """How all choices were trained, and how the columns are to be read."""
     return [
         f"One model of width {base.model.embed_dim} with {base.model.num_layers} layers and "
-        f"{len(base.model.spans)} memories, {training_in_words(base, corpus)}",
+        f"{len(base.model.sites)} memories, {training_in_words(base, corpus)}",
         "Bytes per slot: its row of the table and the optimizer's state of it. `2 × float32`: a first and a "
         "second moment for every value; `float32 per row`: the second one, or Adagrad's sum, is of means "
         "over the values of a row; `int32 per row`: the last step that read it. "
-        f"GB: table and moments of {_LARGE_SLOTS:,} slots with values {_LARGE.value_dim} wide, 10⁹ bytes.",
+        f"GB: table and moments of {_LARGE_SLOTS:,} slots with values {_LARGE.table.value_dim} wide, "
+        "10⁹ bytes.",
         "Rounding: of what is kept in bfloat16. To nearest, an update below half of a value's last bit is "
         "lost; stochastically it arrives on average.",
         "Every choice has the learning rate of full Adam. SGD and Adagrad would each need their own: of "
@@ -166,7 +168,7 @@ def plot(
 
 def _row(choice: Choice, config: RunConfig, results: Mapping[str, list[Result]], name: str) -> dict[str, Any]:
     of_slot = _bytes_of(config)
-    large = row_bytes(dataclasses.replace(_LARGE, table_dtype=choice.table_dtype), config.train)
+    large = row_bytes(_LARGE.changed(dtype=choice.table_dtype).table, config.train)
     bits = final_bits(results[name])
     differences = _differences(results, name) if name != REFERENCE else None
     return {
@@ -177,7 +179,7 @@ def _row(choice: Choice, config: RunConfig, results: Mapping[str, list[Result]],
         "table bytes/slot": of_slot.table,
         "moment bytes/slot": of_slot.moments,
         "bytes/slot": of_slot.total,
-        f"GB of {_LARGE_SLOTS:,} × {_LARGE.value_dim}": large.total * _LARGE_SLOTS / _GB,
+        f"GB of {_LARGE_SLOTS:,} × {_LARGE.table.value_dim}": large.total * _LARGE_SLOTS / _GB,
         "validation bits/byte": statistics.fmean(bits),
         "± (val.)": deviation(bits),
         "Δ": statistics.fmean(differences) if differences else None,
@@ -188,7 +190,7 @@ def _row(choice: Choice, config: RunConfig, results: Mapping[str, list[Result]],
 
 def _bytes_of(config: RunConfig) -> RowBytes:
     assert config.model.memory is not None, "make_configs has refused models without one"
-    return row_bytes(config.model.memory, config.train)
+    return row_bytes(config.model.memory.table, config.train)
 
 
 def _differences(results: Mapping[str, list[Result]], name: str) -> list[float]:

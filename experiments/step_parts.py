@@ -81,7 +81,7 @@ def time_parts(
         repeats: rounds that count.
         tick: called after every round.
     """
-    parts, top_m = _Parts(layer), layer.memory.top_m
+    parts, top_m = _Parts(layer), layer.memory.value_of("top_m")
     ms: dict[str, list[float]] = {}
     rows = []
 

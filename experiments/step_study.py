@@ -12,7 +12,7 @@ from experiments.step_parts import PartTimes, time_parts
 from experiments.step_timing import Contender, Timing, contender, groups_that_fit, needed, race
 from ultramem_jax.accounting import PartCost
 from ultramem_jax.config import RunConfig
-from ultramem_jax.step_costs import MemoryStepCosts, memory_step_costs, model_step_cost
+from ultramem_jax.step_costs import memory_step_costs, model_step_cost, total
 from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.state import init_state
 from ultramem_jax.training.step import make_train_step
@@ -40,7 +40,7 @@ class PartsResult:
 
     slots: int
     way: str
-    costs: MemoryStepCosts
+    costs: dict[str, PartCost]
     times: PartTimes
 
 
@@ -89,7 +89,7 @@ def plan(num_keys: int, tokens: int, limit: int | None, *, model: bool) -> Size:
         contenders=contenders,
         groups=groups,
         costs={
-            name: model_step_cost(config, tokens) if model else memory_step_costs(config, tokens).total
+            name: model_step_cost(config, tokens) if model else total(memory_step_costs(config, tokens))
             for name, config in configs.items()
         },
         dissected=fitting[0] if fitting and not model else None,

@@ -72,31 +72,31 @@ def seen_by_query(p: dict, x: np.ndarray, s: int) -> np.ndarray:
 
 def head_queries(config: MemoryConfig, p: dict, seen: np.ndarray, head: int, eps: float) -> list:
     """queries[side][rank], each as wide as the keys of a rank."""
-    heads = 1 if config.share_query else config.num_heads
-    ranks = max(config.tucker_rank, 1)
-    of_its_own = ranks if config.query_per_rank else 1
-    columns = (seen @ p["query"]).reshape(2, heads, of_its_own, config.key_dim)
+    heads = 1 if config.address.share_query else config.address.num_heads
+    ranks = max(config.address.tucker_rank, 1)
+    of_its_own = ranks if config.address.query_per_rank else 1
+    columns = (seen @ p["query"]).reshape(2, heads, of_its_own, config.address.key_dim)
     queries = []
     for side in range(2):
-        wide = list(columns[side, 0 if config.share_query else head])
-        if config.norm_query:
+        wide = list(columns[side, 0 if config.address.share_query else head])
+        if config.address.norm_query:
             wide = [rms_norm(query, p["query_scale"], eps) for query in wide]
-        if config.rank_keys == "split":
+        if config.address.rank_keys == "split":
             queries.append(np.split(wide[0], ranks))
         else:
-            queries.append(wide if config.query_per_rank else wide * ranks)
+            queries.append(wide if config.address.query_per_rank else wide * ranks)
     return queries
 
 
 def head_keys(config: MemoryConfig, p: dict, head: int, eps: float) -> np.ndarray:
     """(2, r, K, d)."""
-    keys = p["keys"][:, 0 if config.share_keys else head].copy()
-    if not config.norm_keys:
+    keys = p["keys"][:, 0 if config.address.share_keys else head].copy()
+    if not config.address.norm_keys:
         return keys
     _, ranks, num_keys, width = keys.shape
     for side in range(2):
         for k in range(num_keys):
-            if config.rank_keys == "split":  # one key of width d_k, its parts side by side
+            if config.address.rank_keys == "split":  # one key of width d_k, its parts side by side
                 whole = rms_norm(keys[side, :, k].reshape(-1), p["key_scale"], eps)
                 keys[side, :, k] = whole.reshape(ranks, width)
             else:
@@ -123,10 +123,10 @@ class Scored(NamedTuple):
 def scored(config: MemoryConfig, variables: dict, x: np.ndarray, eps: float) -> Iterator[Scored]:
     """Every token and head."""
     p = float64(variables["params"])
-    for head in range(config.num_heads):
+    for head in range(config.address.num_heads):
         keys = head_keys(config, p, head, eps)
         u = t = np.ones(1)
-        if config.tucker_rank:
+        if config.address.tucker_rank:
             last = float64(variables["buffers"])
             last_u, last_t = last["row_direction"][head], last["column_direction"][head]
             u, t = leading_vectors(p["cores"][head].sum(0), last_u, last_t)
@@ -142,30 +142,30 @@ def scored(config: MemoryConfig, variables: dict, x: np.ndarray, eps: float) -> 
 
 def chosen(config: MemoryConfig, p: dict, found: Scored) -> tuple[list[Cell], np.ndarray]:
     """The m cells and their scores (m, h)."""
-    row, column, m = found.row, found.column, config.top_m
-    if config.tucker_rank:
+    row, column, m = found.row, found.column, config.address.top_m
+    if config.address.tucker_rank:
         cores = p["cores"][found.head]
         cells = tucker_cells(row, column, cores.sum(0), found.u, found.t, m)
         scores = np.array([[row[:, i] @ core @ column[:, j] for core in cores] for i, j in cells])
     else:
         cells = product_key_cells(row[0], column[0], m)
         scores = np.array([[row[0, i] + column[0, j]] for i, j in cells])
-    return cells, softmax(scores) if config.softmax else scores
+    return cells, softmax(scores) if config.address.softmax else scores
 
 
 def inner_value(config: MemoryConfig, p: dict, u: np.ndarray, x: np.ndarray) -> float:
     """act(u·p), what an expert of inner width 1 makes of the token x; u is the pre-value of its slot."""
-    dot = float(u @ (x @ p["pre_projection"] if config.project_pre_values else x))
-    return gelu(dot) if config.pre_value_activation == "gelu" else dot
+    dot = float(u @ (x @ p["pre_projection"] if config.table.project_pre_values else x))
+    return gelu(dot) if config.table.pre_value_activation == "gelu" else dot
 
 
 def projectors(config: MemoryConfig, p: dict, embed_dim: int) -> list[np.ndarray]:
     """One (d_v, D) for each of the E blocks."""
-    if not config.project_values:
+    if not config.readout.project_values:
         return [np.eye(embed_dim)]
-    if config.sum_blocks:
-        return [p["projection"]] * config.expansion
-    return list(p["projection"].reshape(config.expansion, config.value_dim, embed_dim))
+    if config.readout.sum_blocks:
+        return [p["projection"]] * config.address.expansion
+    return list(p["projection"].reshape(config.address.expansion, config.table.value_dim, embed_dim))
 
 
 def memory_layer(
@@ -176,7 +176,7 @@ def memory_layer(
     tables: dict | None = None,
     eps: float = 1e-5,
 ) -> np.ndarray:
-    """The output (B, S, D) of `ProductKeyMemory` for x (B, S, D).
+    """The output (B, S, D) of a `Memory` of product keys for x (B, S, D).
 
     Args:
         config: of the layer.
@@ -193,10 +193,12 @@ def memory_layer(
         token = x[found.b, found.s]
         for cell, weight in zip(*chosen(config, p, found), strict=True):
             block, slot = block_and_slot(*cell)
-            if config.pre_value_dim:
+            if config.table.pre_value_dim:
                 weight = weight * inner_value(config, p, tables["pre_values"][slot], token)
-            value = tables["values"][slot] * np.repeat(weight, config.value_dim // config.num_cores)
-            if config.gate:
+            value = tables["values"][slot] * np.repeat(
+                weight, config.table.value_dim // config.address.num_cores
+            )
+            if config.readout.gate:
                 gate = token @ p["gate"]
                 value = value * gate / (1 + np.exp(-gate))
             y[found.b, found.s] += value @ through[block]
@@ -214,7 +216,7 @@ def balance_loss(config: MemoryConfig, variables: dict, x: np.ndarray, eps: floa
         selections, probabilities = [], []
         for found in scored(config, variables, x, eps):
             scores = found.t @ found.column if side else found.u @ found.row
-            selections.extend(best(scores, config.top_m))
+            selections.extend(best(scores, config.address.top_m))
             probabilities.append(softmax(scores))
         p = np.mean(probabilities, axis=0)
         f = np.array([selections.count(i) for i in range(len(p))]) / len(selections)

@@ -15,20 +15,26 @@ from ultramem_jax.accounting import (
     expected_experts,
     expected_rows,
     flops_per_token,
+    table_readers,
 )
 from ultramem_jax.accounting.decoding import expected_rows_read
-from ultramem_jax.config import MemoryConfig, MoEConfig
+from ultramem_jax.config import MoEConfig
 from ultramem_jax.errors import UserError
-from ultramem_jax.presets import PRESETS, preset
+from ultramem_jax.presets import PRESETS, families, preset
 
 # V 10, D 8, L 2, A 4 (2 wide), 2 heads of keys and values (4 wide together), gated MLP, F 6; 3 sequences.
 PLAIN = replace(test_accounting.PLAIN, tie_embeddings=True)
 MOE = replace(PLAIN, moe=MoEConfig(num_experts=5, top_k=2, expert_dim=6, activation="swiglu"))
 # Two memories: n 3 (N 9), m 2, H 2, d_k 4, d_v 4, E 4 (K 6), r 2, h 2, convolution 3 wide.
-MEMORY = replace(test_accounting.MEMORY, placement="1:1/2:2")
-ULTRAMEM = replace(PLAIN, memory=MEMORY)
+MEMORY = test_accounting.MEMORY.changed(placement="1:1/2:2")
+ULTRAMEM = replace(PLAIN, memories={"memory": MEMORY})
 # Three memories with pre-values: n 4, m 2, H 1, a ring of 48 slots, windows of 4² at 0, 16 and 32.
-RING = MemoryConfig.ultramem_v2(num_keys=4, top_m=2, key_dim=4, value_dim=4, pre_value_dim=6, share_ratio=0.5)
+RING = families.ultramem_v2(num_keys=4, top_m=2, key_dim=4, value_dim=4, pre_value_dim=6, share_ratio=0.5)
+
+
+def all_rows_read(config, tokens):
+    """Distinct rows that uniform reads find, over all tables."""
+    return sum(expected_rows_read(readers, tokens) for readers in table_readers(config))
 
 
 def cost(config, batch=3, cache_length=7, dtype="float32", cache_dtype="float32", **more):
@@ -75,7 +81,7 @@ def test_measured_experts_take_the_place_of_the_expected():
 
 def test_measured_rows_take_the_place_of_the_expected():
     c, measured = cost(ULTRAMEM), cost(ULTRAMEM, rows=5.5)
-    assert measured.rows == 5.5 and 5.5 < c.rows == pytest.approx(expected_rows_read(ULTRAMEM, 3))
+    assert measured.rows == 5.5 and 5.5 < c.rows == pytest.approx(all_rows_read(ULTRAMEM, 3))
     assert measured.memory_rows.bytes / 5.5 == pytest.approx(c.memory_rows.bytes / c.rows, rel=0.01)
     assert measured.memory_rows.flops == c.memory_rows.flops
     assert cost(PLAIN, rows=0.0) == cost(PLAIN)
@@ -84,8 +90,8 @@ def test_measured_rows_take_the_place_of_the_expected():
 
 
 def test_the_expected_rows_of_a_single_read_may_round_to_more_than_one():
-    memory = replace(MEMORY, num_heads=1, top_m=1, num_keys=5)
-    one = cost(replace(PLAIN, memory=replace(memory, placement="1:2")), batch=1)
+    memory = MEMORY.changed(num_heads=1, top_m=1, num_keys=5)
+    one = cost(replace(PLAIN, memories={"memory": memory.changed(placement="1:2")}), batch=1)
     assert one.rows == pytest.approx(1)
 
 
@@ -103,7 +109,7 @@ def test_memories_by_hand():
 
 
 def test_keys_that_heads_share_are_read_once_and_scored_for_each():
-    own, shared = cost(ULTRAMEM), cost(replace(PLAIN, memory=replace(MEMORY, share_keys=True)))
+    own, shared = cost(ULTRAMEM), cost(replace(PLAIN, memories={"memory": MEMORY.changed(share_keys=True)}))
     assert own.memory.bytes - shared.memory.bytes == 4 * 2 * 48
     assert own.memory.flops == shared.memory.flops
 
@@ -114,7 +120,7 @@ def test_weights_cache_and_tables_have_dtypes_of_their_own():
         assert half.parts[name].bytes * 2 == full.parts[name].bytes
     assert half.cache == full.cache and half.memory_rows == full.memory_rows
     assert cost(ULTRAMEM, cache_dtype="bfloat16").cache.bytes * 2 == full.cache.bytes
-    stored = cost(replace(PLAIN, memory=replace(MEMORY, table_dtype="bfloat16")))
+    stored = cost(replace(PLAIN, memories={"memory": MEMORY.changed(dtype="bfloat16")}))
     assert stored.memory_rows.bytes == pytest.approx(full.memory_rows.bytes / 2, abs=1)
     assert stored.memory == full.memory
     assert half.total.flops == full.total.flops
@@ -146,8 +152,8 @@ def test_the_paper_counts_as_if_no_two_tokens_chose_the_same():
     config = preset("ultramem-151m-x12")
     few, many = 16, 1 << 20
     reads = few * 84
-    assert expected_rows_read(config, few) == pytest.approx(3 * reads, rel=1e-3)
-    assert expected_rows_read(config, many) == pytest.approx(3 * 1100**2)
+    assert all_rows_read(config, few) == pytest.approx(3 * reads, rel=1e-3)
+    assert all_rows_read(config, many) == pytest.approx(3 * 1100**2)
     assert bytes_per_token(config, few).memory == 3 * reads * 512 * 4
 
 
@@ -155,37 +161,35 @@ def test_the_paper_counts_as_if_no_two_tokens_chose_the_same():
     ("memory", "memories"),
     [
         (MEMORY, 2),
-        (replace(MEMORY, table_sharing="all"), 2),
-        (replace(MEMORY, table_sharing="ring"), 2),
-        (replace(MEMORY, table_sharing="ring", share_ratio=0.9), 2),
+        (MEMORY.changed(sharing="all"), 2),
+        (MEMORY.changed(sharing="ring"), 2),
+        (MEMORY.changed(sharing="ring", share_ratio=0.9), 2),
         (RING, 3),
-        (replace(RING, share_ratio=0.9), 3),
-        (replace(RING, share_ratio=0.2), 3),
-        (replace(RING, table_sharing="blocks", share_ratio=1 / 3), 3),
-        (replace(RING, table_sharing="blocks", share_ratio=0.5), 4),
+        (RING.changed(share_ratio=0.9), 3),
+        (RING.changed(share_ratio=0.2), 3),
+        (RING.changed(sharing="blocks", share_ratio=1 / 3), 3),
+        (RING.changed(sharing="blocks", share_ratio=0.5), 4),
     ],
 )
 def test_rows_of_shared_tables_are_those_of_uniform_reads(memory, memories):
-    config = replace(PLAIN, num_layers=memories, memory=memory)
-    layout, tokens = config.layout, 3
-    reads = tokens * memory.num_heads * memory.top_m
+    config = replace(PLAIN, num_layers=memories, memories={"memory": memory})
+    layout, tokens = config.sites[0].layout, 3
+    reads = tokens * memory.reads_per_token
     # The chance that nobody reads a row, row by row.
     expected = 0.0
-    for table in range(layout.num_tables):
-        offsets = layout.offsets if memory.shares_table else [layout.offsets[table]]
-        missed = np.ones(layout.num_slots)
-        for offset in offsets:
-            window = (offset + np.arange(layout.window_slots)) % layout.num_slots
-            missed[window] *= (1 - 1 / layout.window_slots) ** reads
+    for table, num_slots in enumerate(layout.num_slots):
+        missed = np.ones(num_slots)
+        for first, size in ((w.first, w.size) for w in layout.windows if w.table == table):
+            missed[(first + np.arange(size)) % num_slots] *= (1 - 1 / size) ** reads
         expected += (1 - missed).sum()
-    assert expected_rows_read(config, tokens) == pytest.approx(expected)
-    row = memory.row_dim * 4
+    assert all_rows_read(config, tokens) == pytest.approx(expected)
+    row = memory.table.row_dim * 4
     assert cost(config).memory_rows.bytes == round(expected * row)
     assert cost(config).memory_rows.bytes <= bytes_per_token(config, tokens).memory
 
 
 def test_rows_of_memories_that_are_nowhere():
-    config = replace(PLAIN, memory=replace(MEMORY, placement="none", table_sharing="ring"))
+    config = replace(PLAIN, memories={"memory": MEMORY.changed(placement="none", sharing="ring")})
     assert cost(config) == cost(PLAIN)
 
 

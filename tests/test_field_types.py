@@ -12,7 +12,6 @@ import pytest
 
 from ultramem_jax.config import (
     DataConfig,
-    MemoryConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -22,10 +21,14 @@ from ultramem_jax.config import (
     to_dict,
 )
 from ultramem_jax.errors import UserError
+from ultramem_jax.memory_kinds import ADDRESSERS, READOUTS
+from ultramem_jax.memory_parts import TableConfig
 from ultramem_jax.models.sampling import Sampling
 from ultramem_jax.parallel.distributed import Membership
+from ultramem_jax.presets import families
 
-CONFIGS = (ModelConfig, MoEConfig, MemoryConfig, DataConfig, TrainConfig, MeshConfig, RunConfig, Sampling)
+PARTS = (ADDRESSERS["product_keys"], TableConfig, READOUTS["projection"])
+CONFIGS = (*PARTS, ModelConfig, MoEConfig, DataConfig, TrainConfig, MeshConfig, RunConfig, Sampling)
 
 
 def refused(make, name, value, allowed):
@@ -49,12 +52,12 @@ def refused(make, name, value, allowed):
         (TrainConfig, "learning_rate", 1j, "a number"),
         (TrainConfig, "tensorboard", 1, "True or False"),
         (TrainConfig, "tensorboard", np.bool_(True), "True or False"),
-        (MemoryConfig, "softmax", "False", "True or False"),
-        (MemoryConfig, "num_keys", 32.0, "a whole number"),
-        (MemoryConfig, "init", None, "a string"),
+        (PARTS[0], "softmax", "False", "True or False"),
+        (PARTS[0], "num_keys", 32.0, "a whole number"),
+        (PARTS[0], "init", None, "a string"),
         (ModelConfig, "tie_embeddings", "no", "True or False"),
         (ModelConfig, "moe", 5, "of the type MoEConfig"),
-        (ModelConfig, "memory", MoEConfig(), "of the type MemoryConfig"),
+        (ModelConfig, "memories", 5, "of the type Mapping"),
         (ModelConfig, "mlp", b"gelu", "a string"),
         (ModelConfig, "mlp", pathlib.Path("gelu"), "a string"),
         (MoEConfig, "top_k", 1.0, "a whole number"),
@@ -120,10 +123,10 @@ def test_every_float_is_finite_also_in_float32(value):
         (lambda: ModelConfig(rope_theta=1e13), "model.rope_theta"),
         (lambda: ModelConfig(vocab_size=10**11), "model.vocab_size"),
         (lambda: ModelConfig(num_layers=10**9), "model.num_layers"),
-        (lambda: MemoryConfig(query_conv_width=10**6), "model.memory.query_conv_width"),
-        (lambda: MemoryConfig(tucker_rank=10**5, rank_keys="full"), "model.memory.tucker_rank"),
-        (lambda: MemoryConfig(tucker_rank=64, rank_keys="full"), "model.memory.tucker_rank"),
-        (lambda: MemoryConfig(expansion=31622**2), "model.memory.expansion"),
+        (lambda: families.ultramem(query_conv_width=10**6), "address.query_conv_width"),
+        (lambda: families.ultramem(tucker_rank=10**5, rank_keys="full"), "address.tucker_rank"),
+        (lambda: families.ultramem(tucker_rank=64, rank_keys="full"), "address.tucker_rank"),
+        (lambda: families.ultramem(expansion=31622**2), "address.expansion"),
         (lambda: ModelConfig(num_layers=1001), "model.num_layers"),
         (lambda: ModelConfig(embed_dim=10**9), "model.embed_dim"),
         (lambda: MoEConfig(num_experts=2**31), "model.moe.num_experts"),
@@ -151,9 +154,11 @@ def test_an_array_is_refused_in_one_line():
 
 
 def test_numbers_and_paths_become_what_json_knows(tmp_path):
-    memory = MemoryConfig(num_keys=np.int64(32), top_m=np.uint8(4), core_loss_weight=np.float32(0.5))
+    memory = families.ultramem(num_keys=np.int64(32), top_m=np.uint8(4), core_loss_weight=np.float32(0.5))
     config = RunConfig(
-        ModelConfig(memory=memory, dropout=0, rope_theta=np.int32(500), norm_eps=Fraction(1, 1024)),
+        ModelConfig(
+            memories={"memory": memory}, dropout=0, rope_theta=np.int32(500), norm_eps=Fraction(1, 1024)
+        ),
         DataConfig(np.str_("text"), tmp_path / "text.txt", cache_dir=tmp_path),
         TrainConfig(steps=np.int16(3), learning_rate=1),
     )
@@ -163,8 +168,8 @@ def test_numbers_and_paths_become_what_json_knows(tmp_path):
     for part, name, value in (
         (config.train, "steps", 3),
         (config.train, "learning_rate", 1),
-        (memory, "num_keys", 32),
-        (memory, "core_loss_weight", 0.5),
+        (memory.address, "num_keys", 32),
+        (memory.address, "core_loss_weight", 0.5),
         (config.model, "dropout", 0),
         (config.model, "rope_theta", 500.0),
         (config.model, "norm_eps", 2.0**-10),
@@ -207,8 +212,8 @@ def test_a_membership_is_checked_as_flags_are_named():
         ({"model": {}, "data": {}}, "config: must have the part 'train'"),
         ({"model": {}, "data": {}, "train": 3}, "train = 3: must be a dict of the fields of TrainConfig"),
         (
-            {"model": {"memory": "x"}, "data": {}, "train": {}},
-            "model.memory = 'x': must be a dict of",
+            {"model": {"memories": "x"}, "data": {}, "train": {}},
+            "model.memories = 'x': must be a dict of",
         ),
         ({"model": {}, "data": None, "train": {}}, "data = None: must be of the type DataConfig"),
         ({"model": {}, "data": {}, "train": {}, 3: 1}, "unknown config key 3"),

@@ -6,11 +6,13 @@ import itertools
 import pytest
 
 from ultramem_jax.accounting import count_parameters, flops_per_token
-from ultramem_jax.config import MemoryConfig
+from ultramem_jax.config import to_dict
 from ultramem_jax.errors import UserError
+from ultramem_jax.presets import families
 from ultramem_jax.presets import ladder as ladders
 from ultramem_jax.presets.ladder import GRID, LADDER, NOTES, PRESETS, RUNGS, SCALES, grid, ladder
 from ultramem_jax.presets.published import PUBLISHED, TABLE_3
+from ultramem_jax.training.checkpoint_reading import differences
 
 # Rung by rung, the switch and what goes with it; then the values that the switches take.
 CHANGED = [
@@ -30,9 +32,8 @@ CHANGED = [
 
 def _changed(before, after):
     """Names of the memory's fields that differ; nothing else of the model may."""
-    assert dataclasses.replace(after, memory=before.memory) == before
-    before, after = dataclasses.asdict(before.memory), dataclasses.asdict(after.memory)
-    return {name for name in before if before[name] != after[name]}
+    assert dataclasses.replace(after, memories=before.memories) == before
+    return {name.split(".")[-1] for name in differences(to_dict(before.memory), to_dict(after.memory))}
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -47,9 +48,9 @@ def test_each_rung_differs_by_its_switch_alone(scale):
 def test_the_ladder_leads_from_pkm_to_ultramem(scale):
     first, *_, last = ladder(scale).values()
     shape = ("placement", "num_keys", "top_m", "num_heads", "key_dim", "value_dim")
-    for model, made in ((first, MemoryConfig.pkm), (last, MemoryConfig.ultramem)):
-        assert model.memory == made(**{name: getattr(model.memory, name) for name in shape})
-    assert first.memory.value_dim == first.embed_dim == 2 * last.memory.value_dim
+    for model, made in ((first, families.pkm), (last, families.ultramem)):
+        assert model.memory == made(**{name: model.memory.value_of(name) for name in shape})
+    assert first.memory.table.value_dim == first.embed_dim == 2 * last.memory.table.value_dim
 
 
 @pytest.mark.parametrize("name", RUNGS)
@@ -98,9 +99,9 @@ def test_each_point_of_a_grid_differs_from_its_base_by_its_field(scale):
         # 3 does not divide the paper's 500 dimensions of a key.
         widened = {"key_dim"} if (scale, point.name) == ("151m", "tdqkr-r3") else set()
         assert changed == {point.field} | widened, point.name
-        assert getattr(models[point.name].memory, point.field) == point.value
+        assert models[point.name].memory.value_of(point.field) == point.value
     if scale == "151m":
-        assert models["tdqkr-r3"].memory.key_dim == 501
+        assert models["tdqkr-r3"].memory.address.key_dim == 501
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -110,7 +111,7 @@ def test_points_that_are_rungs_are_equal_to_them(scale):
     assert points["tdqkr-r2"] == rungs["ladder-08-tdqkr"]
     assert points["mcs-h2"] == rungs["ladder-09-mcs"]
     assert len({*rungs.values(), *points.values()}) == 20
-    assert points["mcs-alone"].memory.expansion == points["tdqkr-alone"].memory.expansion == 1
+    assert points["mcs-alone"].memory.address.expansion == points["tdqkr-alone"].memory.address.expansion == 1
 
 
 def test_bases_of_table_3_are_those_of_which_table_2_has_the_same_difference():
@@ -146,7 +147,8 @@ def test_presets_are_the_paper_s_and_described():
     for rung in LADDER:
         assert rung.change in NOTES[rung.name] and str(PUBLISHED[rung.name].dense_params) in NOTES[rung.name]
         assert "Published: " in NOTES[rung.name] and "Inferred" in NOTES[rung.name]
-    assert PRESETS[RUNGS[0]] == ladders.ultramem_paper.PRESETS["pkm-151m-x10"]
+    pkm = ladders.ultramem_paper.PRESETS["pkm-151m-x10"]
+    assert PRESETS[RUNGS[0]] == dataclasses.replace(pkm, memories={"ultramem": pkm.memory})
 
 
 def test_an_unknown_scale_names_the_known():

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from ultramem_jax import accounting
-from ultramem_jax.config import MemoryConfig, ModelConfig
+from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.matching import SYSTEMS, differences, match, match_all, verify_match
-from ultramem_jax.presets import PRESETS
+from ultramem_jax.memory_parts import TableLayout, Window
+from ultramem_jax.presets import PRESETS, families
 from ultramem_jax.rivals import reads_per_token
 
 TINY = PRESETS["ultramem-tiny"]
@@ -18,14 +19,16 @@ DEMO = ModelConfig(
     num_heads=4,
     num_kv_heads=4,
     mlp_dim=512,
-    memory=MemoryConfig.ultramem(
-        placement="1:2", num_keys=256, top_m=16, num_heads=2, key_dim=32, value_dim=64
-    ),
+    memories={
+        "memory": families.ultramem(
+            placement="1:2", num_keys=256, top_m=16, num_heads=2, key_dim=32, value_dim=64
+        )
+    },
 )
 
 
 def with_memory(config, **changes):
-    return replace(config, memory=replace(config.memory, **changes))
+    return replace(config, memories={"memory": config.memory.changed(**changes)})
 
 
 def test_dense_by_hand():
@@ -33,7 +36,7 @@ def test_dense_by_hand():
     # 4·2·512 + 2·4·16 + 2·2·256 + 2·16·12) and 4,096 in lookups. An MLP's unit costs 2·2·(2·128) = 1,024.
     assert (214_016 + 11_264 + 4_096) / 1_024 == 224.0
     dense = match(DEMO, "dense")
-    assert dense == replace(DEMO, memory=None, mlp_dim=512 + 224)
+    assert dense == replace(DEMO, memories={}, mlp_dim=512 + 224)
 
 
 def test_moe_by_hand():
@@ -50,13 +53,18 @@ def test_pkm_by_hand():
     # ultramem-151m-x12: √(1,858,560,000 / 1024) = 1347.2 keys per side; 3·2·42 reads over 2 heads.
     base = PRESETS["ultramem-151m-x12"]
     pkm = match(base, "pkm")
-    assert pkm.memory == MemoryConfig.pkm(
-        placement="6:6", num_keys=1347, top_m=126, num_heads=2, key_dim=pkm.memory.key_dim, value_dim=1024
+    assert pkm.memory == families.pkm(
+        placement="6:6",
+        num_keys=1347,
+        top_m=126,
+        num_heads=2,
+        key_dim=pkm.memory.address.key_dim,
+        value_dim=1024,
     )
     assert pkm.mlp_dim == base.mlp_dim
     # Memories of 2·(7,525,248·3 weights) less lookup and scoring, over 2·(4·1024 + 4·1347) a key dimension.
     wanted = (2 * 3 * 7_525_248 + 258_048 + 156_000 - 2 * 252 * 1024 - 2 * (126**2 + 126)) / 18_968
-    assert pkm.memory.key_dim == pytest.approx(wanted, abs=8)
+    assert pkm.memory.address.key_dim == pytest.approx(wanted, abs=8)
 
 
 def test_fine_grained_moe_by_hand():
@@ -70,7 +78,7 @@ def test_fine_grained_moe_by_hand():
 
 def test_improved_pkm_is_pkm_but_for_norms_and_rate():
     pkm, improved = match(TINY, "pkm").memory, match(TINY, "pkm-improved").memory
-    assert improved == replace(pkm, norm_query=True, norm_keys=True, value_lr_multiple=4.0)
+    assert improved == pkm.changed(norm_query=True, norm_keys=True, value_lr_multiple=4.0)
 
 
 def test_memory_plus_by_hand():
@@ -80,7 +88,7 @@ def test_memory_plus_by_hand():
     wanted = (2 * 2 * 123_392 + 2 * 2 * 6_656 + 8_192 - 131_072 - 2 * 2 * 272 - 16_384) / 7_168
     plus = match(TINY, "memory-plus")
     assert plus.mlp_dim == TINY.mlp_dim
-    assert plus.memory == MemoryConfig.memory_plus(
+    assert plus.memory == families.memory_plus(
         placement="1:1/3:3",
         num_keys=320,
         top_m=16,
@@ -89,37 +97,36 @@ def test_memory_plus_by_hand():
         value_dim=128,
         value_lr_multiple=4.0,
     )
-    assert (plus.layout.num_tables, plus.layout.num_slots) == (1, 320**2)
-    assert plus.layout.offsets == (0, 0)
+    assert plus.sites[0].layout == TableLayout((320**2,), (Window(0, 0, 320**2),) * 2)
 
 
 def test_memory_plus_sits_at_a_regular_interval():
     # Three memories: each in the middle of four of the twelve layers.
     plus = match(PRESETS["ultramem-151m-x12"], "memory-plus")
     assert plus.memory.placement == "2:2/6:6/10:10"
-    assert plus.layout.num_tables == 1
+    assert len(plus.sites[0].layout.num_slots) == 1
 
 
 def test_peer_by_hand():
     # √(13,107,200 / 256) = 226.3 keys per side; 64 reads over 8 heads, values and pre-values of width D.
     peer = match(TINY, "peer")
-    assert peer.memory == MemoryConfig.peer(
+    assert peer.memory == families.peer(
         placement="2:2",
         num_keys=226,
         top_m=8,
         num_heads=8,
-        key_dim=peer.memory.key_dim,
+        key_dim=peer.memory.address.key_dim,
         value_dim=128,
         pre_value_dim=128,
     )
     # A key dimension costs 2·8·2·(128 + 226) = 11,328; scoring takes 8·(64 + 8), lookups 2·64·256.
     wanted = (2 * 2 * 123_392 + 2 * 2 * 6_656 + 8_192 - 576 - 32_768) / 11_328
-    assert peer.memory.key_dim == pytest.approx(wanted, abs=1)
+    assert peer.memory.address.key_dim == pytest.approx(wanted, abs=1)
 
 
 @pytest.mark.parametrize(("reads", "heads"), [(64, 8), (252, 7), (36, 6), (50, 5), (44, 4), (22, 8)])
 def test_heads_of_peer_divide_the_reads(reads, heads):
-    peer = match(with_memory(TINY, placement="2:2", num_heads=2, top_m=reads // 2), "peer").memory
+    peer = match(with_memory(TINY, placement="2:2", num_heads=2, top_m=reads // 2), "peer").memory.address
     assert (peer.num_heads, peer.top_m) == (heads, reads // heads)
 
 
@@ -127,7 +134,7 @@ def test_ultramem_v2_by_hand():
     # A ring of 4·226² slots of 32 + 32 numbers; each of the four memories reads half of it, 319² of 102,152
     # slots, from its own start; 64 reads over 4 memories.
     v2 = match(TINY, "ultramem-v2")
-    assert v2.memory == MemoryConfig.ultramem_v2(
+    assert v2.memory == families.ultramem_v2(
         placement="full",
         num_keys=226,
         top_m=16,
@@ -137,17 +144,18 @@ def test_ultramem_v2_by_hand():
         pre_value_dim=32,
         share_ratio=0.5,
     )
-    layout = v2.layout
-    assert (layout.num_tables, layout.num_slots, layout.num_virtual_keys) == (1, 4 * 226**2, 319)
-    assert layout.offsets == (0, 226**2, 2 * 226**2, 3 * 226**2)
+    layout = v2.sites[0].layout
+    assert layout.num_slots == (4 * 226**2,)
+    assert v2.memory.address.num_virtual_keys(v2.sites[0]) == 319
+    assert [window.first for window in layout.windows] == [0, 226**2, 2 * 226**2, 3 * 226**2]
     # Its memories are cheaper than the base's, and the MLPs get what is left: 24 units of 2·2·4·128 FLOPs.
     assert v2.mlp_dim == 512 + 24
 
 
 def test_ultramem_v2_in_one_layer_reads_its_whole_table():
     v2 = match(replace(with_memory(DEMO, placement="1:1"), num_layers=1), "ultramem-v2")
-    assert v2.memory.share_ratio == 1
-    assert v2.layout.window_slots == v2.layout.num_slots
+    assert v2.memory.table.share_ratio == 1
+    assert v2.sites[0].window.size == v2.sites[0].num_slots
 
 
 def test_the_base_stands_for_itself():
@@ -166,7 +174,9 @@ BASES = {
     "wide keys": with_memory(TINY, rank_keys="full", key_dim=256),
     "narrow keys": replace(
         TINY,
-        memory=MemoryConfig.pkm(placement="2:2", num_keys=320, num_heads=1, key_dim=2, value_dim=128),
+        memories={
+            "memory": families.pkm(placement="2:2", num_keys=320, num_heads=1, key_dim=2, value_dim=128)
+        },
     ),
     "grouped queries": replace(TINY, num_kv_heads=2, tie_embeddings=False),
 }
@@ -192,7 +202,7 @@ def test_counterparts_match_within_the_tolerance(name):
 
 def test_the_mlp_takes_what_keys_cannot():
     wide, narrow = match(BASES["wide keys"], "pkm"), match(BASES["narrow keys"], "pkm")
-    assert (wide.memory.key_dim, narrow.memory.key_dim) == (4 * 128, 8)
+    assert (wide.memory.address.key_dim, narrow.memory.address.key_dim) == (4 * 128, 8)
     assert wide.mlp_dim > 512 and narrow.mlp_dim < 512
 
 
@@ -205,8 +215,8 @@ def test_pkm_reads_no_more_than_its_keys_allow():
     # 4 memories × 2 heads × 16 reads would be 64 for each of the two heads.
     base = with_memory(TINY, placement="full", num_keys=40, value_dim=64)
     pkm = match(base, "pkm")
-    assert pkm.memory.num_keys == 57  # √(4·1600·64/128) = 56.6
-    assert pkm.memory.top_m == 57
+    assert pkm.memory.address.num_keys == 57  # √(4·1600·64/128) = 56.6
+    assert pkm.memory.address.top_m == 57
 
 
 def test_a_window_reads_no_more_than_its_keys_allow():
@@ -214,8 +224,8 @@ def test_a_window_reads_no_more_than_its_keys_allow():
     # for each of the four memories.
     base = with_memory(TINY, num_keys=80, expansion=4, top_m=150, placement="1:4", value_dim=64)
     v2 = match(base, "ultramem-v2")
-    assert (v2.memory.num_keys, v2.layout.window_keys) == (40, 56)
-    assert v2.memory.top_m == 56
+    assert (v2.memory.address.num_keys, v2.sites[0].window.size) == (40, 56**2)
+    assert v2.memory.address.top_m == 56
 
 
 def test_activation_of_the_experts_is_the_mlps():

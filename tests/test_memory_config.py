@@ -4,30 +4,37 @@ import math
 
 import pytest
 
-from ultramem_jax.config import MemoryConfig, ModelConfig
+from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError
+from ultramem_jax.memory_config import MemorySite
+from ultramem_jax.presets import families
 
 SMALL = dict(num_keys=4, top_m=4, expansion=1)
 
 
+def windows(memory, num_memories):
+    """(window keys, rows of each table, first row of each window) of so many memories."""
+    site = MemorySite.alone(memory, 16, num_memories=num_memories)
+    firsts = tuple(window.first for window in site.layout.windows)
+    return memory.address.window_keys(site), site.layout.num_slots, firsts
+
+
 def test_memories_with_tables_of_their_own():
-    layout = MemoryConfig(num_keys=6, top_m=4, expansion=4).layout(3)
-    assert (layout.window_keys, layout.num_virtual_keys) == (6, 12)
-    assert (layout.num_tables, layout.num_slots, layout.offsets) == (3, 36, (0, 0, 0))
+    memory = families.ultramem(num_keys=6, top_m=4, expansion=4)
+    assert windows(memory, 3) == (6, (36, 36, 36), (0, 0, 0))
+    sites = [MemorySite.alone(memory, 16, num_memories=3, index=i) for i in range(3)]
+    assert [site.window.table for site in sites] == [0, 1, 2]
+    assert memory.address.num_virtual_keys(sites[1]) == 12
 
 
 def test_one_table_for_all():
-    layout = MemoryConfig(**SMALL, table_sharing="all").layout(3)
-    assert (layout.num_tables, layout.num_slots, layout.offsets) == (1, 16, (0, 0, 0))
-    assert layout.window_slots == 16
+    assert windows(families.ultramem(**SMALL, sharing="all"), 3) == (4, (16,), (0, 0, 0))
 
 
 def test_a_ring_of_windows():
     # Half of 3·16 slots is 24: the largest square within it has 4 keys per side.
-    layout = MemoryConfig(**SMALL, table_sharing="ring", share_ratio=0.5).layout(3)
-    assert (layout.window_keys, layout.num_tables, layout.num_slots) == (4, 1, 48)
-    assert layout.offsets == (0, 16, 32)
-    assert MemoryConfig(**SMALL, table_sharing="ring").layout(3).window_keys == 6  # √48 = 6.9
+    assert windows(families.ultramem(**SMALL, sharing="ring", share_ratio=0.5), 3) == (4, (48,), (0, 16, 32))
+    assert windows(families.ultramem(**SMALL, sharing="ring"), 3)[0] == 6  # √48 = 6.9
 
 
 @pytest.mark.parametrize(
@@ -41,19 +48,20 @@ def test_a_ring_of_windows():
     ],
 )
 def test_blocks_of_neighbours(memories, ratio, offsets):
-    layout = MemoryConfig(**SMALL, table_sharing="blocks", share_ratio=ratio).layout(memories)
-    assert layout.offsets == offsets
-    assert layout.window_keys == math.isqrt(round(ratio * memories) * 16)
+    memory = families.ultramem(**SMALL, sharing="blocks", share_ratio=ratio)
+    keys, _, firsts = windows(memory, memories)
+    assert firsts == offsets
+    assert keys == math.isqrt(round(ratio * memories) * 16)
 
 
 @pytest.mark.parametrize("sharing", ["none", "all", "ring", "blocks"])
 def test_no_memory_at_all(sharing):
-    memory = MemoryConfig(**SMALL, table_sharing=sharing, placement="none")
-    assert ModelConfig(memory=memory).layout.num_tables == 0
+    memory = families.ultramem(**SMALL, sharing=sharing, placement="none")
+    assert ModelConfig(memories={"memory": memory}).sites == ()
 
 
 def _v2(**fields):
-    return MemoryConfig.ultramem_v2(**dict(num_keys=4, top_m=4, pre_value_dim=8) | fields)
+    return families.ultramem_v2(**dict(num_keys=4, top_m=4, pre_value_dim=8) | fields)
 
 
 @pytest.mark.parametrize(
@@ -62,28 +70,36 @@ def _v2(**fields):
         (lambda: _v2(share_ratio=0.0), r"share_ratio = 0\.0: must be in \(0, 1\]"),
         (lambda: _v2(share_ratio=1.5), r"share_ratio = 1\.5: must be in \(0, 1\]"),
         (
-            lambda: MemoryConfig(share_ratio=0.5),
-            r"share_ratio = 0\.5: .*and 1 unless table_sharing is 'ring'",
+            lambda: families.ultramem(share_ratio=0.5),
+            r"share_ratio = 0\.5: .*and 1 unless sharing is 'ring'",
         ),
-        (lambda: _v2(table_sharing="blocks", share_ratio=0.5).layout(3), "must cut 3 memories into groups"),
-        (lambda: _v2(top_m=9).layout(4), "top_m = 9: must be at most the candidates of a side, .*= 8"),
-        (lambda: _v2(num_keys=30_000).layout(3), "a table of 2,700,000,000 slots"),
+        (lambda: windows(_v2(sharing="blocks", share_ratio=0.5), 3), "must cut 3 memories into groups"),
+        (lambda: windows(_v2(top_m=9), 4), "top_m = 9: must be at most the candidates of a side, .*= 8"),
+        (lambda: windows(_v2(num_keys=30_000), 3), "a table of 2,700,000,000 slots"),
         (
-            lambda: _v2(table_sharing="rings"),
-            "unknown model.memory.table_sharing 'rings': did you mean 'ring'",
+            lambda: _v2(sharing="rings"),
+            "unknown table.sharing 'rings': did you mean 'ring'",
         ),
-        (lambda: MemoryConfig(query_per_rank=True), "query_per_rank = True: must be False unless"),
-        (lambda: MemoryConfig(gate=True), "gate = True: must be False while expansion is 4"),
-        (lambda: MemoryConfig(pre_value_activation="gelu"), "pre_value_dim = 0: must be at least 1"),
-        (lambda: MemoryConfig(pre_value_dim=-1), "pre_value_dim = -1: must be at least 0"),
-        (lambda: MemoryConfig(value_lr_multiple=math.inf), "value_lr_multiple = inf: .*finite"),
-        (lambda: MemoryConfig(balance_loss_weight=-0.1), "balance_loss_weight = -0.1: must be at least 0"),
+        (lambda: families.ultramem(query_per_rank=True), "query_per_rank = True: must be False unless"),
+        (lambda: families.ultramem(gate=True), "gate = True: must be False while 4 blocks"),
+        (lambda: families.ultramem(pre_value_activation="gelu"), "pre_value_dim = 0: must be at least 1"),
+        (lambda: families.ultramem(pre_value_dim=-1), "pre_value_dim = -1: must be at least 0"),
         (
-            lambda: MemoryConfig(tucker_rank=0, num_cores=1, share_keys=True),
+            lambda: families.ultramem(value_lr_multiple=math.inf),
+            "value_lr_multiple = inf: must be a finite number",
+        ),
+        (
+            lambda: families.ultramem(balance_loss_weight=-0.1),
+            "balance_loss_weight = -0.1: must be at least 0",
+        ),
+        (
+            lambda: families.ultramem(tucker_rank=0, num_cores=1, share_keys=True),
             "share_keys = True: must be False while share_query is True and tucker_rank 0",
         ),
         (
-            lambda: ModelConfig(embed_dim=128, memory=MemoryConfig.peer(value_dim=128, pre_value_dim=64)),
+            lambda: ModelConfig(
+                embed_dim=128, memories={"memory": families.peer(value_dim=128, pre_value_dim=64)}
+            ),
             "pre_value_dim = 64: must equal embed_dim = 128 while project_pre_values is False",
         ),
     ],

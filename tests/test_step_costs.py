@@ -1,6 +1,6 @@
 """Costs of a step against hand-worked numbers."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
@@ -8,11 +8,13 @@ from tests import test_accounting
 from ultramem_jax.accounting import PartCost, count_parameters, expected_rows, floor_seconds
 from ultramem_jax.config import DataConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.errors import UserError
-from ultramem_jax.step_costs import memory_step_costs, model_step_cost
+from ultramem_jax.step_costs import memory_step_costs, model_step_cost, total
 
 # One memory: n 3 (N 9), m 2, H 2 (R 4), d_k 4, d_v 4, E 4 (K 6), r 2, h 2, convolution 3 wide; D 8, T 5.
-MEMORY = replace(test_accounting.MEMORY, placement="1:1")
-MODEL = ModelConfig(vocab_size=10, embed_dim=8, num_layers=1, num_heads=4, mlp_dim=6, memory=MEMORY)
+MEMORY = test_accounting.MEMORY.changed(placement="1:1")
+MODEL = ModelConfig(
+    vocab_size=10, embed_dim=8, num_layers=1, num_heads=4, mlp_dim=6, memories={"memory": MEMORY}
+)
 CONFIG = RunConfig(model=MODEL, data=DataConfig(seq_len=5))
 TOKENS = 5
 ROWS = 9 * (1 - (8 / 9) ** 20)
@@ -22,51 +24,50 @@ DENSE = 64 + 24 + 96 + 16 + 8 + 128
 
 
 def with_memory(**changes):
-    return replace(CONFIG, model=replace(MODEL, memory=replace(MEMORY, **changes)))
+    return replace(CONFIG, model=replace(MODEL, memories={"memory": MEMORY.changed(**changes)}))
 
 
 def test_every_part_of_a_tiny_step():
     costs = memory_step_costs(CONFIG, TOKENS)
     # Query 8 x 2·4 weights and 8 x 3 taps.
-    assert costs.query == PartCost(5 * 2 * (64 + 24), 4 * (64 + 24))
+    assert costs["query"] == PartCost(5 * 2 * (64 + 24), 4 * (64 + 24))
     # 2 sides x 2 heads x 6 keys of 4; stored are 2·2·2 sets of 6 keys of 2.
-    assert costs.side_scores == PartCost(5 * 2 * 24 * 4, 4 * 96)
+    assert costs["side_scores"] == PartCost(5 * 2 * 24 * 4, 4 * 96)
     # 2 sides x 2 heads x 2 candidates x 2 ranks, 2 wide each.
-    assert costs.candidates == PartCost(5 * 2 * 8 * 2 * 2, 0)
+    assert costs["candidates"] == PartCost(5 * 2 * 8 * 2 * 2, 0)
     # Per head 2·4·2 + 2·2·4 for the grid and 2 cores · 2 cells · (8 + 4).
-    assert costs.grid == PartCost(5 * 2 * (16 + 16 + 48), 0)
-    assert costs.lookup == PartCost(5 * 2 * 4 * 4, round(ROWS * 16))
-    assert costs.projection == PartCost(5 * 2 * 16 * 8, 4 * 128)
-    assert costs.backward == PartCost(
+    assert costs["grid"] == PartCost(5 * 2 * (16 + 16 + 48), 0)
+    assert costs["lookup"] == PartCost(5 * 2 * 4 * 4, round(ROWS * 16))
+    assert costs["projection"] == PartCost(5 * 2 * 16 * 8, 4 * 128)
+    assert costs["backward"] == PartCost(
         2 * (880 + 320 + 1280) + 160,
         round(ROWS * 16 + 4 * DENSE),
     )
-    assert costs.row_gradients == PartCost(160, 0)
-    assert costs.row_update == PartCost(0, round(2 * ROWS * 3 * 16))
-    assert costs.dense_optimizer == PartCost(0, 28 * DENSE)
+    assert costs["row_gradients"] == PartCost(160, 0)
+    assert costs["row_update"] == PartCost(0, round(2 * ROWS * 3 * 16))
+    assert costs["dense_optimizer"] == PartCost(0, 28 * DENSE)
 
 
 def test_the_total_is_the_sum_of_all_parts():
     costs = memory_step_costs(CONFIG, TOKENS)
-    parts = [getattr(costs, field.name) for field in fields(costs)]
-    assert costs.total.flops == sum(part.flops for part in parts)
-    assert costs.total.bytes == sum(part.bytes for part in parts)
+    assert total(costs).flops == sum(part.flops for part in costs.values())
+    assert total(costs).bytes == sum(part.bytes for part in costs.values())
 
 
 def test_the_dense_way_moves_the_whole_table():
     config = replace(CONFIG, train=TrainConfig(table_gradient="dense"))
     costs, sparse = memory_step_costs(config, TOKENS), memory_step_costs(CONFIG, TOKENS)
-    assert costs.row_gradients == PartCost(160, 4 * 9 * 4)
-    assert costs.row_update == PartCost(0, 28 * 9 * 4)
-    assert costs.lookup == sparse.lookup and costs.backward == sparse.backward
+    assert costs["row_gradients"] == PartCost(160, 4 * 9 * 4)
+    assert costs["row_update"] == PartCost(0, 28 * 9 * 4)
+    assert costs["lookup"] == sparse["lookup"] and costs["backward"] == sparse["backward"]
 
 
 def test_rows_of_half_the_bytes_and_one_second_moment():
     train = TrainConfig(row_moment_dtype="bfloat16", row_second_moment="row")
-    costs = memory_step_costs(replace(with_memory(table_dtype="bfloat16"), train=train), TOKENS)
-    assert costs.lookup.bytes == round(ROWS * 8)
+    costs = memory_step_costs(replace(with_memory(dtype="bfloat16"), train=train), TOKENS)
+    assert costs["lookup"].bytes == round(ROWS * 8)
     # Row and first moment 8 bytes each, the second moment 4.
-    assert costs.row_update.bytes == round(2 * ROWS * (8 + 8 + 4))
+    assert costs["row_update"].bytes == round(2 * ROWS * (8 + 8 + 4))
 
 
 @pytest.mark.parametrize(
@@ -74,20 +75,20 @@ def test_rows_of_half_the_bytes_and_one_second_moment():
 )
 def test_every_rule_moves_what_it_keeps(rule, kept):
     config = replace(CONFIG, train=TrainConfig(row_optimizer=rule))
-    assert memory_step_costs(config, TOKENS).row_update.bytes == round(2 * ROWS * (16 + kept))
+    assert memory_step_costs(config, TOKENS)["row_update"].bytes == round(2 * ROWS * (16 + kept))
     if rule != "adamw_catch_up":
         dense = replace(CONFIG, train=TrainConfig(row_optimizer=rule, table_gradient="dense"))
-        assert memory_step_costs(dense, TOKENS).row_update.bytes == 9 * (3 * 16 + 2 * kept)
+        assert memory_step_costs(dense, TOKENS)["row_update"].bytes == 9 * (3 * 16 + 2 * kept)
 
 
 def test_the_moments_of_muon_and_lion_move_as_well():
     # One moment instead of two, read and written: of the weights of products, or of all.
     p = count_parameters(CONFIG.model)
-    matrices = p.memory_queries + p.memory_projection
+    matrices = p.memory_matrices
     found = {
-        name: memory_step_costs(
-            replace(CONFIG, train=TrainConfig(optimizer=name)), TOKENS
-        ).dense_optimizer.bytes
+        name: memory_step_costs(replace(CONFIG, train=TrainConfig(optimizer=name)), TOKENS)[
+            "dense_optimizer"
+        ].bytes
         for name in ("adamw", "muon", "lion")
     }
     assert found["adamw"] - found["muon"] == 8 * matrices and found["lion"] == 20 * DENSE
@@ -103,17 +104,17 @@ def test_the_moments_of_muon_and_lion_move_as_well():
     ],
 )
 def test_the_width_of_the_product_that_chooses(changes, width):
-    assert memory_step_costs(with_memory(**changes), TOKENS).side_scores.flops == 5 * 2 * 24 * width
+    assert memory_step_costs(with_memory(**changes), TOKENS)["side_scores"].flops == 5 * 2 * 24 * width
 
 
 def test_the_grid_of_sums():
     costs = memory_step_costs(with_memory(tucker_rank=0, num_cores=1), TOKENS)
-    assert costs.grid.flops == 5 * 2 * (4 + 2)
+    assert costs["grid"].flops == 5 * 2 * (4 + 2)
 
 
 def test_the_rest_of_a_model_goes_forward_once_and_backward_twice():
     rest = model_step_cost(CONFIG, TOKENS)
-    memory = memory_step_costs(CONFIG, TOKENS).total
+    memory = total(memory_step_costs(CONFIG, TOKENS))
     # Attention 2·8·8 + 2·8·8, MLP 2·8·6, logits 10·8 weights; scores 2·8·(5 + 1).
     assert rest.flops - memory.flops == 3 * 5 * (2 * (256 + 96 + 80) + 96)
     # The embedding is the output too; 3 gains of 8.
@@ -135,14 +136,14 @@ def test_the_floor_is_the_slower_of_computing_and_moving():
 @pytest.mark.parametrize(
     "model",
     [
-        replace(MODEL, memory=None),
-        replace(MODEL, num_layers=2, memory=replace(MEMORY, placement="full")),
-        replace(MODEL, memory=replace(MEMORY, pre_value_dim=4)),
-        replace(MODEL, memory=replace(MEMORY, gate=True, sum_blocks=True)),
+        replace(MODEL, memories={}),
+        replace(MODEL, num_layers=2, memories={"memory": MEMORY.changed(placement="full")}),
+        replace(MODEL, memories={"memory": MEMORY.changed(pre_value_dim=4)}),
+        replace(MODEL, memories={"memory": MEMORY.changed(gate=True, sum_blocks=True)}),
     ],
 )
 def test_other_models_are_refused(model):
-    with pytest.raises(UserError, match=r"model\.memory: the cost of a step is counted"):
+    with pytest.raises(UserError, match=r"model\.memories: the cost of a step is counted"):
         memory_step_costs(replace(CONFIG, model=model), TOKENS)
 
 

@@ -1,18 +1,25 @@
 """Every choice of a run, as frozen dataclasses with the source of each default.
 
-A `RunConfig` holds a `ModelConfig` (with its `MemoryConfig` or `MoEConfig`), a `DataConfig`, a
+A `RunConfig` holds a `ModelConfig` (with its `MemoryConfig`s or `MoEConfig`), a `DataConfig`, a
 `TrainConfig` and a `MeshConfig`. They check themselves when they are made: whatever exists is valid. The
 letters are those of the axis legend in `ultramem_jax`.
 """
 
 import dataclasses
+import functools
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ultramem_jax.errors import UserError, at_least, choice, fraction, guards_a_denominator, require, unknown
-from ultramem_jax.field_types import Checked, FilePath
-from ultramem_jax.memory_config import MemoryConfig, TableLayout
-from ultramem_jax.placement import Span, parse_placement
+from ultramem_jax.field_types import Checked, FilePath, built_at
+from ultramem_jax.memory_config import MemoryConfig, MemorySite
+from ultramem_jax.memory_kinds import ADDRESSERS, READOUTS
+from ultramem_jax.memory_parts import Around, TableConfig
+from ultramem_jax.named import Named
+from ultramem_jax.old_configs import in_todays_parts
+from ultramem_jax.placement import parse_placement
 from ultramem_jax.row_states import ROW_OPTIMIZERS, RowArray, row_arrays
 
 _MOST = {"vocab_size": 2**24, "num_layers": 1000, "embed_dim": 2**20}
@@ -31,7 +38,7 @@ class MoEConfig(Checked):
     top_k: int = 2
     expert_dim: int = 256
     """Inner width of one expert."""
-    activation: str = "gelu"
+    activation: Literal["gelu", "swiglu"] = "gelu"
     """`gelu` (the UltraMem paper's baseline) or `swiglu` (OLMoE's)."""
     normalize_gates: bool = True
     """The k gates are divided by their sum (top-2 models); OLMoE leaves them as softmax gave them."""
@@ -41,10 +48,10 @@ class MoEConfig(Checked):
     micro-batches' own, which is not quite that of the whole batch."""
     router_z_weight: float = 1e-3
     """Weight of mean(logsumexp(router logits)²) (ST-MoE, arXiv 2202.08906)."""
-    auxiliary_over_layers: str = "sum"
+    auxiliary_over_layers: Literal["sum", "mean"] = "sum"
     """How the two losses of all L layers are combined: `sum` (Switch Transformer), or `mean`, as OLMoE's code
     does (arXiv 2409.02060), so that their weight does not grow with depth."""
-    implementation: str = "auto"
+    implementation: Literal["auto", "blocks", "ragged"] = "auto"
     """`blocks`: tokens sorted by expert into padded blocks; `ragged`: `jax.lax.ragged_dot`; `auto` takes
     `ragged` on GPU and TPU and `blocks` on CPU, where `ragged_dot` multiplies by every expert."""
 
@@ -57,9 +64,6 @@ class MoEConfig(Checked):
         at_least(1, model__moe__expert_dim=self.expert_dim)
         at_least(0, model__moe__load_balance_weight=self.load_balance_weight)
         at_least(0, model__moe__router_z_weight=self.router_z_weight)
-        choice("model.moe.activation", self.activation, ("gelu", "swiglu"))
-        choice("model.moe.auxiliary_over_layers", self.auxiliary_over_layers, ("sum", "mean"))
-        choice("model.moe.implementation", self.implementation, ("auto", "blocks", "ragged"))
         require(
             self.top_k <= self.num_experts,
             "model.moe.top_k",
@@ -70,7 +74,7 @@ class MoEConfig(Checked):
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """A pre-norm decoder. `moe` replaces the MLPs, `memory` adds memories beside them; either may be None."""
+    """A pre-norm decoder. `moe` replaces the MLPs, `memories` are added; there may be none of either."""
 
     PREFIX = "model."
 
@@ -86,18 +90,20 @@ class ModelConfig(Checked):
     """Heads of keys and values; fewer than `num_heads` is grouped-query attention."""
     attention_qk_norm: bool = False
     """RMS norms with gain over all heads' queries and over all heads' keys (OLMoE, arXiv 2409.02060)."""
-    mlp: str = "gelu"
+    mlp: Literal["gelu", "swiglu"] = "gelu"
     """`gelu` or `swiglu`."""
     mlp_dim: int = 512
     """Inner width of the MLP."""
     moe: MoEConfig | None = None
-    memory: MemoryConfig | None = None
+    memories: Mapping[str, MemoryConfig] = field(default_factory=Named)
+    """Memories by name, several kinds in one model if they are to be; each has its own places and tables.
+    Metrics and parameters of memory `index` of a name are called `name_index`."""
     tie_embeddings: bool = True
     """The output projection is the embedding, transposed."""
     dropout: float = 0.0
     """Probability; after the embedding, attention, the feed-forward and the memory."""
-    dtype: str = "float32"
-    """Of the computation, `float32` or `bfloat16`; parameters are float32 always, tables as `MemoryConfig`
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation, `float32` or `bfloat16`; parameters are float32 always, tables as `TableConfig`
     says."""
     rope_theta: float = 10_000.0
     """Base of the rotary position frequencies (RoFormer, arXiv 2104.09864)."""
@@ -116,8 +122,6 @@ class ModelConfig(Checked):
         for name, most in _MOST.items():
             allowed = f"must be at most {most:,}"
             require(getattr(self, name) <= most, f"model.{name}", getattr(self, name), allowed)
-        choice("model.mlp", self.mlp, ("gelu", "swiglu"))
-        choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         require(
             self.embed_dim % (2 * self.num_heads) == 0,
             "model.num_heads",
@@ -130,31 +134,72 @@ class ModelConfig(Checked):
             self.num_kv_heads,
             f"must divide num_heads = {self.num_heads}",
         )
-        if self.memory is not None:
-            memory = self.memory
-            for field, width, projected in (
-                ("value_dim", memory.value_dim, "project_values"),
-                ("pre_value_dim", memory.pre_value_dim, "project_pre_values"),
-            ):
-                require(
-                    getattr(memory, projected) or width == self.embed_dim,
-                    f"model.memory.{field}",
-                    width,
-                    f"must equal embed_dim = {self.embed_dim} while {projected} is False",
+        object.__setattr__(self, "memories", Named(self.memories))
+        for name, memory in self.memories.items():
+            right = isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name) and name != "layer"
+            allowed = "must be lower-case letters, digits and underscores, and not 'layer'"
+            require(bool(right), "name in model.memories", name, allowed)
+            require(
+                isinstance(memory, MemoryConfig), f"model.memories.{name}", memory, "must be a MemoryConfig"
+            )
+        _ = self.sites  # a malformed placement must not wait until the model is built
+
+    @functools.cached_property
+    def sites(self) -> tuple[MemorySite, ...]:
+        """All memories, those of one name after the other, in the order of its placement."""
+        found: list[MemorySite] = []
+        inner = self.moe.top_k * self.moe.expert_dim if self.moe else self.mlp_dim
+        for group, memory in self.memories.items():
+            path = f"model.memories.{group}"
+            spans = parse_placement(memory.placement, self.num_layers, f"{path}.placement")
+            around = Around(
+                embed_dim=self.embed_dim,
+                num_layers=self.num_layers,
+                vocab_size=self.vocab_size,
+                inner_ratio=inner / self.embed_dim,
+                dtype=self.dtype,
+                norm_eps=self.norm_eps,
+                starts=tuple(span.start for span in spans),
+            )
+            with built_at(path):
+                memory.readout.check_model(memory, around)
+                memory.require(
+                    memory.table.project_pre_values or memory.table.pre_value_dim == self.embed_dim,
+                    "table.pre_value_dim",
+                    f"must equal embed_dim = {self.embed_dim} while project_pre_values is False",
                 )
-        _ = self.layout  # a malformed placement must not wait until the model is built
+                layout = memory.address.layout(memory, around)
+            found += [MemorySite(group, i, span, memory, around, layout) for i, span in enumerate(spans)]
+        stood_in = [site.span.start for site in found if site.span.place == "instead"]
+        twice = next((layer for layer in stood_in if stood_in.count(layer) > 1), None)
+        require(twice is None, "model.memories", f"instead@{twice}, twice", "a layer has one feed-forward")
+        return tuple(found)
 
     @property
-    def spans(self) -> tuple[Span, ...]:
-        """The memories of the placement."""
-        if self.memory is None:
-            return ()
-        return parse_placement(self.memory.placement, self.num_layers, "model.memory.placement")
+    def memory(self) -> MemoryConfig | None:
+        """The one memory of the model, or None.
+
+        Raises:
+            UserError: there are several.
+        """
+        require(
+            len(self.memories) <= 1,
+            "model.memories",
+            list(self.memories),
+            "must be one memory for this, or none",
+        )
+        return next(iter(self.memories.values()), None)
+
+    def with_memory(self, memory: MemoryConfig) -> "ModelConfig":
+        """Returns the model with another config of its one memory, which keeps its name."""
+        assert self.memory is not None
+        return dataclasses.replace(self, memories={name: memory for name in self.memories})
 
     @property
-    def layout(self) -> TableLayout | None:
-        """The tables that the memories read; None without a memory config."""
-        return None if self.memory is None else self.memory.layout(len(self.spans))
+    def feed_forward_layers(self) -> tuple[int, ...]:
+        """The layers, from 1, that have a feed-forward: all in which no memory stands in for it."""
+        stood_in = {site.span.start for site in self.sites if site.span.place == "instead"}
+        return tuple(layer for layer in range(1, self.num_layers + 1) if layer not in stood_in)
 
 
 @dataclass(frozen=True)
@@ -341,9 +386,9 @@ class MeshConfig(Checked):
     tensor: int = 1
     """Tensor parallelism: attention heads, the inner width of MLPs and, if it divides, the vocabulary."""
     memory: int = 1
-    """Sparse parameters: tables are split over it, as `MemoryConfig.partition` says, and experts."""
+    """Sparse parameters: tables are split over it, as `TableConfig.partition` says, and experts."""
     width: int = 1
-    """Columns of tables, where `MemoryConfig.partition` is `both`."""
+    """Columns of tables, where `TableConfig.partition` is `both`."""
     batch_over_memory: bool = True
     """Whether devices along `memory` and `width` have sequences of their own, or all the same ones: for
     batches smaller than the number of devices."""
@@ -367,14 +412,15 @@ class RunConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_mesh()
-        for name, plain in (("table_dtype", "float32"), ("memory_kind", "device")):
-            value = getattr(self.model.memory, name, plain)
-            require(
-                value == plain or self.train.table_gradient == "row_sparse",
-                "train.table_gradient",
-                self.train.table_gradient,
-                f"must be 'row_sparse' while model.memory.{name} is {value!r}",
-            )
+        for group, memory in self.model.memories.items():
+            for name, plain in (("dtype", "float32"), ("memory_kind", "device")):
+                value = getattr(memory.table, name)
+                require(
+                    value == plain or self.train.table_gradient == "row_sparse",
+                    "train.table_gradient",
+                    self.train.table_gradient,
+                    f"must be 'row_sparse' while model.memories.{group}.table.{name} is {value!r}",
+                )
 
     def _check_mesh(self) -> None:
         """What is split over an axis of the mesh must divide."""
@@ -389,8 +435,7 @@ class RunConfig(Checked):
         else:
             divisible.append(("tensor", "model.moe.expert_dim", model.moe.expert_dim))
             divisible.append(("memory", "model.moe.num_experts", model.moe.num_experts))
-        memory, layout = model.memory, model.layout
-        if memory is None or layout is None:
+        if not model.memories:
             require(mesh.width == 1, "mesh.width", mesh.width, "must be 1 without a memory")
             require(
                 mesh.memory == 1 or model.moe is not None,
@@ -398,36 +443,15 @@ class RunConfig(Checked):
                 mesh.memory,
                 "must be 1 without a memory and without experts: there is nothing to split over it",
             )
-        else:
-            require(
-                mesh.width == 1 or memory.partition == "both",
-                "mesh.width",
-                mesh.width,
-                f"must be 1 while model.memory.partition is {memory.partition!r}",
-            )
-            if memory.partition != "width":
-                divisible.append(("memory", "num_slots of a table", layout.num_slots))
-            of_width = {"slots": None, "width": "memory", "both": "width"}[memory.partition]
-            if of_width:
-                divisible.append((of_width, "model.memory.value_dim", memory.value_dim))
-                divisible.append((of_width, "model.memory.pre_value_dim", memory.pre_value_dim))
-                parts, cores = getattr(mesh, of_width), memory.num_cores
-                require(
-                    parts % cores == 0 or cores % parts == 0,
-                    f"mesh.{of_width}",
-                    parts,
-                    f"must divide model.memory.num_cores = {cores} or be a multiple of it: each core weighs "
-                    "its own slice of a value",
-                )
-            reads = self.train.batch_size * self.data.seq_len * memory.num_heads * memory.top_m
-            reads *= len(model.spans) // max(layout.num_tables, 1)
-            require(
-                layout.num_slots + reads < 2**31,
-                "train.batch_size",
-                self.train.batch_size,
-                f"makes {reads:,} reads of a table in a step; with its {layout.num_slots:,} slots they must "
-                "be fewer than 2**31: int32",
-            )
+        partitions = {memory.table.partition for memory in model.memories.values()}
+        require(
+            len(partitions) <= 1,
+            "model.memories",
+            sorted(partitions),
+            "must have one partition: all tables of a model are split alike",
+        )
+        for group, memory in model.memories.items():
+            divisible += self._check_table(group, memory)
         for axis, name, size in divisible:
             require(
                 size % getattr(mesh, axis) == 0,
@@ -435,53 +459,112 @@ class RunConfig(Checked):
                 getattr(mesh, axis),
                 f"must divide {name} = {size}",
             )
-        if memory is not None and memory.memory_kind != "device":
+
+    def _check_table(self, group: str, memory: MemoryConfig) -> list[tuple[str, str, int]]:
+        """Checks a memory against mesh and batch; returns (mesh axis, name, size) of what must divide."""
+        mesh, table, path = self.mesh, memory.table, f"model.memories.{group}"
+        divisible = []
+        sites = [site for site in self.model.sites if site.group == group]
+        slots = {site.num_slots for site in sites}
+        require(
+            mesh.width == 1 or table.partition == "both",
+            "mesh.width",
+            mesh.width,
+            f"must be 1 while {path}.table.partition is {table.partition!r}",
+        )
+        if table.partition != "width":
+            divisible += [("memory", "num_slots of a table", size) for size in sorted(slots)]
+        of_width = {"slots": None, "width": "memory", "both": "width"}[table.partition]
+        if of_width:
+            divisible.append((of_width, f"{path}.table.value_dim", table.value_dim))
+            divisible.append((of_width, f"{path}.table.pre_value_dim", table.pre_value_dim))
+            parts, weights = getattr(mesh, of_width), memory.address.weights_per_read
             require(
-                mesh.memory == mesh.width == 1,
-                "model.memory.memory_kind",
-                memory.memory_kind,
-                "must be 'device' while tables are split over devices, mesh.memory or mesh.width above 1",
+                parts % weights == 0 or weights % parts == 0,
+                f"mesh.{of_width}",
+                parts,
+                f"must divide the {weights} weights of a read of {path} or be a multiple of them: each "
+                "weighs its own slice of a value",
             )
+        reads = self.train.batch_size * self.data.seq_len * memory.reads_per_token
+        reads *= len(sites) if table.is_shared else 1
+        require(
+            max(slots, default=0) + reads < 2**31,
+            "train.batch_size",
+            self.train.batch_size,
+            f"makes {reads:,} reads of a table in a step; with its {max(slots, default=0):,} slots they must "
+            "be fewer than 2**31: int32",
+        )
+        require(
+            table.memory_kind == "device" or mesh.memory == mesh.width == 1,
+            f"{path}.table.memory_kind",
+            table.memory_kind,
+            "must be 'device' while tables are split over devices, mesh.memory or mesh.width above 1",
+        )
+        return divisible
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as nested plain dicts, for JSON; `None` for an absent part."""
-    return dataclasses.asdict(config)
-
-
-_PARTS: dict[str, type] = {
-    "model": ModelConfig,
-    "model.moe": MoEConfig,
-    "model.memory": MemoryConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "mesh": MeshConfig,
-}
+    """Returns a config as nested plain dicts, for JSON; `None` for an absent part."""
+    if isinstance(config, Mapping):
+        return {name: to_dict(value) for name, value in config.items()}
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {one.name: to_dict(getattr(config, one.name)) for one in dataclasses.fields(config)}
+    return config
 
 
 def run_config_from_dict(tree: dict[str, Any]) -> RunConfig:
-    """The inverse of `to_dict` for a `RunConfig`.
+    """Returns the `RunConfig` of which `to_dict` made the tree, also where an earlier version did.
 
     Raises:
         UserError: an unknown key (with the nearest known one), or a value that is not allowed.
     """
-    return _build(RunConfig, tree, "")
+    return _build(RunConfig, in_todays_parts(tree), "")
 
 
-def _build(cls: type, tree: dict[str, Any], path: str) -> Any:
-    if not isinstance(tree, dict):
-        raise UserError(f"{path or 'config'} = {tree!r}: must be a dict of the fields of {cls.__name__}")
+def _part(cls: type, field: str, tree: Any, path: str) -> Any:
+    """Returns the config that a field holds, or the value itself where it is not one."""
+    parts: dict[tuple[type, str], Any] = {
+        (RunConfig, "model"): ModelConfig,
+        (RunConfig, "data"): DataConfig,
+        (RunConfig, "train"): TrainConfig,
+        (RunConfig, "mesh"): MeshConfig,
+        (ModelConfig, "moe"): MoEConfig,
+        (MemoryConfig, "address"): ADDRESSERS,
+        (MemoryConfig, "table"): TableConfig,
+        (MemoryConfig, "readout"): READOUTS,
+    }
+    if (cls, field) == (ModelConfig, "memories"):
+        _require_dict(tree, path, "memories by name")
+        return {name: _build(MemoryConfig, of, f"{path}.{name}") for name, of in tree.items()}
+    part = parts.get((cls, field))
+    if part is None or tree is None:
+        return tree
+    if part in (ADDRESSERS, READOUTS):
+        _require_dict(tree, path, "the fields of a kind")
+        if "kind" not in tree:
+            raise UserError(f"{path}: must have the field 'kind', one of {', '.join(part.kinds())}")
+        part = part[tree["kind"]]
+    return _build(part, tree, path)
+
+
+def _require_dict(tree: Any, path: str, of: str) -> None:
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path or 'config'} = {tree!r}: must be a dict of {of}")
+
+
+def _build(cls: type, tree: Any, path: str) -> Any:
+    _require_dict(tree, path, f"the fields of {cls.__name__}")
     known = {f.name for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for key, value in tree.items():
         where = f"{path}.{key}" if path else key
         if key not in known:
             raise unknown(f"config key {where!r}:", str(key), known)
-        if where in _PARTS and value is not None:
-            value = _build(_PARTS[where], value, where)
-        values[key] = value
-    if cls is RunConfig:
-        for part in ("model", "data", "train"):
-            if part not in values:
-                raise UserError(f"config: must have the part {part!r}")
-    return cls(**values)
+        values[key] = _part(cls, key, value, where)
+    needed = {RunConfig: ("model", "data", "train"), MemoryConfig: ("address",)}.get(cls, ())
+    for part in needed:
+        if part not in values:
+            raise UserError(f"{path or 'config'}: must have the part {part!r}")
+    with built_at(path):
+        return cls(**values)

@@ -70,8 +70,8 @@ def axis_roles(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, tuple[s
     def larger(*names: str) -> tuple[str, ...]:
         return tuple(name for name in names if sizes.get(name, 1) > 1)
 
-    memory = config.model.memory
-    partition = "none" if memory is None else memory.partition
+    # All memories of a model have one partition: `RunConfig` sees to it.
+    partition = next((memory.table.partition for memory in config.model.memories.values()), "none")
     return {
         "tokens": larger("data", "fsdp", *(("memory", "width") if config.mesh.batch_over_memory else ())),
         "slots": larger("memory") if partition in ("slots", "both") else (),

@@ -4,20 +4,39 @@ Values come from Python code, config files, the command line and JSON. A number 
 show much later, far from its cause: `steps=2.5` trains three steps, and a NumPy integer cannot be saved.
 """
 
+import contextlib
 import dataclasses
 import functools
 import numbers
 import os
 import types
 import typing
-from typing import Annotated, Any, ClassVar
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
-from ultramem_jax.errors import require
+from ultramem_jax.errors import choice, require
 
 FilePath = Annotated[str, os.PathLike]
 """A string; anything that names a file, such as `pathlib.Path`, is taken and becomes one."""
+
+_PATH: ContextVar[str | None] = ContextVar("path", default=None)
+
+
+@contextlib.contextmanager
+def built_at(path: str) -> Iterator[None]:
+    """Makes errors of configs that are made within it name their fields `path.field`.
+
+    Where a part of a config sits is known to whoever builds the whole; the part alone knows its `PREFIX`.
+    """
+    token = _PATH.set(path)
+    try:
+        yield
+    finally:
+        _PATH.reset(token)
+
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _EXAMPLES = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
@@ -28,8 +47,8 @@ class Checked:
 
     Whole numbers may be of any integer type and become `int`. Numbers may be any `numbers.Real` and become
     `float`, unless they are an `int` already. Only booleans are booleans. Every float is finite, also as
-    float32, in which models compute. A subclass that has checks of its own calls `super().__post_init__()`
-    before them.
+    float32, in which models compute. Choices are `Literal`. A subclass that has checks of its own calls
+    `super().__post_init__()` before them.
     """
 
     PREFIX: ClassVar[str] = ""
@@ -37,8 +56,24 @@ class Checked:
 
     def __post_init__(self) -> None:
         for name, kind in _kinds(type(self)).items():  # type: ignore[arg-type]
-            value = _converted(self.PREFIX + name, getattr(self, name), kind)
+            value = _converted(self.named(name), getattr(self, name), kind)
             object.__setattr__(self, name, value)  # frozen for everybody else
+
+    def named(self, field: str) -> str:
+        """Returns the name of a field for an error."""
+        path = _PATH.get()
+        return f"{path}.{field}" if path else self.PREFIX + field
+
+    def require(self, condition: bool, field: str, allowed: str) -> None:
+        """Raises `UserError` about a field, which may be one of a part, `part.field`, unless it is right."""
+        if not condition:
+            value = functools.reduce(getattr, field.split("."), self)
+            require(False, self.named(field), value, allowed)
+
+    def at_least(self, low: float, *fields: str) -> None:
+        """Raises `UserError` unless all these fields are at least `low`."""
+        for field in fields:
+            self.require(getattr(self, field) >= low, field, f"must be at least {low}")
 
 
 @functools.cache
@@ -52,6 +87,16 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     if isinstance(kind, types.UnionType):
         (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
         return None if value is None else _converted(name, value, kind)
+    if typing.get_origin(kind) is Literal:
+        value = _converted(name, value, str)
+        choice(name, value, typing.get_args(kind))
+        return value
+    if typing.get_origin(kind) is tuple:
+        (of, _) = typing.get_args(kind)
+        whole = isinstance(value, list | tuple)
+        require(whole, name, value, f"must be a tuple, each {_EXAMPLES.get(of)}")
+        return tuple(_converted(name, one, of) for one in value)
+    kind = typing.get_origin(kind) or kind if kind is not FilePath else kind
     if kind is FilePath and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if kind is FilePath:

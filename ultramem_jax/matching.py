@@ -46,7 +46,7 @@ def match(base: ModelConfig, system: str, *, tolerance: float = TOLERANCE) -> Mo
     """
     if system not in SYSTEMS:
         raise unknown("system", system, SYSTEMS)
-    if base.memory is None or base.moe is not None:
+    if not base.memories or base.moe is not None:
         raise UserError(f"no {system} model can be matched: the base must have a memory and no experts")
     if system == "ultramem":
         return base

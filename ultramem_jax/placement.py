@@ -1,45 +1,53 @@
-"""Where memories sit: which layer feeds a memory and after which layer its output lands.
+"""Where memories sit: which layer feeds a memory, and where its output lands.
 
-A placement reads `3:7/8:12`: one memory takes the normalised feed-forward input of layer 3 and adds its
-output to the residual stream after layer 7, a second one spans layers 8 to 12. Layers count from 1, as in
-the UltraMem paper. `full` puts one memory into every layer (`1:1/2:2/...`), `none` puts none anywhere.
+A placement lists memories, joined by `/`, of three kinds:
+
+- `3:7` beside: takes the normalised feed-forward input of layer 3 and adds its output to the residual stream
+  after layer 7. Between the two, nothing waits for it (UltraMem).
+- `instead@6`: stands in place of the feed-forward of layer 6 (as PKM and Memory+ were published).
+- `before@2`: takes the residual stream before attention of layer 2, and adds to it there (Engram).
+
+Layers count from 1, as in the UltraMem paper. `full` puts one memory beside every layer (`1:1/2:2/...`),
+`none` puts none anywhere.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ultramem_jax.errors import UserError, require, whole_number
 
+_POINTS = ("before", "instead")
+_ALLOWED = "allowed are 'full', 'none' or spans like '3:7', 'instead@6' and 'before@2', joined by '/'"
+
 
 class Span(NamedTuple):
-    """One memory: reads in layer `start`, lands after layer `end` (both count from 1)."""
+    """One memory: reads in layer `start`, lands in or after layer `end` (both count from 1)."""
 
     start: int
     end: int
+    place: Literal["beside", "instead", "before"] = "beside"
 
 
 def parse_placement(placement: str, num_layers: int, field: str = "placement") -> tuple[Span, ...]:
-    """The memories of a placement string, in the order written.
+    """Returns the memories of a placement string, in the order written.
 
     Args:
-        placement: `full`, `none`, or spans `start:end` joined by `/`.
+        placement: `full`, `none`, or memories joined by `/`.
         num_layers: L, the layers of the Transformer.
         field: the name to use in an error.
 
     Raises:
-        UserError: malformed, a span that lands before it starts, or one outside layers 1..L.
+        UserError: malformed, a span that lands before it starts, one outside layers 1..L, or two memories in
+            place of one feed-forward.
     """
     if placement == "none":
         return ()
     if placement == "full":
         return tuple(Span(layer, layer) for layer in range(1, num_layers + 1))
-    spans = []
+    spans: list[Span] = []
     for part in placement.split("/"):
-        first, _, last = part.partition(":")
-        start, end = whole_number(first), whole_number(last)
-        if start is None or end is None:
-            allowed = f"{part!r} is not a span; allowed are 'full', 'none' or spans like '3:7/8:12'"
-            raise UserError(f"{field} = {placement!r}: {allowed}")
-        span = Span(start, end)
+        span = _span(part)
+        if span is None:
+            raise UserError(f"{field} = {placement!r}: {part!r} is not a span; {_ALLOWED}")
         require(span.start >= 1, field, placement, f"span {part} starts before layer 1")
         require(span.start <= span.end, field, placement, f"span {part} lands before it starts")
         require(
@@ -48,5 +56,20 @@ def parse_placement(placement: str, num_layers: int, field: str = "placement") -
             placement,
             f"span {part} lands beyond the last layer, {num_layers}",
         )
+        twice = span.place == "instead" and span in spans
+        require(not twice, field, placement, f"layer {span.start} has one feed-forward to stand in for")
         spans.append(span)
     return tuple(spans)
+
+
+def _span(part: str) -> Span | None:
+    """Returns one memory of a placement, or None for any other text."""
+    point, at, layer = part.partition("@")
+    if at:
+        number = whole_number(layer)
+        if point not in _POINTS or number is None:
+            return None
+        return Span(number, number, "before" if point == "before" else "instead")
+    first, _, last = part.partition(":")
+    start, end = whole_number(first), whole_number(last)
+    return None if start is None or end is None else Span(start, end)

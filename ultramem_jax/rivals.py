@@ -11,11 +11,12 @@ What all of them take from the base: D, L, attention, vocabulary, dropout, and w
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
-from math import isqrt
 from typing import Any
 
 from ultramem_jax.accounting import count_parameters, flops_per_token
 from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
+from ultramem_jax.memory_parts import AddressConfig
+from ultramem_jax.presets import families
 
 Candidates = Callable[[ModelConfig, int], Iterator[ModelConfig]]
 """(base, step) -> models near the base; MLPs, experts and keys are multiples of `step` wide."""
@@ -36,6 +37,8 @@ _V2_SHARE_RATIO = 0.5
 """The part of the ring that one memory of UltraMemV2 reads."""
 _V2_WIDTHS = 4
 """UltraMemV2's keys, values and pre-values are D/4 wide (192 at D = 768)."""
+_SOME_SLOTS = 10_000
+"""Where the parameters of a slot are counted first."""
 _MIN_KEY_DIM = 8
 """Narrower keys hardly tell slots apart; below, the MLP gives way instead."""
 _MAX_KEY_DIM_MULTIPLE = 4
@@ -43,8 +46,8 @@ _MAX_KEY_DIM_MULTIPLE = 4
 
 
 def reads_per_token(config: ModelConfig) -> int:
-    """Values that a token reads, over all memories and heads of a model: memories·H·m."""
-    return len(config.spans) * config.memory.num_heads * config.memory.top_m if config.memory else 0
+    """Returns the rows that a token reads, over all memories of a model."""
+    return sum(site.config.reads_per_token for site in config.sites)
 
 
 def _around(value: float, step: int, low: int) -> list[int]:
@@ -63,7 +66,7 @@ def _mlp_widths(config: ModelConfig, target: int, step: int) -> Iterator[ModelCo
 
 
 def _dense(base: ModelConfig, step: int) -> Iterator[ModelConfig]:
-    plain = dataclasses.replace(base, memory=None)
+    plain = dataclasses.replace(base, memories={})
     yield from _mlp_widths(plain, flops_per_token(base).matched, step)
 
 
@@ -75,7 +78,7 @@ def _experts(kind: Callable[[ModelConfig], MoEConfig]) -> Candidates:
 
         def model(num_experts: int, expert_dim: int) -> ModelConfig:
             experts = dataclasses.replace(moe, num_experts=num_experts, expert_dim=expert_dim)
-            return dataclasses.replace(base, memory=None, moe=experts)
+            return dataclasses.replace(base, memories={}, moe=experts)
 
         one = count_parameters(model(moe.top_k, 1)).experts // moe.top_k
         # Equal sparse size fixes number × width, and compute picks the pair. The widest experts tried have
@@ -87,39 +90,52 @@ def _experts(kind: Callable[[ModelConfig], MoEConfig]) -> Candidates:
     return candidates
 
 
-def _memories(kind: Callable[[ModelConfig], MemoryConfig], *, free_keys: bool = True) -> Candidates:
-    """The search over memories: `kind` gives everything but n and m, and d_k where it is free.
+def _memories(
+    name: str, kind: Callable[[ModelConfig], MemoryConfig], *, free_widths: bool = True
+) -> Candidates:
+    """The search over memories: `kind` gives everything but slots and reads, and a width where it is free.
 
-    Sparse size fixes n. Compute fixes d_k, or, where keys are not free or would be too narrow or too wide,
-    the width of the MLP. m shares the base's reads out among all heads, as far as K keys per side allow.
+    Sparse size fixes the slots. Compute fixes the width that the addresser has for it (of product keys d_k),
+    or, where there is none, or it is not free, or would be too narrow or too wide, the width of the MLP.
+    Reads are those of the base, shared out among the memories, as far as their addressers can.
     """
 
     def candidates(base: ModelConfig, step: int) -> Iterator[ModelConfig]:
         target, sparse, memory = flops_per_token(base).matched, count_parameters(base).sparse, kind(base)
+        plain = dataclasses.replace(base, memories={})
 
-        def model(num_keys: int, key_dim: int) -> ModelConfig:
-            fewest = dataclasses.replace(memory, num_keys=num_keys, top_m=1, key_dim=key_dim)
-            config = dataclasses.replace(base, memory=fewest)
-            assert config.layout is not None
-            top_m = reads_per_token(base) // reads_per_token(config)
-            top_m = max(min(top_m, config.layout.num_virtual_keys), 1)
-            return dataclasses.replace(config, memory=dataclasses.replace(fewest, top_m=top_m))
+        def model(address: AddressConfig) -> ModelConfig:
+            return dataclasses.replace(plain, memories={name: dataclasses.replace(memory, address=address)})
 
-        if free_keys:
+        def with_reads(address: AddressConfig) -> ModelConfig:
+            memories = len(model(address.with_reads(1)).sites)
+            wanted = reads_per_token(base) // memories
+            site = model(address.with_reads(1)).sites[0]
+            return model(address.with_reads(min(wanted, address.most_reads(site))))
+
+        def per_slot(address: AddressConfig) -> float:
+            """Sparse parameters of the model over the slots of one memory."""
+            return count_parameters(model(address.with_reads(1))).sparse / address.own_slots
+
+        # Of small hashed tables, memories differ in size.
+        about = memory.address.near_slots(sparse / per_slot(memory.address.near_slots(_SOME_SLOTS)[0]))[0]
+        for address in memory.address.near_slots(sparse / per_slot(about)):
+            width = address.widths() if free_widths else None
+            if width is None:
+                yield from _mlp_widths(with_reads(address), target, step)
+                continue
+            of_width = width[1]
             narrowest, widest = _MIN_KEY_DIM, _MAX_KEY_DIM_MULTIPLE * base.embed_dim
-        else:
-            narrowest = widest = memory.key_dim
-        for num_keys in _around(isqrt(sparse // count_parameters(model(1, 1)).sparse), 1, low=1):
-            # FLOPs are linear in d_k as well.
-            fixed = flops_per_token(model(num_keys, 1)).matched
-            slope = flops_per_token(model(num_keys, 2)).matched - fixed
+            # FLOPs are linear in that width as well.
+            fixed = flops_per_token(with_reads(of_width(1))).matched
+            slope = flops_per_token(with_reads(of_width(2))).matched - fixed
             wanted = 1 + (target - fixed) / slope
             if narrowest < wanted < widest:
-                for key_dim in _around(wanted, step, low=narrowest):
-                    yield model(num_keys, key_dim)
+                for multiple in _around(wanted, step, low=narrowest):
+                    yield with_reads(of_width(multiple))
             else:
-                key_dim = narrowest if wanted <= narrowest else widest
-                yield from _mlp_widths(model(num_keys, key_dim), target, step)
+                nearest = narrowest if wanted <= narrowest else widest
+                yield from _mlp_widths(with_reads(of_width(nearest)), target, step)
 
     return candidates
 
@@ -134,14 +150,14 @@ def _spread(base: ModelConfig, memories: int) -> str:
 
 
 def _pkm(base: ModelConfig, **improved: Any) -> MemoryConfig:
-    return MemoryConfig.pkm(
+    return families.pkm(
         placement=_spread(base, 1), num_heads=_PKM_HEADS, value_dim=base.embed_dim, **improved
     )
 
 
 def _memory_plus(base: ModelConfig) -> MemoryConfig:
-    placement = _spread(base, len(base.spans))
-    return MemoryConfig.memory_plus(
+    placement = _spread(base, len(base.sites))
+    return families.memory_plus(
         placement=placement,
         num_heads=_PKM_HEADS,
         value_dim=base.embed_dim,
@@ -151,7 +167,7 @@ def _memory_plus(base: ModelConfig) -> MemoryConfig:
 
 def _peer(base: ModelConfig) -> MemoryConfig:
     divisors = (heads for heads in _PEER_HEADS if reads_per_token(base) % heads == 0)
-    return MemoryConfig.peer(
+    return families.peer(
         placement=_spread(base, 1),
         num_heads=next(divisors, _PEER_HEADS[0]),
         value_dim=base.embed_dim,
@@ -162,7 +178,7 @@ def _peer(base: ModelConfig) -> MemoryConfig:
 def _ultramem_v2(base: ModelConfig) -> MemoryConfig:
     # Even, because two cores share a value.
     width = max(base.embed_dim // (2 * _V2_WIDTHS), 1) * 2
-    return MemoryConfig.ultramem_v2(
+    return families.ultramem_v2(
         key_dim=max(base.embed_dim // _V2_WIDTHS, _MIN_KEY_DIM),
         value_dim=width,
         pre_value_dim=width,
@@ -179,13 +195,13 @@ RIVALS: dict[str, Candidates] = {
             top_k=_FINE_TOP_K, activation="swiglu", normalize_gates=False, auxiliary_over_layers="mean"
         )
     ),
-    "pkm": _memories(_pkm),
+    "pkm": _memories("pkm", _pkm),
     "pkm-improved": _memories(
-        partial(_pkm, norm_query=True, norm_keys=True, value_lr_multiple=_V2_PAPER_LR_MULTIPLE)
+        "pkm", partial(_pkm, norm_query=True, norm_keys=True, value_lr_multiple=_V2_PAPER_LR_MULTIPLE)
     ),
-    "memory-plus": _memories(_memory_plus),
-    "peer": _memories(_peer),
-    "ultramem-v2": _memories(_ultramem_v2, free_keys=False),
+    "memory-plus": _memories("memory_plus", _memory_plus),
+    "peer": _memories("peer", _peer),
+    "ultramem-v2": _memories("ultramem_v2", _ultramem_v2, free_widths=False),
 }
 """By system, what `matching.match` chooses from:
 

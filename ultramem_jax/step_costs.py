@@ -10,9 +10,7 @@ legend in `ultramem_jax`; T is tokens, R = H·m the reads of one, P the dense pa
 distinct rows of a step.
 """
 
-import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from ultramem_jax.accounting import (
     PartCost,
@@ -31,49 +29,33 @@ UPDATE_ARRAYS = 3
 seven arrays in all with AdamW, five with Lion."""
 
 
-@dataclass(frozen=True)
-class MemoryStepCosts:
-    """The parts of a step of one memory layer, in the order in which they run.
-
-    Rows are U·d_v values of the table's dtype; "way" is `TrainConfig.table_gradient`.
-    """
-
-    query: PartCost
-    """FLOPs 2·T·(D·2·(queries)·d_k + D·(width of the convolution)). Bytes: those weights."""
-    side_scores: PartCost
-    """FLOPs 2·T·2·H·K·w, w the width that `ops.key_scores.combined_scores` contracts over: d_k, or r·d_k with
-    a query per rank. Bytes: all keys, once; the scores are forgotten as soon as the m best are known."""
-    candidates: PartCost
-    """Scores of the 2·H·m candidates under every rank. FLOPs 2·T·2·H·m·r·(width of a rank's key). No bytes:
-    the keys were just read."""
-    grid: PartCost
-    """FLOPs T·H·(2·r²·m + 2·r·m²) of the exact grid and T·H·h·m·(2·r² + 2·r) of the cores; without a Tucker
-    core T·H·(m² + m). No bytes."""
-    lookup: PartCost
-    """FLOPs 2·T·R·d_v. Bytes: every distinct row, once."""
-    projection: PartCost
-    """FLOPs 2·T·(blocks)·d_v·D. Bytes: its weights."""
-    backward: PartCost
-    """FLOPs: twice those of query, candidates and projection (by input and by weight) and once those of the
-    lookup (by score). The other keys have no gradient. Bytes: the rows once more, and the gradient of every
-    dense parameter, keys among them: 4·P."""
-    row_gradients: PartCost
-    """FLOPs 2·T·R·d_v: what each read sends to its row, and its sum. No bytes: a row is moved on as soon as
-    its gradient is complete. In the dense way 4·N·d_v, the gradient of the whole table."""
-    row_update: PartCost
-    """Bytes: every distinct row and its moments, read and written. In the dense way all N rows: table,
-    gradient and moments read, all but the gradient written, with AdamW 7·4·N·d_v."""
-    dense_optimizer: PartCost
-    """Bytes: parameter, gradient and moments read, all but the gradient written; with AdamW 7·4·P."""
-
-    @property
-    def total(self) -> PartCost:
-        """The whole step."""
-        return _total(getattr(self, field.name) for field in dataclasses.fields(self))
+BESIDE_STAGES = (
+    "lookup",
+    "projection",
+    "backward",
+    "row_gradients",
+    "row_update",
+    "dense_optimizer",
+)
+"""Parts of a step behind the addresser's stages, in the order in which they run; see `memory_step_costs`."""
 
 
-def memory_step_costs(config: RunConfig, tokens: int) -> MemoryStepCosts:
-    """The cost of one training step of the model's memory, taken alone.
+def memory_step_costs(config: RunConfig, tokens: int) -> dict[str, PartCost]:
+    """Returns the cost of one training step of the model's memory, taken alone, by part.
+
+    First come the addresser's stages (`memory_parts.AddressConfig.stages`); then
+
+    - `lookup`: FLOPs 2·T·R·d_v. Bytes: every distinct row, once.
+    - `projection`: FLOPs 2·T·(its weights). Bytes: its weights.
+    - `backward`: FLOPs: twice those of the projection and of the stages that are differentiated (by input
+      and by weight), and once those of the lookup (by score). Bytes: the rows once more, and the gradient of
+      every dense parameter: 4·P.
+    - `row_gradients`: FLOPs 2·T·R·d_v: what each read sends to its row, and its sum. No bytes: a row is
+      updated as soon as its gradient is complete. In the dense way 4·N·d_v, the gradient of the whole table.
+    - `row_update`: AdamW. Bytes: every distinct row and its moments, read and written. In the dense way all N
+      rows: table, gradient and two moments read, all but the gradient written, 7·4·N·d_v.
+    - `dense_optimizer`: AdamW. Bytes 7·4·P: parameter, gradient and two moments read, all but the gradient
+      written.
 
     Args:
         config: of a model with one memory, without pre-values and gate.
@@ -83,50 +65,40 @@ def memory_step_costs(config: RunConfig, tokens: int) -> MemoryStepCosts:
         UserError: another kind of model, or no tokens.
     """
     at_least(1, tokens=tokens)
-    memory, layout = config.model.memory, config.model.layout
-    if memory is None or layout is None or len(config.model.spans) != 1:
-        raise UserError("model.memory: the cost of a step is counted for models with one memory")
-    if memory.pre_value_dim or memory.gate:
-        raise UserError("model.memory: the cost of a step is counted without pre-values and without a gate")
-    flops, parameters = flops_per_token(config.model), count_parameters(config.model)
-    heads, top_m, ranks = memory.num_heads, memory.top_m, memory.num_ranks
-    width = memory.key_dim * (ranks if memory.query_per_rank else 1)
-    side_scores = 2 * 2 * heads * layout.num_virtual_keys * width
-    candidates = 2 * 2 * heads * top_m * ranks * memory.rank_key_dim
-    # `accounting` weighs the ranks' scores of all keys, which is part of the one product here.
-    weighing = heads * 2 * 2 * ranks * layout.num_virtual_keys if memory.tucker_rank else 0
-    rows = expected_rows(layout.num_slots, tokens * heads * top_m)
-    of_row = row_bytes(memory, config.train)
-    matrices = parameters.memory_queries + parameters.memory_projection
-    others = parameters.memory_norms + parameters.memory_cores + parameters.memory_conv
-    others += parameters.memory_keys
-    dense = matrices + others
+    if len(config.model.sites) != 1:
+        raise UserError("model.memories: the cost of a step is counted for models with one memory")
+    (site,) = config.model.sites
+    memory, parameters, table = site.config, site.parameters, site.config.table
+    if table.pre_value_dim or "gate" in parameters:
+        raise UserError("model.memories: the cost of a step is counted without pre-values and without a gate")
+    stages = memory.address.stages(site)
+    readout = memory.readout.parameters(site).values()
+    projection = sum(parameter.size for parameter in readout)
+    projection_flops = sum(parameter.flops for parameter in readout)
+    rows = expected_rows(site.num_slots, tokens * memory.reads_per_token)
+    of_row = row_bytes(table, config.train)
+    matrices = sum(parameter.size for parameter in parameters.values() if parameter.role == "matrix")
+    dense = sum(parameter.size for parameter in parameters.values())
     if config.train.table_gradient == "dense":
-        gradient = layout.num_slots * memory.value_dim * _PARAMETER_BYTES
-        update = UPDATE_ARRAYS * gradient + 2 * layout.num_slots * of_row.moments
+        gradient = site.num_slots * table.value_dim * _PARAMETER_BYTES
+        update = UPDATE_ARRAYS * gradient + 2 * site.num_slots * of_row.moments
     else:
         gradient, update = 0, round(2 * rows * of_row.total)
 
     def cost(flops_of_token: int, moved: float = 0) -> PartCost:
         return PartCost(tokens * flops_of_token, round(moved))
 
-    return MemoryStepCosts(
-        query=cost(
-            flops.memory_queries, _PARAMETER_BYTES * (parameters.memory_queries + parameters.memory_conv)
-        ),
-        side_scores=cost(side_scores, _PARAMETER_BYTES * parameters.memory_keys),
-        candidates=cost(candidates),
-        grid=cost(flops.memory_scoring - weighing),
-        lookup=cost(flops.memory_lookup, rows * of_row.table),
-        projection=cost(flops.memory_projection, _PARAMETER_BYTES * parameters.memory_projection),
-        backward=cost(
-            2 * (flops.memory_queries + candidates + flops.memory_projection) + flops.memory_lookup,
-            rows * of_row.table + _PARAMETER_BYTES * dense,
-        ),
-        row_gradients=cost(flops.memory_lookup, gradient),
-        row_update=cost(0, update),
-        dense_optimizer=cost(0, _update_bytes(config, matrices, others)),
+    found = {name: cost(stage.flops, _PARAMETER_BYTES * stage.weights) for name, stage in stages.items()}
+    differentiated = projection_flops + sum(stage.flops for stage in stages.values() if stage.backward)
+    beside = (
+        cost(site.lookup_flops, rows * of_row.table),
+        cost(projection_flops, _PARAMETER_BYTES * projection),
+        cost(2 * differentiated + site.lookup_flops, rows * of_row.table + _PARAMETER_BYTES * dense),
+        cost(site.lookup_flops, gradient),
+        cost(0, update),
+        cost(0, _update_bytes(config, matrices, dense - matrices)),
     )
+    return found | dict(zip(BESIDE_STAGES, beside, strict=True))
 
 
 def model_step_cost(config: RunConfig, tokens: int) -> PartCost:
@@ -141,7 +113,7 @@ def model_step_cost(config: RunConfig, tokens: int) -> PartCost:
     Raises:
         UserError: another kind of model, or no tokens.
     """
-    of_memory = memory_step_costs(config, tokens).total
+    of_memory = total(memory_step_costs(config, tokens))
     if config.model.moe is not None:
         raise UserError("model.moe: the cost of a step is counted for models with MLPs")
     flops, parameters = flops_per_token(config.model, config.data.seq_len), count_parameters(config.model)
@@ -158,5 +130,6 @@ def _update_bytes(config: RunConfig, matrices: int, others: int) -> int:
     return _PARAMETER_BYTES * (UPDATE_ARRAYS * (matrices + others) + 2 * moments)
 
 
-def _total(costs: Iterable[PartCost]) -> PartCost:
-    return sum(costs, PartCost(0, 0))
+def total(costs: Mapping[str, PartCost]) -> PartCost:
+    """Returns the cost of all parts together."""
+    return sum(costs.values(), PartCost(0, 0))

@@ -8,7 +8,8 @@ groups along `data`. By slots a device holds 6.4 GB of state, by width 11.7: the
 and the record of every row. The plan is in experiments/results/plan; the model has not been trained.
 """
 
-from ultramem_jax import DataConfig, MemoryConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.presets import families
 
 
 def get_config() -> RunConfig:
@@ -22,15 +23,17 @@ def get_config() -> RunConfig:
             num_kv_heads=16,
             mlp_dim=4096,
             dtype="bfloat16",
-            memory=MemoryConfig.ultramem(
-                placement="1:2/3:4/5:6/7:8",
-                num_keys=16384,
-                top_m=16,
-                num_heads=2,
-                key_dim=64,
-                value_dim=64,
-                table_dtype="bfloat16",
-            ),
+            memories={
+                "ultramem": families.ultramem(
+                    placement="1:2/3:4/5:6/7:8",
+                    num_keys=16384,
+                    top_m=16,
+                    num_heads=2,
+                    key_dim=64,
+                    value_dim=64,
+                    dtype="bfloat16",
+                )
+            },
         ),
         data=DataConfig(tokenizer="bpe", bpe_vocab_size=32768, seq_len=1024),
         train=TrainConfig(

@@ -6,7 +6,8 @@ Values and first moments are bfloat16, rounded stochastically; of second moments
 makes 260 bytes a slot, 5.3 GB in all, where float32 with full Adam would take 768 and 15.6 GB.
 """
 
-from ultramem_jax import MemoryConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax import ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.presets import families
 
 
 def get_config() -> RunConfig:
@@ -18,15 +19,17 @@ def get_config() -> RunConfig:
             num_heads=4,
             num_kv_heads=4,
             mlp_dim=1024,
-            memory=MemoryConfig.ultramem(
-                placement="2:3/4:5",
-                num_keys=3184,
-                top_m=16,
-                num_heads=2,
-                key_dim=64,
-                value_dim=64,
-                table_dtype="bfloat16",
-            ),
+            memories={
+                "ultramem": families.ultramem(
+                    placement="2:3/4:5",
+                    num_keys=3184,
+                    top_m=16,
+                    num_heads=2,
+                    key_dim=64,
+                    value_dim=64,
+                    dtype="bfloat16",
+                )
+            },
         ),
         train=TrainConfig(
             steps=200,

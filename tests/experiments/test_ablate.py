@@ -13,7 +13,8 @@ from experiments import ablate_tables, seeds
 from experiments.ablate_tables import Difference, in_words, make_study, rank_correlation, write
 from experiments.configs import ablate as ablate_config
 from experiments.configs import ablate_151m
-from ultramem_jax import MemoryConfig, ModelConfig, UserError
+from ultramem_jax import ModelConfig, UserError
+from ultramem_jax.presets import families
 from ultramem_jax.presets import ladder as ladders
 from ultramem_jax.presets.ladder import GRID, LADDER, RUNGS
 from ultramem_jax.presets.published import PUBLISHED
@@ -56,7 +57,7 @@ def test_parts_that_cannot_be_trained(parts, said):
 def test_the_config_is_for_the_tiny_ladder():
     config = ablate_config.get_config()
     assert config.model == ModelConfig()
-    assert config.model == dataclasses.replace(ladders.ladder("tiny")[RUNGS[0]], memory=None)
+    assert config.model == dataclasses.replace(ladders.ladder("tiny")[RUNGS[0]], memories={})
 
 
 def test_the_config_for_the_paper_s_sizes_has_the_paper_s_training():
@@ -153,10 +154,10 @@ def test_rank_correlation_by_hand(x, y, rho):
 
 def test_two_rungs_end_to_end_and_again_without_training(run, text, tmp_path, monkeypatch):
     layers = ModelConfig(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=16)
-    memory = MemoryConfig.pkm(placement="1:1", num_keys=8, top_m=4, key_dim=8, value_dim=16)
+    memory = families.pkm(placement="1:1", num_keys=8, top_m=4, key_dim=8, value_dim=16)
     small = dataclasses.replace(
         ladders._SHAPES["tiny"],
-        first=dataclasses.replace(layers, memory=memory),
+        first=dataclasses.replace(layers, memories={"memory": memory}),
         sizes={
             "ladder-03-half-vdim": dict(value_dim=8, num_keys=11),
             "ladder-05-split-skip": dict(placement="1:1/2:2", num_keys=8),
@@ -177,7 +178,9 @@ def test_two_rungs_end_to_end_and_again_without_training(run, text, tmp_path, mo
     assert [result["steps"] for result in results] == [[1, 2], [1, 2]]
     # What makes a result recognisable when the tables are written anew.
     assert all(result["test_batches"] is None and len(result["corpus_hash"]) == 64 for result in results)
-    assert [result["config"]["model"]["memory"]["expansion"] for result in results] == [1, 4]
+    assert [
+        result["config"]["model"]["memories"]["ultramem"]["address"]["expansion"] for result in results
+    ] == [1, 4]
     rows = _rows(tmp_path / "results" / "grids.csv")
     bits = [result["bits"][-1] for result in results]
     assert [float(row["validation bits/byte"]) for row in rows] == bits

@@ -67,10 +67,10 @@ def test_the_step_is_one_of_decoding_on_a_cache_that_stays_full():
     kept, following, chosen = step_program(TINY)(variables, kept, counters, tokens)
     np.testing.assert_array_equal(following, logits.argmax(-1))
     assert float(chosen.experts) == 0
-    reads = TINY.memory.num_heads * TINY.memory.top_m
-    assert [slots.shape for slots in chosen.slots.values()] == [(3, reads)] * len(TINY.spans)
+    reads = TINY.memory.address.num_heads * TINY.memory.address.top_m
+    assert [slots.shape for slots in chosen.slots.values()] == [(3, reads)] * len(TINY.sites)
     rows = [set(np.asarray(slots).ravel().tolist()) for slots in chosen.slots.values()]
-    assert chosen.distinct_rows() == sum(map(len, rows)) > len(TINY.spans) * TINY.memory.top_m
+    assert chosen.distinct_rows() == sum(map(len, rows)) > len(TINY.sites) * TINY.memory.address.top_m
     # The place before the last holds what it held, the last one the token's own keys.
     keys, old = (tree["layer_1"]["attention"]["keys"] for tree in (kept, before))
     np.testing.assert_array_equal(keys[:, :4], old[:, :4])

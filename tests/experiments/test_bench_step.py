@@ -81,7 +81,7 @@ def test_a_model_is_timed_without_parts(run, quick, tmp_path, monkeypatch):
         ("--slots=65537", "slots = '65537': must be a square"),
         ("--slots=many", "slots = 'many': must be a square"),
         ("--slots=", "slots = '': must name at least one size"),
-        ("--slots=64", "model.memory.top_m = 32"),
+        ("--slots=64", "memory.address.top_m = 32"),
         ("--tokens=15", "tokens = 15: must be a multiple of 2"),
         ("--repeats=0", "repeats"),
         ("--nolayer", "layer = False: must be True unless --model is given"),
@@ -188,7 +188,7 @@ def test_parts_are_differences_where_they_cannot_be_timed_alone():
     by_part = {row["part"]: row for row in rows}
     assert by_part["grid (retrieval - the two above)"]["ms"] == 4
     assert by_part["backward (with forward - forward)"]["ms"] == 0
-    assert by_part["query"]["floor, ms"] == pytest.approx(1e3 * costs.query.bytes / 1e8)
+    assert by_part["query"]["floor, ms"] == pytest.approx(1e3 * costs["query"].bytes / 1e8)
     assert by_part["norm of the keys"]["floor, ms"] is None
     # Nine parts of 2 ms each, the grid's 4 and a backward pass of none.
     summed = by_part["sum, but for ·"]["ms"]

@@ -26,10 +26,10 @@ TINY = [
     "--config.model.num_kv_heads=2",
     "--config.model.mlp_dim=16",
     "--config.model.memory.placement=1:2",
-    "--config.model.memory.num_keys=16",
-    "--config.model.memory.top_m=4",
-    "--config.model.memory.key_dim=8",
-    "--config.model.memory.value_dim=8",
+    "--config.model.memory.address.num_keys=16",
+    "--config.model.memory.address.top_m=4",
+    "--config.model.memory.address.key_dim=8",
+    "--config.model.memory.table.value_dim=8",
     "--config.data.seq_len=16",
     "--config.train.batch_size=8",
     "--config.train.steps=2",
@@ -60,7 +60,7 @@ def test_help_offers_what_is_not_refused(run):
     assert "--config.train.field" in out and "--config.model.dtype" in out and "--scale" in out
     # Of its models it takes the dtype alone, so that their fields are not offered.
     assert "--config.train: steps=400 " in out and "--config.data: " in out and "seq_len=128" in out
-    assert "--config.model:" not in out and "--config.model.memory:" not in out and "num_keys=" not in out
+    assert "--config.model:" not in out and "--config.model.memories" not in out and "num_keys=" not in out
 
 
 def test_help_names_every_preset_and_every_field_with_its_value(run):
@@ -68,13 +68,15 @@ def test_help_names_every_preset_and_every_field_with_its_value(run):
     presets, fields = out.split("Presets:")[1].split("Fields, with their values here:")
     assert set(presets.split()) - {"--preset:"} == set(PRESETS)
     base = RunConfig(model=preset("ultramem-tiny"))
-    parts = {"model": base.model, "model.memory": base.model.memory, "model.moe": MoEConfig()}
+    memory, path = base.model.memory, "model.memories.ultramem"
+    parts = {"model": base.model, path: memory, "model.moe": MoEConfig()}
+    parts |= {f"{path}.{part}": getattr(memory, part) for part in ("address", "table", "readout")}
     parts |= {"data": base.data, "train": base.train, "mesh": base.mesh}
     shown = fields.split()
     for name, part in parts.items():
         assert f"--config.{name}:" in shown
         for field in dataclasses.fields(part):
-            if f"{name}.{field.name}" not in parts:
+            if f"{name}.{field.name}" not in parts and field.name != "memories":
                 assert f"{field.name}={getattr(part, field.name)}" in shown
     _, out, _ = run("bench_decode", "--help")
     assert "Presets:" not in out
@@ -137,7 +139,7 @@ def test_a_config_file_a_preset_and_overrides_in_any_order(run, text, tmp_path, 
     meta = next((tmp_path / "checkpoints" / "1").rglob("meta/*"))
     config = json.loads(meta.read_text())["config"]
     assert config["train"]["steps"] == 1 and config["train"]["batch_size"] == 8
-    assert config["model"]["memory"]["num_keys"] == 16
+    assert config["model"]["memories"]["ultramem"]["address"]["num_keys"] == 16
     split = {"data": 0, "fsdp": 2, "tensor": 1, "memory": 1, "width": 1}
     assert config["mesh"] == split | {"batch_over_memory": False}
     status, out, err = run("evaluate", f"--workdir={tmp_path}", "--batches=1", "--splits=validation")
@@ -252,8 +254,8 @@ BAD = {
     "unknown preset": (["train", "--preset=ultramem-tny"], "ultramem-tny", "'ultramem-tiny'"),
     "unknown config key": (["train", f"{M}topm=4"], "topm", "'top_m'"),
     "unknown config part": (["train", "--config.modle.dropout=0.1"], "modle", "'model'"),
-    "a part that is not there": (["train", "--preset=dense-tiny", f"{M}top_m=4"], "model.memory", "None"),
-    "a part instead of a field": (["train", "--config.model.memory=4"], "config.model.memory", "top_m"),
+    "a part that is not there": (["train", "--preset=dense-tiny", f"{M}top_m=4"], "model.memory", "has none"),
+    "a part instead of a field": (["train", "--config.model.memory=4"], "model.memory", "memories"),
     "a value of another type": (["train", f"{M}top_m=many"], "top_m", "many"),
     "no such config file": (["train", "--config=experiments/configs/dmo.py"], "dmo.py", "demo.py"),
     "unknown dataset": (["train", "--config.data.dataset=enwik9"], "enwik9", "'enwik8'"),
@@ -265,8 +267,8 @@ BAD = {
     "missing enwik8": (["train", "--config.data.dataset=enwik8"], "data.path", "enwik8"),
     "more reads than candidates": (["train", f"{M}num_keys=16", f"{M}top_m=64"], "top_m = 64", "32"),
     "expansion that is no square": (["train", f"{M}expansion=3"], "expansion = 3", "square"),
-    "cores that do not divide": (["train", f"{M}num_cores=5"], "num_cores = 5", "value_dim = 64"),
-    "malformed placement": (["train", f"{M}placement=1-2"], "placement = '1-2'", "'3:7/8:12'"),
+    "cores that do not divide": (["train", f"{M}num_cores=5"], "value_dim = 64", "5 weights"),
+    "malformed placement": (["train", f"{M}placement=1-2"], "placement = '1-2'", "'3:7'"),
     "placement backwards": (["train", f"{M}placement=3:2"], "3:2", "before it starts"),
     "placement beyond the end": (["train", f"{M}placement=2:9"], "2:9", "last layer, 4"),
     "placement from zero": (["train", f"{M}placement=0:1"], "0:1", "layer 1"),
@@ -389,10 +391,9 @@ def test_twenty_million_slots_are_in_the_config_of_that_name():
     from ultramem_jax.accounting import row_bytes
 
     config = slots_20m.get_config()
-    layout = config.model.layout
-    slots = layout.num_tables * layout.num_slots
+    slots = sum(config.model.sites[0].layout.num_slots)
     assert slots >= 20_000_000
-    assert slots * row_bytes(config.model.memory, config.train).total < 6e9
+    assert slots * row_bytes(config.model.memory.table, config.train).total < 6e9
 
 
 def test_launch_starts_again_with_huge_pages_and_keeps_the_exit_status():

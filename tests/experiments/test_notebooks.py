@@ -5,7 +5,8 @@ import jax
 import matplotlib
 import pytest
 
-from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.presets import families
 from ultramem_jax.training.loop import train
 
 NOTEBOOKS = sorted(pathlib.Path("experiments/notebooks").glob("*.ipynb"))
@@ -16,9 +17,11 @@ def workdir(tmp_path_factory):
     """A run of one step, in place of the demo's."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text("read a slot\n" * 300)
-    memory = MemoryConfig.ultramem(placement="1:1", num_keys=16, top_m=4, key_dim=8, value_dim=8)
+    memory = families.ultramem(placement="1:1", num_keys=16, top_m=4, key_dim=8, value_dim=8)
     config = RunConfig(
-        ModelConfig(embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_dim=16, memory=memory),
+        ModelConfig(
+            embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_dim=16, memories={"memory": memory}
+        ),
         DataConfig("text", str(folder / "text.txt"), seq_len=16, cache_dir=str(folder / "cache")),
         TrainConfig(steps=1, batch_size=8, eval_batches=1),
     )

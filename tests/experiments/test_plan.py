@@ -26,11 +26,11 @@ from experiments.plan_time import (
     within_node,
 )
 from experiments.plan_traffic import grouped, purpose, traffic
-from ultramem_jax import MemoryConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig, UserError
+from ultramem_jax import MeshConfig, ModelConfig, RunConfig, TrainConfig, UserError
 from ultramem_jax.accounting import Transfer, exchange_bytes
-from ultramem_jax.config import DataConfig
+from ultramem_jax.config import DataConfig, to_dict
 from ultramem_jax.parallel.collectives import Collective
-from ultramem_jax.presets import preset
+from ultramem_jax.presets import families, preset
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(
@@ -40,9 +40,11 @@ MODEL = ModelConfig(
     num_heads=2,
     num_kv_heads=2,
     mlp_dim=32,
-    memory=MemoryConfig.ultramem(
-        placement="1:1", num_keys=16, top_m=4, num_heads=1, key_dim=8, value_dim=8, query_conv_width=4
-    ),
+    memories={
+        "memory": families.ultramem(
+            placement="1:1", num_keys=16, top_m=4, num_heads=1, key_dim=8, value_dim=8, query_conv_width=4
+        )
+    },
 )
 TINY = RunConfig(
     MODEL,
@@ -67,8 +69,8 @@ DENSE = 384 + 1024 + 1024 + 48 + 256 + 512 + 16 + 8 + 512 + 64
 
 
 def by(partition, config=TINY):
-    memory = dataclasses.replace(config.model.memory, partition=partition)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
+    memory = config.model.memory.changed(partition=partition)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, memories={"memory": memory}))
 
 
 @pytest.fixture(scope="module")
@@ -144,41 +146,41 @@ FORWARD, BACKWARD = "jit(f)/jvp(Transformer)", "jit(f)/transpose(jvp(Transformer
 @pytest.mark.parametrize(
     ("path", "kind", "axes", "expected"),
     [
-        (f"{FORWARD}/memory_0/shard_map/all_gather", "all-gather", "memory", "reads to owners"),
+        (f"{FORWARD}/memory_0/table/shard_map/all_gather", "all-gather", "memory", "reads to owners"),
         (
-            f"{FORWARD}/memory_0/memory_0._pooled/shard_map/all_to_all",
+            f"{FORWARD}/memory_0/table/table._pooled/shard_map/all_to_all",
             "all-to-all",
             "memory",
             "pooled sums to tokens",
         ),
         (
-            f"{BACKWARD}/memory_0/memory_0._pooled/shard_map/all_gather",
+            f"{BACKWARD}/memory_0/table/table._pooled/shard_map/all_gather",
             "all-gather",
             "memory",
             "cotangents to owners",
         ),
         (
-            f"{BACKWARD}/memory_0/memory_0._pooled/shard_map/psum",
+            f"{BACKWARD}/memory_0/table/table._pooled/shard_map/psum",
             "all-reduce",
             "data",
             "gradients of tables",
         ),
         (
-            f"{FORWARD}/memory_0/memory_0._activations/shard_map/reduce_scatter",
+            f"{FORWARD}/memory_0/table/table._activations/shard_map/reduce_scatter",
             "reduce-scatter",
             "memory",
             "products to tokens",
         ),
         (
-            f"{BACKWARD}/memory_0/memory_0._activations/shard_map/all_gather",
+            f"{BACKWARD}/memory_0/table/table._activations/shard_map/all_gather",
             "all-gather",
             "memory",
             "cotangents of products to owners",
         ),
-        (f"{BACKWARD}/memory_0/shard_map/psum", "all-reduce", "data", "gradients of tables"),
-        (f"{BACKWARD}/memory_0/shard_map/psum", "all-reduce", "memory", "gradients of parameters"),
+        (f"{BACKWARD}/memory_0/table/shard_map/psum", "all-reduce", "data", "gradients of tables"),
+        (f"{BACKWARD}/memory_0/table/shard_map/psum", "all-reduce", "memory", "gradients of parameters"),
         (
-            f"{BACKWARD}/(memory_0/shard_map/psum:layer_1/dot_general)",
+            f"{BACKWARD}/(memory_0/table/shard_map/psum:layer_1/dot_general)",
             "all-reduce",
             "data",
             "gradients of parameters",
@@ -209,7 +211,7 @@ def test_the_purpose_is_read_from_the_path(path, kind, axes, expected):
 
 
 def test_owners_with_the_same_tokens_gather_columns_of_sums():
-    path = f"{FORWARD}/memory_0/memory_0._pooled/shard_map/all_gather"
+    path = f"{FORWARD}/memory_0/table/table._pooled/shard_map/all_gather"
     assert purpose(collective(path)) == "scores to owners"
     assert purpose(collective(path), tokens_apart=False) == "pooled sums to tokens"
 
@@ -337,8 +339,8 @@ def test_minor_axes_lie_within_a_node():
 
 
 def test_the_paper_sends_less_from_the_parts_on_that_the_formulas_say():
-    model = slots_1b.get_config().model
-    costs = partition_costs(model, 4096, HARDWARE["h100"], 256)
+    site = slots_1b.get_config().model.sites[0]
+    costs = partition_costs(site, 4096, HARDWARE["h100"], 256)
     assert list(costs) == [2, 4, 8, 16, 32, 64, 128, 256]
     assert "width" in costs[64] and "width" not in costs[128]  # of 64 columns
     # (P-1)/P·R·(4 + b·d_v) < (P-1)·(R·(5 + h·b) + E·d_v·b) where P > 32·132 / (32·9 + 512) = 5.3; and by
@@ -347,13 +349,13 @@ def test_the_paper_sends_less_from_the_parts_on_that_the_formulas_say():
     assert crossover(costs, "paper_number_wise", "width", lambda cost: cost.sent) == 16
     assert crossover(costs, "slots", "width", lambda cost: cost.sent) is None
     assert crossover(costs, "width", "slots", lambda cost: cost.sent) == 2
-    assert costs[8]["slots"].sent == exchange_bytes(model, 4096, 8).slots == 7 * 4096 * 800
+    assert costs[8]["slots"].sent == exchange_bytes(site, 4096, 8).slots == 7 * 4096 * 800
     words = verdict(costs)
     assert "`paper, by dimension` for P = 2 to 16" in words and "from P = 32 on" in words
 
 
 def test_below_the_smallest_access_width_reads_more_with_every_part():
-    costs = partition_costs(slots_1b.get_config().model, 4096, HARDWARE["h100"], 64)
+    costs = partition_costs(slots_1b.get_config().model.sites[0], 4096, HARDWARE["h100"], 64)
     reads = 4096 * 32
     assert {parts: ways["slots"].read for parts, ways in costs.items()} == dict.fromkeys(costs, reads * 128)
     # Rows of 128 bytes in 4 parts are accesses of 32; in 64 parts 2 bytes cost as much.
@@ -374,9 +376,10 @@ def test_the_experts_of_a_rival_divide_over_the_devices():
     assert (moe.num_experts, moe.expert_dim, rival.mesh.memory) == (32, 376, 4)
     words = describe_rival(config, rival)
     assert "32 experts of width 376" in words and "sparse parameters 6." in words
-    memory = dataclasses.replace(config.model.memory, partition="both")
+    memory = config.model.memory.changed(partition="both")
     both = RunConfig(
-        dataclasses.replace(config.model, memory=memory), mesh=MeshConfig(data=1, memory=2, width=8)
+        dataclasses.replace(config.model, memories={"memory": memory}),
+        mesh=MeshConfig(data=1, memory=2, width=8),
     )
     assert rival_run(both, "moe").mesh == MeshConfig(data=1, memory=16)
 
@@ -387,7 +390,8 @@ def test_the_experts_of_a_rival_divide_over_the_devices():
 @pytest.fixture
 def tiny_file(tmp_path):
     path = tmp_path / "tiny.py"
-    path.write_text(f"from ultramem_jax.config import *\ndef get_config():\n    return {TINY!r}\n")
+    text = "from ultramem_jax.config import *\ndef get_config():\n    return run_config_from_dict({!r})\n"
+    path.write_text(text.format(to_dict(TINY)))
     return path
 
 
@@ -425,7 +429,7 @@ def test_the_plan_is_printed_and_written(run, compiled, tiny_file, tmp_path):
         (["--config.mesh.memory=3"], "mesh.memory = 3: must divide num_slots of a table = 256"),
         (
             ["--partition=width", "--config.mesh.memory=16"],
-            "mesh.memory = 16: must divide model.memory.value_",
+            "mesh.memory = 16: must divide model.memories.memory.table.value_",
         ),
         (["--config.mesh.data=3"], "train.batch_size = 8: a micro-batch of 8 sequences does not divide"),
         (

@@ -12,17 +12,18 @@ import pytest
 from experiments import row_states_table, seeds
 from experiments.configs import row_states as default_config
 from experiments.row_states_table import CHOICES, REFERENCE, make_configs
-from ultramem_jax import MemoryConfig, ModelConfig, TrainConfig, UserError
+from ultramem_jax import ModelConfig, TrainConfig, UserError
 from ultramem_jax.accounting import bytes_per_token, optimizer_bytes, row_bytes
 from ultramem_jax.ops.rows import stored_dtype
+from ultramem_jax.presets import families
 from ultramem_jax.row_states import ROW_OPTIMIZERS
 from ultramem_jax.training.row_rules import row_rule
 
 from .test_cli import TINY
 
 # A value 6 wide, and a pre-value 4 wide.
-VALUES = MemoryConfig(value_dim=6, num_keys=16)
-BOTH = dataclasses.replace(VALUES, pre_value_dim=4)
+VALUES = families.ultramem(value_dim=6, num_keys=16)
+BOTH = VALUES.changed(pre_value_dim=4)
 BASE = default_config.get_config()
 
 
@@ -34,14 +35,14 @@ BASE = default_config.get_config()
     ],
 )
 def test_bytes_of_a_row_by_hand(memory, table, moments):
-    halves = dataclasses.replace(memory, table_dtype="bfloat16")
-    assert row_bytes(memory).total == table + moments["element"][0] == 3 * table
+    halves = memory.changed(dtype="bfloat16")
+    assert row_bytes(memory.table).total == table + moments["element"][0] == 3 * table
     for second, by_dtype in moments.items():
         for dtype, expected in zip(("float32", "bfloat16"), by_dtype, strict=True):
             train = TrainConfig(row_second_moment=second, row_moment_dtype=dtype)
-            found = row_bytes(memory, train)
+            found = row_bytes(memory.table, train)
             assert (found.table, found.moments, found.total) == (table, expected, table + expected)
-            assert row_bytes(halves, train) == dataclasses.replace(found, table=table // 2)
+            assert row_bytes(halves.table, train) == dataclasses.replace(found, table=table // 2)
 
 
 # Bytes of the state of a value 6 wide and a pre-value 4 wide.
@@ -58,7 +59,7 @@ KEPT = {
 @pytest.mark.parametrize("table_dtype", ["float32", "bfloat16"])
 def test_bytes_of_a_row_are_those_of_the_arrays(table_dtype):
     tables = [jnp.zeros((7, width), stored_dtype(table_dtype)) for width in (6, 4)]
-    memory = dataclasses.replace(BOTH, table_dtype=table_dtype)
+    memory = BOTH.changed(dtype=table_dtype)
     options = {"row_second_moment": ("element", "row"), "row_moment_dtype": ("float32", "bfloat16")}
     seen = set()
     for name, second, dtype in itertools.product(ROW_OPTIMIZERS, *options.values()):
@@ -68,7 +69,7 @@ def test_bytes_of_a_row_are_those_of_the_arrays(table_dtype):
         except UserError:
             continue  # an option that the rule does not have
         states = [row_rule(train).init(table) for table in tables]
-        found = row_bytes(memory, train)
+        found = row_bytes(memory.table, train)
         assert 7 * found.table == sum(table.nbytes for table in tables)
         assert 7 * found.moments == sum(array.nbytes for array in jax.tree.leaves(states))
         for state in states:
@@ -81,8 +82,8 @@ def test_bytes_of_a_row_are_those_of_the_arrays(table_dtype):
 
 
 def test_bytes_of_a_model_follow_its_rows():
-    plain = ModelConfig(memory=BOTH)
-    halves = dataclasses.replace(plain, memory=dataclasses.replace(BOTH, table_dtype="bfloat16"))
+    plain = ModelConfig(memories={"memory": BOTH})
+    halves = dataclasses.replace(plain, memories={"memory": BOTH.changed(dtype="bfloat16")})
     train = TrainConfig(row_second_moment="row", row_moment_dtype="bfloat16")
     memories, slots, reads = 4, 16**2, 3 * 2 * 16
     before, after = bytes_per_token(plain, 3), bytes_per_token(halves, 3, train=train)
@@ -102,9 +103,9 @@ def test_choices_differ_from_each_other_in_the_rows_state_alone():
     assert list(make_configs(BASE, ["bfloat16"])) == [REFERENCE, "bfloat16"]
     # What train.py has for the row's state, and for the table.
     last = configs["bfloat16-row-nearest"]
-    assert last.model.memory.table_dtype == last.train.row_moment_dtype == "bfloat16"
+    assert last.model.memory.table.dtype == last.train.row_moment_dtype == "bfloat16"
     assert (last.train.row_second_moment, last.train.row_rounding) == ("row", "nearest")
-    whole = dataclasses.replace(last.model, memory=BASE.model.memory)
+    whole = last.model.with_memory(BASE.model.memory)
     assert (whole, last.data) == (BASE.model, BASE.data)
 
 
@@ -181,7 +182,7 @@ def test_two_choices_end_to_end_and_again_without_training(run, text, tmp_path, 
     assert status == 0, err
     folders = [tmp_path / "runs" / f"{name}-seed0" for name in (REFERENCE, "bfloat16-row")]
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
-    assert [result["config"]["model"]["memory"]["table_dtype"] for result in results] == [
+    assert [result["config"]["model"]["memories"]["ultramem"]["table"]["dtype"] for result in results] == [
         "float32",
         "bfloat16",
     ]

@@ -9,7 +9,6 @@ from tests.interop import synthetic
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.interop.reference_torch import load
 from ultramem_jax.models import Transformer
-from ultramem_jax.models.transformer import SHARED_TABLES
 
 
 @pytest.mark.parametrize("name", ["v2_summed_gelu", "v2_everything"])
@@ -23,7 +22,7 @@ def test_loaded_layers_take_their_places_in_a_transformer(name):
         num_heads=1,
         num_kv_heads=1,
         mlp_dim=8,
-        memory=module.reference.config,
+        memories={"memory": module.reference.config},
     )
     model, tokens = Transformer(config), jnp.arange(8)[None] % 11
     own = jax.jit(lambda: model.init(jax.random.key(0), tokens))()
@@ -33,7 +32,7 @@ def test_loaded_layers_take_their_places_in_a_transformer(name):
     }
     moved = {
         "params": own["params"] | loaded["params"],
-        "memory": {SHARED_TABLES: loaded["memory"]["tables"]},
+        "memory": {"memory_tables": loaded["memory"]["tables"]},
         "buffers": buffers,
     }
     assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, dict(own))

@@ -78,7 +78,7 @@ def test_outputs_and_reads_of_the_reference(path):
     y, slots, blocks, scores = reads(module, variables, arrays["x"])
     close(y, arrays["output"], "output")
     np.testing.assert_array_equal(slots.reshape(arrays["physical_slots"].shape), arrays["physical_slots"])
-    if not module.reference.config.sum_blocks:
+    if not module.reference.config.readout.sum_blocks:
         np.testing.assert_array_equal(blocks.reshape(arrays["groups"].shape), arrays["groups"])
     expected = arrays["best_scores"].reshape(scores.shape)
     if hyper["layer"] == "memory_plus":  # the layer pools by their softmax over the m reads of a head
@@ -151,7 +151,7 @@ def test_outputs_and_reads_of_the_oracle(name):
     y, slots, blocks, _ = reads(module, variables, x)
     close(y, expected.output, name)
     np.testing.assert_array_equal(np.sort(slots), np.sort(expected.slots))
-    if not module.reference.config.sum_blocks:
+    if not module.reference.config.readout.sum_blocks:
         np.testing.assert_array_equal(np.sort(blocks), np.sort(expected.blocks))
 
 

@@ -15,7 +15,7 @@ from ultramem_jax.exchange_shapes import exchange_capacity, overflow_capacity
 from ultramem_jax.layers.moe import MoE
 from ultramem_jax.ops.on_mesh import on_mesh
 from ultramem_jax.parallel.mesh import AXES, in_words, make_mesh, mesh_axes
-from ultramem_jax.parallel.rules import parameter_specs
+from ultramem_jax.parallel.rules import LOGICAL_AXES, parameter_specs
 
 B, S, D, F, X, K = 8, 6, 4, 8, 8, 2
 BLOCKS = MoEConfig(
@@ -80,7 +80,7 @@ def placed(moe, mesh, x):
     config = RunConfig(model=model, mesh=mesh, train=TrainConfig(batch_size=B))
     axes = mesh_axes(config, make_mesh(mesh))
     tree = {"feed_forward": parameters(moe)}
-    shardings = jax.tree.map(axes.sharding, parameter_specs(tree, axes))
+    shardings = jax.tree.map(axes.sharding, parameter_specs(tree, axes, LOGICAL_AXES))
     params = jax.device_put(tree, shardings)["feed_forward"]
     return axes, params, jax.device_put(x, axes.sharding(P(axes.tokens)))
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests import oracle
-from ultramem_jax.config import MemoryConfig
-from ultramem_jax.layers import ProductKeyMemory
+from ultramem_jax.memory_config import MemorySite
+from ultramem_jax.presets import families
 
-from .test_product_key_memory import case, close
+from .test_product_key_memory import case, close, layer
 
 SMALL = dict(num_keys=6, top_m=4, key_dim=8)
 V2 = SMALL | dict(value_dim=8, pre_value_dim=6)
@@ -19,19 +19,19 @@ PLUS = SMALL | dict(num_heads=2, value_dim=8)
 PEER = SMALL | dict(value_dim=16, pre_value_dim=16)
 FOUR_BLOCKS = dict(query_per_rank=True, pre_value_activation="gelu", expansion=4)
 MEMBERS = {
-    "v2": MemoryConfig.ultramem_v2(**V2),
-    "v2, query per rank, gelu, 4 blocks summed": MemoryConfig.ultramem_v2(**V2, **FOUR_BLOCKS),
-    "v2, blocks not summed": MemoryConfig.ultramem_v2(**V2, expansion=4, sum_blocks=False),
-    "v2, 2 heads, query conv": MemoryConfig.ultramem_v2(**V2, num_heads=2, query_conv_width=3),
-    "v2, own queries per rank": MemoryConfig.ultramem_v2(
+    "v2": families.ultramem_v2(**V2),
+    "v2, query per rank, gelu, 4 blocks summed": families.ultramem_v2(**V2, **FOUR_BLOCKS),
+    "v2, blocks not summed": families.ultramem_v2(**V2, expansion=4, sum_blocks=False),
+    "v2, 2 heads, query conv": families.ultramem_v2(**V2, num_heads=2, query_conv_width=3),
+    "v2, own queries per rank": families.ultramem_v2(
         **V2, num_heads=2, share_query=False, query_per_rank=True, tucker_rank=3
     ),
-    "v2, rank 1, no pre-values": MemoryConfig.ultramem_v2(**V2 | dict(pre_value_dim=0), tucker_rank=1),
-    "memory+": MemoryConfig.memory_plus(**PLUS),
-    "memory+, plain keys": MemoryConfig.memory_plus(**PLUS, norm_keys=False),
-    "memory+, query conv": MemoryConfig.memory_plus(**PLUS, query_conv_width=3),
-    "peer, 2 heads": MemoryConfig.peer(**PEER, num_heads=2),
-    "peer, 4 heads": MemoryConfig.peer(**PEER, num_heads=4),
+    "v2, rank 1, no pre-values": families.ultramem_v2(**V2 | dict(pre_value_dim=0), tucker_rank=1),
+    "memory+": families.memory_plus(**PLUS),
+    "memory+, plain keys": families.memory_plus(**PLUS, norm_keys=False),
+    "memory+, query conv": families.memory_plus(**PLUS, query_conv_width=3),
+    "peer, 2 heads": families.peer(**PEER, num_heads=2),
+    "peer, 4 heads": families.peer(**PEER, num_heads=4),
 }
 
 
@@ -77,12 +77,12 @@ def test_parameters_are_those_of_the_member():
 def test_one_expert_of_inner_width_one_by_hand():
     # One key per side, so the softmax weighs the only slot with 1. D 2, x = (2, -1), u = (1, 1), v = (3, 5):
     # u·x = 1, GELU(1) = (1 + erf(1/√2))/2 = 0.8413447, y = 0.8413447·(3, 5).
-    config = MemoryConfig.peer(
+    config = families.peer(
         num_keys=1, top_m=1, num_heads=1, key_dim=2, value_dim=2, pre_value_dim=2, norm_query=False
     )
     params = {"query": jnp.ones((2, 4)), "keys": jnp.ones((2, 1, 1, 1, 2))}
     tables = {"values": jnp.asarray([[3.0, 5.0]]), "pre_values": jnp.ones((1, 2))}
-    module, x = ProductKeyMemory(config, num_layers=1), jnp.asarray([[[2.0, -1.0]]])
+    module, x = layer(config, 2, num_layers=1), jnp.asarray([[[2.0, -1.0]]])
     y = jax.jit(lambda v, x: module.apply(v, x, train=False))({"params": params, "memory": tables}, x)
     np.testing.assert_allclose(y, [[[3 * 0.8413447, 5 * 0.8413447]]], rtol=1e-6)
 
@@ -90,7 +90,7 @@ def test_one_expert_of_inner_width_one_by_hand():
 def test_a_gate_by_hand():
     # The only slot holds (3, 5). x = (2, -1), gates W·x with W = ((1, 0), (2, 1)): (2 - 2, -1) = (0, -1);
     # SiLU(0) = 0, SiLU(-1) = -1/(1 + e) = -0.2689414. Projected by the identity: (0, -1.344707).
-    config = MemoryConfig.memory_plus(
+    config = families.memory_plus(
         num_keys=1, top_m=1, num_heads=1, key_dim=2, value_dim=2, norm_query=False, norm_keys=False
     )
     params = {
@@ -100,7 +100,7 @@ def test_a_gate_by_hand():
         "projection": jnp.eye(2),
     }
     tables = {"values": jnp.asarray([[3.0, 5.0]])}
-    module, x = ProductKeyMemory(config, num_layers=1), jnp.asarray([[[2.0, -1.0]]])
+    module, x = layer(config, 2, num_layers=1), jnp.asarray([[[2.0, -1.0]]])
     y = jax.jit(lambda p, x: module.apply({"params": p}, x, train=False, tables=tables))(params, x)
     np.testing.assert_allclose(y, [[[0.0, -1.344707]]], rtol=1e-6)
 
@@ -111,17 +111,17 @@ def test_a_gate_by_hand():
 # Four memories in halves have 144 slots, √72 = 8.5, windows of 64; memory 3 is of the second half: 72..135.
 # Where all read one table, it has the 36 slots of one memory.
 WINDOWS = {
-    "whole ring": (dict(table_sharing="ring"), 3, 2, 108, {*range(72, 108), *range(64)}),
-    "half a ring": (dict(table_sharing="ring", share_ratio=0.5), 3, 2, 108, {*range(72, 108), *range(13)}),
-    "blocks": (dict(table_sharing="blocks", share_ratio=0.5), 4, 3, 144, {*range(72, 136)}),
-    "all": (dict(table_sharing="all"), 3, 2, 36, {*range(36)}),
+    "whole ring": (dict(sharing="ring"), 3, 2, 108, {*range(72, 108), *range(64)}),
+    "half a ring": (dict(sharing="ring", share_ratio=0.5), 3, 2, 108, {*range(72, 108), *range(13)}),
+    "blocks": (dict(sharing="blocks", share_ratio=0.5), 4, 3, 144, {*range(72, 136)}),
+    "all": (dict(sharing="all"), 3, 2, 36, {*range(36)}),
 }
 
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_windows_of_a_shared_table(name):
     sharing, num_memories, index, num_slots, window = WINDOWS[name]
-    config = MemoryConfig.ultramem_v2(**V2, **sharing)
+    config = families.ultramem_v2(**V2, **sharing)
     memory = case(config, num_memories, index)
     assert "memory" not in memory.variables
     assert memory.tables["values"].shape == (num_slots, 8)
@@ -143,18 +143,19 @@ def _slots_read(memory, x):
 def test_neighbours_in_a_ring_overlap_as_their_share_says():
     # Rings of 3 memories with 36 slots each, share 1/2, windows of 49: memory 0 reads 0..48, memory 1
     # 36..84, memory 2 72..107 and 0..12. Neighbours have 13 rows in common.
-    layout = MemoryConfig.ultramem_v2(**V2, share_ratio=0.5).layout(3)
-    windows = [{(o + a) % 108 for a in range(layout.window_slots)} for o in layout.offsets]
+    memory = families.ultramem_v2(**V2, share_ratio=0.5)
+    layout = MemorySite.alone(memory, 16, num_memories=3).layout
+    windows = [{(w.first + a) % 108 for a in range(w.size)} for w in layout.windows]
     assert [len(windows[i] & windows[(i + 1) % 3]) for i in range(3)] == [13, 13, 13]
 
 
 def test_memories_of_a_ring_shuffle_differently_even_with_one_block():
     # With shares of 1/3 the windows do not overlap; their order within the window differs too.
-    config = MemoryConfig.ultramem_v2(**V2, share_ratio=1 / 3)
+    config = families.ultramem_v2(**V2, share_ratio=1 / 3)
     memory = case(config, num_memories=3, index=0)
 
     def slots(index):
-        module = memory.module.clone(index=index)
+        module = layer(config, 16, num_memories=3, index=index)
         apply = jax.jit(
             lambda *args: module.apply(args[0], args[1], train=False, tables=args[2], mutable=["reads"])
         )
@@ -175,7 +176,7 @@ def _directional(function, arrays, name, step=1e-6):
 def test_gradients_equal_finite_differences_of_the_definition(name):
     memory = member(name)
     cotangent = np.random.default_rng(0).standard_normal(memory.x.shape)
-    split = memory.module.config, memory.variables, memory.tables
+    split = memory.module.site.config, memory.variables, memory.tables
 
     def assemble(arrays):
         config, variables, tables = split
@@ -203,9 +204,9 @@ def test_gradients_equal_finite_differences_of_the_definition(name):
 
 
 BALANCED = {
-    "product keys": MemoryConfig.memory_plus(**PLUS, balance_loss_weight=0.5),
-    "common keys": MemoryConfig.peer(**PEER, num_heads=3, balance_loss_weight=0.5),
-    "tucker": MemoryConfig.ultramem_v2(**V2, num_heads=2, balance_loss_weight=0.5),
+    "product keys": families.memory_plus(**PLUS, balance_loss_weight=0.5),
+    "common keys": families.peer(**PEER, num_heads=3, balance_loss_weight=0.5),
+    "tucker": families.ultramem_v2(**V2, num_heads=2, balance_loss_weight=0.5),
 }
 
 
@@ -221,7 +222,7 @@ def _sown_losses(memory):
 def test_balance_loss_equals_its_definition(name):
     memory = case(BALANCED[name])
     x = np.asarray(memory.x, np.float64)
-    expected = oracle.balance_loss(memory.module.config, memory.variables, x)
+    expected = oracle.balance_loss(memory.module.site.config, memory.variables, x)
     assert abs(expected - 2) > 0.01  # not that of uniform use
     assert float(_sown_losses(memory)(memory.variables["params"])["balance"]) == pytest.approx(
         0.5 * expected, rel=1e-5
@@ -238,7 +239,9 @@ def test_balance_loss_reaches_queries_and_keys_through_the_probabilities_alone()
     # Shares do not change in a small step, and u and t are those of the cores, which are not in this.
     def expected_loss(arrays):
         variables = memory.variables | {"params": arrays}
-        return 0.5 * oracle.balance_loss(memory.module.config, variables, np.asarray(memory.x, np.float64))
+        return 0.5 * oracle.balance_loss(
+            memory.module.site.config, variables, np.asarray(memory.x, np.float64)
+        )
 
     for name in ("query", "keys", "query_scale", "key_scale"):
         slope, direction = _directional(expected_loss, exact, name)
@@ -258,12 +261,10 @@ def test_balance_loss_of_uniform_use_is_one_for_each_side():
 def test_balance_loss_by_hand():
     # Two keys a side, one candidate; x and the query are 1. Rows score (ln 3, 0) and columns (0, ln 4):
     # p = (3, 1)/4 with f = (1, 0): 2·3/4; p = (1, 4)/5 with f = (0, 1): 2·4/5. In all 3.1, times β = 10.
-    config = MemoryConfig.pkm(
-        num_keys=2, top_m=1, num_heads=1, key_dim=1, value_dim=1, balance_loss_weight=10.0
-    )
+    config = families.pkm(num_keys=2, top_m=1, num_heads=1, key_dim=1, value_dim=1, balance_loss_weight=10.0)
     keys = jnp.log(jnp.asarray([[3.0, 1.0], [1.0, 4.0]])).reshape(2, 1, 1, 2, 1)
     variables = {"params": {"query": jnp.ones((1, 2)), "keys": keys}, "memory": {"values": jnp.ones((4, 1))}}
-    module = ProductKeyMemory(config, num_layers=1)
+    module = layer(config, 2, num_layers=1)
     _, sown = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable=["losses"]))(
         variables, jnp.ones((1, 1, 1))
     )

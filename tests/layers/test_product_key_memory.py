@@ -7,34 +7,36 @@ import numpy as np
 import pytest
 
 from tests import oracle
-from ultramem_jax.config import MemoryConfig
-from ultramem_jax.layers import ProductKeyMemory, SharedTables
-from ultramem_jax.layers.memory.initializers import chosen_scores, draw_table, memory_init
+from ultramem_jax.layers import Memory, SharedTables
+from ultramem_jax.layers.memory.initializers import chosen_scores, memory_init, retrieval_init
+from ultramem_jax.layers.memory.table import draw_table
+from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.ops import addressing
+from ultramem_jax.presets import families
 
 SMALL = dict(num_keys=6, top_m=4, num_heads=2, key_dim=8, value_dim=8)
 CONFIGS = {
-    "pkm": MemoryConfig.pkm(**SMALL | dict(value_dim=16)),
-    "without softmax": MemoryConfig.pkm(**SMALL | dict(value_dim=16), softmax=False),
-    "projected": MemoryConfig.pkm(**SMALL, project_values=True),
-    "shared query": MemoryConfig.pkm(**SMALL, project_values=True, share_query=True),
-    "normed": MemoryConfig.pkm(**SMALL, project_values=True, norm_query=True, norm_keys=True),
-    "normed queries": MemoryConfig.pkm(**SMALL, project_values=True, norm_query=True),
-    "normed keys": MemoryConfig.pkm(**SMALL, project_values=True, norm_keys=True),
-    "expanded": MemoryConfig.pkm(**SMALL, project_values=True, expansion=4),
-    "convolved": MemoryConfig.pkm(**SMALL, project_values=True, query_conv_width=3),
-    "rank 1": MemoryConfig.ultramem(**SMALL, tucker_rank=1),
-    "ultramem": MemoryConfig.ultramem(**SMALL),
-    "full keys, rank 3, 4 cores": MemoryConfig.ultramem(
+    "pkm": families.pkm(**SMALL | dict(value_dim=16)),
+    "without softmax": families.pkm(**SMALL | dict(value_dim=16), softmax=False),
+    "projected": families.pkm(**SMALL, project_values=True),
+    "shared query": families.pkm(**SMALL, project_values=True, share_query=True),
+    "normed": families.pkm(**SMALL, project_values=True, norm_query=True, norm_keys=True),
+    "normed queries": families.pkm(**SMALL, project_values=True, norm_query=True),
+    "normed keys": families.pkm(**SMALL, project_values=True, norm_keys=True),
+    "expanded": families.pkm(**SMALL, project_values=True, expansion=4),
+    "convolved": families.pkm(**SMALL, project_values=True, query_conv_width=3),
+    "rank 1": families.ultramem(**SMALL, tucker_rank=1),
+    "ultramem": families.ultramem(**SMALL),
+    "full keys, rank 3, 4 cores": families.ultramem(
         **SMALL, tucker_rank=3, num_cores=4, rank_keys="full", expansion=9, init="reference"
     ),
-    "own queries": MemoryConfig.ultramem(**SMALL, share_query=False, shuffle="none"),
-    "stored permutation": MemoryConfig.ultramem(**SMALL, shuffle="explicit"),
+    "own queries": families.ultramem(**SMALL, share_query=False, shuffle="none"),
+    "stored permutation": families.ultramem(**SMALL, shuffle="explicit"),
 }
 
 
 class Case(NamedTuple):
-    module: ProductKeyMemory
+    module: Memory
     variables: dict
     x: jax.Array
     tables: dict | None
@@ -48,16 +50,21 @@ class Case(NamedTuple):
     def expected(self):
         """The same in float64, from the definition."""
         x = np.asarray(self.x, np.float64)
-        return oracle.memory_layer(self.module.config, self.variables, x, self.cell(), self.tables)
+        return oracle.memory_layer(self.module.site.config, self.variables, x, self.cell(), self.tables)
 
     def cell(self):
         """(row, column) -> (block, row of the table)."""
         return addressing_of(self.module, self.variables)
 
 
+def layer(config, embed_dim, **around):
+    """A memory by itself, as in a model of four layers."""
+    return Memory(MemorySite.alone(config, embed_dim, **dict(num_layers=4) | around))
+
+
 def case(config, num_memories=2, index=1, seed=0, embed_dim=16):
     """A memory in a model of several, with variables of no special values, and x (2, 5, D)."""
-    module = ProductKeyMemory(config, num_layers=4, num_memories=num_memories, index=index)
+    module = layer(config, embed_dim, index=index, num_memories=num_memories)
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(2, 5, embed_dim)), jnp.float32)
 
@@ -70,9 +77,9 @@ def case(config, num_memories=2, index=1, seed=0, embed_dim=16):
         return jnp.asarray(rng.normal(size=a.shape) * 0.4, jnp.float32)
 
     key, tables = jax.random.key(0), None
-    if config.shares_table:
-        shared = SharedTables(config, num_layers=4, num_memories=num_memories)
-        tables, _ = jax.eval_shape(lambda: shared.init_with_output(key, embed_dim))
+    if config.table.is_shared:
+        shared = SharedTables(module.site)
+        tables, _ = jax.eval_shape(lambda: shared.init_with_output(key))
         tables = jax.tree.map_with_path(draw, tables)
     # Shapes alone: to run the initialisation takes as long as to compile the layer.
     made = jax.eval_shape(lambda: module.init(key, x, train=False, tables=tables))
@@ -81,19 +88,19 @@ def case(config, num_memories=2, index=1, seed=0, embed_dim=16):
 
 def addressing_of(module, variables):
     """(row, column) -> (block, row of the table) as the layer has it, each part tested on its own."""
-    config, layout = module.config, module.config.layout(module.num_memories)
-    keys, size = layout.window_keys, layout.num_virtual_keys
+    site, config = module.site, module.site.config.address
+    keys, size = config.window_keys(site), config.num_virtual_keys(site)
     cells = (jnp.asarray(a, jnp.int32) for a in np.divmod(np.arange(size * size), size))
     if config.shuffle == "explicit":
         address = np.asarray(variables["buffers"]["permutation"])
         blocks, slots = np.divmod(address, keys * keys)
-    elif config.shuffle == "none" or (config.expansion == 1 and not config.shares_table):
+    elif config.shuffle == "none" or (config.expansion == 1 and not site.config.table.is_shared):
         blocks, slots = addressing.block_and_slot(*cells, keys, config.expansion)
     else:
         shuffled = jax.jit(addressing.shuffled_block_and_slot, static_argnums=(2, 3, 4))
-        blocks, slots = shuffled(*cells, keys, config.expansion, config.shuffle_seed + module.index)
+        blocks, slots = shuffled(*cells, keys, config.expansion, config.shuffle_seed + site.index)
     blocks, slots = np.asarray(blocks), np.asarray(slots)
-    offset, rows = layout.offsets[module.index], layout.num_slots
+    offset, rows = site.window.first, site.num_slots
     return lambda i, j: (int(blocks[i * size + j]), (int(slots[i * size + j]) + offset) % rows)
 
 
@@ -108,10 +115,12 @@ def test_equals_the_definition_in_float64(name):
 
 
 def test_all_switches_on_is_ultramem_and_all_off_is_pkm():
-    pkm = MemoryConfig.pkm(value_dim=128)
-    assert pkm.softmax and not pkm.project_values and not pkm.share_query
-    assert not pkm.norm_query and not pkm.norm_keys
-    assert pkm.expansion == pkm.num_cores == 1 and pkm.tucker_rank == pkm.query_conv_width == 0
+    pkm = families.pkm(value_dim=128)
+    address = pkm.address
+    assert address.softmax and not pkm.readout.project_values and not address.share_query
+    assert not address.norm_query and not address.norm_keys
+    assert address.expansion == address.num_cores == 1
+    assert address.tucker_rank == address.query_conv_width == 0
     every_switch = dict(
         softmax=False,
         project_values=True,
@@ -125,7 +134,7 @@ def test_all_switches_on_is_ultramem_and_all_off_is_pkm():
         value_lr_multiple=10.0,
         query_conv_width=4,
     )
-    assert MemoryConfig.pkm(value_dim=64, **every_switch) == MemoryConfig.ultramem(value_dim=64)
+    assert families.pkm(value_dim=64, **every_switch) == families.ultramem(value_dim=64)
 
 
 @pytest.mark.parametrize(
@@ -139,22 +148,24 @@ def test_all_switches_on_is_ultramem_and_all_off_is_pkm():
 )
 @pytest.mark.parametrize("num_layers", [4, 24])
 def test_output_variance_starts_at_one_over_two_layers(switches, num_layers):
-    config = MemoryConfig.ultramem(**dict(num_keys=64, top_m=16, key_dim=64, value_dim=64) | switches)
-    module = ProductKeyMemory(config, num_layers)
+    config = families.ultramem(**dict(num_keys=64, top_m=16, key_dim=64, value_dim=64) | switches)
+    module = layer(config, 128, num_layers=num_layers)
     x = jax.random.normal(jax.random.key(1), (4, 64, 128))
     variance_of = jax.jit(lambda key: module.init_with_output(key, x, train=False)[0].var())
     # The core is drawn anew with every seed and sets the scale of all scores: the promise is of the mean.
-    variance = np.mean([variance_of(jax.random.key(s)) for s in range(8 if config.tucker_rank else 2)])
+    variance = np.mean(
+        [variance_of(jax.random.key(s)) for s in range(8 if config.address.tucker_rank else 2)]
+    )
     assert variance * 2 * num_layers == pytest.approx(1.0, rel=0.25)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_product_key_initialisation_with_norms_scores_near_one(rank):
     norms = dict(norm_query=True, norm_keys=True)
-    config = MemoryConfig.pkm(
+    config = families.pkm(
         num_keys=64, top_m=16, key_dim=64, value_dim=64, softmax=False, tucker_rank=rank, **norms
     )
-    module = ProductKeyMemory(config, 12)
+    module = layer(config, 64, num_layers=12)
     x = jax.random.normal(jax.random.key(1), (2, 32, 64))
 
     def scores_of(key):
@@ -219,11 +230,11 @@ def test_rank_one_vectors_follow_the_core_in_training_only():
 
 
 def test_auxiliary_loss_is_weighted_and_absent_when_off():
-    module, variables, x, _ = case(MemoryConfig.ultramem(**SMALL, core_loss_weight=0.5, core_loss_margin=0.0))
+    module, variables, x, _ = case(families.ultramem(**SMALL, core_loss_weight=0.5, core_loss_margin=0.0))
     _, sown = module.apply(variables, x, train=True, mutable=["losses"])
     minor = np.linalg.svd(np.asarray(variables["params"]["cores"]).sum(1), compute_uv=False)[:, 1]
     np.testing.assert_allclose(sown["losses"]["core"], 0.5 * (minor**2).mean(), rtol=1e-4)
-    module, variables, x, _ = case(MemoryConfig.ultramem(**SMALL, core_loss_weight=0.0))
+    module, variables, x, _ = case(families.ultramem(**SMALL, core_loss_weight=0.0))
     assert "losses" not in module.apply(variables, x, train=True, mutable=["losses"])[1]
 
 
@@ -243,20 +254,20 @@ def test_metrics_are_what_they_say():
 def test_memories_of_a_model_shuffle_differently():
     config = CONFIGS["ultramem"]
     _, variables, x, _ = case(config)
-    modules = [ProductKeyMemory(config, 4, 2, index=index) for index in (0, 1)]
+    modules = [layer(config, 16, index=index, num_memories=2) for index in (0, 1)]
     reads = [m.apply(variables, x, train=False, mutable=["reads"])[1]["reads"] for m in modules]
     np.testing.assert_array_equal(reads[0]["weights"], reads[1]["weights"])
     assert (reads[0]["slots"] != reads[1]["slots"]).mean() > 0.8
 
 
 def test_query_convolution_is_causal_and_starts_as_the_identity():
-    off = MemoryConfig.ultramem(**SMALL, query_conv_width=0)
-    on = MemoryConfig.ultramem(**SMALL, query_conv_width=3)
+    off = families.ultramem(**SMALL, query_conv_width=0)
+    on = families.ultramem(**SMALL, query_conv_width=3)
     module, _, x, _ = case(on)
     variables = module.init(jax.random.key(0), x, train=False)
     without = {"params": {k: v for k, v in variables["params"].items() if k != "query_conv"}}
     y = module.apply(variables, x, train=False)
-    plain = ProductKeyMemory(off, 4, 2, index=1)
+    plain = layer(off, 16, index=1, num_memories=2)
     np.testing.assert_array_equal(y, plain.apply(dict(variables) | without, x, train=False))
     module, variables, x, _ = case(on)
     later = x.at[:, 3:].set(jax.random.normal(jax.random.key(9), (2, 2, 16)))
@@ -267,14 +278,19 @@ def test_query_convolution_is_causal_and_starts_as_the_identity():
 
 def test_query_gain_is_deterministic_and_scales_as_it_says():
     def started(config):
-        return memory_init(config, num_virtual_keys=128, embed_dim=128, num_layers=4, inner_ratio=4.0)
+        return retrieval_init(MemorySite.alone(config, 128, num_layers=4))
 
-    config = MemoryConfig.ultramem(num_keys=64, key_dim=32, value_dim=32)
-    assert started(config).query_gain == chosen_scores(config, 128).mean_square ** -0.25
+    def scores(config):
+        return chosen_scores(config.address, 128)
+
+    config = families.ultramem(num_keys=64, key_dim=32, value_dim=32)
+    assert started(config).query_gain == scores(config).mean_square ** -0.25
     chosen_scores.cache_clear()
-    assert started(config).query_gain == chosen_scores(config, 128).mean_square ** -0.25
+    assert started(config).query_gain == scores(config).mean_square ** -0.25
     assert started(config).key_gain == pytest.approx(1 / math.sqrt(32))
-    assert started(config).values_std == pytest.approx(math.sqrt(4 / (2 * 16 * 2 * 4)))
+    assert memory_init(MemorySite.alone(config, 128, num_layers=4)).values_std == pytest.approx(
+        math.sqrt(4 / (2 * 16 * 2 * 4))
+    )
     # Full-width keys score √2 as high per rank, a Tucker score is a product of two: half the squared gain.
-    full = MemoryConfig.ultramem(num_keys=64, key_dim=32, value_dim=32, rank_keys="full")
+    full = families.ultramem(num_keys=64, key_dim=32, value_dim=32, rank_keys="full")
     assert started(full).query_gain ** 2 == pytest.approx(started(config).query_gain ** 2 / 2, rel=1e-6)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
+from ultramem_jax.config import ModelConfig, MoEConfig
 from ultramem_jax.data import ByteTokenizer
 from ultramem_jax.errors import UserError
 from ultramem_jax.models import Transformer
@@ -21,6 +21,7 @@ from ultramem_jax.models.generation import (
 )
 from ultramem_jax.models.sampling import Sampling
 from ultramem_jax.models.serving import prepare_for_decoding
+from ultramem_jax.presets import families
 
 CONFIG = ModelConfig(
     vocab_size=257,
@@ -29,9 +30,11 @@ CONFIG = ModelConfig(
     num_heads=2,
     num_kv_heads=1,
     mlp_dim=16,
-    memory=MemoryConfig.ultramem(
-        placement="1:2", num_keys=8, top_m=4, num_heads=2, key_dim=8, value_dim=8, query_conv_width=3
-    ),
+    memories={
+        "memory": families.ultramem(
+            placement="1:2", num_keys=8, top_m=4, num_heads=2, key_dim=8, value_dim=8, query_conv_width=3
+        )
+    },
 )
 PROMPTS = [[256, 5, 9, 200], [7], [256, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
 GREEDY = Sampling(temperature=0)
@@ -44,25 +47,27 @@ OTHERS = {
         num_heads=4,
         num_kv_heads=2,
         attention_qk_norm=True,
-        memory=None,
+        memories={},
         moe=MoEConfig(num_experts=16, top_k=2, expert_dim=8, activation="swiglu"),
         tie_embeddings=False,
     ),
     "a shared table": replace(
         CONFIG,
         mlp="swiglu",
-        memory=MemoryConfig.ultramem_v2(
-            placement="1:1/2:2",
-            num_keys=8,
-            top_m=4,
-            num_heads=1,
-            key_dim=8,
-            value_dim=8,
-            pre_value_dim=8,
-            expansion=4,
-            shuffle="explicit",
-            query_conv_width=1,
-        ),
+        memories={
+            "memory": families.ultramem_v2(
+                placement="1:1/2:2",
+                num_keys=8,
+                top_m=4,
+                num_heads=1,
+                key_dim=8,
+                value_dim=8,
+                pre_value_dim=8,
+                expansion=4,
+                shuffle="explicit",
+                query_conv_width=1,
+            )
+        },
     ),
 }
 
@@ -136,7 +141,7 @@ def test_two_programs_serve_a_batch_whatever_its_prompts(variables):
 @pytest.mark.parametrize(("batch", "heads"), [(1, 2), (3, 1)])
 def test_a_step_changes_the_cache_in_place(batch, heads):
     # Wide heads, so that the scores of a query are far fewer than the keys that they are of.
-    config = replace(CONFIG, embed_dim=64 * heads, num_heads=heads, num_kv_heads=heads, memory=None)
+    config = replace(CONFIG, embed_dim=64 * heads, num_heads=heads, num_kv_heads=heads, memories={})
     generator = Generator(config, _variables(config), window=512, sampling=GREEDY)
     cache = empty_cache(config, batch, 512)
     ones, number = jnp.ones(batch, jnp.int32), np.uint32(0)

@@ -23,7 +23,7 @@ from ultramem_jax.parallel.mesh import make_mesh
 def _config(name, **fields):
     config = replace(CONFIGS.get(name, CONFIGS["mlp"]), vocab_size=31, num_layers=2)
     if config.memory is not None:
-        config = replace(config, memory=replace(config.memory, placement="1:2", **fields))
+        config = replace(config, memories={"memory": config.memory.changed(placement="1:2", **fields)})
     return config
 
 
@@ -129,7 +129,7 @@ def test_the_cache_takes_the_bytes_that_it_says():
     config = replace(_config("ultramem"), dtype="bfloat16")
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         keys_and_values = 2 * config.num_layers * 5 * config.num_kv_heads * 24 * 8 * size
-        inputs = 5 * (config.memory.query_conv_width - 1) * 16 * 2
+        inputs = 5 * (config.memory.address.query_conv_width - 1) * 16 * 2
         expected = keys_and_values + inputs + 5 * 24 + 5 * 4 + 4
         assert cache_bytes(config, 5, 24, dtype) == expected
     chex.assert_tree_all_finite(empty_cache(config, 5, 24))

@@ -5,18 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
-from ultramem_jax.layers import RMSNorm, memory
+from ultramem_jax.config import ModelConfig, MoEConfig
+from ultramem_jax.layers import Memory, RMSNorm
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.transformer import Block
+from ultramem_jax.presets import families
 
 BASE = ModelConfig(vocab_size=11, embed_dim=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_dim=24)
-MEMORY = MemoryConfig.ultramem(num_keys=8, top_m=4, num_heads=2, key_dim=8, value_dim=8)
+MEMORY = families.ultramem(num_keys=8, top_m=4, num_heads=2, key_dim=8, value_dim=8)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 7)), jnp.int32)
 
 
 def _with_memory(placement):
-    return replace(BASE, memory=replace(MEMORY, placement=placement))
+    return replace(BASE, memories={"memory": MEMORY.changed(placement=placement)})
 
 
 def _variables(config):
@@ -31,12 +32,12 @@ def _by_hand(config, variables):
     reads = {}
     for layer in range(1, config.num_layers + 1):
         x, h = Block(config).apply({"params": params[f"layer_{layer}"]}, x, train=False)
-        for index, span in enumerate(config.spans):
-            if span.start == layer:
-                of_memory = {part: tree[f"memory_{index}"] for part, tree in variables.items()}
-                reads[index] = memory(config, index).apply(of_memory, h, train=False)
-            if span.end == layer:
-                x = x + reads[index]
+        for site in config.sites:
+            if site.span.start == layer:
+                of_memory = {part: tree[site.name] for part, tree in variables.items()}
+                reads[site] = Memory(site).apply(of_memory, h, train=False)
+            if site.span.end == layer:
+                x = x + reads[site]
     x = RMSNorm(config.norm_eps).apply({"params": params["final_norm"]}, x)
     return x @ params["embedding"].T
 
@@ -49,7 +50,7 @@ def test_memories_read_and_land_where_the_placement_says(placement):
     assert logits.shape == (2, 7, 11) and logits.dtype == jnp.float32
     expected = jax.jit(lambda variables: _by_hand(config, variables))(variables)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
-    assert len(variables.get("memory", {})) == len(config.spans)
+    assert len(variables.get("memory", {})) == len(config.sites)
 
 
 def test_where_a_memory_lands_matters():

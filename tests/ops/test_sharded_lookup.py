@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from ultramem_jax.config import MemoryConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.config import MeshConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.ops import sharded_lookup
 from ultramem_jax.ops.on_mesh import current_axes, on_mesh, per_token, sum_over_tokens
 from ultramem_jax.ops.owned_rows import owned_reads, pool_owned, score_products_owned
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes
+from ultramem_jax.presets import families
 
 T, R, E, CORES, N, D_V, D_P = 16, 6, 4, 2, 32, 8, 8
 
@@ -32,8 +33,8 @@ MESHES = {
 
 def _axes(name):
     partition, mesh = MESHES[name]
-    memory = MemoryConfig(num_keys=8, top_m=4, value_dim=D_V, partition=partition)
-    config = RunConfig(ModelConfig(memory=memory), train=TrainConfig(batch_size=8), mesh=mesh)
+    memory = families.ultramem(num_keys=8, top_m=4, value_dim=D_V, partition=partition)
+    config = RunConfig(ModelConfig(memories={"memory": memory}), train=TrainConfig(batch_size=8), mesh=mesh)
     return mesh_axes(config, make_mesh(mesh))
 
 

@@ -193,7 +193,7 @@ def test_a_run_of_eight_devices_goes_on_on_one(eight, begun, train_alone):
 
 def test_a_run_by_slots_goes_on_by_width(eight, begun, train_alone):
     config, whole = eight
-    model = replace(config.model, memory=replace(config.model.memory, partition="width"))
+    model = replace(config.model, memories={"memory": config.model.memory.changed(partition="width")})
     result = train_alone(begun, replace(config, model=model, mesh=MeshConfig(memory=4)), 4)
     table = result.state.tables["memory_0"]["values"]
     assert result.finished and {s.data.shape for s in table.addressable_shards} == {(24 * 24, 2)}

@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 from ultramem_jax import UserError
 from ultramem_jax.config import (
-    MemoryConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -19,13 +18,15 @@ from ultramem_jax.config import (
     to_dict,
 )
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device, shard_batch
-from ultramem_jax.parallel.rules import LOGICAL_AXES, parameter_specs
-from ultramem_jax.presets import PRESETS
+from ultramem_jax.parallel.rules import LOGICAL_AXES, logical_axes, parameter_specs
+from ultramem_jax.presets import PRESETS, families
 from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state
 
-MEMORY = MemoryConfig(num_keys=8, top_m=4, value_dim=16, num_cores=2)
-MODEL = ModelConfig(embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=32, memory=MEMORY)
+MEMORY = families.ultramem(num_keys=8, top_m=4, value_dim=16, num_cores=2)
+MODEL = ModelConfig(
+    embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=32, memories={"memory": MEMORY}
+)
 CONFIG = RunConfig(MODEL, train=TrainConfig(batch_size=16))
 
 
@@ -62,24 +63,28 @@ def test_a_mesh_must_be_made_of_all_devices(mesh, message):
         (
             dict(partition="width"),
             dict(memory=32),
-            "mesh.memory = 32: must divide model.memory.value_dim = 16",
+            "mesh.memory = 32: must divide model.memories.memory.table.value_dim = 16",
         ),
         (
             dict(partition="width", value_dim=18, num_cores=3),
             dict(memory=2),
-            "mesh.memory = 2: must divide model.memory.num_cores = 3 or be a multiple",
+            "mesh.memory = 2: must divide the 3 weights of a read of model.memories.memory or be a multiple",
         ),
         (
             dict(partition="both", pre_value_dim=7),
             dict(width=2),
-            "mesh.width = 2: must divide model.memory.pre_value_dim = 7",
+            "mesh.width = 2: must divide model.memories.memory.table.pre_value_dim = 7",
         ),
-        ({}, dict(width=2), "mesh.width = 2: must be 1 while model.memory.partition is 'slots'"),
-        (dict(partition="rows"), {}, "unknown model.memory.partition 'rows': "),
+        (
+            {},
+            dict(width=2),
+            "mesh.width = 2: must be 1 while model.memories.memory.table.partition is 'slots'",
+        ),
+        (dict(partition="rows"), {}, "unknown table.partition 'rows': "),
         (
             dict(memory_kind="pinned_host"),
             dict(memory=2),
-            "model.memory.memory_kind = 'pinned_host': must be 'device' while tables are split",
+            "memory.table.memory_kind = 'pinned_host': must be 'device' while tables are split",
         ),
         ({}, dict(memory=0), "mesh.memory = 0: must be at least 1"),
         ({}, dict(fsdp=3), "mesh.fsdp = 3: must divide model.embed_dim = 16"),
@@ -88,7 +93,11 @@ def test_a_mesh_must_be_made_of_all_devices(mesh, message):
 )
 def test_what_does_not_divide_is_refused(changes, mesh, message):
     with pytest.raises(UserError, match=message):
-        replace(CONFIG, model=replace(MODEL, memory=replace(MEMORY, **changes)), mesh=MeshConfig(**mesh))
+        replace(
+            CONFIG,
+            model=replace(MODEL, memories={"memory": MEMORY.changed(**changes)}),
+            mesh=MeshConfig(**mesh),
+        )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +111,7 @@ def test_what_does_not_divide_is_refused(changes, mesh, message):
 )
 def test_without_tables_there_may_be_nothing_to_split(moe, mesh, message):
     with pytest.raises(UserError, match=message):
-        RunConfig(replace(MODEL, memory=None, moe=moe), mesh=MeshConfig(**mesh))
+        RunConfig(replace(MODEL, memories={}, moe=moe), mesh=MeshConfig(**mesh))
 
 
 def test_a_batch_must_divide_over_the_devices_that_share_it():
@@ -145,7 +154,7 @@ def test_parameters_and_their_moments_lie_as_the_rules_say():
 
 def test_experts_lie_apart_from_mlps():
     config = RunConfig(
-        replace(MODEL, memory=None, moe=MoEConfig(num_experts=8, activation="swiglu")),
+        replace(MODEL, memories={}, moe=MoEConfig(num_experts=8, activation="swiglu")),
         mesh=MeshConfig(data=1, fsdp=2, tensor=2, memory=2),
     )
     axes = mesh_axes(config, make_mesh(config.mesh))
@@ -163,16 +172,20 @@ def test_every_parameter_of_every_preset_has_a_rule():
     used = set()
     axes = one_device()
     of_family = {  # one of each kind: shapes do not matter here
-        (p.moe is not None, p.memory and (p.memory.gate, p.memory.pre_value_dim > 0, p.memory.tucker_rank)): p
+        (
+            p.moe is not None,
+            p.memory
+            and (p.memory.readout.gate, p.memory.table.pre_value_dim > 0, p.memory.address.tucker_rank),
+        ): p
         for p in PRESETS.values()
     }
     for model in of_family.values():
         config = RunConfig(model)
         params = abstract_state(config, make_optimizers(config), axes).params
-        parameter_specs(params, axes)  # raises for an unknown name
+        parameter_specs(params, axes, logical_axes(model))  # raises for an unknown name
         for path, _ in jax.tree_util.tree_leaves_with_path(params):
             used.add(path[-1].key)
-    assert {rule.split("/")[-1] for rule in LOGICAL_AXES} - used <= {"output", "query_conv", "w_gate"}
+    assert {rule.split("/")[-1] for rule in LOGICAL_AXES} - used <= {"output", "w_gate"}
 
 
 def test_configs_from_before_there_were_meshes_are_read():

@@ -18,21 +18,23 @@ from ultramem_jax.training.state import abstract_state, fresh_state
 from ultramem_jax.training.step import make_train_step
 
 TRAIN = TrainConfig(steps=20, batch_size=8, learning_rate=1e-2, warmup_fraction=0.0)
-MEMORY = replace(ULTRAMEM.memory, placement="1:1")
-V2 = replace(FAMILY["ultramem-v2"], num_keys=4, value_dim=8)  # a ring of 32 slots, pre-values, GELU, balance
+MEMORY = ULTRAMEM.memory.changed(placement="1:1")
+V2 = FAMILY["ultramem-v2"].changed(num_keys=4, value_dim=8)  # a ring of 32 slots, pre-values, GELU, balance
 TWO_AXES = MeshConfig(data=2, memory=2, width=2)
 
 
 def run_config(memory, mesh, train=TRAIN):
     """One layer, or two where they share a table."""
-    layers = 2 if memory.shares_table else 1
-    return RunConfig(replace(MODEL, num_layers=layers, memory=memory), DataConfig(seq_len=16), train, mesh)
+    layers = 2 if memory.table.is_shared else 1
+    return RunConfig(
+        replace(MODEL, num_layers=layers, memories={"memory": memory}), DataConfig(seq_len=16), train, mesh
+    )
 
 
-BOTH = run_config(replace(MEMORY, partition="both"), TWO_AXES)
+BOTH = run_config(MEMORY.changed(partition="both"), TWO_AXES)
 SAME_TOKENS = replace(BOTH, mesh=replace(TWO_AXES, batch_over_memory=False))
 MICRO_BATCHES = run_config(
-    replace(V2, partition="both"), TWO_AXES, replace(TRAIN, grad_accumulation=2, batch_size=16)
+    V2.changed(partition="both"), TWO_AXES, replace(TRAIN, grad_accumulation=2, batch_size=16)
 )
 
 
@@ -70,7 +72,7 @@ def start(model, train):
 def run(config, steps, alone=False):
     """State, losses and last metrics after some steps from the seed 0."""
     step, abstract, axes = compiled(config, alone)
-    model = replace(config.model, memory=replace(config.model.memory, partition="slots"))
+    model = replace(config.model, memories={"memory": config.model.memory.changed(partition="slots")})
     state = jax.device_put(start(model, config.train), jax.tree.map(lambda a: a.sharding, abstract))
     losses = []
     for tokens in _batches(steps, config.train.batch_size, config.data.seq_len + 1):

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.presets import families
 from ultramem_jax.training.metrics import read_metrics
 
 
@@ -11,9 +12,15 @@ def small_config(folder):
     rng = np.random.default_rng(0)
     words = ["memory", "slot", "key", "query", "\n", "token ", "value;"]
     (folder / "text.txt").write_text(" ".join(rng.choice(words, 3000)))
-    memory = MemoryConfig.ultramem(placement="1:2", num_keys=24, top_m=4, num_heads=2, key_dim=8, value_dim=8)
+    memory = families.ultramem(placement="1:2", num_keys=24, top_m=4, num_heads=2, key_dim=8, value_dim=8)
     model = ModelConfig(
-        embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, dropout=0.1, memory=memory
+        embed_dim=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        mlp_dim=16,
+        dropout=0.1,
+        memories={"memory": memory},
     )
     return RunConfig(
         model=model,

@@ -15,8 +15,9 @@ import numpy as np
 import optax
 import pytest
 
-from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig, to_dict
+from ultramem_jax.config import ModelConfig, RunConfig, to_dict
 from ultramem_jax.errors import UserError
+from ultramem_jax.presets import families
 from ultramem_jax.training import checkpoint_reading, large_arrays, manifest
 from ultramem_jax.training import checkpoints as module
 from ultramem_jax.training.checkpoints import Checkpoints
@@ -498,11 +499,13 @@ def test_killed_while_saving(tmp_path, moment, step):
 
 def test_another_model_is_refused_before_arrays_are_read(saved, monkeypatch):
     monkeypatch.setattr(module, "read_state", lambda *_, **__: pytest.fail("read"))
-    here = to_dict(RunConfig(model=ModelConfig(embed_dim=256, memory=MemoryConfig(placement="1:2"))))
+    here = to_dict(
+        RunConfig(model=ModelConfig(embed_dim=256, memories={"memory": families.ultramem(placement="1:2")}))
+    )
     here["data"]["tokenizer"] = "bpe"
     expected = (
         f"checkpoint at {saved / '20'} is of another model: model.embed_dim is 128 there and 256 here; "
-        "model.memory is None there and given here; data.tokenizer is 'bytes' there and 'bpe' here"
+        "model.memories.memory is None there and given here; data.tokenizer is 'bytes' there and 'bpe' here"
     )
     with Checkpoints(saved, read_only=True) as checkpoints, pytest.raises(UserError) as error:
         checkpoints.restore(abstract(make_state()), expect_config=here)

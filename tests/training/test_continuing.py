@@ -25,7 +25,7 @@ def bpe(config):
     data = replace(config.data, tokenizer="bpe", bpe_vocab_size=280)
     return replace(
         config,
-        model=replace(config.model, vocab_size=300, memory=None),
+        model=replace(config.model, vocab_size=300, memories={}),
         data=data,
         train=replace(config.train, steps=1),
     )
@@ -190,7 +190,7 @@ def test_a_fingerprint_is_that_of_all_that_makes_ids(bpe, tmp_path, change):
 
 
 def test_each_changed_field_is_said_and_how_rates_jump(config, tmp_path, caplog):
-    model = replace(config.model, memory=None)
+    model = replace(config.model, memories={})
     short = replace(config, model=model, train=replace(config.train, steps=2, eval_every=0))
     train(short, tmp_path, progress=False)
     changed = dict(steps=4, learning_rate=5e-3, b1=0.8, weight_decay=0.0)

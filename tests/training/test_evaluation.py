@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from ultramem_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.data import load_corpus
 from ultramem_jax.models import Transformer
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device
+from ultramem_jax.presets import families
 from ultramem_jax.training.evaluation import Evaluation, Evaluator, bits_per_byte
 from ultramem_jax.training.loop import train
 from ultramem_jax.training.metrics import read_metrics
@@ -28,11 +29,13 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     words = ["memory", "slot", "key", "query", "\n", "token ", "value;"]
     (folder / "text.txt").write_text(" ".join(np.random.default_rng(0).choice(words, 3000))[:4000])
-    memory = MemoryConfig.ultramem(
+    memory = families.ultramem(
         placement="1:1/2:2", num_keys=8, top_m=4, num_heads=2, key_dim=8, value_dim=8, partition="both"
     )
     return RunConfig(
-        ModelConfig(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, memory=memory),
+        ModelConfig(
+            embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, memories={"memory": memory}
+        ),
         DataConfig("text", str(folder / "text.txt"), seq_len=S, cache_dir=str(folder / "cache")),
         TrainConfig(
             steps=4,

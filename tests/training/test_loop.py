@@ -15,7 +15,6 @@ import pytest
 from tests.training.small_run import files, scalars
 from ultramem_jax import UserError
 from ultramem_jax.config import (
-    MemoryConfig,
     ModelConfig,
     RunConfig,
     run_config_from_dict,
@@ -23,6 +22,7 @@ from ultramem_jax.config import (
 )
 from ultramem_jax.data import eval_batches
 from ultramem_jax.parallel.mesh import make_mesh
+from ultramem_jax.presets import families
 from ultramem_jax.training import checkpoint_reading, loop
 from ultramem_jax.training.evaluation import Evaluator
 from ultramem_jax.training.loop import train
@@ -159,8 +159,8 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(config, whole, tmp_p
 
 
 def _in_memory_of(kind, config):
-    memory = replace(config.model.memory, memory_kind=kind)
-    return replace(config, model=replace(config.model, memory=memory))
+    memory = config.model.memory.changed(memory_kind=kind)
+    return replace(config, model=replace(config.model, memories={"memory": memory}))
 
 
 def test_a_run_goes_on_with_its_tables_in_another_memory(config, whole, tmp_path, monkeypatch):
@@ -192,20 +192,21 @@ def test_a_memory_that_the_devices_do_not_have_is_refused(config, tmp_path, monk
 
     monkeypatch.setattr("ultramem_jax.training.state.jax.local_devices", lambda: [Device()])
     allowed = "must be 'device' here: abacus has the memories device"
-    with pytest.raises(UserError, match=f"model.memory.memory_kind = 'pinned_host': {allowed}"):
+    with pytest.raises(UserError, match=f"memory.table.memory_kind = 'pinned_host': {allowed}"):
         train(with_it, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
 def test_fields_that_a_memory_did_not_have_then_are_as_by_default():
-    config = to_dict(RunConfig(model=ModelConfig(memory=MemoryConfig())))
+    config = to_dict(RunConfig(model=ModelConfig(memories={"memory": families.ultramem()})))
     there = json.loads(json.dumps(config))
-    for field in ("table_dtype", "memory_kind", "partition"):
-        del there["model"]["memory"][field]
-    config["model"]["memory"]["partition"] = "width"  # where tables lie is no matter
+    for field in ("dtype", "memory_kind", "partition"):
+        del there["model"]["memories"]["memory"]["table"][field]
+    table = config["model"]["memories"]["memory"]["table"]
+    table["partition"] = "width"  # where tables lie is no matter
     checkpoint_reading.require_same_model(pathlib.Path("1"), there, config)
-    config["model"]["memory"]["table_dtype"] = "bfloat16"
-    with pytest.raises(UserError, match=r"table_dtype is 'float32' there and 'bfloat16' here"):
+    table["dtype"] = "bfloat16"
+    with pytest.raises(UserError, match=r"table.dtype is 'float32' there and 'bfloat16' here"):
         checkpoint_reading.require_same_model(pathlib.Path("1"), there, config)
 
 
@@ -276,8 +277,8 @@ def test_a_validation_split_that_is_too_short_is_refused_before_training(config,
 
 
 def test_a_table_that_is_not_finite_is_not_saved(config, tmp_path):
-    memory = replace(config.model.memory, value_lr_multiple=1e30)
-    wild = replace(config, model=replace(config.model, memory=memory))
+    memory = config.model.memory.changed(value_lr_multiple=1e30)
+    wild = replace(config, model=replace(config.model, memories={"memory": memory}))
     wild = replace(wild, train=replace(wild.train, checkpoint_every=1))
     with pytest.raises(UserError, match=r"step 1: memory_0/row_norm = (inf|nan).*there is no checkpoint yet"):
         train(wild, tmp_path, progress=False)
@@ -368,10 +369,15 @@ def test_a_config_survives_json(config):
 
 def test_configs_of_older_versions_can_be_read(config):
     today = to_dict(config)
-    memory = dict(today["model"]["memory"])
-    del memory["norm_keys"], memory["share_ratio"]
+    parts = dict(today["model"]["memories"]["memory"])
+    # One dict for a memory, as up to version 0.2, and older still: without fields that came later.
+    memory = parts.pop("address") | parts.pop("readout") | {"placement": parts["placement"]}
+    table = parts.pop("table")
+    memory |= {"value_dim": table["value_dim"], "table_sharing": "none", "table_dtype": "float32"}
+    del memory["kind"], memory["norm_keys"]
     memory["norm_query_key"] = memory.pop("norm_query")
-    old = today | {"model": today["model"] | {"memory": memory}}
+    model = {name: value for name, value in today["model"].items() if name != "memories"}
+    old = today | {"model": model | {"memory": memory}}
     del old["mesh"]
     assert checkpoint_reading.saved_config(pathlib.Path("1"), old) == config
     assert checkpoint_reading.saved_config(pathlib.Path("1"), today) == config

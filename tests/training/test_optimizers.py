@@ -11,14 +11,15 @@ from jax.sharding import PartitionSpec as P
 
 from tests.training.mesh_step import MEMORY, TRAIN, run, run_config, start
 from ultramem_jax.accounting import bytes_per_token, count_parameters, optimizer_bytes
-from ultramem_jax.config import MemoryConfig, MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
+from ultramem_jax.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.ops.on_mesh import on_mesh
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes
 from ultramem_jax.parallel.mesh import one_device as alone
 from ultramem_jax.parallel.rules import LOGICAL_AXES
+from ultramem_jax.presets import families
 from ultramem_jax.training import undo_log
 from ultramem_jax.training.loop import train
-from ultramem_jax.training.optimizer import MUON_MATRICES, make_optimizers
+from ultramem_jax.training.optimizer import make_optimizers, muon_matrices
 from ultramem_jax.training.restore import load_model
 from ultramem_jax.training.state import abstract_state
 
@@ -28,11 +29,13 @@ OF_MEMORY = dict(num_keys=4, top_m=4, num_heads=2, key_dim=8, value_dim=8)
 MODELS = {
     "mlp": MODEL,
     "experts": MOE,
-    "ultramem": replace(MODEL, memory=MemoryConfig.ultramem(**OF_MEMORY, placement="1:1")),
-    "gate": replace(MODEL, memory=MemoryConfig.memory_plus(**OF_MEMORY, placement="1:1")),
+    "ultramem": replace(MODEL, memories={"memory": families.ultramem(**OF_MEMORY, placement="1:1")}),
+    "gate": replace(MODEL, memories={"memory": families.memory_plus(**OF_MEMORY, placement="1:1")}),
     "pre-values": replace(
         MODEL,
-        memory=MemoryConfig.ultramem_v2(**OF_MEMORY | {"num_heads": 1}, placement="1:1", pre_value_dim=4),
+        memories={
+            "memory": families.ultramem_v2(**OF_MEMORY | {"num_heads": 1}, placement="1:1", pre_value_dim=4)
+        },
     ),
 }
 
@@ -60,15 +63,18 @@ def test_moments_are_those_that_accounting_counts(name):
         every = 10**6  # tokens, which read all rows and experts
         assert bytes_per_token(model, every, train=config.train).optimizer == found + rows
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-            if optimizer == "muon" and path[-1].key in MUON_MATRICES:
+            names = tuple(key.key for key in path)
+            if optimizer == "muon" and {names[-1:], names[-2:]} & muon_matrices(model):
                 matrices += leaf.size
     assert matrices == count_parameters(model).matrices
 
 
 def test_every_parameter_is_a_matrix_or_known_not_to_be():
     names = {name.split("/")[-1] for name in LOGICAL_AXES}
-    others = {"embedding", "output", "query_conv", "keys", "cores", "query_scale", "key_scale", "scale"}
-    assert names == MUON_MATRICES | others and not MUON_MATRICES & others
+    matrices, others = {name for (name,) in muon_matrices(MODEL)}, {"embedding", "output", "scale"}
+    assert names == matrices | others and not matrices & others
+    of_memory = {names[-1] for names in muon_matrices(MODELS["pre-values"]) if len(names) == 2}
+    assert of_memory == {"query", "pre_projection", "projection"}
 
 
 def _updates(optimizer, decay=0.0):
@@ -138,7 +144,7 @@ def test_muon_on_a_mesh_trains_as_on_one_device():
 
 def test_lion_on_a_mesh_takes_steps_of_its_learning_rate():
     config = _on_mesh("lion")
-    begin = start(replace(config.model, memory=MEMORY), config.train).params
+    begin = start(replace(config.model, memories={"memory": MEMORY}), config.train).params
     state, _, _ = run(config, 1)
     for before, after in zip(jax.tree.leaves(begin), jax.tree.leaves(state.params), strict=True):
         moved = np.abs(np.asarray(after) - before * (1 - 0.01 * 0.1 * (before.ndim > 1)))
@@ -183,12 +189,14 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 def test_a_run_that_goes_on_ends_as_one_that_was_not_cut_off(rule, config, tmp_path, monkeypatch):
     monkeypatch.setattr(undo_log, "LIVE_BYTES", 0)  # tables are saved while steps write into them
-    memory = replace(config.model.memory, table_dtype="bfloat16", placement="1:1")
+    memory = config.model.memory.changed(dtype="bfloat16", placement="1:1")
     of_rule = replace(
         config.train, steps=3, grad_accumulation=1, checkpoint_every=1, row_optimizer=rule, **RULES[rule]
     )
     config = replace(
-        config, model=replace(config.model, num_layers=1, dropout=0.0, memory=memory), train=of_rule
+        config,
+        model=replace(config.model, num_layers=1, dropout=0.0, memories={"memory": memory}),
+        train=of_rule,
     )
     whole = train(config, tmp_path, progress=False)
     assert whole.finished and np.isfinite(whole.validation_loss)

@@ -17,9 +17,11 @@ pytestmark = pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: replace(model, memory=replace(model.memory, value_dim=10**9)),
-        lambda model: replace(model, memory=replace(model.memory, num_keys=40_000, value_dim=64)),
-        lambda model: replace(model, memory=None, mlp_dim=10**9),
+        lambda model: replace(model, memories={"memory": model.memory.changed(value_dim=10**9)}),
+        lambda model: replace(
+            model, memories={"memory": model.memory.changed(num_keys=40_000, value_dim=64)}
+        ),
+        lambda model: replace(model, memories={}, mlp_dim=10**9),
         lambda model: replace(model, vocab_size=2**24, embed_dim=2**14),
     ],
 )

@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from ultramem_jax import RunConfig, TrainConfig, UserError
+from ultramem_jax import ModelConfig, RunConfig, TrainConfig, UserError
 from ultramem_jax.ops import chunks
 from ultramem_jax.ops.lookup import RowGradients
 from ultramem_jax.ops.rows import from_stored, stored_dtype, to_stored
+from ultramem_jax.presets import families
 from ultramem_jax.row_states import ROW_OPTIMIZERS
 from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.row_rules import RowMoments, row_rule
@@ -151,7 +152,8 @@ def _optax(name, decay):
 def _both_ways(name, decay):
     """The optimizers of a run, whose dense way is to equal its rows."""
     train = _train(name, weight_decay=decay, learning_rate=0.1, warmup_fraction=0.0, steps=2 * STEPS)
-    return make_optimizers(RunConfig(train=train))
+    memory = families.ultramem(placement="1:1", value_lr_multiple=1.0)
+    return make_optimizers(RunConfig(ModelConfig(memories={"memory": memory}), train=train))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
@@ -181,7 +183,7 @@ def test_optax_is_the_equal_on_any_batch_without_decay(name):
 )
 def test_the_dense_way_of_a_run_is_the_equal_of_its_rows(name, decay, read):
     optimizers = _both_ways(name, decay)
-    ours = _run(optimizers.rows, _batches(read=read), _table())
+    ours = _run(optimizers.rows["memory_0"], _batches(read=read), _table())
     dense = _dense(optimizers.tables, _batches(read=read), _table())
     for (table, _), (expected, _) in zip(ours, dense, strict=True):
         np.testing.assert_allclose(table, expected, rtol=1e-5, atol=1e-6)

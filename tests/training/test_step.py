@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
+from ultramem_jax.config import ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.parallel.mesh import one_device
+from ultramem_jax.presets import families
 from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state, fresh_state, init_state
 from ultramem_jax.training.step import make_eval_step, make_train_step, token_losses
@@ -16,9 +17,11 @@ from ultramem_jax.training.step import make_eval_step, make_train_step, token_lo
 MODEL = ModelConfig(vocab_size=11, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=16)
 ULTRAMEM = replace(
     MODEL,
-    memory=MemoryConfig.ultramem(
-        placement="1:2/2:2", num_keys=4, top_m=8, num_heads=2, key_dim=8, value_dim=8, shuffle_seed=3
-    ),
+    memories={
+        "memory": families.ultramem(
+            placement="1:2/2:2", num_keys=4, top_m=8, num_heads=2, key_dim=8, value_dim=8, shuffle_seed=3
+        )
+    },
 )
 TRAIN = TrainConfig(steps=6, batch_size=8, learning_rate=1e-2, warmup_fraction=0.0)
 
@@ -46,7 +49,7 @@ def _batches(count, sequences=8, length=17, seed=0):
 SMALL = dict(num_keys=4, top_m=4, num_heads=2, key_dim=8, value_dim=8)
 # Both layers of the first two read one table; the windows of the ring overlap.
 FAMILY = {
-    "ultramem-v2": MemoryConfig.ultramem_v2(
+    "ultramem-v2": families.ultramem_v2(
         **SMALL | dict(num_keys=3, num_heads=1),
         pre_value_dim=6,
         pre_value_activation="gelu",
@@ -54,8 +57,8 @@ FAMILY = {
         value_lr_multiple=2.0,
         balance_loss_weight=0.1,
     ),
-    "memory-plus": MemoryConfig.memory_plus(**SMALL),
-    "peer": MemoryConfig.peer(**SMALL | dict(value_dim=16), pre_value_dim=16, placement="1:2"),
+    "memory-plus": families.memory_plus(**SMALL),
+    "peer": families.peer(**SMALL | dict(value_dim=16), pre_value_dim=16, placement="1:2"),
 }
 
 
@@ -69,7 +72,7 @@ FAMILY = {
     ],
 )
 def test_row_sparse_equals_dense_where_every_row_is_read(name, micro_batches):
-    model = ULTRAMEM if name == "ultramem" else replace(MODEL, memory=FAMILY[name])
+    model = ULTRAMEM if name == "ultramem" else replace(MODEL, memories={"memory": FAMILY[name]})
     train = replace(TRAIN, grad_accumulation=micro_batches)
     batches = _batches(3)
     sparse, rows = _run(RunConfig(model, train=train), batches)
@@ -91,8 +94,8 @@ def test_row_sparse_equals_dense_where_every_row_is_read(name, micro_batches):
 
 
 def test_row_wise_adagrad_equals_the_dense_way_whatever_is_read():
-    memory = replace(ULTRAMEM.memory, placement="1:1", num_keys=16, top_m=4)
-    model = replace(MODEL, num_layers=1, memory=memory)
+    memory = ULTRAMEM.memory.changed(placement="1:1", num_keys=16, top_m=4)
+    model = replace(MODEL, num_layers=1, memories={"memory": memory})
     train = replace(TRAIN, row_optimizer="adagrad_row", weight_decay=0.0)
     batches = _batches(3, length=5)
     sparse, rows = _run(RunConfig(model, train=train), batches)
@@ -109,7 +112,7 @@ def test_row_wise_adagrad_equals_the_dense_way_whatever_is_read():
 
 
 def test_rows_that_are_not_read_keep_every_bit():
-    model = replace(ULTRAMEM, memory=replace(ULTRAMEM.memory, num_keys=40, top_m=2))
+    model = replace(ULTRAMEM, memories={"memory": ULTRAMEM.memory.changed(num_keys=40, top_m=2)})
     config = RunConfig(model, train=TRAIN)
     batches = _batches(2)
     start = _start(config)
@@ -140,11 +143,11 @@ def test_accumulated_micro_batches_equal_one_batch():
 @pytest.mark.parametrize(("shared", "micro_batches"), [(False, 1), (False, 2), (True, 1)])
 def test_compiled_step_holds_nothing_of_the_tables_size(shared, micro_batches):
     # 1,048,576 slots of 32 values: 134 MB a table, three of them with the moments.
-    memory = replace(ULTRAMEM.memory, placement="1:2", num_keys=1024, value_dim=32)
+    memory = ULTRAMEM.memory.changed(placement="1:2", num_keys=1024, value_dim=32)
     if shared:  # two memories of 724² slots of 16 values and 16 pre-values
-        memory = replace(FAMILY["ultramem-v2"], num_keys=724, value_dim=16, pre_value_dim=16)
+        memory = FAMILY["ultramem-v2"].changed(num_keys=724, value_dim=16, pre_value_dim=16)
     train = replace(TRAIN, batch_size=2, grad_accumulation=micro_batches)
-    config = RunConfig(replace(MODEL, memory=memory), train=train)
+    config = RunConfig(replace(MODEL, memories={"memory": memory}), train=train)
     optimizers = make_optimizers(config)
     state = jax.eval_shape(lambda: init_state(config, optimizers))
     # Few tokens, so that what does grow with tokens (and with √N: scores) stays far below the table.
@@ -168,15 +171,15 @@ def test_compiled_step_holds_nothing_of_the_tables_size(shared, micro_batches):
 )
 def test_temporaries_at_four_million_slots_are_a_small_share_of_the_table(stored, share, record):
     # The shape of the benchmark: 512 tokens, 4,194,304 slots of 128 values, R = 64 reads a token.
-    memory = MemoryConfig.ultramem(
-        placement="1:2", num_keys=2048, top_m=32, num_heads=2, key_dim=64, value_dim=128, table_dtype=stored
+    memory = families.ultramem(
+        placement="1:2", num_keys=2048, top_m=32, num_heads=2, key_dim=64, value_dim=128, dtype=stored
     )
     # Temporaries are those of the reads, float32 in either case: twice the share of a table half as large.
     table = 2048**2 * 128 * (4 if stored == "float32" else 2)
     train = replace(TRAIN, batch_size=2)
     if stored == "bfloat16":
         train = replace(train, row_moment_dtype="bfloat16", row_second_moment="row")
-    config = RunConfig(replace(MODEL, embed_dim=256, memory=memory), train=train)
+    config = RunConfig(replace(MODEL, embed_dim=256, memories={"memory": memory}), train=train)
     optimizers = make_optimizers(config)
     state = jax.eval_shape(lambda: init_state(config, optimizers))
     tokens = jax.ShapeDtypeStruct((2, 257), jnp.int32)
@@ -188,14 +191,14 @@ def test_temporaries_at_four_million_slots_are_a_small_share_of_the_table(stored
 
 def test_a_host_resident_table_trains_bit_for_bit_like_one_on_the_device():
     # A shared table with pre-values, and everything stored in other dtypes, integers among it.
-    memory = replace(FAMILY["ultramem-v2"], table_dtype="bfloat16")
+    memory = FAMILY["ultramem-v2"].changed(dtype="bfloat16")
     train = replace(TRAIN, grad_accumulation=2, row_moment_dtype="bfloat16", row_second_moment="row")
     train = replace(train, row_optimizer="adamw_catch_up")
     axes = one_device()
     sharding = axes.sharding()
     batches, ends = _batches(3), {}
     for kind in ("device", "pinned_host"):
-        config = RunConfig(replace(MODEL, memory=replace(memory, memory_kind=kind)), train=train)
+        config = RunConfig(replace(MODEL, memories={"memory": memory.changed(memory_kind=kind)}), train=train)
         optimizers = make_optimizers(config)
         shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, optimizers, axes))
         step = jax.jit(
@@ -214,8 +217,8 @@ def test_a_host_resident_table_trains_bit_for_bit_like_one_on_the_device():
 
 
 def test_initialising_a_table_takes_little_more_than_the_table():
-    memory = replace(ULTRAMEM.memory, placement="1:2", num_keys=1024, value_dim=32)
-    config = RunConfig(replace(MODEL, memory=memory), train=TRAIN)
+    memory = ULTRAMEM.memory.changed(placement="1:2", num_keys=1024, value_dim=32)
+    config = RunConfig(replace(MODEL, memories={"memory": memory}), train=TRAIN)
     made = jax.jit(lambda: init_state(config, make_optimizers(config))).lower().compile()
     assert made.memory_analysis().temp_size_in_bytes < 0.2 * 1024 * 1024 * 32 * 4
 

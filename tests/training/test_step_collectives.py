@@ -17,18 +17,18 @@ from ultramem_jax.config import MeshConfig, MoEConfig
 from ultramem_jax.parallel.collectives import collectives_of, summary
 
 MESH = MeshConfig(data=2, memory=4)
-SLOTS, WIDTH = (run_config(replace(MEMORY, partition=p), MESH) for p in ("slots", "width"))
+SLOTS, WIDTH = (run_config(MEMORY.changed(partition=p), MESH) for p in ("slots", "width"))
 SENDERS = {
     "slots": SLOTS,
     "width": WIDTH,
     "micro-batches": MICRO_BATCHES,
     "same tokens": SAME_TOKENS,
     "fsdp": run_config(MEMORY, MeshConfig(data=2, fsdp=2, memory=2)),
-    "balance": run_config(replace(V2, num_keys=64, pre_value_dim=4), MESH),
+    "balance": run_config(V2.changed(num_keys=64, pre_value_dim=4), MESH),
     "tensor": run_config(MEMORY, MeshConfig(data=2, tensor=2, memory=2)),
     "experts": replace(
         SLOTS,
-        model=replace(SLOTS.model, memory=None, moe=MoEConfig(num_experts=8, expert_dim=8)),
+        model=replace(SLOTS.model, memories={}, moe=MoEConfig(num_experts=8, expert_dim=8)),
     ),
 }
 
@@ -92,7 +92,7 @@ def test_every_rule_that_takes_means_over_columns_sends_them():
 
 @pytest.mark.parametrize("config", [SLOTS, WIDTH], ids=["slots", "width"])
 def test_more_slots_send_no_more(config):
-    memory = replace(config.model.memory, num_keys=8)
+    memory = config.model.memory.changed(num_keys=8)
     few, many = (_sent(c) for c in (config, run_config(memory, MESH)))
     gradients = ("all-reduce", ("data", "memory"))
     # Four times the slots are twice the keys. Their gradient is summed like that of every dense parameter:
@@ -104,9 +104,9 @@ def test_more_slots_send_no_more(config):
 
 def test_more_slots_with_as_many_keys_send_the_same():
     # The window that a memory reads of a ring of four times the slots is a quarter of it.
-    ring = replace(V2, pre_value_dim=4)
+    ring = V2.changed(pre_value_dim=4)
     few, many = (
-        _sent(run_config(replace(ring, num_keys=n, share_ratio=share), MESH))
+        _sent(run_config(ring.changed(num_keys=n, share_ratio=share), MESH))
         for n, share in ((4, 1.0), (8, 0.25))
     )
     assert few == many
@@ -114,7 +114,7 @@ def test_more_slots_with_as_many_keys_send_the_same():
 
 @pytest.mark.parametrize("partition", ["slots", "width"])
 def test_tables_are_updated_in_place_on_every_device(partition):
-    memory = replace(MEMORY, num_keys=1024, value_dim=32, top_m=4, partition=partition)
+    memory = MEMORY.changed(num_keys=1024, value_dim=32, top_m=4, partition=partition)
     analysis = compiled(run_config(memory, MESH)).step.memory_analysis()
     part = 1024**2 * 32 * 4 // MESH.memory
     assert analysis.alias_size_in_bytes > 3 * part  # table and moments

@@ -33,8 +33,8 @@ def _alone(config, steps):
 
 
 def _expected(config, steps):
-    memory = replace(config.model.memory, partition="slots")
-    model = replace(config.model, memory=memory)
+    memory = config.model.memory.changed(partition="slots")
+    model = replace(config.model, memories={"memory": memory})
     return _alone(replace(config, model=model, mesh=MeshConfig()), steps)
 
 
@@ -65,7 +65,7 @@ def _assert_equal(config, steps):
     ],
 )
 def test_twenty_steps_equal_those_of_one_device(data, memory, partition):
-    _assert_equal(run_config(replace(MEMORY, partition=partition), MeshConfig(data=data, memory=memory)), 20)
+    _assert_equal(run_config(MEMORY.changed(partition=partition), MeshConfig(data=data, memory=memory)), 20)
 
 
 OTHERS = {
@@ -101,7 +101,7 @@ def test_rows_that_go_on_from_one_chunk_to_the_next(monkeypatch):
 
 def test_rounded_tables_are_those_of_one_device():
     # Which way a value is rounded is drawn by its row and column in the whole table.
-    memory = replace(MEMORY, table_dtype="bfloat16", partition="both")
+    memory = MEMORY.changed(dtype="bfloat16", partition="both")
     train = replace(TRAIN, row_moment_dtype="bfloat16", row_second_moment="row")
     config = run_config(memory, TWO_AXES, train)
     ours, theirs = (s[0].tables["memory_0"]["values"] for s in (run(config, 2), _expected(config, 2)))
@@ -112,7 +112,7 @@ def test_rounded_tables_are_those_of_one_device():
 
 def test_a_fresh_state_lies_on_the_mesh_and_holds_the_numbers_of_one_device():
     # More than one block is drawn, and the last one overlaps; parts begin inside of blocks.
-    memory = replace(V2, partition="both", num_keys=272, value_dim=16, pre_value_dim=4, placement="1:1")
+    memory = V2.changed(partition="both", num_keys=272, value_dim=16, pre_value_dim=4, placement="1:1")
     config = run_config(memory, TWO_AXES)
     axes, optimizers = mesh_axes(config, make_mesh(config.mesh)), make_optimizers(config)
     ours = fresh_state(config, optimizers, axes, np.uint32(3))

@@ -14,9 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ultramem_jax.config import DataConfig, MemoryConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.parallel.mesh import make_mesh
 from ultramem_jax.parallel.mesh import one_device as alone
+from ultramem_jax.presets import families
 from ultramem_jax.training import checkpoint_reading, large_arrays, loop, undo_log
 from ultramem_jax.training import checkpoints as module
 from ultramem_jax.training.checkpoints import Checkpoints
@@ -35,9 +36,9 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     (folder / "text.txt").write_text(" ".join(rng.choice(["memory", "slot", "key", "\n", "value;"], 3000)))
-    memory = MemoryConfig.ultramem_v2(
+    memory = families.ultramem_v2(
         placement="1:2",
-        table_sharing="none",
+        sharing="none",
         num_keys=24,
         top_m=4,
         num_heads=1,
@@ -45,7 +46,9 @@ def config(tmp_path_factory):
         value_dim=8,
         pre_value_dim=4,
     )
-    model = ModelConfig(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, memory=memory)
+    model = ModelConfig(
+        embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, memories={"memory": memory}
+    )
     data = DataConfig("text", str(folder / "text.txt"), seq_len=16, cache_dir=str(folder / "cache"))
     train = TrainConfig(
         steps=7, batch_size=4, learning_rate=1e-2, warmup_fraction=0.0, eval_batches=1, checkpoint_every=2
@@ -385,10 +388,12 @@ def test_arrays_on_many_devices_are_not_viewed(large):
 
 MEASURED = """
     import gc, os, pathlib, sys
+    from dataclasses import replace
     import jax
     jax.config.update("jax_platforms", "cpu")
     import numpy as np
-    from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig, TrainConfig
+    from ultramem_jax.presets import families
+    from ultramem_jax.config import ModelConfig, RunConfig, TrainConfig
     from ultramem_jax.training import undo_log
     from ultramem_jax.training.checkpoints import Checkpoints
     from ultramem_jax.training.loop import _StepFunction
@@ -410,8 +415,9 @@ MEASURED = """
         return megabytes("VmHWM") - before
 
     small = dict(placement="1:2", key_dim=8, top_m=4, num_heads=1)
-    memory = MemoryConfig.ultramem(num_keys=512, value_dim=128, **small)
-    model = ModelConfig(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=16, memory=memory)
+    memory = families.ultramem(num_keys=512, value_dim=128, **small)
+    model = ModelConfig(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=16)
+    model = replace(model, memories={"memory": memory})
     config = RunConfig(model, train=TrainConfig(batch_size=2))
     optimizers, tokens = make_optimizers(config), np.ones((2, 9), np.int32)
     state = jax.jit(lambda: init_state(config, optimizers))()
@@ -457,8 +463,8 @@ def test_tables_in_the_hosts_memory_are_saved_and_restored_so_too(
     config, held, one_device, tmp_path, monkeypatch, restored_to
 ):
     monkeypatch.setattr(checkpoint_reading, "LARGE_BYTES", 5000)  # tables, not scalars
-    on_host = replace(config.model.memory, memory_kind="pinned_host")
-    on_host = replace(config, model=replace(config.model, memory=on_host))
+    on_host = config.model.memory.changed(memory_kind="pinned_host")
+    on_host = replace(config, model=replace(config.model, memories={"memory": on_host}))
     whole = loop.train(on_host, tmp_path / "run", progress=False)
     assert (tmp_path / "run/checkpoints/6/undo.npz").exists()
     for path in sorted((tmp_path / "run/checkpoints/7").rglob("*"), reverse=True):

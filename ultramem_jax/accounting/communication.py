@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, MLP_MATRICES, count_parameters
 from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig
 from ultramem_jax.exchange_shapes import AxisRoles, axis_roles, block_bytes, exchange_capacity
+from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.row_states import takes_means
 
 _INT32_BYTES = 4
@@ -138,13 +139,13 @@ def step_transfers(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Transfe
     micro_batches = config.train.grad_accumulation
     tokens = config.train.batch_size // micro_batches * config.data.seq_len
     for _ in range(micro_batches):
-        for _ in config.model.spans:
-            _lookup(transfers, config.model, tokens // groups.size(groups.replicas))
+        for site in config.model.sites:
+            _lookup(transfers, site, tokens // groups.size(groups.replicas))
         _parameters(transfers, groups, config.model)
         _tensor(transfers, groups, config.model, tokens // groups.size(groups.tokens))
         _experts(transfers, groups, config.model, tokens // groups.size(groups.tokens))
-    for _ in config.model.spans:
-        _row_updates(transfers, groups, config, tokens * micro_batches)
+    for site in config.model.sites:
+        _row_updates(transfers, groups, config, site, tokens * micro_batches)
     return _summed(transfers.found)
 
 
@@ -162,26 +163,25 @@ class Exchange:
     """(P-1)·t·R·(4 + b) + (P-1)/P·t·d_v·b: addresses and scores to all, pooled slices back."""
 
 
-def exchange_bytes(model: ModelConfig, tokens: int, parts: int) -> Exchange:
-    """What a device with so many tokens of its own sends in a lookup, forward, with tables in P parts.
+def exchange_bytes(site: MemorySite, tokens: int, parts: int) -> Exchange:
+    """Returns what a device with its own tokens sends in a lookup, forward, with tables in P parts.
 
     Args:
-        model: with memories.
+        site: a memory of a model.
         tokens: t, of one device.
         parts: P.
     """
-    assert model.memory is not None
-    memory, size = model.memory, DTYPE_BYTES[model.dtype]
-    reads, others = tokens * memory.num_heads * memory.top_m, parts - 1
+    memory, size = site.config, DTYPE_BYTES[site.around.dtype]
+    reads, others = tokens * memory.reads_per_token, parts - 1
     addresses = others * reads * _address_bytes(memory)
-    scores = others * reads * memory.num_cores * size
-    pooled = tokens * memory.num_blocks * memory.value_dim * size
+    scores = others * reads * memory.address.weights_per_read * size
+    pooled = tokens * memory.num_blocks * memory.table.value_dim * size
     return Exchange(
         slots=addresses + scores + others * pooled,
         width=addresses + scores + others / parts * pooled,
-        paper_number_wise=others / parts * reads * (_INT32_BYTES + size * memory.value_dim),
+        paper_number_wise=others / parts * reads * (_INT32_BYTES + size * memory.table.value_dim),
         paper_dimension_wise=others * reads * (_INT32_BYTES + size)
-        + others / parts * tokens * memory.value_dim * size,
+        + others / parts * tokens * memory.table.value_dim * size,
     )
 
 
@@ -190,54 +190,52 @@ def _address_bytes(memory: MemoryConfig) -> int:
     return _INT32_BYTES + block_bytes(memory.num_blocks)
 
 
-def _lookup(transfers: _Transfers, model: ModelConfig, tokens: int) -> None:
+def _lookup(transfers: _Transfers, site: MemorySite, tokens: int) -> None:
     """Forward and backward of one memory, for T_g tokens."""
-    memory, size = model.memory, DTYPE_BYTES[model.dtype]
-    assert memory is not None
-    reads = tokens * memory.num_heads * memory.top_m
-    pooled = tokens * memory.num_blocks * memory.value_dim * size
-    vectors = tokens * memory.pre_value_dim * size
+    memory, size = site.config, DTYPE_BYTES[site.around.dtype]
+    weights = memory.address.weights_per_read
+    reads = tokens * memory.reads_per_token
+    pooled = tokens * memory.num_blocks * memory.table.value_dim * size
+    vectors = tokens * memory.table.pre_value_dim * size
     transfers.to_owners("reads to owners", reads * _address_bytes(memory))
-    transfers.to_owners("scores to owners", reads * memory.num_cores * size)
+    transfers.to_owners("scores to owners", reads * weights * size)
     transfers.sums_to_tokens("pooled sums to tokens", pooled)
     transfers.columns_to_owners("cotangents to owners", pooled)
-    transfers.to_tokens("score gradients to tokens", reads * memory.num_cores * size)
-    if memory.pre_value_dim:
+    transfers.to_tokens("score gradients to tokens", reads * weights * size)
+    if memory.table.pre_value_dim:
         transfers.columns_to_owners("inputs of pre-values to owners", vectors)
         transfers.to_tokens("products to tokens", reads * size)
         transfers.to_owners("cotangents of products to owners", reads * size)
         transfers.sums_to_tokens("gradients of inputs to tokens", vectors)
 
 
-def _row_updates(transfers: _Transfers, groups: _Groups, config: RunConfig, tokens: int) -> None:
+def _row_updates(
+    transfers: _Transfers, groups: _Groups, config: RunConfig, site: MemorySite, tokens: int
+) -> None:
     """What one memory's table needs of the tokens of other groups, in a step."""
-    model = config.model
-    memory, size = model.memory, DTYPE_BYTES[model.dtype]
-    assert memory is not None
+    memory, table, size = site.config, site.config.table, DTYPE_BYTES[site.around.dtype]
     if config.train.table_gradient != "row_sparse":
-        _dense_table(transfers, groups, config)
+        _dense_table(transfers, groups, config, site)
         return
-    reads = tokens * memory.num_heads * memory.top_m
+    reads = tokens * memory.reads_per_token
     parts = groups.size(groups.width)
-    gathered = reads * (_address_bytes(memory) + memory.num_cores * size)
-    gathered += tokens * memory.num_blocks * memory.value_dim // parts * size
-    if memory.pre_value_dim:
-        gathered += tokens * memory.pre_value_dim // parts * size + reads * size
+    gathered = reads * (_address_bytes(memory) + memory.address.weights_per_read * size)
+    gathered += tokens * memory.num_blocks * table.value_dim // parts * size
+    if table.pre_value_dim:
+        gathered += tokens * table.pre_value_dim // parts * size + reads * size
     transfers.add("reads and cotangents to replicas", "all-gather", groups.replicas, gathered)
     if takes_means(config.train.row_arrays):
         # For every place in the chunks of reads that owners work on, of values and of pre-values.
-        means = reads / groups.size(groups.slots) * FLOAT32_BYTES * (2 if memory.pre_value_dim else 1)
+        means = reads / groups.size(groups.slots) * FLOAT32_BYTES * len(table.arrays)
         transfers.add("means over the columns of rows", "all-reduce", groups.width, means)
 
 
-def _dense_table(transfers: _Transfers, groups: _Groups, config: RunConfig) -> None:
+def _dense_table(transfers: _Transfers, groups: _Groups, config: RunConfig, site: MemorySite) -> None:
     """The dense way: from each memory the gradient of its table's part, for the replicas of that."""
-    memory, layout = config.model.memory, config.model.layout
-    assert memory is not None and layout is not None
-    table = layout.num_slots * memory.row_dim * FLOAT32_BYTES / groups.size(groups.owners)
+    table = site.num_slots * site.config.table.row_dim * FLOAT32_BYTES / groups.size(groups.owners)
     for _ in range(config.train.grad_accumulation):
         transfers.add("gradients of tables", "all-reduce", groups.replicas, table)
-    reads = config.train.batch_size * config.data.seq_len * memory.num_heads * memory.top_m
+    reads = config.train.batch_size * config.data.seq_len * site.config.reads_per_token
     transfers.add("reads to replicas", "all-gather", groups.replicas, reads * _INT32_BYTES)
 
 
@@ -250,15 +248,11 @@ def _parameters(transfers: _Transfers, groups: _Groups, model: ModelConfig) -> N
     whole = count.dense + twice - in_parts
     gradients = FLOAT32_BYTES * (whole + in_parts / groups.sizes.get("tensor", 1))
     transfers.add("gradients of parameters", "all-reduce", groups.tokens, gradients)
-    memory, layout = model.memory, model.layout
-    if memory is not None and layout is not None and memory.balance_loss_weight:
-        # Once more the keys, by way of the scores of all of them (ranks that share a query are summed
-        # before), and counts and probabilities of each key.
-        ranks_summed = memory.rank_keys == "full" and not memory.query_per_rank
-        again = count.memory_keys // (memory.num_ranks if ranks_summed else 1)
-        again += len(model.spans) * 2 * 2 * layout.num_virtual_keys
-        transfers.add("balance losses", "all-reduce", groups.tokens, FLOAT32_BYTES * again)
-    split = FLOAT32_BYTES * (count.dense - count.norms - count.memory_norms - count.memory_cores)
+    again = sum(site.config.address.balance_numbers(site) for site in model.sites)
+    transfers.add("balance losses", "all-reduce", groups.tokens, FLOAT32_BYTES * again)
+    of_memories = [parameter for site in model.sites for parameter in site.parameters.values()]
+    never_split = sum(parameter.size for parameter in of_memories if not any(parameter.axes))
+    split = FLOAT32_BYTES * (count.dense - count.norms - never_split)
     if groups.sizes.get("fsdp", 1) > 1:
         transfers.add("parameters for the step", "all-gather", ("fsdp",), split)
 
@@ -267,10 +261,10 @@ def _tensor(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens: 
     """The partial sums of attention and MLPs, forward and backward, for a device's own tokens."""
     if groups.sizes.get("tensor", 1) == 1:
         return
-    forward, backward = 1, 3  # attention: its output; the inputs of query, key and value
+    sums = model.num_layers * (1 + 3)  # attention: its output; the inputs of query, key and value
     if model.moe is None:
-        forward, backward = 2, backward + MLP_MATRICES[model.mlp] - 1
-    sums = model.num_layers * (forward + backward) * tokens * model.embed_dim * DTYPE_BYTES[model.dtype]
+        sums += len(model.feed_forward_layers) * MLP_MATRICES[model.mlp]  # likewise, all but one backward
+    sums *= tokens * model.embed_dim * DTYPE_BYTES[model.dtype]
     transfers.add("sums of heads and inner widths", "all-reduce", ("tensor",), sums)
 
 
@@ -285,7 +279,7 @@ def _experts(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens:
     transfers.add("gradients of experts", "all-reduce", others, weights)
     if groups.sizes.get("fsdp", 1) > 1:
         transfers.add("parameters for the step", "all-gather", ("fsdp",), weights)
-    owners, layers = groups.size(groups.experts), model.num_layers
+    owners, layers = groups.size(groups.experts), len(model.feed_forward_layers)
     if groups.of_tokens(groups.experts):
         capacity = exchange_capacity(tokens * moe.top_k, owners)
         rows = layers * owners * capacity * model.embed_dim * size

@@ -23,10 +23,12 @@ from ultramem_jax.accounting.model import (
     count_parameters,
     flops_per_token,
     row_bytes,
+    table_readers,
 )
 from ultramem_jax.accounting.parts import PartCost, expected_experts, expected_rows, floor_seconds
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import at_least, choice, require
+from ultramem_jax.memory_config import MemorySite
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def decode_cost(
     """The cost of one step that takes one token of each sequence through the model.
 
     Args:
-        config: the model; tables are read in their `table_dtype`.
+        config: the model; tables are read in their own `dtype`.
         batch: B, sequences.
         cache_length: C, positions that a token attends to, its own among them.
         dtype: that weights are served in, `float32` or `bfloat16`.
@@ -117,7 +119,7 @@ def decode_cost(
     at_least(1, batch=batch, cache_length=cache_length)
     choice("dtype", dtype, tuple(DTYPE_BYTES))
     choice("cache_dtype", cache_dtype, tuple(DTYPE_BYTES))
-    parameters, moe, memory = count_parameters(config), config.moe, config.memory
+    parameters, moe = count_parameters(config), config.moe
     # A token of a causal sequence of S meets (S + 1)/2 positions on average: here C.
     flops = flops_per_token(config, 2 * cache_length - 1)
     layers, width = config.num_layers, config.embed_dim
@@ -125,9 +127,7 @@ def decode_cost(
 
     attention = parameters.attention + parameters.norms - (layers + 1) * width
     feed_forward = parameters.feed_forward + parameters.router + layers * width
-    of_memory = parameters.memory_queries + parameters.memory_keys + parameters.memory_norms
-    of_memory += parameters.memory_cores + parameters.memory_projection + parameters.memory_pre_projection
-    of_memory += parameters.memory_gate + parameters.memory_conv
+    of_memory = parameters.memory_dense
     # What is left of the dense weights that a step reads are embeddings and the last gain.
     embeddings = bytes_per_token(config, batch, dtype_bytes=1).dense - attention - feed_forward - of_memory
 
@@ -136,13 +136,18 @@ def decode_cost(
         chosen = expected_experts(moe.num_experts, moe.top_k, batch) if experts is None else experts
         require(chosen <= moe.num_experts, "experts", chosen, f"must be at most {moe.num_experts}")
     expert_weights = parameters.experts * chosen / moe.num_experts if moe else 0.0
-    read = expected_rows_read(config, batch) if rows is None else rows
+    expected = [expected_rows_read(readers, batch) for readers in table_readers(config)]
+    read = sum(expected) if rows is None else rows
     if rows is not None:  # of one read the expected number is one, give or take rounding
-        reads = batch * len(config.spans) * memory.num_heads * memory.top_m if memory else 0
+        reads = batch * sum(site.config.reads_per_token for site in config.sites)
         require(rows <= reads, "rows", rows, f"must be at most the {reads} reads")
-    row_read = read * row_bytes(memory).table if memory else 0
-    memory_flops = flops.memory_queries + flops.memory_keys + flops.memory_scoring
-    memory_flops += flops.memory_projection + flops.memory_pre_projection + flops.memory_gate
+    # Rows that were counted over all tables are shared out as the expected ones are.
+    expected_bytes = sum(
+        found * row_bytes(readers[0].config.table).table
+        for found, readers in zip(expected, table_readers(config), strict=True)
+    )
+    row_read = expected_bytes * read / sum(expected) if expected else 0
+    memory_flops = flops.memory.total() + flops.memory_scoring
 
     def cost(flops_of_token: int, weights: float) -> PartCost:
         return PartCost(batch * flops_of_token, round(DTYPE_BYTES[dtype] * weights))
@@ -162,30 +167,27 @@ def decode_cost(
     )
 
 
-def expected_rows_read(config: ModelConfig, tokens: int) -> float:
-    """Distinct rows that uniform reads of that many tokens find, over all tables.
+def expected_rows_read(readers: tuple[MemorySite, ...], tokens: int) -> float:
+    """Returns the distinct rows of a table that uniform reads of that many tokens find.
 
     Of a table that memories share, a row is found by those whose window it lies in; every memory reads its
     window uniformly.
 
     Args:
-        config: the model.
+        readers: the memories that read the table.
         tokens: T; in decoding B.
 
     Returns:
-        At most T·H·m a memory, and at most the slots of the windows. 0 without memories.
+        At most T·R a memory, and at most the slots of the windows.
     """
-    memory, layout = config.memory, config.layout
-    if memory is None or layout is None:
-        return 0.0
-    reads = tokens * memory.num_heads * memory.top_m
-    if not memory.shares_table:
-        return layout.num_tables * expected_rows(layout.num_slots, reads)
-    slots, window, offsets = layout.num_slots, layout.window_slots, layout.offsets
+    reads, slots = tokens * readers[0].config.reads_per_token, readers[0].num_slots
+    if len(readers) == 1 and readers[0].window.size == slots:
+        return expected_rows(slots, reads)
+    window, offsets = readers[0].window.size, [site.window.first for site in readers]
     # Between two edges of windows all rows have the same readers.
     edges = sorted({0, slots, *offsets, *((offset + window) % slots for offset in offsets)})
     found = 0.0
     for begin, end in pairwise(edges):
-        readers = sum((begin - offset) % slots < window for offset in offsets)
-        found += (end - begin) / window * expected_rows(window, readers * reads)
+        number = sum((begin - offset) % slots < window for offset in offsets)
+        found += (end - begin) / window * expected_rows(window, number * reads)
     return found

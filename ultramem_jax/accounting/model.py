@@ -5,17 +5,16 @@ embeddings, norm gains, attention scores and value lookups, and takes two FLOPs 
 multiplied by; use it to stand beside published numbers. The *whole* count holds every parameter of the
 parameter tree and every term of the forward pass that grows with a width. The letters are those of the axis
 legend in `ultramem_jax`; c is the number of matrices in an MLP, 2 for `gelu` and 3 for `swiglu`; d_p is the
-width of a pre-value. K and N are those of `ModelConfig.layout`: a table that memories share may have more
-slots than the n² of one memory, and a memory that reads a wider window of it has more keys.
+width of a pre-value. What a memory costs, its parts say (`ultramem_jax.memory_parts`).
 """
 
-import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
-from ultramem_jax.config import MemoryConfig, ModelConfig, TrainConfig
+from ultramem_jax.config import ModelConfig, TrainConfig
 from ultramem_jax.errors import require
-from ultramem_jax.memory_config import TableLayout
+from ultramem_jax.memory_config import MemorySite
+from ultramem_jax.memory_parts import TableConfig
 
 MLP_MATRICES = {"gelu": 2, "swiglu": 3}
 """c: in and out; a gated MLP (arXiv 2002.05202) has a second matrix in."""
@@ -47,25 +46,16 @@ class Parameters:
     norms: int
     """(2·L + 1)·D: a gain before attention, one before the feed-forward, one at the end. With
     `attention_qk_norm` L·(D + (kv heads)·D/A) more: gains of the queries and of the keys of attention."""
-    memory_queries: int
-    """Per memory D·2·(queries)·d_k: a row and a column query, one pair shared by the heads or one each, and
-    r times as many with `query_per_rank`."""
-    memory_keys: int
-    """Per memory 2·(key sets)·max(r, 1)·K·(width of a rank's key); H key sets, or one that the heads share.
-    With H sets that is 2·H·K·d_k where the ranks split d_k, and r times that where each has all of it."""
-    memory_norms: int
-    """Per memory d_k for the gain of queries and d_k for that of keys, where there is such a norm. A gain is
-    common to sides and heads (and to full ranks)."""
-    memory_cores: int
-    """Per memory h·H·r²."""
-    memory_projection: int
-    """Per memory E·d_v·D, or d_v·D if the blocks are summed first."""
-    memory_pre_projection: int
-    """Per memory D·d_p, the map from x to what the pre-values are multiplied by."""
-    memory_gate: int
-    """Per memory D·d_v."""
-    memory_conv: int
-    """Per memory D·w, a causal depthwise convolution of width w."""
+    memory: Counter[str]
+    """Dense parameters of all memories, by the groups that their parts name (`memory_parts.Parameter`): of
+    product keys `queries`, `keys`, `norms`, `cores`, `conv`; of readouts `projection`, `gate`, ...; of
+    pre-values `pre_projection`. A group that no memory has counts 0."""
+    memory_weights: int
+    """Those of `memory` that meet a token's vector."""
+    memory_matrices: int
+    """Those that are weights of matrix products."""
+    memory_gains: int
+    """Those that papers do not count: gains of norms, and biases."""
     memory_tables: int
     """Per table N·(d_v + d_p); one table for every memory, or one for all. Sparse."""
     experts: int
@@ -76,7 +66,7 @@ class Parameters:
     @property
     def dense(self) -> int:
         """Every parameter that is neither a table's nor an expert's."""
-        return self.paper_dense + self.embedding + self.output + self.norms + self.memory_norms
+        return self.paper_dense + self.embedding + self.output + self.norms + self.memory_gains
 
     @property
     def sparse(self) -> int:
@@ -91,7 +81,7 @@ class Parameters:
     @property
     def paper_dense(self) -> int:
         """The "dense params" of table 2: no embeddings, no gains. 12·L·D² for dense models."""
-        return self._token_weights + self.memory_cores
+        return self._token_weights + self.memory_dense - self.memory_weights - self.memory_gains
 
     @property
     def paper_total(self) -> int:
@@ -121,16 +111,19 @@ class Parameters:
     def matrices(self) -> int:
         """Counts the weights of matrix products, experts' among them, which Muon orthogonalizes.
 
-        Not the embedding and the output, nor keys and cores, which meet scores, nor a convolution.
+        Not the embedding and the output, nor what memories do not call a matrix: keys and cores, which meet
+        scores, and convolutions.
         """
-        memory = self.memory_queries + self.memory_projection + self.memory_pre_projection + self.memory_gate
-        return self.attention + self.feed_forward + self.router + self.experts + memory
+        return self.attention + self.feed_forward + self.router + self.experts + self.memory_matrices
+
+    @property
+    def memory_dense(self) -> int:
+        """All of `memory`."""
+        return self.memory.total()
 
     @property
     def _token_weights(self) -> int:
-        memory = self.memory_queries + self.memory_conv + self.memory_keys + self.memory_projection
-        memory += self.memory_pre_projection + self.memory_gate
-        return self.attention + self.feed_forward + self.router + memory
+        return self.attention + self.feed_forward + self.router + self.memory_weights
 
 
 @dataclass(frozen=True)
@@ -147,21 +140,13 @@ class Flops:
     feed_forward: int
     """The MLPs, or the k experts of a token."""
     router: int
-    memory_queries: int
-    """Query projections and convolutions."""
-    memory_keys: int
-    """Scores of all K row and K column keys, for every head and rank; also where the heads share the keys."""
-    memory_projection: int
-    """Pooled values -> D."""
-    memory_pre_projection: int
-    """D -> d_p."""
-    memory_gate: int
-    """D -> d_v."""
+    memory: Counter[str]
+    """Products with the parameters of memories, two per weight and use, by their groups. Keys that heads
+    share are used by each of them."""
     memory_scoring: int
-    """From key scores to cells, per head. r = 0: m² sums and m for the chosen. r >= 1: 2·2·r·K for the best
-    rank-1 scores of both sides, 2·r²·m + 2·r·m² for the exact grid, h·m·(2·r² + 2·r) for the cores."""
+    """What addressers compute beside that, from scores to rows (`AddressConfig.scoring_flops`)."""
     memory_lookup: int
-    """Per memory 2·H·m·(d_v + d_p): the weighted sum of the values read, and the products with their
+    """Per memory 2·R·(d_v + d_p): the weighted sum of the values read, and the products with their
     pre-values."""
     attention_scores: int
     """2·D·(S + 1) per layer: a token meets (S + 1)/2 positions on average, 2·D for the scores and 2·D for the
@@ -172,9 +157,7 @@ class Flops:
     @property
     def paper(self) -> int:
         """The papers' convention: 2 × `Parameters.active`, and shared keys once per head that uses them."""
-        memory = self.memory_queries + self.memory_keys + self.memory_projection
-        memory += self.memory_pre_projection + self.memory_gate
-        return self.attention + self.feed_forward + self.router + memory
+        return self.attention + self.feed_forward + self.router + self.memory.total()
 
     @property
     def matched(self) -> int:
@@ -192,7 +175,7 @@ class RowBytes:
     """Bytes that a slot occupies in training, its value and its pre-value together."""
 
     table: int
-    """b·(d_v + d_p), b the bytes of `MemoryConfig.table_dtype`."""
+    """b·(d_v + d_p), b the bytes of `TableConfig.dtype`."""
     moments: int
     """Σ over `TrainConfig.row_arrays`. AdamW: 2·b·(d_v + d_p), b the bytes of `TrainConfig.row_moment_dtype`.
     With one second moment per row b·(d_v + d_p), and 4 for each of a slot's rows: one, or two where there are
@@ -246,16 +229,24 @@ def count_parameters(config: ModelConfig) -> Parameters:
     kv_width = config.num_kv_heads * (d // config.num_heads)
     attention_gains = d + kv_width if config.attention_qk_norm else 0
     expert = MLP_MATRICES[moe.activation] * d * moe.expert_dim if moe else 0
+    feeding = len(config.feed_forward_layers)
+    of_memories = [parameter for site in config.sites for parameter in site.parameters.values()]
     return Parameters(
         embedding=config.vocab_size * d,
         output=0 if config.tie_embeddings else d * config.vocab_size,
         attention=layers * (2 * d * d + 2 * d * kv_width),
-        feed_forward=0 if moe else layers * MLP_MATRICES[config.mlp] * d * config.mlp_dim,
-        router=layers * d * moe.num_experts if moe else 0,
+        feed_forward=0 if moe else feeding * MLP_MATRICES[config.mlp] * d * config.mlp_dim,
+        router=feeding * d * moe.num_experts if moe else 0,
         norms=(2 * layers + 1) * d + layers * attention_gains,
-        experts=layers * moe.num_experts * expert if moe else 0,
-        active_experts=layers * moe.top_k * expert if moe else 0,
-        **_memory_parameters(config),
+        experts=feeding * moe.num_experts * expert if moe else 0,
+        active_experts=feeding * moe.top_k * expert if moe else 0,
+        memory=Counter(_groups(config)),
+        memory_weights=sum(p.size for p in of_memories if p.role in ("matrix", "weights")),
+        memory_matrices=sum(p.size for p in of_memories if p.role == "matrix"),
+        memory_gains=sum(p.size for p in of_memories if p.role == "gain"),
+        memory_tables=sum(
+            readers[0].num_slots * readers[0].config.table.row_dim for readers in table_readers(config)
+        ),
     )
 
 
@@ -267,39 +258,35 @@ def flops_per_token(config: ModelConfig, seq_len: int | None = None) -> Flops:
         seq_len: S, for the attention scores of a causal sequence; None leaves them out.
     """
     parameters, weight = count_parameters(config), _FLOPS_PER_WEIGHT
-    memory, layout, memories = config.memory, config.layout, len(config.spans)
-    key_uses, scoring, lookup = 1, 0, 0
-    if memory and layout:
-        key_uses = memory.num_heads // memory.num_key_sets
-        scoring = memories * _scoring_flops(memory, layout)
-        lookup = memories * weight * memory.num_heads * memory.top_m * memory.row_dim
+    memory: Counter[str] = Counter()
+    for site in config.sites:
+        for parameter in site.parameters.values():
+            memory[parameter.group] += parameter.flops
     scores = 2 * config.embed_dim * (seq_len + 1) * config.num_layers if seq_len else 0
     return Flops(
         attention=weight * parameters.attention,
         feed_forward=weight * (parameters.feed_forward + parameters.active_experts),
         router=weight * parameters.router,
-        memory_queries=weight * (parameters.memory_queries + parameters.memory_conv),
-        memory_keys=weight * parameters.memory_keys * key_uses,
-        memory_projection=weight * parameters.memory_projection,
-        memory_pre_projection=weight * parameters.memory_pre_projection,
-        memory_gate=weight * parameters.memory_gate,
-        memory_scoring=scoring,
-        memory_lookup=lookup,
+        memory=+memory,
+        memory_scoring=sum(
+            site.config.address.scoring_flops(site) + site.config.readout.extra_flops(site)
+            for site in config.sites
+        ),
+        memory_lookup=sum(site.lookup_flops for site in config.sites),
         attention_scores=scores,
         logits=weight * config.embed_dim * config.vocab_size,
     )
 
 
-def row_bytes(memory: MemoryConfig, train: TrainConfig = _DEFAULT_TRAINING) -> RowBytes:
+def row_bytes(table: TableConfig, train: TrainConfig = _DEFAULT_TRAINING) -> RowBytes:
     """Bytes of a slot in the table and in the optimizer's state; the formulas stand with `RowBytes`.
 
     Args:
-        memory: widths of a row, and what it is stored in.
+        table: widths of a row, and what it is stored in.
         train: which moments of it are kept, and in what.
     """
-    widths = [width for width in (memory.value_dim, memory.pre_value_dim) if width]
-    moments = sum(array.bytes(width) for array in train.row_arrays for width in widths)
-    return RowBytes(DTYPE_BYTES[memory.table_dtype] * memory.row_dim, moments)
+    moments = sum(array.bytes(width) for array in train.row_arrays for width in table.arrays.values())
+    return RowBytes(DTYPE_BYTES[table.dtype] * table.row_dim, moments)
 
 
 def bytes_per_token(
@@ -317,16 +304,17 @@ def bytes_per_token(
         config: the model.
         batch_tokens: tokens of the step: B·S in training and prefill, B in decoding.
         dtype_bytes: bytes of every stored parameter, 2 for weights served in bfloat16; None as they are
-            trained, float32 and tables in their `table_dtype`.
+            trained, float32 and tables in their own `dtype`.
         train: which moments of a table's rows there are.
     """
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "must be at least 1")
-    parameters, moe, memory = count_parameters(config), config.moe, config.memory
+    parameters, moe = count_parameters(config), config.moe
     experts_read, table_read, moments_read = 0, 0, 0
-    if memory:
-        rows, of_row = _rows_read(config, batch_tokens), row_bytes(memory, train)
-        table_read = rows * (of_row.table if dtype_bytes is None else dtype_bytes * memory.row_dim)
-        moments_read = rows * of_row.moments
+    for readers in table_readers(config):
+        table = readers[0].config.table
+        rows, of_row = _rows_read(readers, batch_tokens), row_bytes(table, train)
+        table_read += rows * (of_row.table if dtype_bytes is None else dtype_bytes * table.row_dim)
+        moments_read += rows * of_row.moments
     if moe:
         weights = parameters.experts // moe.num_experts
         experts_read = min(moe.top_k * batch_tokens, moe.num_experts) * weights
@@ -345,11 +333,11 @@ def bytes_per_token(
 
 def optimizer_bytes(config: ModelConfig, train: TrainConfig = _DEFAULT_TRAINING) -> int:
     """Bytes that the optimizers' moments of all parameters, tables included, occupy; see `moments_kept`."""
-    parameters, memory = count_parameters(config), config.memory
-    if memory is None:
-        return _moment_bytes(parameters, train)
-    slots = parameters.memory_tables // memory.row_dim
-    return _moment_bytes(parameters, train) + slots * row_bytes(memory, train).moments
+    of_tables = sum(
+        readers[0].num_slots * row_bytes(readers[0].config.table, train).moments
+        for readers in table_readers(config)
+    )
+    return _moment_bytes(count_parameters(config), train) + of_tables
 
 
 def moments_kept(optimizer: str, matrices: int, others: int) -> int:
@@ -371,45 +359,28 @@ def _moment_bytes(parameters: Parameters, train: TrainConfig) -> int:
     return FLOAT32_BYTES * moments_kept(train.optimizer, parameters.matrices, others)
 
 
-def _memory_parameters(config: ModelConfig) -> dict[str, int]:
-    """The fields of `Parameters` that belong to memories."""
-    memory, layout, memories, d = config.memory, config.layout, len(config.spans), config.embed_dim
-    if memory is None or layout is None:
-        return {f.name: 0 for f in dataclasses.fields(Parameters) if f.name.startswith("memory_")}
-    key_sets = 2 * memory.num_key_sets * memory.num_ranks
-    pre_projected = memory.pre_value_dim if memory.project_pre_values else 0
-    return {
-        "memory_queries": memories * d * 2 * memory.num_queries * memory.key_dim,
-        "memory_keys": memories * key_sets * layout.num_virtual_keys * memory.rank_key_dim,
-        "memory_norms": memories * (memory.norm_query + memory.norm_keys) * memory.key_dim,
-        "memory_cores": memories * memory.num_cores * memory.num_heads * memory.tucker_rank**2,
-        "memory_projection": memories * memory.project_values * memory.num_blocks * memory.value_dim * d,
-        "memory_pre_projection": memories * d * pre_projected,
-        "memory_gate": memories * memory.gate * d * memory.value_dim,
-        "memory_conv": memories * d * memory.query_conv_width,
-        "memory_tables": layout.num_tables * layout.num_slots * memory.row_dim,
-    }
+def table_readers(config: ModelConfig) -> list[tuple[MemorySite, ...]]:
+    """Returns the memories that read each table."""
+    readers: dict[str, tuple[MemorySite, ...]] = {}
+    for site in config.sites:
+        readers[site.table] = (*readers.get(site.table, ()), site)
+    return list(readers.values())
 
 
-def _scoring_flops(memory: MemoryConfig, layout: TableLayout) -> int:
-    """FLOPs of one memory's retrieval after the key scores; the formula stands at `Flops.memory_scoring`."""
-    r, m, k = memory.tucker_rank, memory.top_m, layout.num_virtual_keys
-    if r == 0:
-        return memory.num_heads * (m * m + m)
-    candidates = 2 * 2 * r * k
-    grid = 2 * r * r * m + 2 * r * m * m
-    cores = memory.num_cores * m * (2 * r * r + 2 * r)
-    return memory.num_heads * (candidates + grid + cores)
+def _groups(config: ModelConfig) -> dict[str, int]:
+    """Dense parameters of memories by group."""
+    groups: Counter[str] = Counter()
+    for site in config.sites:
+        for parameter in site.parameters.values():
+            groups[parameter.group] += parameter.size
+    return groups
 
 
-def _rows_read(config: ModelConfig, batch_tokens: int) -> int:
-    """Slots that a step reads of all tables, each once."""
-    memory, layout, memories = config.memory, config.layout, len(config.spans)
-    if memory is None or layout is None:
-        return 0
-    reads = batch_tokens * memory.num_heads * memory.top_m
-    if not memory.shares_table:
-        return memories * min(reads, layout.num_slots)
-    # Memories with one window together read at most that window; windows that overlap, at most the table.
-    readers = Counter(layout.offsets).values()
-    return min(sum(min(n * reads, layout.window_slots) for n in readers), layout.num_slots)
+def _rows_read(readers: tuple[MemorySite, ...], batch_tokens: int) -> int:
+    """Slots that a step reads of a table, each once.
+
+    Memories with one window together read at most that window; windows that overlap, at most the table.
+    """
+    windows = Counter(site.window for site in readers)
+    reads = batch_tokens * readers[0].config.reads_per_token
+    return min(sum(min(n * reads, window.size) for window, n in windows.items()), readers[0].num_slots)

@@ -1,25 +1,22 @@
 """The authors' hyper-parameters and the `MemoryConfig` that they amount to."""
 
+import functools
 import math
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any
 
 from ultramem_jax.errors import UserError, choice, guards_a_denominator, require
-from ultramem_jax.memory_config import MemoryConfig
+from ultramem_jax.interop.hyper_values import integer, number, of_hyper, switch, value
+from ultramem_jax.layers.memory.product_keys import ProductKeys
+from ultramem_jax.memory_config import MemoryConfig, MemorySite
+from ultramem_jax.presets import families
 
-T = TypeVar("T")
-
-_LAYERS = ("v1", "v2", "memory_plus")
+LAYERS = ("v1", "v2", "memory_plus")
 _NORM_EPS = 1e-5
 """The default of OLMo, which the authors' code is built on, and of `ModelConfig`."""
 _MOST_PARTS = 1024
 """Bounds layers, and Tucker cores of a layer: the state dict has arrays of its own for each."""
-_MOST = 2**31 - 1
-"""Bounds any other size: addresses are int32."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,21 @@ class Reference:
     """D."""
     norm_eps: float
     """Of the RMS norms."""
+
+    @functools.cached_property
+    def sites(self) -> tuple[MemorySite, ...]:
+        """The memories that the table is made for, as if they were those of a model."""
+        of: dict[str, Any] = dict(num_memories=self.num_memories, norm_eps=self.norm_eps)
+        return tuple(
+            MemorySite.alone(self.config, self.embed_dim, index=index, **of)
+            for index in range(self.num_memories)
+        )
+
+    @property
+    def address(self) -> ProductKeys:
+        """How rows are found."""
+        assert isinstance(self.config.address, ProductKeys)
+        return self.config.address
 
     @property
     def stacked(self) -> bool:
@@ -74,114 +86,74 @@ class Reference:
             raise UserError(
                 f"hyper: must be a dict of the authors' hyper-parameters, not a {type(hyper).__name__}"
             )
-        layer = _value(hyper, "layer")
-        choice("hyper.layer", str(layer), _LAYERS)
+        layer = value(hyper, "layer")
+        choice("hyper.layer", str(layer), LAYERS)
         # RMS norms with a gain are the only ones that the state dict of a fixture can come from.
         norm = hyper.get("norm", "rms")
         require(isinstance(norm, str) and norm == "rms", "hyper.norm", norm, "must be 'rms'")
         affine = hyper.get("norm_affine", True)
         require(affine is True, "hyper.norm_affine", affine, "must be true: the norms have gains")
         fields: dict[str, Any] = dict(
-            num_keys=_integer(hyper, "knum"),
-            key_dim=_integer(hyper, "kdim"),
-            value_dim=_integer(hyper, "vdim"),
-            top_m=_integer(hyper, "knn"),
-            num_heads=_integer(hyper, "head"),
+            num_keys=integer(hyper, "knum"),
+            key_dim=integer(hyper, "kdim"),
+            value_dim=integer(hyper, "vdim"),
+            top_m=integer(hyper, "knn"),
+            num_heads=integer(hyper, "head"),
             # How the layer starts does not matter here; of the ways to start, this one costs nothing.
             init="reference",
         )
-        num_layers = num_memories = 1 if layer == "v1" else _integer(hyper, "layers", high=_MOST_PARTS)
+        num_layers = num_memories = 1 if layer == "v1" else integer(hyper, "layers", high=_MOST_PARTS)
         if layer == "memory_plus":
             # The authors' release computes the norm of the keys and scores with the plain keys.
-            config = _of_hyper(lambda: MemoryConfig.memory_plus(norm_keys=False, **fields))
+            config = of_hyper(lambda: families.memory_plus(norm_keys=False, **fields))
         else:
             fields |= dict(
-                tucker_rank=_integer(hyper, "tucker_rank"),
-                num_cores=_integer(hyper, "tucker_multihead", high=_MOST_PARTS),
+                tucker_rank=integer(hyper, "tucker_rank"),
+                num_cores=integer(hyper, "tucker_multihead", high=_MOST_PARTS),
                 rank_keys="full",
                 shuffle="explicit",
                 core_loss_weight=0.0,
                 query_conv_width=0,
             )
             fields |= _v1_fields(hyper) if layer == "v1" else _v2_fields(hyper)
-            config = _of_hyper(lambda: MemoryConfig(**fields))
+            config = of_hyper(lambda: families.ultramem(**fields))
         if layer == "v2" and hyper.get("mem_layer_num") is not None:
-            num_memories = _integer(hyper, "mem_layer_num", low=num_layers, high=_MOST_PARTS)
+            num_memories = integer(hyper, "mem_layer_num", low=num_layers, high=_MOST_PARTS)
         embed_dim, norm_eps = (
-            _integer(hyper, "hidden_size"),
-            _number({"norm_eps": _NORM_EPS} | dict(hyper), "norm_eps"),
+            integer(hyper, "hidden_size"),
+            number({"norm_eps": _NORM_EPS} | dict(hyper), "norm_eps"),
         )
         guards_a_denominator("hyper.norm_eps", norm_eps)
-        _of_hyper(lambda: config.layout(num_memories))  # raises where table and reads do not fit each other
-        return cls(layer, config, num_layers, num_memories, embed_dim, norm_eps)
-
-
-def _of_hyper(make: Callable[[], T]) -> T:
-    """What `make` returns; its errors name our fields, and so say where the values came from."""
-    try:
-        return make()
-    except UserError as error:
-        raise UserError(f"hyper amounts to {error}") from None
+        reference = cls(layer, config, num_layers, num_memories, embed_dim, norm_eps)
+        of_hyper(lambda: reference.sites)  # raises where table and reads do not fit each other
+        return reference
 
 
 def _v1_fields(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    expansion = _integer(hyper, "value_expand_time")
+    expansion = integer(hyper, "value_expand_time")
     square = math.isqrt(expansion) ** 2 == expansion
     require(square, "hyper.value_expand_time", expansion, "must be a square: 1, 4, 9, 16, ...")
     return dict(expansion=expansion)
 
 
 def _v2_fields(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    expansion = _integer(hyper, "key_expand_time") ** 2
-    blocks = _integer(hyper, "value_expand_time")
+    expansion = integer(hyper, "key_expand_time") ** 2
+    blocks = integer(hyper, "value_expand_time")
     require(
         blocks in (1, expansion),
         "hyper.value_expand_time",
         blocks,
         f"must be 1 or the square of key_expand_time, {expansion}",
     )
-    pre_value_dim = _integer(hyper, "pre_vdim", low=0)
-    gelu = _switch(hyper, "use_glu_act") and pre_value_dim > 0  # it acts on the products with pre-values
+    pre_value_dim = integer(hyper, "pre_vdim", low=0)
+    gelu = switch(hyper, "use_glu_act") and pre_value_dim > 0  # it acts on the products with pre-values
     return dict(
         expansion=expansion,
         sum_blocks=blocks == 1,
         pre_value_dim=pre_value_dim,
         pre_value_activation="gelu" if gelu else "none",
-        query_per_rank=_switch(hyper, "q_for_each_tucker_rank"),
-        balance_loss_weight=_number(hyper, "key_balance_reg_coef"),
-        table_sharing="ring",
-        share_ratio=_number(hyper, "share_ratio"),
+        query_per_rank=switch(hyper, "q_for_each_tucker_rank"),
+        balance_loss_weight=number(hyper, "key_balance_reg_coef"),
+        sharing="ring",
+        share_ratio=number(hyper, "share_ratio"),
     )
-
-
-def _value(hyper: Mapping[str, Any], name: str) -> Any:
-    if name not in hyper:
-        raise UserError(f"hyper has no {name!r}, which the layer {hyper.get('layer')!r} needs")
-    return hyper[name]
-
-
-def _integer(hyper: Mapping[str, Any], name: str, low: int = 1, high: int = _MOST) -> int:
-    value = _value(hyper, name)
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and low <= value <= high
-    why = "sizes are int32" if high == _MOST else "each has arrays of its own in the state dict"
-    require(
-        bool(whole), f"hyper.{name}", value, f"must be an integer of at least {low}, at most {high}: {why}"
-    )
-    return int(value)
-
-
-def _number(hyper: Mapping[str, Any], name: str) -> float:
-    value = _value(hyper, name)
-    number = (
-        isinstance(value, int | float | np.integer | np.floating)
-        and not isinstance(value, bool)
-        and 0 <= value <= sys.float_info.max
-    )
-    require(bool(number), f"hyper.{name}", value, "must be a number of at least 0, and finite")
-    return float(value)
-
-
-def _switch(hyper: Mapping[str, Any], name: str) -> bool:
-    value = _value(hyper, name)
-    require(isinstance(value, bool), f"hyper.{name}", value, "must be true or false")
-    return value

@@ -13,7 +13,6 @@ import numpy as np
 
 from ultramem_jax.errors import require
 from ultramem_jax.interop.hyper import Reference
-from ultramem_jax.models.transformer import memory_name
 
 Path = tuple[str, ...]
 TABLES = "tables"
@@ -22,11 +21,13 @@ _MOST_NUMBERS = 2**48
 """Bounds an array, at a petabyte in float32. NumPy would fail at larger shapes with errors of its own."""
 
 
-def _same(array: np.ndarray) -> np.ndarray:
+def same(array: np.ndarray) -> np.ndarray:
+    """Returns the array as it is."""
     return array
 
 
-def _transposed(array: np.ndarray) -> np.ndarray:
+def transposed(array: np.ndarray) -> np.ndarray:
+    """Returns the matrix of a linear map, (out, in), as (in, out), and back."""
     return array.T
 
 
@@ -40,8 +41,8 @@ class Entry:
     """One name; for `cores` one of each core, the second axis of the variable."""
     shape: tuple[int, ...]
     """Of the array under each name."""
-    to_variable: Callable[[np.ndarray], np.ndarray] = _same
-    to_state: Callable[[np.ndarray], np.ndarray] = _same
+    to_variable: Callable[[np.ndarray], np.ndarray] = same
+    to_state: Callable[[np.ndarray], np.ndarray] = same
     """The inverse."""
     constant: bool = False
     """An integer array, kept as a `Constant` with its dtype."""
@@ -76,8 +77,8 @@ def entries(reference: Reference) -> list[Entry]:
     """
     config = reference.config
     found = [entry for index in range(reference.num_layers) for entry in _layer_entries(reference, index)]
-    slots = config.layout(reference.num_memories).num_slots
-    for name, width in (("values", config.value_dim), ("pre_values", config.pre_value_dim)):
+    slots = reference.sites[0].num_slots
+    for name, width in config.table.arrays.items():
         if width:
             names = (f"{reference.table_prefix}{name}_for_look_up",)
             found.append(Entry(("memory", TABLES, name), names, (slots, width)))
@@ -91,13 +92,16 @@ def entries(reference: Reference) -> list[Entry]:
 
 def _layer_entries(reference: Reference, index: int) -> list[Entry]:
     config, layer = reference.config, _Layer(reference, index)
-    gain = (config.key_dim,)
+    gain = (reference.address.key_dim,)
     found = [
         layer.entry("query_scale", "query_norm.weight", gain),
         # Memory+ does not use it, and the layer does not declare it; kept so that it comes out again.
         layer.entry("key_scale", "keys_norm.weight", gain),
         layer.linear(
-            "projection", "values_proj.weight", reference.embed_dim, config.num_blocks * config.value_dim
+            "projection",
+            "values_proj.weight",
+            reference.embed_dim,
+            config.num_blocks * config.table.value_dim,
         ),
     ]
     own = _memory_plus_entries if reference.layer == "memory_plus" else _ultramem_entries
@@ -122,20 +126,21 @@ class _Layer:
     ) -> Entry:
         """The variable `name` of the layer; `how` are fields of `Entry`."""
         names = (self.reference.prefix(self.index) + reference_name,)
-        return Entry((collection, memory_name(self.index), name), names, shape, **how)
+        return Entry((collection, self.reference.sites[self.index].name, name), names, shape, **how)
 
     def linear(self, name: str, reference_name: str, width_out: int, width_in: int) -> Entry:
         """A linear map without bias."""
         shape = (width_out, width_in)
-        return self.entry(name, reference_name, shape, to_variable=_transposed, to_state=_transposed)
+        return self.entry(name, reference_name, shape, to_variable=transposed, to_state=transposed)
 
 
 def _memory_plus_entries(layer: _Layer) -> list[Entry]:
-    reference, config = layer.reference, layer.reference.config
-    heads, d_k, embed_dim = config.num_heads, config.key_dim, reference.embed_dim
-    num_keys = config.layout(reference.num_memories).num_virtual_keys
+    reference, table = layer.reference, layer.reference.config.table
+    address, embed_dim = reference.address, reference.embed_dim
+    heads, d_k = address.num_heads, address.key_dim
+    num_keys = reference.sites[0].parameters["keys"].shape[3]
     return [
-        layer.linear("gate", "swilu_projection.weight", config.value_dim, embed_dim),
+        layer.linear("gate", "swilu_projection.weight", table.value_dim, embed_dim),
         layer.entry(
             "query",
             "query_proj.weight",
@@ -156,13 +161,14 @@ def _memory_plus_entries(layer: _Layer) -> list[Entry]:
 
 def _ultramem_entries(layer: _Layer) -> list[Entry]:
     """Those of UltraMem and UltraMemV2."""
-    reference, config = layer.reference, layer.reference.config
-    heads, ranks, d_k, embed_dim = config.num_heads, config.num_ranks, config.key_dim, reference.embed_dim
-    num_keys = config.layout(reference.num_memories).num_virtual_keys
+    reference, table = layer.reference, layer.reference.config.table
+    address, embed_dim = reference.address, reference.embed_dim
+    heads, ranks, d_k = address.num_heads, address.num_ranks, address.key_dim
+    num_keys = reference.sites[0].parameters["keys"].shape[3]
     cores = layer.entry("cores", "tucker_core", (heads, ranks, ranks))
     found = [
         # Rows (side, d_k), or (side, rank, d_k): the order of the layer's columns.
-        layer.linear("query", "query_proj.weight", 2 * config.num_queries * d_k, embed_dim),
+        layer.linear("query", "query_proj.weight", 2 * address.num_queries * d_k, embed_dim),
         layer.entry(
             "keys",
             "keys",
@@ -170,7 +176,7 @@ def _ultramem_entries(layer: _Layer) -> list[Entry]:
             to_variable=lambda keys: keys.transpose(1, 0, 4, 2, 3),  # to (side, head, rank, K, d_k)
             to_state=lambda keys: keys.transpose(1, 0, 3, 4, 2),
         ),
-        replace(cores, names=tuple(f"{cores.names[0]}.{core}" for core in range(config.num_cores))),
+        replace(cores, names=tuple(f"{cores.names[0]}.{core}" for core in range(address.num_cores))),
         layer.entry("permutation", "shuffle_index", (num_keys**2,), collection="buffers", constant=True),
     ]
     for name, reference_name in (("row_direction", "tucker_core_u"), ("column_direction", "tucker_core_v")):
@@ -184,8 +190,6 @@ def _ultramem_entries(layer: _Layer) -> list[Entry]:
                 to_state=lambda vector: vector[None, :, None],
             )
         )
-    if config.pre_value_dim:
-        found.append(
-            layer.linear("pre_projection", "pre_values_proj.weight", config.pre_value_dim, embed_dim)
-        )
+    if table.pre_value_dim:
+        found.append(layer.linear("pre_projection", "pre_values_proj.weight", table.pre_value_dim, embed_dim))
     return found

@@ -25,10 +25,16 @@ from ultramem_jax.interop.constant import Constant
 from ultramem_jax.interop.hyper import Reference
 from ultramem_jax.interop.names import TABLES, Entry, Path, entries
 from ultramem_jax.interop.safetensors_files import read_safetensors, write_safetensors
-from ultramem_jax.layers.memory import ProductKeyMemory, SharedTables
-from ultramem_jax.models.transformer import memory_name
+from ultramem_jax.layers.memory.memory import Memory, SharedTables
 
-__all__ = ["Constant", "ReferenceModule", "dump", "load", "read_safetensors", "write_safetensors"]
+__all__ = [
+    "Constant",
+    "ReferenceModule",
+    "dump",
+    "load",
+    "read_safetensors",
+    "write_safetensors",
+]
 
 Variables = dict[str, Any]
 _LOSSES = "losses"
@@ -45,15 +51,10 @@ class _Layers(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Outputs (layers, B, S, D) for x of the same shape."""
         reference = self.reference
-        family: dict[str, Any] = dict(
-            config=reference.config, num_layers=reference.num_memories, num_memories=reference.num_memories
-        )
-        tables = SharedTables(**family, name=TABLES)(reference.embed_dim)
+        tables = SharedTables(reference.sites[0], name=TABLES)()
         outputs = []
-        for index in range(reference.num_layers):
-            layer = ProductKeyMemory(
-                **family, index=index, norm_eps=reference.norm_eps, name=memory_name(index)
-            )
+        for index, site in enumerate(reference.sites[: reference.num_layers]):
+            layer = Memory(site, name=site.name)
             outputs.append(layer(x[index], train=False, tables=tables))
         return jnp.stack(outputs)
 

@@ -21,7 +21,7 @@ from ultramem_jax.layers.experts import (
     dispatch_plan,
     ragged_experts,
 )
-from ultramem_jax.layers.mlp import fan_in_normal, output_normal
+from ultramem_jax.layers.mlp import MLP, fan_in_normal, output_normal
 from ultramem_jax.layers.parameters import matrix
 from ultramem_jax.layers.served_experts import served_experts
 from ultramem_jax.layers.sowing import sow
@@ -138,3 +138,8 @@ class MoE(nn.Module):
         else:
             y = experts_on_mesh(axes, moe.implementation, tokens, router.gates, weights, router.experts)
         return y.astype(dtype).reshape(batch, length, width)
+
+
+def feed_forward(config: ModelConfig, name: str | None = None) -> nn.Module:
+    """Returns the feed-forward of a layer: a Mixture of Experts if the config has one, else the MLP."""
+    return MLP(config, name=name) if config.moe is None else MoE(config, name=name)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import at_least, choice
-from ultramem_jax.models.transformer import memory_name
 
 Cache = dict[str, Any]
 
@@ -45,11 +44,11 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: str = 
         # Arrays of their own: each is changed in place.
         cached = {name: jnp.zeros(shape, jnp.dtype(dtype)) for name in ("keys", "values")}
         cache[f"layer_{layer}"] = {"attention": cached}
-    back = config.memory.query_conv_width - 1 if config.memory else 0
-    if back > 0:
-        for index in range(len(config.spans)):
-            inputs = jnp.zeros((batch_size, back, config.embed_dim), jnp.dtype(config.dtype))
-            cache[memory_name(index)] = {"query_inputs": inputs}
+    for site in config.sites:
+        if kept := site.cache:
+            cache[site.name] = {
+                name: jnp.zeros((batch_size, *shape), jnp.dtype(kind)) for name, (shape, kind) in kept.items()
+            }
     return cache
 
 

@@ -12,14 +12,11 @@ import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import require
-from ultramem_jax.layers.memory.product_key_memory import normed_keys
-from ultramem_jax.models.transformer import memory_name
+from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.ops.linear import OutputMajor
-from ultramem_jax.ops.product_keys import leading_singular_vectors
-from ultramem_jax.ops.served_keys import ServedKeys, serve_keys
 
-_AS_THEY_ARE = ("router", "query_conv")
-"""Of two axes, but no matrices of a product in the computation's dtype."""
+_AS_THEY_ARE = ("router",)
+"""Two-dimensional parameters of layers that are not multiplied in the computation's dtype."""
 
 
 def prepare_for_decoding(config: ModelConfig, variables: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +24,8 @@ def prepare_for_decoding(config: ModelConfig, variables: dict[str, Any]) -> dict
 
     - Matrices are in the dtype of the computation and kept by output (`OutputMajor`), experts on CPU each
       by itself: in bfloat16 half the bytes are read.
-    - Keys are normed, and the singular vectors u and t of the Tucker cores computed (`ServedKeys`).
+    - What depends on a memory's parameters alone is computed, as its addresser says: product keys are normed,
+      and the singular vectors u and t of the Tucker cores found (`ServedKeys`).
     - Tables stay what they are, the same arrays. No step does anything with a table but read rows.
 
     Nothing can be trained on what comes out, on a mesh it is not supported, and both share what was not
@@ -56,13 +54,13 @@ def prepare_for_decoding(config: ModelConfig, variables: dict[str, Any]) -> dict
     one_by_one = (
         config.moe is not None and config.moe.implementation == "auto" and jax.default_backend() == "cpu"
     )
-    for name, layer in params.items():
-        if isinstance(layer, dict):
-            served[name] = _served(layer, dtype, one_by_one)
+    sites = {site.name: site for site in config.sites}
     buffers = variables.get("buffers", {})
-    for index in range(len(config.spans)):
-        name = memory_name(index)
-        served[name]["keys"] = _keys(config, params[name], buffers.get(name, {}))
+    for name, layer in params.items():
+        if name in sites:
+            served[name] = _served_memory(sites[name], layer, buffers.get(name, {}), dtype)
+        elif isinstance(layer, dict):
+            served[name] = _served(layer, dtype, one_by_one)
     return variables | {"params": served}
 
 
@@ -93,12 +91,10 @@ def _matrix(weights: jax.Array, dtype: jnp.dtype) -> OutputMajor:
     return OutputMajor(weights.astype(dtype).T)
 
 
-def _keys(config: ModelConfig, params: dict[str, Any], buffers: dict[str, Any]) -> ServedKeys:
-    memory = config.memory
-    assert memory is not None
-    keys = normed_keys(memory, params["keys"], params.get("key_scale"), config.norm_eps)
-    directions = jnp.ones((2, memory.num_heads, 1), jnp.float32)
-    if memory.tucker_rank:
-        last = buffers["row_direction"], buffers["column_direction"]
-        directions = jnp.stack(leading_singular_vectors(params["cores"].sum(1), *last))
-    return serve_keys(keys.astype(config.dtype), directions)
+def _served_memory(
+    site: MemorySite, params: dict[str, Any], buffers: dict[str, Any], dtype: jnp.dtype
+) -> dict[str, Any]:
+    """Parameters of a memory: its matrices, and what its addresser makes of others."""
+    known = site.parameters
+    matrices = {name: _matrix(w, dtype) for name, w in params.items() if known[name].role == "matrix"}
+    return params | matrices | site.config.address.served(site, params, buffers)

@@ -7,33 +7,28 @@ import jax
 import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
-from ultramem_jax.layers import Attention, RMSNorm, feed_forward, memory, shared_tables
+from ultramem_jax.layers import Attention, Memory, RMSNorm, SharedTables, feed_forward
 from ultramem_jax.layers.caching import CACHE, Chunk, next_chunk
 from ultramem_jax.layers.parameters import matrix, served_parameter
+from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.ops.linear import project
 from ultramem_jax.ops.on_mesh import constrain_tokens
 
-SHARED_TABLES = "memory_tables"
-"""Name of the module that holds the table which all memories read, where they share one."""
 
-
-def table_readers(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """The memories that read each table: name in the collection `memory` -> names in `reads`."""
-    names = tuple(memory_name(index) for index in range(len(config.spans)))
-    if names and config.memory is not None and config.memory.shares_table:
-        return {SHARED_TABLES: names}
-    return {name: (name,) for name in names}
-
-
-def memory_name(index: int) -> str:
-    """The module of memory number `index`, which counts from 0."""
-    return f"memory_{index}"
+def table_readers(config: ModelConfig) -> dict[str, tuple[MemorySite, ...]]:
+    """Returns the memories that read each table, by its name in the collection `memory`."""
+    readers: dict[str, tuple[MemorySite, ...]] = {}
+    for site in config.sites:
+        readers[site.table] = (*readers.get(site.table, ()), site)
+    return readers
 
 
 class Block(nn.Module):
     """One layer: x += Attention(norm(x)); h = norm(x); x += FeedForward(h)."""
 
     config: ModelConfig
+    feeds_forward: bool = True
+    """Whether it has a feed-forward, or a memory stands in its place, which is added by whoever calls."""
 
     @nn.compact
     def __call__(
@@ -54,6 +49,8 @@ class Block(nn.Module):
         h = RMSNorm(config.norm_eps, dtype, name="attention_norm")(x)
         x = x + dropout(Attention(config, name="attention")(h, train=train, chunk=chunk))
         h = RMSNorm(config.norm_eps, dtype, name="feed_forward_norm")(x)
+        if not self.feeds_forward:
+            return x, h
         return x + dropout(feed_forward(config, name="feed_forward")(h, train=train)), h
 
 
@@ -61,7 +58,9 @@ class Transformer(nn.Module):
     """A decoder-only language model: token ids -> logits of the next token.
 
     A memory whose placement reads `start:end` takes h of layer `start` and is added to the residual stream
-    after layer `end`; between the two, nothing waits for it.
+    after layer `end`; between the two, nothing waits for it. One that reads `before@layer` takes the residual
+    stream before the layer, and adds to it there; one that reads `instead@layer` takes h and stands in place
+    of the feed-forward.
 
     With the collection `cache` (`models.cache.empty_cache`), which must be mutable, tokens follow on those
     that are in it, and are put there: first the prompt in chunks, then token by token.
@@ -96,17 +95,28 @@ class Transformer(nn.Module):
         )
         x = constrain_tokens(dropout(embedding.at[tokens].get(mode="clip").astype(dtype)))
         chunk = self._chunk(tokens, counts)
-        tables = None
-        if config.memory is not None and config.memory.shares_table and config.spans:
-            tables = shared_tables(config, name=SHARED_TABLES)(config.embed_dim)
+        shared = {
+            name: SharedTables(readers[0], name=name)()
+            for name, readers in table_readers(config).items()
+            if readers[0].config.table.is_shared
+        }
+
+        def read(site: MemorySite, x: jax.Array) -> jax.Array:
+            layer_memory = Memory(site, name=site.name)
+            tables = shared.get(site.table)
+            return dropout(layer_memory(x, train=train, token_ids=tokens, tables=tables, chunk=chunk))
+
         landing: dict[int, list[jax.Array]] = {}
         for layer in range(1, config.num_layers + 1):
-            x, h = Block(config, name=f"layer_{layer}")(x, train=train, chunk=chunk)
-            for index, span in enumerate(config.spans):
-                if span.start == layer:
-                    layer_memory = memory(config, index, name=memory_name(index))
-                    read = layer_memory(h, train=train, tables=tables, chunk=chunk)
-                    landing.setdefault(span.end, []).append(dropout(read))
+            here = [site for site in config.sites if site.span.start == layer]
+            for site in here:
+                if site.span.place == "before":
+                    x = x + read(site, x)
+            feeds_forward = layer in config.feed_forward_layers
+            x, h = Block(config, feeds_forward, name=f"layer_{layer}")(x, train=train, chunk=chunk)
+            for site in here:
+                if site.span.place != "before":
+                    landing.setdefault(site.span.end, []).append(read(site, h))
             for y in landing.pop(layer, ()):
                 x = x + y
             x = constrain_tokens(x)

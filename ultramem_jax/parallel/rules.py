@@ -11,6 +11,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ultramem_jax.config import ModelConfig
 from ultramem_jax.ops.on_mesh import MeshAxes
 
 LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
@@ -27,19 +28,11 @@ LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     "experts/w_in": ("expert", "embed", "mlp"),
     "experts/w_gate": ("expert", "embed", "mlp"),
     "experts/w_out": ("expert", "mlp", "embed"),
-    "query": ("embed", None),
-    "query_conv": (None, "embed"),
-    "query_scale": (None,),
-    "key_scale": (None,),
-    "keys": (None, None, None, "keys", None),
-    "cores": (None, None, None, None),
-    "gate": ("embed", None),
-    "pre_projection": ("embed", None),
-    "projection": (None, "embed"),
     "scale": (None,),
 }
-"""Of every parameter, by its name or, where several modules use it, the module's and its own. The experts of
-a Mixture of Experts stand apart from the MLP, which has the same names."""
+"""Of the parameters of layers, by their names or, where several modules use one, the module's and its own.
+The experts of a Mixture of Experts stand apart from the MLP, which has the same names. Memories say theirs
+themselves: `logical_axes`."""
 
 MESH_AXES = {
     "embed": "fsdp",
@@ -52,13 +45,27 @@ MESH_AXES = {
 """Logical axis -> mesh axis. What the mesh axis does not divide stays whole (a vocabulary of 257, say)."""
 
 
-def parameter_spec(path: Any, shape: tuple[int, ...], axes: MeshAxes) -> P:
+LogicalAxes = dict[str, tuple[str | None, ...]]
+
+
+def logical_axes(config: ModelConfig) -> LogicalAxes:
+    """Returns the logical axes of every parameter of a model, as `LOGICAL_AXES` has them."""
+    of_memories = {
+        f"{site.name}/{name}": parameter.axes
+        for site in config.sites
+        for name, parameter in site.parameters.items()
+    }
+    return LOGICAL_AXES | of_memories
+
+
+def parameter_spec(path: Any, shape: tuple[int, ...], axes: MeshAxes, logical_axes: LogicalAxes) -> P:
     """How an array lies on the mesh, by its place in a tree of parameters or of an optimizer's state.
 
     Args:
         path: keys of the leaf, as JAX gives them.
         shape: of the array.
         axes: of the mesh.
+        logical_axes: of the model's parameters.
 
     Raises:
         KeyError: a parameter of unknown name.
@@ -68,16 +75,18 @@ def parameter_spec(path: Any, shape: tuple[int, ...], axes: MeshAxes) -> P:
         return P()  # a count of the optimizer's, or constants of its own
     module = "experts" if len(shape) == 3 and names[-2:-1] == ["feed_forward"] else "/".join(names[-2:-1])
     name = names[-1]
-    logical = LOGICAL_AXES.get(f"{module}/{name}") or LOGICAL_AXES[name]
+    logical = logical_axes.get(f"{module}/{name}") or logical_axes[name]
     return P(*(_mesh_axis(axis, size, axes) for axis, size in zip(logical, shape, strict=True)))
 
 
-def parameter_specs(tree: Any, axes: MeshAxes) -> Any:
+def parameter_specs(tree: Any, axes: MeshAxes, logical_axes: LogicalAxes) -> Any:
     """`parameter_spec` of every leaf."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: parameter_spec(path, leaf.shape, axes), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: parameter_spec(path, leaf.shape, axes, logical_axes), tree
+    )
 
 
-def gathered(params: Any, axes: MeshAxes | None) -> Any:
+def gathered(params: Any, axes: MeshAxes | None, logical_axes: LogicalAxes) -> Any:
     """Parameters as a step uses them: those split over `fsdp` whole, and their gradients split again.
 
     Left to itself, the compiler may split activations by the width of the weights instead.
@@ -86,7 +95,7 @@ def gathered(params: Any, axes: MeshAxes | None) -> Any:
         return params
 
     def gather(path: Any, leaf: jax.Array) -> jax.Array:
-        stored = parameter_spec(path, leaf.shape, axes)
+        stored = parameter_spec(path, leaf.shape, axes, logical_axes)
         used = P(*(None if name == "fsdp" else name for name in stored))
         return leaf if used == stored else _between(leaf, axes.sharding(stored), axes.sharding(used))
 

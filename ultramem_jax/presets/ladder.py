@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ultramem_jax.config import MemoryConfig, ModelConfig
+from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import choice
-from ultramem_jax.presets import tiny, ultramem_paper
+from ultramem_jax.presets import families, tiny, ultramem_paper
 from ultramem_jax.presets.published import PUBLISHED
 
 
@@ -125,19 +125,21 @@ _SHAPES = {
     "tiny": _Shapes(
         first=replace(
             tiny.LAYERS,
-            memory=MemoryConfig.pkm(
-                placement="2:2",
-                # Tables 10 times the layers' 12·L·D² weights, as published.
-                num_keys=248,
-                # About 1 key in 24 of a side, as in the paper's shapes.
-                top_m=10,
-                num_heads=2,
-                # 4.9 times the width after the split, as published. With these widths the memory's part of
-                # the dense weights (18 % in rungs 1 and 12, 9 % in rungs 5 and 6) is near the published one
-                # (13 %, 7 %).
-                key_dim=118,
-                value_dim=128,
-            ),
+            memories={
+                "pkm": families.pkm(
+                    placement="2:2",
+                    # Tables 10 times the layers' 12·L·D² weights, as published.
+                    num_keys=248,
+                    # About 1 key in 24 of a side, as in the paper's shapes.
+                    top_m=10,
+                    num_heads=2,
+                    # 4.9 times the width after the split, as published. With these widths the memory's part
+                    # of the dense weights (18 % in rungs 1 and 12, 9 % in rungs 5 and 6) is near the
+                    # published one (13 %, 7 %).
+                    key_dim=118,
+                    value_dim=128,
+                )
+            },
         ),
         sizes={
             "ladder-03-half-vdim": dict(value_dim=64, num_keys=351),
@@ -164,8 +166,8 @@ def ladder(scale: str) -> dict[str, ModelConfig]:
     models, memory = {}, shapes.first.memory
     assert memory is not None
     for rung in LADDER:
-        memory = replace(memory, **rung.switches, **shapes.sizes.get(rung.name, {}))
-        models[rung.name] = replace(shapes.first, memory=memory)
+        memory = memory.changed(**rung.switches, **shapes.sizes.get(rung.name, {}))
+        models[rung.name] = replace(shapes.first, memories={"ultramem": memory})
     return models
 
 
@@ -185,8 +187,8 @@ def grid(scale: str) -> dict[str, ModelConfig]:
         change: dict[str, Any] = {point.field: point.value}
         if point.field == "tucker_rank":
             # The ranks split a key: 3 does not divide 500, so that this one is 501 wide.
-            change["key_dim"] = -(-base.memory.key_dim // point.value) * point.value
-        models[point.name] = replace(base, memory=replace(base.memory, **change))
+            change["key_dim"] = -(-base.memory.value_of("key_dim") // point.value) * point.value
+        models[point.name] = replace(base, memories={"ultramem": base.memory.changed(**change)})
     return {point.name: models[point.name] for point in GRID}
 
 

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
+from ultramem_jax.config import ModelConfig, MoEConfig
+from ultramem_jax.presets import families
 
 # The tiny family: bytes, 4 layers, width 128. `ultramem-tiny` is the base: its MLP keeps the usual 4·D, and
 # two tables of 320² values of width 64 hold 16.7 times the 12·L·D² weights of its layers; a token reads 64 of
@@ -11,18 +12,20 @@ from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
 LAYERS = ModelConfig(embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=512)
 """The dense part of `ultramem-tiny`, and of the ladder at the scale `tiny`."""
 
-_PKM = MemoryConfig.pkm(placement="2:2", num_keys=320, top_m=32, num_heads=2, key_dim=144, value_dim=128)
+_PKM = families.pkm(placement="2:2", num_keys=320, top_m=32, num_heads=2, key_dim=144, value_dim=128)
 
 PRESETS: dict[str, ModelConfig] = {
     "ultramem-tiny": replace(
         LAYERS,
-        memory=MemoryConfig.ultramem(
-            placement="1:2/3:4", num_keys=320, top_m=16, num_heads=2, key_dim=32, value_dim=64
-        ),
+        memories={
+            "ultramem": families.ultramem(
+                placement="1:2/3:4", num_keys=320, top_m=16, num_heads=2, key_dim=32, value_dim=64
+            )
+        },
     ),
     "dense-tiny": replace(LAYERS, mlp_dim=768),
     "moe-tiny": replace(LAYERS, moe=MoEConfig(num_experts=34, top_k=2, expert_dim=376)),
-    "pkm-tiny": replace(LAYERS, memory=_PKM),
+    "pkm-tiny": replace(LAYERS, memories={"pkm": _PKM}),
     "moe-fine-tiny": replace(
         LAYERS,
         moe=MoEConfig(
@@ -35,44 +38,52 @@ PRESETS: dict[str, ModelConfig] = {
         ),
     ),
     "pkm-improved-tiny": replace(
-        LAYERS, memory=replace(_PKM, norm_query=True, norm_keys=True, value_lr_multiple=4.0)
+        LAYERS, memories={"pkm": _PKM.changed(norm_query=True, norm_keys=True, value_lr_multiple=4.0)}
     ),
     "memory-plus-tiny": replace(
         LAYERS,
-        memory=MemoryConfig.memory_plus(
-            placement="1:1/3:3",
-            num_keys=320,
-            top_m=16,
-            num_heads=2,
-            key_dim=53,
-            value_dim=128,
-            value_lr_multiple=4.0,
-        ),
+        memories={
+            "memory_plus": families.memory_plus(
+                placement="1:1/3:3",
+                num_keys=320,
+                top_m=16,
+                num_heads=2,
+                key_dim=53,
+                value_dim=128,
+                value_lr_multiple=4.0,
+            )
+        },
     ),
     "peer-tiny": replace(
         LAYERS,
-        memory=MemoryConfig.peer(
-            placement="2:2",
-            num_keys=226,
-            top_m=8,
-            num_heads=8,
-            key_dim=44,
-            value_dim=128,
-            pre_value_dim=128,
-        ),
+        memories={
+            "peer": families.peer(
+                placement="2:2",
+                num_keys=226,
+                top_m=8,
+                num_heads=8,
+                key_dim=44,
+                value_dim=128,
+                pre_value_dim=128,
+            )
+        },
     ),
     "ultramem-v2-tiny": replace(
         LAYERS,
         mlp_dim=536,
-        memory=MemoryConfig.ultramem_v2(
-            num_keys=226, top_m=16, key_dim=32, value_dim=32, pre_value_dim=32, share_ratio=0.5
-        ),
+        memories={
+            "ultramem_v2": families.ultramem_v2(
+                num_keys=226, top_m=16, key_dim=32, value_dim=32, pre_value_dim=32, share_ratio=0.5
+            )
+        },
     ),
     "ultramem-demo": replace(
         LAYERS,
-        memory=MemoryConfig.ultramem(
-            placement="1:2/3:4", num_keys=192, top_m=16, num_heads=2, key_dim=32, value_dim=64
-        ),
+        memories={
+            "ultramem": families.ultramem(
+                placement="1:2/3:4", num_keys=192, top_m=16, num_heads=2, key_dim=32, value_dim=64
+            )
+        },
     ),
 }
 

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
+from ultramem_jax.config import ModelConfig, MoEConfig
+from ultramem_jax.presets import families
 
 
 def _layers(embed_dim: int, num_layers: int, num_heads: int) -> ModelConfig:
@@ -19,7 +20,7 @@ def _layers(embed_dim: int, num_layers: int, num_heads: int) -> ModelConfig:
 
 
 def _ultramem(layers: ModelConfig, placement: str, num_keys: int, key_dim: int) -> ModelConfig:
-    memory = MemoryConfig.ultramem(
+    memory = families.ultramem(
         placement=placement,
         num_keys=num_keys,
         top_m=42,
@@ -27,7 +28,7 @@ def _ultramem(layers: ModelConfig, placement: str, num_keys: int, key_dim: int) 
         key_dim=key_dim,
         value_dim=layers.embed_dim // 2,
     )
-    return replace(layers, memory=memory)
+    return replace(layers, memories={"ultramem": memory})
 
 
 # Attention heads, which are not published, are 64, 96, 128 and 128 wide.
@@ -41,15 +42,17 @@ PRESETS: dict[str, ModelConfig] = {
     "moe-151m-2in32": replace(_LAYERS_151M, moe=MoEConfig(num_experts=32, top_k=2, expert_dim=2528)),
     "pkm-151m-x10": replace(
         _LAYERS_151M,
-        memory=MemoryConfig.pkm(
-            placement="6:6",
-            num_keys=1224,
-            top_m=42,
-            num_heads=2,
-            # Unshared, 2 heads: D·2·2·d_k + 2·2·n·d_k weights are the published 173.01 - 150.99 M.
-            key_dim=2448,
-            value_dim=1024,
-        ),
+        memories={
+            "pkm": families.pkm(
+                placement="6:6",
+                num_keys=1224,
+                top_m=42,
+                num_heads=2,
+                # Unshared, 2 heads: D·2·2·d_k + 2·2·n·d_k weights are the published 173.01 - 150.99 M.
+                key_dim=2448,
+                value_dim=1024,
+            )
+        },
     ),
     "ultramem-151m-x12": _ultramem(_LAYERS_151M, "3:5/6:8/9:11", num_keys=1100, key_dim=500),
     "dense-680m": _LAYERS_680M,

@@ -12,6 +12,7 @@ UltraMem paper.
 from dataclasses import replace
 
 from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
+from ultramem_jax.presets import families
 
 _LAYERS_227M = ModelConfig(
     vocab_size=50_304,
@@ -51,7 +52,7 @@ def _olmoe(expert_dim: int) -> MoEConfig:
 
 
 def _memory_plus(placement: str, num_keys: int, key_dim: int, value_dim: int) -> MemoryConfig:
-    return MemoryConfig.memory_plus(
+    return families.memory_plus(
         placement=placement,
         num_keys=num_keys,
         top_m=80,
@@ -64,7 +65,7 @@ def _memory_plus(placement: str, num_keys: int, key_dim: int, value_dim: int) ->
 
 def _ultramem(placement: str, num_keys: int, key_dim: int, value_dim: int) -> MemoryConfig:
     """UltraMem as the release of UltraMemV2 has it: no convolution, no loss on the cores."""
-    return MemoryConfig.ultramem(
+    return families.ultramem(
         placement=placement,
         num_keys=num_keys,
         top_m=80,
@@ -84,44 +85,52 @@ PRESETS: dict[str, ModelConfig] = {
     "memory-plus-227m-1.2b": replace(
         _LAYERS_227M,
         mlp_dim=3008,
-        memory=_memory_plus("5:5/9:9/13:13/17:17", num_keys=1138, key_dim=384, value_dim=768),
+        memories={
+            "memory_plus": _memory_plus("5:5/9:9/13:13/17:17", num_keys=1138, key_dim=384, value_dim=768)
+        },
     ),
     "ultramem-227m-1.2b": replace(
         _LAYERS_227M,
         mlp_dim=2752,
-        memory=_ultramem("3:6/7:10/11:14/15:18", num_keys=808, key_dim=192, value_dim=384),
+        memories={"ultramem": _ultramem("3:6/7:10/11:14/15:18", num_keys=808, key_dim=192, value_dim=384)},
     ),
     "ultramem-v2-227m-1.2b": replace(
         _LAYERS_227M,
         mlp_dim=2496,
-        memory=MemoryConfig.ultramem_v2(
-            num_keys=360, top_m=32, key_dim=192, value_dim=192, pre_value_dim=192, share_ratio=0.5
-        ),
+        memories={
+            "ultramem_v2": families.ultramem_v2(
+                num_keys=360, top_m=32, key_dim=192, value_dim=192, pre_value_dim=192, share_ratio=0.5
+            )
+        },
     ),
     "olmoe-1b-7b": replace(_LAYERS_1B, moe=_olmoe(1024)),
     "memory-plus-1b-7b": replace(
         _LAYERS_1B,
         mlp_dim=7232,
-        memory=_memory_plus("4:4/7:7/10:10/13:13", num_keys=1659, key_dim=1024, value_dim=2048),
+        memories={
+            "memory_plus": _memory_plus("4:4/7:7/10:10/13:13", num_keys=1659, key_dim=1024, value_dim=2048)
+        },
     ),
     "ultramem-1b-7b": replace(
         _LAYERS_1B,
         mlp_dim=7424,
-        memory=_ultramem("3:5/6:8/9:11/12:14", num_keys=1173, key_dim=512, value_dim=1024),
+        memories={"ultramem": _ultramem("3:5/6:8/9:11/12:14", num_keys=1173, key_dim=512, value_dim=1024)},
     ),
     "ultramem-v2-1b-7b": replace(
         _LAYERS_1B,
         mlp_dim=6784,
-        memory=MemoryConfig.ultramem_v2(
-            num_keys=587,
-            top_m=32,
-            key_dim=512,
-            value_dim=768,
-            pre_value_dim=256,
-            expansion=4,
-            query_per_rank=True,
-            share_ratio=1 / 16,
-        ),
+        memories={
+            "ultramem_v2": families.ultramem_v2(
+                num_keys=587,
+                top_m=32,
+                key_dim=512,
+                value_dim=768,
+                pre_value_dim=256,
+                expansion=4,
+                query_per_rank=True,
+                share_ratio=1 / 16,
+            )
+        },
     ),
 }
 

@@ -96,20 +96,9 @@ def saved_config(directory: Path, config: dict[str, Any]) -> RunConfig:
         UserError: it is not the configuration of a run.
     """
     try:
-        return run_config_from_dict(_in_todays_fields(config))
+        return run_config_from_dict(config)
     except UserError as error:
         raise UserError(f"checkpoint at {directory} has no valid config: {error}") from None
-
-
-def _in_todays_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the config of a checkpoint under the names that its fields have today."""
-    model = config.get("model")
-    if not (isinstance(model, dict) and isinstance(model.get("memory"), dict)):
-        return config
-    memory = dict(model["memory"])
-    if "norm_query_key" in memory:  # before version 0.2
-        memory["norm_query"] = memory["norm_keys"] = memory.pop("norm_query_key")
-    return config | {"model": model | {"memory": memory}}
 
 
 def read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTree:
@@ -195,11 +184,12 @@ def require_same_model(directory: Path, there: dict[str, Any], here: dict[str, A
 
 def _of_model(config: dict[str, Any]) -> dict[str, Any]:
     """Returns what makes a model: all but where its tables lie, which a run may change."""
-    model = config["model"]
-    if model["memory"] is not None:
+    model, memories = config["model"], {}
+    for group, memory in model["memories"].items():
         where = ("memory_kind", "partition")
-        memory = {name: value for name, value in model["memory"].items() if name not in where}
-        model = model | {"memory": memory}
+        table = {name: value for name, value in memory["table"].items() if name not in where}
+        memories[group] = memory | {"table": table}
+    model = model | {"memories": memories}
     return {"model": model, "data": {"tokenizer": config["data"]["tokenizer"]}}
 
 

@@ -7,8 +7,9 @@ from typing import Any
 from ultramem_jax.config import RunConfig, to_dict
 from ultramem_jax.data import Corpus, Tokenizer
 from ultramem_jax.errors import UserError, require
+from ultramem_jax.old_configs import is_of_before
 from ultramem_jax.training.checkpoint_reading import Meta, differences, saved_config, shown
-from ultramem_jax.training.optimizer import table_learning_rate
+from ultramem_jax.training.optimizer import table_learning_rates
 from ultramem_jax.training.schedules import learning_rate
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,11 @@ def check_same_run(meta: Meta, config: RunConfig, corpus: Corpus, workdir: Path)
     Raises:
         UserError: names the first thing that must stay as it was.
     """
+    if is_of_before(meta.config):
+        raise UserError(
+            f"{workdir} was begun by an earlier version, whose memories had another config: load_model reads "
+            "it, and to train give another --workdir"
+        )
     require(
         meta.step <= config.train.steps,
         "train.steps",
@@ -135,8 +141,10 @@ def _jumps(before: RunConfig, now: RunConfig, step: int) -> list[str]:
     if step == 0 or step == now.train.steps:
         return []
     schedules = {"learning rate": [learning_rate(config.train) for config in (before, now)]}
-    if now.model.memory is not None:
-        schedules["learning rate of tables"] = [table_learning_rate(config) for config in (before, now)]
+    of_tables = [table_learning_rates(config) for config in (before, now)]
+    for group in of_tables[1].keys() & of_tables[0].keys():
+        of = f" of {group}" if len(of_tables[1]) > 1 else ""
+        schedules[f"learning rate of tables{of}"] = [rates[group] for rates in of_tables]
     lines = []
     for name, (old, new) in schedules.items():
         if float(old(step)) == float(new(step)):

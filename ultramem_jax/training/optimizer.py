@@ -1,5 +1,8 @@
 """The optimizers of a run: optax for the dense parameters, rows or optax for the value tables."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -7,17 +10,12 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from ultramem_jax.config import RunConfig, TrainConfig
+from ultramem_jax.config import ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.training.row_rules import inverse_root, row_rule
 from ultramem_jax.training.row_sparse import RowSparseTransformation, row_sparse
 from ultramem_jax.training.schedules import learning_rate, value_learning_rate
 
-_IN_LAYERS = ("w_query", "w_key", "w_value", "w_out", "w_in", "w_gate", "router")
-_IN_MEMORIES = ("query", "gate", "pre_projection", "projection")
-MUON_MATRICES = frozenset((*_IN_LAYERS, *_IN_MEMORIES))
-"""Names of the parameters that Muon orthogonalizes: weights of matrix products, (in, out), or (X, in, out)
-with an axis of experts. Embedding and output are left to AdamW, as Muon's author advises. So are keys and
-cores, which meet scores, and a depthwise convolution, which is no matrix."""
+_MATRICES_OF_LAYERS = ("w_query", "w_key", "w_value", "w_out", "w_in", "w_gate", "router")
 MUON_MOMENTUM = 0.95
 """Muon's own default, with Nesterov's correction."""
 _MUON_RMS = 0.2
@@ -29,7 +27,8 @@ class Optimizers(NamedTuple):
     """One of `rows` and `tables` trains the value tables, as `TrainConfig.table_gradient` says."""
 
     params: optax.GradientTransformation
-    rows: RowSparseTransformation
+    rows: Mapping[str, RowSparseTransformation]
+    """By the name of the table."""
     tables: optax.GradientTransformation
     """The plain way: an optax optimizer on a gradient of the table's size. The oracle of `rows`."""
 
@@ -38,19 +37,57 @@ def make_optimizers(config: RunConfig) -> Optimizers:
     """Makes `train.optimizer`, with clipping, for parameters, and `train.row_optimizer` for tables."""
     train = config.train
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
-    table_rate = table_learning_rate(config)
-    of_params = {"adamw": _adamw, "muon": _muon, "lion": _lion}[train.optimizer]
+    rates = table_learning_rates(config)
+    groups = {site.table: site.group for site in config.model.sites}
+    kinds: dict[str, Callable[..., optax.GradientTransformation]] = {
+        "adamw": _adamw,
+        "muon": partial(_muon, config.model),
+        "lion": _lion,
+    }
+    of_params = kinds[train.optimizer]
+
+    def decayed(group: str) -> TrainConfig:
+        """The training of a group's rows."""
+        decays = config.model.memories[group].decay_values
+        return train if decays else dataclasses.replace(train, weight_decay=0.0)
+
+    def rows(group: str) -> RowSparseTransformation:
+        return row_sparse(row_rule(decayed(group)), rates[group], rounding=train.row_rounding)
+
+    def of_tables(group: str) -> optax.GradientTransformation:
+        return _of_tables(decayed(group), rates[group])
+
     return Optimizers(
         params=optax.chain(clip, of_params(train, learning_rate(train), mask=_matrices)),
-        rows=row_sparse(row_rule(train), table_rate, rounding=train.row_rounding),
-        tables=_of_tables(train, table_rate),
+        rows={table: rows(group) for table, group in groups.items()},
+        tables=_per_group(of_tables, groups),
     )
 
 
-def table_learning_rate(config: RunConfig) -> optax.Schedule:
-    """The learning rate of the value tables."""
-    multiple = config.model.memory.value_lr_multiple if config.model.memory else 1.0
-    return value_learning_rate(config.train, multiple)
+def table_learning_rates(config: RunConfig) -> dict[str, optax.Schedule]:
+    """Returns the learning rate of the tables of every memory, by its name in `ModelConfig.memories`."""
+    return {
+        name: value_learning_rate(config.train, memory.value_lr_multiple, memory.value_lr_final_multiple)
+        for name, memory in config.model.memories.items()
+    }
+
+
+def _per_group(
+    of_group: Callable[[str], optax.GradientTransformation], groups: Mapping[str, str]
+) -> optax.GradientTransformation:
+    """Returns one transformation of all tables, by the optimizer of each table's group."""
+    distinct = list(dict.fromkeys(groups.values()))
+    if len(distinct) == 1:
+        return of_group(distinct[0])
+
+    def labels(tables: Any) -> Any:
+        return {table: groups[table] for table in tables}
+
+    return (
+        optax.partition({group: of_group(group) for group in distinct}, labels)
+        if distinct
+        else optax.identity()
+    )
 
 
 def _adamw(train: TrainConfig, rate: optax.Schedule, mask: Any) -> optax.GradientTransformation:
@@ -64,18 +101,31 @@ def _lion(train: TrainConfig, rate: optax.Schedule, mask: Any) -> optax.Gradient
     return optax.lion(rate, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay, mask=mask)
 
 
-def _muon(train: TrainConfig, rate: optax.Schedule, mask: Any) -> optax.GradientTransformation:
-    """Returns Muon (Jordan et al., kellerjordan.github.io/posts/muon) on `MUON_MATRICES`, AdamW on the rest.
+def _muon(
+    model: ModelConfig, train: TrainConfig, rate: optax.Schedule, mask: Any
+) -> optax.GradientTransformation:
+    """Returns Muon (Jordan et al., kellerjordan.github.io/posts/muon) on `muon_matrices`, AdamW on the rest.
 
     Not `optax.contrib.muon`, whose AdamW would use Nesterov's correction and decay gains.
     """
+    matrices = muon_matrices(model)
+
+    def labels(params: Any) -> Any:
+        """Per parameter the optimizer that takes it, `muon` or `adamw`."""
+
+        def label(path: Any, _: Any) -> str:
+            names = tuple(key.key for key in path)
+            return "muon" if names[-1:] in matrices or names[-2:] in matrices else "adamw"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
     muon = optax.chain(
         optax.contrib.scale_by_muon(beta=MUON_MOMENTUM, weight_dimension_numbers=_of_last_axes),
         optax.stateless_with_tree_map(lambda step, _: step * (_MUON_RMS * max(step.shape[-2:]) ** 0.5)),
         optax.add_decayed_weights(train.weight_decay),
         optax.scale_by_learning_rate(rate),
     )
-    return optax.partition({"muon": muon, "adamw": _adamw(train, rate, mask)}, _muon_labels)
+    return optax.partition({"muon": muon, "adamw": _adamw(train, rate, mask)}, labels)
 
 
 def _matrices(params: Any) -> Any:
@@ -83,13 +133,20 @@ def _matrices(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
-def _muon_labels(params: Any) -> Any:
-    """Names the optimizer that takes each parameter, `muon` or `adamw`."""
+def muon_matrices(model: ModelConfig) -> frozenset[tuple[str, ...]]:
+    """Returns the parameters that Muon orthogonalizes, by the end of their path.
 
-    def label(path: Any, _: Any) -> str:
-        return "muon" if path[-1].key in MUON_MATRICES else "adamw"
-
-    return jax.tree_util.tree_map_with_path(label, params)
+    They are weights of matrix products, (in, out), or (X, in, out) with an axis of experts: those of layers
+    by name, those of memories by module and name. Embedding and output are left to AdamW, as Muon's author
+    advises. So is what memories do not call a matrix: keys and cores, which meet scores, and convolutions.
+    """
+    of_memories = {
+        (site.name, name)
+        for site in model.sites
+        for name, parameter in site.parameters.items()
+        if parameter.role == "matrix"
+    }
+    return frozenset({(name,) for name in _MATRICES_OF_LAYERS} | of_memories)
 
 
 def _of_last_axes(matrices: Any) -> Any:

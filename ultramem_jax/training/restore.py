@@ -55,9 +55,11 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
         config = saved_config(folder / str(meta.step), meta.config)
         # On the first device alone, whatever the run was trained on.
         one = one_device()
-        if config.model.memory is not None and not reaches(config.model.memory.memory_kind):
-            on_device = dataclasses.replace(config.model.memory, memory_kind="device")
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, memory=on_device))
+        memories = {
+            name: memory if reaches(memory.table.memory_kind) else memory.changed(memory_kind="device")
+            for name, memory in config.model.memories.items()
+        }
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, memories=memories))
         abstract = abstract_state(config, make_optimizers(config), one)
         parts = {"params": abstract.params, "tables": abstract.tables, "buffers": abstract.buffers}
         # An empty collection (a model without memories) is not an entry of the checkpoint.

@@ -29,16 +29,16 @@ def warmup_steps(config: TrainConfig) -> int:
     return math.ceil(round(config.warmup_fraction * config.steps, 6))
 
 
-def value_learning_rate(config: TrainConfig, multiple: float) -> optax.Schedule:
-    """The tables' rate: the dense one times a factor that falls linearly from `multiple` to 1.
+def value_learning_rate(config: TrainConfig, multiple: float, final: float = 1.0) -> optax.Schedule:
+    """Returns the tables' rate: the dense one times a factor that goes linearly from `multiple` to `final`.
 
-    UltraMem paper, section 4 ("value lr decay"). The factor is 1 at the last step and never below.
+    UltraMem paper, section 4 ("value lr decay"). The factor is `final` at the last step.
     """
     base = learning_rate(config)
     span = max(config.steps - 1, 1)
 
     def schedule(step: jnp.ndarray) -> jnp.ndarray:
         done = jnp.clip(jnp.asarray(step, jnp.float32) / span, 0.0, 1.0)
-        return base(step) * (multiple + (1.0 - multiple) * done)
+        return base(step) * (multiple + (final - multiple) * done)
 
     return schedule

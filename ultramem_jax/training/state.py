@@ -10,9 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import require
+from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.models import Transformer
 from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, on_mesh
-from ultramem_jax.parallel.rules import parameter_specs, table_specs
+from ultramem_jax.parallel.rules import logical_axes, parameter_specs, table_specs
 from ultramem_jax.training.optimizer import Optimizers
 from ultramem_jax.training.slot_usage import init_usage
 
@@ -57,7 +58,7 @@ def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None
         table_state: Any = optimizers.tables.init(tables)
     else:
         table_state = {
-            name: {part: optimizers.rows.init(rows) for part, rows in table.items()}
+            name: {part: optimizers.rows[name].init(rows) for part, rows in table.items()}
             for name, table in tables.items()
         }
     return TrainState(
@@ -97,7 +98,7 @@ def fresh_state(
 
     abstract = abstract or abstract_state(config, optimizers, axes)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
-    if config.model.memory is None or config.model.memory.memory_kind == "device":
+    if all(memory.table.memory_kind == "device" for memory in config.model.memories.values()):
         return jax.jit(init, out_shardings=shardings)(seed)
     # Of each program the compiler keeps what its result needs.
     small = shardings.replace(tables={}, table_state={})
@@ -126,7 +127,7 @@ def abstract_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) ->
     """
     with on_mesh(axes):
         state = jax.eval_shape(lambda: init_state(config, optimizers))
-    kind = _memory_kind(config)
+    kinds = {site.table: _memory_kind(site) for site in config.model.sites}
 
     def placed(tree: Any, specs: Any, kind: str | None = None) -> Any:
         def place(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
@@ -136,34 +137,39 @@ def abstract_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) ->
 
         return jax.tree.map(place, tree, specs)
 
+    def of_tables(tree: Any) -> Any:
+        """Per table; the dense way's state is optax's own, and on the device."""
+        if config.train.table_gradient == "dense":
+            return placed(tree, table_specs(tree, axes))
+        return {name: placed(of, table_specs(of, axes), kinds[name]) for name, of in tree.items()}
+
     everywhere = jax.tree.map(lambda _: P(), state)
-    rest = placed(state, everywhere)
+    rest, logical = placed(state, everywhere), logical_axes(config.model)
     return rest.replace(
-        params=placed(state.params, parameter_specs(state.params, axes)),
-        opt_state=placed(state.opt_state, parameter_specs(state.opt_state, axes)),
-        tables=placed(state.tables, table_specs(state.tables, axes), kind),
-        table_state=placed(state.table_state, table_specs(state.table_state, axes), kind),
+        params=placed(state.params, parameter_specs(state.params, axes, logical)),
+        opt_state=placed(state.opt_state, parameter_specs(state.opt_state, axes, logical)),
+        tables={name: placed(of, table_specs(of, axes), kinds[name]) for name, of in state.tables.items()},
+        table_state=of_tables(state.table_state),
         usage=placed(state.usage, table_specs(state.usage, axes)),
     )
 
 
-def _memory_kind(config: RunConfig) -> str:
-    """The kind of memory that tables are for.
+def _memory_kind(site: MemorySite) -> str:
+    """The kind of memory that a table is for.
 
     Raises:
         UserError: the devices at hand do not reach such a memory.
     """
-    memory, device = config.model.memory, jax.local_devices()[0]
-    default = device.default_memory().kind
-    if memory is None or memory.memory_kind == "device":
-        return default
+    kind, device = site.config.table.memory_kind, jax.local_devices()[0]
+    if kind == "device":
+        return device.default_memory().kind
     require(
-        reaches(memory.memory_kind),
-        "model.memory.memory_kind",
-        memory.memory_kind,
+        reaches(kind),
+        f"model.memories.{site.group}.table.memory_kind",
+        kind,
         f"must be 'device' here: {device.device_kind} has the memories {', '.join(_memories(device))}",
     )
-    return memory.memory_kind
+    return kind
 
 
 def reaches(memory_kind: str) -> bool:

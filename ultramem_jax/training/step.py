@@ -16,8 +16,8 @@ import optax
 from ultramem_jax.config import RunConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.ops.on_mesh import MeshAxes, constrain_tokens, on_mesh
-from ultramem_jax.parallel.rules import gathered
-from ultramem_jax.training.optimizer import Optimizers, table_learning_rate
+from ultramem_jax.parallel.rules import gathered, logical_axes
+from ultramem_jax.training.optimizer import Optimizers, table_learning_rates
 from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.state import TrainState, model_variables
 from ultramem_jax.training.table_gradients import perturbations
@@ -51,12 +51,12 @@ def make_train_step(
     over `axes.tokens`.
     """
     model, dense = Transformer(config.model), config.train.table_gradient == "dense"
-    micro_batches = config.train.grad_accumulation
-    rate, value_rate = learning_rate(config.train), table_learning_rate(config)
+    micro_batches, logical = config.train.grad_accumulation, logical_axes(config.model)
+    rate, value_rates = learning_rate(config.train), table_learning_rates(config)
 
     def loss(differentiated: Any, state: TrainState, buffers: Any, tokens: jax.Array, key: jax.Array) -> Any:
         variables = model_variables(state) | {"buffers": buffers} | differentiated
-        variables["params"] = gathered(variables["params"], axes)
+        variables["params"] = gathered(variables["params"], axes, logical)
         logits, sown = model.apply(
             variables,
             tokens[:, :-1],
@@ -116,8 +116,9 @@ def make_train_step(
         updates, opt_state = optimizers.params.update(grads["params"], state.opt_state, state.params)
         metrics["gradient_norm"] = optax.tree.norm(grads["params"])
         metrics["learning_rate"] = rate(state.step)
-        if state.tables:
-            metrics["value_learning_rate"] = value_rate(state.step)
+        for group, value_rate in value_rates.items():
+            name = "value_learning_rate" if len(value_rates) == 1 else f"{group}/value_learning_rate"
+            metrics[name] = value_rate(state.step)
 
         before: Any = None
         if dense:
@@ -155,11 +156,11 @@ def make_eval_step(
 
     Both are in one array (2,) float32; targets whose mask is 0 do not count. `axes` as for a training step.
     """
-    model = Transformer(config.model)
+    model, logical = Transformer(config.model), logical_axes(config.model)
 
     def eval_step(variables: dict[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
         with on_mesh(axes):
-            whole = variables | {"params": gathered(variables["params"], axes)}
+            whole = variables | {"params": gathered(variables["params"], axes, logical)}
             logits: Any = model.apply(whole, tokens[:, :-1])
         of_sequences = (token_losses(logits, tokens[:, 1:]) * mask).sum(1)
         # Times 1, or 0 where nothing counts: of two sums that follow each other directly the compiler makes

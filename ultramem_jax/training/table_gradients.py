@@ -18,14 +18,16 @@ def perturbations(config: ModelConfig, num_tokens: int) -> dict[str, dict[str, j
         Per memory `pooled` (T, blocks, d_v) and, with pre-values, `products` (T, R), of the model's dtype; on
         a mesh as `ops.sharded_lookup` has them at the owners of the tables.
     """
-    memory, dtype = config.memory, jnp.dtype(config.dtype)
-    if memory is None:
-        return {}
-    shape = pooled_shape(num_tokens, memory.num_blocks, memory.value_dim)
-    zeros = {"pooled": jnp.zeros(shape, dtype)}
-    if memory.pre_value_dim:
-        zeros["products"] = jnp.zeros(products_shape(num_tokens, memory.num_heads * memory.top_m), dtype)
-    return {name: zeros for readers in table_readers(config).values() for name in readers}
+    dtype = jnp.dtype(config.dtype)
+    found = {}
+    for site in config.sites:
+        memory = site.config
+        shape = pooled_shape(num_tokens, memory.num_blocks, memory.table.value_dim)
+        found[site.name] = {"pooled": jnp.zeros(shape, dtype)}
+        if memory.table.pre_value_dim:
+            products = products_shape(num_tokens, memory.reads_per_token)
+            found[site.name]["products"] = jnp.zeros(products, dtype)
+    return found
 
 
 def rows_of_tables(config: ModelConfig, reads: Any) -> dict[str, RowsRead]:
@@ -35,10 +37,8 @@ def rows_of_tables(config: ModelConfig, reads: Any) -> dict[str, RowsRead]:
         config: of the model.
         reads: what the memories sowed into `reads`.
     """
-    if config.layout is None:
-        return {}
     return {
-        table: rows_read(_together([reads[name]["slots"] for name in readers]), config.layout.num_slots)
+        table: rows_read(_together([reads[site.name]["slots"] for site in readers]), readers[0].num_slots)
         for table, readers in table_readers(config).items()
     }
 
@@ -72,7 +72,8 @@ def table_gradients(
         cotangents: gradients with respect to `perturbations`.
     """
     gradients: dict[str, dict[str, RowGradients]] = {}
-    for table, readers in table_readers(config).items():
+    for table, sites in table_readers(config).items():
+        readers = [site.name for site in sites]
         read = {key: _together([reads[name][key] for name in readers]) for key in reads[readers[0]]}
         cotangent = {
             key: _together([cotangents[name][key] for name in readers]) for key in cotangents[readers[0]]

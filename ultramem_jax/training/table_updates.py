@@ -8,6 +8,7 @@ summed over devices.
 """
 
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +42,7 @@ class TableUpdate(NamedTuple):
 
 def update_tables(
     config: ModelConfig,
-    optimizer: RowSparseTransformation,
+    optimizers: Mapping[str, RowSparseTransformation],
     state: TrainState,
     reads: Any,
     cotangents: Any,
@@ -52,7 +53,7 @@ def update_tables(
 
     Args:
         config: of the model.
-        optimizer: of the rows.
+        optimizers: of the rows, by the name of their table.
         state: before the step; its tables and their moments are updated in place.
         reads: what the memories sowed into `reads`, with an axis of micro-batches in front.
         cotangents: gradients with respect to `perturbations`, with the same axis.
@@ -62,18 +63,18 @@ def update_tables(
     """
     axes = current_axes()
     if axes is None:
-        return _update_on_one_device(config, optimizer, state, reads, cotangents, finite, record_before)
+        return _update_on_one_device(config, optimizers, state, reads, cotangents, finite, record_before)
     assert not record_before
     after: tuple[dict[str, Any], ...] = ({}, {}, {}, {})
     seeds = _seeds(state)
     for table, readers in table_readers(config).items():
         of_table = OwnedTable(axes).update(
-            optimizer,
+            optimizers[table],
             state.tables[table],
             state.table_state[table],
             state.usage[table],
-            {name: reads[name] for name in readers},
-            {name: cotangents[name] for name in readers},
+            {site.name: reads[site.name] for site in readers},
+            {site.name: cotangents[site.name] for site in readers},
             (finite, state.step, seeds[table]),
         )
         for trees, result in zip(after, of_table, strict=True):
@@ -91,7 +92,7 @@ def record_usage(
         recorded = _record(usage, rows_of_tables(config, _side_by_side(reads)))
     else:
         recorded = {
-            table: OwnedTable(axes).record(usage[table], {name: reads[name] for name in readers})
+            table: OwnedTable(axes).record(usage[table], {site.name: reads[site.name] for site in readers})
             for table, readers in table_readers(config).items()
         }
     return {t: u for t, (u, _) in recorded.items()}, {t: m for t, (_, m) in recorded.items()}
@@ -102,7 +103,7 @@ def record_usage(
 
 def _update_on_one_device(
     config: ModelConfig,
-    optimizer: RowSparseTransformation,
+    optimizers: Mapping[str, RowSparseTransformation],
     state: TrainState,
     reads: Any,
     cotangents: Any,
@@ -122,7 +123,7 @@ def _update_on_one_device(
         for part, table in parts.items():
             of_rows, moments = gradients[name][part], state.table_state[name][part]
             seed = seeds[name][part]
-            update = optimizer.update(of_rows, moments, table, state.step, seed, record_before)
+            update = optimizers[name].update(of_rows, moments, table, state.step, seed, record_before)
             before = RowsBefore(of_rows.slots, update.before) if update.before else None
             for trees, result in zip(after, (update.table, update.moments, before, update.norm), strict=True):
                 trees[name][part] = result

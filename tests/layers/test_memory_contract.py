@@ -1,0 +1,29 @@
+"""Every kind of addresser in the registry keeps every promise."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.memory_contract import BASE, CHECKS, restored_equals_saved
+from ultramem_jax.memory_kinds import ADDRESSERS
+from ultramem_jax.presets import families
+
+ULTRAMEM = families.ultramem(placement="1:2", num_keys=8, top_m=4, num_heads=2, key_dim=8, value_dim=8)
+MODELS = {
+    "product_keys": replace(BASE, memories={"ultramem": ULTRAMEM}),
+}
+
+
+def test_every_kind_is_there():
+    assert set(MODELS) >= set(ADDRESSERS.kinds())
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", MODELS)
+def test_contract(name, check):
+    check(MODELS[name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_restored_equals_saved(name, tmp_path):
+    restored_equals_saved(MODELS[name], tmp_path)

@@ -1,0 +1,59 @@
+"""Reads single hyper-parameters, with errors that name them."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ultramem_jax.errors import UserError, require
+
+T = TypeVar("T")
+
+_MOST = 2**31 - 1
+"""Bounds sizes: addresses are int32."""
+
+
+def of_hyper(make: Callable[[], T]) -> T:
+    """What `make` returns; its errors name our fields, and so say where the values came from."""
+    try:
+        return make()
+    except UserError as error:
+        raise UserError(f"hyper amounts to {error}") from None
+
+
+def value(hyper: Mapping[str, Any], name: str) -> Any:
+    """Returns a hyper-parameter that the layer cannot do without."""
+    if name not in hyper:
+        raise UserError(f"hyper has no {name!r}, which the layer {hyper.get('layer')!r} needs")
+    return hyper[name]
+
+
+def integer(hyper: Mapping[str, Any], name: str, low: int = 1, high: int = _MOST) -> int:
+    """Returns an integer in [low, high]."""
+    found = value(hyper, name)
+    whole = isinstance(found, int | np.integer) and not isinstance(found, bool) and low <= found <= high
+    why = "sizes are int32" if high == _MOST else "each has arrays of its own in the state dict"
+    require(
+        bool(whole), f"hyper.{name}", found, f"must be an integer of at least {low}, at most {high}: {why}"
+    )
+    return int(found)
+
+
+def number(hyper: Mapping[str, Any], name: str, path: str = "") -> float:
+    """Returns a finite number of at least 0; `path` is where it is within the hyper-parameters."""
+    found = value(hyper, name)
+    right = (
+        isinstance(found, int | float | np.integer | np.floating)
+        and not isinstance(found, bool)
+        and 0 <= found <= sys.float_info.max
+    )
+    require(bool(right), f"hyper.{path}{name}", found, "must be a number of at least 0, and finite")
+    return float(found)
+
+
+def switch(hyper: Mapping[str, Any], name: str) -> bool:
+    """Returns a boolean."""
+    found = value(hyper, name)
+    require(isinstance(found, bool), f"hyper.{name}", found, "must be true or false")
+    return bool(found)

@@ -1,0 +1,348 @@
+"""Product keys: m cells of a grid of keys per head, from PKM's sums of two scores to UltraMem's Tucker cores.
+
+Every difference between the members of the family is a field of `ProductKeys` (PKM, UltraMem, UltraMemV2,
+Memory+, PEER); the constructors with their names are in `presets.families`. The module is in
+`product_key_retrieval`, imported when it is asked for: to count parameters takes no JAX. The letters are
+those of the axis legend in `ultramem_jax`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ultramem_jax.memory_config import MemoryConfig, MemorySite
+from ultramem_jax.memory_kinds import ADDRESSERS
+from ultramem_jax.memory_parts import (
+    MAX_SLOTS,
+    AddressConfig,
+    Around,
+    MemoryInit,
+    Parameter,
+    Stage,
+    TableLayout,
+    Window,
+)
+
+_MOST = {
+    "query_conv_width": (256, "each tap is a step of the compiled program"),
+    "tucker_rank": (32, "each of its r² products is a step of the compiled program"),
+    "expansion": (1024, "each block has a projector of its own"),
+}
+"""Published models have a width of 4, ranks of 2 to 4, and 4 to 16 blocks."""
+
+
+@ADDRESSERS.add("product_keys")
+@dataclass(frozen=True)
+class ProductKeys(AddressConfig):
+    """Finds m of n² slots per head by the scores of n row keys and n column keys. UltraMem's defaults."""
+
+    kind: Literal["product_keys"] = "product_keys"
+    num_keys: int = 128
+    """n, keys per side of the physical grid; a memory adds n² slots to the model (`TableConfig.sharing`)."""
+    top_m: int = 16
+    """m, values read per head and token."""
+    num_heads: int = 2
+    """H, retrieval heads; their reads are summed."""
+    key_dim: int = 64
+    """d_k, width of a query and of a key, per side."""
+    softmax: bool = False
+    """Scores pass through a softmax over the m reads of a head. Change 1 removes it."""
+    share_query: bool = True
+    """Change 3: all heads use one query."""
+    share_keys: bool = False
+    """All heads have the same keys (PEER)."""
+    norm_query: bool = True
+    """Change 5, "query/key LN": an RMS norm with gain over d_k on queries ..."""
+    norm_keys: bool = True
+    """... and one on keys."""
+    expansion: int = 4
+    """Change 6, Implicit Value Expansion: E virtual blocks per table, a square. 1 is off."""
+    shuffle: Literal["keyed", "explicit", "none"] = "keyed"
+    """How virtual addresses are permuted: `keyed` computes a bijection on the fly (where there is something
+    to gain: E > 1 or a shared table), `explicit` reads a stored permutation of E·n² entries (random at first;
+    for imported weights), `none` leaves them as they are."""
+    shuffle_seed: int = 0
+    """Which permutation; each memory of a model adds its own index."""
+    tucker_rank: int = 2
+    """Change 7, TDQKR: r, rank of the Tucker core. 0 is off: row and column scores are added, as in PKM."""
+    rank_keys: Literal["split", "full"] = "split"
+    """`split`: the d_k dimensions fall into r groups, one per rank (the paper). `full`: every rank has keys
+    of full width d_k and all ranks share the query (the authors' code)."""
+    query_per_rank: bool = False
+    """With `full` rank keys: a query of width d_k for every rank instead of a shared one (UltraMemV2)."""
+    num_cores: int = 2
+    """Change 8, Multi-Core Scoring: h cores, one score per slice of d_v/h. 1 is off."""
+    core_loss_weight: float = 1e-3
+    """α of the auxiliary loss on the core's singular values (paper, section 3). 0 is off."""
+    core_loss_margin: float = 0.15
+    """τ: the singular values λ_i, i >= 2, are pushed below it."""
+    balance_loss_weight: float = 0.0
+    """β of the loss that spreads the candidates of a micro-batch over the keys of a side (UltraMemV2). 0 is
+    off."""
+    init: Literal["paper", "reference", "pkm", "v2"] = "paper"
+    """Change 9. `paper`: output variance starts at 1/(2L) (without softmax, whose weights are smaller).
+    `reference`: as in the authors' code of UltraMem. `pkm`: as in Product-Key Memory. `v2`: UltraMemV2."""
+    query_conv_width: int = 4
+    """Change 11: width of the causal depthwise convolution before the query projection. 0 is off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "num_keys", "top_m", "num_heads", "key_dim", "num_cores", "expansion")
+        self.at_least(0, "tucker_rank", "query_conv_width", "shuffle_seed")
+        self.at_least(0, "core_loss_weight", "core_loss_margin", "balance_loss_weight")
+        for name, (most, why) in _MOST.items():
+            self.require(getattr(self, name) <= most, name, f"must be at most {most}: {why}")
+        self.require(
+            math.isqrt(self.expansion) ** 2 == self.expansion,
+            "expansion",
+            "must be a square: 1, 4, 9, 16, ...",
+        )
+        self.require(
+            self.num_cores == 1 or self.tucker_rank >= 1,
+            "num_cores",
+            "must be 1 while tucker_rank is 0: the cores are Tucker cores",
+        )
+        self.require(
+            self.tucker_rank < 2 or self.rank_keys == "full" or self.key_dim % self.tucker_rank == 0,
+            "tucker_rank",
+            f"must divide key_dim = {self.key_dim} while rank_keys is 'split'",
+        )
+        self.require(
+            not self.query_per_rank or (self.tucker_rank >= 1 and self.rank_keys == "full"),
+            "query_per_rank",
+            "must be False unless tucker_rank is 1 or more and rank_keys is 'full'",
+        )
+        self.require(
+            not (self.share_keys and self.share_query) or self.num_heads == 1 or self.tucker_rank > 0,
+            "share_keys",
+            "must be False while share_query is True and tucker_rank 0: all heads would read the same",
+        )
+
+    @property
+    def reads_per_token(self) -> int:
+        """R = H·m."""
+        return self.num_heads * self.top_m
+
+    @property
+    def num_blocks(self) -> int:
+        """E."""
+        return self.expansion
+
+    @property
+    def weights_per_read(self) -> int:
+        """H."""
+        return self.num_cores
+
+    @property
+    def num_ranks(self) -> int:
+        """Score vectors per side: r, or 1 without a Tucker core."""
+        return max(self.tucker_rank, 1)
+
+    @property
+    def num_queries(self) -> int:
+        """Queries of width d_k per side: one if the heads share it, else one per head; times r per rank."""
+        return (1 if self.share_query else self.num_heads) * (self.tucker_rank if self.query_per_rank else 1)
+
+    @property
+    def num_key_sets(self) -> int:
+        """Sets of keys per side: one if the heads share them, else one per head."""
+        return 1 if self.share_keys else self.num_heads
+
+    @property
+    def rank_key_dim(self) -> int:
+        """Width of the part of a key that one rank scores with."""
+        return self.key_dim // self.num_ranks if self.rank_keys == "split" else self.key_dim
+
+    def check(self, memory: MemoryConfig) -> None:
+        """Refuses tables that are too large; those of rings and blocks wait for the number of memories."""
+        if memory.table.sharing in ("none", "all"):
+            self._layout(memory, 1)
+
+    def layout(self, memory: MemoryConfig, around: Around) -> TableLayout:
+        """Returns tables, and windows: the largest square in a share, as in the authors' code."""
+        return self._layout(memory, len(around.starts))
+
+    def _layout(self, memory: MemoryConfig, num_memories: int) -> TableLayout:
+        own, table = self.num_keys**2, memory.table
+        side, slots = self.num_keys, (own,) * num_memories
+        firsts = (0,) * num_memories
+        if table.sharing == "all":
+            slots = slots[:1]
+        elif table.sharing != "none":
+            whole = max(num_memories, 1) * own
+            slots = (whole,)[:num_memories]
+            if table.sharing == "ring":
+                side = int((whole * table.share_ratio) ** 0.5)
+                firsts = tuple(i * own for i in range(num_memories))
+            else:
+                # A third can only be written with an error.
+                group = max(round(table.share_ratio * num_memories), 1)
+                exact = math.isclose(group, table.share_ratio * num_memories, abs_tol=1e-3)
+                side = math.isqrt(group * own)
+                memory.require(
+                    num_memories == 0 or (exact and num_memories % group == 0),
+                    "table.share_ratio",
+                    f"must cut {num_memories} memories into groups of equal size",
+                )
+                firsts = tuple(i // group * group * own for i in range(num_memories))
+        most = max(slots, default=0)
+        memory.require(
+            most <= MAX_SLOTS,
+            "address.num_keys",
+            f"a table of {most:,} slots, at most 2**31 - 2**26 = {MAX_SLOTS:,}: int32",
+        )
+        virtual = math.isqrt(self.expansion) * side
+        memory.require(
+            self.shuffle != "explicit" or virtual**2 < 2**31,
+            "address.shuffle",
+            f"must be 'keyed' where virtual addresses, here {virtual**2:,}, reach 2**31: they are int32",
+        )
+        memory.require(
+            self.top_m <= virtual,
+            "address.top_m",
+            f"must be at most the candidates of a side, sqrt(expansion) * num_keys = {virtual}",
+        )
+        of_memory = range(num_memories) if table.sharing == "none" else (0,) * num_memories
+        windows = (Window(of, first, side**2) for of, first in zip(of_memory, firsts, strict=True))
+        return TableLayout(slots, tuple(windows))
+
+    def window_keys(self, site: MemorySite) -> int:
+        """Keys per side of the physical grid of a memory's window: n, or more of a wide window."""
+        return math.isqrt(site.window.size)
+
+    def num_virtual_keys(self, site: MemorySite) -> int:
+        """K, keys per side of the virtual grid, √E times those of the window."""
+        return math.isqrt(self.expansion) * self.window_keys(site)
+
+    def parameters(self, site: MemorySite) -> dict[str, Parameter]:
+        """Returns the parameters that the switches leave, with the shapes of the paper's section 3."""
+        d, d_k, heads = site.around.embed_dim, self.key_dim, self.num_heads
+        keys = (2, self.num_key_sets, self.num_ranks, self.num_virtual_keys(site), self.rank_key_dim)
+        axes = (None, None, None, "keys", None)
+        uses = heads // self.num_key_sets
+        found = {
+            "query": Parameter((d, 2 * self.num_queries * d_k), ("embed", None), "queries"),
+            "keys": Parameter(keys, axes, "keys", "weights", uses),
+        }
+        if self.query_conv_width:
+            conv = (self.query_conv_width, d)
+            found["query_conv"] = Parameter(conv, (None, "embed"), "conv", "weights")
+        if self.norm_query:
+            found["query_scale"] = Parameter((d_k,), (None,), "norms", "gain")
+        if self.norm_keys:
+            found["key_scale"] = Parameter((d_k,), (None,), "norms", "gain")
+        if self.tucker_rank:
+            cores = (heads, self.num_cores, self.tucker_rank, self.tucker_rank)
+            found["cores"] = Parameter(cores, (None,) * 4, "cores", "core")
+        return found
+
+    def scoring_flops(self, site: MemorySite) -> int:
+        """Returns those from key scores to cells, per head.
+
+        r = 0: m² sums and m for the chosen. r >= 1: 2·2·r·K for the best rank-1 scores of both sides,
+        2·r²·m + 2·r·m² for the exact grid, h·m·(2·r² + 2·r) for the cores.
+        """
+        r, m = self.tucker_rank, self.top_m
+        if r == 0:
+            return self.num_heads * (m * m + m)
+        grid = 2 * r * r * m + 2 * r * m * m
+        cores = self.num_cores * m * (2 * r * r + 2 * r)
+        return self.num_heads * (2 * 2 * r * self.num_virtual_keys(site) + grid + cores)
+
+    def stages(self, site: MemorySite) -> dict[str, Stage]:
+        """Returns the stages of a training step; K keys a side, w the width of a contraction.
+
+        `query`: 2·D·(2·(queries)·d_k + width of the convolution). `side_scores`: 2·2·H·K·w, w as
+        `ops.key_scores.combined_scores` contracts: d_k, or r·d_k with a query per rank; the other keys have
+        no gradient. `candidates`: the scores of the 2·H·m candidates under every rank, 2·2·H·m·r·(width of a
+        rank's key); those keys were just read. `grid`: the exact grid and the cores (see `scoring_flops`).
+        """
+        parameters, heads = self.parameters(site), self.num_heads
+        query = parameters["query"].size
+        query += parameters["query_conv"].size if self.query_conv_width else 0
+        width = self.key_dim * (self.num_ranks if self.query_per_rank else 1)
+        keys = self.num_virtual_keys(site)
+        candidates = 2 * 2 * heads * self.top_m * self.num_ranks * self.rank_key_dim
+        # Weighing the ranks' scores of all keys is part of the one product of the side scores.
+        weighing = heads * 2 * 2 * self.num_ranks * keys if self.tucker_rank else 0
+        return {
+            "query": Stage(2 * query, query, True),
+            "side_scores": Stage(2 * 2 * heads * keys * width, parameters["keys"].size, False),
+            "candidates": Stage(candidates, 0, True),
+            "grid": Stage(self.scoring_flops(site) - weighing, 0, False),
+        }
+
+    def cache(self, site: MemorySite) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the last inputs of the query convolution, if there is one."""
+        back = self.query_conv_width - 1
+        return {"query_inputs": ((back, site.around.embed_dim), site.around.dtype)} if back > 0 else {}
+
+    def served(self, site: MemorySite, params: dict[str, Any], buffers: dict[str, Any]) -> dict[str, Any]:
+        """Returns the keys, normed, with the singular vectors u and t that a step would compute."""
+        from ultramem_jax.layers.memory.product_key_retrieval import served_keys
+
+        return {"keys": served_keys(site, self, params, buffers)}
+
+    def initial(self, site: MemorySite) -> MemoryInit:
+        """Returns how table and readout start, so that the output has the variance that `init` names."""
+        from ultramem_jax.layers.memory.initializers import memory_init
+
+        return memory_init(site)
+
+    def addresser(self, site: MemorySite, name: str | None = None) -> Any:
+        """Returns the module."""
+        from ultramem_jax.layers.memory.product_key_retrieval import ProductKeyAddresser
+
+        return ProductKeyAddresser(site, self, name=name)
+
+    def balance_numbers(self, site: MemorySite) -> int:
+        """Returns the numbers of a balance loss that devices sum: the keys again, and counts of each key.
+
+        The keys by way of the scores of all of them; ranks that share a query are summed before.
+        """
+        if not self.balance_loss_weight:
+            return 0
+        ranks_summed = self.rank_keys == "full" and not self.query_per_rank
+        keys = self.parameters(site)["keys"].size // (self.num_ranks if ranks_summed else 1)
+        return keys + 2 * 2 * self.num_virtual_keys(site)
+
+    def near_slots(self, num_slots: float) -> "list[ProductKeys]":
+        """Returns the two n whose squares enclose the number."""
+        side = max(math.isqrt(max(int(num_slots), 1)), 1)
+        return [dataclasses.replace(self, num_keys=n) for n in (side, side + 1)]
+
+    def most_reads(self, site: MemorySite) -> int:
+        """Returns H·K: a head reads no more than the candidates of a side."""
+        return self.num_heads * self.num_virtual_keys(site)
+
+    def with_reads(self, reads: int) -> "ProductKeys":
+        """Shares the reads out among the heads."""
+        return dataclasses.replace(self, top_m=max(reads // self.num_heads, 1))
+
+    def widths(self) -> "tuple[int, Callable[[int], ProductKeys]]":
+        """Returns d_k, and what changes it."""
+        return self.key_dim, lambda width: dataclasses.replace(self, key_dim=width)
+
+    @property
+    def own_slots(self) -> int:
+        """n²."""
+        return self.num_keys**2
+
+    @property
+    def reads_in_words(self) -> str:
+        """H·m."""
+        return f"{self.num_heads}·{self.top_m}"
+
+    def in_words(self) -> tuple[list[str], list[str]]:
+        """Returns sizes, and which norms there are."""
+        words = [f"n {self.num_keys}"]
+        if self.expansion > 1:
+            words.append(f"E {self.expansion}")
+        if self.tucker_rank:
+            words.append(f"r {self.tucker_rank}")
+        words.append(f"d_k {self.key_dim}")
+        norms = {"query": self.norm_query, "key": self.norm_keys}
+        named = "/".join(name for name, on in norms.items() if on)
+        return words, [f"{named} norm"] if named else []

@@ -1,0 +1,24 @@
+"""The registries of what a memory is made of: how it addresses rows, and what it makes of those it read."""
+
+from typing import TYPE_CHECKING
+
+from ultramem_jax.registry import Registry
+
+if TYPE_CHECKING:
+    from ultramem_jax.memory_parts import AddressConfig, ReadoutConfig
+
+ADDRESSERS: "Registry[AddressConfig]" = Registry(
+    "address kind",
+    {
+        "product_keys": "ultramem_jax.layers.memory.product_keys",
+    },
+)
+"""Kind of `MemoryConfig.address` -> its config, which makes the addresser."""
+
+READOUTS: "Registry[ReadoutConfig]" = Registry(
+    "readout kind",
+    {
+        "projection": "ultramem_jax.layers.memory.readout",
+    },
+)
+"""Kind of `MemoryConfig.readout` -> its config, which makes the readout."""
