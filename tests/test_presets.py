@@ -12,7 +12,7 @@ from experiments.count_table import compare_counts
 from ultramem_jax import accounting
 from ultramem_jax.errors import UserError
 from ultramem_jax.matching import match_all, verify_match
-from ultramem_jax.presets import NOTES, PRESETS, ladder, preset, ultramem_paper, v2_paper
+from ultramem_jax.presets import NOTES, PRESETS, engram_paper, ladder, preset, ultramem_paper, v2_paper
 from ultramem_jax.presets.published import PUBLISHED, TABLE_3, Printed, Published
 
 # 257·128 embeddings and 9·128 gains.
@@ -98,6 +98,12 @@ COUNTS = {
     "ultramem-227m-1.2b": (REST_227M + 2752 * MLP_227M + 4 * 3_957_136, 4 * 808**2 * 384),
     # 20 memories that read 1138² of 20·360² slots: 768·2·192 + 2·2·1138·192 + 2·192 + 8 + 2·192·768
     "ultramem-v2-227m-1.2b": (REST_227M + 2496 * MLP_227M + 20 * 1_464_200, 20 * 360**2 * 384),
+    # Embedding 129,280·2560, gains 61·2560, 30·(4·2560² + 3·2560·6848), and 2 memories of
+    # 2·(2560 + 1)·2560 + 3·2560 + 4·2560; 32 primes from 1,113,280 on, 160 wide
+    "engram-27b-table": (
+        330_956_800 + 156_160 + 30 * (26_214_400 + 52_592_640) + 2 * 13_130_240,
+        (17_815_552 + 17_819_648) * 160,
+    ),
     # 16·2048·64, and 16·64 experts of 3·2048·1024
     "olmoe-1b-7b": (REST_1B + 2_097_152, 16 * 64 * 3 * 2048 * 1024),
     # 4 memories of 2048·2·2·1024 + 2·2·1659·1024 + 2·1024 + 2·2048², over one table
@@ -109,7 +115,7 @@ COUNTS = {
     "ultramem-v2-1b-7b": (REST_1B + 6784 * MLP_1B + 16 * 8_696_840, 16 * 587**2 * 1024),
 }
 
-PAPERS = [*ultramem_paper.PRESETS, *ladder.PRESETS, *v2_paper.PRESETS]
+PAPERS = [*ultramem_paper.PRESETS, *ladder.PRESETS, *v2_paper.PRESETS, *engram_paper.PRESETS]
 
 
 def test_every_preset_is_listed_here_and_described():

@@ -11,6 +11,7 @@ ADDRESSERS: "Registry[AddressConfig]" = Registry(
     "address kind",
     {
         "product_keys": "ultramem_jax.layers.memory.product_keys",
+        "hashed_ngrams": "ultramem_jax.layers.memory.hashed_ngrams",
     },
 )
 """Kind of `MemoryConfig.address` -> its config, which makes the addresser."""
@@ -19,6 +20,7 @@ READOUTS: "Registry[ReadoutConfig]" = Registry(
     "readout kind",
     {
         "projection": "ultramem_jax.layers.memory.readout",
+        "context_gate": "ultramem_jax.layers.memory.context_gate",
     },
 )
 """Kind of `MemoryConfig.readout` -> its config, which makes the readout."""

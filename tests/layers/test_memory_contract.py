@@ -1,16 +1,34 @@
-"""Every kind of addresser in the registry keeps every promise."""
+"""Every kind of addresser in the registry keeps every promise, and so do kinds together in one model."""
 
 from dataclasses import replace
 
 import pytest
 
 from tests.memory_contract import BASE, CHECKS, restored_equals_saved
+from ultramem_jax.config import MoEConfig
+from ultramem_jax.memory_config import memory_of
 from ultramem_jax.memory_kinds import ADDRESSERS
 from ultramem_jax.presets import families
 
 ULTRAMEM = families.ultramem(placement="1:2", num_keys=8, top_m=4, num_heads=2, key_dim=8, value_dim=8)
+NGRAMS = memory_of(
+    "hashed_ngrams",
+    "context_gate",
+    placement="before@2",
+    heads_per_order=2,
+    rows_per_head=(29, 41),
+    row_multiple=4,
+    value_dim=4,
+    conv_width=3,
+)
 MODELS = {
     "product_keys": replace(BASE, memories={"ultramem": ULTRAMEM}),
+    "hashed_ngrams": replace(BASE, memories={"engram": NGRAMS}),
+    "both, and experts": replace(
+        BASE,
+        moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8),
+        memories={"ultramem": ULTRAMEM, "engram": NGRAMS},
+    ),
 }
 
 

@@ -8,10 +8,10 @@ counts. The UltraMem paper's counts leave out embeddings and gains (`Parameters.
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import unknown
-from ultramem_jax.presets import ladder, tiny, ultramem_paper, v2_paper
+from ultramem_jax.presets import engram_paper, ladder, tiny, ultramem_paper, v2_paper
 from ultramem_jax.presets.published import PUBLISHED
 
-_PAPERS = (ultramem_paper, ladder, v2_paper)
+_PAPERS = (ultramem_paper, ladder, v2_paper, engram_paper)
 _FAMILIES = (tiny, *_PAPERS)
 
 PRESETS: dict[str, ModelConfig] = {name: model for part in _FAMILIES for name, model in part.PRESETS.items()}

@@ -11,6 +11,7 @@ from typing import Any
 from ultramem_jax.memory_config import MemoryConfig, memory_of
 
 _PRODUCT_KEYS = "product_keys"
+_NGRAMS = ("hashed_ngrams", "context_gate")
 
 
 def pkm(**fields: Any) -> MemoryConfig:
@@ -83,3 +84,30 @@ def ultramem_v2(**fields: Any) -> MemoryConfig:
         query_conv_width=0,
     )
     return memory_of(_PRODUCT_KEYS, **on | fields)
+
+
+def engram(max_order: int = 3, **fields: Any) -> MemoryConfig:
+    """Returns an Engram (arXiv 2601.07372): hashed n-grams of orders 2 to n_max, before attention.
+
+    Published are layers 2 and 15 of 30, 8 heads an order, rows that learn at 5 times the rate and do not
+    decay, and a convolution whose dilation is n_max. Give `placement`, `rows_per_head` and `value_dim`, which
+    is d_e/K.
+    """
+    on: dict[str, Any] = dict(
+        placement="before@2",
+        max_order=max_order,
+        conv_dilation=max_order,
+        value_lr_multiple=5.0,
+        value_lr_final_multiple=5.0,
+        decay_values=False,
+    )
+    return memory_of(*_NGRAMS, **on | fields)
+
+
+def per_layer_embedding(**fields: Any) -> MemoryConfig:
+    """Returns a per-layer embedding (STEM, arXiv 2601.10639): a row for each token, gated by the context.
+
+    Give `placement` and `value_dim`.
+    """
+    on: dict[str, Any] = dict(min_order=1, max_order=1, heads_per_order=1, exact=True, conv_width=0)
+    return engram(**on | dict(conv_dilation=1) | fields)

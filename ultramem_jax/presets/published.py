@@ -145,6 +145,7 @@ PUBLISHED: dict[str, Published] = {
     "memory-plus-227m-1.2b": _open_model("2.920"),
     "ultramem-227m-1.2b": _open_model("2.885"),
     "ultramem-v2-227m-1.2b": _open_model("2.853"),
+    "engram-27b-table": Published(source="Engram, Engram-27B", sparse_params=Printed("5.7", "B")),
     "olmoe-1b-7b": Published(
         source="OLMoE",
         counts_embeddings=True,

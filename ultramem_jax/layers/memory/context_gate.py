@@ -1,0 +1,73 @@
+"""The readout of Engram: rows side by side, gated by the hidden state, and a dilated convolution.
+
+With e the R rows of a token: v = W_v·e + b_v, k = W_k·e + b_k; α = σ(sign(g)·√max(|g|, 1e-6)) of
+g = ⟨RMSNorm(k), RMSNorm(h)⟩/√D; u = α·v; the output is u + SiLU(causal depthwise convolution of RMSNorm(u))
+(arXiv 2601.07372, section 2.3, with one residual stream). The module is in `gate_readout`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ultramem_jax.memory_config import MemorySite
+from ultramem_jax.memory_kinds import READOUTS
+from ultramem_jax.memory_parts import Parameter, ReadoutConfig
+
+_MOST_WIDTH = 256
+
+
+@READOUTS.add("context_gate")
+@dataclass(frozen=True)
+class ContextGate(ReadoutConfig):
+    """Gates the values of a token's rows by how well their keys fit its hidden state. Engram's defaults."""
+
+    kind: Literal["context_gate"] = "context_gate"
+    conv_width: int = 4
+    """Taps of the convolution over the sequence, which starts at zero. 0 is off."""
+    conv_dilation: int = 3
+    """Positions between two taps; n_max in the paper."""
+    gate_norm_eps: float = 0.0
+    """Of the gate's two norms; 0 is the machine epsilon of float32, 1.2e-7, as in the released demo. The norm
+    before the convolution has the model's `norm_eps`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(0, "conv_width", "gate_norm_eps")
+        self.at_least(1, "conv_dilation")
+        self.require(self.conv_width <= _MOST_WIDTH, "conv_width", f"must be at most {_MOST_WIDTH}")
+
+    def parameters(self, site: MemorySite) -> dict[str, Parameter]:
+        """Returns both maps (R·d_v, D) with their biases, three gains, and the taps of the convolution."""
+        d = site.around.embed_dim
+        width = site.config.num_blocks * site.config.table.value_dim
+        found = {
+            name: Parameter((width, d), (None, "embed"), "projection")
+            for name in ("value_projection", "key_projection")
+        }
+        for name in ("value_bias", "key_bias"):
+            found[name] = Parameter((d,), (None,), "biases", "gain")
+        gains = ("key_scale", "hidden_scale", *(("conv_scale",) if self.conv_width else ()))
+        for name in gains:
+            found[name] = Parameter((d,), (None,), "norms", "gain")
+        if self.conv_width:
+            found["conv"] = Parameter((self.conv_width, d), (None, "embed"), "conv", "weights")
+        return found
+
+    def extra_flops(self, site: MemorySite) -> int:
+        """Returns 2·D, the product of key and hidden state."""
+        return 2 * site.around.embed_dim
+
+    def cache(self, site: MemorySite) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the last inputs of the convolution."""
+        back = self.look_back
+        return {"conv_inputs": ((back, site.around.embed_dim), site.around.dtype)} if back else {}
+
+    @property
+    def look_back(self) -> int:
+        """Positions that the convolution looks back."""
+        return max(self.conv_width - 1, 0) * self.conv_dilation
+
+    def readout(self, site: MemorySite, name: str | None = None) -> Any:
+        """Returns the module."""
+        from ultramem_jax.layers.memory.gate_readout import ContextGateReadout
+
+        return ContextGateReadout(site, self, name=name)
