@@ -45,6 +45,7 @@ from ultramem_jax.training.state import (
     model_variables,
 )
 from ultramem_jax.training.step import make_train_step
+from ultramem_jax.training.token_maps import for_tokenizer, with_token_maps
 from ultramem_jax.training.undo_log import is_worth_it
 from ultramem_jax.training.window import LossWindow
 from ultramem_jax.training.workdir import owned
@@ -107,6 +108,7 @@ def train(
 def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Corpus | None) -> TrainResult:
     corpus = corpus if corpus is not None else load_corpus(config.data)
     check_vocabulary(config, corpus)
+    config, token_map = for_tokenizer(config, corpus.tokenizer)
     axes = mesh_axes(config, make_mesh(config.mesh))
     _require_together(config, corpus, workdir)
     size = config.train.batch_size
@@ -130,6 +132,8 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
             # The seed is an argument, so that a cache of compiled programs has one for all seeds.
             seed = np.uint32(config.train.seed)
             state, start = fresh_state(config, optimizers, axes, seed, abstract), 0
+            if token_map is not None:
+                state = state.replace(buffers=with_token_maps(config.model, state.buffers, token_map))
         else:
             check_same_run(checkpoints.read_meta(), config, corpus, workdir)
             restored = checkpoints.restore(abstract, data, expect_config=to_dict(config))

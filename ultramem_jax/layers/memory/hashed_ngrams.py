@@ -181,9 +181,9 @@ class HashedNgrams(AddressConfig):
 
     def with_token_map(self, canonical_ids: np.ndarray) -> "HashedNgrams":
         """Returns the config with the number of canonical ids of a tokenizer; none if each is its own."""
-        if (canonical_ids == np.arange(len(canonical_ids))).all():
-            return self
-        return dataclasses.replace(self, num_canonical_ids=int(canonical_ids.max()) + 1)
+        its_own = (canonical_ids == np.arange(len(canonical_ids))).all()
+        number = 0 if its_own else int(canonical_ids.max()) + 1
+        return dataclasses.replace(self, num_canonical_ids=number)
 
     def token_buffers(self, site: MemorySite, canonical_ids: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the map of tokens, (V,); ids that the tokenizer does not have count as the padding."""
