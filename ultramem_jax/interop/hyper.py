@@ -12,7 +12,7 @@ from ultramem_jax.layers.memory.product_keys import ProductKeys
 from ultramem_jax.memory_config import MemoryConfig, MemorySite
 from ultramem_jax.presets import families
 
-LAYERS = ("v1", "v2", "memory_plus")
+LAYERS = ("v1", "v2", "memory_plus", "engram")
 _NORM_EPS = 1e-5
 """The default of OLMo, which the authors' code is built on, and of `ModelConfig`."""
 _MOST_PARTS = 1024

@@ -46,6 +46,8 @@ class Entry:
     """The inverse."""
     constant: bool = False
     """An integer array, kept as a `Constant` with its dtype."""
+    limit: int | None = None
+    """Of a constant: its numbers are below it; None for a permutation, in which each is there once."""
 
     def pack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """The variable from the arrays under `names`, each of shape `shape`."""

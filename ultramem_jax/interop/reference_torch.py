@@ -4,11 +4,12 @@
     y = module.apply(variables, x)
     write_safetensors("again.safetensors", dump(variables, hyper))
 
-Three of their layers are known: `v1` (UltraMem), `v2` (UltraMemV2 layers over one table) and `memory_plus`
-(Memory+ layers over one table). `Reference.of` lists the hyper-parameters that `hyper` must hold, under the
-authors' names. Where their code reads the leading singular vectors of the Tucker core from buffers, the layer
-computes them from the core and takes their sign from the buffers: the same, if the buffers belong to the
-core.
+Four layers are known: `v1` (UltraMem), `v2` (UltraMemV2 layers over one table), `memory_plus` (Memory+ layers
+over one table), and `engram`, that of Engram's released demo, whose module also takes the ids of the tokens:
+`module.apply(variables, x, token_ids)`. `Reference.of` and `EngramReference.of` list the hyper-parameters
+that `hyper` must hold, under the authors' names. Where their code reads the leading singular vectors of the
+Tucker core from buffers, the layer computes them from the core and takes their sign from the buffers: the
+same, if the buffers belong to the core.
 """
 
 import os
@@ -22,13 +23,16 @@ import numpy as np
 
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.interop.constant import Constant
+from ultramem_jax.interop.engram import MODULE, EngramReference
 from ultramem_jax.interop.hyper import Reference
 from ultramem_jax.interop.names import TABLES, Entry, Path, entries
 from ultramem_jax.interop.safetensors_files import read_safetensors, write_safetensors
 from ultramem_jax.layers.memory.memory import Memory, SharedTables
+from ultramem_jax.memory_config import MemorySite
 
 __all__ = [
     "Constant",
+    "EngramModule",
     "ReferenceModule",
     "dump",
     "load",
@@ -40,6 +44,17 @@ Variables = dict[str, Any]
 _LOSSES = "losses"
 _NAMED = 8
 """Entries that an error names."""
+
+
+class _EngramLayer(nn.Module):
+    """The layer under the name that its variables have."""
+
+    site: MemorySite
+
+    @nn.compact
+    def __call__(self, x: jax.Array, token_ids: jax.Array) -> jax.Array:
+        """Output (B, S, D) for x of the same shape."""
+        return Memory(self.site, name=MODULE)(x, train=False, token_ids=token_ids)
 
 
 class _Layers(nn.Module):
@@ -57,6 +72,51 @@ class _Layers(nn.Module):
             layer = Memory(site, name=site.name)
             outputs.append(layer(x[index], train=False, tables=tables))
         return jnp.stack(outputs)
+
+
+class EngramModule:
+    """What `load` returns for an Engram layer: `apply` as a Flax module has it."""
+
+    def __init__(self, reference: EngramReference):
+        self.reference = reference
+        self._layer = _EngramLayer(reference.site)
+
+    def apply(
+        self,
+        variables: Variables,
+        x: jax.Array,
+        token_ids: jax.Array,
+        *,
+        mutable: bool | str | Sequence[str] = False,
+    ) -> Any:
+        """Applies the layer.
+
+        Args:
+            variables: those of `load`, or a tree of the same structure.
+            x: (B, S, D), the residual stream before attention.
+            token_ids: (B, S) integers in [0, V), before they are mapped to canonical ids.
+            mutable: the collections to return beside the output, as for a Flax module: `reads` holds under
+                `memory_0` the `slots` (T, R), rows of the joint table.
+
+        Returns:
+            What is added to the residual stream, (B, S, D) float32; with `mutable` also a dict of the
+            collections.
+
+        Raises:
+            UserError: x or token_ids has another shape, or an id is out of range.
+        """
+        size, shape = self.reference.embed_dim, np.shape(x)
+        require(len(shape) == 3 and shape[2] == size, "x.shape", shape, f"must be (B, S, D) with D = {size}")
+        of_ids, vocab = np.shape(token_ids), self.reference.site.around.vocab_size
+        require(of_ids == shape[:2], "token_ids.shape", of_ids, f"must be that of x's tokens, {shape[:2]}")
+        if not isinstance(token_ids, jax.core.Tracer):
+            given = np.asarray(token_ids)
+            whole = np.issubdtype(given.dtype, np.integer)
+            require(whole, "token_ids.dtype", given.dtype.name, "must be one of integers")
+            inside = given.size == 0 or (given.min() >= 0 and given.max() < vocab)
+            require(inside, "token_ids", (given.min(), given.max()), f"its range must be within [0, {vocab})")
+        ids = jnp.asarray(token_ids).astype(jnp.int32)
+        return self._layer.apply(variables, jnp.asarray(x, jnp.float32), ids, mutable=mutable)
 
 
 class ReferenceModule:
@@ -115,7 +175,7 @@ def load(
     hyper: Mapping[str, Any],
     *,
     allow_nonfinite: bool = False,
-) -> tuple[ReferenceModule, Variables]:
+) -> tuple[Any, Variables]:
     """Makes the module and the variables that a state dict of the authors' code amounts to.
 
     Args:
@@ -125,8 +185,9 @@ def load(
             diverged.
 
     Returns:
-        The module and its variables: `params`, `memory` (the tables) and `buffers`. All leaves are float32,
-        so that `jax.grad` takes the whole tree; permutations are a `Constant`.
+        The module, a `ReferenceModule` or `EngramModule`, and its variables: `params`, `memory` (the tables)
+        and `buffers`. All leaves are float32, so that `jax.grad` takes the whole tree; permutations and maps
+        of tokens are a `Constant`.
 
     Raises:
         UserError: an entry is missing, extra, misshapen or no array of floats; it is not finite, or not in
@@ -135,8 +196,7 @@ def load(
     if isinstance(state, str | os.PathLike):
         state = read_safetensors(state)
     _require_mapping("state", state, "a dict of arrays by name, or the path of a .safetensors file")
-    reference = Reference.of(hyper)
-    expected = entries(reference)
+    reference, expected = _of(hyper)
     _compare_names(state, [name for entry in expected for name in entry.names], "the state dict")
     variables: Variables = {}
     for entry in expected:
@@ -144,6 +204,8 @@ def load(
         value = Constant(arrays[0]) if entry.constant else jnp.asarray(entry.pack(arrays))
         collection, module, name = entry.path
         variables.setdefault(collection, {}).setdefault(module, {})[name] = value
+    if isinstance(reference, EngramReference):
+        return EngramModule(reference), variables
     return ReferenceModule(reference), variables
 
 
@@ -162,7 +224,7 @@ def dump(variables: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, np
     Raises:
         UserError: a variable is missing, extra or misshapen, or a hyper-parameter is not as it must be.
     """
-    expected = entries(Reference.of(hyper))
+    _, expected = _of(hyper)
     _require_mapping("variables", variables, "a dict of collections, as of load")
     collections = {entry.path[0] for entry in expected}
     given = {
@@ -184,6 +246,15 @@ def dump(variables: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, np
         require(jnp.issubdtype(variable.dtype, kind), f"{path}.dtype", variable.dtype.name, allowed)
         state |= zip(entry.names, entry.unpack(variable), strict=True)
     return state
+
+
+def _of(hyper: Mapping[str, Any]) -> tuple[Reference | EngramReference, list[Entry]]:
+    """The layers of the hyper-parameters, and which entry of their state dict is which variable."""
+    if isinstance(hyper, Mapping) and hyper.get("layer") == "engram":
+        engram = EngramReference.of(hyper)
+        return engram, engram.entries()
+    reference = Reference.of(hyper)
+    return reference, entries(reference)
 
 
 @jax.custom_vjp
@@ -240,10 +311,12 @@ def _checked(name: str, value: Any, entry: Entry, allow_nonfinite: bool) -> np.n
         whole = np.issubdtype(array.dtype, np.integer)
         require(whole, f"{name}.dtype", array.dtype.name, "must be one of integers")
         # The layer reads through these addresses without a check of its own.
-        inside = array.min() >= 0 and array.max() < array.size
-        require(inside, name, (array.min(), array.max()), f"its range must be within [0, {array.size})")
-        distinct = np.unique(array).size
-        require(distinct == array.size, name, f"{distinct} distinct addresses", f"must be {array.size}")
+        limit = array.size if entry.limit is None else entry.limit
+        inside = array.min() >= 0 and array.max() < limit
+        require(inside, name, (array.min(), array.max()), f"its range must be within [0, {limit})")
+        if entry.limit is None:
+            distinct = np.unique(array).size
+            require(distinct == array.size, name, f"{distinct} distinct addresses", f"must be {array.size}")
         return array
     # Of other dtypes NumPy would make floats too: it drops imaginary parts, reads strings, counts booleans.
     if not jnp.issubdtype(array.dtype, jnp.floating):
