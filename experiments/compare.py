@@ -1,9 +1,11 @@
-"""UltraMem and its rivals at equal compute and equal sparse parameters.
+"""UltraMem and its baselines at equal compute and equal sparse parameters.
 
 The base is a model with UltraMem memories; `ultramem_jax.matching` builds the other systems with the same
-FLOPs per token and the same sparse parameters, within 2 %. All train with the same settings on the same
-batches, over several seeds. A run that was cut off, or an experiment that was, goes on with the same command.
-Without --config, base and training are those of experiments/configs/compare.py.
+FLOPs per token and the same sparse parameters, within 2 %. Two more are combinations with an n-gram table,
+`ultramem-engram` and `moe-engram`; --table_share says how much of the sparse parameters it has. All train
+with the same settings on the same batches, over several seeds. A run that was cut off, or an experiment that
+was, goes on with the same command. Without --config, base and training are those of
+experiments/configs/compare.py.
 """
 
 import dataclasses
@@ -15,11 +17,16 @@ from experiments import cli, compare_tables, figures, report
 from experiments.configs import compare as compare_config
 from experiments.seeds import check_names, common_environment, train_over_seeds
 from ultramem_jax.data import load_corpus
-from ultramem_jax.matching import SYSTEMS, match, verify_match
+from ultramem_jax.matching import COMBINED, SYSTEMS, TABLE_SHARE, match, verify_match
 
 BASE_CONFIG = compare_config.get_config()
 
-SYSTEM_NAMES = flags.DEFINE_list("systems", list(SYSTEMS), "which systems, of " + ", ".join(SYSTEMS))
+ALL_SYSTEMS = (*SYSTEMS, *COMBINED)
+
+SYSTEM_NAMES = flags.DEFINE_list("systems", list(SYSTEMS), "which systems, of " + ", ".join(ALL_SYSTEMS))
+SHARE = flags.DEFINE_float(
+    "table_share", TABLE_SHARE, "share of the sparse parameters in the n-gram table of combined systems"
+)
 SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each system, seeds 0 to this - 1", lower_bound=1)
 TEST_BATCHES = flags.DEFINE_integer("test_batches", 64, "batches of the test split; 0 is all", lower_bound=0)
 WORKDIR = flags.DEFINE_string("workdir", "runs/compare", "folder of the runs")
@@ -29,10 +36,10 @@ RESULTS = flags.DEFINE_string("results", "experiments/results/compare", "folder 
 def main() -> None:
     """Trains every system with every seed; writes the table and the figure."""
     base = cli.run_config()
-    check_names("systems", SYSTEM_NAMES.value, SYSTEMS)
+    check_names("systems", SYSTEM_NAMES.value, ALL_SYSTEMS)
     # Taken now: the code that runs is the one that was checked out when the process started.
     environment = report.environment()
-    models = {system: match(base.model, system) for system in SYSTEM_NAMES.value}
+    models = {system: match(base.model, system, table_share=SHARE.value) for system in SYSTEM_NAMES.value}
     verify_match({"base": base.model, **models})
     corpus = load_corpus(base.data)
     corpus.source("test")  # refuses a split that is too short before anything is trained

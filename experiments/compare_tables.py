@@ -29,10 +29,10 @@ def row(system: str, model: ModelConfig, runs: list[Result]) -> dict[str, Any]:
 
 def shape(model: ModelConfig) -> str:
     """What distinguishes a system from the others, in a few words."""
+    words = [memories_in_words(model, name) for name in model.memories]
     if moe := model.moe:
         kind = "SwiGLU experts" if moe.activation == "swiglu" else "experts"
-        return f"{moe.top_k} of {moe.num_experts} {kind}, {moe.expert_dim} wide"
-    words = [memories_in_words(model, name) for name in model.memories]
+        return ", ".join([*words, f"{moe.top_k} of {moe.num_experts} {kind}, {moe.expert_dim} wide"])
     return ", ".join([*words, f"MLP {model.mlp_dim}"])
 
 

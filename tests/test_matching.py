@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from ultramem_jax import accounting
+from ultramem_jax.allocation import with_table_share
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError
-from ultramem_jax.matching import SYSTEMS, differences, match, match_all, verify_match
+from ultramem_jax.matching import COMBINED, SYSTEMS, differences, match, match_all, verify_match
 from ultramem_jax.memory_parts import TableLayout, Window
 from ultramem_jax.presets import PRESETS, families
 from ultramem_jax.rivals import reads_per_token
@@ -277,3 +278,43 @@ def test_verify_match_names_what_is_off():
         verify_match({"dense": dense, "demo": DEMO, "larger": larger})
     verify_match({"dense": dense, "demo": DEMO, "larger": larger}, tolerance=0.04)
     verify_match({})
+
+
+def test_engram_by_hand():
+    # 64 reads over 2 memories of 2 orders: 16 heads, whose rows are 128/2/16 = 4 wide. 13,107,200/(2·32·4) is
+    # 51,200 rows a head; 32 and then 32 more primes near it are 0.8 % above what is wished.
+    engram = match(TINY, "engram")
+    (memory,) = engram.memories.values()
+    assert memory == families.engram(
+        placement="before@2/before@3",
+        heads_per_order=16,
+        rows_per_head=(50_804,),
+        value_dim=4,
+        row_multiple=64,
+    )
+    # 493,568 FLOPs of weights, 26,624 of scoring and 8,192 of lookups; per Engram 2·(2·128·128 + 4·128) and
+    # 2·128 for the gate. A unit of the MLPs costs 2·2·4·128.
+    freed = 493_568 + 26_624 + 8_192 - 2 * (2 * (2 * 128 * 128 + 4 * 128) + 2 * 128)
+    assert engram.mlp_dim == pytest.approx(512 + freed / 2_048, abs=8)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.6])
+@pytest.mark.parametrize("system", COMBINED)
+def test_a_combination_shares_its_sparse_parameters_out(system, share):
+    combined = match(TINY, system, table_share=share)
+    counted, wanted = accounting.count_parameters(combined), accounting.count_parameters(TINY).sparse
+    table = sum(s.num_slots * s.config.table.row_dim for s in combined.sites if s.group == "engram")
+    assert table / counted.sparse == pytest.approx(share, rel=0.02)
+    assert counted.sparse == pytest.approx(wanted, rel=0.02)
+    assert (combined.moe is not None) == (system == "moe-engram")
+    verify_match({"base": TINY, system: combined})
+
+
+def test_shares_that_cannot_be():
+    for share in (0.0, 1.0, float("nan")):
+        with pytest.raises(UserError, match=r"table_share = .*: must be between 0 and 1"):
+            match(TINY, "ultramem-engram", table_share=share)
+    with pytest.raises(UserError, match="must be of a model with experts or a memory"):
+        with_table_share(PRESETS["dense-tiny"], 0.25)
+    with pytest.raises(UserError, match="must be of a model with experts or a memory"):
+        with_table_share(PRESETS["engram-tiny"], 0.25)

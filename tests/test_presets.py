@@ -49,6 +49,8 @@ COUNTS = {
     # 4·(4·128² + 2·128·536) and 4 memories that read 319² of 4·226² slots:
     # 128·2·32 + 2·2·319·32 + 2·32 + 8 + 32·128 + 128·32
     "ultramem-v2-tiny": (TINY + 262_144 + 548_864 + 4 * 57_288, 4 * 226**2 * 64),
+    # 4·(4·128² + 2·128·704), 2 memories of 2·(128 + 1)·128 + 3·128 + 4·128; 128 primes from 50,804 on
+    "engram-tiny": (TINY + 262_144 + 720_896 + 2 * 33_920, (1_631_616 + 1_642_880) * 4),
     # as ultramem-tiny, with 2·2·384·32 keys in each memory
     "ultramem-demo": (TINY + 786_432 + 2 * 90_704, 2 * 192**2 * 64),
     "dense-151m": (REST_151M + LAYERS_151M, 0),

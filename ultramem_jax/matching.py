@@ -17,12 +17,19 @@ the systems are is in `ultramem_jax.rivals`.
 from collections.abc import Mapping
 
 from ultramem_jax.accounting import count_parameters, flops_per_token
+from ultramem_jax.allocation import with_table_share
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError, unknown
 from ultramem_jax.rivals import RIVALS
 
 SYSTEMS = ("ultramem", *RIVALS)
 """What `match` can build; `ultramem` is the base itself."""
+
+COMBINED = ("ultramem-engram", "moe-engram")
+"""Systems of two kinds of sparse parameters: the first gives up a share of its own to an Engram table."""
+
+TABLE_SHARE = 0.25
+"""The share of the table in a combination: 20 to 25 % was best in the Engram paper (arXiv 2601.07372)."""
 
 TOLERANCE = 0.02
 """Largest relative difference in FLOPs and in sparse parameters."""
@@ -33,23 +40,31 @@ _GOOD_SHARE = 0.25
 """A match is good, and the search for rounder numbers ends, within this share of the tolerance."""
 
 
-def match(base: ModelConfig, system: str, *, tolerance: float = TOLERANCE) -> ModelConfig:
+def match(
+    base: ModelConfig, system: str, *, tolerance: float = TOLERANCE, table_share: float = TABLE_SHARE
+) -> ModelConfig:
     """The counterpart of an UltraMem model; `ultramem_jax.rivals.RIVALS` says what each system is.
 
     Args:
         base: a model with a memory.
-        system: one of `SYSTEMS`.
+        system: one of `SYSTEMS` or `COMBINED`.
         tolerance: largest relative difference of either count.
+        table_share: of a combined system, the share of sparse parameters in its Engram table.
 
     Raises:
         UserError: an unknown system, a base without a memory, or no shape that matches.
     """
-    if system not in SYSTEMS:
-        raise unknown("system", system, SYSTEMS)
+    if system not in (*SYSTEMS, *COMBINED):
+        raise unknown("system", system, (*SYSTEMS, *COMBINED))
     if not base.memories or base.moe is not None:
         raise UserError(f"no {system} model can be matched: the base must have a memory and no experts")
     if system == "ultramem":
         return base
+    if system in COMBINED:
+        alone = match(base, system.removesuffix("-engram"), tolerance=tolerance)
+        combined = with_table_share(alone, table_share)
+        verify_match({"ultramem": base, system: combined}, tolerance)
+        return combined
     best, least = None, float("inf")
     for step in _STEPS:
         for candidate in RIVALS[system](base, step):

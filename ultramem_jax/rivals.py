@@ -39,6 +39,8 @@ _V2_WIDTHS = 4
 """UltraMemV2's keys, values and pre-values are D/4 wide (192 at D = 768)."""
 _SOME_SLOTS = 10_000
 """Where the parameters of a slot are counted first."""
+_ROW_MULTIPLE = 64
+"""Of a hashed table's rows, so that up to so many owners divide them."""
 _MIN_KEY_DIM = 8
 """Narrower keys hardly tell slots apart; below, the MLP gives way instead."""
 _MAX_KEY_DIM_MULTIPLE = 4
@@ -187,6 +189,26 @@ def _ultramem_v2(base: ModelConfig) -> MemoryConfig:
     )
 
 
+def engram_beside(base: ModelConfig, reads: int) -> MemoryConfig:
+    """Returns an Engram memory for a model: where, how many reads, how wide; its rows are the smallest.
+
+    It sits before layer 2 and the middle one, as published (2 and 15 of 30). The rows that a token reads of
+    one order are D/2 wide together (1,280 at D 2,560 in the paper).
+
+    Args:
+        base: the model.
+        reads: rows that a token reads, over all memories, or the next fewer that orders and heads allow.
+    """
+    layers = sorted({min(2, base.num_layers), min(max(round(base.num_layers / 2), 3), base.num_layers)})
+    heads = max(reads // (2 * len(layers)), 1)
+    return families.engram(
+        placement="/".join(f"before@{layer}" for layer in layers),
+        heads_per_order=heads,
+        value_dim=max(base.embed_dim // 2 // heads, 1),
+        row_multiple=_ROW_MULTIPLE,
+    )
+
+
 RIVALS: dict[str, Candidates] = {
     "dense": _dense,
     "moe": _experts(lambda base: MoEConfig(top_k=_TOP_K, activation=base.mlp)),
@@ -202,6 +224,7 @@ RIVALS: dict[str, Candidates] = {
     "memory-plus": _memories("memory_plus", _memory_plus),
     "peer": _memories("peer", _peer),
     "ultramem-v2": _memories("ultramem_v2", _ultramem_v2, free_widths=False),
+    "engram": _memories("engram", lambda base: engram_beside(base, reads_per_token(base))),
 }
 """By system, what `matching.match` chooses from:
 
@@ -217,4 +240,6 @@ RIVALS: dict[str, Candidates] = {
   and pre-values D wide.
 - `ultramem-v2`: UltraMemV2, a memory in every layer, each reading half a ring; 1 head, and keys, values and
   pre-values D/4 wide, so that the MLP takes the rest of the compute.
+- `engram`: Engram before layer 2 and the middle one; bigrams and trigrams, whose rows are D/2 wide per order,
+  and learn at 5 times the rate; the MLP takes the rest of the compute.
 """

@@ -77,6 +77,19 @@ PRESETS: dict[str, ModelConfig] = {
             )
         },
     ),
+    "engram-tiny": replace(
+        LAYERS,
+        mlp_dim=704,
+        memories={
+            "engram": families.engram(
+                placement="before@2/before@3",
+                heads_per_order=16,
+                rows_per_head=(50_804,),
+                value_dim=4,
+                row_multiple=64,
+            )
+        },
+    ),
     "ultramem-demo": replace(
         LAYERS,
         memories={
