@@ -202,11 +202,20 @@ def test_parameters_of_experts_by_hand():
             RING, memories={"memory": RING.memory.changed(query_per_rank=True, expansion=4, num_heads=2)}
         ),
         replace(PLAIN, attention_qk_norm=True),
+        replace(PLAIN, memories={"memory": MEMORY.changed(placement="instead@1/before@2")}),
+        replace(MOE, memories={"memory": MEMORY.changed(placement="instead@2")}),
         *(PRESETS[name] for name in sorted(PRESETS)),
     ],
     ids=[
         *("plain", "ultramem", "moe", "ring", "peer", "memory+"),
-        *("full ranks", "query per rank", "attention norms", *sorted(PRESETS)),
+        *(
+            "full ranks",
+            "query per rank",
+            "attention norms",
+            "instead",
+            "instead of experts",
+            *sorted(PRESETS),
+        ),
     ],
 )
 def test_the_count_is_that_of_the_model(config):

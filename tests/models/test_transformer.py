@@ -31,8 +31,15 @@ def _by_hand(config, variables):
     x = params["embedding"][TOKENS]
     reads = {}
     for layer in range(1, config.num_layers + 1):
-        x, h = Block(config).apply({"params": params[f"layer_{layer}"]}, x, train=False)
         for site in config.sites:
+            if site.span == (layer, layer, "before"):
+                x = x + Memory(site).apply(
+                    {part: tree[site.name] for part, tree in variables.items()}, x, train=False
+                )
+        feeds = layer in config.feed_forward_layers
+        x, h = Block(config, feeds).apply({"params": params[f"layer_{layer}"]}, x, train=False)
+        assert ("feed_forward" in params[f"layer_{layer}"]) == feeds
+        for site in (site for site in config.sites if site.span.place != "before"):
             if site.span.start == layer:
                 of_memory = {part: tree[site.name] for part, tree in variables.items()}
                 reads[site] = Memory(site).apply(of_memory, h, train=False)
@@ -42,7 +49,20 @@ def _by_hand(config, variables):
     return x @ params["embedding"].T
 
 
-@pytest.mark.parametrize("placement", ["none", "full", "1:3", "1:2/3:3", "1:3/2:3", "2:2/1:2"])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        "none",
+        "full",
+        "1:3",
+        "1:2/3:3",
+        "1:3/2:3",
+        "2:2/1:2",
+        "instead@2",
+        "before@1/before@3",
+        "before@2/instead@3/1:3",
+    ],
+)
 def test_memories_read_and_land_where_the_placement_says(placement):
     config = _with_memory(placement)
     variables = _variables(config)
