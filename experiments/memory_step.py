@@ -5,7 +5,7 @@ against a random target. `bench_step` times it in several ways of keeping and tr
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,9 @@ class Way:
     """How a table is kept and trained: the dtype of `TableConfig`, and fields of `TrainConfig`."""
 
     table_dtype: str = "float32"
-    table_gradient: str = "row_sparse"
-    row_moment_dtype: str = "float32"
-    row_second_moment: str = "element"
+    table_gradient: Literal["row_sparse", "dense"] = "row_sparse"
+    row_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    row_second_moment: Literal["element", "row"] = "element"
 
 
 WAYS = {

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ultramem_jax.errors import UserError, at_least, choice, fraction, guards_a_denominator, require, unknown
+from ultramem_jax.errors import UserError, at_least, fraction, guards_a_denominator, require, unknown
 from ultramem_jax.field_types import Checked, FilePath, built_at
 from ultramem_jax.memory_config import MemoryConfig, MemorySite
 from ultramem_jax.memory_kinds import ADDRESSERS, READOUTS
@@ -20,7 +20,7 @@ from ultramem_jax.memory_parts import Around, TableConfig
 from ultramem_jax.named import Named
 from ultramem_jax.old_configs import in_todays_parts
 from ultramem_jax.placement import parse_placement
-from ultramem_jax.row_states import ROW_OPTIMIZERS, RowArray, row_arrays
+from ultramem_jax.row_states import RowArray, RowOptimizer, row_arrays
 
 _MOST = {"vocab_size": 2**24, "num_layers": 1000, "embed_dim": 2**20}
 """Bounds far above any model. Beyond them a typing error of a few zeros looks like a machine that hangs:
@@ -212,7 +212,7 @@ class DataConfig(Checked):
     """`stdlib` (this Python's own sources), `enwik8` or `text` (both by `path`), or `tfds:NAME`."""
     path: FilePath = ""
     """A file or folder for `enwik8` (plain or .gz) and `text`; for `tfds:NAME` TFDS' own, or empty."""
-    tokenizer: str = "bytes"
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
     """`bytes`, or `bpe`: byte-pair encoding trained on the corpus' training split."""
     bpe_vocab_size: int = 8192
     """Vocabulary of `bpe`, end-of-document token included."""
@@ -223,7 +223,6 @@ class DataConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choice("data.tokenizer", self.tokenizer, ("bytes", "bpe"))
         at_least(2, data__seq_len=self.seq_len)
         at_least(258, data__bpe_vocab_size=self.bpe_vocab_size)
         most = _MOST["vocab_size"]
@@ -253,7 +252,7 @@ class TrainConfig(Checked):
     """Share of the steps that the learning rate rises over, linearly from 0."""
     final_lr_fraction: float = 0.1
     """The cosine ends at this share of the peak."""
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "muon", "lion"] = "adamw"
     """Of the dense parameters: `adamw`; `muon` (Jordan et al., 2024) on the weights of matrix products, each
     expert's by themselves, and AdamW on the rest; or `lion` (arXiv 2302.06675)."""
     b1: float = 0.9
@@ -267,20 +266,20 @@ class TrainConfig(Checked):
     were read. Not on gains and biases."""
     clip_norm: float = 1.0
     """Global norm that the gradient of the dense parameters is clipped to. 0 is off."""
-    table_gradient: str = "row_sparse"
+    table_gradient: Literal["row_sparse", "dense"] = "row_sparse"
     """`row_sparse` touches the rows that were read; `dense` is the plain way, linear in slots: the oracle."""
-    row_optimizer: str = "adamw"
+    row_optimizer: RowOptimizer = "adamw"
     """Of the rows of tables, see `ultramem_jax.training.row_rules`: `adamw`; `adamw_catch_up`, whose moments
     first decay by the steps that did not read the row; `adagrad`; `adagrad_row`, which keeps one number per
     row; `sgd`; `sgd_momentum`."""
     momentum: float = 0.9
     """Decay of the trace of `sgd_momentum`."""
-    row_second_moment: str = "element"
+    row_second_moment: Literal["element", "row"] = "element"
     """Of Adam on a table's rows: `element` keeps one for every value, `row` one for all values of a row."""
-    row_moment_dtype: str = "float32"
+    row_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the moments of a row's values, `float32` or `bfloat16`; also of Adagrad's sums and the trace of SGD.
     What is kept once per row is float32."""
-    row_rounding: str = "stochastic"
+    row_rounding: Literal["stochastic", "nearest"] = "stochastic"
     """Of what is kept in bfloat16: `stochastic`, right on average however small an update, or `nearest`."""
     seed: int = 0
     """Of initialisation, dropout and the order of the data."""
@@ -319,12 +318,6 @@ class TrainConfig(Checked):
             self.final_lr_fraction,
             "must be in [0, 1]",
         )
-        choice("train.table_gradient", self.table_gradient, ("row_sparse", "dense"))
-        choice("train.optimizer", self.optimizer, ("adamw", "muon", "lion"))
-        choice("train.row_optimizer", self.row_optimizer, ROW_OPTIMIZERS)
-        choice("train.row_second_moment", self.row_second_moment, ("element", "row"))
-        choice("train.row_moment_dtype", self.row_moment_dtype, ("float32", "bfloat16"))
-        choice("train.row_rounding", self.row_rounding, ("stochastic", "nearest"))
         for name, plain in (("row_second_moment", "element"), ("row_moment_dtype", "float32")):
             require(
                 self.table_gradient == "row_sparse" or getattr(self, name) == plain,

@@ -4,7 +4,7 @@
 refuse options that change none of them.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int32": 4}
 
@@ -23,7 +23,8 @@ class RowArray(NamedTuple):
         return _ITEM_BYTES[self.dtype] * (width if self.per == "value" else 1)
 
 
-ROW_OPTIMIZERS = ("adamw", "adamw_catch_up", "adagrad", "adagrad_row", "sgd", "sgd_momentum")
+RowOptimizer = Literal["adamw", "adamw_catch_up", "adagrad", "adagrad_row", "sgd", "sgd_momentum"]
+ROW_OPTIMIZERS: tuple[str, ...] = get_args(RowOptimizer)
 """The values of `TrainConfig.row_optimizer`; `ultramem_jax.training.row_rules` defines them."""
 
 

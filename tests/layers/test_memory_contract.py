@@ -27,7 +27,7 @@ MODELS = {
     "both, and experts": replace(
         BASE,
         moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8),
-        memories={"ultramem": ULTRAMEM, "engram": NGRAMS},
+        memories={"ultramem": ULTRAMEM.changed(placement="1:2/instead@3"), "engram": NGRAMS},
     ),
 }
 
@@ -45,3 +45,8 @@ def test_contract(name, check):
 @pytest.mark.parametrize("name", MODELS)
 def test_restored_equals_saved(name, tmp_path):
     restored_equals_saved(MODELS[name], tmp_path)
+
+
+def test_ngrams_in_bfloat16_and_in_the_memory_of_the_host_are_restored(tmp_path):
+    there = NGRAMS.changed(dtype="bfloat16", memory_kind="pinned_host")
+    restored_equals_saved(replace(BASE, memories={"engram": there}), tmp_path)
