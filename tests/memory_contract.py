@@ -129,12 +129,11 @@ def row_sparse_equals_dense(model):
 
 
 def eight_devices_equal_one(model):
-    """Tables by slots over four owners, and by width over two, train as on one device."""
-    alone = _trained(_run_config(model))
-    _assert_same_training(_trained(_run_config(model, MeshConfig(data=2, memory=4))), alone)
-    memories = {name: memory.changed(partition="width") for name, memory in model.memories.items()}
-    by_width = replace(model, memories=memories)
-    _assert_same_training(_trained(_run_config(by_width, MeshConfig(data=4, memory=2))), alone)
+    """Tables by slots over two owners and by width over two train as on one device."""
+    memories = {name: memory.changed(partition="both") for name, memory in model.memories.items()}
+    both = replace(model, memories=memories)
+    mesh = MeshConfig(data=2, memory=2, width=2)
+    _assert_same_training(_trained(_run_config(both, mesh)), _trained(_run_config(model)))
 
 
 def _assert_decodes(model, variables):

@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from tests.memory_contract import BASE, CHECKS, restored_equals_saved
+from tests.memory_contract import (
+    BASE,
+    CHECKS,
+    counted_equals_real_shapes,
+    eight_devices_equal_one,
+    restored_equals_saved,
+    served_equals_trained,
+)
 from ultramem_jax.config import MoEConfig
 from ultramem_jax.memory_config import memory_of
 from ultramem_jax.memory_kinds import ADDRESSERS
@@ -24,12 +31,12 @@ NGRAMS = memory_of(
 MODELS = {
     "product_keys": replace(BASE, memories={"ultramem": ULTRAMEM}),
     "hashed_ngrams": replace(BASE, memories={"engram": NGRAMS}),
-    "both, and experts": replace(
-        BASE,
-        moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8),
-        memories={"ultramem": ULTRAMEM.changed(placement="1:2/instead@3"), "engram": NGRAMS},
-    ),
 }
+TOGETHER = replace(
+    BASE,
+    moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8),
+    memories={"ultramem": ULTRAMEM.changed(placement="1:2/instead@3"), "engram": NGRAMS},
+)
 
 
 def test_every_kind_is_there():
@@ -42,9 +49,15 @@ def test_contract(name, check):
     check(MODELS[name])
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_restored_equals_saved(name, tmp_path):
-    restored_equals_saved(MODELS[name], tmp_path)
+@pytest.mark.parametrize(
+    "check", (eight_devices_equal_one, served_equals_trained, counted_equals_real_shapes)
+)
+def test_kinds_together(check):
+    check(TOGETHER)
+
+
+def test_product_keys_are_restored(tmp_path):
+    restored_equals_saved(MODELS["product_keys"], tmp_path)
 
 
 def test_ngrams_in_bfloat16_and_in_the_memory_of_the_host_are_restored(tmp_path):
