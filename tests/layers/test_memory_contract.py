@@ -34,8 +34,9 @@ MODELS = {
 }
 TOGETHER = replace(
     BASE,
+    num_layers=2,
     moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8),
-    memories={"ultramem": ULTRAMEM.changed(placement="1:2/instead@3"), "engram": NGRAMS},
+    memories={"ultramem": ULTRAMEM.changed(placement="instead@2"), "engram": NGRAMS},
 )
 
 
