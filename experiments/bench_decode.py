@@ -67,6 +67,7 @@ RESULTS = flags.DEFINE_string("results", "experiments/results/bench_decode", "fo
 REDRAW = flags.DEFINE_bool("redraw", False, "measure nothing: tables and figures of the .json files there")
 
 _SYSTEMS = {"dense": "dense", "moe": "moe", "olmoe": "moe", "pkm": "pkm", "memory-plus": "memory-plus"}
+_SYSTEMS |= {"engram": "engram"}
 _SYSTEMS |= {"ultramem-v2": "ultramem-v2", "ultramem": "ultramem", "peer": "peer"}
 """How the name of a preset begins -> its system in tables and figures."""
 _SHARE_OF_FREE = 0.8

@@ -30,7 +30,6 @@ from ultramem_jax.ops.rows import to_stored
 
 _TABLE_STD = 0.02
 _BLOCK_VALUES = 1 << 28
-_ONES = ("scale", "query_scale", "key_scale")
 
 Program = Callable[..., Any]
 
@@ -171,8 +170,9 @@ def part_programs(config: ModelConfig) -> dict[str, Program]:
             own = {part: tree[name] for part, tree in held.items() if name in tree}
             if name in kept:
                 own["cache"] = kept[name]
+            tokens = jnp.arange(len(x), dtype=jnp.int32)[:, None] % config.vocab_size
             y, new = Memory(site).apply(
-                own, normed(x), train=False, tables=tables, chunk=chunk, mutable=["cache"]
+                own, normed(x), train=False, token_ids=tokens, tables=tables, chunk=chunk, mutable=["cache"]
             )
             x, left = x + y, left | ({name: new["cache"]} if name in kept else {})
         return left, x
@@ -212,7 +212,9 @@ def _name(key: Any) -> str:
 
 def _drawn(path: list[str], leaf: jax.ShapeDtypeStruct, seed: np.uint32) -> jax.Array:
     name = path[-1]
-    if name in _ONES:
+    if name.endswith("bias"):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    if name.endswith("scale"):
         return jnp.ones(leaf.shape, leaf.dtype)
     if name == "directions":
         return jnp.full(leaf.shape, leaf.shape[-1] ** -0.5, leaf.dtype)

@@ -62,7 +62,7 @@ def layer(p, table, rows, hidden, dilation, gate_eps, conv_eps):
     e = np.asarray(table, np.float64)[rows].reshape(*rows.shape[:2], -1)
     value = e @ p["value_projection"] + p["value_bias"]
     key = e @ p["key_projection"] + p["key_bias"]
-    g = rms_norm(key, p["key_scale"], gate_eps) * rms_norm(hidden, p["hidden_scale"], gate_eps)
+    g = rms_norm(key, p["gate_key_scale"], gate_eps) * rms_norm(hidden, p["gate_hidden_scale"], gate_eps)
     g = g.sum(-1, keepdims=True) / np.sqrt(hidden.shape[-1])
     u = value / (1 + np.exp(-np.sign(g) * np.sqrt(np.maximum(np.abs(g), 1e-6))))
     normed = rms_norm(u, p["conv_scale"], conv_eps)

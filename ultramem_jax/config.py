@@ -49,8 +49,8 @@ class MoEConfig(Checked):
     router_z_weight: float = 1e-3
     """Weight of mean(logsumexp(router logits)²) (ST-MoE, arXiv 2202.08906)."""
     auxiliary_over_layers: Literal["sum", "mean"] = "sum"
-    """How the two losses of all L layers are combined: `sum` (Switch Transformer), or `mean`, as OLMoE's code
-    does (arXiv 2409.02060), so that their weight does not grow with depth."""
+    """How the two losses of all layers that have experts are combined: `sum` (Switch Transformer), or `mean`,
+    as OLMoE's code does (arXiv 2409.02060), so that their weight does not grow with depth."""
     implementation: Literal["auto", "blocks", "ragged"] = "auto"
     """`blocks`: tokens sorted by expert into padded blocks; `ragged`: `jax.lax.ragged_dot`; `auto` takes
     `ragged` on GPU and TPU and `blocks` on CPU, where `ragged_dot` multiplies by every expert."""
@@ -169,6 +169,9 @@ class ModelConfig(Checked):
                     f"must equal embed_dim = {self.embed_dim} while project_pre_values is False",
                 )
                 layout = memory.address.layout(memory, around)
+            with built_at(f"{path}.address"):
+                others = [other.address for name, other in self.memories.items() if name != group]
+                memory.address.check_beside(others)
             found += [MemorySite(group, i, span, memory, around, layout) for i, span in enumerate(spans)]
         stood_in = [site.span.start for site in found if site.span.place == "instead"]
         twice = next((layer for layer in stood_in if stood_in.count(layer) > 1), None)
@@ -436,7 +439,7 @@ class RunConfig(Checked):
                 mesh.memory,
                 "must be 1 without a memory and without experts: there is nothing to split over it",
             )
-        partitions = {memory.table.partition for memory in model.memories.values()}
+        partitions = {site.config.table.partition for site in model.sites}
         require(
             len(partitions) <= 1,
             "model.memories",
@@ -537,7 +540,7 @@ def _part(cls: type, field: str, tree: Any, path: str) -> Any:
         _require_dict(tree, path, "the fields of a kind")
         if "kind" not in tree:
             raise UserError(f"{path}: must have the field 'kind', one of {', '.join(part.kinds())}")
-        part = part[tree["kind"]]
+        part = part[str(tree["kind"])]
     return _build(part, tree, path)
 
 

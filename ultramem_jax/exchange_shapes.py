@@ -71,7 +71,7 @@ def axis_roles(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, tuple[s
         return tuple(name for name in names if sizes.get(name, 1) > 1)
 
     # All memories of a model have one partition: `RunConfig` sees to it.
-    partition = next((memory.table.partition for memory in config.model.memories.values()), "none")
+    partition = next((site.config.table.partition for site in config.model.sites), "none")
     return {
         "tokens": larger("data", "fsdp", *(("memory", "width") if config.mesh.batch_over_memory else ())),
         "slots": larger("memory") if partition in ("slots", "both") else (),

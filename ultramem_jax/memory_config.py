@@ -6,8 +6,9 @@ project. What its parts must answer is in `ultramem_jax.memory_parts`.
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from ultramem_jax.errors import unknown
 from ultramem_jax.field_types import Checked
@@ -23,6 +24,8 @@ from ultramem_jax.memory_parts import (
     Window,
 )
 from ultramem_jax.placement import Span
+
+T = TypeVar("T")
 
 PARTS = ("address", "table", "readout")
 """Fields of `MemoryConfig` that are configs of their own."""
@@ -56,6 +59,10 @@ class MemoryConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "value_lr_multiple", "value_lr_final_multiple")
+        for part, kinds in (("address", ADDRESSERS), ("readout", READOUTS)):
+            kind = getattr(self, part).kind
+            if kind not in kinds.kinds():
+                raise unknown(self.named(f"{part}.kind"), kind, kinds.kinds())
         weights = self.address.weights_per_read
         self.require(
             self.table.value_dim % weights == 0,
@@ -74,6 +81,11 @@ class MemoryConfig(Checked):
     def num_blocks(self) -> int:
         """Blocks that are pooled apart from each other: E, or 1 if they are summed."""
         return 1 if self.readout.sums_blocks else self.address.num_blocks
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether reads have weights that are no constants: the addresser's, or products with pre-values."""
+        return self.address.weighs_reads or self.table.pre_value_dim > 0
 
     def resized(self, num_slots: float) -> "MemoryConfig":
         """Returns the memory whose own slots are nearest to that many."""
@@ -215,8 +227,7 @@ class MemorySite:
     def parameters(self) -> dict[str, Parameter]:
         """Its dense parameters by name."""
         config = self.config
-        parts = [part.parameters(self) for part in (config.address, config.table, config.readout)]
-        return parts[0] | parts[1] | parts[2]
+        return _distinct(part.parameters(self) for part in (config.address, config.table, config.readout))
 
     @property
     def flops(self) -> int:
@@ -225,19 +236,27 @@ class MemorySite:
 
     @property
     def lookup_flops(self) -> int:
-        """FLOPs of a token's lookup: 2·R·(d_v + d_p), or 0 where nothing weighs the rows."""
-        return (
-            0
-            if not self.config.address.weighs_reads
-            else 2 * self.config.reads_per_token * self.config.table.row_dim
-        )
+        """FLOPs of a token's lookup: 2·R·(d_v + d_p), or 0 where rows are taken as they are."""
+        sums = self.config.has_weights or self.config.readout.sums_blocks
+        reads = self.config.reads_per_token if sums else 0
+        return 2 * reads * self.config.table.row_dim
 
     @property
     def cache(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """What decoding remembers of a sequence: name -> shape behind B, and dtype."""
-        return self.config.address.cache(self) | self.config.readout.cache(self)
+        return _distinct((self.config.address.cache(self), self.config.readout.cache(self)))
 
     @property
     def initial(self) -> MemoryInit:
         """How its table and readout start."""
         return self.config.address.initial(self)
+
+
+def _distinct(of_parts: Iterable[dict[str, T]]) -> dict[str, T]:
+    """Returns the dicts of all parts as one; names must differ, as the parts of a memory share a scope."""
+    found: dict[str, T] = {}
+    for of_part in of_parts:
+        for name in of_part.keys() & found.keys():
+            raise ValueError(f"two parts of a memory have a {name!r}: kinds must take other names")
+        found |= of_part
+    return found

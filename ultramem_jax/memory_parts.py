@@ -142,12 +142,20 @@ class AddressConfig(Checked):
         return 1
 
     @property
+    def reads_apart(self) -> bool:
+        """Whether every read is a block of its own: read j is in block j of R."""
+        return False
+
+    @property
     def weighs_reads(self) -> bool:
         """Whether reads have weights; else they are all one, and a lookup has no sums."""
         return True
 
     def check(self, memory: "MemoryConfig") -> None:
         """Raises `UserError` where the address does not go with table and readout, by `memory.require`."""
+
+    def check_beside(self, others: "Sequence[AddressConfig]") -> None:
+        """Raises `UserError` where other memories of the model would address rows in the same way."""
 
     def layout(self, memory: "MemoryConfig", around: Around) -> TableLayout:
         """Returns the tables of all memories of a config, and who reads what.

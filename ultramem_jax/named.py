@@ -7,7 +7,7 @@ class Named(dict[str, Any]):
     """An immutable dict that can be hashed as its values can."""
 
     def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(self.items()))
+        return hash(frozenset(self.items()))
 
     def __reduce__(self) -> Any:
         return Named, (dict(self),)

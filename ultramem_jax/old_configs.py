@@ -46,6 +46,6 @@ def in_todays_parts(tree: Any) -> Any:
 def is_of_before(tree: Any) -> bool:
     """Returns whether an earlier version wrote the tree of a `RunConfig`."""
     model = tree.get("model") if isinstance(tree, dict) else None
-    if not isinstance(model, dict) or "memory" not in model:
+    if not isinstance(model, dict) or "memory" not in model or "memories" in model:
         return False
     return model["memory"] is None or isinstance(model["memory"], dict)

@@ -83,8 +83,8 @@ def expected_output(hyper, state, x, slots):
         "value_bias": state["value_proj.bias"],
         "key_projection": state["key_projs.0.weight"].T,
         "key_bias": state["key_projs.0.bias"],
-        "key_scale": state["norm1.0.weight"],
-        "hidden_scale": state["norm2.0.weight"],
+        "gate_key_scale": state["norm1.0.weight"],
+        "gate_hidden_scale": state["norm2.0.weight"],
         "conv_scale": state["short_conv.norms.0.weight"],
         "conv": state["short_conv.conv.weight"][:, 0].T[::-1],
     }

@@ -11,7 +11,7 @@ from tests import engram_oracle as oracle
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.layers import Memory
-from ultramem_jax.memory_config import MemorySite
+from ultramem_jax.memory_config import MemorySite, memory_of
 from ultramem_jax.models import Transformer
 from ultramem_jax.presets import families
 
@@ -69,7 +69,7 @@ def test_the_convolution_starts_at_zero_and_gains_at_one():
     module, _, x, tokens = made(families.engram(**SMALL))
     params = module.init(jax.random.key(0), x, train=False, token_ids=tokens)["params"]
     assert not params["conv"].any() and not params["value_bias"].any() and not params["key_bias"].any()
-    assert all((params[name] == 1).all() for name in ("key_scale", "hidden_scale", "conv_scale"))
+    assert all((params[name] == 1).all() for name in ("gate_key_scale", "gate_hidden_scale", "conv_scale"))
 
 
 @pytest.mark.parametrize("layers", [2, 8])
@@ -129,6 +129,12 @@ def test_without_token_ids_it_says_so():
         (lambda: families.engram(rows_per_head=(5, 7, 11)), "rows_per_head = .*one for each of the 2 orders"),
         (lambda: families.engram(rows_per_head=(1,)), r"rows_per_head = \(1,\): must be in \[2, "),
         (lambda: families.engram(rows_per_head=7), "rows_per_head = 7: must be a tuple"),
+        (lambda: families.per_layer_embedding(rows_per_head=(9,)), "rows_per_head = .*must be left out"),
+        (
+            lambda: ModelConfig(memories={"a": families.engram(), "b": families.engram(max_order=2)}),
+            r"model\.memories\.a\.address\.seed = 0: must differ from that of another n-gram memory",
+        ),
+        (lambda: families.per_layer_embedding().resized(10), "exact = True: must be False for a table"),
         (lambda: families.engram(exact=True), "exact = True: must be False unless max_order"),
         (lambda: families.engram(sharing="all"), "table.sharing = 'all': must be 'none'"),
         (lambda: families.engram(conv_width=1000), "conv_width = 1000: must be at most 256"),
@@ -147,3 +153,23 @@ def test_what_is_refused(make, message):
     with pytest.raises(UserError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_parts_of_a_memory_have_no_name_twice():
+    keys = memory_of("product_keys", "context_gate", placement="before@1", num_keys=8, top_m=4)
+    site = MemorySite.alone(keys, 16)
+    assert {"key_scale", "gate_key_scale"} <= set(site.parameters)  # a gain of the keys, and of the gate
+    module, x = Memory(site), jnp.ones((1, 3, 16))
+    made = jax.eval_shape(lambda: module.init(jax.random.key(0), x, train=False))["params"]
+    assert {name: parameter.shape for name, parameter in site.parameters.items()} == jax.tree.map(
+        jnp.shape, made
+    )
+
+
+def test_what_is_summed_or_weighed_is_counted():
+    plain = MemorySite.alone(families.engram(**SMALL), 24)
+    assert plain.lookup_flops == 0
+    summed = memory_of("hashed_ngrams", sum_blocks=True, heads_per_order=3, rows_per_head=(97,), value_dim=4)
+    assert MemorySite.alone(summed, 24).lookup_flops == 2 * 6 * 4
+    weighed = families.engram(**SMALL, pre_value_dim=2)
+    assert MemorySite.alone(weighed, 24).lookup_flops == 2 * 6 * (4 + 2)

@@ -39,6 +39,24 @@ def test_pooled_lookup_equals_its_definition():
     np.testing.assert_allclose(found, _pooled(table, slots, blocks, scores, 4), rtol=1e-5, atol=1e-5)
 
 
+def test_reads_apart_are_what_blocks_of_their_own_give():
+    table, slots, _, scores, cotangent = _case(3, reads=4)
+    blocks = np.broadcast_to(np.arange(4, dtype=np.int32), slots.shape)
+
+    def of(apart):
+        def loss(table, scores):
+            pooled = lookup.pooled_lookup(table, *_float32(slots, blocks), scores, 4, apart)
+            return (pooled * jnp.asarray(cotangent, jnp.float32)).sum(), pooled
+
+        return jax.grad(loss, (0, 1), has_aux=True)(*_float32(table, scores))
+
+    (gradients, pooled), (expected, same) = of(True), of(False)
+    np.testing.assert_allclose(pooled, _pooled(table, slots, blocks, scores, 4), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(pooled, same, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_pooling_before_projecting_equals_reading_the_expanded_table():
     # IVE: Ṽ_p = V·W_p for every block, stacked to E·N rows, read at the virtual address p·N + a.
     table, slots, blocks, scores, _ = _case(1, cores=1)

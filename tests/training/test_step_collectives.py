@@ -8,6 +8,7 @@ from tests.training.mesh_step import (
     MEMORY,
     MICRO_BATCHES,
     SAME_TOKENS,
+    TWO_AXES,
     V2,
     compiled,
     run_config,
@@ -15,9 +16,13 @@ from tests.training.mesh_step import (
 from ultramem_jax.accounting import step_transfers
 from ultramem_jax.config import MeshConfig, MoEConfig
 from ultramem_jax.parallel.collectives import collectives_of, summary
+from ultramem_jax.presets import families
 
 MESH = MeshConfig(data=2, memory=4)
 SLOTS, WIDTH = (run_config(MEMORY.changed(partition=p), MESH) for p in ("slots", "width"))
+NGRAMS = families.engram(
+    placement="before@1", rows_per_head=(100,), heads_per_order=4, value_dim=8, row_multiple=8
+)
 SENDERS = {
     "slots": SLOTS,
     "width": WIDTH,
@@ -26,6 +31,8 @@ SENDERS = {
     "fsdp": run_config(MEMORY, MeshConfig(data=2, fsdp=2, memory=2)),
     "balance": run_config(V2.changed(num_keys=64, pre_value_dim=4), MESH),
     "tensor": run_config(MEMORY, MeshConfig(data=2, tensor=2, memory=2)),
+    "n-grams by slots": run_config(NGRAMS, MESH),
+    "n-grams by both": run_config(NGRAMS.changed(partition="both"), TWO_AXES),
     "experts": replace(
         SLOTS,
         model=replace(SLOTS.model, memories={}, moe=MoEConfig(num_experts=8, expert_dim=8)),

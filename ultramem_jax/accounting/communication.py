@@ -118,6 +118,8 @@ def step_transfers(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Transfe
     With pre-values also vectors and their gradient, as pooled sums with d_p in place of E·d_v, and products
     and their cotangent, as score gradients and scores with 1 in place of h.
 
+    Scores of ones (Engram's) are constants, which nobody sends; nor have they gradients.
+
     Per memory and step, an all-gather over the axes that split tokens and not tables, to the devices that
     have the same part of a table: slots, blocks, scores and cotangents of all tokens, with d_v/P_w columns.
     With `batch_over_memory` off, tokens are on all devices of a group: nothing is gathered within it, and
@@ -174,7 +176,7 @@ def exchange_bytes(site: MemorySite, tokens: int, parts: int) -> Exchange:
     memory, size = site.config, DTYPE_BYTES[site.around.dtype]
     reads, others = tokens * memory.reads_per_token, parts - 1
     addresses = others * reads * _address_bytes(memory)
-    scores = others * reads * memory.address.weights_per_read * size
+    scores = others * reads * memory.address.weights_per_read * size if memory.has_weights else 0
     pooled = tokens * memory.num_blocks * memory.table.value_dim * size
     return Exchange(
         slots=addresses + scores + others * pooled,
@@ -198,10 +200,12 @@ def _lookup(transfers: _Transfers, site: MemorySite, tokens: int) -> None:
     pooled = tokens * memory.num_blocks * memory.table.value_dim * size
     vectors = tokens * memory.table.pre_value_dim * size
     transfers.to_owners("reads to owners", reads * _address_bytes(memory))
-    transfers.to_owners("scores to owners", reads * weights * size)
+    if memory.has_weights:
+        transfers.to_owners("scores to owners", reads * weights * size)
     transfers.sums_to_tokens("pooled sums to tokens", pooled)
     transfers.columns_to_owners("cotangents to owners", pooled)
-    transfers.to_tokens("score gradients to tokens", reads * weights * size)
+    if memory.has_weights:
+        transfers.to_tokens("score gradients to tokens", reads * weights * size)
     if memory.table.pre_value_dim:
         transfers.columns_to_owners("inputs of pre-values to owners", vectors)
         transfers.to_tokens("products to tokens", reads * size)
@@ -219,7 +223,8 @@ def _row_updates(
         return
     reads = tokens * memory.reads_per_token
     parts = groups.size(groups.width)
-    gathered = reads * (_address_bytes(memory) + memory.address.weights_per_read * size)
+    scores = memory.address.weights_per_read * size if memory.has_weights else 0
+    gathered = reads * (_address_bytes(memory) + scores)
     gathered += tokens * memory.num_blocks * table.value_dim // parts * size
     if table.pre_value_dim:
         gathered += tokens * table.pre_value_dim // parts * size + reads * size

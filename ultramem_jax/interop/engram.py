@@ -22,6 +22,7 @@ MODULE = "memory_0"
 """The layer's name in trees of variables."""
 _CONV_EPS = 1e-5
 _MOST_LAYERS = 1024
+_MOST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ class EngramReference:
         require(canonical <= vocab, "hyper.canonical_vocab_size", canonical, allowed)
         gate_eps, conv_eps = _epsilons(hyper)
         taps = integer(hyper, "kernel_size")
-        seed, pad = integer(hyper, "seed", low=0), integer(hyper, "pad_id", low=0)
+        seed, pad = (
+            integer(hyper, "seed", low=0, high=_MOST_SEED, why="seeds have 32 bits"),
+            integer(hyper, "pad_id", low=0),
+        )
 
         def make() -> MemoryConfig:
             return memory_of(
@@ -121,8 +125,8 @@ class EngramReference:
             maps = dict(to_variable=transposed, to_state=transposed)
             found.append(entry(f"{name}_projection", f"{theirs}.weight", (d, width), **maps))
             found.append(entry(f"{name}_bias", f"{theirs}.bias", (d,)))
-        found.append(entry("key_scale", "norm1.0.weight", (d,)))
-        found.append(entry("hidden_scale", "norm2.0.weight", (d,)))
+        found.append(entry("gate_key_scale", "norm1.0.weight", (d,)))
+        found.append(entry("gate_hidden_scale", "norm2.0.weight", (d,)))
         taps = self.config.value_of("conv_width")
         conv = entry("conv", "short_conv.conv.weight", (d, 1, taps), to_variable=_taps, to_state=_kernel)
         found += [conv, entry("conv_scale", "short_conv.norms.0.weight", (d,))]
@@ -144,6 +148,8 @@ def _epsilons(hyper: Mapping[str, Any]) -> tuple[float, float]:
     eps = hyper.get("norm_eps") or {}
     require(isinstance(eps, Mapping), "hyper.norm_eps", eps, "must be a dict of 'gate' and 'conv'")
     gate_eps = 0.0 if eps.get("gate") is None else number(eps, "gate", "norm_eps.")
+    if eps.get("gate") is not None:
+        guards_a_denominator("hyper.norm_eps.gate", gate_eps)
     conv_eps = _CONV_EPS if eps.get("conv") is None else number(eps, "conv", "norm_eps.")
     guards_a_denominator("hyper.norm_eps.conv", conv_eps)
     return gate_eps, conv_eps

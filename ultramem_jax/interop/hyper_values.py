@@ -29,11 +29,13 @@ def value(hyper: Mapping[str, Any], name: str) -> Any:
     return hyper[name]
 
 
-def integer(hyper: Mapping[str, Any], name: str, low: int = 1, high: int = _MOST) -> int:
+def integer(
+    hyper: Mapping[str, Any], name: str, low: int = 1, high: int = _MOST, why: str | None = None
+) -> int:
     """Returns an integer in [low, high]."""
     found = value(hyper, name)
     whole = isinstance(found, int | np.integer) and not isinstance(found, bool) and low <= found <= high
-    why = "sizes are int32" if high == _MOST else "each has arrays of its own in the state dict"
+    why = why or ("sizes are int32" if high == _MOST else "each has arrays of its own in the state dict")
     require(
         bool(whole), f"hyper.{name}", found, f"must be an integer of at least {low}, at most {high}: {why}"
     )

@@ -113,8 +113,10 @@ class EngramModule:
             given = np.asarray(token_ids)
             whole = np.issubdtype(given.dtype, np.integer)
             require(whole, "token_ids.dtype", given.dtype.name, "must be one of integers")
-            inside = given.size == 0 or (given.min() >= 0 and given.max() < vocab)
-            require(inside, "token_ids", (given.min(), given.max()), f"its range must be within [0, {vocab})")
+            if given.size:
+                inside = given.min() >= 0 and given.max() < vocab
+                limits = (given.min(), given.max())
+                require(bool(inside), "token_ids", limits, f"its range must be within [0, {vocab})")
         ids = jnp.asarray(token_ids).astype(jnp.int32)
         return self._layer.apply(variables, jnp.asarray(x, jnp.float32), ids, mutable=mutable)
 

@@ -44,9 +44,20 @@ class RowGradients(NamedTuple):
 
 
 def pool(
-    table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, expansion: int
+    table: jax.Array,
+    slots: jax.Array,
+    blocks: jax.Array,
+    scores: jax.Array,
+    expansion: int,
+    apart: bool = False,
 ) -> jax.Array:
     """`pooled_lookup` without a derivative."""
+    if apart:
+
+        def weigh(slots: jax.Array, scores: jax.Array) -> jax.Array:
+            return weighed_rows(take_rows(table, slots).astype(scores.dtype), scores)
+
+        return map_chunks(weigh, slots.shape[1] * table.shape[1], slots, scores)
 
     def pool_chunk(slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
         # Every core weighs whole rows, though but a slice of each counts: to cut the rows into slices, XLA on
@@ -64,7 +75,7 @@ def pool(
 
 
 def score_products(
-    table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, cores: int
+    table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, cores: int, apart: bool = False
 ) -> jax.Array:
     """Products of every row read with the vector of its block, slice by slice: `pool`'s derivative by scores.
 
@@ -74,11 +85,18 @@ def score_products(
         blocks: (T, R) int32 in [0, E).
         vectors: (T, E, d_v). Its dtype is that of the computation and of the result.
         cores: h, slices of d_v/h values.
+        apart: as for `pooled_lookup`.
 
     Returns:
         (T, R, h).
     """
     expansion, dtype = vectors.shape[1], vectors.dtype
+    if apart:
+
+        def of_rows(slots: jax.Array, vectors: jax.Array) -> jax.Array:
+            return slice_sums(take_rows(table, slots).astype(dtype) * vectors, cores)
+
+        return map_chunks(of_rows, 2 * slots.shape[1] * table.shape[1], slots, vectors)
 
     def multiply(slots: jax.Array, blocks: jax.Array, vectors: jax.Array) -> jax.Array:
         first = jnp.arange(0, blocks.shape[0] * expansion, expansion, dtype=blocks.dtype)[:, None]
@@ -97,9 +115,14 @@ def slice_sums(products: jax.Array, cores: int) -> jax.Array:
     return sums.reshape(*products.shape[:-1], cores)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def pooled_lookup(
-    table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, expansion: int
+    table: jax.Array,
+    slots: jax.Array,
+    blocks: jax.Array,
+    scores: jax.Array,
+    expansion: int,
+    apart: bool = False,
 ) -> jax.Array:
     """Score-weighted sums of table rows, one per virtual block.
 
@@ -110,21 +133,22 @@ def pooled_lookup(
         scores: (T, R, h); score c weighs the c-th slice of d_v/h values of a row. Its dtype is that of the
             computation and of the result.
         expansion: E.
+        apart: whether E is R and read j is in block j: nothing is summed then, and no R² work done.
 
     Returns:
         (T, E, d_v). Differentiable in `table` (a dense gradient, for the dense way of training) and `scores`.
     """
-    return pool(table, slots, blocks, scores, expansion)
+    return pool(table, slots, blocks, scores, expansion, apart)
 
 
-def _forward(table, slots, blocks, scores, expansion):
-    return pooled_lookup(table, slots, blocks, scores, expansion), (table, slots, blocks, scores)
+def _forward(table, slots, blocks, scores, expansion, apart):
+    return pooled_lookup(table, slots, blocks, scores, expansion, apart), (table, slots, blocks, scores)
 
 
-def _backward(expansion, saved, cotangent):
+def _backward(expansion, apart, saved, cotangent):
     table, slots, blocks, scores = saved
 
-    d_scores = score_products(table, slots, blocks, cotangent, scores.shape[-1])
+    d_scores = score_products(table, slots, blocks, cotangent, scores.shape[-1], apart)
     tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
     per_read = read_gradients(cotangent[tokens, blocks.reshape(-1)], scores.reshape(-1, scores.shape[-1]))
     return _table_gradient(table, slots, per_read), None, None, d_scores

@@ -67,7 +67,12 @@ def pooled_shape(tokens: int, expansion: int, width: int) -> tuple[int, ...]:
 
 
 def pooled_at_owners(
-    table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, expansion: int
+    table: jax.Array,
+    slots: jax.Array,
+    blocks: jax.Array,
+    scores: jax.Array,
+    expansion: int,
+    apart: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Score-weighted sums of the rows that each device owns, one per virtual block.
 
@@ -78,6 +83,7 @@ def pooled_at_owners(
         scores: (T, R, h), at the tokens; score c weighs the c-th slice of d_v/h values of a row. Its dtype is
             that of the computation and of the result.
         expansion: E.
+        apart: whether E is R and read j is in block j.
 
     Returns:
         The sums, of `pooled_shape`, and the scores at the owners. Differentiable in `table` (a dense
@@ -85,8 +91,8 @@ def pooled_at_owners(
     """
     axes = current_axes()
     if axes is None:
-        return lookup.pooled_lookup(table, slots, blocks, scores, expansion), scores
-    return _pooled_at_owners(table, slots, blocks, scores, expansion, axes)
+        return lookup.pooled_lookup(table, slots, blocks, scores, expansion, apart), scores
+    return _pooled_at_owners(table, slots, blocks, scores, expansion, apart, axes)
 
 
 def pooled_at_tokens(sums: jax.Array) -> jax.Array:
@@ -95,29 +101,30 @@ def pooled_at_tokens(sums: jax.Array) -> jax.Array:
     return sums if axes is None else _pooled_at_tokens(sums, axes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _pooled_at_owners(table, slots, blocks, scores, expansion, axes):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _pooled_at_owners(table, slots, blocks, scores, expansion, apart, axes):
     def pool(table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> Any:
         scores = numbers_to_owners(axes, scores)
-        return _pool(axes, table, slots, blocks, scores, expansion)[None], scores
+        return _pool(axes, table, slots, blocks, scores, expansion, apart=apart)[None], scores
 
     reads = P(axes.replicas)
     specs = (axes.table, reads, reads, P(axes.tokens))
     return island(axes, pool, specs, (_sums(axes), reads))(table, slots, blocks, scores)
 
 
-def _pooled_forward(table, slots, blocks, scores, expansion, axes):
-    sums, gathered = _pooled_at_owners(table, slots, blocks, scores, expansion, axes)
+def _pooled_forward(table, slots, blocks, scores, expansion, apart, axes):
+    sums, gathered = _pooled_at_owners(table, slots, blocks, scores, expansion, apart, axes)
     return (sums, gathered), (table, slots, blocks, gathered)
 
 
-def _pooled_backward(expansion, axes, saved, cotangents):
+def _pooled_backward(expansion, apart, axes, saved, cotangents):
     table, slots, blocks, scores = saved
     cotangent = cotangents[0]  # the scores at the owners are a record, nothing is made of them
 
     def score_gradient(table, slots, blocks, cotangent):
         cores = scores.shape[-1]
-        return numbers_to_tokens(axes, _score_products(axes, table, slots, blocks, cotangent[0], cores))
+        products = _score_products(axes, table, slots, blocks, cotangent[0], cores, apart=apart)
+        return numbers_to_tokens(axes, products)
 
     reads = P(axes.replicas)
     specs = (axes.table, reads, reads, _sums(axes))
@@ -316,24 +323,24 @@ def _own_cores(axes: MeshAxes, cores: int) -> tuple[Any, int]:
     return jax.lax.axis_index(axes.width) * cores // parts, max(cores // parts, 1)
 
 
-def _pool(axes, table, slots, blocks, scores, expansion, split=True):
+def _pool(axes, table, slots, blocks, scores, expansion, split=True, apart=False):
     """`lookup.pool` of this device's rows and columns; without `split` one score weighs whole rows."""
     if split:
         scores = own_cores(axes, scores)
     if not axes.slots:
-        return lookup.pool(table, slots, blocks, scores, expansion)
+        return lookup.pool(table, slots, blocks, scores, expansion, apart)
     owned = owned_reads(slots, first_slot(axes, table.shape[0]), table.shape[0])
     return pool_owned(table, owned, blocks, scores, expansion)
 
 
-def _score_products(axes, table, slots, blocks, vectors, cores, split=True):
+def _score_products(axes, table, slots, blocks, vectors, cores, split=True, apart=False):
     """`lookup.score_products` of this device's rows and columns: a sum over devices is all of them."""
     start, own = _own_cores(axes, cores) if split else (0, cores)
     if axes.slots:
         owned = owned_reads(slots, first_slot(axes, table.shape[0]), table.shape[0])
         products = score_products_owned(table, owned, blocks, vectors, own)
     else:
-        products = lookup.score_products(table, slots, blocks, vectors, own)
+        products = lookup.score_products(table, slots, blocks, vectors, own, apart)
     if own == cores:
         return products
     return jax.lax.dynamic_update_slice_in_dim(

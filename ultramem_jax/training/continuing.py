@@ -102,7 +102,7 @@ def check_same_run(meta: Meta, config: RunConfig, corpus: Corpus, workdir: Path)
     Raises:
         UserError: names the first thing that must stay as it was.
     """
-    if is_of_before(meta.config):
+    if is_of_before(meta.config) and meta.config["model"]["memory"] is not None:
         raise UserError(
             f"{workdir} was begun by an earlier version, whose memories had another config: load_model reads "
             "it, and to train give another --workdir"

@@ -52,7 +52,7 @@ def running_out_in_a_line(num_parameters: int) -> Iterator[None]:
 def _not_enough(num_parameters: int, why: str) -> UserError:
     return UserError(
         f"not enough memory for {num_parameters:,} parameters, their moments and a step ({why}): lower "
-        "model.memory.num_keys or train.batch_size, raise train.grad_accumulation, or choose a smaller model"
+        "the slots of memories or train.batch_size, raise train.grad_accumulation, or choose a smaller model"
     )
 
 

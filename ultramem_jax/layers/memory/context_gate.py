@@ -45,7 +45,7 @@ class ContextGate(ReadoutConfig):
         }
         for name in ("value_bias", "key_bias"):
             found[name] = Parameter((d,), (None,), "biases", "gain")
-        gains = ("key_scale", "hidden_scale", *(("conv_scale",) if self.conv_width else ()))
+        gains = ("gate_key_scale", "gate_hidden_scale", *(("conv_scale",) if self.conv_width else ()))
         for name in gains:
             found[name] = Parameter((d,), (None,), "norms", "gain")
         if self.conv_width:

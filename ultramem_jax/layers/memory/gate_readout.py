@@ -33,7 +33,7 @@ class ContextGateReadout(nn.Module):
         rows = pooled.reshape(pooled.shape[0], -1)
         values, keys = self._projected("value", rows), self._projected("key", rows)
         eps = config.gate_norm_eps or float(jnp.finfo(jnp.float32).eps)
-        normed = self._norm("key_scale", keys, eps) * self._norm("hidden_scale", tokens, eps)
+        normed = self._norm("gate_key_scale", keys, eps) * self._norm("gate_hidden_scale", tokens, eps)
         fit = normed.sum(-1, keepdims=True) / math.sqrt(x.shape[2])
         gate = nn.sigmoid(jnp.sign(fit) * jnp.sqrt(jnp.maximum(jnp.abs(fit), _LEAST_SQUARE)))
         sow(self, "metrics", "gate", gate.mean())

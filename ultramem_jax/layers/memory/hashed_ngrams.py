@@ -9,12 +9,13 @@ an exact table is a per-layer embedding (STEM, arXiv 2601.10639). The module is 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from ultramem_jax.errors import UserError
+from ultramem_jax.errors import UserError, require
 from ultramem_jax.memory_config import MemoryConfig, MemorySite
 from ultramem_jax.memory_kinds import ADDRESSERS
 from ultramem_jax.memory_parts import MAX_SLOTS, AddressConfig, Around, MemoryInit, TableLayout, Window
@@ -50,7 +51,8 @@ class HashedNgrams(AddressConfig):
     pad_id: int = 0
     """The token that stands before the start of a sequence."""
     seed: int = 0
-    """Of the multipliers of the hash."""
+    """Of the multipliers of the hash. N-gram memories of several names in one model need different ones;
+    their primes differ within a name."""
     row_multiple: int = 1
     """The table's rows are rounded up to a multiple of it, so that the devices of a mesh divide them."""
 
@@ -73,6 +75,11 @@ class HashedNgrams(AddressConfig):
             all(MIN_ROWS <= rows <= MAX_ROWS for rows in self.rows_per_head),
             "rows_per_head",
             f"must be in [{MIN_ROWS}, {MAX_ROWS}]",
+        )
+        self.require(
+            not self.exact or self.rows_per_head == HashedNgrams.rows_per_head,
+            "rows_per_head",
+            "must be left out while exact is True: there is a row for each token",
         )
         self.require(
             not self.exact or (self.max_order == 1 and self.heads_per_order == 1),
@@ -101,6 +108,11 @@ class HashedNgrams(AddressConfig):
         return True
 
     @property
+    def reads_apart(self) -> bool:
+        """All rows of a token lie side by side."""
+        return True
+
+    @property
     def weighs_reads(self) -> bool:
         """Nothing weighs a read."""
         return False
@@ -112,8 +124,8 @@ class HashedNgrams(AddressConfig):
 
     @property
     def own_slots(self) -> int:
-        """Rows of the first memory."""
-        return sum(self._wished) if self.exact else sum(self._sizes(1)[0])
+        """Rows of the first memory; of an exact table 1, as they are the vocabulary's."""
+        return 1 if self.exact else sum(self._sizes(1)[0])
 
     @property
     def _wished(self) -> tuple[int, ...]:
@@ -124,13 +136,18 @@ class HashedNgrams(AddressConfig):
         try:
             return _head_sizes(self._wished, self.heads_per_order, num_memories)
         except ValueError as error:
-            raise UserError(f"{self.named('rows_per_head')} = {self.rows_per_head}: {error}") from None
+            raise UserError(f"address.rows_per_head = {self.rows_per_head}: {error}") from None
 
     def check(self, memory: MemoryConfig) -> None:
         """Refuses tables that several memories read: each has hashes of its own."""
         memory.require(
             memory.table.sharing == "none", "table.sharing", "must be 'none': each memory has its own hash"
         )
+
+    def check_beside(self, others: "Sequence[AddressConfig]") -> None:
+        """Refuses another n-gram memory with the same hash."""
+        same = any(isinstance(other, HashedNgrams) and other.seed == self.seed for other in others)
+        self.require(not same or self.exact, "seed", "must differ from that of another n-gram memory")
 
     def layout(self, memory: MemoryConfig, around: Around) -> TableLayout:
         """Returns a table for each memory, its heads' tables one behind the other."""
@@ -183,18 +200,36 @@ class HashedNgrams(AddressConfig):
         """Returns the config with the number of canonical ids of a tokenizer; none if each is its own."""
         its_own = (canonical_ids == np.arange(len(canonical_ids))).all()
         number = 0 if its_own else int(canonical_ids.max()) + 1
+        require(
+            self.num_canonical_ids in (0, number),
+            "address.num_canonical_ids",
+            self.num_canonical_ids,
+            f"must be 0, or the {number} of this run's tokenizer",
+        )
         return dataclasses.replace(self, num_canonical_ids=number)
 
     def token_buffers(self, site: MemorySite, canonical_ids: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the map of tokens, (V,); ids that the tokenizer does not have count as the padding."""
         if not self.num_canonical_ids:
             return {}
+        most = len(canonical_ids) - 1
+        require(
+            self.pad_id <= most,
+            f"model.memories.{site.group}.address.pad_id",
+            self.pad_id,
+            f"must be a token, at most {most}",
+        )
         mapped = np.full(site.around.vocab_size, canonical_ids[self.pad_id], np.int32)
         mapped[: len(canonical_ids)] = canonical_ids
         return {"canonical_ids": mapped}
 
     def near_slots(self, num_slots: float) -> "list[HashedNgrams]":
-        """Returns rows per head in proportion, so that the first memory has about that many."""
+        """Returns rows per head in proportion, so that the first memory has about that many.
+
+        Raises:
+            UserError: an exact table, whose rows are the vocabulary's.
+        """
+        self.require(not self.exact, "exact", "must be False for a table whose rows are to be chosen")
         found, scale = self, num_slots / self.own_slots
         for _ in range(3):  # primes that heads have to themselves add to what is wished, least to many rows
             rows = (min(max(round(rows * scale), MIN_ROWS), MAX_ROWS) for rows in self.rows_per_head)

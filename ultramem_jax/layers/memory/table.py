@@ -70,8 +70,11 @@ class Table(nn.Module):
     def _pooled(
         self, values: jax.Array, slots: jax.Array, blocks: jax.Array, weights: jax.Array
     ) -> jax.Array:
-        num_blocks = self.site.config.num_blocks
-        sums, weights = sharded_lookup.pooled_at_owners(values, slots, blocks, weights, num_blocks)
+        config = self.site.config
+        apart = config.address.reads_apart and not config.readout.sums_blocks
+        sums, weights = sharded_lookup.pooled_at_owners(
+            values, slots, blocks, weights, config.num_blocks, apart
+        )
         sow(self, "reads", "weights", weights)
         return sharded_lookup.pooled_at_tokens(self._perturbed("pooled", sums))
 
