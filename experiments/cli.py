@@ -199,6 +199,7 @@ def _spelled_out(argument: str, tree: dict[str, Any]) -> str:
                 *memory,
                 *(one for fields in memory.values() if isinstance(fields, dict) for one in fields),
             ]
+            known = [name for name in known if name != "kind"]
             raise unknown(f"config key 'model.memory.{match[2]}':", field, known)
         field = f"{parts[0]}.{field}"
     path = ".".join(["model.memories", name, field, *inner])

@@ -469,7 +469,8 @@ class RunConfig(Checked):
             f"must be 1 while {path}.table.partition is {table.partition!r}",
         )
         if table.partition != "width":
-            divisible += [("memory", "num_slots of a table", size) for size in sorted(slots)]
+            name = "num_slots of a table" + memory.address.slots_hint
+            divisible += [("memory", name, size) for size in sorted(slots)]
         of_width = {"slots": None, "width": "memory", "both": "width"}[table.partition]
         if of_width:
             divisible.append((of_width, f"{path}.table.value_dim", table.value_dim))

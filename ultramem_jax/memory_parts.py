@@ -232,6 +232,11 @@ class AddressConfig(Checked):
         raise NotImplementedError
 
     @property
+    def slots_hint(self) -> str:
+        """What changes the slots so that owners divide them, in parentheses; empty where nothing does."""
+        return ""
+
+    @property
     def reads_in_words(self) -> str:
         """R, as a product where it is one."""
         return str(self.reads_per_token)

@@ -6,7 +6,7 @@ FLOPs are those of products with a width, two per multiplication and addition, a
 matrices among it, are left out. Bytes are those of parameters, rows and moments that have to come from memory
 or go there, each part by itself: activations, scores and gradients of rows among them, can stay in the cache,
 and so can weights and keys between the forward and the backward pass. The letters are those of the axis
-legend in `ultramem_jax`; T is tokens, R = H·m the reads of one, P the dense parameters of the layer, U the
+legend in `ultramem_jax`; T is tokens, R the reads of one, P the dense parameters of the layer, U the
 distinct rows of a step.
 """
 

@@ -5,10 +5,10 @@ every dense weight is read for a few tokens, and beside it what the tokens chose
 are those of the axis legend in `ultramem_jax`; C is the length of the cache, b the bytes of a weight as it is
 served, b_c of a number in the cache and b_t of one in a table, c the matrices of an MLP.
 
-`bytes_per_token` counts what was chosen as the UltraMem paper does, min(k·B, X) experts and min(B·H·m, N)
+`bytes_per_token` counts what was chosen as the UltraMem paper does, min(k·B, X) experts and min(B·R, N)
 rows: as if no two tokens chose the same until all are chosen. That is the most that a step can read. Here
 stands what was measured (`experts`, `rows`), or else what is expected if the choices are uniform and know
-nothing of each other, X·(1 - (1 - k/X)^B) experts and N·(1 - (1 - 1/N)^(B·H·m)) rows, which is never more: 16
+nothing of each other, X·(1 - (1 - k/X)^B) experts and N·(1 - (1 - 1/N)^(B·R)) rows, which is never more: 16
 tokens with 2 of 32 experts each read 20.6 of them instead of 32. The dense weights are the same in both.
 """
 
@@ -51,12 +51,12 @@ class DecodeCost:
     feed_forward: PartCost
     """MLPs, or the router and the experts that were chosen, b·L·(experts)·c·D·F bytes; the gain before it."""
     memory: PartCost
-    """All of memories that is dense: queries, convolutions, keys, cores, projections, gains. Bytes: each
-    once. FLOPs: the scores of all K row and K column keys for every head and rank, the choice among them, and
-    the projections. (Where full rank keys share a query, it may meet their sum instead, r times less to
-    multiply; that is not counted.)"""
+    """All of memories that is dense: what finds rows, and what is made of them. Bytes: each weight once.
+    FLOPs: products with the weights, for product keys the scores of all K row and K column keys for every head and
+    rank, and the choice among them. (Where full rank keys share a query, it may meet their sum instead, r
+    times less to multiply; that is not counted.)"""
     memory_rows: PartCost
-    """The rows that were chosen: 2·B·H·m·(d_v + d_p) FLOPs a memory, b_t·(distinct rows)·(d_v + d_p) bytes
+    """The rows that were chosen: 2·B·R·(d_v + d_p) FLOPs a memory, b_t·(distinct rows)·(d_v + d_p) bytes
     in all."""
     logits: PartCost
     """The output embedding and the last gain; of an input embedding of its own, the tokens' rows."""

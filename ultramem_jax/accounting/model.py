@@ -147,7 +147,7 @@ class Flops:
     """What addressers compute beside that, from scores to rows (`AddressConfig.scoring_flops`)."""
     memory_lookup: int
     """Per memory 2·R·(d_v + d_p): the weighted sum of the values read, and the products with their
-    pre-values."""
+    pre-values. 0 where rows are neither weighed nor summed (Engram)."""
     attention_scores: int
     """2·D·(S + 1) per layer: a token meets (S + 1)/2 positions on average, 2·D for the scores and 2·D for the
     weighted sum each. 0 where no sequence length was given."""
@@ -201,7 +201,7 @@ class Bytes:
     experts: int
     """Σ over layers of min(k·B, X) experts' weights, B the tokens of the step (UltraMem paper, figure 1c)."""
     memory: int
-    """Rows of width d_v + d_p: min(B·H·m, N) for every memory (ibid.); from a table that memories share, as
+    """Rows of width d_v + d_p: min(B·R, N) for every memory (ibid.); from a table that memories share, as
     many as all of them read of it, up to the slots of their windows."""
     optimizer: int
     """Training only: the optimizer's state that a step reads and then writes. That of dense parameters and of

@@ -57,8 +57,8 @@ class OwnedTable:
             Arrays, their moments, usage and metrics after the step.
         """
         axes = self._axes
-        expansion = next(iter(cotangents.values()))["pooled"].shape[3]
-        reads = {name: _narrow(of, expansion) for name, of in reads.items()}
+        num_blocks = next(iter(cotangents.values()))["pooled"].shape[3]
+        reads = {name: _narrow(of, num_blocks) for name, of in reads.items()}
         in_parts = (*(table_specs(tree, axes) for tree in (parts, moments)), table_specs(usage, axes))
 
         def local(parts: Any, moments: Any, usage: Any, reads: Any, cotangents: Any, of_step: Any) -> Any:
@@ -209,7 +209,7 @@ class OwnedTable:
         return TablePart(first_slot(axes, num_rows), column, axes.width)
 
 
-def _narrow(reads: dict[str, jax.Array], expansion: int) -> dict[str, jax.Array]:
+def _narrow(reads: dict[str, jax.Array], num_blocks: int) -> dict[str, jax.Array]:
     """What was read, blocks as small as they can travel: not at all if there is one."""
-    blocks = {"blocks": narrow_blocks(reads["blocks"], expansion)} if expansion > 1 else {}
+    blocks = {"blocks": narrow_blocks(reads["blocks"], num_blocks)} if num_blocks > 1 else {}
     return {name: x for name, x in reads.items() if name != "blocks"} | blocks

@@ -118,6 +118,11 @@ class HashedNgrams(AddressConfig):
         return False
 
     @property
+    def slots_hint(self) -> str:
+        """The rounding of rows."""
+        return " (address.row_multiple rounds them up)"
+
+    @property
     def reads_in_words(self) -> str:
         """(orders)·K."""
         return f"{len(self.orders)}·{self.heads_per_order}"
