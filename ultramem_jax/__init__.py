@@ -1,4 +1,4 @@
-"""ultramem_jax: memory layers for Transformers in JAX, from Product-Key Memory to UltraMemV2.
+"""ultramem_jax: memory layers for Transformers in JAX, from Product-Key Memory to Engram.
 
 Axis legend, used in every shape comment and einsum of this project:
 
@@ -9,7 +9,7 @@ Axis legend, used in every shape comment and einsum of this project:
     D  residual stream (embed_dim)          E  virtual blocks per table (expansion)
     L  layers (num_layers)                  K  keys per side of the virtual grid: √E·n, more in a ring
     A  attention heads                      m  values read per head and token (top_m)
-    F  inner width of an MLP or expert      R  reads of a token, H·m
+    F  inner width of an MLP or expert      R  reads of a token (H·m)
     X  experts (num_experts)                r  rank of the Tucker core (tucker_rank)
     k  experts of a token (moe.top_k)       h  cores of Multi-Core Scoring (num_cores)
                                             d_k, d_v, d_p  width of a key, a value, a pre-value

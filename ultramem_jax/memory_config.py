@@ -1,4 +1,4 @@
-"""A memory: its addresser, its table and its readout, and where it sits in a model.
+"""Puts a memory together: its addresser, its table and its readout, and where it sits in a model.
 
 `MemoryConfig` is part of `ultramem_jax.config`; it has a file of its own because it is the subject of this
 project. What its parts must answer is in `ultramem_jax.memory_parts`.
@@ -33,7 +33,7 @@ PARTS = ("address", "table", "readout")
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig(Checked):
-    """One or several memories of a model that differ in where they sit alone.
+    """Configures one or several memories of a model, which differ only in where they sit.
 
     `presets.families` has a function for each published member: `ultramem`, `pkm`, `engram`, ...
     """
@@ -159,7 +159,7 @@ def memory_of(address: str, readout: str = "projection", **fields: Any) -> Memor
 
 @dataclass(frozen=True)
 class MemorySite:
-    """One memory of a model, by `ModelConfig.sites`: what all that counts, shards or makes it asks."""
+    """Stands for one memory of a model, by `ModelConfig.sites`: what all that counts, shards or makes it asks."""
 
     group: str
     """Its name in `ModelConfig.memories`; memories of one group have one config."""

@@ -1,4 +1,4 @@
-"""The registries of what a memory is made of: how it addresses rows, and what it makes of those it read."""
+"""Holds the registries of what a memory is made of: how it addresses rows, and what it makes of those it read."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What the parts of a memory answer about themselves, from their configs alone: the contract of a memory.
+"""Declares the contract of a memory: what its parts answer about themselves, from their configs alone.
 
 A memory is an *addresser* (tokens -> which rows, with what weights), a *table* (the rows) and a *readout*
 (pooled rows -> (B, S, D)). Whoever counts, shards, caches, serves or compares memories asks the parts, and
@@ -25,7 +25,7 @@ Role = Literal["matrix", "weights", "gain", "core"]
 
 
 class Parameter(NamedTuple):
-    """One dense parameter of a memory: what counting, sharding and serving must know of it."""
+    """Describes one dense parameter of a memory: what counting, sharding and serving must know of it."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -51,7 +51,7 @@ class Parameter(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The rows of a table that one memory reads; past the end of the table they go on at its start."""
+    """Names the rows of a table that one memory reads; past the end of the table they go on at its start."""
 
     table: int
     """Which of the tables."""
@@ -63,7 +63,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class TableLayout:
-    """The tables of the memories that have one config, and which rows of them each memory reads."""
+    """Lists the tables of the memories that have one config, and which rows of them each memory reads."""
 
     num_slots: tuple[int, ...]
     """N of each table."""
@@ -72,7 +72,7 @@ class TableLayout:
 
 
 class Stage(NamedTuple):
-    """A stage of addressing in a training step, for floors of its time."""
+    """Describes a stage of addressing in a training step, for floors of its time."""
 
     flops: int
     """Of a token, forward."""
@@ -83,7 +83,7 @@ class Stage(NamedTuple):
 
 
 class MemoryInit(NamedTuple):
-    """How the parts around an addresser start, so that its scores and their values fit each other."""
+    """Says how the parts around an addresser start, so that its scores and their values fit each other."""
 
     values_std: float
     """Standard deviation of the values of a table."""
@@ -97,7 +97,7 @@ class MemoryInit(NamedTuple):
 
 @dataclass(frozen=True)
 class Around:
-    """What a memory must know of the model that it is in."""
+    """Says what a memory must know of the model that it is in."""
 
     embed_dim: int
     """D."""
@@ -116,7 +116,7 @@ class Around:
 
 @dataclass(frozen=True)
 class AddressConfig(Checked):
-    """How a memory finds the rows that a token reads. Subclasses are the kinds, `memory_kinds.ADDRESSERS`.
+    """Says how a memory finds the rows that a token reads. Subclasses are the kinds, `memory_kinds.ADDRESSERS`.
 
     A subclass has the field `kind: Literal["its_name"] = "its_name"` and answers below. `site` is the memory
     in its model (`MemorySite`): its config, its number, and what is around it.
@@ -248,7 +248,7 @@ class AddressConfig(Checked):
 
 @dataclass(frozen=True)
 class ReadoutConfig(Checked):
-    """What a memory makes of the rows it read. Subclasses are the kinds, `memory_kinds.READOUTS`."""
+    """Says what a memory makes of the rows it read. Subclasses are the kinds, `memory_kinds.READOUTS`."""
 
     PREFIX: ClassVar[str] = "readout."
 
@@ -293,7 +293,7 @@ class ReadoutConfig(Checked):
 
 @dataclass(frozen=True)
 class TableConfig(Checked):
-    """The rows of a memory: what they hold, who shares them, where they lie and how they are split."""
+    """Describes the rows of a memory: what they hold, who shares them, where they lie and how they are split."""
 
     PREFIX: ClassVar[str] = "table."
 

@@ -1,10 +1,10 @@
-"""A dict that cannot be changed, for configs that hold others by name."""
+"""Provides a dict that cannot be changed, for configs that hold others by name."""
 
 from typing import Any, NoReturn
 
 
 class Named(dict[str, Any]):
-    """An immutable dict that can be hashed as its values can."""
+    """Maps names to values, cannot be changed, and can be hashed as its values can."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))

@@ -1,4 +1,4 @@
-"""Configs that earlier versions wrote, brought into today's parts."""
+"""Brings configs that earlier versions wrote into today's parts."""
 
 from typing import Any
 

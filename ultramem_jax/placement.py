@@ -1,4 +1,4 @@
-"""Where memories sit: which layer feeds a memory, and where its output lands.
+"""Reads placements: which layer feeds a memory, and where its output lands.
 
 A placement lists memories, joined by `/`, of three kinds:
 

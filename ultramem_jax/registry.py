@@ -1,4 +1,4 @@
-"""Registries: from the name of a kind, as configs write it, to the class that is of that kind."""
+"""Finds the class of a kind by its name, as configs write it."""
 
 import importlib
 from collections.abc import Callable, Mapping

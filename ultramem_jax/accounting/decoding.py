@@ -52,9 +52,9 @@ class DecodeCost:
     """MLPs, or the router and the experts that were chosen, b·L·(experts)·c·D·F bytes; the gain before it."""
     memory: PartCost
     """All of memories that is dense: what finds rows, and what is made of them. Bytes: each weight once.
-    FLOPs: products with the weights, for product keys the scores of all K row and K column keys for every head and
-    rank, and the choice among them. (Where full rank keys share a query, it may meet their sum instead, r
-    times less to multiply; that is not counted.)"""
+    FLOPs: products with the weights, for product keys the scores of all K row and K column keys for every
+    head and rank, and the choice among them. (Where full rank keys share a query, it may meet their sum
+    instead, r times less to multiply; that is not counted.)"""
     memory_rows: PartCost
     """The rows that were chosen: 2·B·R·(d_v + d_p) FLOPs a memory, b_t·(distinct rows)·(d_v + d_p) bytes
     in all."""

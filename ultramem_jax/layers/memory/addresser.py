@@ -1,4 +1,4 @@
-"""What an addresser finds: the contract between how rows are found and all that is done with them."""
+"""Declares what an addresser finds: all that is done with rows begins with it."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 
 
 class Reads(NamedTuple):
-    """The R reads of every token.
+    """Holds the R reads of every token.
 
     An addresser is a Flax module `(h, token_ids, chunk) -> Reads`: h (B, S, D) is what the memory reads in
     the model, token_ids (B, S) int32 the ids of these positions (None where nobody has them), and `chunk`, in

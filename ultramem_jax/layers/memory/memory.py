@@ -1,4 +1,4 @@
-"""A memory layer: its addresser, its table and its readout, one after the other."""
+"""Applies a memory: its addresser, its table and its readout, one after the other."""
 
 import flax.linen as nn
 import jax

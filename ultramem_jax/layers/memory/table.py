@@ -1,4 +1,4 @@
-"""The rows that memories read: values and, where slots are experts, pre-values."""
+"""Declares and looks up the rows that memories read: values and, where slots are experts, pre-values."""
 
 import flax.linen as nn
 import jax
