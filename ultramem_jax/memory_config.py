@@ -159,7 +159,7 @@ def memory_of(address: str, readout: str = "projection", **fields: Any) -> Memor
 
 @dataclass(frozen=True)
 class MemorySite:
-    """Stands for one memory of a model, by `ModelConfig.sites`: what all that counts, shards or makes it asks."""
+    """Stands for one memory of a model (`ModelConfig.sites`): all that counts, shards or makes it asks it."""
 
     group: str
     """Its name in `ModelConfig.memories`; memories of one group have one config."""

@@ -1,4 +1,4 @@
-"""Holds the registries of what a memory is made of: how it addresses rows, and what it makes of those it read."""
+"""Holds the registries of what a memory is made of: how it finds rows, and what it makes of them."""
 
 from typing import TYPE_CHECKING
 

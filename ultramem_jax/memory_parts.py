@@ -116,7 +116,7 @@ class Around:
 
 @dataclass(frozen=True)
 class AddressConfig(Checked):
-    """Says how a memory finds the rows that a token reads. Subclasses are the kinds, `memory_kinds.ADDRESSERS`.
+    """Says how a memory finds the rows that a token reads. Subclasses are kinds, `memory_kinds.ADDRESSERS`.
 
     A subclass has the field `kind: Literal["its_name"] = "its_name"` and answers below. `site` is the memory
     in its model (`MemorySite`): its config, its number, and what is around it.
@@ -293,7 +293,7 @@ class ReadoutConfig(Checked):
 
 @dataclass(frozen=True)
 class TableConfig(Checked):
-    """Describes the rows of a memory: what they hold, who shares them, where they lie and how they are split."""
+    """Describes the rows of a memory: what they hold, who shares them, where they lie, how they are split."""
 
     PREFIX: ClassVar[str] = "table."
 
