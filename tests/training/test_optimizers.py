@@ -179,10 +179,9 @@ def test_moments_on_a_mesh_lie_as_their_parameters(optimizer):
 RULES = {
     "adamw_catch_up": dict(optimizer="lion", row_second_moment="row", row_moment_dtype="bfloat16"),
     "adagrad": dict(row_moment_dtype="bfloat16"),
-    "adagrad_row": dict(),
     "sgd": dict(optimizer="muon"),
-    "sgd_momentum": dict(),
 }
+"""One that keeps numbers of each kind, one that keeps one, and one that keeps none."""
 
 
 @pytest.mark.usefixtures("one_device")
