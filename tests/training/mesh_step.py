@@ -46,8 +46,8 @@ class Compiled(NamedTuple):
     axes: MeshAxes
 
 
-@functools.cache
-def compiled(config, alone=False):
+def lowered(config, alone=False):
+    """The step before it is compiled, its state's shapes, and the axes."""
     axes = one_device() if alone else mesh_axes(config, make_mesh(config.mesh))
     optimizers = make_optimizers(config)
     abstract = abstract_state(config, optimizers, axes)
@@ -59,7 +59,13 @@ def compiled(config, alone=False):
         donate_argnums=0,
         out_shardings=(shardings, axes.sharding()),
     )
-    return Compiled(step.lower(abstract, tokens).compile(), abstract, axes)
+    return step.lower(abstract, tokens), abstract, axes
+
+
+@functools.cache
+def compiled(config, alone=False):
+    step, abstract, axes = lowered(config, alone)
+    return Compiled(step.compile(), abstract, axes)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.compiled_size import memory_analysis
 from tests.training.small_run import scalars
 from ultramem_jax import UserError
 from ultramem_jax.data import load_corpus
@@ -183,7 +184,7 @@ def test_it_is_made_in_micro_batches_and_needs_no_more_memory_than_a_step(config
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-6)
 
-    evaluation_bytes = evaluate_batch.lower(model_variables(state), *shapes).compile().memory_analysis()
+    evaluation_bytes = memory_analysis(evaluate_batch.lower(model_variables(state), *shapes))
     step = jax.jit(make_train_step(wide, optimizers), donate_argnums=0)
-    step_bytes = step.lower(state, jax.ShapeDtypeStruct((64, 17), np.int32)).compile().memory_analysis()
+    step_bytes = memory_analysis(step.lower(state, jax.ShapeDtypeStruct((64, 17), np.int32)))
     assert evaluation_bytes.temp_size_in_bytes <= step_bytes.temp_size_in_bytes
