@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.compiled_size import memory_analysis
 from tests.training.small_run import scalars
+from tests.users_compiler import memory_analysis
 from ultramem_jax import UserError
 from ultramem_jax.data import load_corpus
 from ultramem_jax.parallel.mesh import one_device as first_device

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compiled_size import memory_analysis
+from tests.users_compiler import memory_analysis
 from ultramem_jax.config import ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.transformer import table_readers

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from tests.compiled_size import memory_analysis
 from tests.training.mesh_step import (
     MEMORY,
     MICRO_BATCHES,
@@ -15,6 +14,7 @@ from tests.training.mesh_step import (
     lowered,
     run_config,
 )
+from tests.users_compiler import memory_analysis
 from ultramem_jax.accounting import step_transfers
 from ultramem_jax.config import MeshConfig, MoEConfig
 from ultramem_jax.parallel.collectives import collectives_of, summary

@@ -19,6 +19,7 @@ from tests.training.mesh_step import (
     run,
     run_config,
 )
+from tests.users_compiler import fuse_as_for_users
 from ultramem_jax.config import DataConfig, MeshConfig
 from ultramem_jax.ops import chunks
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device
@@ -110,7 +111,8 @@ def test_rounded_tables_are_those_of_one_device():
     assert (np.asarray(ours) != theirs).mean() < 1e-3
 
 
-def test_a_fresh_state_lies_on_the_mesh_and_holds_the_numbers_of_one_device():
+def test_a_fresh_state_lies_on_the_mesh_and_holds_the_numbers_of_one_device(monkeypatch):
+    fuse_as_for_users(monkeypatch)
     # More than one block is drawn, and the last one overlaps; parts begin inside of blocks.
     memory = V2.changed(partition="both", num_keys=272, value_dim=16, pre_value_dim=4, placement="1:1")
     config = run_config(memory, TWO_AXES)
