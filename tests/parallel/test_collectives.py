@@ -1,5 +1,7 @@
 """Collectives of compiled programs and of HLO text by hand, to the byte."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,9 @@ class TestKindsAndAxes:
         self._check(exchange, mesh, "all-to-all", (PART, PART, PART * (size - 1) // size), in_order, size)
 
     def test_permute(self, mesh, axes, in_order, size):
+        if jax.__version_info__ >= (0, 11) and isinstance(axes, tuple):
+            axes = tuple(sorted(axes, key=AXES.index))  # it takes no other order
+
         def shift(x):
             return lax.ppermute(x, axes, [(i, (i + 1) % size) for i in range(size)])
 
@@ -156,7 +161,8 @@ class TestLoops:
             ("all-reduce", ("memory",)): 15 * 2 * PART * 3 // 4,
             ("all-gather", ("data",)): 5 * PART,
         }
-        assert found["all-reduce"].op_name.endswith("while/body/closed_call/psum")
+        # jax 0.10 calls the body of the scan "closed_call", 0.11 "eval_jaxpr".
+        assert re.search(r"while/body/(closed_call|eval_jaxpr)/psum$", found["all-reduce"].op_name)
 
     def test_a_condition_a_branch_and_a_count_that_is_not_known(self, mesh):
         def f(x):

@@ -371,7 +371,8 @@ def test_a_live_view_is_the_arrays_memory(dtype):
     array = jnp.arange(12, dtype=dtype).reshape(3, 4)
     view = LiveView.of(array)
     assert view.dtype == array.dtype
-    np.testing.assert_array_equal(view, array)
+    # Not beside the array: once NumPy looked at one in bfloat16, jax 0.11 no longer donates its buffer.
+    np.testing.assert_array_equal(view, np.arange(12).reshape(3, 4))
     changed = jax.jit(lambda a: a.at[1].set(7), donate_argnums=0)(array).block_until_ready()
     np.testing.assert_array_equal(view, changed)
     assert view[1, 0] == 7
