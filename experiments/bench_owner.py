@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from experiments import report
 from ultramem_jax.errors import require, whole_number
-from ultramem_jax.ops.lookup import pool, score_products
+from ultramem_jax.ops.lookup import pooled_lookup, score_products
 from ultramem_jax.ops.owned_rows import owned_reads, pool_owned, score_products_owned
 
 PARTS = flags.DEFINE_list("parts", ["1", "2", "4", "8", "16", "32", "64"], "numbers of owners P")
@@ -101,7 +101,7 @@ def _operations(p: int) -> tuple[dict[str, Callable[..., Any]], Callable[..., An
         "slots forward": by_slots(lambda t, o, blocks, s, v: pool_owned(t, o, blocks, s, BLOCKS)),
         "slots backward": by_slots(lambda t, o, blocks, s, v: score_products_owned(t, o, blocks, v, CORES)),
         "width forward": jax.jit(
-            lambda t, n, slots, blocks, s, v: pool(n, slots, blocks, s[..., :cores], BLOCKS)
+            lambda t, n, slots, blocks, s, v: pooled_lookup(n, slots, blocks, s[..., :cores], BLOCKS)
         ),
         "width backward": jax.jit(
             lambda t, n, slots, blocks, s, v: score_products(n, slots, blocks, v[..., :columns], cores)

@@ -43,41 +43,10 @@ class RowGradients(NamedTuple):
     """(U, d_v) float32; zero past the last row read."""
 
 
-def pool(
-    table: jax.Array,
-    slots: jax.Array,
-    blocks: jax.Array,
-    scores: jax.Array,
-    expansion: int,
-    apart: bool = False,
-) -> jax.Array:
-    """`pooled_lookup` without a derivative."""
-    if apart:
-
-        def weigh(slots: jax.Array, scores: jax.Array) -> jax.Array:
-            return weighed_rows(take_rows(table, slots).astype(scores.dtype), scores)
-
-        return map_chunks(weigh, slots.shape[1] * table.shape[1], slots, scores)
-
-    def pool_chunk(slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
-        # Every core weighs whole rows, though but a slice of each counts: to cut the rows into slices, XLA on
-        # CPU would gather them in the order of the slices, three times as slowly.
-        rows = take_rows(table, slots).astype(scores.dtype)
-        tokens, width, cores = len(slots), rows.shape[-1], scores.shape[-1]
-        weights = _block_weights(blocks, scores, expansion).reshape(tokens, -1, expansion * cores)
-        by_core = jnp.einsum("tjq,tjd->tqd", weights, rows).reshape(
-            tokens, expansion, cores, cores, width // cores
-        )
-        return jnp.stack([by_core[:, :, core, core] for core in range(cores)], axis=2)
-
-    pooled = map_chunks(pool_chunk, slots.shape[1] * table.shape[1], slots, blocks, scores)
-    return pooled.reshape(slots.shape[0], expansion, table.shape[1])
-
-
 def score_products(
     table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, cores: int, apart: bool = False
 ) -> jax.Array:
-    """Products of every row read with the vector of its block, slice by slice: `pool`'s derivative by scores.
+    """Products of rows read with the vectors of their blocks: the derivative of `pooled_lookup` by scores.
 
     Args:
         table: (N, d_v), as `ultramem_jax.ops.rows` stores it.
@@ -91,17 +60,13 @@ def score_products(
         (T, R, h).
     """
     expansion, dtype = vectors.shape[1], vectors.dtype
-    if apart:
-
-        def of_rows(slots: jax.Array, vectors: jax.Array) -> jax.Array:
-            return slice_sums(take_rows(table, slots).astype(dtype) * vectors, cores)
-
-        return map_chunks(of_rows, 2 * slots.shape[1] * table.shape[1], slots, vectors)
 
     def multiply(slots: jax.Array, blocks: jax.Array, vectors: jax.Array) -> jax.Array:
-        first = jnp.arange(0, blocks.shape[0] * expansion, expansion, dtype=blocks.dtype)[:, None]
-        of_blocks = vectors.reshape(-1, vectors.shape[-1])
-        of_reads = of_blocks.at[first + blocks].get(mode="promise_in_bounds")
+        of_reads = vectors
+        if not apart:
+            first = jnp.arange(0, blocks.shape[0] * expansion, expansion, dtype=blocks.dtype)[:, None]
+            of_blocks = vectors.reshape(-1, vectors.shape[-1])
+            of_reads = of_blocks.at[first + blocks].get(mode="promise_in_bounds")
         return slice_sums(take_rows(table, slots).astype(dtype) * of_reads, cores)
 
     return map_chunks(multiply, 2 * slots.shape[1] * table.shape[1], slots, blocks, vectors)
@@ -138,7 +103,22 @@ def pooled_lookup(
     Returns:
         (T, E, d_v). Differentiable in `table` (a dense gradient, for the dense way of training) and `scores`.
     """
-    return pool(table, slots, blocks, scores, expansion, apart)
+
+    def pool(slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
+        rows = take_rows(table, slots).astype(scores.dtype)
+        if apart:
+            return weighed_rows(rows, scores)
+        # Every core weighs whole rows, though but a slice of each counts: to cut the rows into slices, XLA on
+        # CPU would gather them in the order of the slices, three times as slowly.
+        tokens, width, cores = len(slots), rows.shape[-1], scores.shape[-1]
+        weights = _block_weights(blocks, scores, expansion).reshape(tokens, -1, expansion * cores)
+        by_core = jnp.einsum("tjq,tjd->tqd", weights, rows).reshape(
+            tokens, expansion, cores, cores, width // cores
+        )
+        return jnp.stack([by_core[:, :, core, core] for core in range(cores)], axis=2)
+
+    pooled = map_chunks(pool, slots.shape[1] * table.shape[1], slots, blocks, scores)
+    return pooled.reshape(slots.shape[0], expansion, table.shape[1])
 
 
 def _forward(table, slots, blocks, scores, expansion, apart):

@@ -41,7 +41,7 @@ def owned_reads(slots: jax.Array, first: jax.Array, num_rows: int) -> OwnedReads
 def pool_owned(
     table: jax.Array, owned: OwnedReads, blocks: jax.Array, scores: jax.Array, expansion: int
 ) -> jax.Array:
-    """The part of `lookup.pool` that owned rows contribute.
+    """The part of `lookup.pooled_lookup` that owned rows contribute.
 
     Args:
         table: (N/P, d_v), the rows owned.

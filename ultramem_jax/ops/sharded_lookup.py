@@ -324,11 +324,11 @@ def _own_cores(axes: MeshAxes, cores: int) -> tuple[Any, int]:
 
 
 def _pool(axes, table, slots, blocks, scores, expansion, split=True, apart=False):
-    """`lookup.pool` of this device's rows and columns; without `split` one score weighs whole rows."""
+    """`lookup.pooled_lookup` of its own rows and columns; without `split` one score weighs whole rows."""
     if split:
         scores = own_cores(axes, scores)
     if not axes.slots:
-        return lookup.pool(table, slots, blocks, scores, expansion, apart)
+        return lookup.pooled_lookup(table, slots, blocks, scores, expansion, apart)
     owned = owned_reads(slots, first_slot(axes, table.shape[0]), table.shape[0])
     return pool_owned(table, owned, blocks, scores, expansion)
 
