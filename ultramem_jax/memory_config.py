@@ -83,9 +83,15 @@ class MemoryConfig(Checked):
         return 1 if self.readout.sums_blocks else self.address.num_blocks
 
     @property
-    def has_weights(self) -> bool:
-        """Whether reads have weights that are no constants: the addresser's, or products with pre-values."""
-        return self.address.weighs_reads or self.table.pre_value_dim > 0
+    def reads_apart(self) -> bool:
+        """Whether every read is pooled alone: read j is block j."""
+        return self.address.reads_apart and not self.readout.sums_blocks
+
+    @property
+    def varying_weights(self) -> int:
+        """h, weights of a read, from the addresser or products with pre-values; 0 where all are ones."""
+        varies = self.address.weighs_reads or self.table.pre_value_dim > 0
+        return self.address.weights_per_read if varies else 0
 
     def resized(self, num_slots: float) -> "MemoryConfig":
         """Returns the memory whose own slots are nearest to that many."""
@@ -237,7 +243,7 @@ class MemorySite:
     @property
     def lookup_flops(self) -> int:
         """FLOPs of a token's lookup: 2·R·(d_v + d_p), or 0 where rows are taken as they are."""
-        sums = self.config.has_weights or self.config.readout.sums_blocks
+        sums = self.config.varying_weights > 0 or self.config.readout.sums_blocks
         reads = self.config.reads_per_token if sums else 0
         return 2 * reads * self.config.table.row_dim
 

@@ -176,7 +176,7 @@ def exchange_bytes(site: MemorySite, tokens: int, parts: int) -> Exchange:
     memory, size = site.config, DTYPE_BYTES[site.around.dtype]
     reads, others = tokens * memory.reads_per_token, parts - 1
     addresses = others * reads * _address_bytes(memory)
-    scores = others * reads * memory.address.weights_per_read * size if memory.has_weights else 0
+    scores = others * reads * memory.varying_weights * size
     pooled = tokens * memory.num_blocks * memory.table.value_dim * size
     return Exchange(
         slots=addresses + scores + others * pooled,
@@ -195,17 +195,15 @@ def _address_bytes(memory: MemoryConfig) -> int:
 def _lookup(transfers: _Transfers, site: MemorySite, tokens: int) -> None:
     """Forward and backward of one memory, for T_g tokens."""
     memory, size = site.config, DTYPE_BYTES[site.around.dtype]
-    weights = memory.address.weights_per_read
     reads = tokens * memory.reads_per_token
+    scores = reads * memory.varying_weights * size
     pooled = tokens * memory.num_blocks * memory.table.value_dim * size
     vectors = tokens * memory.table.pre_value_dim * size
     transfers.to_owners("reads to owners", reads * _address_bytes(memory))
-    if memory.has_weights:
-        transfers.to_owners("scores to owners", reads * weights * size)
+    transfers.to_owners("scores to owners", scores)
     transfers.sums_to_tokens("pooled sums to tokens", pooled)
     transfers.columns_to_owners("cotangents to owners", pooled)
-    if memory.has_weights:
-        transfers.to_tokens("score gradients to tokens", reads * weights * size)
+    transfers.to_tokens("score gradients to tokens", scores)
     if memory.table.pre_value_dim:
         transfers.columns_to_owners("inputs of pre-values to owners", vectors)
         transfers.to_tokens("products to tokens", reads * size)
@@ -223,8 +221,7 @@ def _row_updates(
         return
     reads = tokens * memory.reads_per_token
     parts = groups.size(groups.width)
-    scores = memory.address.weights_per_read * size if memory.has_weights else 0
-    gathered = reads * (_address_bytes(memory) + scores)
+    gathered = reads * (_address_bytes(memory) + memory.varying_weights * size)
     gathered += tokens * memory.num_blocks * table.value_dim // parts * size
     if table.pre_value_dim:
         gathered += tokens * table.pre_value_dim // parts * size + reads * size

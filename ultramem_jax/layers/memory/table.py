@@ -71,9 +71,8 @@ class Table(nn.Module):
         self, values: jax.Array, slots: jax.Array, blocks: jax.Array, weights: jax.Array
     ) -> jax.Array:
         config = self.site.config
-        apart = config.address.reads_apart and not config.readout.sums_blocks
         sums, weights = sharded_lookup.pooled_at_owners(
-            values, slots, blocks, weights, config.num_blocks, apart
+            values, slots, blocks, weights, config.num_blocks, config.reads_apart
         )
         sow(self, "reads", "weights", weights)
         return sharded_lookup.pooled_at_tokens(self._perturbed("pooled", sums))
