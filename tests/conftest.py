@@ -6,13 +6,13 @@ import tempfile
 
 import jax
 
+from tests.users_compiler import OLDER_FUSIONS
+
 # Tests compile much and compute little. LLVM, which makes machine code of what XLA has optimized, may leave
 # out what pays for itself on long runs alone: a third of the time of a training step's tests. And fusions are
-# made in XLA's older way, which is another third faster to compile; jax 0.11 has only the newer one.
-_FLAGS = ["--xla_backend_optimization_level=0"]
-if jax.__version_info__ < (0, 11):
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
+# made in XLA's older way, where it has one.
+_FLAGS = (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", OLDER_FUSIONS)
+os.environ["XLA_FLAGS"] = " ".join(filter(None, _FLAGS))
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -1,24 +1,16 @@
 """The code of docs/guides runs; that of add_a_memory.md in tests/layers/test_add_a_memory.py."""
 
-import pathlib
-import re
-
 import numpy as np
 
+from tests.documents import GUIDES, local_links, python_blocks
 from tests.interop import test_engram as engram
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.interop.reference_torch import write_safetensors
 
-GUIDES = pathlib.Path(__file__).parents[1] / "docs" / "guides"
-
-
-def _blocks(name):
-    return re.findall(r"```python\n(.*?)```", (GUIDES / name).read_text(), re.DOTALL)
-
 
 def test_the_models_of_the_guide_to_engram():
     names: dict = {}
-    exec(_blocks("engram.md")[0], names)
+    exec(python_blocks(GUIDES / "engram.md")[0], names)
     model = names["model"]
     assert [site.name for site in model.sites] == ["engram_0", "engram_1", "ultramem_0"]
     assert all(site.num_slots % 64 == 0 for site in model.sites if site.group == "engram")
@@ -30,12 +22,12 @@ def test_the_weights_of_the_guide_to_engram(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_safetensors("engram.safetensors", state)
     names = {"hyper": hyper, "x": x, "token_ids": token_ids}
-    exec(_blocks("engram.md")[1], names)
+    exec(python_blocks(GUIDES / "engram.md")[1], names)
     expected = engram.expected_output(hyper, state, x, engram.expected_slots(hyper, state, token_ids))
     np.testing.assert_allclose(names["y"], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_links_lead_somewhere():
     for guide in GUIDES.glob("*.md"):
-        for link in re.findall(r"\]\((?!http)([^)#]+)", guide.read_text()):
+        for link in local_links(guide):
             assert (guide.parent / link).exists(), (guide.name, link)

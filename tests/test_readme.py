@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from tests.documents import ROOT, local_links, python_blocks
 from tests.interop import synthetic
 from ultramem_jax.interop.reference_torch import read_safetensors, write_safetensors
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README = ROOT / "README.md"
+BLOCKS = python_blocks(README)
 
 
 def test_the_library_example_runs():
@@ -33,14 +34,15 @@ def test_the_example_of_the_authors_weights_runs(tmp_path, monkeypatch):
     synthetic.equal_states(read_safetensors("again.safetensors"), state)
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))
+@pytest.mark.parametrize("link", local_links(README))
 def test_links_lead_somewhere(link):
-    assert (pathlib.Path(__file__).parents[1] / link).exists()
+    assert (ROOT / link).exists()
 
 
 def test_every_config_field_that_it_names_exists():
     from ultramem_jax.presets import families
 
-    table = README[README.index("| change | field") :].split("\n\n")[0]
+    text = README.read_text()
+    table = text[text.index("| change | field") :].split("\n\n")[0]
     named = re.findall(r"`([a-z_]+)`", "".join(row.split("|")[2] for row in table.splitlines()[2:]))
     assert len(named) >= 11 and all(families.ultramem().find(name) for name in named)

@@ -1,0 +1,17 @@
+"""Reads code and links of README and guides, for tests that try them."""
+
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parents[1]
+GUIDES = ROOT / "docs" / "guides"
+
+
+def python_blocks(document: pathlib.Path) -> list[str]:
+    """Returns the blocks of Python of a Markdown file, in its order."""
+    return re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+
+
+def local_links(document: pathlib.Path) -> list[str]:
+    """Returns the targets, without anchors, of a Markdown file's links that lead to other files."""
+    return re.findall(r"\]\((?!http)([^)#]+)", document.read_text())
