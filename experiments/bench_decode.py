@@ -66,9 +66,17 @@ RATIO_DTYPES = flags.DEFINE_list("ratio_dtypes", ["float32", "bfloat16"], "of it
 RESULTS = flags.DEFINE_string("results", "experiments/results/bench_decode", "folder of tables and figures")
 REDRAW = flags.DEFINE_bool("redraw", False, "measure nothing: tables and figures of the .json files there")
 
-_SYSTEMS = {"dense": "dense", "moe": "moe", "olmoe": "moe", "pkm": "pkm", "memory-plus": "memory-plus"}
-_SYSTEMS |= {"engram": "engram"}
-_SYSTEMS |= {"ultramem-v2": "ultramem-v2", "ultramem": "ultramem", "peer": "peer"}
+_SYSTEMS = {
+    "dense": "dense",
+    "moe": "moe",
+    "olmoe": "moe",
+    "pkm": "pkm",
+    "memory-plus": "memory-plus",
+    "engram": "engram",
+    "ultramem-v2": "ultramem-v2",
+    "ultramem": "ultramem",
+    "peer": "peer",
+}
 """How the name of a preset begins -> its system in tables and figures."""
 _SHARE_OF_FREE = 0.8
 """The rest is for compiling, and for what a step needs beside its weights."""

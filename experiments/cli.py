@@ -195,12 +195,8 @@ def _spelled_out(argument: str, tree: dict[str, Any]) -> str:
     if field not in memory:
         parts = [part for part, fields in memory.items() if isinstance(fields, dict) and field in fields]
         if not parts:
-            known = [
-                *memory,
-                *(one for fields in memory.values() if isinstance(fields, dict) for one in fields),
-            ]
-            known = [name for name in known if name != "kind"]
-            raise unknown(f"config key 'model.memory.{match[2]}':", field, known)
+            known = set(memory).union(*(fields for fields in memory.values() if isinstance(fields, dict)))
+            raise unknown(f"config key 'model.memory.{match[2]}':", field, known - {"kind"})
         field = f"{parts[0]}.{field}"
     path = ".".join(["model.memories", name, field, *inner])
     return f"{match[1]}config.{path}{match[3]}"

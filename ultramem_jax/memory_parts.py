@@ -233,7 +233,7 @@ class AddressConfig(Checked):
 
     @property
     def slots_hint(self) -> str:
-        """What changes the slots so that owners divide them, in parentheses; empty where nothing does."""
+        """The field that makes the slots divisible by their owners, in parentheses; empty where none does."""
         return ""
 
     @property

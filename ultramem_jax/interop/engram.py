@@ -77,10 +77,8 @@ class EngramReference:
         require(canonical <= vocab, "hyper.canonical_vocab_size", canonical, allowed)
         gate_eps, conv_eps = _epsilons(hyper)
         taps = integer(hyper, "kernel_size")
-        seed, pad = (
-            integer(hyper, "seed", low=0, high=_MOST_SEED, why="seeds have 32 bits"),
-            integer(hyper, "pad_id", low=0),
-        )
+        seed = integer(hyper, "seed", low=0, high=_MOST_SEED, why="seeds have 32 bits")
+        pad = integer(hyper, "pad_id", low=0)
 
         def make() -> MemoryConfig:
             return memory_of(
@@ -147,8 +145,9 @@ def _epsilons(hyper: Mapping[str, Any]) -> tuple[float, float]:
     """Those of the gate's norms, 0 for the machine epsilon, and of the norm before the convolution."""
     eps = hyper.get("norm_eps") or {}
     require(isinstance(eps, Mapping), "hyper.norm_eps", eps, "must be a dict of 'gate' and 'conv'")
-    gate_eps = 0.0 if eps.get("gate") is None else number(eps, "gate", "norm_eps.")
+    gate_eps = 0.0
     if eps.get("gate") is not None:
+        gate_eps = number(eps, "gate", "norm_eps.")
         guards_a_denominator("hyper.norm_eps.gate", gate_eps)
     conv_eps = _CONV_EPS if eps.get("conv") is None else number(eps, "conv", "norm_eps.")
     guards_a_denominator("hyper.norm_eps.conv", conv_eps)

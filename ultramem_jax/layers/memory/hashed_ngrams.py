@@ -51,8 +51,8 @@ class HashedNgrams(AddressConfig):
     pad_id: int = 0
     """The token that stands before the start of a sequence."""
     seed: int = 0
-    """Of the multipliers of the hash. N-gram memories of several names in one model need different ones;
-    their primes differ within a name."""
+    """The seed of the hash's multipliers. N-gram memories of several names in one model need different ones;
+    within a name, each memory has multipliers and primes of its own."""
     row_multiple: int = 1
     """The table's rows are rounded up to a multiple of it, so that the devices of a mesh divide them."""
 
@@ -149,7 +149,7 @@ class HashedNgrams(AddressConfig):
             memory.table.sharing == "none", "table.sharing", "must be 'none': each memory has its own hash"
         )
 
-    def check_beside(self, others: "Sequence[AddressConfig]") -> None:
+    def check_beside(self, others: Sequence[AddressConfig]) -> None:
         """Refuses another n-gram memory with the same hash."""
         same = any(isinstance(other, HashedNgrams) and other.seed == self.seed for other in others)
         self.require(not same or self.exact, "seed", "must differ from that of another n-gram memory")
@@ -205,10 +205,9 @@ class HashedNgrams(AddressConfig):
         """Returns the config with the number of canonical ids of a tokenizer; none if each is its own."""
         its_own = (canonical_ids == np.arange(len(canonical_ids))).all()
         number = 0 if its_own else int(canonical_ids.max()) + 1
-        require(
+        self.require(
             self.num_canonical_ids in (0, number),
-            "address.num_canonical_ids",
-            self.num_canonical_ids,
+            "num_canonical_ids",
             f"must be 0, or the {number} of this run's tokenizer",
         )
         return dataclasses.replace(self, num_canonical_ids=number)
