@@ -26,7 +26,7 @@ $(VENV)/dev.stamp: requirements-dev.txt $(VENV)/runtime.stamp
 	@touch $@
 
 demo: $(VENV)/runtime.stamp
-	$(BIN)/python launch.py train --config=experiments/configs/demo.py --sample=300
+	$(BIN)/python launch.py train --config=demo --sample=300
 
 compare: $(VENV)/runtime.stamp
 	$(BIN)/python launch.py compare --config=experiments/configs/compare.py --systems=ultramem,dense,moe,pkm

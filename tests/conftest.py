@@ -6,7 +6,7 @@ import tempfile
 
 import jax
 
-from tests.users_compiler import OLDER_FUSIONS
+from tests.support.users_compiler import OLDER_FUSIONS
 
 # Tests compile much and compute little. LLVM, which makes machine code of what XLA has optimized, may leave
 # out what pays for itself on long runs alone: a third of the time of a training step's tests. And fusions are

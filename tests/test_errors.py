@@ -2,10 +2,10 @@
 
 import pytest
 
-from experiments.arguments import take_integer
+from ultramem_jax.cli.arguments import take_integer
+from ultramem_jax.config.placement import parse_placement
 from ultramem_jax.errors import UserError, whole_number
 from ultramem_jax.parallel.distributed import Membership
-from ultramem_jax.placement import parse_placement
 from ultramem_jax.training.checkpoints import Checkpoints
 
 NO_NUMBERS = {

@@ -1,4 +1,4 @@
-"""Who imports whom: kinds of memories are resolved by the registry alone, and counting needs no JAX."""
+"""Imports run one way, only the registry resolves kinds of memories, and counting needs no JAX."""
 
 import ast
 import pathlib
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ultramem_jax.memory_kinds import ADDRESSERS, READOUTS
+from ultramem_jax.config.memory_kinds import ADDRESSERS, READOUTS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "ultramem_jax"
@@ -22,6 +22,63 @@ def _imports(path):
         elif isinstance(node, ast.ImportFrom):
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+FLOORS = (
+    # A module imports from floors below its own, and from its own room.
+    ("ultramem_jax.errors", "ultramem_jax.files"),
+    ("ultramem_jax.registry",),
+    ("ultramem_jax.config",),
+    ("ultramem_jax",),
+    ("ultramem_jax.accounting", "ultramem_jax.ops", "ultramem_jax.presets"),
+    ("ultramem_jax.baselines", "ultramem_jax.layers", "ultramem_jax.parallel", "ultramem_jax.recipes"),
+    ("ultramem_jax.cli", "ultramem_jax.data", "ultramem_jax.interop"),
+    ("ultramem_jax.models", "ultramem_jax.reporting"),
+    ("ultramem_jax.training",),
+    ("ultramem_jax.planning",),
+    ("ultramem_jax.commands",),
+    ("ultramem_jax.__main__", "experiments", "experiments.configs"),
+    ("experiments.common",),
+    tuple(
+        f"experiments.{name}"
+        for name in ("ablate", "bench_decode", "bench_owner", "bench_step", "compare", "row_states")
+    ),
+    ("launch",),
+)
+HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def _module(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _room(module):
+    """The longest name in `FLOORS` that a module is, or lies in."""
+    parts = module.split(".")
+    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((name for name in names if name in HEIGHT), None)
+
+
+MODULES = {_module(path): path for top in (PACKAGE, ROOT / "experiments") for path in top.rglob("*.py")}
+MODULES["launch"] = ROOT / "launch.py"
+
+
+def test_every_module_lies_in_a_room():
+    own = {"ultramem_jax", "experiments"}
+    lost = [module for module in MODULES if module not in own and _room(module) in own]
+    assert not lost
+
+
+def test_no_import_runs_upward():
+    upward = []
+    for module, path in MODULES.items():
+        own = _room(module)
+        for imported in set(_imports(path)) & MODULES.keys():
+            room = _room(imported)
+            if room != own and HEIGHT[room] >= HEIGHT[own]:
+                upward.append(f"{module} imports {imported}")
+    assert not upward
 
 
 def _of_kinds():
@@ -51,17 +108,12 @@ def test_nobody_imports_a_kind_of_memory(path):
     assert found <= ALLOWED.get(str(path.relative_to(PACKAGE)), set())
 
 
-FOLDERS = ("accounting", "parallel", "models", "training")
-FILES = (
-    "config",
-    "exchange_shapes",
-    "step_costs",
-    "rivals",
-    "matching",
-    "allocation",
-    "layers/memory/memory",
+CONFIGS = ("data", "mesh", "model", "run", "train", "trees", "exchange_shapes")
+ASKING = (
+    *("accounting", "baselines", "parallel", "models", "planning", "training"),
+    *(f"config/{name}.py" for name in CONFIGS),
+    "layers/memory/memory.py",
 )
-ASKING = (*FOLDERS, "layers/memory/memory.py", *(f"{name}.py" for name in FILES))
 
 
 @pytest.mark.parametrize("name", ASKING)

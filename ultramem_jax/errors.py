@@ -13,15 +13,15 @@ thousands of digits with an error of its own; nothing here counts to 10¹⁸."""
 class UserError(ValueError):
     """Bad input. Its message is one line that names the field, the value and what is allowed.
 
-    `launch.py` prints the message alone, without a traceback, and exits with status 2.
+    The command line prints only the message, without a traceback, and exits with status 2.
     """
 
 
 class Stopped(Exception):
     """A signal ended the work early, and it is saved: the same command goes on from there.
 
-    `launch.py` prints the message and exits with `STATUS`: scripts can tell it from work that is done (0) and
-    from a failure.
+    The command line prints the message and exits with `STATUS`: scripts can tell it from work that is
+    done (0) and from a failure.
     """
 
     STATUS = 75

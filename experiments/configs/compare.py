@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from experiments.configs import demo
 from ultramem_jax import RunConfig
+from ultramem_jax.recipes import demo
 
 
 def get_config() -> RunConfig:

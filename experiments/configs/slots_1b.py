@@ -1,6 +1,6 @@
 """A language model with 1,073,741,824 slots in four memories, on 256 devices.
 
-    python launch.py plan --config=experiments/configs/slots_1b.py --partition=slots,width --rival=moe
+    python launch.py plan --config=experiments/configs/slots_1b.py --partition=slots,width --baseline=moe
 
 Values and first moments are bfloat16, of second moments there is one per row: 260 bytes a slot and one for
 the record of slots seen, 280 GB in all. 64 devices along `memory` share them, and so does each of the four

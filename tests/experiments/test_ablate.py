@@ -9,8 +9,9 @@ from decimal import Decimal
 
 import pytest
 
-from experiments import ablate_tables, seeds
-from experiments.ablate_tables import Difference, in_words, make_study, rank_correlation, write
+from experiments.ablate import tables
+from experiments.ablate.tables import Difference, in_words, make_study, rank_correlation, write
+from experiments.common import seeds
 from experiments.configs import ablate as ablate_config
 from experiments.configs import ablate_151m
 from ultramem_jax import ModelConfig, UserError
@@ -37,13 +38,13 @@ def _results(study, losses, noise=(0.0, 0.5)):
 
 
 def test_a_model_of_two_names_is_trained_once_and_always_under_the_same_one():
-    whole = make_study("tiny", ablate_tables.PARTS)
+    whole = make_study("tiny", tables.PARTS)
     assert len(whole.trained) == 20 and set(RUNGS) <= set(whole.trained)
     assert whole.trained_as["ive-e4"] == "ladder-07-ive"
     ive = make_study("tiny", ["ive"])
     assert list(ive.trained) == ["ladder-06-query-key-ln", "ladder-07-ive", "ive-e9", "ive-e16"]
     assert ive.trained_as["ive-e4"] == "ladder-07-ive"
-    for part in ablate_tables.PARTS:
+    for part in tables.PARTS:
         study = make_study("151m", [part])
         assert set(study.trained) <= set(whole.trained)
 
@@ -69,7 +70,7 @@ def test_the_config_for_the_paper_s_sizes_has_the_paper_s_training():
     assert (train.weight_decay, train.b1, train.b2) == (0.1, 0.9, 0.95)
     assert (config.data.dataset, config.data.tokenizer) == ("tfds:c4/en", "bpe")
     assert config.model == ModelConfig()
-    models = make_study("151m", ablate_tables.PARTS).trained.values()
+    models = make_study("151m", tables.PARTS).trained.values()
     assert {model.vocab_size for model in models} == {config.data.bpe_vocab_size}
     assert {model.dropout for model in models} == {0.1}
 
@@ -164,7 +165,7 @@ def test_two_rungs_end_to_end_and_again_without_training(run, text, tmp_path, mo
         },
     )
     monkeypatch.setitem(ladders._SHAPES, "tiny", small)
-    monkeypatch.setattr(ablate_tables, "GRID", GRID[:1])
+    monkeypatch.setattr(tables, "GRID", GRID[:1])
     command = ["ablate", "--parts=ive", "--seeds=1", *text, "--config.data.seq_len=16"]
     command += [f"--workdir={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}"]
     command += ["--config.train.steps=2", "--config.train.eval_every=1", "--config.train.eval_batches=1"]

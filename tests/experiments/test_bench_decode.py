@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import machine
-from experiments.decode_model import (
+from experiments.bench_decode.model import (
     full_cache,
     part_programs,
     random_variables,
@@ -17,7 +16,8 @@ from experiments.decode_model import (
     step_program,
     with_sparsity,
 )
-from experiments.decode_records import DecodeStudy
+from experiments.bench_decode.records import DecodeStudy
+from experiments.common import machine
 from ultramem_jax.config import MoEConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.serving import prepare_for_decoding

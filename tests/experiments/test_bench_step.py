@@ -6,14 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import bench_tables, machine, step_study
-from experiments.machine import Rates
-from experiments.memory_step import WAYS, MemoryLayer, Way, bench_config, bench_memory
-from experiments.step_parts import PARTS, PartTimes
-from experiments.step_study import PartsResult, StepResult
-from experiments.step_timing import Need, Timing, groups_that_fit, needed, spread
+from experiments.bench_step import study as step_study
+from experiments.bench_step import tables as bench_tables
+from experiments.bench_step.memory_step import WAYS, MemoryLayer, Way, bench_config, bench_memory
+from experiments.bench_step.parts import PARTS, PartTimes
+from experiments.bench_step.study import PartsResult, StepResult
+from experiments.bench_step.timing import Need, Timing, groups_that_fit, needed, spread
+from experiments.common import machine
+from experiments.common.machine import Rates
 from ultramem_jax.accounting import PartCost
-from ultramem_jax.step_costs import memory_step_costs
+from ultramem_jax.accounting.step_costs import memory_step_costs
 
 RATES = Rates(flops_per_second=1e9, bytes_per_second=1e8, gathered_bytes_per_second=1e7)
 GB = 10**9

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.compare_tables import notes, row, shape
+from experiments.compare.tables import notes, row, shape
 from experiments.configs import compare as compare_config
 from ultramem_jax.data import Corpus
 from ultramem_jax.presets import PRESETS

@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments import decode_figures, decode_tables, figures
-from experiments.decode_records import DecodeRates, DecodeStudy, DecodeTiming
+from experiments.bench_decode import figures as decode_figures
+from experiments.bench_decode import tables as decode_tables
+from experiments.bench_decode.records import DecodeRates, DecodeStudy, DecodeTiming
+from experiments.common import figures
 from ultramem_jax.accounting import DecodeCost, PartCost, bytes_per_token, count_parameters, decode_cost
 from ultramem_jax.errors import UserError
 from ultramem_jax.presets import preset

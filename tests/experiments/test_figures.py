@@ -5,7 +5,8 @@ import statistics
 import numpy as np
 import pytest
 
-from experiments import ablate_figures, figures
+from experiments.ablate.figures import plot_grids, plot_ladder
+from experiments.common import figures
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ POINTS = [
 
 
 def test_ladder_shows_ours_and_the_published_side_by_side(tmp_path, drawn):
-    path = ablate_figures.plot_ladder(POINTS, tmp_path / "new" / "ladder.png")
+    path = plot_ladder(POINTS, tmp_path / "new" / "ladder.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     ours, paper = drawn[0].axes
     assert ours.get_xlabel() == (
@@ -94,9 +95,7 @@ def test_ladder_shows_ours_and_the_published_side_by_side(tmp_path, drawn):
 
 
 def test_ladder_of_one_seed_says_so(tmp_path, drawn):
-    ablate_figures.plot_ladder(
-        [(label, ours[:1], paper) for label, ours, paper in POINTS], tmp_path / "l.png"
-    )
+    plot_ladder([(label, ours[:1], paper) for label, ours, paper in POINTS], tmp_path / "l.png")
     assert "(one seed)" in drawn[0].axes[0].get_xlabel()
 
 
@@ -105,7 +104,7 @@ def test_grids_show_the_published_below_ours_where_there_is_any(tmp_path, drawn)
         "ive": [("ive-e4", [-0.2, -0.4], -0.017), ("ive-e9", [-0.1, -0.1], -0.025)],
         "alone": [("ive-alone", [0.1, 0.2], None), ("mcs-alone", [0.3, 0.5], None)],
     }
-    ablate_figures.plot_grids(grids, tmp_path / "grids.png")
+    plot_grids(grids, tmp_path / "grids.png")
     ive, alone, ive_paper, alone_paper = drawn[0].axes
     assert (ive.get_ylabel(), ive_paper.get_ylabel()) == (
         "here: Δ, bits per byte",

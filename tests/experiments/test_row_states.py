@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import row_states_table, seeds
+from experiments.common import seeds
 from experiments.configs import row_states as default_config
-from experiments.row_states_table import CHOICES, REFERENCE, make_configs
+from experiments.row_states import tables as row_states_table
+from experiments.row_states.tables import CHOICES, REFERENCE, make_configs
 from ultramem_jax import ModelConfig, TrainConfig, UserError
 from ultramem_jax.accounting import bytes_per_token, optimizer_bytes, row_bytes
+from ultramem_jax.config.row_states import ROW_OPTIMIZERS
 from ultramem_jax.ops.rows import stored_dtype
 from ultramem_jax.presets import families
-from ultramem_jax.row_states import ROW_OPTIMIZERS
 from ultramem_jax.training.row_rules import row_rule
 
 from .test_cli import TINY

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import engram_oracle as oracle
 from tests.interop.test_reference_torch import FIXTURES, close
+from tests.support import engram_oracle as oracle
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop.reference_torch import dump, load
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.documents import GUIDES, python_blocks
-from tests.memory_contract import BASE, check_contract
-from ultramem_jax.memory_kinds import ADDRESSERS
+from tests.support.documents import GUIDES, python_blocks
+from tests.support.memory_contract import BASE, check_contract
+from ultramem_jax.config.memory_kinds import ADDRESSERS
 
 GUIDE = GUIDES / "add_a_memory.md"
 

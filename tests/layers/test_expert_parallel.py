@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from ultramem_jax import MeshConfig, ModelConfig, MoEConfig, RunConfig
 from ultramem_jax.config import TrainConfig
-from ultramem_jax.exchange_shapes import exchange_capacity, overflow_capacity
+from ultramem_jax.config.exchange_shapes import exchange_capacity, overflow_capacity
 from ultramem_jax.layers.moe import MoE
 from ultramem_jax.ops.on_mesh import on_mesh
 from ultramem_jax.parallel.collectives import collectives_of

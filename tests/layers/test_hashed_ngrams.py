@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import engram_oracle as oracle
+from tests.support import engram_oracle as oracle
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.config.memory import MemorySite, memory_of
 from ultramem_jax.errors import UserError
 from ultramem_jax.layers import Memory
-from ultramem_jax.memory_config import MemorySite, memory_of
 from ultramem_jax.models import Transformer
 from ultramem_jax.presets import families
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.layers import Memory
 from ultramem_jax.layers.memory.initializers import chosen_scores, memory_init, retrieval_init
-from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.presets import families
 
 V2 = families.ultramem_v2(num_keys=32, top_m=16, key_dim=32, value_dim=32, pre_value_dim=24, sharing="none")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.memory_contract import (
+from tests.support.memory_contract import (
     BASE,
     CHECKS,
     counted_equals_real_shapes,
@@ -13,8 +13,8 @@ from tests.memory_contract import (
     served_equals_trained,
 )
 from ultramem_jax.config import MoEConfig
-from ultramem_jax.memory_config import memory_of
-from ultramem_jax.memory_kinds import ADDRESSERS
+from ultramem_jax.config.memory import memory_of
+from ultramem_jax.config.memory_kinds import ADDRESSERS
 from ultramem_jax.presets import families
 
 ULTRAMEM = families.ultramem(placement="1:2", num_keys=8, top_m=4, num_heads=2, key_dim=8, value_dim=8)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import oracle
-from ultramem_jax.memory_config import MemorySite
+from tests.support import oracle
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.presets import families
 
 from .test_product_key_memory import case, close, layer

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import oracle
+from tests.support import oracle
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.layers import Memory, SharedTables
 from ultramem_jax.layers.memory.initializers import chosen_scores, memory_init, retrieval_init
 from ultramem_jax.layers.memory.table import draw_table
-from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.ops import addressing
 from ultramem_jax.presets import families
 

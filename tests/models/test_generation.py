@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.users_compiler import memory_analysis
+from tests.support.users_compiler import memory_analysis
 from ultramem_jax.config import ModelConfig, MoEConfig
 from ultramem_jax.data import ByteTokenizer
 from ultramem_jax.errors import UserError

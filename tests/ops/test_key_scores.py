@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import oracle
+from tests.support import oracle
 from ultramem_jax.ops import chunks
 from ultramem_jax.ops import key_scores as ks
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.users_compiler import memory_analysis
+from tests.support.users_compiler import memory_analysis
 from ultramem_jax.ops.lookup import pooled_lookup, row_products
 from ultramem_jax.ops.rows import (
     from_stored,

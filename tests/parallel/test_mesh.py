@@ -20,7 +20,7 @@ from ultramem_jax.config import (
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device, shard_batch
 from ultramem_jax.parallel.rules import LOGICAL_AXES, logical_axes, parameter_specs
 from ultramem_jax.presets import PRESETS, families
-from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state
 
 MEMORY = families.ultramem(num_keys=8, top_m=4, value_dim=16, num_cores=2)

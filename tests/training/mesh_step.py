@@ -13,7 +13,7 @@ from tests.training.test_step import FAMILY, MODEL, ULTRAMEM, _batches
 from ultramem_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device, shard_batch
-from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state, fresh_state
 from ultramem_jax.training.step import make_train_step
 

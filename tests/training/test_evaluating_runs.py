@@ -8,16 +8,16 @@ import jax
 import numpy as np
 import pytest
 
+from tests.support.users_compiler import memory_analysis
 from tests.training.small_run import scalars
-from tests.users_compiler import memory_analysis
 from ultramem_jax import UserError
 from ultramem_jax.data import load_corpus
 from ultramem_jax.parallel.mesh import one_device as first_device
 from ultramem_jax.training import evaluation
 from ultramem_jax.training.checkpoints import Checkpoints
+from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.evaluation import Evaluation, Evaluator
 from ultramem_jax.training.loop import train
-from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.restore import load_model
 from ultramem_jax.training.state import abstract_state, fresh_state, model_variables
 from ultramem_jax.training.step import make_train_step

@@ -13,10 +13,10 @@ from ultramem_jax.data import load_corpus
 from ultramem_jax.models import Transformer
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device
 from ultramem_jax.presets import families
+from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.evaluation import Evaluation, Evaluator, bits_per_byte
 from ultramem_jax.training.loop import train
 from ultramem_jax.training.metrics import read_metrics
-from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.restore import load_model
 from ultramem_jax.training.state import fresh_state, model_variables
 

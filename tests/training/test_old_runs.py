@@ -6,8 +6,8 @@ import pytest
 
 from tests.training.small_run import small_config
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
+from ultramem_jax.config.old_configs import in_todays_parts, is_of_before
 from ultramem_jax.errors import UserError
-from ultramem_jax.old_configs import in_todays_parts, is_of_before
 from ultramem_jax.training import loop
 from ultramem_jax.training.restore import load_model
 from ultramem_jax.training.state import model_variables

@@ -9,12 +9,12 @@ import optax
 import pytest
 
 from ultramem_jax import ModelConfig, RunConfig, TrainConfig, UserError
+from ultramem_jax.config.row_states import ROW_OPTIMIZERS
 from ultramem_jax.ops import chunks
 from ultramem_jax.ops.lookup import RowGradients
 from ultramem_jax.ops.rows import from_stored, stored_dtype, to_stored
 from ultramem_jax.presets import families
-from ultramem_jax.row_states import ROW_OPTIMIZERS
-from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.row_rules import RowMoments, row_rule
 from ultramem_jax.training.row_sparse import TablePart, row_sparse
 

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.users_compiler import memory_analysis
+from tests.support.users_compiler import memory_analysis
 from ultramem_jax.config import ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.parallel.mesh import one_device
 from ultramem_jax.presets import families
-from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state, fresh_state, init_state
 from ultramem_jax.training.step import make_eval_step, make_train_step, token_losses
 

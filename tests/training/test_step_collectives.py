@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.users_compiler import memory_analysis
 from tests.training.mesh_step import (
     MEMORY,
     MICRO_BATCHES,
@@ -14,7 +15,6 @@ from tests.training.mesh_step import (
     lowered,
     run_config,
 )
-from tests.users_compiler import memory_analysis
 from ultramem_jax.accounting import step_transfers
 from ultramem_jax.config import MeshConfig, MoEConfig
 from ultramem_jax.parallel.collectives import collectives_of, summary

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.users_compiler import fuse_as_for_users
 from tests.training.mesh_step import (
     BOTH,
     MEMORY,
@@ -19,11 +20,10 @@ from tests.training.mesh_step import (
     run,
     run_config,
 )
-from tests.users_compiler import fuse_as_for_users
 from ultramem_jax.config import DataConfig, MeshConfig
 from ultramem_jax.ops import chunks
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device
-from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.row_sparse import ROW_ARRAYS
 from ultramem_jax.training.state import abstract_state, fresh_state
 

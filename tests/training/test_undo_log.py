@@ -21,8 +21,8 @@ from ultramem_jax.presets import families
 from ultramem_jax.training import checkpoint_reading, large_arrays, loop, undo_log
 from ultramem_jax.training import checkpoints as module
 from ultramem_jax.training.checkpoints import Checkpoints
+from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.manifest import find_damage
-from ultramem_jax.training.optimizer import make_optimizers
 from ultramem_jax.training.restore import load_model
 from ultramem_jax.training.state import init_state
 from ultramem_jax.training.undo_log import LiveView, UndoLog, UndoRows, put_back
@@ -398,7 +398,7 @@ MEASURED = """
     from ultramem_jax.training import undo_log
     from ultramem_jax.training.checkpoints import Checkpoints
     from ultramem_jax.training.loop import _StepFunction
-    from ultramem_jax.training.optimizer import make_optimizers
+    from ultramem_jax.training.dense_optimizer import make_optimizers
     from ultramem_jax.parallel.mesh import one_device
     from ultramem_jax.training.state import init_state
 

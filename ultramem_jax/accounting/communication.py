@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, MLP_MATRICES, count_parameters
 from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig
-from ultramem_jax.exchange_shapes import AxisRoles, axis_roles, block_bytes, exchange_capacity
-from ultramem_jax.memory_config import MemorySite
-from ultramem_jax.row_states import takes_means
+from ultramem_jax.config.exchange_shapes import AxisRoles, axis_roles, block_bytes, exchange_capacity
+from ultramem_jax.config.memory import MemorySite
+from ultramem_jax.config.row_states import takes_means
 
 _INT32_BYTES = 4
 

@@ -27,8 +27,8 @@ from ultramem_jax.accounting.model import (
 )
 from ultramem_jax.accounting.parts import PartCost, expected_experts, expected_rows, floor_seconds
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import at_least, choice, require
-from ultramem_jax.memory_config import MemorySite
 
 
 @dataclass(frozen=True)

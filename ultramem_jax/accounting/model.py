@@ -5,16 +5,16 @@ embeddings, norm gains, attention scores and value lookups, and takes two FLOPs 
 multiplied by; use it to stand beside published numbers. The *whole* count holds every parameter of the
 parameter tree and every term of the forward pass that grows with a width. The letters are those of the axis
 legend in `ultramem_jax`; c is the number of matrices in an MLP, 2 for `gelu` and 3 for `swiglu`; d_p is the
-width of a pre-value. What a memory costs, its parts say (`ultramem_jax.memory_parts`).
+width of a pre-value. What a memory costs, its parts say (`ultramem_jax.config.memory_parts`).
 """
 
 from collections import Counter
 from dataclasses import dataclass
 
 from ultramem_jax.config import ModelConfig, TrainConfig
+from ultramem_jax.config.memory import MemorySite
+from ultramem_jax.config.memory_parts import TableConfig
 from ultramem_jax.errors import require
-from ultramem_jax.memory_config import MemorySite
-from ultramem_jax.memory_parts import TableConfig
 
 MLP_MATRICES = {"gelu": 2, "swiglu": 3}
 """c: in and out; a gated MLP (arXiv 2002.05202) has a second matrix in."""

@@ -1,7 +1,7 @@
 """What a part of a step costs at least, and how many rows and experts random choices find.
 
-Shared by the floors of training (`ultramem_jax.step_costs`) and of decoding (`accounting.decoding`). The
-letters are those of the axis legend in `ultramem_jax`.
+Shared by the floors of training (`ultramem_jax.accounting.step_costs`) and of decoding
+(`accounting.decoding`). The letters are those of the axis legend in `ultramem_jax`.
 """
 
 from dataclasses import dataclass

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from ultramem_jax.config.memory import MemoryConfig, MemorySite, memory_of
+from ultramem_jax.config.memory_parts import Around
+from ultramem_jax.config.placement import Span
 from ultramem_jax.errors import guards_a_denominator, require
 from ultramem_jax.interop.hyper_values import integer, number, of_hyper, value
 from ultramem_jax.interop.names import Entry, transposed
-from ultramem_jax.memory_config import MemoryConfig, MemorySite, memory_of
-from ultramem_jax.memory_parts import Around
-from ultramem_jax.placement import Span
 
 MODULE = "memory_0"
 """The layer's name in trees of variables."""

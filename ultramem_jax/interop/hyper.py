@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ultramem_jax.config.memory import MemoryConfig, MemorySite
 from ultramem_jax.errors import UserError, choice, guards_a_denominator, require
 from ultramem_jax.interop.hyper_values import integer, number, of_hyper, switch, value
 from ultramem_jax.layers.memory.product_keys import ProductKeys
-from ultramem_jax.memory_config import MemoryConfig, MemorySite
 from ultramem_jax.presets import families
 
 LAYERS = ("v1", "v2", "memory_plus", "engram")

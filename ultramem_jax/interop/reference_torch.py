@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.interop.constant import Constant
 from ultramem_jax.interop.engram import MODULE, EngramReference
@@ -28,7 +29,6 @@ from ultramem_jax.interop.hyper import Reference
 from ultramem_jax.interop.names import TABLES, Entry, Path, entries
 from ultramem_jax.interop.safetensors_files import read_safetensors, write_safetensors
 from ultramem_jax.layers.memory.memory import Memory, SharedTables
-from ultramem_jax.memory_config import MemorySite
 
 __all__ = [
     "Constant",

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ultramem_jax.exchange_shapes import exchange_capacity, overflow_capacity
+from ultramem_jax.config.exchange_shapes import exchange_capacity, overflow_capacity
 from ultramem_jax.layers.experts import (
     Dispatch,
     ExpertWeights,

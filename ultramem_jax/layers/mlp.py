@@ -1,4 +1,4 @@
-"""The dense feed-forward layer, and the activation and initialisers that it shares with its rivals."""
+"""The dense feed-forward layer, and the activation and initialisers that it shares with its baselines."""
 
 import flax.linen as nn
 import jax

@@ -6,8 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.config.field_types import Checked
 from ultramem_jax.errors import at_least, require
-from ultramem_jax.field_types import Checked
 from ultramem_jax.ops.topk import top_k as largest
 
 _FEW = 1024

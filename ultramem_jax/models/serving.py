@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import require
-from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.ops.linear import OutputMajor
 
 _AS_THEY_ARE = ("router",)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.layers import Attention, Memory, RMSNorm, SharedTables, feed_forward
 from ultramem_jax.layers.caching import CACHE, Chunk, next_chunk
 from ultramem_jax.layers.parameters import matrix, served_parameter
-from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.ops.linear import project
 from ultramem_jax.ops.on_mesh import constrain_tokens
 

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ultramem_jax.exchange_shapes import AxisRoles
+from ultramem_jax.config.exchange_shapes import AxisRoles
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from ultramem_jax.exchange_shapes import block_bytes
+from ultramem_jax.config.exchange_shapes import block_bytes
 from ultramem_jax.ops import lookup
 from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, island
 from ultramem_jax.ops.owned_rows import owned_reads, pool_owned, score_products_owned

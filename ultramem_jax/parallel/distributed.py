@@ -25,8 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from ultramem_jax.config.field_types import Checked
 from ultramem_jax.errors import UserError, require, whole_number
-from ultramem_jax.field_types import Checked
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.config import MeshConfig, RunConfig
+from ultramem_jax.config.exchange_shapes import axis_roles
 from ultramem_jax.errors import require
-from ultramem_jax.exchange_shapes import axis_roles
 from ultramem_jax.ops.on_mesh import MeshAxes
 
 AXES = ("data", "fsdp", "tensor", "memory", "width")

@@ -8,7 +8,7 @@ alone, whichever part of the memory has them.
 
 from typing import Any
 
-from ultramem_jax.memory_config import MemoryConfig, memory_of
+from ultramem_jax.config.memory import MemoryConfig, memory_of
 
 _PRODUCT_KEYS = "product_keys"
 _NGRAMS = ("hashed_ngrams", "context_gate")

@@ -7,8 +7,8 @@ from ultramem_jax.presets import families
 
 # The tiny family: bytes, 4 layers, width 128. `ultramem-tiny` is the base: its MLP keeps the usual 4·D, and
 # two tables of 320² values of width 64 hold 16.7 times the 12·L·D² weights of its layers; a token reads 64 of
-# them. The others are what `ultramem_jax.matching.match` finds for it, with equal FLOPs per token, equal
-# sparse parameters and, where there are memories, equal reads; a test holds them to that.
+# them. The others are what `ultramem_jax.baselines.matching.match` finds for it, with equal FLOPs per token,
+# equal sparse parameters and, where there are memories, equal reads; a test holds them to that.
 LAYERS = ModelConfig(embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=512)
 """The dense part of `ultramem-tiny`, and of the ladder at the scale `tiny`."""
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ultramem_jax.config import RunConfig, to_dict
+from ultramem_jax.config.old_configs import is_of_before
 from ultramem_jax.data import Corpus, Tokenizer
 from ultramem_jax.errors import UserError, require
-from ultramem_jax.old_configs import is_of_before
 from ultramem_jax.training.checkpoint_reading import Meta, differences, saved_config, shown
-from ultramem_jax.training.optimizer import table_learning_rates
+from ultramem_jax.training.dense_optimizer import table_learning_rates
 from ultramem_jax.training.schedules import learning_rate
 
 log = logging.getLogger(__name__)

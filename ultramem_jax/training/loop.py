@@ -32,9 +32,9 @@ from ultramem_jax.parallel.distributed import (
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, rows_here, shard_batch
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.continuing import check_same_run, corpus_identity, say_what_changed
+from ultramem_jax.training.dense_optimizer import Optimizers, make_optimizers
 from ultramem_jax.training.evaluation import Evaluation, Evaluator, TargetBytes, bits_per_byte
 from ultramem_jax.training.metrics import MetricWriter
-from ultramem_jax.training.optimizer import Optimizers, make_optimizers
 from ultramem_jax.training.refusals import refusals_in_a_line
 from ultramem_jax.training.restore import mend_tokenizer, save_tokenizer
 from ultramem_jax.training.room import require_room, running_out_in_a_line

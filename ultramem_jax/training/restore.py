@@ -14,7 +14,7 @@ from ultramem_jax.parallel.mesh import one_device
 from ultramem_jax.training.checkpoint_reading import saved_config
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.continuing import check_tokenizer, tokenizer_identity
-from ultramem_jax.training.optimizer import make_optimizers
+from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state, reaches
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
 """Defines what each optimizer does to a row of a table that was read, in small pure functions.
 
-A rule is a pair (init, apply) with the list of arrays that it keeps (`ultramem_jax.row_states`). It knows of
-rows and their gradients only; `row_sparse` reads the rows, rounds what it makes of them and writes them back.
+A rule is a pair (init, apply) with the list of arrays that it keeps (`ultramem_jax.config.row_states`). It
+knows of rows and their gradients only; `row_sparse` reads the rows, rounds what it makes of them and writes
+them back.
 
 Every rule decays weights alike, decoupled as in AdamW (arXiv 1711.05101): a row that is read loses
 rate·weight_decay of itself, besides its step. A row that is not read keeps every bit, its state included.
@@ -17,8 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from ultramem_jax.config import TrainConfig
+from ultramem_jax.config.row_states import RowArray, row_arrays
 from ultramem_jax.ops.rows import stored_dtype
-from ultramem_jax.row_states import RowArray, row_arrays
 
 
 class RowMoments(NamedTuple):

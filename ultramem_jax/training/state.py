@@ -9,12 +9,12 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.config import RunConfig
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import require
-from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.models import Transformer
 from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, on_mesh
 from ultramem_jax.parallel.rules import logical_axes, parameter_specs, table_specs
-from ultramem_jax.training.optimizer import Optimizers
+from ultramem_jax.training.dense_optimizer import Optimizers
 from ultramem_jax.training.slot_usage import init_usage
 
 

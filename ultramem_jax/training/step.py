@@ -17,7 +17,7 @@ from ultramem_jax.config import RunConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.ops.on_mesh import MeshAxes, constrain_tokens, on_mesh
 from ultramem_jax.parallel.rules import gathered, logical_axes
-from ultramem_jax.training.optimizer import Optimizers, table_learning_rates
+from ultramem_jax.training.dense_optimizer import Optimizers, table_learning_rates
 from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.state import TrainState, model_variables
 from ultramem_jax.training.table_gradients import perturbations

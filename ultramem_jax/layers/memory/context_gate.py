@@ -8,9 +8,9 @@ g = ⟨RMSNorm(k), RMSNorm(h)⟩/√D; u = α·v; the output is u + SiLU(causal 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ultramem_jax.memory_config import MemorySite
-from ultramem_jax.memory_kinds import READOUTS
-from ultramem_jax.memory_parts import Parameter, ReadoutConfig
+from ultramem_jax.config.memory import MemorySite
+from ultramem_jax.config.memory_kinds import READOUTS
+from ultramem_jax.config.memory_parts import Parameter, ReadoutConfig
 
 _MOST_WIDTH = 256
 

@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.layers.caching import CACHE, Chunk, last_tokens
 from ultramem_jax.layers.memory.context_gate import ContextGate
 from ultramem_jax.layers.parameters import matrix
 from ultramem_jax.layers.sowing import sow
-from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.ops.linear import project
 
 _LEAST_SQUARE = 1e-6

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ultramem_jax.config.memory import MemoryConfig, MemorySite
+from ultramem_jax.config.memory_kinds import ADDRESSERS
+from ultramem_jax.config.memory_parts import MAX_SLOTS, AddressConfig, Around, MemoryInit, TableLayout, Window
 from ultramem_jax.errors import UserError, require
-from ultramem_jax.memory_config import MemoryConfig, MemorySite
-from ultramem_jax.memory_kinds import ADDRESSERS
-from ultramem_jax.memory_parts import MAX_SLOTS, AddressConfig, Around, MemoryInit, TableLayout, Window
 from ultramem_jax.ops.ngram_constants import MAX_ROWS, MIN_ROWS, head_sizes
 
 _MOST_ORDER = 16

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultramem_jax.memory_config import MemorySite
-from ultramem_jax.memory_parts import MemoryInit
+from ultramem_jax.config.memory import MemorySite
+from ultramem_jax.config.memory_parts import MemoryInit
 
 if TYPE_CHECKING:
     from ultramem_jax.layers.memory.product_keys import ProductKeys

@@ -4,10 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.layers.caching import Chunk
 from ultramem_jax.layers.memory.table import Table, Tables, declare_tables
 from ultramem_jax.layers.sowing import sow
-from ultramem_jax.memory_config import MemorySite
 
 
 class SharedTables(nn.Module):

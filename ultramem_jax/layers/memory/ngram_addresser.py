@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import UserError
 from ultramem_jax.layers.caching import CACHE, Chunk, last_tokens
 from ultramem_jax.layers.memory.addresser import Reads
 from ultramem_jax.layers.memory.hashed_ngrams import HashedNgrams
-from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.ops.ngram_constants import multipliers
 from ultramem_jax.ops.ngram_hash import exact_slots, ngram_slots
 

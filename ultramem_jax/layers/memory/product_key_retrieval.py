@@ -10,12 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.layers.caching import CACHE, Chunk, last_tokens
 from ultramem_jax.layers.memory.addresser import Reads
 from ultramem_jax.layers.memory.initializers import retrieval_init
 from ultramem_jax.layers.parameters import matrix, served_parameter
 from ultramem_jax.layers.sowing import sow
-from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.ops import addressing, product_keys
 from ultramem_jax.ops.key_scores import combined_scores
 from ultramem_jax.ops.linear import project

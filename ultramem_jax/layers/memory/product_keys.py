@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ultramem_jax.memory_config import MemoryConfig, MemorySite
-from ultramem_jax.memory_kinds import ADDRESSERS
-from ultramem_jax.memory_parts import (
+from ultramem_jax.config.memory import MemoryConfig, MemorySite
+from ultramem_jax.config.memory_kinds import ADDRESSERS
+from ultramem_jax.config.memory_parts import (
     MAX_SLOTS,
     AddressConfig,
     Around,

@@ -6,10 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.layers.caching import Chunk
 from ultramem_jax.layers.memory.readout import Projection
 from ultramem_jax.layers.parameters import matrix
-from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.ops.linear import project
 
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ultramem_jax.memory_config import MemoryConfig, MemorySite
-from ultramem_jax.memory_kinds import READOUTS
-from ultramem_jax.memory_parts import Around, Parameter, ReadoutConfig
+from ultramem_jax.config.memory import MemoryConfig, MemorySite
+from ultramem_jax.config.memory_kinds import READOUTS
+from ultramem_jax.config.memory_parts import Around, Parameter, ReadoutConfig
 
 
 @READOUTS.add("projection")

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.layers.memory.addresser import Reads
 from ultramem_jax.layers.parameters import matrix
 from ultramem_jax.layers.sowing import sow
-from ultramem_jax.memory_config import MemorySite
 from ultramem_jax.ops import sharded_lookup
 from ultramem_jax.ops.linear import project
 from ultramem_jax.ops.on_mesh import current_axes, island

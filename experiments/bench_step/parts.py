@@ -1,0 +1,159 @@
+"""The parts of a memory layer's step, each compiled and timed alone."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.bench_step.memory_step import Batch, MemoryLayer, MemoryState
+from experiments.bench_step.timing import WARM_UP
+from ultramem_jax.ops.key_scores import best_keys, combined_scores, key_scores
+from ultramem_jax.ops.linear import project
+from ultramem_jax.ops.lookup import pooled_lookup
+from ultramem_jax.ops.product_keys import retrieve_tucker
+from ultramem_jax.ops.topk import top_k
+
+
+class Part(NamedTuple):
+    """One line of the breakdown."""
+
+    name: str
+    series: str
+    """What was timed, a key of `PartTimes.ms`."""
+    less: tuple[str, ...] = ()
+    """What its time is the rest of, after these were taken off, round by round."""
+    cost: str = ""
+    """The field of `MemoryStepCosts` with its floor; blank for none."""
+    in_sum: bool = True
+    """Whether the step does this and no other line has it."""
+
+
+PARTS = (
+    Part("query", "query", cost="query"),
+    Part("norm of the keys", "key norm"),
+    Part("choice of candidates", "choice", cost="side_scores"),
+    Part("· side scores, alone", "side scores", cost="side_scores", in_sum=False),
+    Part("· side top-k, alone", "side top-k", in_sum=False),
+    Part("· jax.lax.top_k in its place", "lax top-k", in_sum=False),
+    Part("scores of the candidates", "candidates", cost="candidates"),
+    Part("grid (retrieval - the two above)", "retrieval", ("choice", "candidates"), "grid"),
+    Part("lookup", "lookup", cost="lookup"),
+    Part("projection", "projection", cost="projection"),
+    Part("backward (with forward - forward)", "gradients", ("forward",), "backward"),
+    Part("row gradients", "row gradients", cost="row_gradients"),
+    Part("row update", "row update", cost="row_update"),
+    Part("dense optimizer", "dense optimizer", cost="dense_optimizer"),
+)
+
+
+class PartTimes(NamedTuple):
+    """What was measured of the parts of one step."""
+
+    ms: dict[str, list[float]]
+    """By series, of every round that counts."""
+    rows: list[int]
+    """Distinct rows that were read, of every such round."""
+
+    def of(self, part: Part) -> list[float]:
+        """Milliseconds of a part, round by round."""
+        less = [self.ms[series] for series in part.less]
+        return [all_of - sum(taken) for all_of, *taken in zip(self.ms[part.series], *less, strict=True)]
+
+
+def time_parts(
+    layer: MemoryLayer,
+    state: MemoryState,
+    draw: Callable[[int], Batch],
+    repeats: int,
+    tick: Callable[[], object],
+) -> PartTimes:
+    """Times the parts of row-sparse steps in turn, the state moving on as in training.
+
+    Forward and gradients take batches of their own, so that no part finds rows in the cache that it would not
+    find there in a step.
+
+    Args:
+        layer: trained by rows.
+        state: of the layer; gone afterwards.
+        draw: from a number to a batch.
+        repeats: rounds that count.
+        tick: called after every round.
+    """
+    parts, top_m = _Parts(layer), layer.memory.value_of("top_m")
+    ms: dict[str, list[float]] = {}
+    rows = []
+
+    def timed(series: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = jax.block_until_ready(function(*arguments))
+        ms.setdefault(series, []).append(1e3 * (time.perf_counter() - start))
+        return result
+
+    for number in range(WARM_UP + repeats):
+        alone, forward, trained = (jax.block_until_ready(draw(3 * number + i)) for i in range(3))
+        left = jax.block_until_ready(parts.left(state, alone.x))
+        queries = timed("query", parts.queries, state, alone.x)
+        keys = timed("key norm", parts.keys, state, alone.x)
+        (cores, directions), reads = left["_core"], left["reads"]
+        scores = timed("side scores", parts.scores, queries, keys, directions)
+        timed("side top-k", parts.top_k, scores, top_m)
+        timed("lax top-k", parts.lax_top_k, scores, top_m)
+        del scores
+        index = timed("choice", parts.best_keys, queries, keys, directions, top_m)
+        timed("candidates", parts.key_scores, queries, keys, index)
+        timed("retrieval", parts.retrieve, queries, keys, cores, directions, top_m)
+        of_reads = reads["slots"], reads["blocks"], reads["weights"]
+        pooled = timed("lookup", parts.lookup, state.table, *of_reads, layer.memory.num_blocks)
+        timed("projection", parts.project, pooled.reshape(len(pooled), -1), state.params["projection"])
+        timed("forward", parts.forward, state, forward)
+        gradients, (reads, buffers) = timed("gradients", parts.gradients, state, trained)
+        of_rows = timed("row gradients", parts.row_gradients, reads, gradients["pooled"], True)
+        rows.append(int(np.sum(np.asarray(of_rows.slots) < layer.num_slots)))
+        table, table_state = timed(
+            "row update", parts.update_rows, of_rows, state.table, state.table_state, state.step
+        )
+        params, opt_state = timed(
+            "dense optimizer", parts.update_params, gradients["params"], state.params, state.opt_state
+        )
+        state = MemoryState(state.step + 1, params, opt_state, table, table_state, buffers)
+        tick()
+    return PartTimes({series: values[WARM_UP:] for series, values in ms.items()}, rows[WARM_UP:])
+
+
+class _Parts:
+    """The compiled parts."""
+
+    def __init__(self, layer: MemoryLayer):
+        # Of one forward pass that keeps what is between its parts, the compiler drops all that the result
+        # does not need.
+        self.left = jax.jit(lambda state, x: _left(layer, state, x, ("_core",)))
+        self.queries = jax.jit(lambda state, x: _left(layer, state, x, ("_queries",))["_queries"])
+        self.keys = jax.jit(lambda state, x: _left(layer, state, x, ("_keys",))["_keys"])
+        self.scores = jax.jit(combined_scores)
+        self.top_k = jax.jit(top_k, static_argnums=1)
+        self.lax_top_k = jax.jit(jax.lax.top_k, static_argnums=1)
+        self.best_keys = jax.jit(best_keys, static_argnums=3)
+        self.key_scores = jax.jit(key_scores)
+        self.retrieve = jax.jit(retrieve_tucker, static_argnums=4)
+        self.lookup = jax.jit(pooled_lookup, static_argnums=4)
+        self.project = jax.jit(project)
+        self.forward = jax.jit(lambda state, batch: layer.forward(layer.at(state, batch), state, batch))
+        self.gradients = jax.jit(layer.gradients)
+        self.row_gradients = jax.jit(layer.row_gradients)
+        self.update_rows = jax.jit(layer.update_rows, donate_argnums=(1, 2))
+        self.update_params = jax.jit(layer.update_params, donate_argnums=(1, 2))
+
+
+def _left(layer: MemoryLayer, state: MemoryState, x: jax.Array, methods: Sequence[str]) -> dict[str, Any]:
+    """What a forward pass leaves on its way: results of the layer's methods by name, and `reads`."""
+    _, left = layer.module.apply(
+        {"params": state.params, "memory": {"values": state.table}, "buffers": state.buffers},
+        x,
+        train=True,
+        mutable=["reads", "buffers", "intermediates"],
+        capture_intermediates=lambda _, method: method in methods,
+    )
+    captured = {method: left["intermediates"][method][0] for method in methods}
+    return captured | {"reads": left["reads"]}

@@ -1,0 +1,116 @@
+"""Time of a training step against the slots of its memory, row-sparse beside dense, and its floor.
+
+One memory layer alone (512 tokens, D 256, 2·32 reads of 128 values): forward, backward and AdamW, in turns by
+rows in float32, by rows with table and moments in bfloat16, and in the dense way. What does not fit into
+memory is left out and the table says so. Beside each time stands the least that this machine could need, from
+the FLOPs and bytes of the step (ultramem_jax/accounting/step_costs.py) and measured rates; and the parts of
+the step, each timed by itself. --model does the same, but for the parts, with a small language model around
+the layer.
+"""
+
+import math
+import sys
+
+from absl import flags
+from tqdm import tqdm
+
+from experiments.bench_step import study as step_study
+from experiments.bench_step import tables as bench_tables
+from experiments.bench_step.memory_step import SEQUENCES, Way, bench_memory
+from experiments.bench_step.timing import WARM_UP
+from experiments.common import machine, report
+from ultramem_jax.errors import UserError, at_least, require, whole_number
+from ultramem_jax.reporting.environment import describe_environment
+
+SLOTS = flags.DEFINE_list(
+    "slots",
+    ["65536", "1048576", "4194304", "16777216", "20250000"],
+    "slots of the tables, squares, with commas between them",
+)
+TOKENS = flags.DEFINE_integer("tokens", 512, "tokens of a step, in two sequences", lower_bound=4)
+REPEATS = flags.DEFINE_integer("repeats", 15, f"steps that count, after {WARM_UP} of warm-up", lower_bound=1)
+LAYER = flags.DEFINE_bool("layer", True, "time the layer alone")
+MODEL = flags.DEFINE_bool("model", False, "also time a small language model with that memory")
+MEMORY = flags.DEFINE_float(
+    "memory_gb", None, "GB (10^9 bytes) to stay within; without it 90 % of what is free"
+)
+RESULTS = flags.DEFINE_string("results", "experiments/results/bench_step", "folder of tables and figures")
+
+_SHARE_OF_FREE = 0.9
+_SUBJECTS = {
+    False: ("bench_step", "Training step of one memory layer", "One layer of width D 256"),
+    True: (
+        "bench_step_model",
+        "Training step of a small language model with one memory",
+        "4 layers, D 256, MLP 1024, bytes; the memory reads in layer 2 and lands after layer 3",
+    ),
+}
+"""Whether it is the whole model: name of the files, title, and what is timed."""
+
+
+def main() -> None:
+    """Times everything; writes tables and figures."""
+    sides = _sides(SLOTS.value)
+    tokens, repeats = TOKENS.value, REPEATS.value
+    require(tokens % SEQUENCES == 0, "tokens", tokens, f"must be a multiple of {SEQUENCES}, the sequences")
+    require(LAYER.value or MODEL.value, "layer", False, "must be True unless --model is given")
+    limit = _memory_limit()
+    # Taken now: the code that runs is the one that was checked out when the process started.
+    environment = describe_environment()
+    subjects = [model for model, wanted in ((False, LAYER.value), (True, MODEL.value)) if wanted]
+    plans = {
+        model: [step_study.plan(side, tokens, limit, model=model) for side in sides] for model in subjects
+    }
+    if limit is not None and not any(size.groups for sizes in plans.values() for size in sizes):
+        raise UserError(f"memory_gb = {limit / 1e9:.3g}: no step fits, of any of these sizes")
+    folder = report.make_folder(RESULTS.value, "results")
+    rates = machine.measure_rates()
+    for model, sizes in plans.items():
+        name, title, about = _SUBJECTS[model]
+        study = bench_tables.Study(
+            name=name,
+            title=title,
+            about=about,
+            memory=bench_memory(sides[0], Way()),
+            tokens=tokens,
+            repeats=repeats,
+            memory_limit=limit,
+            rates=rates,
+            environment=environment,
+            steps=[],
+            parts=[],
+        )
+        rounds = (WARM_UP + repeats) * sum(size.rounds for size in sizes)
+        with tqdm(total=rounds, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True) as bar:
+            for size in sizes:
+                bar.set_postfix_str(f"{size.num_keys**2:,} slots")
+                steps, parts = step_study.measure(size, tokens, repeats, bar.update)
+                study.steps.extend(steps)
+                study.parts.extend([] if parts is None else [parts])
+                # After every size: what is cut off leaves what it has measured.
+                written = bench_tables.write(study, folder)
+        print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
+
+
+def _sides(slots: list[str]) -> list[int]:
+    """The keys per side n of tables of n² slots, least first."""
+    require(bool(slots), "slots", ",".join(slots), "must name at least one size")
+    sides = set()
+    for text in slots:
+        number = whole_number(text) or 0
+        side = math.isqrt(number)
+        require(number > 0 and side**2 == number, "slots", text, "must be a square: 65536, 1048576, ...")
+        sides.add(side)
+    return sorted(sides)
+
+
+def _memory_limit() -> int | None:
+    """Bytes that steps have to fit into; None: nobody knows."""
+    free = machine.available_bytes()
+    if MEMORY.value is None:
+        return None if free is None else int(_SHARE_OF_FREE * free)
+    at_least(0, memory_gb=MEMORY.value)
+    limit = int(MEMORY.value * 1e9)
+    if free is not None:
+        require(limit <= free, "memory_gb", MEMORY.value, f"must be at most what is free, {free / 1e9:.1f}")
+    return limit

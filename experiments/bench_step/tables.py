@@ -1,0 +1,230 @@
+"""Table, raw numbers and figure of `bench_step`."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from matplotlib.ticker import EngFormatter
+
+from experiments.bench_step.memory_step import SEQUENCES, WAYS
+from experiments.bench_step.parts import PARTS
+from experiments.bench_step.study import PartsResult, StepResult
+from experiments.bench_step.timing import WARM_UP, spread
+from experiments.common import figures, report
+from experiments.common.machine import Rates
+from ultramem_jax.accounting import PartCost, expected_rows, floor_seconds
+from ultramem_jax.config.memory import MemoryConfig
+from ultramem_jax.reporting import markdown
+
+_COLOURS = dict(zip(WAYS, (figures.BLUE, figures.GREEN, figures.VERMILION), strict=True))
+_GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that was measured of the layer, or of the model."""
+
+    name: str
+    """Of its files."""
+    title: str
+    about: str
+    """What stands around the memory, for the notes."""
+    memory: MemoryConfig
+    """At one size and of one way, for what all have in common."""
+    tokens: int
+    repeats: int
+    memory_limit: int | None
+    """Bytes."""
+    rates: Rates
+    environment: Mapping[str, str]
+    steps: list[StepResult]
+    """In the order of their slots."""
+    parts: list[PartsResult]
+
+    def floor_ms(self, cost: PartCost) -> float:
+        """The least that this machine needs for it."""
+        return 1e3 * floor_seconds(cost, self.rates.flops_per_second, self.rates.bytes_per_second)
+
+    def timed(self, slots: int, way: str) -> StepResult | None:
+        """A step of the study; None if it was not timed."""
+        found = (step for step in self.steps if (step.slots, step.way) == (slots, way) and step.timing)
+        return next(found, None)
+
+    def median(self, slots: int, way: str) -> float | None:
+        """Milliseconds of a step; None if it was not timed."""
+        step = self.timed(slots, way)
+        return spread(step.timing.ms)[0] if step and step.timing else None
+
+
+def write(study: Study, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the table (`.md`, `.csv`), all raw numbers (`.json`) and the figure; returns their paths.
+
+    What was measured on another device than a CPU carries its name in that of the files.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    device = re.sub(r"\W+", "-", jax.devices()[0].device_kind).strip("-").lower()
+    path = folder / (study.name if on_cpu else f"{study.name}-{device}")
+    table, values = report.write_table(
+        step_rows(study, on_cpu=on_cpu),
+        path,
+        study.title,
+        study.environment,
+        _notes(study, on_cpu),
+        {f"Parts, {p.slots:,} slots, {p.way}": _breakdown(study, p) for p in study.parts},
+    )
+    raw, figure = folder / f"{path.name}.json", folder / f"{path.name}.png"
+    raw.write_text(json.dumps(_raw(study), indent=1) + "\n", encoding="utf-8")
+    return [table, values, raw, plot(study, figure)]
+
+
+def step_rows(study: Study, *, on_cpu: bool) -> list[dict[str, object]]:
+    """One row per size and way. Ratios are of medians; blank where one of the two was not measured.
+
+    Args:
+        study: what was measured.
+        on_cpu: leaves room for a GPU's times.
+    """
+    first, rows = study.steps[0].slots, []
+    for step in study.steps:
+        median, timing, floor = study.median(step.slots, step.way), step.timing, study.floor_ms(step.cost)
+        row: dict[str, object] = {
+            "slots": step.slots,
+            "way": step.way,
+            "ms": median,
+            "p10–p90": timing and _range(timing.ms),
+            "floor, ms": floor,
+            "× floor": _ratio(median, floor),
+            "× dense": _ratio(median, study.median(step.slots, "dense")),
+            f"× at {first:,} slots": _ratio(median, study.median(first, step.way)),
+            "peak, GB": timing and timing.peak_bytes / _GIGA,
+            "temporaries, % of table": timing and 100 * timing.temporary_bytes / step.table_bytes,
+        }
+        if on_cpu:
+            row["GPU, ms"] = None
+        rows.append(row | {"note": _remark(study, step)})
+    return rows
+
+
+def part_rows(study: Study, parts: PartsResult) -> list[dict[str, object]]:
+    """One row per part, then their sum and the whole step of the same way."""
+    whole = study.timed(parts.slots, parts.way)
+    lines = [
+        (part.name, parts.times.of(part), parts.costs[part.cost] if part.cost else None) for part in PARTS
+    ]
+    summed = zip(*(parts.times.of(part) for part in PARTS if part.in_sum), strict=True)
+    lines.append(("sum, but for ·", [sum(of_round) for of_round in summed], None))
+    if whole and whole.timing:
+        lines.append(("whole step", whole.timing.ms, whole.cost))
+    rows = []
+    for name, ms, cost in lines:
+        median, floor = spread(ms)[0], None if cost is None else study.floor_ms(cost)
+        share = _ratio(median, study.median(parts.slots, parts.way))
+        rows.append(
+            {
+                "part": name,
+                "ms": median,
+                "p10–p90": _range(ms),
+                "floor, ms": floor,
+                "× floor": _ratio(median, floor),
+                "% of the step": share and 100 * share,
+            }
+        )
+    return rows
+
+
+def plot(study: Study, path: pathlib.Path) -> pathlib.Path:
+    """Draws time against slots, both logarithmic: medians, the 10th to the 90th percentile, dashed floors."""
+    figure = figures.new_figure(7.2, 4.8)
+    axes = figure.subplots()
+    for way, colour in _COLOURS.items():
+        steps = [step for step in study.steps if step.way == way]
+        timed = [(step.slots, *spread(step.timing.ms)) for step in steps if step.timing]
+        if timed:
+            slots, medians, lows, highs = zip(*timed, strict=True)
+            axes.fill_between(slots, lows, highs, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(slots, medians, "o-", color=colour, linewidth=1.8, markersize=4, label=way)
+        floors = [study.floor_ms(step.cost) for step in steps]
+        axes.plot([step.slots for step in steps], floors, "--", color=colour, linewidth=1.2)
+    axes.plot([], [], "--", color=figures.GREY, linewidth=1.2, label="floor of each on this machine")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set(xlabel="slots of the table", ylabel="ms per step (median, 10th to 90th percentile)")
+    figures.set_title(axes, study.title)
+    figures.set_plain(axes)
+    axes.legend(frameon=False, fontsize=9)
+    return figures.save(figure, path)
+
+
+def _notes(study: Study, on_cpu: bool) -> list[str]:
+    rates, field = study.rates, study.memory.value_of
+    limit = "no limit" if study.memory_limit is None else f"{study.memory_limit / _GIGA:.1f} GB"
+    return [
+        f"{study.about}; {study.tokens} tokens a step in {SEQUENCES} sequences, d_k {field('key_dim')}, "
+        f"d_v {field('value_dim')}, m {field('top_m')}, H {field('num_heads')}, E {field('expansion')}, "
+        f"r {field('tucker_rank')}, h {field('num_cores')}; forward, backward and AdamW. {study.repeats} "
+        f"steps of each way after {WARM_UP} of warm-up, in turns, each round on a new random batch. Peak and "
+        "temporaries as the compiler planned them; GB are 10^9 bytes.",
+        "`row_sparse` keeps table and moments in float32. `row_sparse bf16` keeps table and first moment in "
+        "bfloat16, rounded stochastically, and one second moment per row. `dense` is AdamW of optax on a "
+        f"gradient of the table's size. What does not fit into {limit} by its own count is left out.",
+        "Floor: FLOPs over the rate of matrix products or bytes over the bandwidth, whichever takes longer "
+        "(`ultramem_jax/accounting/step_costs.py`). Measured here: "
+        f"{rates.flops_per_second / _GIGA:.4g} GFLOP/s in a "
+        f"float32 product, {rates.bytes_per_second / _GIGA:.3g} GB/s, read and written, where an array is "
+        f"scaled in place; random rows of 512 bytes are gathered at "
+        f"{rates.gathered_bytes_per_second / _GIGA:.3g} GB/s, which is in no floor.",
+        "GPU: not measured here." if on_cpu else f"Measured on {study.environment['devices']}.",
+    ]
+
+
+def _breakdown(study: Study, parts: PartsResult) -> list[str]:
+    rows = sum(parts.times.rows) / len(parts.times.rows)
+    uniform = expected_rows(parts.slots, study.tokens * study.memory.reads_per_token)
+    return [
+        markdown.table(part_rows(study, parts), left=["part", "p10–p90"]),
+        "Each compiled and timed alone. The choice makes scores and top-k by chunks of tokens, as the step "
+        "does; the lines with · are for all tokens at once, and not in the sum. A step reads "
+        f"{round(rows):,} distinct rows; the floors take {round(uniform):,}, those of uniform reads.",
+    ]
+
+
+def _raw(study: Study) -> dict[str, Any]:
+    raw = {field.name: getattr(study, field.name) for field in dataclasses.fields(study)}
+    steps = [
+        dataclasses.asdict(step)
+        | {"timing": step.timing and step.timing._asdict(), "floor_ms": study.floor_ms(step.cost)}
+        for step in study.steps
+    ]
+    parts = [
+        dataclasses.asdict(part)
+        | {
+            "costs": {name: dataclasses.asdict(cost) for name, cost in part.costs.items()},
+            "times": part.times._asdict(),
+        }
+        for part in study.parts
+    ]
+    shape = {"rates": dataclasses.asdict(study.rates), "memory": dataclasses.asdict(study.memory)}
+    return raw | shape | {"steps": steps, "parts": parts}
+
+
+def _range(ms: Sequence[float]) -> str:
+    _, low, high = spread(ms)
+    return f"{markdown.significant(low, 4)}–{markdown.significant(high, 4)}"
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None
+
+
+def _remark(study: Study, step: StepResult) -> str | None:
+    if step.timing is None:
+        return f"does not fit: {step.need_bytes / _GIGA:.3g} GB"
+    apart = [way for way in WAYS if way not in (step.way, *step.beside) and study.median(step.slots, way)]
+    return f"not in turns with {', '.join(apart)}" if apart else None

@@ -1,0 +1,152 @@
+"""Figures: curves over several seeds, and the style that all figures share."""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
+
+from ultramem_jax.reporting.markdown import significant
+
+# Okabe and Ito's palette: distinct for the colour-blind.
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+SKY = "#56B4E9"
+GREY = "#555555"
+
+COLOURS = {"dense": GREY, "moe": VERMILION, "pkm": GREEN, "ultramem": BLUE, "ultramem-v2": SKY}
+"""A system keeps its colour through all figures."""
+_MORE_COLOURS = ("#CC79A7", "#E69F00", "#7A5195", "#8C564B", "#000000")
+BAND_OPACITY = 0.18
+_DPI = 160
+
+Curve = tuple[Sequence[float], Sequence[float]]
+"""Positions (steps, tokens, seconds) and values of one run."""
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that many inches. It belongs to no window system: figures are files."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def set_title(axes: Axes, text: str) -> None:
+    """The title of a panel."""
+    axes.set_title(text, loc="left", fontsize=11, fontweight="bold")
+
+
+def set_plain(axes: Axes, *, x_grid: bool = True, y_grid: bool = True) -> None:
+    """Grid lines below the data, and no frame at the top and on the right."""
+    for axis, on in ((axes.xaxis, x_grid), (axes.yaxis, y_grid)):
+        if on:
+            axis.grid(True, color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def set_log(axis: Axis, ticks: Sequence[float] | None = None) -> None:
+    """A logarithmic axis whose labels are plain numbers. To be called once the data is drawn.
+
+    Args:
+        axis: of some axes, `axes.xaxis` or `axes.yaxis`.
+        ticks: where it has labels; None for 1, 2 and 5 times powers of ten, and more within one of them.
+    """
+    if axis is axis.axes.xaxis:
+        axis.axes.set_xscale("log")
+    else:
+        axis.axes.set_yscale("log")
+    if ticks is None:
+        low, high = sorted(axis.get_view_interval())
+        within_one = high < 10 * low
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if within_one else (1, 2, 5)))
+    else:
+        axis.set_ticks(list(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> pathlib.Path:
+    """Writes a figure to `path`, whose folder is made; the same figure gives the same file."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without the date that SVG and PDF would carry.
+    date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
+    figure.savefig(path, dpi=_DPI, metadata=date)
+    return path
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[Curve]],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "",
+    xlabel: str = "training step",
+    ylabel: str = "validation loss (nats per token)",
+    legend: str = "final",
+    log_x: bool = False,
+    log_y: bool = False,
+    y_limits: tuple[float | None, float | None] = (None, None),
+) -> pathlib.Path:
+    """Draws one line per system: the mean over seeds, in a band from the least to the largest.
+
+    Args:
+        curves: (positions, values) of each seed, by system. Seeds of one system are read at the same
+            positions; a run that ended early cuts the others to its length.
+        path: of the figure, with its suffix (`.png`, `.svg`, `.pdf`); folders are made.
+        title: blank for none.
+        xlabel: with its unit.
+        ylabel: with its unit.
+        legend: word before the last mean of each system in the legend.
+        log_x: logarithmic positions.
+        log_y: logarithmic values.
+        y_limits: the lower and upper end of the vertical axis, None where the data decides.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: seeds of one system at different positions, or a system without a value.
+    """
+    figure = new_figure(7.2, 4.5)
+    axes = figure.subplots()
+    more = iter(_MORE_COLOURS * (1 + len(curves) // len(_MORE_COLOURS)))
+    for system, runs in curves.items():
+        positions, values = _stack(system, runs)
+        mean, low, high = values.mean(0), values.min(0), values.max(0)
+        colour = COLOURS.get(system) or next(more)
+        # A single point has no line, so it gets a dot.
+        marker = "o" if positions.size == 1 else None
+        label = f"{system}: {legend} {significant(float(mean[-1]), 4)}"
+        if len(values) > 1:
+            spread = f"{significant(float(low[-1]), 4)}–{significant(float(high[-1]), 4)}"
+            label += f" ({spread}, {len(values)} seeds)"
+            axes.fill_between(positions, low, high, color=colour, alpha=BAND_OPACITY, linewidth=0)
+        axes.plot(positions, mean, color=colour, linewidth=1.8, marker=marker, label=label)
+    if log_x:
+        axes.set_xscale("log")
+    elif axes.get_xlim()[1] >= 1000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if log_y:
+        axes.set_yscale("log")
+    axes.set_ylim(*y_limits)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if title:
+        set_title(axes, title)
+    set_plain(axes)
+    if curves:
+        axes.legend(frameon=False, fontsize=9)
+    return save(figure, path)
+
+
+def _stack(system: str, runs: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (points,) and values (seeds, points)."""
+    points = min((min(len(x), len(y)) for x, y in runs), default=0)
+    if points == 0:
+        raise ValueError(f"{system} has no value to plot")
+    positions = np.asarray(runs[0][0][:points], np.float64)
+    for seed, (other, _) in enumerate(runs):
+        if not np.array_equal(positions, np.asarray(other[:points], np.float64)):
+            raise ValueError(f"{system}: seed {seed} was read at other positions than seed 0")
+    return positions, np.stack([np.asarray(values[:points], np.float64) for _, values in runs])

@@ -1,0 +1,222 @@
+"""What is asked of every kind of addresser, whoever defines it: one function for each promise.
+
+They take a `ModelConfig` with memories of that kind. A vocabulary of 31, rows that a mesh of four owners
+divides, and two layers keep them fast; `CHECKS` lists them all.
+"""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ultramem_jax.accounting import count_parameters
+from ultramem_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.layers import Memory
+from ultramem_jax.models import Transformer
+from ultramem_jax.models.cache import empty_cache
+from ultramem_jax.models.serving import prepare_for_decoding
+from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device, shard_batch
+from ultramem_jax.training.dense_optimizer import make_optimizers
+from ultramem_jax.training.loop import train
+from ultramem_jax.training.restore import load_model
+from ultramem_jax.training.state import abstract_state, fresh_state, model_variables
+from ultramem_jax.training.step import make_train_step
+
+BASE = ModelConfig(vocab_size=31, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=24)
+"""To put a memory into."""
+
+
+@functools.cache
+def _variables(model):
+    """Variables with no special values: what starts at zero would hide a mistake."""
+    rng = np.random.default_rng(0)
+    made = jax.jit(lambda: Transformer(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))()
+    held = {name: made[name] for name in ("params", "memory", "buffers") if name in made}
+
+    def stirred(a):
+        return a + 0.1 * jnp.asarray(rng.normal(size=a.shape), a.dtype)
+
+    return held | {"params": jax.tree.map(stirred, held["params"])}
+
+
+def _tokens(model, sequences=2, length=9, seed=1):
+    return np.random.default_rng(seed).integers(0, model.vocab_size, (sequences, length)).astype(np.int32)
+
+
+@functools.cache
+def _full(model):
+    return np.asarray(jax.jit(Transformer(model).apply)(_variables(model), _tokens(model)))
+
+
+def jit_equals_eager(model):
+    """A memory alone, compiled and not, gives the same, and is compiled once."""
+    site, variables = model.sites[0], _variables(model)
+    own = {part: tree[site.name] for part, tree in variables.items() if site.name in tree}
+    x, tokens = jax.random.normal(jax.random.key(1), (2, 9, 16)), jnp.asarray(_tokens(model))
+    apply = lambda x: Memory(site).apply(own, x, train=False, token_ids=tokens)  # noqa: E731
+    compiled = jax.jit(apply)
+    y = compiled(x)
+    assert y.shape == x.shape and bool(jnp.isfinite(y).all())
+    np.testing.assert_allclose(y, apply(x), rtol=1e-4, atol=1e-5)
+    compiled(x + 1)
+    assert compiled._cache_size() == 1
+
+
+def gradients_reach_every_parameter(model):
+    """Every parameter of the memories, and every table, has a finite gradient that is not zero."""
+    variables, tokens = _variables(model), _tokens(model)
+
+    def loss(differentiated):
+        logits, sown = Transformer(model).apply(variables | differentiated, tokens, mutable=["losses"])
+        return (logits**2).sum() + sum(jax.tree.leaves(sown), jnp.zeros(()))
+
+    trained = {"params": variables["params"], "memory": variables["memory"]}
+    gradients = jax.jit(jax.grad(loss))(trained)
+    for site in model.sites:
+        own = {"params": gradients["params"][site.name], "memory": gradients["memory"][site.table]}
+        for path, gradient in jax.tree_util.tree_leaves_with_path(own):
+            assert jnp.isfinite(gradient).all() and gradient.any(), path
+
+
+def no_token_sees_what_comes_after_it(model):
+    """Logits do not change where later tokens do."""
+    tokens = _tokens(model)
+    later = tokens.copy()
+    later[:, 5:] = (later[:, 5:] + 7) % model.vocab_size
+    after = jax.jit(Transformer(model).apply)(_variables(model), later)
+    np.testing.assert_allclose(_full(model)[:, :5], after[:, :5], rtol=1e-4, atol=1e-5)
+
+
+def _run_config(model, mesh=None, **fields):
+    # Rows by SGD, and an ε far above the rounding of a gradient: else Adam makes whole steps of what should
+    # be zero.
+    plain = dict(batch_size=8, steps=6, learning_rate=1e-2, warmup_fraction=0.0, eps=1e-4)
+    plain |= dict(row_optimizer="sgd", weight_decay=0.0)
+    return RunConfig(model, DataConfig(seq_len=8), TrainConfig(**plain | fields), mesh or MeshConfig())
+
+
+@functools.cache
+def _trained(config, steps=2):
+    """The state after some steps, and the losses."""
+    optimizers = make_optimizers(config)
+    axes = one_device() if config.mesh == MeshConfig() else mesh_axes(config, make_mesh(config.mesh))
+    with jax.numpy_dtype_promotion("standard"):
+        abstract = abstract_state(config, optimizers, axes)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    step = jax.jit(make_train_step(config, optimizers, axes=axes), out_shardings=(shardings, axes.sharding()))
+    with jax.numpy_dtype_promotion("standard"):  # as optax needs it
+        state, losses = fresh_state(config, optimizers, axes, np.uint32(0)), []
+        for number in range(steps):
+            state, metrics = step(state, shard_batch(_tokens(config.model, 8, 9, number), axes))
+            losses.append(float(metrics["loss"]))
+    return jax.tree.map(np.asarray, state), losses
+
+
+def _assert_same_training(one, other):
+    (state, losses), (expected, expected_losses) = one, other
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    for part in ("tables", "params"):
+        for ours, theirs in zip(
+            jax.tree.leaves(getattr(state, part)), jax.tree.leaves(getattr(expected, part)), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5, err_msg=part)
+
+
+def row_sparse_equals_dense(model):
+    """With plain SGD, which moves only what has a gradient, training by rows is training the whole table."""
+    _assert_same_training(_trained(_run_config(model)), _trained(_run_config(model, table_gradient="dense")))
+
+
+def eight_devices_equal_one(model):
+    """Tables by slots over two owners and by width over two train as on one device."""
+    memories = {name: memory.changed(partition="both") for name, memory in model.memories.items()}
+    both = replace(model, memories=memories)
+    mesh = MeshConfig(data=2, memory=2, width=2)
+    _assert_same_training(_trained(_run_config(both, mesh)), _trained(_run_config(model)))
+
+
+def _assert_decodes(model, variables):
+    """Tokens that go through a cache in uneven chunks get the logits of the whole sequence."""
+    step = jax.jit(
+        lambda variables, tokens, counts: Transformer(model).apply(
+            variables, tokens, counts=counts, mutable=["cache"]
+        )
+    )
+    tokens, full = _tokens(model), _full(model)
+    cache, done = empty_cache(model, 2, 16), np.zeros(2, np.int32)
+    for counts in ([4, 2], [0, 4], [1, 1], [1, 0], [1, 1]):
+        size = 4 if max(counts) > 1 else 1
+        chunk = np.full((2, size), 3, np.int32)  # the padding is a token like any other
+        for row, (first, count) in enumerate(zip(done, counts, strict=True)):
+            chunk[row, :count] = tokens[row, first : first + count]
+        logits, left = step(variables | {"cache": cache}, chunk, np.array(counts, np.int32))
+        cache, done = left["cache"], done + counts
+        for row in (row for row in range(2) if counts[row]):
+            np.testing.assert_allclose(logits[row], full[row, done[row] - 1], rtol=1e-4, atol=3e-5)
+
+
+def cached_decoding_equals_the_full_pass(model):
+    """With the variables of training."""
+    _assert_decodes(model, _variables(model))
+
+
+def served_equals_trained(model):
+    """With prepared variables."""
+    _assert_decodes(model, prepare_for_decoding(model, _variables(model)))
+
+
+def counted_equals_real_shapes(model):
+    """Every number of the model is counted, and declared with its shape."""
+    shapes = jax.tree.map(lambda a: a.shape, _variables(model))
+    size = {part: sum(map(np.prod, jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))))
+            for part, tree in shapes.items()}  # fmt: skip
+    counted = count_parameters(model)
+    assert size["params"] == counted.dense + counted.experts
+    assert size["memory"] == counted.memory_tables
+    for site in model.sites:
+        declared = {name: parameter.shape for name, parameter in site.parameters.items()}
+        assert declared == shapes["params"][site.name]
+        assert all(len(p.axes) == len(p.shape) for p in site.parameters.values())
+        assert shapes["memory"][site.table]["values"][0] == site.num_slots
+
+
+def restored_equals_saved(model, folder):
+    """A run that was cut off goes on to the same numbers, and what is loaded is what was trained."""
+    text = folder / "text.txt"
+    text.write_text("a memory reads a few of its slots for every token. " * 120)
+    data = DataConfig("text", str(text), seq_len=8, cache_dir=str(folder / "cache"))
+    model = replace(model, vocab_size=257)
+    config = replace(_run_config(model, steps=4, checkpoint_every=2, eval_batches=1), data=data)
+    with jax.numpy_dtype_promotion("standard"):
+        whole = train(config, folder / "whole", progress=False)
+        loaded = load_model(folder / "whole")
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, model_variables(whole.state))
+    assert loaded.config.model.memories.keys() == model.memories.keys()
+    half = folder / "half"
+    (half / "checkpoints").mkdir(parents=True)
+    (folder / "whole" / "checkpoints" / "2").rename(half / "checkpoints" / "2")
+    with jax.numpy_dtype_promotion("standard"):
+        again = train(config, half, progress=False)
+    jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
+
+
+CHECKS = (
+    jit_equals_eager,
+    gradients_reach_every_parameter,
+    no_token_sees_what_comes_after_it,
+    row_sparse_equals_dense,
+    eight_devices_equal_one,
+    cached_decoding_equals_the_full_pass,
+    served_equals_trained,
+    counted_equals_real_shapes,
+)
+"""Those that take a model alone; `restored_equals_saved` needs a folder, too."""
+
+
+def check_contract(model, folder):
+    """Holds a model's memories to every promise."""
+    for check in CHECKS:
+        check(model)
+    restored_equals_saved(model, folder)

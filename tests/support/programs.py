@@ -1,0 +1,69 @@
+"""Runs commands and experiments as the command line does, one after another in one process."""
+
+import sys
+
+import jax
+import pytest
+from absl import flags
+
+import launch
+from experiments import EXPERIMENTS
+from experiments.common import seeds
+from ultramem_jax.commands import COMMANDS
+from ultramem_jax.parallel.mesh import make_mesh
+from ultramem_jax.training import loop
+
+
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """Meshes of many devices are the business of other tests; one compiles in half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        patch.setattr(seeds, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Flags that name a small corpus."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text("the slot of a key is read by a query\n" * 200)
+    return [
+        "--config.data.dataset=text",
+        f"--config.data.path={folder / 'text.txt'}",
+        f"--config.data.cache_dir={folder / 'cache'}",
+    ]
+
+
+def _forget_flags():
+    """A process runs one experiment and parses its flags once; here they follow each other in one."""
+    values = flags.FLAGS
+    own = [
+        flag.name
+        for module, defined in values.flags_by_module_dict().items()
+        if module.startswith(("experiments.", "ultramem_jax.commands.", "ml_collections."))
+        for flag in defined
+    ]
+    for name in {*own, *(n for n in values if n == "config" or n.startswith("config."))}:
+        delattr(values, name)
+    values.unparse_flags()
+    for command in (COMMANDS | EXPERIMENTS).values():
+        sys.modules.pop(command.module, None)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    def run(*argv):
+        _forget_flags()
+        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, argv)])
+        status = launch.main(sys.argv)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -1,0 +1,1 @@
+"""What every report needs: tables in Markdown, and where its numbers were measured."""
