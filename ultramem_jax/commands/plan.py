@@ -20,7 +20,8 @@ from ultramem_jax.planning.baseline import BASELINES
 from ultramem_jax.planning.compiled_step import resolved
 from ultramem_jax.planning.hardware import HARDWARE, load_hardware
 from ultramem_jax.planning.plans import lookups, make_plan, planned_runs
-from ultramem_jax.planning.tables import make_folder, numbers_of, render, write
+from ultramem_jax.planning.records import PlanStudy
+from ultramem_jax.planning.tables import make_folder, render, write
 from ultramem_jax.reporting.environment import describe_environment
 
 BASE_CONFIG = RunConfig()
@@ -49,8 +50,9 @@ def main() -> None:
         make_folder(out.parent)
     runs = planned_runs(resolved(command_line.run_config()), PARTITION.value, BASELINE.value)
     plans = [make_plan(name, config, note, hardware) for name, (config, note) in runs.items()]
-    partitions = lookups(plans[0].step.config, hardware)
-    text = render(command_line.config_name(), plans, hardware, partitions, describe_environment())
+    partitions = lookups(plans[0].config, hardware)
+    study = PlanStudy(command_line.config_name(), plans, hardware, partitions, describe_environment())
+    text = render(study)
     print(text)
     if out:
-        write(out, text, numbers_of(plans, hardware, partitions and partitions[1]))
+        write(out, text, study)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import choice, require
 from ultramem_jax.planning.baseline import BASELINES, baseline_run, describe_baseline
-from ultramem_jax.planning.compiled_step import CompiledStep, abstract_axes, compile_step
+from ultramem_jax.planning.compiled_step import DeviceBytes, abstract_axes, compile_step
 from ultramem_jax.planning.hardware import Hardware
 from ultramem_jax.planning.partition import Costs, partition_costs
 from ultramem_jax.planning.step_time import TimeEstimate, estimate_step
@@ -19,10 +19,13 @@ _LOGGER = logging.getLogger("ultramem_jax.plan")
 
 @dataclass(frozen=True)
 class Plan:
-    """One planned run."""
+    """Holds what is known of one planned run: all that its tables need, and its file keeps."""
 
     name: str
-    step: CompiledStep
+    config: RunConfig
+    bytes: DeviceBytes
+    argument_bytes: int
+    """Of the compiled program, as the compiler counts them."""
     traffic: Sequence[Traffic]
     estimate: TimeEstimate
     note: str = ""
@@ -65,7 +68,7 @@ def make_plan(name: str, config: RunConfig, note: str, hardware: Hardware) -> Pl
     rows = traffic(step)
     parameters = step.gathered_parameters
     estimate = estimate_step(config, step.axes, hardware, step.bytes, parameters, by_axes(rows))
-    return Plan(name, step, rows, estimate, note)
+    return Plan(name, config, step.bytes, step.argument_bytes, rows, estimate, note)
 
 
 def lookups(config: RunConfig, hardware: Hardware) -> tuple[int, Costs] | None:

@@ -1,19 +1,16 @@
 """What `plan` prints and writes: Markdown, and the numbers as JSON."""
 
-import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from ultramem_jax.config import to_dict
 from ultramem_jax.errors import UserError
 from ultramem_jax.parallel.mesh import in_words
 from ultramem_jax.planning.compiled_step import DeviceBytes, mesh_sizes
 from ultramem_jax.planning.hardware import Hardware
 from ultramem_jax.planning.partition import TITLES, WAYS, Costs, crossover, verdict
 from ultramem_jax.planning.plans import Plan
+from ultramem_jax.planning.records import PlanStudy
 from ultramem_jax.planning.step_time import TimePart
 from ultramem_jax.planning.traffic import Traffic
 from ultramem_jax.reporting import markdown
@@ -63,25 +60,12 @@ _PARTITION = (
 )
 
 
-def render(
-    title: str,
-    plans: Sequence[Plan],
-    hardware: Hardware,
-    partitions: tuple[int, Costs] | None,
-    environment: Mapping[str, str],
-) -> str:
-    """The whole document.
-
-    Args:
-        title: what is planned.
-        plans: the runs; all on as many devices.
-        hardware: of every device.
-        partitions: tokens of a device and costs of `partition_costs`; None without memories.
-        environment: of `environment`.
-    """
-    sizes = mesh_sizes(plans[0].step.config.mesh)
+def render(study: PlanStudy) -> str:
+    """Returns the whole document in Markdown."""
+    plans, hardware = study.plans, study.hardware
+    sizes = mesh_sizes(plans[0].config.mesh)
     devices = math.prod(sizes.values())
-    parts = [f"# Plan: {title} on {in_words(sizes)} ({devices:,} × {hardware.name})", _ABOUT]
+    parts = [f"# Plan: {study.title} on {in_words(sizes)} ({devices:,} × {hardware.name})", _ABOUT]
     parts += [f"`{plan.name}`: {plan.note}." for plan in plans if plan.note]
     parts += ["## Bytes per device", markdown.table(byte_rows(plans, hardware))]
     for plan in plans:
@@ -90,22 +74,22 @@ def render(
     parts += [_COLLECTIVES] if devices > 1 else []
     parts += ["## Time of a step", markdown.table(time_rows(plans))]
     parts += [markdown.table(bound_rows(plans)), _TIME.format(access=hardware.access_bytes)]
-    if partitions is not None:
-        tokens, costs = partitions
+    if study.partitions is not None:
+        tokens, costs = study.partitions
         parts += ["## By slots or by width", markdown.table(partition_rows(costs)), partition_words(costs)]
-        memory = plans[0].step.config.model.sites[0].config
+        memory = plans[0].config.model.sites[0].config
         about = {"cores": memory.address.weights_per_read, "blocks": memory.num_blocks}
         parts.append(_PARTITION.format(tokens=tokens, access=hardware.access_bytes, **about))
     if hardware.notes:
         parts += [f"## Rates of {hardware.name}", "\n".join(f"- {note}" for note in hardware.notes)]
-    made = {name: value for name, value in environment.items() if name not in _NOT_OF_A_PLAN}
+    made = {name: value for name, value in study.environment.items() if name not in _NOT_OF_A_PLAN}
     parts += ["## How this was made", "\n".join(f"- {name}: `{value}`" for name, value in made.items())]
     return "\n\n".join(parts) + "\n"
 
 
 def byte_rows(plans: Sequence[Plan], hardware: Hardware) -> list[dict[str, object]]:
     """What a device holds, by kind, and whether it fits."""
-    held = {plan.name: plan.step.bytes for plan in plans}
+    held = {plan.name: plan.bytes for plan in plans}
 
     def row(name: str, of: Mapping[str, object]) -> dict[str, object]:
         return {"bytes per device": name, **of}
@@ -218,26 +202,7 @@ def make_folder(folder: pathlib.Path) -> None:
         raise UserError(f"--out: {str(folder)!r} cannot be made a folder: {error.strerror}") from None
 
 
-def write(path: pathlib.Path, text: str, numbers: Mapping[str, Any]) -> None:
-    """Writes the document, and beside it its numbers as `.json`."""
+def write(path: pathlib.Path, text: str, study: PlanStudy) -> None:
+    """Writes the document, and beside it the study as `.json`."""
     path.write_text(text, encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-
-
-def numbers_of(plans: Sequence[Plan], hardware: Hardware, costs: Costs | None) -> dict[str, Any]:
-    """Everything in the tables, as it was counted."""
-    return {
-        "hardware": dataclasses.asdict(hardware),
-        "plans": {
-            plan.name: {
-                "config": to_dict(plan.step.config),
-                "bytes": dataclasses.asdict(plan.step.bytes),
-                "argument_bytes": plan.step.argument_bytes,
-                "collectives": [dataclasses.asdict(row) for row in plan.traffic],
-                "time": dataclasses.asdict(plan.estimate),
-            }
-            for plan in plans
-        },
-        "partition": costs
-        and {p: {way: dataclasses.asdict(c) for way, c in ways.items()} for p, ways in costs.items()},
-    }
+    study.save(path.with_suffix(".json"))

@@ -1,0 +1,97 @@
+"""Keeps what `plan` found in a file, from which its document can be made again without compiling."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ultramem_jax.config import run_config_from_dict, to_dict
+from ultramem_jax.errors import UserError
+from ultramem_jax.planning.compiled_step import DeviceBytes
+from ultramem_jax.planning.hardware import Hardware
+from ultramem_jax.planning.partition import Costs, WayCost
+from ultramem_jax.planning.plans import Plan
+from ultramem_jax.planning.step_time import TimeEstimate, TimePart
+from ultramem_jax.planning.traffic import Traffic
+
+
+@dataclass(frozen=True)
+class PlanStudy:
+    """Holds all that the document of a plan says."""
+
+    title: str
+    """Names what is planned."""
+    plans: Sequence[Plan]
+    """The runs, at least one; all on the same number of devices."""
+    hardware: Hardware
+    """Of every device."""
+    partitions: tuple[int, Costs] | None
+    """Tokens of a device, and the costs of `partition_costs`; None without memories."""
+    environment: Mapping[str, str]
+    """As `describe_environment` returns it."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the study as JSON, all numbers as they were counted."""
+        tokens, costs = self.partitions or (None, None)
+        tree = {
+            "title": self.title,
+            "environment": dict(self.environment),
+            "hardware": dataclasses.asdict(self.hardware),
+            "plans": {plan.name: _tree(plan) for plan in self.plans},
+            "partition_tokens": tokens,
+            "partition": costs
+            and {p: {way: dataclasses.asdict(c) for way, c in ways.items()} for p, ways in costs.items()},
+        }
+        pathlib.Path(path).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PlanStudy":
+        """Reads what `save` wrote, also where an earlier version wrote the configs.
+
+        Raises:
+            UserError: the file cannot be read, or holds no plan.
+        """
+        try:
+            tree = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            return cls(
+                title=tree["title"],
+                plans=[_plan(name, of) for name, of in tree["plans"].items()],
+                hardware=Hardware(**tree["hardware"] | {"notes": tuple(tree["hardware"]["notes"])}),
+                partitions=tree["partition"] and (tree["partition_tokens"], _costs(tree["partition"])),
+                environment=tree["environment"],
+            )
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read, {error.strerror}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}: not a plan, {type(error).__name__}: {error}") from error
+
+
+def _tree(plan: Plan) -> dict[str, Any]:
+    return {
+        "note": plan.note,
+        "config": to_dict(plan.config),
+        "bytes": dataclasses.asdict(plan.bytes),
+        "argument_bytes": plan.argument_bytes,
+        "collectives": [dataclasses.asdict(row) for row in plan.traffic],
+        "time": dataclasses.asdict(plan.estimate),
+    }
+
+
+def _plan(name: str, tree: Mapping[str, Any]) -> Plan:
+    time = tree["time"]
+    return Plan(
+        name=name,
+        config=run_config_from_dict(tree["config"]),
+        bytes=DeviceBytes(**tree["bytes"]),
+        argument_bytes=tree["argument_bytes"],
+        traffic=[Traffic(**row | {"axes": tuple(row["axes"])}) for row in tree["collectives"]],
+        estimate=TimeEstimate(tuple(TimePart(**part) for part in time["parts"]), time["tokens"]),
+        note=tree["note"],
+    )
+
+
+def _costs(tree: Mapping[str, Mapping[str, Any]]) -> Costs:
+    return {int(p): {way: WayCost(**cost) for way, cost in ways.items()} for p, ways in tree.items()}
