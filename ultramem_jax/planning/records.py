@@ -36,14 +36,13 @@ class PlanStudy:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the study as JSON, all numbers as they were counted."""
         tokens, costs = self.partitions or (None, None)
-        tree = {
+        tree: dict[str, Any] = {
             "title": self.title,
             "environment": dict(self.environment),
             "hardware": dataclasses.asdict(self.hardware),
             "plans": {plan.name: _tree(plan) for plan in self.plans},
             "partition_tokens": tokens,
-            "partition": costs
-            and {p: {way: dataclasses.asdict(c) for way, c in ways.items()} for p, ways in costs.items()},
+            "partition": None if costs is None else _costs_tree(costs),
         }
         pathlib.Path(path).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
@@ -78,6 +77,10 @@ def _tree(plan: Plan) -> dict[str, Any]:
         "collectives": [dataclasses.asdict(row) for row in plan.traffic],
         "time": dataclasses.asdict(plan.estimate),
     }
+
+
+def _costs_tree(costs: Costs) -> dict[int, Any]:
+    return {p: {way: dataclasses.asdict(cost) for way, cost in ways.items()} for p, ways in costs.items()}
 
 
 def _plan(name: str, tree: Mapping[str, Any]) -> Plan:
