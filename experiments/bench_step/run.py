@@ -5,10 +5,11 @@ rows in float32, by rows with table and moments in bfloat16, and in the dense wa
 memory is left out and the table says so. Beside each time stands the least that this machine could need, from
 the FLOPs and bytes of the step (ultramem_jax/accounting/step_costs.py) and measured rates; and the parts of
 the step, each timed by itself. --model does the same, but for the parts, with a small language model around
-the layer.
+the layer. --redraw makes tables and figures again of what was measured.
 """
 
 import math
+import pathlib
 import sys
 
 from absl import flags
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from experiments.bench_step import study as step_study
 from experiments.bench_step import tables as bench_tables
 from experiments.bench_step.memory_step import SEQUENCES, Way, bench_memory
+from experiments.bench_step.records import Study
 from experiments.bench_step.timing import WARM_UP
 from experiments.common import machine, report
 from ultramem_jax.errors import UserError, at_least, require, whole_number
@@ -35,6 +37,7 @@ MEMORY = flags.DEFINE_float(
     "memory_gb", None, "GB (10^9 bytes) to stay within; without it 90 % of what is free"
 )
 RESULTS = flags.DEFINE_string("results", "experiments/results/bench_step", "folder of tables and figures")
+REDRAW = flags.DEFINE_bool("redraw", False, "measure nothing: tables and figures of the .json files there")
 
 _SHARE_OF_FREE = 0.9
 _SUBJECTS = {
@@ -50,6 +53,9 @@ _SUBJECTS = {
 
 def main() -> None:
     """Times everything; writes tables and figures."""
+    if REDRAW.value:
+        _redraw(report.make_folder(RESULTS.value, "results"))
+        return
     sides = _sides(SLOTS.value)
     tokens, repeats = TOKENS.value, REPEATS.value
     require(tokens % SEQUENCES == 0, "tokens", tokens, f"must be a multiple of {SEQUENCES}, the sequences")
@@ -67,7 +73,7 @@ def main() -> None:
     rates = machine.measure_rates()
     for model, sizes in plans.items():
         name, title, about = _SUBJECTS[model]
-        study = bench_tables.Study(
+        study = Study(
             name=name,
             title=title,
             about=about,
@@ -89,6 +95,15 @@ def main() -> None:
                 study.parts.extend([] if parts is None else [parts])
                 # After every size: what is cut off leaves what it has measured.
                 written = bench_tables.write(study, folder)
+        print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
+
+
+def _redraw(folder: pathlib.Path) -> None:
+    """Writes tables and figures of the studies in a folder; their files stay as they are."""
+    files = sorted(folder.glob("*.json"))
+    require(bool(files), "results", RESULTS.value, "must hold a .json file of an earlier run")
+    for study in [Study.load(file) for file in files]:
+        written = bench_tables.draw(study, folder)
         print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
 
 

@@ -1,64 +1,22 @@
 """Table, raw numbers and figure of `bench_step`."""
 
-import dataclasses
-import json
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 from matplotlib.ticker import EngFormatter
 
 from experiments.bench_step.memory_step import SEQUENCES, WAYS
 from experiments.bench_step.parts import PARTS
+from experiments.bench_step.records import Study
 from experiments.bench_step.study import PartsResult, StepResult
 from experiments.bench_step.timing import WARM_UP, spread
 from experiments.common import figures, report
-from experiments.common.machine import Rates
-from ultramem_jax.accounting import PartCost, expected_rows, floor_seconds
-from ultramem_jax.config.memory import MemoryConfig
+from ultramem_jax.accounting import expected_rows
 from ultramem_jax.reporting import markdown
 
 _COLOURS = dict(zip(WAYS, (figures.BLUE, figures.GREEN, figures.VERMILION), strict=True))
 _GIGA = 1e9
-
-
-@dataclass(frozen=True)
-class Study:
-    """Everything that was measured of the layer, or of the model."""
-
-    name: str
-    """Of its files."""
-    title: str
-    about: str
-    """What stands around the memory, for the notes."""
-    memory: MemoryConfig
-    """At one size and of one way, for what all have in common."""
-    tokens: int
-    repeats: int
-    memory_limit: int | None
-    """Bytes."""
-    rates: Rates
-    environment: Mapping[str, str]
-    steps: list[StepResult]
-    """In the order of their slots."""
-    parts: list[PartsResult]
-
-    def floor_ms(self, cost: PartCost) -> float:
-        """The least that this machine needs for it."""
-        return 1e3 * floor_seconds(cost, self.rates.flops_per_second, self.rates.bytes_per_second)
-
-    def timed(self, slots: int, way: str) -> StepResult | None:
-        """A step of the study; None if it was not timed."""
-        found = (step for step in self.steps if (step.slots, step.way) == (slots, way) and step.timing)
-        return next(found, None)
-
-    def median(self, slots: int, way: str) -> float | None:
-        """Milliseconds of a step; None if it was not timed."""
-        step = self.timed(slots, way)
-        return spread(step.timing.ms)[0] if step and step.timing else None
 
 
 def write(study: Study, folder: pathlib.Path) -> list[pathlib.Path]:
@@ -66,20 +24,23 @@ def write(study: Study, folder: pathlib.Path) -> list[pathlib.Path]:
 
     What was measured on another device than a CPU carries its name in that of the files.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    device = re.sub(r"\W+", "-", jax.devices()[0].device_kind).strip("-").lower()
-    path = folder / (study.name if on_cpu else f"{study.name}-{device}")
+    table, values, figure = draw(study, folder)
+    return [table, values, study.save(table.with_suffix(".json")), figure]
+
+
+def draw(study: Study, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes what is made of the raw numbers, the table and the figure; returns their paths."""
+    device = re.sub(r"\W+", "-", study.device).strip("-").lower()
+    path = folder / (study.name if study.on_cpu else f"{study.name}-{device}")
     table, values = report.write_table(
-        step_rows(study, on_cpu=on_cpu),
+        step_rows(study, on_cpu=study.on_cpu),
         path,
         study.title,
         study.environment,
-        _notes(study, on_cpu),
+        _notes(study),
         {f"Parts, {p.slots:,} slots, {p.way}": _breakdown(study, p) for p in study.parts},
     )
-    raw, figure = folder / f"{path.name}.json", folder / f"{path.name}.png"
-    raw.write_text(json.dumps(_raw(study), indent=1) + "\n", encoding="utf-8")
-    return [table, values, raw, plot(study, figure)]
+    return [table, values, plot(study, folder / f"{path.name}.png")]
 
 
 def step_rows(study: Study, *, on_cpu: bool) -> list[dict[str, object]]:
@@ -162,7 +123,7 @@ def plot(study: Study, path: pathlib.Path) -> pathlib.Path:
     return figures.save(figure, path)
 
 
-def _notes(study: Study, on_cpu: bool) -> list[str]:
+def _notes(study: Study) -> list[str]:
     rates, field = study.rates, study.memory.value_of
     limit = "no limit" if study.memory_limit is None else f"{study.memory_limit / _GIGA:.1f} GB"
     return [
@@ -180,7 +141,7 @@ def _notes(study: Study, on_cpu: bool) -> list[str]:
         f"float32 product, {rates.bytes_per_second / _GIGA:.3g} GB/s, read and written, where an array is "
         f"scaled in place; random rows of 512 bytes are gathered at "
         f"{rates.gathered_bytes_per_second / _GIGA:.3g} GB/s, which is in no floor.",
-        "GPU: not measured here." if on_cpu else f"Measured on {study.environment['devices']}.",
+        "GPU: not measured here." if study.on_cpu else f"Measured on {study.environment['devices']}.",
     ]
 
 
@@ -193,25 +154,6 @@ def _breakdown(study: Study, parts: PartsResult) -> list[str]:
         "does; the lines with · are for all tokens at once, and not in the sum. A step reads "
         f"{round(rows):,} distinct rows; the floors take {round(uniform):,}, those of uniform reads.",
     ]
-
-
-def _raw(study: Study) -> dict[str, Any]:
-    raw = {field.name: getattr(study, field.name) for field in dataclasses.fields(study)}
-    steps = [
-        dataclasses.asdict(step)
-        | {"timing": step.timing and step.timing._asdict(), "floor_ms": study.floor_ms(step.cost)}
-        for step in study.steps
-    ]
-    parts = [
-        dataclasses.asdict(part)
-        | {
-            "costs": {name: dataclasses.asdict(cost) for name, cost in part.costs.items()},
-            "times": part.times._asdict(),
-        }
-        for part in study.parts
-    ]
-    shape = {"rates": dataclasses.asdict(study.rates), "memory": dataclasses.asdict(study.memory)}
-    return raw | shape | {"steps": steps, "parts": parts}
 
 
 def _range(ms: Sequence[float]) -> str:

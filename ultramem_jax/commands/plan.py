@@ -21,7 +21,7 @@ from ultramem_jax.planning.compiled_step import resolved
 from ultramem_jax.planning.hardware import HARDWARE, load_hardware
 from ultramem_jax.planning.plans import lookups, make_plan, planned_runs
 from ultramem_jax.planning.records import PlanStudy
-from ultramem_jax.planning.tables import make_folder, render, write
+from ultramem_jax.planning.tables import make_folder, redraw, render, write
 from ultramem_jax.reporting.environment import describe_environment
 
 BASE_CONFIG = RunConfig()
@@ -38,14 +38,19 @@ BASELINE = flags.DEFINE_string(
     "",
     f"also plan a Mixture of Experts of equal FLOPs and sparse parameters: {' or '.join(BASELINES)}",
 )
+REDRAW = flags.DEFINE_bool("redraw", False, "compile nothing: the document of the FILE.json beside --out")
 OUT = flags.DEFINE_string("out", "", "FILE.md to write, with FILE.json of all numbers; empty: print alone")
 
 
 def main() -> None:
     """Prints the plan, and writes it if there is somewhere to."""
-    hardware = load_hardware(HARDWARE_NAME.value)
     out = OUT.value and pathlib.Path(OUT.value)
     require(not out or out.suffix == ".md", "--out", OUT.value, "must be the name of a .md file")
+    if REDRAW.value:
+        require(bool(out), "--out", OUT.value, "must name the document that is made again")
+        redraw(pathlib.Path(out))
+        return
+    hardware = load_hardware(HARDWARE_NAME.value)
     if out:
         make_folder(out.parent)
     runs = planned_runs(resolved(command_line.run_config()), PARTITION.value, BASELINE.value)

@@ -206,3 +206,14 @@ def write(path: pathlib.Path, text: str, study: PlanStudy) -> None:
     """Writes the document, and beside it the study as `.json`."""
     path.write_text(text, encoding="utf-8")
     study.save(path.with_suffix(".json"))
+
+
+def redraw(path: pathlib.Path) -> None:
+    """Writes and prints the document of the study that `write` left beside it.
+
+    Raises:
+        UserError: there is none.
+    """
+    text = render(PlanStudy.load(path.with_suffix(".json")))
+    path.write_text(text, encoding="utf-8")
+    print(text)
