@@ -1,4 +1,4 @@
-"""Results cannot rot: README's numbers are in committed CSV files, and kept studies make the committed reports.
+"""Results cannot rot: README has the numbers of committed CSV files, and reports those of kept studies.
 
 And the docstring of every config of an experiment says by which command, on what machine, in what time and
 with what result it was run.
