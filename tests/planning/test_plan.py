@@ -469,7 +469,8 @@ def test_a_mesh_of_unknown_size_has_one_device_along_data():
 def test_devices_are_simulated_where_jax_has_not_been_used():
     assert len(simulated_devices(2)) == 2 and len(jax.devices()) == 8
     script = (
-        "from experiments.plan_compile import simulated_devices as s; print(len(s(12)), s(12)[0].platform)"
+        "from ultramem_jax.planning.compiled_step import simulated_devices as s; "
+        "print(len(s(12)), s(12)[0].platform)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
