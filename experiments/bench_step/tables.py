@@ -1,12 +1,10 @@
-"""Table, raw numbers and figure of `bench_step`."""
+"""Makes the table, the raw numbers and the figure of `bench_step`."""
 
 import dataclasses
 import json
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from matplotlib.ticker import EngFormatter
@@ -17,9 +15,11 @@ from experiments.bench_step.study import PartsResult, StepResult
 from experiments.bench_step.timing import WARM_UP, spread
 from experiments.common import figures, report
 from experiments.common.machine import Rates
+from experiments.common.report import ratio
 from ultramem_jax.accounting import PartCost, expected_rows, floor_seconds
 from ultramem_jax.config.memory import MemoryConfig
 from ultramem_jax.reporting import markdown
+from ultramem_jax.tree_types import JsonDict
 
 _COLOURS = dict(zip(WAYS, (figures.BLUE, figures.GREEN, figures.VERMILION), strict=True))
 _GIGA = 1e9
@@ -27,36 +27,36 @@ _GIGA = 1e9
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that was measured of the layer, or of the model."""
+    """Holds all measurements of the layer, or of the model."""
 
     name: str
-    """Of its files."""
+    """Name of the study's files, without suffix."""
     title: str
     about: str
-    """What stands around the memory, for the notes."""
+    """Description of the model around the memory, for the notes."""
     memory: MemoryConfig
-    """At one size and of one way, for what all have in common."""
+    """Memory of one size and one way; the notes read from it what all of them have in common."""
     tokens: int
     repeats: int
     memory_limit: int | None
-    """Bytes."""
+    """Bytes that steps had to fit into; None without a limit."""
     rates: Rates
     environment: Mapping[str, str]
     steps: list[StepResult]
-    """In the order of their slots."""
+    """Measured steps, in the order of their slots."""
     parts: list[PartsResult]
 
     def floor_ms(self, cost: PartCost) -> float:
-        """The least that this machine needs for it."""
+        """Returns the least milliseconds that this machine needs for a cost."""
         return 1e3 * floor_seconds(cost, self.rates.flops_per_second, self.rates.bytes_per_second)
 
     def timed(self, slots: int, way: str) -> StepResult | None:
-        """A step of the study; None if it was not timed."""
+        """Returns a step of the study; None if it was not timed."""
         found = (step for step in self.steps if (step.slots, step.way) == (slots, way) and step.timing)
         return next(found, None)
 
     def median(self, slots: int, way: str) -> float | None:
-        """Milliseconds of a step; None if it was not timed."""
+        """Returns the median milliseconds of a step; None if it was not timed."""
         step = self.timed(slots, way)
         return spread(step.timing.ms)[0] if step and step.timing else None
 
@@ -64,11 +64,10 @@ class Study:
 def write(study: Study, folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes the table (`.md`, `.csv`), all raw numbers (`.json`) and the figure; returns their paths.
 
-    What was measured on another device than a CPU carries its name in that of the files.
+    The names of the files contain the name of the device, unless that is a CPU.
     """
     on_cpu = jax.default_backend() == "cpu"
-    device = re.sub(r"\W+", "-", jax.devices()[0].device_kind).strip("-").lower()
-    path = folder / (study.name if on_cpu else f"{study.name}-{device}")
+    path = folder / report.file_stem(study.name, jax.devices()[0].device_kind, on_cpu=on_cpu)
     table, values = report.write_table(
         step_rows(study, on_cpu=on_cpu),
         path,
@@ -82,25 +81,25 @@ def write(study: Study, folder: pathlib.Path) -> list[pathlib.Path]:
     return [table, values, raw, plot(study, figure)]
 
 
-def step_rows(study: Study, *, on_cpu: bool) -> list[dict[str, object]]:
-    """One row per size and way. Ratios are of medians; blank where one of the two was not measured.
+def step_rows(study: Study, *, on_cpu: bool) -> list[markdown.Row]:
+    """Returns a row per size and way; ratios are of medians, and blank if one of the two is missing.
 
     Args:
-        study: what was measured.
-        on_cpu: leaves room for a GPU's times.
+        study: the measurements.
+        on_cpu: whether they are of a CPU; adds an empty column for the times of a GPU.
     """
     first, rows = study.steps[0].slots, []
     for step in study.steps:
         median, timing, floor = study.median(step.slots, step.way), step.timing, study.floor_ms(step.cost)
-        row: dict[str, object] = {
+        row: markdown.Row = {
             "slots": step.slots,
             "way": step.way,
             "ms": median,
             "p10–p90": timing and _range(timing.ms),
             "floor, ms": floor,
-            "× floor": _ratio(median, floor),
-            "× dense": _ratio(median, study.median(step.slots, "dense")),
-            f"× at {first:,} slots": _ratio(median, study.median(first, step.way)),
+            "× floor": ratio(median, floor),
+            "× dense": ratio(median, study.median(step.slots, "dense")),
+            f"× at {first:,} slots": ratio(median, study.median(first, step.way)),
             "peak, GB": timing and timing.peak_bytes / _GIGA,
             "temporaries, % of table": timing and 100 * timing.temporary_bytes / step.table_bytes,
         }
@@ -110,8 +109,8 @@ def step_rows(study: Study, *, on_cpu: bool) -> list[dict[str, object]]:
     return rows
 
 
-def part_rows(study: Study, parts: PartsResult) -> list[dict[str, object]]:
-    """One row per part, then their sum and the whole step of the same way."""
+def part_rows(study: Study, parts: PartsResult) -> list[markdown.Row]:
+    """Returns a row per part, then their sum and the whole step of the same way."""
     whole = study.timed(parts.slots, parts.way)
     lines = [
         (part.name, parts.times.of(part), parts.costs[part.cost] if part.cost else None) for part in PARTS
@@ -123,14 +122,14 @@ def part_rows(study: Study, parts: PartsResult) -> list[dict[str, object]]:
     rows = []
     for name, ms, cost in lines:
         median, floor = spread(ms)[0], None if cost is None else study.floor_ms(cost)
-        share = _ratio(median, study.median(parts.slots, parts.way))
+        share = ratio(median, study.median(parts.slots, parts.way))
         rows.append(
             {
                 "part": name,
                 "ms": median,
                 "p10–p90": _range(ms),
                 "floor, ms": floor,
-                "× floor": _ratio(median, floor),
+                "× floor": ratio(median, floor),
                 "% of the step": share and 100 * share,
             }
         )
@@ -138,7 +137,7 @@ def part_rows(study: Study, parts: PartsResult) -> list[dict[str, object]]:
 
 
 def plot(study: Study, path: pathlib.Path) -> pathlib.Path:
-    """Draws time against slots, both logarithmic: medians, the 10th to the 90th percentile, dashed floors."""
+    """Draws time against slots, both logarithmic: medians, the 10th to 90th percentile, and dashed floors."""
     figure = figures.new_figure(7.2, 4.8)
     axes = figure.subplots()
     for way, colour in _COLOURS.items():
@@ -195,7 +194,7 @@ def _breakdown(study: Study, parts: PartsResult) -> list[str]:
     ]
 
 
-def _raw(study: Study) -> dict[str, Any]:
+def _raw(study: Study) -> JsonDict:
     raw = {field.name: getattr(study, field.name) for field in dataclasses.fields(study)}
     steps = [
         dataclasses.asdict(step)
@@ -216,11 +215,7 @@ def _raw(study: Study) -> dict[str, Any]:
 
 def _range(ms: Sequence[float]) -> str:
     _, low, high = spread(ms)
-    return f"{markdown.significant(low, 4)}–{markdown.significant(high, 4)}"
-
-
-def _ratio(value: float | None, base: float | None) -> float | None:
-    return value / base if value is not None and base else None
+    return markdown.interval(low, high)
 
 
 def _remark(study: Study, step: StepResult) -> str | None:

@@ -49,6 +49,21 @@ def take_integer(argv: list[str], flag: str) -> tuple[int | None, list[str]]:
     return number, rest
 
 
+def positive_number(flag: str, text: str) -> int:
+    """Returns one entry of a flag that lists whole numbers above 0.
+
+    Args:
+        flag: name of the flag, without its dashes.
+        text: the entry that the user gave.
+
+    Raises:
+        UserError: the entry is not such a number.
+    """
+    number = whole_number(text) or 0
+    require(number > 0, flag, text, "must be whole numbers above 0")
+    return number
+
+
 def check_names(flag: str, names: Sequence[str], known: Iterable[str]) -> None:
     """Checks that a flag lists at least one name, and only known ones.
 

@@ -106,7 +106,8 @@ def _commit() -> str:
     return head.stdout.strip() + (" with uncommitted changes" if dirty else "")
 
 
-def _read(path: str) -> str:
+def read_system_file(path: str) -> str:
+    """Returns the text of a file such as `/proc/meminfo`; blank if it cannot be read."""
     try:
         return pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -114,7 +115,9 @@ def _read(path: str) -> str:
 
 
 def _cpu_model() -> str:
-    match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    match = re.search(
+        r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", read_system_file("/proc/cpuinfo"), re.MULTILINE
+    )
     return (match[1].strip() if match else "") or platform.processor() or platform.machine()
 
 
@@ -135,8 +138,8 @@ def _memory_bytes() -> int:
     except (AttributeError, ValueError, OSError):
         return 0
     limit = (
-        _read("/sys/fs/cgroup/memory.max").strip()
-        or _read("/sys/fs/cgroup/memory/memory.limit_in_bytes").strip()
+        read_system_file("/sys/fs/cgroup/memory.max").strip()
+        or read_system_file("/sys/fs/cgroup/memory/memory.limit_in_bytes").strip()
     )
     return min(machine, int(limit)) if limit.isdigit() else machine
 
