@@ -81,8 +81,9 @@ def write(study: DecodeStudy, folder: pathlib.Path, stem: str) -> dict[str, path
 def plot_batches(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.Path:
     """Draws the time of a step against the batch, with a panel per dtype.
 
-    Lines are medians, in a band of the range of all repeats. Arrows show the ratio of MoE to UltraMem at some batches. A band shows where MoE would be if it took 2 to
-    6 times as long as our UltraMem, as published. Dotted lines are floors.
+    Lines are medians, in a band of the range of all repeats. Arrows show the ratio of MoE to UltraMem at some
+    batches. Another band shows where MoE would be if it took 2 to 6 times as long as our UltraMem, as
+    published. Dotted lines are floors.
 
     Args:
         study: measurements with timings of the study `batch`.
