@@ -4,51 +4,51 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from experiments.bench_step.parts import PartTimes
 from experiments.bench_step.study import PartsResult, StepResult
 from experiments.bench_step.timing import Timing, spread
+from experiments.common import report
 from experiments.common.machine import Rates
 from ultramem_jax.accounting import PartCost, floor_seconds
 from ultramem_jax.config import MemoryConfig, run_config_from_dict, to_dict
 from ultramem_jax.errors import UserError
+from ultramem_jax.tree_types import JsonDict
 
 
 @dataclass(frozen=True)
 class Study:
-    """Holds everything that was measured of the layer, or of the model."""
+    """Holds all measurements of the layer, or of the model."""
 
     name: str
-    """Begins the names of its files."""
+    """Name of the study's files, without suffix."""
     title: str
     about: str
-    """Says what surrounds the memory, for the notes."""
+    """Description of the model around the memory, for the notes."""
     memory: MemoryConfig
-    """At one size and of one way, for what all have in common."""
+    """Memory of one size and one way; the notes read from it what all of them have in common."""
     tokens: int
     repeats: int
     memory_limit: int | None
-    """Bytes."""
+    """Bytes that steps had to fit into; None without a limit."""
     rates: Rates
     environment: Mapping[str, str]
-    """As `describe_environment` returns it."""
+    """Strings from `describe_environment()`."""
     steps: list[StepResult]
-    """In the order of their slots."""
+    """Measured steps, in the order of their slots."""
     parts: list[PartsResult]
 
     @property
     def device(self) -> str:
-        """What it ran on, such as `cpu` or `NVIDIA H100 80GB HBM3`; without the number of devices."""
-        return re.sub(r"^\d+ × | \(\w+\)$", "", self.environment["devices"])
+        """Returns the kind of the devices, such as `cpu` or `NVIDIA H100 80GB HBM3`, without their number."""
+        return report.device_kind(self.environment)
 
     @property
     def on_cpu(self) -> bool:
-        """Whether it ran on a CPU."""
-        return self.environment["devices"].endswith("(cpu)")
+        """Tells whether the study ran on a CPU."""
+        return report.is_cpu(self.environment)
 
     def floor_ms(self, cost: PartCost) -> float:
         """Returns the least milliseconds that this machine needs for a cost."""
@@ -60,7 +60,7 @@ class Study:
         return next(found, None)
 
     def median(self, slots: int, way: str) -> float | None:
-        """Returns the milliseconds of a step; None if it was not timed."""
+        """Returns the median milliseconds of a step; None if it was not timed."""
         step = self.timed(slots, way)
         return spread(step.timing.ms)[0] if step and step.timing else None
 
@@ -94,17 +94,17 @@ class Study:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}: not a study of steps, {type(error).__name__}: {error}") from error
 
-    def _step_tree(self, step: StepResult) -> dict[str, Any]:
+    def _step_tree(self, step: StepResult) -> JsonDict:
         timing = step.timing and step.timing._asdict()
         return dataclasses.asdict(step) | {"timing": timing, "floor_ms": self.floor_ms(step.cost)}
 
 
-def _parts_tree(parts: PartsResult) -> dict[str, Any]:
+def _parts_tree(parts: PartsResult) -> JsonDict:
     costs = {name: dataclasses.asdict(cost) for name, cost in parts.costs.items()}
     return {"slots": parts.slots, "way": parts.way, "costs": costs, "times": parts.times._asdict()}
 
 
-def _memory(tree: Mapping[str, Any]) -> MemoryConfig:
+def _memory(tree: JsonDict) -> MemoryConfig:
     # Version 0.2 had one memory, with all fields in one dict; configs of runs can still be read from then.
     of_today = "address" in tree
     model = {"memories": {"memory": tree}} if of_today else {"memory": tree}
@@ -113,7 +113,7 @@ def _memory(tree: Mapping[str, Any]) -> MemoryConfig:
     return memory
 
 
-def _step(tree: Mapping[str, Any]) -> StepResult:
+def _step(tree: JsonDict) -> StepResult:
     known = {name: value for name, value in tree.items() if name != "floor_ms"}
     made = {
         "cost": PartCost(**tree["cost"]),
@@ -123,6 +123,6 @@ def _step(tree: Mapping[str, Any]) -> StepResult:
     return StepResult(**known | made)
 
 
-def _parts(tree: Mapping[str, Any]) -> PartsResult:
+def _parts(tree: JsonDict) -> PartsResult:
     costs = {name: PartCost(**cost) for name, cost in tree["costs"].items()}
     return PartsResult(tree["slots"], tree["way"], costs, PartTimes(**tree["times"]))

@@ -1,7 +1,6 @@
-"""Table, raw numbers and figure of `bench_step`."""
+"""Makes the table, the raw numbers and the figure of `bench_step`."""
 
 import pathlib
-import re
 from collections.abc import Sequence
 
 from matplotlib.ticker import EngFormatter
@@ -12,6 +11,7 @@ from experiments.bench_step.records import Study
 from experiments.bench_step.study import PartsResult, StepResult
 from experiments.bench_step.timing import WARM_UP, spread
 from experiments.common import figures, report
+from experiments.common.report import ratio
 from ultramem_jax.accounting import expected_rows
 from ultramem_jax.reporting import markdown
 
@@ -22,16 +22,15 @@ _GIGA = 1e9
 def write(study: Study, folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes the table (`.md`, `.csv`), all raw numbers (`.json`) and the figure; returns their paths.
 
-    What was measured on another device than a CPU carries its name in that of the files.
+    The names of the files contain the name of the device, unless that is a CPU.
     """
     table, values, figure = draw(study, folder)
     return [table, values, study.save(table.with_suffix(".json")), figure]
 
 
 def draw(study: Study, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Writes what is made of the raw numbers, the table and the figure; returns their paths."""
-    device = re.sub(r"\W+", "-", study.device).strip("-").lower()
-    path = folder / (study.name if study.on_cpu else f"{study.name}-{device}")
+    """Writes the table and the figure, but not the raw numbers; returns their paths."""
+    path = folder / report.file_stem(study.name, study.device, on_cpu=study.on_cpu)
     table, values = report.write_table(
         step_rows(study, on_cpu=study.on_cpu),
         path,
@@ -39,29 +38,30 @@ def draw(study: Study, folder: pathlib.Path) -> list[pathlib.Path]:
         study.environment,
         _notes(study),
         {f"Parts, {p.slots:,} slots, {p.way}": _breakdown(study, p) for p in study.parts},
+        {"time of a step against slots": f"{path.name}.png"},
     )
     return [table, values, plot(study, folder / f"{path.name}.png")]
 
 
-def step_rows(study: Study, *, on_cpu: bool) -> list[dict[str, object]]:
-    """One row per size and way. Ratios are of medians; blank where one of the two was not measured.
+def step_rows(study: Study, *, on_cpu: bool) -> list[markdown.Row]:
+    """Returns a row per size and way; ratios are of medians, and blank if one of the two is missing.
 
     Args:
-        study: what was measured.
-        on_cpu: leaves room for a GPU's times.
+        study: the measurements.
+        on_cpu: whether they are of a CPU; adds an empty column for the times of a GPU.
     """
     first, rows = study.steps[0].slots, []
     for step in study.steps:
         median, timing, floor = study.median(step.slots, step.way), step.timing, study.floor_ms(step.cost)
-        row: dict[str, object] = {
+        row: markdown.Row = {
             "slots": step.slots,
             "way": step.way,
             "ms": median,
             "p10–p90": timing and _range(timing.ms),
             "floor, ms": floor,
-            "× floor": _ratio(median, floor),
-            "× dense": _ratio(median, study.median(step.slots, "dense")),
-            f"× at {first:,} slots": _ratio(median, study.median(first, step.way)),
+            "× floor": ratio(median, floor),
+            "× dense": ratio(median, study.median(step.slots, "dense")),
+            f"× at {first:,} slots": ratio(median, study.median(first, step.way)),
             "peak, GB": timing and timing.peak_bytes / _GIGA,
             "temporaries, % of table": timing and 100 * timing.temporary_bytes / step.table_bytes,
         }
@@ -71,8 +71,8 @@ def step_rows(study: Study, *, on_cpu: bool) -> list[dict[str, object]]:
     return rows
 
 
-def part_rows(study: Study, parts: PartsResult) -> list[dict[str, object]]:
-    """One row per part, then their sum and the whole step of the same way."""
+def part_rows(study: Study, parts: PartsResult) -> list[markdown.Row]:
+    """Returns a row per part, then their sum and the whole step of the same way."""
     whole = study.timed(parts.slots, parts.way)
     lines = [
         (part.name, parts.times.of(part), parts.costs[part.cost] if part.cost else None) for part in PARTS
@@ -84,14 +84,14 @@ def part_rows(study: Study, parts: PartsResult) -> list[dict[str, object]]:
     rows = []
     for name, ms, cost in lines:
         median, floor = spread(ms)[0], None if cost is None else study.floor_ms(cost)
-        share = _ratio(median, study.median(parts.slots, parts.way))
+        share = ratio(median, study.median(parts.slots, parts.way))
         rows.append(
             {
                 "part": name,
                 "ms": median,
                 "p10–p90": _range(ms),
                 "floor, ms": floor,
-                "× floor": _ratio(median, floor),
+                "× floor": ratio(median, floor),
                 "% of the step": share and 100 * share,
             }
         )
@@ -99,7 +99,7 @@ def part_rows(study: Study, parts: PartsResult) -> list[dict[str, object]]:
 
 
 def plot(study: Study, path: pathlib.Path) -> pathlib.Path:
-    """Draws time against slots, both logarithmic: medians, the 10th to the 90th percentile, dashed floors."""
+    """Draws time against slots, both logarithmic: medians, the 10th to 90th percentile, and dashed floors."""
     figure = figures.new_figure(7.2, 4.8)
     axes = figure.subplots()
     for way, colour in _COLOURS.items():
@@ -158,11 +158,7 @@ def _breakdown(study: Study, parts: PartsResult) -> list[str]:
 
 def _range(ms: Sequence[float]) -> str:
     _, low, high = spread(ms)
-    return f"{markdown.significant(low, 4)}–{markdown.significant(high, 4)}"
-
-
-def _ratio(value: float | None, base: float | None) -> float | None:
-    return value / base if value is not None and base else None
+    return markdown.interval(low, high)
 
 
 def _remark(study: Study, step: StepResult) -> str | None:

@@ -6,7 +6,6 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ultramem_jax.config import run_config_from_dict, to_dict
 from ultramem_jax.errors import UserError
@@ -16,27 +15,28 @@ from ultramem_jax.planning.partition import Costs, WayCost
 from ultramem_jax.planning.plans import Plan
 from ultramem_jax.planning.step_time import TimeEstimate, TimePart
 from ultramem_jax.planning.traffic import Traffic
+from ultramem_jax.tree_types import JsonDict
 
 
 @dataclass(frozen=True)
 class PlanStudy:
-    """Holds all that the document of a plan says."""
+    """Holds all that the document of a plan says, for the document and its file."""
 
     title: str
-    """Names what is planned."""
+    """Name of what is planned."""
     plans: Sequence[Plan]
-    """The runs, at least one; all on the same number of devices."""
+    """Planned runs, at least one; all have the same number of devices."""
     hardware: Hardware
-    """Of every device."""
+    """The device, of which all are alike."""
     partitions: tuple[int, Costs] | None
-    """Tokens of a device, and the costs of `partition_costs`; None without memories."""
+    """Tokens of a device, and costs from `partition_costs`; None without memories."""
     environment: Mapping[str, str]
-    """As `describe_environment` returns it."""
+    """Strings from `describe_environment`."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the study as JSON, all numbers as they were counted."""
         tokens, costs = self.partitions or (None, None)
-        tree: dict[str, Any] = {
+        tree: JsonDict = {
             "title": self.title,
             "environment": dict(self.environment),
             "hardware": dataclasses.asdict(self.hardware),
@@ -68,7 +68,7 @@ class PlanStudy:
             raise UserError(f"{path}: not a plan, {type(error).__name__}: {error}") from error
 
 
-def _tree(plan: Plan) -> dict[str, Any]:
+def _tree(plan: Plan) -> JsonDict:
     return {
         "note": plan.note,
         "config": to_dict(plan.config),
@@ -79,11 +79,11 @@ def _tree(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _costs_tree(costs: Costs) -> dict[int, Any]:
+def _costs_tree(costs: Costs) -> dict[int, JsonDict]:
     return {p: {way: dataclasses.asdict(cost) for way, cost in ways.items()} for p, ways in costs.items()}
 
 
-def _plan(name: str, tree: Mapping[str, Any]) -> Plan:
+def _plan(name: str, tree: JsonDict) -> Plan:
     time = tree["time"]
     return Plan(
         name=name,
@@ -96,5 +96,5 @@ def _plan(name: str, tree: Mapping[str, Any]) -> Plan:
     )
 
 
-def _costs(tree: Mapping[str, Mapping[str, Any]]) -> Costs:
+def _costs(tree: JsonDict) -> Costs:
     return {int(p): {way: WayCost(**cost) for way, cost in ways.items()} for p, ways in tree.items()}
