@@ -17,6 +17,7 @@ import pytest
 from experiments.bench_step.records import Study as StepStudy
 from tests.support.documents import ROOT, local_links
 from tests.support.result_tables import (
+    Printed,
     csv_numbers,
     csv_row,
     csv_rows,
@@ -36,13 +37,12 @@ SYSTEMS = {"UltraMem": "ultramem", "MoE": "moe", "dense": "dense", "PKM": "pkm"}
 
 
 def compared(label: str, column: str) -> list[float | None]:
-    row = csv_row(RESULTS / "compare" / "compare.csv", system=SYSTEMS[label.partition(",")[0]])
+    row = csv_row(RESULTS / "compare" / "compare.csv", system=SYSTEMS[label])
     fields = {
-        "dense / sparse parameters": ("dense parameters", "sparse parameters"),
         "validation bits per byte": ("validation bits/byte", "± (val.)"),
         "test bits per byte": ("test bits/byte", "± (test)"),
     }
-    return [number(row[field]) or None for field in fields[column]]  # README has a dash for no parameters
+    return [number(row[field]) for field in fields[column]]
 
 
 def step_ms(label: str, column: str) -> list[float | None]:
@@ -57,73 +57,66 @@ def step_ms(label: str, column: str) -> list[float | None]:
 
 def decoding_seconds(label: str, column: str) -> list[float | None]:
     dtype, batch = column.split(", batch ")
-    return [median(dtype, int(batch), SYSTEMS[label])]
-
-
-def decoding_ratio(label: str, column: str) -> list[float | None]:
-    batch = int(label.rpartition("batch ")[2])
-    if sizes := re.match(r"(\w+), (\d+)× over (\d+)× sparse", label):
-        system, *ratios = sizes.groups()
-        large, small = (median(column, batch, SYSTEMS[system], sparsity=int(ratio)) for ratio in ratios)
-    else:
-        large, small = (median(column, batch, SYSTEMS[s]) for s in label.partition(",")[0].split(" over "))
-    return [large / small if large and small else None]
-
-
-def median(dtype: str, batch: int, system: str, sparsity: int | None = None) -> float | None:
-    """Returns the seconds of a decoding step; None if it was not timed."""
-    rows = [
-        row
-        for row in csv_rows(RESULTS / "bench_decode" / "bench_decode.csv")
-        if (row["dtype"], row["batch"], row["system"]) == (dtype, str(batch), system)
-        and row["study"] == ("batch" if sparsity is None else "sparsity")
-        # Keys and experts come in whole numbers, so no size is an exact multiple.
-        and (sparsity is None or float(row["sparse_over_dense"]) == pytest.approx(sparsity, rel=0.05))
-    ]
-    assert len(rows) <= 1
-    return float(rows[0]["median_s"]) if rows else None
+    found = {"study": "batch", "dtype": dtype, "batch": batch, "system": SYSTEMS[label]}
+    return [number(csv_row(RESULTS / "bench_decode" / "bench_decode.csv", **found)["median_s"])]
 
 
 SOURCES: dict[tuple[str, str], Callable[[str, str], list[float | None]]] = {
-    ("Results", "system"): compared,
     ("Equal compute", "system"): compared,
     ("Training step", "slots"): step_ms,
     ("Decoding", "system"): decoding_seconds,
-    ("Decoding", "2 CPU cores, 128 tokens in the cache"): decoding_ratio,
 }
-"""A table of results in README, by its section and the name of its first column -> the measured values of a
+"""A table with numbers in README, by its section and the name of its first column -> the measured values of a
 cell, from the label of its row and the name of its column; None for what was not measured."""
-NO_RESULTS = {("What there is", "change")}
-"""Tables with numbers that nobody measured, such as fields of a config."""
 TABLES = {(table.heading, table.header[0]): table for table in markdown_tables(README)}
 
 
 def test_every_table_with_numbers_has_a_source():
-    with_numbers = {name for name, table in TABLES.items() if table.has_numbers()}
-    assert with_numbers - NO_RESULTS <= SOURCES.keys()
+    assert {name for name, table in TABLES.items() if table.has_numbers()} == SOURCES.keys()
     assert len(TABLES) == len(markdown_tables(README))
-    assert with_numbers & SOURCES.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in TABLES if name in SOURCES])
+@pytest.mark.parametrize("name", SOURCES)
 def test_readme_rounds_what_the_csv_files_have(name):
     wrong = []
     for row in TABLES[name].rows:
         for column, cell in zip(TABLES[name].header[1:], row[1:], strict=True):
             if "paper" in column:
                 continue
-            printed = printed_numbers(cell)
             measured = [value for value in SOURCES[name](row[0], column) if value is not None]
-            same = len(printed) == len(measured)
-            if not same or not all(p.rounds(m) for p, m in zip(printed, measured, strict=True)):
+            if not are_rounded(printed_numbers(cell), measured):
                 wrong.append(f"{row[0]}, {column}: {cell!r}, measured {measured}")
     assert not wrong
 
 
-def test_the_headline_is_a_ratio_of_measured_times():
-    (ratio,) = re.findall(r"\*\*([\d.]+) times\*\*", README.read_text(encoding="utf-8"))
-    (measured,) = decoding_ratio("MoE over UltraMem, batch 16", "float32")
-    assert printed_numbers(ratio)[0].rounds(measured)
+def are_rounded(printed: list[Printed], measured: list[float]) -> bool:
+    return len(printed) == len(measured) and all(p.rounds(m) for p, m in zip(printed, measured, strict=True))
+
+
+def moe_over_ultramem(dtype: str, batch: int) -> float:
+    moe, ultramem = (decoding_seconds(s, f"{dtype}, batch {batch}")[0] for s in ("MoE", "UltraMem"))
+    return moe / ultramem
+
+
+def largest(path: str, field: str) -> float:
+    return max(value for row in csv_rows(RESULTS / path) if (value := number(row[field])) is not None)
+
+
+SENTENCES: dict[str, Callable[[], list[float]]] = {
+    r"\*\*([\d.]+) times\*\* as long": lambda: [moe_over_ultramem("float32", 16)],
+    r"MoE takes ([\d.]+) times as long as UltraMem at batch 64 in float32, and ([\d.]+) times in bfloat16": (
+        lambda: [moe_over_ultramem(dtype, 64) for dtype in ("float32", "bfloat16")]
+    ),
+    r"trains in ([\d.]+) GB": lambda: [largest("slots_20m/memory.csv", "peak_gb")],
+    r"cost up to ([\d.]+) bits per byte": lambda: [largest("row_states/row_states.csv", "Δ")],
+}
+"""Words of README with numbers that are measured or derived -> their values."""
+
+
+@pytest.mark.parametrize("pattern", SENTENCES)
+def test_sentences_of_readme_round_what_the_csv_files_have(pattern):
+    (match,) = re.finditer(pattern, " ".join(README.read_text(encoding="utf-8").split()))
+    assert are_rounded(printed_numbers(" ".join(match.groups())), SENTENCES[pattern]())
 
 
 REDRAWN = {
