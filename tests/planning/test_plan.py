@@ -392,6 +392,8 @@ def test_the_plan_is_printed_and_written(run, compiled, tiny_file, tmp_path):
     [
         (["--hardware=h10"], "unknown hardware 'h10': did you mean 'h100'?"),
         (["--hardware=nowhere.json"], "--hardware = 'nowhere.json': there is no such file"),
+        (["--redraw"], "--out = '': must name the document that is made again"),
+        (["--redraw", "--out=nowhere.md"], "nowhere.json: cannot be read, No such file"),
         (["--out=plan.txt"], "--out = 'plan.txt': must be the name of a .md file"),
         (["--partition=slot"], "unknown --partition 'slot': did you mean 'slots'?"),
         (["--baseline=mo"], "unknown --baseline 'mo': did you mean 'moe'?"),
@@ -431,8 +433,10 @@ def test_a_mesh_of_unknown_size_has_one_device_along_data():
 
 def test_devices_are_simulated_where_jax_has_not_been_used():
     assert len(simulated_devices(2)) == 2 and len(jax.devices()) == 8
-    script = "from ultramem_jax.planning.compiled_step import simulated_devices as s; "
+    script = (
+        "from ultramem_jax.planning.compiled_step import simulated_devices as s; "
         "print(len(s(12)), s(12)[0].platform)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
