@@ -185,7 +185,8 @@ def expected_chosen_bytes(config: ModelConfig, batch: int) -> float:
     """Returns the expected bytes of experts or rows that a step of `batch` tokens reads, float32 weights."""
     cost = decode_cost(config, batch, 1, dtype="float32", cache_dtype="float32")
     experts = config.moe.num_experts if config.moe else 1
-    # By the paper's count, as many tokens as experts read all experts; the expected share is taken of that.
+    # By the paper's count, as many tokens as there are experts read all experts. The expected share of the
+    # experts has that share of the bytes.
     return bytes_per_token(config, experts).experts * cost.experts / experts + cost.memory_rows.bytes
 
 

@@ -219,7 +219,7 @@ def _system(name: str) -> str:
 
 def _fitting(subject: Subject) -> Iterator[Subject]:
     free = machine.available_bytes()
-    # So many tokens read every weight and every slot.
+    # A step of 2^40 tokens reads every weight and every slot.
     weights = bytes_per_token(subject.config, 1 << 40, jnp.dtype(subject.config.dtype).itemsize).step
     for batch in list(subject.batches):
         cache = cache_bytes(subject.config, batch, CACHE_LENGTH.value, _cache_dtype(subject.config))

@@ -31,10 +31,10 @@ from ultramem_jax.tree_types import JsonDict
 
 
 class Identity(TypedDict):
-    """Identifies a result: what it is a result of."""
+    """Identifies a result by its config, corpus, tokenizer and test."""
 
     config: JsonDict
-    """Config of the run, as of `to_dict`."""
+    """Config of the run, as `to_dict` writes it."""
     corpus_hash: str
     tokenizer_hash: NotRequired[str]
     """Fingerprint of the tokenizer; results of older versions lack it."""

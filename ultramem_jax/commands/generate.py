@@ -21,8 +21,8 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "`last`, `best` (validati
 PROMPT = flags.DEFINE_multi_string(
     "prompt",
     ["def "],
-    "text to continue; may be given several times: then all prompts are decoded as one batch, and each "
-    "finished text is printed under its prompt, in order",
+    "text to continue; several prompts are decoded as one batch, and each finished text is printed under its "
+    "prompt, in order",
 )
 NUM_TOKENS = flags.DEFINE_integer("num_tokens", 200, "tokens to add to each prompt, at most", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float(
