@@ -9,10 +9,9 @@ than the stride, is in no sequence.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grain
 import numpy as np
@@ -33,7 +32,9 @@ _BATCHES_AHEAD = 8
 class SequenceSource:
     """Random access to the sequences of one split, each (S + 1,) int32."""
 
-    def __init__(self, records: Any, num_tokens: int, seq_len: int, stride: int):
+    def __init__(
+        self, records: Sequence[Mapping[str, np.ndarray]], num_tokens: int, seq_len: int, stride: int
+    ):
         """Of a split that has at least one; made by `Corpus.source`, which checks that."""
         self._records = records  # a TFDS data source of {"tokens": (C,)}
         self._num_sequences = 1 + (num_tokens - 1 - seq_len) // stride

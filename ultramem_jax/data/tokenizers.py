@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import tokenizers
@@ -191,7 +191,7 @@ class BpeTokenizer:
         return b"".join(self._bytes_of_id[i] for i in _check_ids(ids, self.vocab_size))
 
 
-def _without_nothing(tree: Any) -> Any:
+def _without_nothing(tree: object) -> object:
     """The tree without entries that are null or false, which a later version of the library may add."""
     if isinstance(tree, dict):
         return {key: _without_nothing(value) for key, value in tree.items() if value not in (None, False)}

@@ -1,10 +1,9 @@
 """An array that is a part of a tree of variables, but not one of its leaves."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 
 @jax.tree_util.register_pytree_node_class
@@ -16,7 +15,7 @@ class Constant:
     `jax.jit` it is a part of the compiled function: another content is another compilation.
     """
 
-    def __init__(self, value: Any):
+    def __init__(self, value: ArrayLike):
         self.value = np.array(value)
         self.value.setflags(write=False)
         self._hash: int | None = None
@@ -31,7 +30,7 @@ class Constant:
         """That of the array."""
         return self.value.dtype
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.value, dtype=dtype, copy=copy)
 
     def __jax_array__(self) -> jax.Array:

@@ -15,7 +15,7 @@ from ultramem_jax.config.memory import MemoryConfig, MemorySite, memory_of
 from ultramem_jax.config.memory_parts import Around
 from ultramem_jax.config.placement import Span
 from ultramem_jax.errors import guards_a_denominator, require
-from ultramem_jax.interop.hyper_values import integer, number, of_hyper, value
+from ultramem_jax.interop.hyper_values import Hyper, integer, number, of_hyper, value
 from ultramem_jax.interop.names import Entry, transposed
 
 MODULE = "memory_0"
@@ -39,7 +39,7 @@ class EngramReference:
         return self.site.around.embed_dim
 
     @classmethod
-    def of(cls, hyper: Mapping[str, Any]) -> "EngramReference":
+    def of(cls, hyper: Hyper) -> "EngramReference":
         """Reads the hyper-parameters under the demo's names; unknown ones are passed over.
 
         Needed are `hidden_size` (D), `n_embed_per_ngram` (d_e of an order, all heads together),
@@ -141,7 +141,7 @@ class EngramReference:
         return [*found, tokens]
 
 
-def _epsilons(hyper: Mapping[str, Any]) -> tuple[float, float]:
+def _epsilons(hyper: Hyper) -> tuple[float, float]:
     """Those of the gate's norms, 0 for the machine epsilon, and of the norm before the convolution."""
     eps = hyper.get("norm_eps") or {}
     require(isinstance(eps, Mapping), "hyper.norm_eps", eps, "must be a dict of 'gate' and 'conv'")
@@ -163,7 +163,7 @@ def _kernel(taps: np.ndarray) -> np.ndarray:
     return taps[::-1].T[:, None]
 
 
-def _integers(hyper: Mapping[str, Any], name: str, low: int) -> tuple[int, ...]:
+def _integers(hyper: Hyper, name: str, low: int) -> tuple[int, ...]:
     found = value(hyper, name)
     listed = isinstance(found, Sequence | np.ndarray) and not isinstance(found, str) and len(found) > 0
     require(listed, f"hyper.{name}", found, "must be a list of integers")

@@ -4,13 +4,13 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ultramem_jax.config.memory import MemoryConfig, MemorySite
 from ultramem_jax.errors import UserError, choice, guards_a_denominator, require
-from ultramem_jax.interop.hyper_values import integer, number, of_hyper, switch, value
+from ultramem_jax.interop.hyper_values import Hyper, integer, number, of_hyper, switch, value
 from ultramem_jax.layers.memory.product_keys import ProductKeys
 from ultramem_jax.presets import families
+from ultramem_jax.tree_types import JsonDict
 
 LAYERS = ("v1", "v2", "memory_plus", "engram")
 _NORM_EPS = 1e-5
@@ -38,9 +38,14 @@ class Reference:
     @functools.cached_property
     def sites(self) -> tuple[MemorySite, ...]:
         """The memories that the table is made for, as if they were those of a model."""
-        of: dict[str, Any] = dict(num_memories=self.num_memories, norm_eps=self.norm_eps)
         return tuple(
-            MemorySite.alone(self.config, self.embed_dim, index=index, **of)
+            MemorySite.alone(
+                self.config,
+                self.embed_dim,
+                index=index,
+                num_memories=self.num_memories,
+                norm_eps=self.norm_eps,
+            )
             for index in range(self.num_memories)
         )
 
@@ -65,7 +70,7 @@ class Reference:
         return "full_memory_layer." if self.stacked else ""
 
     @classmethod
-    def of(cls, hyper: Mapping[str, Any]) -> "Reference":
+    def of(cls, hyper: Hyper) -> "Reference":
         """Reads the hyper-parameters; those that follow from others, and unknown ones, are passed over.
 
         Needed are `layer` ("v1", "v2" or "memory_plus"), `hidden_size` (D), `knum` (n), `kdim` (d_k), `vdim`
@@ -93,7 +98,7 @@ class Reference:
         require(isinstance(norm, str) and norm == "rms", "hyper.norm", norm, "must be 'rms'")
         affine = hyper.get("norm_affine", True)
         require(affine is True, "hyper.norm_affine", affine, "must be true: the norms have gains")
-        fields: dict[str, Any] = dict(
+        fields: JsonDict = dict(
             num_keys=integer(hyper, "knum"),
             key_dim=integer(hyper, "kdim"),
             value_dim=integer(hyper, "vdim"),
@@ -129,14 +134,14 @@ class Reference:
         return reference
 
 
-def _v1_fields(hyper: Mapping[str, Any]) -> dict[str, Any]:
+def _v1_fields(hyper: Hyper) -> JsonDict:
     expansion = integer(hyper, "value_expand_time")
     square = math.isqrt(expansion) ** 2 == expansion
     require(square, "hyper.value_expand_time", expansion, "must be a square: 1, 4, 9, 16, ...")
     return dict(expansion=expansion)
 
 
-def _v2_fields(hyper: Mapping[str, Any]) -> dict[str, Any]:
+def _v2_fields(hyper: Hyper) -> JsonDict:
     expansion = integer(hyper, "key_expand_time") ** 2
     blocks = integer(hyper, "value_expand_time")
     require(

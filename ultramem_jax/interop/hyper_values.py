@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from ultramem_jax.errors import UserError, require
 
 T = TypeVar("T")
+
+Hyper: TypeAlias = Mapping[str, Any]
+"""The authors' hyper-parameters by name: numbers, strings, booleans, lists and dicts, checked when read."""
 
 _MOST = 2**31 - 1
 """Bounds sizes: addresses are int32."""
@@ -22,16 +25,14 @@ def of_hyper(make: Callable[[], T]) -> T:
         raise UserError(f"hyper amounts to {error}") from None
 
 
-def value(hyper: Mapping[str, Any], name: str) -> Any:
+def value(hyper: Hyper, name: str) -> Any:
     """Returns a hyper-parameter that the layer cannot do without."""
     if name not in hyper:
         raise UserError(f"hyper has no {name!r}, which the layer {hyper.get('layer')!r} needs")
     return hyper[name]
 
 
-def integer(
-    hyper: Mapping[str, Any], name: str, low: int = 1, high: int = _MOST, why: str | None = None
-) -> int:
+def integer(hyper: Hyper, name: str, low: int = 1, high: int = _MOST, why: str | None = None) -> int:
     """Returns an integer in [low, high]."""
     found = value(hyper, name)
     whole = isinstance(found, int | np.integer) and not isinstance(found, bool) and low <= found <= high
@@ -42,7 +43,7 @@ def integer(
     return int(found)
 
 
-def number(hyper: Mapping[str, Any], name: str, path: str = "") -> float:
+def number(hyper: Hyper, name: str, path: str = "") -> float:
     """Returns a finite number of at least 0; `path` is where it is within the hyper-parameters."""
     found = value(hyper, name)
     right = (
@@ -54,7 +55,7 @@ def number(hyper: Mapping[str, Any], name: str, path: str = "") -> float:
     return float(found)
 
 
-def switch(hyper: Mapping[str, Any], name: str) -> bool:
+def switch(hyper: Hyper, name: str) -> bool:
     """Returns a boolean."""
     found = value(hyper, name)
     require(isinstance(found, bool), f"hyper.{name}", found, "must be true or false")

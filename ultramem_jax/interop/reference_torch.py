@@ -14,7 +14,7 @@ same, if the buffers belong to the core.
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -26,9 +26,11 @@ from ultramem_jax.errors import UserError, require
 from ultramem_jax.interop.constant import Constant
 from ultramem_jax.interop.engram import MODULE, EngramReference
 from ultramem_jax.interop.hyper import Reference
+from ultramem_jax.interop.hyper_values import Hyper
 from ultramem_jax.interop.names import TABLES, Entry, Path, entries
 from ultramem_jax.interop.safetensors_files import read_safetensors, write_safetensors
 from ultramem_jax.layers.memory.memory import Memory, SharedTables
+from ultramem_jax.tree_types import Variables
 
 __all__ = [
     "Constant",
@@ -40,7 +42,8 @@ __all__ = [
     "write_safetensors",
 ]
 
-Variables = dict[str, Any]
+Loaded: TypeAlias = dict[str, dict[str, dict[str, jax.Array | Constant]]]
+"""Variables of a module: collection -> module -> name -> array."""
 _LOSSES = "losses"
 _NAMED = 8
 """Entries that an error names."""
@@ -173,11 +176,11 @@ class ReferenceModule:
 
 
 def load(
-    state: Mapping[str, Any] | str | os.PathLike[str],
-    hyper: Mapping[str, Any],
+    state: Mapping[str, object] | str | os.PathLike[str],
+    hyper: Hyper,
     *,
     allow_nonfinite: bool = False,
-) -> tuple[Any, Variables]:
+) -> tuple[ReferenceModule | EngramModule, Loaded]:
     """Makes the module and the variables that a state dict of the authors' code amounts to.
 
     Args:
@@ -200,7 +203,7 @@ def load(
     _require_mapping("state", state, "a dict of arrays by name, or the path of a .safetensors file")
     reference, expected = _of(hyper)
     _compare_names(state, [name for entry in expected for name in entry.names], "the state dict")
-    variables: Variables = {}
+    variables: Loaded = {}
     for entry in expected:
         arrays = [_checked(name, state[name], entry, allow_nonfinite) for name in entry.names]
         value = Constant(arrays[0]) if entry.constant else jnp.asarray(entry.pack(arrays))
@@ -211,7 +214,7 @@ def load(
     return ReferenceModule(reference), variables
 
 
-def dump(variables: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def dump(variables: Variables, hyper: Hyper) -> dict[str, np.ndarray]:
     """Returns the authors' state dict for variables of `load`, or for a tree of gradients by them.
 
     Args:
@@ -250,7 +253,7 @@ def dump(variables: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, np
     return state
 
 
-def _of(hyper: Mapping[str, Any]) -> tuple[Reference | EngramReference, list[Entry]]:
+def _of(hyper: Hyper) -> tuple[Reference | EngramReference, list[Entry]]:
     """The layers of the hyper-parameters, and which entry of their state dict is which variable."""
     if isinstance(hyper, Mapping) and hyper.get("layer") == "engram":
         engram = EngramReference.of(hyper)
@@ -266,18 +269,18 @@ def _with_gradient_of(y: jax.Array, loss: jax.Array) -> jax.Array:
     return y
 
 
-def _hook_forward(y, loss):
+def _hook_forward(y: jax.Array, loss: jax.Array) -> tuple[jax.Array, jax.Array]:
     return y, jnp.ones_like(loss)
 
 
-def _hook_backward(ones, cotangent):
+def _hook_backward(ones: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     return cotangent, ones
 
 
 _with_gradient_of.defvjp(_hook_forward, _hook_backward)
 
 
-def _compare_names(given: Mapping[str, Any], expected: Sequence[str], what: str) -> None:
+def _compare_names(given: Mapping[str, object], expected: Sequence[str], what: str) -> None:
     """Raises an error that names the entries that are missing from, or too many in, `given`."""
     missing = [name for name in expected if name not in given]
     extra = sorted(set(given) - set(expected), key=str)
@@ -298,14 +301,14 @@ def _require_mapping(field: str, value: object, allowed: str) -> None:
         raise UserError(f"{field}: must be {allowed}, not a {type(value).__name__}")
 
 
-def _array(name: str, value: Any) -> np.ndarray:
+def _array(name: str, value: object) -> np.ndarray:
     try:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"{name}: must be an array of numbers, not a {type(value).__name__}") from None
 
 
-def _checked(name: str, value: Any, entry: Entry, allow_nonfinite: bool) -> np.ndarray:
+def _checked(name: str, value: object, entry: Entry, allow_nonfinite: bool) -> np.ndarray:
     """The array under `name`, float32 unless the entry is a constant."""
     array = _array(name, value)
     require(array.shape == entry.shape, f"{name}.shape", array.shape, f"must be {entry.shape}")
@@ -335,7 +338,7 @@ def _checked(name: str, value: Any, entry: Entry, allow_nonfinite: bool) -> np.n
     return numbers
 
 
-def _flatten(tree: Mapping[str, Any], path: Path = ()) -> list[tuple[Path, Any]]:
+def _flatten(tree: Mapping[str, object], path: Path = ()) -> list[tuple[Path, object]]:
     flat = []
     for name, value in tree.items():
         if isinstance(value, Mapping):

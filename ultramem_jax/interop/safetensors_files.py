@@ -5,7 +5,6 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +57,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: not a whole .safetensors file: {_one_line(error)}") from None
 
 
-def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, object]) -> None:
     """Writes the arrays of `state` with their names and dtypes; its folder is made where it is missing.
 
     The file appears whole or not at all: another of the same name stays until the new one is complete.
@@ -101,7 +100,7 @@ def _require_dtypes(path: str | os.PathLike[str]) -> None:
         require(dtype in _DTYPES, f"{path}: {name}.dtype", dtype, f"must be one of {', '.join(_DTYPES)}")
 
 
-def _storable(name: str, value: Any) -> np.ndarray:
+def _storable(name: str, value: object) -> np.ndarray:
     if not isinstance(name, str):
         raise UserError(f"state: names must be strings, {name!r} is not")
     try:

@@ -1,14 +1,16 @@
 """The cache of a model that decodes: what its layers remember of the tokens so far."""
 
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import at_least, choice
+from ultramem_jax.tree_types import ArrayTree
 
-Cache = dict[str, Any]
+Cache: TypeAlias = dict[str, ArrayTree]
+"""The collection `cache`, as `empty_cache` makes it."""
 
 CACHE_DTYPES = ("float32", "bfloat16")
 """Of the keys and values in a cache."""

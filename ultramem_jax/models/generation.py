@@ -20,6 +20,7 @@ from ultramem_jax.models.cache import CACHE_DTYPES, Cache, empty_cache
 from ultramem_jax.models.sampling import Sampling, sample
 from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.models.transformer import Transformer
+from ultramem_jax.tree_types import ArrayTree
 
 ENDED = -1
 """In place of the token of a sequence that has ended."""
@@ -35,7 +36,7 @@ class Generator:
     def __init__(
         self,
         config: ModelConfig,
-        variables: dict[str, Any],
+        variables: dict[str, ArrayTree],
         *,
         window: int,
         sampling: Sampling | None = None,
@@ -70,13 +71,19 @@ class Generator:
         self._variables = prepare_for_decoding(config, variables)
         model, sampling = Transformer(config), sampling or Sampling()
 
-        def apply(variables: Any, cache: Cache, tokens: jax.Array, counts: jax.Array) -> Any:
+        def apply(
+            variables: dict[str, ArrayTree], cache: Cache, tokens: jax.Array, counts: jax.Array
+        ) -> tuple[Cache, jax.Array]:
             logits, left = model.apply(variables | {"cache": cache}, tokens, counts=counts, mutable=["cache"])
             return left["cache"], logits
 
         def read(
-            variables: Any, cache: Cache, logits: jax.Array, tokens: jax.Array, counts: jax.Array
-        ) -> Any:
+            variables: dict[str, ArrayTree],
+            cache: Cache,
+            logits: jax.Array,
+            tokens: jax.Array,
+            counts: jax.Array,
+        ) -> tuple[Cache, jax.Array]:
             cache, new = apply(variables, cache, tokens, counts)
             return cache, jnp.where(counts[:, None] > 0, new, logits)
 
@@ -86,8 +93,12 @@ class Generator:
             return sample(logits[:, :num_ids], keys, sampling)
 
         def step(
-            variables: Any, cache: Cache, tokens: jax.Array, counts: jax.Array, *which: jax.Array
-        ) -> Any:
+            variables: dict[str, ArrayTree],
+            cache: Cache,
+            tokens: jax.Array,
+            counts: jax.Array,
+            *which: jax.Array,
+        ) -> tuple[Cache, jax.Array]:
             cache, logits = apply(variables, cache, tokens[:, None], counts)
             return cache, choose(logits, *which)
 
@@ -187,7 +198,7 @@ class TokenStream(Protocol):
 
 
 def text_generator(
-    config: ModelConfig, variables: dict[str, Any], tokenizer: Tokenizer, **options: Any
+    config: ModelConfig, variables: dict[str, ArrayTree], tokenizer: Tokenizer, **options: Any
 ) -> Generator:
     """A `Generator` of what the tokenizer has ids for, which stops at the end of a document.
 

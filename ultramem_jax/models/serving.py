@@ -5,7 +5,7 @@ one token per sequence and is over when the weights have been read, so nothing i
 have been done before.
 """
 
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,13 @@ from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import require
 from ultramem_jax.ops.linear import OutputMajor
+from ultramem_jax.tree_types import ArrayTree
 
 _AS_THEY_ARE = ("router",)
 """Two-dimensional parameters of layers that are not multiplied in the computation's dtype."""
 
 
-def prepare_for_decoding(config: ModelConfig, variables: dict[str, Any]) -> dict[str, Any]:
+def prepare_for_decoding(config: ModelConfig, variables: dict[str, ArrayTree]) -> dict[str, ArrayTree]:
     """Variables that `Transformer(config)` decodes with, with the same numbers up to the rounding of sums.
 
     - Matrices are in the dtype of the computation and kept by output (`OutputMajor`), experts on CPU each
@@ -64,7 +65,7 @@ def prepare_for_decoding(config: ModelConfig, variables: dict[str, Any]) -> dict
     return variables | {"params": served}
 
 
-def _check_on_one_device(variables: dict[str, Any]) -> None:
+def _check_on_one_device(variables: dict[str, ArrayTree]) -> None:
     arrays = [leaf for leaf in jax.tree.leaves(variables) if isinstance(leaf, jax.Array)]
     shardings = [array.sharding for array in arrays if not isinstance(array, jax.core.Tracer)]
     count = len({device for sharding in shardings for device in sharding.device_set})
@@ -72,9 +73,9 @@ def _check_on_one_device(variables: dict[str, Any]) -> None:
     require(count <= 1, "variables", f"on {count} devices", allowed)
 
 
-def _served(layer: dict[str, Any], dtype: jnp.dtype, one_by_one: bool) -> dict[str, Any]:
+def _served(layer: Mapping[str, ArrayTree], dtype: jnp.dtype, one_by_one: bool) -> dict[str, ArrayTree]:
     """Parameters of a layer and of the layers in it; experts `one_by_one` or stacked, as they were."""
-    served: dict[str, Any] = {}
+    served: dict[str, ArrayTree] = {}
     for name, value in layer.items():
         if isinstance(value, dict):
             served[name] = _served(value, dtype, one_by_one)
@@ -92,8 +93,8 @@ def _matrix(weights: jax.Array, dtype: jnp.dtype) -> OutputMajor:
 
 
 def _served_memory(
-    site: MemorySite, params: dict[str, Any], buffers: dict[str, Any], dtype: jnp.dtype
-) -> dict[str, Any]:
+    site: MemorySite, params: dict[str, jax.Array], buffers: dict[str, jax.Array], dtype: jnp.dtype
+) -> dict[str, ArrayTree]:
     """Parameters of a memory: its matrices, and what its addresser makes of others."""
     known = site.parameters
     matrices = {name: _matrix(w, dtype) for name, w in params.items() if known[name].role == "matrix"}

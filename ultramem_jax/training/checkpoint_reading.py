@@ -8,18 +8,21 @@ import functools
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.tree_util import KeyPath
 
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
 from ultramem_jax.errors import UserError
 from ultramem_jax.training.large_arrays import LARGE_BYTES, array_name, read_large_array
 from ultramem_jax.training.undo_log import UndoRows, put_back
+from ultramem_jax.tree_types import ArrayTree, JsonDict
 
-PyTree = Any
+Differences: TypeAlias = dict[str, tuple[Any, Any]]
+"""The fields in which two configurations differ: dotted name -> (value there, value here)."""
 
 UNDO_LOG = "undo.npz"
 _MESSAGE_ENTRIES = 8
@@ -31,9 +34,9 @@ class Meta:
     """What a checkpoint says about itself."""
 
     step: int
-    config: dict[str, Any]
+    config: JsonDict
     """The run's configuration as `ultramem_jax.config.to_dict` gives it, after a trip through JSON."""
-    corpus: dict[str, Any]
+    corpus: JsonDict
     """Hashes and sizes of the text, and the hash of the tokenizer (`continuing.corpus_identity`)."""
     versions: dict[str, str]
     """Of Python and the libraries that wrote it."""
@@ -54,7 +57,7 @@ class Meta:
                 raise ValueError(f"meta: since_record.{name} is a {type(value).__name__}")
 
 
-_META_KINDS: dict[str, Any] = {
+_META_KINDS: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "config": dict,
     "corpus": dict,
@@ -83,7 +86,7 @@ def load_meta(directory: Path) -> Meta:
     return meta
 
 
-def saved_config(directory: Path, config: dict[str, Any]) -> RunConfig:
+def saved_config(directory: Path, config: JsonDict) -> RunConfig:
     """Returns the configuration that a checkpoint holds, also where an older version wrote it.
 
     Fields that did not exist then are as by default.
@@ -101,15 +104,15 @@ def saved_config(directory: Path, config: dict[str, Any]) -> RunConfig:
         raise UserError(f"checkpoint at {directory} has no valid config: {error}") from None
 
 
-def read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTree:
+def read_state(directory: Path, abstract_state: ArrayTree, partial: bool) -> ArrayTree:
     """The state of one checkpoint; with `partial`, the top-level entries of `abstract_state` alone."""
-    handler = ocp.PyTreeCheckpointHandler()
+    handler = ocp.ArrayTreeCheckpointHandler()
     path = epath.Path(directory / "state")
     _require_same_tree(directory, handler.metadata(path).tree, abstract_state, partial)
     target = jax.tree.map(_with_sharding, abstract_state)
     undo, large = UndoRows(directory / UNDO_LOG), {}
 
-    def leave_out_large(key: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
+    def leave_out_large(key: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
         name = array_name(key)
         if name not in undo and leaf.size * leaf.dtype.itemsize <= LARGE_BYTES:
             return leaf
@@ -118,14 +121,14 @@ def read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTree
 
     small = jax.tree_util.tree_map_with_path(leave_out_large, target)
     restore_args = ocp.checkpoint_utils.construct_restore_args(small)
-    args = ocp.args.PyTreeRestore(item=small, restore_args=restore_args, partial_restore=True)
+    args = ocp.args.ArrayTreeRestore(item=small, restore_args=restore_args, partial_restore=True)
     # By the handler itself: a `Checkpointer` would wait for other processes, which may fail or not be here.
     small = handler.restore(path, args=args)
     handler.close()
     # Orbax leaves the host buffers that it read into in reference cycles; they cannot wait there.
     gc.collect()
 
-    def filled(key: Any, _: Any, restored: jax.Array | None) -> jax.Array:
+    def filled(key: KeyPath, _: jax.ShapeDtypeStruct, restored: jax.Array | None) -> jax.Array:
         if restored is not None:
             return restored
         name = array_name(key)
@@ -141,7 +144,7 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _require_same_tree(directory: Path, saved_tree: PyTree, wanted_tree: PyTree, partial: bool) -> None:
+def _require_same_tree(directory: Path, saved_tree: ArrayTree, wanted_tree: ArrayTree, partial: bool) -> None:
     saved, wanted = _entries(saved_tree), _entries(wanted_tree)
     if partial:
         roots = {name.split(".")[0] for name in wanted}
@@ -156,7 +159,7 @@ def _require_same_tree(directory: Path, saved_tree: PyTree, wanted_tree: PyTree,
         raise UserError(f"checkpoint at {directory} holds another state: {_listed(differences)}")
 
 
-def _entries(tree: PyTree) -> dict[str, str]:
+def _entries(tree: ArrayTree) -> dict[str, str]:
     """Dotted names of the leaves, with dtype and shape: {"params.w": "float32[3,4]"}."""
     return {
         ".".join(map(str, path)): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
@@ -164,7 +167,7 @@ def _entries(tree: PyTree) -> dict[str, str]:
     }
 
 
-def require_same_model(directory: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+def require_same_model(directory: Path, there: JsonDict, here: JsonDict) -> None:
     """Refuses a checkpoint whose model, or tokenizer, is not that of this run.
 
     Args:
@@ -182,7 +185,7 @@ def require_same_model(directory: Path, there: dict[str, Any], here: dict[str, A
         raise UserError(f"checkpoint at {directory} is of another model: {_listed(clauses)}")
 
 
-def _of_model(config: dict[str, Any]) -> dict[str, Any]:
+def _of_model(config: JsonDict) -> JsonDict:
     """Returns what makes a model: all but where its tables lie, which a run may change."""
     model, memories = config["model"], {}
     for group, memory in model["memories"].items():
@@ -193,10 +196,10 @@ def _of_model(config: dict[str, Any]) -> dict[str, Any]:
     return {"model": model, "data": {"tokenizer": config["data"]["tokenizer"]}}
 
 
-def differences(there: Any, here: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(there: Any, here: Any, name: str = "") -> Differences:
     """Returns the fields in which two nested dicts differ: dotted names to both values, None where absent."""
     if isinstance(there, dict) and isinstance(here, dict):
-        found: dict[str, tuple[Any, Any]] = {}
+        found: Differences = {}
         for field in [*there, *(field for field in here if field not in there)]:
             inner = f"{name}.{field}" if name else field
             found |= differences(there.get(field), here.get(field), inner)
@@ -204,7 +207,7 @@ def differences(there: Any, here: Any, name: str = "") -> dict[str, tuple[Any, A
     return {} if there == here else {name: (there, here)}
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Returns a value of a configuration as a message shows it; a whole part of one only as `given`."""
     return "given" if isinstance(value, dict) else repr(value)
 

@@ -33,8 +33,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -53,10 +54,10 @@ from ultramem_jax.training.checkpoint_reading import (
 from ultramem_jax.training.manifest import find_damage, write_manifest
 from ultramem_jax.training.refusals import refusal
 from ultramem_jax.training.undo_log import LiveView, UndoLog
+from ultramem_jax.tree_types import ArrayTree, JsonDict
 
 log = logging.getLogger(__name__)
 
-PyTree = Any
 T = TypeVar("T")
 
 CHUNK_BYTES = 8 * 2**20
@@ -79,7 +80,7 @@ _ABANDONED: list[UndoLog] = []
 class Restored:
     """A state that was read back."""
 
-    state: PyTree
+    state: ArrayTree
     step: int
     meta: Meta
     skipped: tuple[tuple[int, str], ...] = ()
@@ -133,7 +134,7 @@ class Checkpoints:
             item_handlers={
                 # Compression takes ten times the CPU time of all else and saves 8 % of random numbers. It may
                 # also spoil rows that nobody wrote to, if others that it refers to change under its hands.
-                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "state": ocp.ArrayTreeCheckpointHandler(use_compression=False),
                 "meta": ocp.JsonCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(filename=POSITION),
             },
@@ -239,10 +240,10 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: PyTree,
-        data_iterator: Any,
-        config: dict[str, Any],
-        corpus: dict[str, Any],
+        state: ArrayTree,
+        data_iterator: grain.DatasetIterator | None,
+        config: JsonDict,
+        corpus: JsonDict,
         validation_loss: float | None = None,
         *,
         since_record: dict[str, float] | None = None,
@@ -287,8 +288,8 @@ class Checkpoints:
             live = jax.tree.map(LiveView.of, {"tables": state.tables, "table_state": state.table_state})
             state = state.replace(**live)
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
-        items: dict[str, Any] = {
-            "state": ocp.args.PyTreeSave(state, save_args=save_args),
+        items: dict[str, ocp.args.CheckpointArgs] = {
+            "state": ocp.args.ArrayTreeSave(state, save_args=save_args),
             "meta": ocp.args.JsonSave(dataclasses.asdict(meta)),
         }
         if data_iterator is not None:
@@ -367,10 +368,10 @@ class Checkpoints:
 
     def restore(
         self,
-        abstract_state: PyTree,
-        data_iterator: Any = None,
+        abstract_state: ArrayTree,
+        data_iterator: grain.DatasetIterator | None = None,
         step: int | None = None,
-        expect_config: dict[str, Any] | None = None,
+        expect_config: JsonDict | None = None,
     ) -> Restored:
         """Reads the state of `step`, or of the newest whole checkpoint.
 
@@ -388,7 +389,7 @@ class Checkpoints:
                 shapes or dtypes than `abstract_state`.
         """
 
-        def read(directory: Path, meta: Meta) -> PyTree:
+        def read(directory: Path, meta: Meta) -> ArrayTree:
             if expect_config is not None:
                 require_same_model(directory, meta.config, expect_config)
             state = read_state(directory, abstract_state, partial=False)
@@ -401,7 +402,7 @@ class Checkpoints:
         self._position = restored.step
         return restored
 
-    def restore_subtree(self, abstract_subtree: dict[str, PyTree], step: int | None = None) -> Restored:
+    def restore_subtree(self, abstract_subtree: dict[str, ArrayTree], step: int | None = None) -> Restored:
         """Reads some top-level entries of the state, `{"params": ...}`, and nothing else of it.
 
         Arguments and errors are those of `restore`; `Restored.state` is a dict of the same entries.
@@ -410,7 +411,7 @@ class Checkpoints:
             step, lambda directory, meta: read_state(directory, abstract_subtree, partial=True)
         )
 
-    def _restored(self, step: int | None, read: Callable[[Path, Meta], PyTree]) -> Restored:
+    def _restored(self, step: int | None, read: Callable[[Path, Meta], ArrayTree]) -> Restored:
         state, meta, skipped = self._read(step, read)
         return Restored(state, meta.step, meta, skipped)
 
@@ -459,7 +460,7 @@ class Checkpoints:
             raise UserError(f"no checkpoint of step {step} in {self.directory}: it holds {_steps(steps)}")
         return [step]
 
-    def _agreed(self, look: Callable[[], Any]) -> Any:
+    def _agreed(self, look: Callable[[], T]) -> T:
         """What the first process sees, where several look together: a disk may show them two states."""
         return distributed.look_in_first(look) if self._together else look()
 

@@ -2,15 +2,15 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from ultramem_jax.config import RunConfig, to_dict
 from ultramem_jax.config.old_configs import is_of_before
 from ultramem_jax.data import Corpus, Tokenizer
 from ultramem_jax.errors import UserError, require
-from ultramem_jax.training.checkpoint_reading import Meta, differences, saved_config, shown
+from ultramem_jax.training.checkpoint_reading import Differences, Meta, differences, saved_config, shown
 from ultramem_jax.training.dense_optimizer import table_learning_rates
 from ultramem_jax.training.schedules import learning_rate
+from ultramem_jax.tree_types import JsonDict
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _FIXED = (
 """A position in the data, or the state of the optimizer, has no meaning without these."""
 
 
-def corpus_identity(corpus: Corpus) -> dict[str, Any]:
+def corpus_identity(corpus: Corpus) -> JsonDict:
     """Returns what a checkpoint says of its data, for JSON: hashes of text and tokenizer, and sizes."""
     return {
         "corpus_hash": corpus.corpus_hash,
@@ -35,7 +35,7 @@ def corpus_identity(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_identity(tokenizer: Tokenizer) -> JsonDict:
     """Returns the part of `corpus_identity` that is the tokenizer's."""
     return {
         "tokenizer": tokenizer.name,
@@ -44,7 +44,7 @@ def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def check_corpus(of_checkpoint: dict[str, Any], corpus: Corpus, workdir: str | Path) -> None:
+def check_corpus(of_checkpoint: JsonDict, corpus: Corpus, workdir: str | Path) -> None:
     """Refuses a corpus whose text, tokenizer or tokens are not those that a checkpoint was trained on.
 
     Args:
@@ -71,7 +71,7 @@ def check_corpus(of_checkpoint: dict[str, Any], corpus: Corpus, workdir: str | P
 
 
 def check_tokenizer(
-    of_checkpoint: dict[str, Any], tokenizer: Tokenizer, where: str, workdir: str | Path, advice: str
+    of_checkpoint: JsonDict, tokenizer: Tokenizer, where: str, workdir: str | Path, advice: str
 ) -> None:
     """Refuses a tokenizer that is not the one that a checkpoint was trained with.
 
@@ -130,7 +130,7 @@ def say_what_changed(meta: Meta, config: RunConfig, workdir: Path) -> None:
         log.info("%s", line)
 
 
-def _changes(meta: Meta, config: RunConfig, workdir: Path) -> tuple[RunConfig, dict[str, tuple[Any, Any]]]:
+def _changes(meta: Meta, config: RunConfig, workdir: Path) -> tuple[RunConfig, Differences]:
     """Returns the checkpoint's config, and the fields in which this one differs from it."""
     before = saved_config(workdir / "checkpoints" / str(meta.step), meta.config)
     return before, differences(to_dict(before), to_dict(config))

@@ -3,17 +3,22 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from jax.tree_util import KeyPath
 
 from ultramem_jax.config import ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.training.row_rules import inverse_root, row_rule
 from ultramem_jax.training.row_sparse import RowSparseTransformation, row_sparse
 from ultramem_jax.training.schedules import learning_rate, value_learning_rate
+from ultramem_jax.tree_types import ArrayTree
+
+Mask: TypeAlias = Callable[[ArrayTree], ArrayTree]
+"""A function from parameters to a tree of booleans: which of them weight decay applies to."""
 
 _MATRICES_OF_LAYERS = ("w_query", "w_key", "w_value", "w_out", "w_in", "w_gate", "router")
 MUON_MOMENTUM = 0.95
@@ -80,7 +85,7 @@ def _per_group(
     if len(distinct) == 1:
         return of_group(distinct[0])
 
-    def labels(tables: Any) -> Any:
+    def labels(tables: Mapping[str, ArrayTree]) -> dict[str, str]:
         return {table: groups[table] for table in tables}
 
     return (
@@ -90,19 +95,19 @@ def _per_group(
     )
 
 
-def _adamw(train: TrainConfig, rate: optax.Schedule, mask: Any) -> optax.GradientTransformation:
+def _adamw(train: TrainConfig, rate: optax.Schedule, mask: Mask | None) -> optax.GradientTransformation:
     return optax.adamw(
         rate, b1=train.b1, b2=train.b2, eps=train.eps, weight_decay=train.weight_decay, mask=mask
     )
 
 
-def _lion(train: TrainConfig, rate: optax.Schedule, mask: Any) -> optax.GradientTransformation:
+def _lion(train: TrainConfig, rate: optax.Schedule, mask: Mask | None) -> optax.GradientTransformation:
     """Returns Lion (arXiv 2302.06675). Its learning rate should be 3 to 10 times below AdamW's."""
     return optax.lion(rate, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay, mask=mask)
 
 
 def _muon(
-    model: ModelConfig, train: TrainConfig, rate: optax.Schedule, mask: Any
+    model: ModelConfig, train: TrainConfig, rate: optax.Schedule, mask: Mask | None
 ) -> optax.GradientTransformation:
     """Returns Muon (Jordan et al., kellerjordan.github.io/posts/muon) on `muon_matrices`, AdamW on the rest.
 
@@ -110,10 +115,10 @@ def _muon(
     """
     matrices = muon_matrices(model)
 
-    def labels(params: Any) -> Any:
+    def labels(params: ArrayTree) -> ArrayTree:
         """Per parameter the optimizer that takes it, `muon` or `adamw`."""
 
-        def label(path: Any, _: Any) -> str:
+        def label(path: KeyPath, _: jax.Array) -> str:
             names = tuple(key.key for key in path)
             return "muon" if names[-1:] in matrices or names[-2:] in matrices else "adamw"
 
@@ -128,7 +133,7 @@ def _muon(
     return optax.partition({"muon": muon, "adamw": _adamw(train, rate, mask)}, labels)
 
 
-def _matrices(params: Any) -> Any:
+def _matrices(params: ArrayTree) -> ArrayTree:
     """What decays: everything but gains, which are vectors."""
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
@@ -149,7 +154,7 @@ def muon_matrices(model: ModelConfig) -> frozenset[tuple[str, ...]]:
     return frozenset({(name,) for name in _MATRICES_OF_LAYERS} | of_memories)
 
 
-def _of_last_axes(matrices: Any) -> Any:
+def _of_last_axes(matrices: ArrayTree) -> ArrayTree:
     """Says which axes make a matrix: the last two, so that each expert has its own."""
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), matrices)
 
@@ -171,7 +176,7 @@ def _of_tables(train: TrainConfig, rate: optax.Schedule) -> optax.GradientTransf
 class RowRssState(NamedTuple):
     """Holds the state of `scale_by_row_rss`."""
 
-    sum_of_squares: Any
+    sum_of_squares: ArrayTree
     """Per table (N, 1) float32."""
 
 
@@ -184,10 +189,12 @@ def scale_by_row_rss(eps: float) -> optax.GradientTransformation:
         eps: its square is added below the root.
     """
 
-    def init(tables: Any) -> RowRssState:
+    def init(tables: ArrayTree) -> RowRssState:
         return RowRssState(jax.tree.map(lambda table: jnp.zeros((table.shape[0], 1), jnp.float32), tables))
 
-    def update(gradients: Any, state: RowRssState, tables: Any = None) -> tuple[Any, RowRssState]:
+    def update(
+        gradients: ArrayTree, state: RowRssState, tables: ArrayTree | None = None
+    ) -> tuple[ArrayTree, RowRssState]:
         del tables
         squares = jax.tree.map(
             lambda g, s: s + (g**2).mean(1, keepdims=True), gradients, state.sum_of_squares

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.distributed import is_first
 from ultramem_jax.parallel.mesh import one_device, rows_here, shard_batch
 from ultramem_jax.training.step import make_eval_step
+from ultramem_jax.tree_types import Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Evaluator:
 
     def __call__(
         self,
-        variables: dict[str, Any],
+        variables: Variables,
         split: str = "validation",
         batches: int | None = None,
         *,

@@ -9,12 +9,12 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
+from jax.tree_util import KeyPath
 
 from ultramem_jax.ops.rows import put_stored_rows
 
@@ -46,7 +46,7 @@ def read_large_array(state: Path, name: str, leaf: jax.ShapeDtypeStruct, change:
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [read[d] for d in devices])
 
 
-def array_name(path: Any) -> str:
+def array_name(path: KeyPath) -> str:
     """The dotted name of a leaf, as Orbax has it."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
@@ -64,14 +64,16 @@ def _by_rows(leaf: jax.ShapeDtypeStruct) -> Iterable[dict[jax.Device, Place]]:
 
 
 def _read_parts(
-    store: Any, parts: dict[jax.Device, Place], leaf: jax.ShapeDtypeStruct, change: Change
+    store: tensorstore.TensorStore, parts: dict[jax.Device, Place], leaf: jax.ShapeDtypeStruct, change: Change
 ) -> dict[jax.Device, jax.Array]:
     """The parts, which are of the same rows, each on its device."""
     places = list(parts.values())
     dimensions = list(zip(*places, strict=True))
     hull = [slice(min(s.start for s in d), max(s.stop for s in d)) for d in dimensions]
     buffers = {device: _Buffer(device, place, leaf) for device, place in parts.items()}
-    chunk_rows = store.chunk_layout.read_chunk.shape[0]
+    chunk_shape = store.chunk_layout.read_chunk.shape
+    assert chunk_shape is not None and chunk_shape[0] is not None
+    chunk_rows = chunk_shape[0]
     chunk_bytes = chunk_rows * math.prod(s.stop - s.start for s in hull[1:]) * leaf.dtype.itemsize
     rows = chunk_rows * max(1, _PIECE_BYTES // chunk_bytes)
     start, end = hull[0].start, hull[0].stop
@@ -121,7 +123,7 @@ def _scatter(array: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
     return put_stored_rows(array, start + jnp.arange(piece.shape[0], dtype=jnp.int32), piece)
 
 
-def _open(state: Path, name: str) -> Any:
+def _open(state: Path, name: str) -> tensorstore.TensorStore:
     files = {"driver": "file", "path": f"{state}/"}
     return tensorstore.open(
         {

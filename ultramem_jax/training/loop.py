@@ -11,7 +11,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -44,11 +43,12 @@ from ultramem_jax.training.state import (
     fresh_state,
     model_variables,
 )
-from ultramem_jax.training.step import make_train_step
+from ultramem_jax.training.step import Metrics, make_train_step
 from ultramem_jax.training.token_maps import for_tokenizer, with_token_maps
 from ultramem_jax.training.undo_log import is_worth_it
 from ultramem_jax.training.window import LossWindow
 from ultramem_jax.training.workdir import owned
+from ultramem_jax.tree_types import JsonDict
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
     abstract = abstract_state(config, optimizers, axes)
     require_room(abstract, count_parameters(config.model).total)
     evaluate = Evaluator(config, corpus, axes)
-    meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus_identity(corpus)}
+
     train = config.train
     with (
         owned(workdir) as require_owned,
@@ -158,7 +158,16 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
         ) as writer:
             target_bytes = TargetBytes(corpus.tokenizer, axes)
             run = _Run(
-                config, checkpoints, require_owned, writer, evaluate, target_bytes, data, meta, stop, window
+                config=config,
+                checkpoints=checkpoints,
+                require_owned=require_owned,
+                writer=writer,
+                evaluator=evaluate,
+                target_bytes=target_bytes,
+                data=data,
+                corpus=corpus_identity(corpus),
+                stop=stop,
+                window=window,
             )
             shard = functools.partial(shard_batch, axes=axes, batch_size=size)
             return run.steps(state, start, unmarked, step_function, shard, progress and is_first())
@@ -216,7 +225,7 @@ class _StepFunction:
         step = make_train_step(config, optimizers, self.records, axes)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, *beside))
 
-    def __call__(self, state: TrainState, tokens: Any) -> tuple[TrainState, Any]:
+    def __call__(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         if not self.records:
             return self._step(state, tokens)
         with self._checkpoints.recorded_step() as undo_log:
@@ -239,7 +248,8 @@ class _Run:
     evaluator: Evaluator
     target_bytes: TargetBytes
     data: Iterator[dict[str, np.ndarray]]
-    meta: dict[str, Any]
+    corpus: JsonDict
+    """What a checkpoint says of the data (`continuing.corpus_identity`)."""
     stop: "_StopOnSigterm"
     window: LossWindow
     validation: Evaluation = _NONE
@@ -251,7 +261,7 @@ class _Run:
         start: int,
         unmarked: bool,
         step_function: "_StepFunction",
-        shard: Callable[[np.ndarray], Any],
+        shard: Callable[[np.ndarray], jax.Array],
         progress: bool,
     ) -> TrainResult:
         """Runs steps `start` + 1 to the last of the config; if `unmarked`, it evaluates `start` before."""
@@ -336,13 +346,13 @@ class _Run:
             step,
             state,
             self.data,
-            config=self.meta["config"],
-            corpus=self.meta["corpus"],
+            config=to_dict(self.config),
+            corpus=self.corpus,
             since_record=dataclasses.asdict(self.window),
             recorded=recorded,
         )
 
-    def _finite(self, metrics: dict[str, Any], step: int) -> float:
+    def _finite(self, metrics: Metrics, step: int) -> float:
         """The loss of a step, which must be a number, as must its gradient and all that it wrote.
 
         A state that fails this is not saved.

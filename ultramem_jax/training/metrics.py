@@ -17,11 +17,19 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from ultramem_jax.files import replace_text
+from ultramem_jax.tree_types import JsonDict
+
+if TYPE_CHECKING:  # both are heavy to import, and most runs do without
+    import tensorboardX
+    from matplotlib.axes import Axes
 
 log = logging.getLogger(__name__)
+
+Scalars: TypeAlias = Mapping[str, object]
+"""Numbers, arrays of one element, or dicts of them in any nesting, by name."""
 
 METRICS_FILE = "metrics.jsonl"
 LOSS = "bits_per_byte"
@@ -29,7 +37,8 @@ LOSS = "bits_per_byte"
 
 _NOT_IN_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
-Record = dict[str, Any]
+Record: TypeAlias = JsonDict
+"""One line of `metrics.jsonl`: `step`, `split` and numbers by name."""
 
 
 class MetricWriter:
@@ -66,7 +75,7 @@ class MetricWriter:
         self._file = self.path.open("ab", buffering=0)
         self._waiting = b""
         self._failed = False
-        self._events: Any = None
+        self._events: tensorboardX.SummaryWriter | None = None
         if tensorboard:
             # Heavy to import, and most runs do without.
             from tensorboardX import SummaryWriter
@@ -83,7 +92,7 @@ class MetricWriter:
     ) -> None:
         self.close()
 
-    def write(self, step: int, split: str, scalars: Mapping[str, Any]) -> None:
+    def write(self, step: int, split: str, scalars: Scalars) -> None:
         """Writes one record.
 
         Args:
@@ -121,7 +130,7 @@ class MetricWriter:
             self._failed = True
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
+def flatten(tree: Scalars, prefix: str = "") -> dict[str, int | float]:
     """Nested dicts of scalars as one dict: {"memory_0": {"usage": 0.5}} is {"memory_0/usage": 0.5}.
 
     A tuple or list of one element, as Flax's `sow` leaves it, counts as its element.
@@ -198,7 +207,7 @@ def _line(record: Record) -> str:
     return json.dumps({name: _to_json(value) for name, value in record.items()}, allow_nan=False) + "\n"
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: object) -> object:
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
@@ -227,7 +236,7 @@ def _records_until(path: Path, step: int) -> list[Record]:
     return [record for record in read_metrics(path) if record["step"] <= step]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Scalars, prefix: str) -> Iterator[tuple[str, object]]:
     for key, value in tree.items():
         name = f"{prefix}/{key}" if prefix else str(key)
         if isinstance(value, Mapping):
@@ -236,7 +245,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _scalar(name: str, value: Any) -> int | float:
+def _scalar(name: str, value: object) -> int | float:
     while isinstance(value, tuple | list) and len(value) == 1:
         value = value[0]
     if getattr(value, "size", 1) == 1 and hasattr(value, "item"):
@@ -265,7 +274,7 @@ def _curve(records: list[Record], split: str, metric: str) -> tuple[list[int], l
     return [step for step, _ in finite], [value for _, value in finite]
 
 
-def _draw_training(axes: Any, steps: list[int], losses: list[float]) -> None:
+def _draw_training(axes: "Axes", steps: list[int], losses: list[float]) -> None:
     many = len(steps) >= _MANY_POINTS
     if steps:
         axes.plot(
@@ -296,7 +305,7 @@ def _running_mean(values: list[float], window: int) -> list[float]:
     return means
 
 
-def _draw_validation(axes: Any, steps: list[int], losses: list[float], unit: str) -> None:
+def _draw_validation(axes: "Axes", steps: list[int], losses: list[float], unit: str) -> None:
     if not steps:
         return
     finite = [loss for loss in losses if not math.isnan(loss)]
@@ -311,7 +320,7 @@ def _draw_validation(axes: Any, steps: list[int], losses: list[float], unit: str
     )
 
 
-def _dress(axes: Any, title: str, unit: str) -> None:
+def _dress(axes: "Axes", title: str, unit: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     axes.set_title(title, loc="left", color=_TEXT_COLOUR, fontweight="bold")

@@ -6,8 +6,8 @@ reads alone, T·R/P if reads are spread evenly over the P parts that rows are cu
 it holds of all tokens is integers, scores, and cotangents of E·d_v values.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,45 @@ from ultramem_jax.ops.sharded_lookup import first_slot, narrow_blocks, own_cores
 from ultramem_jax.parallel.rules import table_specs
 from ultramem_jax.training.row_sparse import ROW_ARRAYS, RowSparseTransformation, TablePart
 from ultramem_jax.training.slot_usage import SlotUsage, record_reads
-from ultramem_jax.training.table_gradients import slots_if
+from ultramem_jax.training.table_gradients import ArraysOfMemories, slots_if
+from ultramem_jax.tree_types import ArrayTree
 
 _TOKEN_AXIS = {"slots": 1, "blocks": 1, "weights": 1, "inputs": 1, "pooled": 2, "products": 3}
 """Where T is in what the memories leave, behind an axis of micro-batches; shapes: `ops.sharded_lookup`."""
+
+
+class OfStep(NamedTuple):
+    """Holds what the updates of all tables have in common, and the seeds of one table."""
+
+    finite: jax.Array
+    """() bool, whether to write at all."""
+    step: jax.Array
+    """() int32, the step, from 0."""
+    seeds: dict[str, jax.Array]
+    """Per array of the table () uint32, for rounding."""
+
+
+class OwnedTableUpdate(NamedTuple):
+    """Holds one table after a step, in parts on a mesh."""
+
+    parts: dict[str, jax.Array]
+    """The table's arrays."""
+    moments: dict[str, ArrayTree]
+    """The optimizer's state of each array."""
+    usage: SlotUsage
+    metrics: dict[str, jax.Array]
+    """Those of `record_reads`, and `row_norm`."""
+
+
+class _Carry(NamedTuple):
+    """Holds what goes from one chunk of reads to the next."""
+
+    parts: dict[str, jax.Array]
+    moments: dict[str, ArrayTree]
+    squares: jax.Array
+    """() float32, the sum of the squares of the rows written so far."""
+    carried: dict[str, jax.Array]
+    """Per array (d,) float32, the sum so far of the last row's gradients; zeros if that row is written."""
 
 
 class OwnedTable:
@@ -36,12 +71,12 @@ class OwnedTable:
         self,
         optimizer: RowSparseTransformation,
         parts: dict[str, jax.Array],
-        moments: dict[str, Any],
+        moments: dict[str, ArrayTree],
         usage: SlotUsage,
-        reads: dict[str, dict[str, jax.Array]],
-        cotangents: dict[str, dict[str, jax.Array]],
-        of_step: tuple[jax.Array, jax.Array, dict[str, jax.Array]],
-    ) -> tuple[Any, ...]:
+        reads: ArraysOfMemories,
+        cotangents: ArraysOfMemories,
+        of_step: OfStep,
+    ) -> OwnedTableUpdate:
         """Moves on the rows that were read.
 
         Args:
@@ -59,9 +94,16 @@ class OwnedTable:
         axes = self._axes
         num_blocks = next(iter(cotangents.values()))["pooled"].shape[3]
         reads = {name: _narrow(of, num_blocks) for name, of in reads.items()}
-        in_parts = (*(table_specs(tree, axes) for tree in (parts, moments)), table_specs(usage, axes))
+        in_parts = table_specs(parts, axes), table_specs(moments, axes), table_specs(usage, axes)
 
-        def local(parts: Any, moments: Any, usage: Any, reads: Any, cotangents: Any, of_step: Any) -> Any:
+        def local(
+            parts: dict[str, jax.Array],
+            moments: dict[str, ArrayTree],
+            usage: SlotUsage,
+            reads: ArraysOfMemories,
+            cotangents: ArraysOfMemories,
+            of_step: OfStep,
+        ) -> tuple[dict[str, jax.Array], dict[str, ArrayTree], SlotUsage, dict[str, jax.Array]]:
             read, cotangent = self._of_all_tokens(reads), self._of_all_tokens(cotangents)
             rows, usage, metrics = self._recorded(usage, read["slots"])
             gradients = self._gradients_of_reads(read, cotangent)
@@ -72,21 +114,19 @@ class OwnedTable:
 
         specs = (*in_parts, self._specs(reads), self._specs(cotangents), P())
         update = island(axes, local, specs, (*in_parts, P()))
-        return update(parts, moments, usage, reads, cotangents, of_step)
+        return OwnedTableUpdate(*update(parts, moments, usage, reads, cotangents, of_step))
 
-    def record(
-        self, usage: SlotUsage, reads: dict[str, dict[str, jax.Array]]
-    ) -> tuple[SlotUsage, dict[str, jax.Array]]:
+    def record(self, usage: SlotUsage, reads: ArraysOfMemories) -> tuple[SlotUsage, dict[str, jax.Array]]:
         """The usage of the table after the step, and its metrics; arguments as for `update`."""
         slots = {name: {"slots": of["slots"]} for name, of in reads.items()}
 
-        def local(usage: Any, reads: Any) -> Any:
+        def local(usage: SlotUsage, reads: ArraysOfMemories) -> tuple[SlotUsage, dict[str, jax.Array]]:
             return self._recorded(usage, self._of_all_tokens(reads)["slots"])[1:]
 
         spec = table_specs(usage, self._axes)
         return island(self._axes, local, (spec, self._specs(slots)), (spec, P()))(usage, slots)
 
-    def _specs(self, of_memories: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, P]]:
+    def _specs(self, of_memories: ArraysOfMemories) -> dict[str, dict[str, P]]:
         axes = self._axes
         specs = {
             "inputs": P(None, axes.replicas, axes.width),
@@ -96,7 +136,7 @@ class OwnedTable:
         plain = P(None, axes.replicas)
         return {name: {kind: specs.get(kind, plain) for kind in of} for name, of in of_memories.items()}
 
-    def _of_all_tokens(self, of_memories: dict[str, dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    def _of_all_tokens(self, of_memories: ArraysOfMemories) -> dict[str, jax.Array]:
         """Arrays (T, ...) of all devices, micro-batches and memories, one behind the other.
 
         To a table, M memories are M times as many tokens.
@@ -148,11 +188,11 @@ class OwnedTable:
         self,
         optimizer: RowSparseTransformation,
         parts: dict[str, jax.Array],
-        moments: dict[str, Any],
+        moments: dict[str, ArrayTree],
         rows: RowsRead,
         gradients: dict[str, Callable[[jax.Array], jax.Array]],
-        of_step: tuple[jax.Array, jax.Array, dict[str, jax.Array]],
-    ) -> tuple[Any, Any, jax.Array]:
+        of_step: OfStep,
+    ) -> tuple[dict[str, jax.Array], dict[str, ArrayTree], jax.Array]:
         """The table's arrays, their moments, and the sum of the squares of the rows written.
 
         Chunks are of reads, in the order of their rows. The last row of a chunk may go on in the next one:
@@ -168,7 +208,7 @@ class OwnedTable:
         def row_at(place: jax.Array) -> jax.Array:
             return rows.row_of_read.at[place].get(mode="clip")
 
-        def body(chunk: jax.Array, carry: Any) -> Any:
+        def body(chunk: jax.Array, carry: _Carry) -> _Carry:
             parts, moments, squares, carried = carry
             place = chunk * size + number
             end = (chunk + 1) * size
@@ -179,7 +219,7 @@ class OwnedTable:
             goes_on = (end < num_reads) & (row_at(end) == row_at(end - 1))
             slots = jnp.where(goes_on & (number == last), nowhere, slots)
             index = rows.order.at[place].get(mode="clip")
-            after: tuple[dict[str, Any], ...] = ({}, {}, {})
+            after = _Carry({}, {}, squares, {})
             for name, array in parts.items():
                 sums = jnp.zeros((size, array.shape[1]), jnp.float32)
                 sums = sums.at[row].add(gradients[name](index), mode="drop", indices_are_sorted=True)
@@ -192,14 +232,13 @@ class OwnedTable:
                     seeds[name],
                     part=self._part(array),
                 )
+                after.parts[name], after.moments[name] = update.table, update.moments
+                after.carried[name] = jnp.where(goes_on, sums[last], 0.0)
                 squares = squares + update.norm**2
-                waiting = jnp.where(goes_on, sums[last], 0.0)
-                for trees, result in zip(after, (update.table, update.moments, waiting), strict=True):
-                    trees[name] = result
-            return *after[:2], squares, after[2]
+            return after._replace(squares=squares)
 
         carried = {name: jnp.zeros((a.shape[1],), jnp.float32) for name, a in parts.items()}
-        start = parts, moments, jnp.zeros((), jnp.float32), carried
+        start = _Carry(parts, moments, jnp.zeros((), jnp.float32), carried)
         parts, moments, squares, _ = jax.lax.fori_loop(0, -(-num_reads // size), body, start)
         return parts, moments, squares
 
@@ -209,7 +248,7 @@ class OwnedTable:
         return TablePart(first_slot(axes, num_rows), column, axes.width)
 
 
-def _narrow(reads: dict[str, jax.Array], num_blocks: int) -> dict[str, jax.Array]:
+def _narrow(reads: Mapping[str, jax.Array], num_blocks: int) -> dict[str, jax.Array]:
     """What was read, blocks as small as they can travel: not at all if there is one."""
     blocks = {"blocks": narrow_blocks(reads["blocks"], num_blocks)} if num_blocks > 1 else {}
     return {name: x for name, x in reads.items() if name != "blocks"} | blocks

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import pathlib
-from typing import Any
 
 import jax
 
@@ -16,6 +15,7 @@ from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.continuing import check_tokenizer, tokenizer_identity
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state, reaches
+from ultramem_jax.tree_types import ArrayTree, JsonDict
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +28,12 @@ class LoadedModel:
     """What a checkpoint makes of a run: `Transformer(config.model).apply(variables, tokens)` works."""
 
     config: RunConfig
-    variables: dict[str, Any]
+    variables: dict[str, ArrayTree]
     """`params`, `memory` and `buffers`; moments are not read. Tables are as `ultramem_jax.ops.rows` stores
     them: of bfloat16 ones, `from_stored` makes numbers."""
     tokenizer: Tokenizer
     step: int
-    corpus: dict[str, Any]
+    corpus: JsonDict
     """What the checkpoint says of its data: `corpus_hash` and sizes."""
 
 
@@ -110,7 +110,7 @@ def mend_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
         check_tokenizer(identity, there, str(path), workdir, _AGAIN)
 
 
-def _tokenizer(config: RunConfig, workdir: pathlib.Path, corpus: dict[str, Any]) -> Tokenizer:
+def _tokenizer(config: RunConfig, workdir: pathlib.Path, corpus: JsonDict) -> Tokenizer:
     if config.data.tokenizer == "bytes":
         return ByteTokenizer()
     path = workdir / _TOKENIZER_FILE

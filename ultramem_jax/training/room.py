@@ -8,14 +8,14 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
 from ultramem_jax.errors import UserError
+from ultramem_jax.tree_types import ArrayTree
 
 
-def require_room(abstract: Any, num_parameters: int) -> None:
+def require_room(abstract: ArrayTree, num_parameters: int) -> None:
     """Refuses a state that is larger than the memory of this process's devices.
 
     Args:
@@ -58,7 +58,8 @@ def _not_enough(num_parameters: int, why: str) -> UserError:
 
 def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
     """Bytes of an array on all devices of this process; 0 where it lies in another memory of theirs."""
-    sharding: Any = leaf.sharding
+    sharding = leaf.sharding
+    assert sharding is not None
     device = jax.local_devices()[0]
     if device.platform != "cpu" and sharding.memory_kind not in (None, device.default_memory().kind):
         return 0

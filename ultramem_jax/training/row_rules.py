@@ -11,7 +11,7 @@ State starts as zeros, whatever the rule. That is what lets a state in the memor
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ import optax
 from ultramem_jax.config import TrainConfig
 from ultramem_jax.config.row_states import RowArray, row_arrays
 from ultramem_jax.ops.rows import stored_dtype
+from ultramem_jax.tree_types import ArrayTree
+
+S = TypeVar("S")
 
 
 class RowMoments(NamedTuple):
@@ -62,7 +65,7 @@ class RowStep(NamedTuple):
 
     step: jax.Array
     """() int32, from 0."""
-    rate: Any
+    rate: jax.Array
     """() float32, the learning rate."""
     mean_over_row: Callable[[jax.Array], jax.Array]
     """(U, d) -> (U, 1), the mean over all columns of a row, also where other devices have some of them."""
@@ -73,9 +76,9 @@ class RowRule(NamedTuple):
 
     kept: tuple[RowArray, ...]
     """The arrays of the state, in the order of its leaves; their bytes are what the rule keeps per row."""
-    init: Callable[[jax.Array], Any]
+    init: Callable[[jax.Array], ArrayTree]
     """table (N, d) -> state, a tree of arrays (N, ...) of zeros."""
-    apply: Callable[[RowStep, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
+    apply: Callable[[RowStep, jax.Array, ArrayTree, jax.Array], tuple[jax.Array, ArrayTree]]
     """(step, rows (U, d), their state, gradients (U, d)) -> (rows, state) after the step. All are float32,
     except state that is stored as integers, which stays so."""
 
@@ -230,7 +233,9 @@ def sgd(weight_decay: float) -> RowRule:
         weight_decay: times the learning rate.
     """
 
-    def apply(at: RowStep, rows: jax.Array, state: Any, gradients: jax.Array) -> tuple[jax.Array, Any]:
+    def apply(
+        at: RowStep, rows: jax.Array, state: optax.EmptyState, gradients: jax.Array
+    ) -> tuple[jax.Array, optax.EmptyState]:
         return _stepped(rows, at.rate, gradients, weight_decay), state
 
     return RowRule((), lambda table: optax.EmptyState(), apply)
@@ -266,15 +271,15 @@ def inverse_root(squares: jax.Array, eps: float) -> jax.Array:
     return jnp.where(squares > 0, jax.lax.rsqrt(squares + eps**2), 0.0)
 
 
-def _stepped(rows: jax.Array, rate: Any, direction: jax.Array, weight_decay: float) -> jax.Array:
+def _stepped(rows: jax.Array, rate: jax.Array, direction: jax.Array, weight_decay: float) -> jax.Array:
     """Takes a step against the direction, with decoupled weight decay; (U, d) each."""
     return rows - rate * (direction + weight_decay * rows)
 
 
-def _zeros(state: Callable[..., Any], kept: tuple[RowArray, ...]) -> Callable[[jax.Array], Any]:
+def _zeros(state: Callable[..., S], kept: tuple[RowArray, ...]) -> Callable[[jax.Array], S]:
     """Returns `RowRule.init` for a named tuple of the arrays kept."""
 
-    def init(table: jax.Array) -> Any:
+    def init(table: jax.Array) -> S:
         num_rows, width = table.shape
         return state(
             *(

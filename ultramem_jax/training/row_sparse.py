@@ -11,7 +11,7 @@ table can, rounded stochastically.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +23,18 @@ from ultramem_jax.ops.lookup import RowGradients
 from ultramem_jax.ops.rounding import stochastic_round
 from ultramem_jax.ops.rows import put_sorted_rows, stored_dtype, take_sorted_rows, to_stored
 from ultramem_jax.training.row_rules import RowRule, RowStep
+from ultramem_jax.tree_types import ArrayTree
 
 
 class RowUpdate(NamedTuple):
     """What a step makes of a table."""
 
     table: jax.Array
-    moments: Any
+    moments: ArrayTree
     """The state of the rule, as `RowRule.init` makes it."""
     norm: jax.Array
     """() float32, of the new rows before they are rounded: not finite if any value written is not."""
-    before: tuple[jax.Array, Any] | None
+    before: tuple[jax.Array, ArrayTree] | None
     """The rows (U, ...) of the table and of its state that were overwritten, if that was asked for."""
 
 
@@ -46,10 +47,21 @@ class TablePart(NamedTuple):
     """Axes of the mesh over which the other columns of these rows are, within a `jax.shard_map`."""
 
 
+class _Carry(NamedTuple):
+    """Holds what goes from one chunk of rows to the next."""
+
+    arrays: tuple[jax.Array, ArrayTree]
+    """The table and the state of its rule."""
+    norm: jax.Array
+    """() float32, the sum of the squares of the rows written so far."""
+    log: tuple[jax.Array, ArrayTree] | None
+    """The rows overwritten so far, (U, ...) each; None unless they are recorded."""
+
+
 class RowSparseTransformation(NamedTuple):
     """What `optax.GradientTransformation` is for arrays, for tables whose gradient comes by rows."""
 
-    init: Callable[[jax.Array], Any]
+    init: Callable[[jax.Array], ArrayTree]
     """table (N, d_v) -> moments: the rule's state."""
     update: Callable[..., RowUpdate]
     """(gradients, moments, table, step from 0, seed () uint32, record=False, part=TablePart()). To be
@@ -78,7 +90,7 @@ def row_sparse(
 
     def update(
         gradients: RowGradients,
-        moments: Any,
+        moments: ArrayTree,
         table: jax.Array,
         step: jax.Array,
         seed: jax.Array,
@@ -88,7 +100,7 @@ def row_sparse(
         num_rows = gradients.slots.shape[0]
         at = RowStep(step, learning_rate(step), functools.partial(_mean_over_row, axes=part.width_axes))
 
-        def update_rows(carry: Any, place: jax.Array, slots: jax.Array, gradients: jax.Array) -> Any:
+        def update_rows(carry: _Carry, place: jax.Array, slots: jax.Array, gradients: jax.Array) -> _Carry:
             arrays, norm, log = carry
             before = jax.tree.map(lambda a: take_sorted_rows(a, slots), arrays)
             if record:
@@ -110,7 +122,7 @@ def row_sparse(
             ]
             padding = slots[:, None] >= table.shape[0]
             norm = norm + jnp.sum(jnp.where(padding, 0.0, after[0] ** 2))
-            return jax.tree.unflatten(structure, written), norm, log
+            return _Carry(jax.tree.unflatten(structure, written), norm, log)
 
         # Chunk by chunk, so that a row's three visits to the memory, read, updated, written, find it in the
         # cache, and nothing of the size of all rows is made in between.
@@ -118,7 +130,7 @@ def row_sparse(
         if record:
             log = jax.tree.map(lambda a: jnp.zeros((num_rows, *a.shape[1:]), a.dtype), arrays)
         places = jnp.arange(num_rows, dtype=jnp.int32)
-        start = arrays, jnp.zeros((), jnp.float32), log
+        start = _Carry(arrays, jnp.zeros((), jnp.float32), log)
         # The padding is last. Where tokens read the same rows, as in a trained model, there is much of it.
         num_read = jnp.sum(gradients.slots < table.shape[0], dtype=jnp.int32)
         (table, moments), norm, log = fold_chunks(

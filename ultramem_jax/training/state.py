@@ -1,11 +1,10 @@
 """Everything that changes during training, as one tree: what a checkpoint holds."""
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.config import RunConfig
@@ -15,7 +14,8 @@ from ultramem_jax.models import Transformer
 from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, on_mesh
 from ultramem_jax.parallel.rules import logical_axes, parameter_specs, table_specs
 from ultramem_jax.training.dense_optimizer import Optimizers
-from ultramem_jax.training.slot_usage import init_usage
+from ultramem_jax.training.slot_usage import SlotUsage, init_usage
+from ultramem_jax.tree_types import ArrayTree
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -23,17 +23,18 @@ class TrainState(flax.struct.PyTreeNode):
 
     step: jax.Array
     """() int32, steps done."""
-    params: Any
+    params: ArrayTree
     """Dense parameters."""
-    opt_state: Any
-    tables: Any
+    opt_state: optax.OptState
+    """State of the dense parameters' optimizer, as optax keeps it."""
+    tables: dict[str, dict[str, jax.Array]]
     """The `memory` collection: per table `values` (N, d_v) and, if any, `pre_values` (N, d_p)."""
-    table_state: Any
+    table_state: ArrayTree
     """State of the tables' optimizer: per array of a table that of its `RowRule`, which is empty for plain
     SGD; or optax's state in the dense way."""
-    usage: Any
+    usage: dict[str, SlotUsage]
     """`SlotUsage` per table."""
-    buffers: Any
+    buffers: ArrayTree
     """The `buffers` collection: last rank-1 vectors, stored permutations."""
     seed: jax.Array
     """() uint32; with the step, it determines every random number of the run."""
@@ -55,7 +56,7 @@ def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None
     variables = model.init(jax.random.key(seed), tokens)
     params, tables = variables["params"], variables.get("memory", {})
     if config.train.table_gradient == "dense":
-        table_state: Any = optimizers.tables.init(tables)
+        table_state: ArrayTree = optimizers.tables.init(tables)
     else:
         table_state = {
             name: {part: optimizers.rows[name].init(rows) for part, rows in table.items()}
@@ -129,15 +130,15 @@ def abstract_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) ->
         state = jax.eval_shape(lambda: init_state(config, optimizers))
     kinds = {site.table: _memory_kind(site) for site in config.model.sites}
 
-    def placed(tree: Any, specs: Any, kind: str | None = None) -> Any:
-        def place(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
+    def placed(tree: ArrayTree, specs: ArrayTree, kind: str | None = None) -> ArrayTree:
+        def place(leaf: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
             sharding = axes.sharding(spec)
             sharding = sharding if kind is None else sharding.with_memory_kind(kind)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         return jax.tree.map(place, tree, specs)
 
-    def of_tables(tree: Any) -> Any:
+    def of_tables(tree: ArrayTree) -> ArrayTree:
         """Per table; the dense way's state is optax's own, and on the device."""
         if config.train.table_gradient == "dense":
             return placed(tree, table_specs(tree, axes))
@@ -181,6 +182,6 @@ def _memories(device: jax.Device) -> list[str]:
     return [memory.kind for memory in device.addressable_memories()]
 
 
-def model_variables(state: TrainState) -> dict[str, Any]:
+def model_variables(state: TrainState) -> dict[str, ArrayTree]:
     """The variables that `Transformer.apply` takes."""
     return {"params": state.params, "memory": state.tables, "buffers": state.buffers}

@@ -7,7 +7,7 @@ size exists in the compiled step besides the donated tables and moments themselv
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,31 @@ from ultramem_jax.parallel.rules import gathered, logical_axes
 from ultramem_jax.training.dense_optimizer import Optimizers, table_learning_rates
 from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.state import TrainState, model_variables
-from ultramem_jax.training.table_gradients import perturbations
+from ultramem_jax.training.table_gradients import ArraysOfMemories, perturbations
 from ultramem_jax.training.table_updates import record_usage, update_tables
+from ultramem_jax.training.undo_log import RowsOverwritten
+from ultramem_jax.tree_types import ArrayTree, Variables
 
-Metrics = dict[str, Any]
+Metrics: TypeAlias = dict[str, jax.Array]
+"""Float32 scalars () by name."""
+
+
+class _Gradients(NamedTuple):
+    """Holds the gradients of a step or of a micro-batch, and what its forward pass left."""
+
+    grads: dict[str, ArrayTree]
+    """By collection: of `params`, and in the dense way of `memory`."""
+    buffers: ArrayTree
+    """The `buffers` collection after the forward pass."""
+    reads: ArraysOfMemories
+    """What the memories sowed into `reads`."""
+    cotangents: ArraysOfMemories
+    """Gradients with respect to `perturbations`; empty in the dense way."""
+    metrics: Metrics
+
+
+StepResult: TypeAlias = tuple[TrainState, Metrics] | tuple[TrainState, Metrics, RowsOverwritten]
+"""What a training step returns: the state after it, its metrics and, if asked for, the rows overwritten."""
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -36,7 +57,7 @@ def make_train_step(
     optimizers: Optimizers,
     record_before: bool = False,
     axes: MeshAxes | None = None,
-) -> Callable[[TrainState, jax.Array], tuple[Any, ...]]:
+) -> Callable[[TrainState, jax.Array], StepResult]:
     """The step (state, tokens (B, S + 1) int32) -> (state, metrics); to be compiled with the state donated.
 
     Metrics are float32 scalars: `loss` (nats per token, without auxiliary losses), `auxiliary_loss`,
@@ -54,7 +75,13 @@ def make_train_step(
     micro_batches, logical = config.train.grad_accumulation, logical_axes(config.model)
     rate, value_rates = learning_rate(config.train), table_learning_rates(config)
 
-    def loss(differentiated: Any, state: TrainState, buffers: Any, tokens: jax.Array, key: jax.Array) -> Any:
+    def loss(
+        differentiated: dict[str, ArrayTree],
+        state: TrainState,
+        buffers: ArrayTree,
+        tokens: jax.Array,
+        key: jax.Array,
+    ) -> tuple[jax.Array, tuple[ArrayTree, ArraysOfMemories, Metrics]]:
         variables = model_variables(state) | {"buffers": buffers} | differentiated
         variables["params"] = gathered(variables["params"], axes, logical)
         logits, sown = model.apply(
@@ -69,7 +96,7 @@ def make_train_step(
         metrics = {"loss": cross_entropy, "auxiliary_loss": auxiliary} | _flatten(sown.get("metrics", {}))
         return cross_entropy + auxiliary, (sown.get("buffers", {}), sown.get("reads", {}), metrics)
 
-    def gradients(state: TrainState, buffers: Any, tokens: jax.Array, key: jax.Array) -> Any:
+    def gradients(state: TrainState, buffers: ArrayTree, tokens: jax.Array, key: jax.Array) -> _Gradients:
         """Gradients, and what the forward pass left, of one micro-batch."""
         if dense:
             differentiated = {"params": state.params, "memory": state.tables}
@@ -77,19 +104,24 @@ def make_train_step(
             zeros = perturbations(config.model, tokens.shape[0] * (tokens.shape[1] - 1))
             differentiated = {"params": state.params, "perturbations": zeros}
         grads, left = jax.grad(loss, has_aux=True)(differentiated, state, buffers, tokens, key)
-        return grads, *left
+        buffers, reads, metrics = left
+        cotangents = grads.pop("perturbations", {})
+        return _Gradients(grads, buffers, reads, cotangents, metrics)
 
-    def accumulated(state: TrainState, tokens: jax.Array, key: jax.Array) -> Any:
+    def accumulated(state: TrainState, tokens: jax.Array, key: jax.Array) -> _Gradients:
         """Means over micro-batches; reads and their cotangents behind an axis of micro-batches."""
         if micro_batches == 1:
-            grads, buffers, reads, metrics = gradients(state, state.buffers, tokens, key)
-            cotangents = grads.pop("perturbations", {})
-            return grads, buffers, *jax.tree.map(lambda a: a[None], (reads, cotangents)), metrics
+            of_batch = gradients(state, state.buffers, tokens, key)
+            reads, cotangents = jax.tree.map(lambda a: a[None], (of_batch.reads, of_batch.cotangents))
+            return of_batch._replace(reads=reads, cotangents=cotangents)
 
-        def body(carry: Any, batch: Any) -> Any:
+        def body(
+            carry: tuple[dict[str, ArrayTree], ArrayTree], batch: tuple[jax.Array, jax.Array]
+        ) -> tuple[
+            tuple[dict[str, ArrayTree], ArrayTree], tuple[ArraysOfMemories, ArraysOfMemories, Metrics]
+        ]:
             total, buffers = carry
-            grads, buffers, reads, metrics = gradients(state, buffers, *batch)
-            cotangents = grads.pop("perturbations", {})
+            grads, buffers, reads, cotangents, metrics = gradients(state, buffers, *batch)
             return (jax.tree.map(jnp.add, total, grads), buffers), (reads, cotangents, metrics)
 
         # Every so many sequences, so that a device's are its own in every micro-batch.
@@ -103,13 +135,14 @@ def make_train_step(
         )
         grads = jax.tree.map(lambda g: g / micro_batches, total)
         cotangents = jax.tree.map(lambda c: c / micro_batches, cotangents)
-        return grads, buffers, reads, cotangents, jax.tree.map(lambda m: m.mean(0), metrics)
+        metrics = jax.tree.map(lambda m: m.mean(0), metrics)
+        return _Gradients(grads, buffers, reads, cotangents, metrics)
 
-    def train_step(state: TrainState, tokens: jax.Array) -> tuple[Any, ...]:
+    def train_step(state: TrainState, tokens: jax.Array) -> StepResult:
         with on_mesh(axes):
             return one_step(state, tokens)
 
-    def one_step(state: TrainState, tokens: jax.Array) -> tuple[Any, ...]:
+    def one_step(state: TrainState, tokens: jax.Array) -> StepResult:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         grads, buffers, reads, cotangents, metrics = accumulated(state, tokens, key)
         tables, table_state = state.tables, state.table_state
@@ -120,7 +153,7 @@ def make_train_step(
             name = "value_learning_rate" if len(value_rates) == 1 else f"{group}/value_learning_rate"
             metrics[name] = value_rate(state.step)
 
-        before: Any = None
+        before: RowsOverwritten | None = None
         if dense:
             usage, usage_metrics = record_usage(config.model, state.usage, reads)
             change, table_state = optimizers.tables.update(grads["memory"], table_state, tables)
@@ -144,23 +177,26 @@ def make_train_step(
             buffers=buffers,
         )
         metrics |= _flatten(usage_metrics)
-        return (state, metrics, before) if record_before else (state, metrics)
+        if not record_before:
+            return state, metrics
+        assert before is not None
+        return state, metrics, before
 
     return train_step
 
 
 def make_eval_step(
     config: RunConfig, axes: MeshAxes | None = None
-) -> Callable[[dict[str, Any], jax.Array, jax.Array], jax.Array]:
+) -> Callable[[Variables, jax.Array, jax.Array], jax.Array]:
     """The function (variables, tokens (B, S + 1), mask (B, S)) -> sum of losses in nats and targets counted.
 
     Both are in one array (2,) float32; targets whose mask is 0 do not count. `axes` as for a training step.
     """
     model, logical = Transformer(config.model), logical_axes(config.model)
 
-    def eval_step(variables: dict[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def eval_step(variables: Variables, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         with on_mesh(axes):
-            whole = variables | {"params": gathered(variables["params"], axes, logical)}
+            whole = dict(variables) | {"params": gathered(variables["params"], axes, logical)}
             logits: Any = model.apply(whole, tokens[:, :-1])
         of_sequences = (token_losses(logits, tokens[:, 1:]) * mask).sum(1)
         # Times 1, or 0 where nothing counts: of two sums that follow each other directly the compiler makes
@@ -170,7 +206,7 @@ def make_eval_step(
     return eval_step
 
 
-def _flatten(sown: Any) -> Metrics:
+def _flatten(sown: ArrayTree) -> Metrics:
     """Nested scalars as {"memory_0/output_std": value}."""
     flat = {}
     for path, value in jax.tree_util.tree_flatten_with_path(sown)[0]:

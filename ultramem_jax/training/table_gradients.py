@@ -1,6 +1,7 @@
 """From what the memories read, and the cotangents of that, to the gradients of the rows of every table."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ from ultramem_jax.config import ModelConfig
 from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.ops.lookup import RowGradients, RowsRead, row_gradients, rows_read
 from ultramem_jax.ops.sharded_lookup import pooled_shape, products_shape
+
+ArraysOfMemories: TypeAlias = Mapping[str, Mapping[str, jax.Array]]
+"""Arrays by memory and kind: what memories sow into `reads`, or the cotangents of `perturbations`."""
 
 
 def perturbations(config: ModelConfig, num_tokens: int) -> dict[str, dict[str, jax.Array]]:
@@ -30,7 +34,7 @@ def perturbations(config: ModelConfig, num_tokens: int) -> dict[str, dict[str, j
     return found
 
 
-def rows_of_tables(config: ModelConfig, reads: Any) -> dict[str, RowsRead]:
+def rows_of_tables(config: ModelConfig, reads: ArraysOfMemories) -> dict[str, RowsRead]:
     """The rows of every table that a step read, over all memories that read it.
 
     Args:
@@ -61,7 +65,7 @@ def slots_if(finite: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def table_gradients(
-    config: ModelConfig, rows: dict[str, RowsRead], reads: Any, cotangents: Any
+    config: ModelConfig, rows: dict[str, RowsRead], reads: ArraysOfMemories, cotangents: ArraysOfMemories
 ) -> dict[str, dict[str, RowGradients]]:
     """The gradients of the rows that were read: per table those of `values` and, if any, of `pre_values`.
 

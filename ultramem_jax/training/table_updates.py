@@ -9,7 +9,7 @@ summed over devices.
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +20,26 @@ from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import RowsRead
 from ultramem_jax.ops.on_mesh import current_axes
-from ultramem_jax.training.owned_tables import OwnedTable
+from ultramem_jax.training.owned_tables import OfStep, OwnedTable
 from ultramem_jax.training.row_sparse import RowSparseTransformation
 from ultramem_jax.training.slot_usage import SlotUsage, record_reads
 from ultramem_jax.training.state import TrainState
-from ultramem_jax.training.table_gradients import rows_if, rows_of_tables, table_gradients
-from ultramem_jax.training.undo_log import RowsBefore
+from ultramem_jax.training.table_gradients import ArraysOfMemories, rows_if, rows_of_tables, table_gradients
+from ultramem_jax.training.undo_log import RowsBefore, RowsOverwritten
+from ultramem_jax.tree_types import ArrayTree
 
 
 class TableUpdate(NamedTuple):
     """What a step makes of all tables."""
 
-    tables: Any
-    table_state: Any
+    tables: dict[str, dict[str, jax.Array]]
+    """Per table its arrays."""
+    table_state: dict[str, dict[str, ArrayTree]]
+    """Per table and array of it the optimizer's state."""
     usage: dict[str, SlotUsage]
     metrics: dict[str, dict[str, jax.Array]]
     """Per table those of `record_reads`, and `row_norm`."""
-    before: Any
+    before: RowsOverwritten | None
     """Per table and array of it `RowsBefore`; None where it was not asked for."""
 
 
@@ -44,8 +47,8 @@ def update_tables(
     config: ModelConfig,
     optimizers: Mapping[str, RowSparseTransformation],
     state: TrainState,
-    reads: Any,
-    cotangents: Any,
+    reads: ArraysOfMemories,
+    cotangents: ArraysOfMemories,
     finite: jax.Array,
     record_before: bool = False,
 ) -> TableUpdate:
@@ -65,7 +68,7 @@ def update_tables(
     if axes is None:
         return _update_on_one_device(config, optimizers, state, reads, cotangents, finite, record_before)
     assert not record_before
-    after: tuple[dict[str, Any], ...] = ({}, {}, {}, {})
+    after = TableUpdate({}, {}, {}, {}, None)
     seeds = _seeds(state)
     for table, readers in table_readers(config).items():
         of_table = OwnedTable(axes).update(
@@ -75,16 +78,15 @@ def update_tables(
             state.usage[table],
             {site.name: reads[site.name] for site in readers},
             {site.name: cotangents[site.name] for site in readers},
-            (finite, state.step, seeds[table]),
+            OfStep(finite, state.step, seeds[table]),
         )
-        for trees, result in zip(after, of_table, strict=True):
-            trees[table] = result
-    tables, table_state, usage, metrics = after
-    return TableUpdate(tables, table_state, usage, metrics, None)
+        after.tables[table], after.table_state[table] = of_table.parts, of_table.moments
+        after.usage[table], after.metrics[table] = of_table.usage, of_table.metrics
+    return after
 
 
 def record_usage(
-    config: ModelConfig, usage: dict[str, SlotUsage], reads: Any
+    config: ModelConfig, usage: dict[str, SlotUsage], reads: ArraysOfMemories
 ) -> tuple[dict[str, SlotUsage], dict[str, dict[str, jax.Array]]]:
     """The record of every table after a step that trains tables the dense way, and its metrics."""
     axes = current_axes()
@@ -105,8 +107,8 @@ def _update_on_one_device(
     config: ModelConfig,
     optimizers: Mapping[str, RowSparseTransformation],
     state: TrainState,
-    reads: Any,
-    cotangents: Any,
+    reads: ArraysOfMemories,
+    cotangents: ArraysOfMemories,
     finite: jax.Array,
     record_before: bool,
 ) -> TableUpdate:
@@ -116,24 +118,25 @@ def _update_on_one_device(
     rows = {name: rows_if(finite, rows[name]) for name in rows}
     gradients = table_gradients(config, rows, reads, cotangents)
     seeds = _seeds(state)
-    after: tuple[dict[str, dict[str, Any]], ...] = tuple(
-        {name: {} for name in state.tables} for _ in range(4)
-    )
+    tables: dict[str, dict[str, jax.Array]] = {name: {} for name in state.tables}
+    table_state: dict[str, dict[str, ArrayTree]] = {name: {} for name in state.tables}
+    overwritten: dict[str, dict[str, RowsBefore]] = {name: {} for name in state.tables}
+    norms: dict[str, dict[str, jax.Array]] = {name: {} for name in state.tables}
     for name, parts in state.tables.items():
         for part, table in parts.items():
             of_rows, moments = gradients[name][part], state.table_state[name][part]
             seed = seeds[name][part]
             update = optimizers[name].update(of_rows, moments, table, state.step, seed, record_before)
-            before = RowsBefore(of_rows.slots, update.before) if update.before else None
-            for trees, result in zip(after, (update.table, update.moments, before, update.norm), strict=True):
-                trees[name][part] = result
-    tables, table_state, before_step, norms = after
+            tables[name][part], table_state[name][part] = update.table, update.moments
+            norms[name][part] = update.norm
+            if update.before is not None:
+                overwritten[name][part] = RowsBefore(of_rows.slots, update.before)
     return TableUpdate(
         tables,
         table_state,
         {name: usage for name, (usage, _) in recorded.items()},
         {name: of | {"row_norm": optax.tree.norm(norms[name])} for name, (_, of) in recorded.items()},
-        before_step,
+        overwritten if record_before else None,
     )
 
 
@@ -153,6 +156,6 @@ def _seeds(state: TrainState) -> dict[str, dict[str, jax.Array]]:
     }
 
 
-def _side_by_side(tree: Any) -> Any:
+def _side_by_side(tree: ArraysOfMemories) -> ArraysOfMemories:
     """Micro-batches one behind the other: (micro-batches, T, ...) -> (micro-batches·T, ...)."""
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)

@@ -1,7 +1,6 @@
 """Fits memories that are addressed by tokens to the tokenizer of a run."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 from ultramem_jax.config import ModelConfig, RunConfig
 from ultramem_jax.data import Tokenizer
 from ultramem_jax.data.canonical_ids import canonical_ids
+from ultramem_jax.tree_types import ArrayTree
 
 
 def for_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, np.ndarray | None]:
@@ -31,7 +31,7 @@ def for_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, n
     return dataclasses.replace(config, model=dataclasses.replace(config.model, memories=memories)), canonical
 
 
-def with_token_maps(config: ModelConfig, buffers: Any, canonical: np.ndarray) -> Any:
+def with_token_maps(config: ModelConfig, buffers: ArrayTree, canonical: np.ndarray) -> ArrayTree:
     """Returns the buffers of a model with the maps of its tokenizer's tokens, each where it lies now.
 
     Args:

@@ -15,16 +15,15 @@ import contextlib
 import ctypes
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
 from ultramem_jax.training.large_arrays import array_name
-
-PyTree = Any
+from ultramem_jax.tree_types import ArrayTree
 
 LIVE_BYTES = 256 * 2**20
 """Tables and moments that are smaller than this in all are saved without a log: XLA's copy is cheap."""
@@ -37,8 +36,12 @@ class RowsBefore(NamedTuple):
 
     slots: jax.Array
     """(U,) int32, rising, each once; those not below N are padding."""
-    rows: tuple[jax.Array, PyTree]
+    rows: tuple[jax.Array, ArrayTree]
     """(U, ...) each: of the array and of its moments."""
+
+
+RowsOverwritten: TypeAlias = Mapping[str, Mapping[str, RowsBefore]]
+"""Per table and array of it the rows that a step overwrote."""
 
 
 class LiveView(np.ndarray):
@@ -50,11 +53,11 @@ class LiveView(np.ndarray):
         memory: Any = (ctypes.c_ubyte * array.nbytes).from_address(array.unsafe_buffer_pointer())
         return np.frombuffer(memory, np.uint8).view(array.dtype).reshape(array.shape).view(cls)
 
-    def __deepcopy__(self, memo: Any) -> "LiveView":
+    def __deepcopy__(self, memo: dict[int, object] | None) -> "LiveView":
         return self  # Orbax makes a deep copy of what it is given, to be safe from what is wanted here
 
 
-def is_worth_it(tables: PyTree, moments: PyTree) -> bool:
+def is_worth_it(tables: ArrayTree, moments: ArrayTree) -> bool:
     """Whether these are large, and on a CPU in one piece. From an accelerator Orbax copies them anyway."""
     arrays = jax.tree.leaves((tables, moments))
     alone = all(a.is_fully_addressable and len(a.devices()) == 1 for a in arrays)
@@ -65,7 +68,7 @@ def is_worth_it(tables: PyTree, moments: PyTree) -> bool:
 class UndoLog:
     """The undo log of one save. The training thread records, the writer's thread closes and writes it."""
 
-    def __init__(self, tables: PyTree, moments: PyTree):
+    def __init__(self, tables: ArrayTree, moments: ArrayTree):
         self._arrays = _by_name(tables, moments)
         jax.block_until_ready(self._arrays)  # what a step still writes would be in no record
         self._addresses = {name: a.unsafe_buffer_pointer() for name, a in self._arrays.items()}
@@ -100,7 +103,7 @@ class UndoLog:
                     self._broken |= self._num_steps == steps
                     self._changed.notify_all()
 
-    def record(self, tables: PyTree, moments: PyTree, before: dict[str, dict[str, RowsBefore]]) -> None:
+    def record(self, tables: ArrayTree, moments: ArrayTree, before: RowsOverwritten) -> None:
         """Takes note of a step: the state after it, and the rows before it.
 
         Raises:
@@ -185,7 +188,7 @@ def put_back(
         piece[slots[first:last] - place[0].start] = whole[:, *place[1:]]
 
 
-def _by_name(tables: PyTree, moments: PyTree) -> dict[str, Any]:
+def _by_name(tables: ArrayTree, moments: ArrayTree) -> dict[str, jax.Array]:
     """The arrays under their dotted names in the train state, which are those in a checkpoint."""
     tree = {"tables": tables, "table_state": moments}
     return {array_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
