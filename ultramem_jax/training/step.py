@@ -1,9 +1,9 @@
-"""One training step, and the loss of one evaluation batch.
+"""Makes the training step, and the step that computes the loss of one evaluation batch.
 
-The loss is differentiated with respect to the dense parameters and to the pooled reads of every memory, not
-to the tables. The reads that were sown and the cotangents of the pooled sums give the gradients of the rows
-that were read (`table_gradients`), which is all that the tables' optimizer touches: no array of a table's
-size exists in the compiled step besides the donated tables and moments themselves.
+The loss is differentiated with respect to the dense parameters and to the pooled reads of every memory, but
+not with respect to the tables. The sown reads and the cotangents of the pooled sums give the gradients of the
+rows that were read (`table_gradients`). The tables' optimizer touches only these rows. So the compiled step
+holds no array of a table's size besides the donated tables and moments themselves.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class _Gradients(NamedTuple):
     """Holds the gradients of a step or of a micro-batch, and what its forward pass left."""
 
     grads: dict[str, ArrayTree]
-    """By collection: of `params`, and in the dense way of `memory`."""
+    """Gradients by collection: of `params` and, in the dense way, of `memory`."""
     buffers: ArrayTree
     """The `buffers` collection after the forward pass."""
     reads: ArraysOfMemories
@@ -48,7 +48,7 @@ StepResult: TypeAlias = tuple[TrainState, Metrics] | tuple[TrainState, Metrics, 
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """(B, S) cross-entropies in nats of logits (B, S, V) float32 for targets (B, S)."""
+    """Returns (B, S) cross-entropies in nats of logits (B, S, V) float32 for targets (B, S)."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
@@ -58,18 +58,28 @@ def make_train_step(
     record_before: bool = False,
     axes: MeshAxes | None = None,
 ) -> Callable[[TrainState, jax.Array], StepResult]:
-    """The step (state, tokens (B, S + 1) int32) -> (state, metrics); to be compiled with the state donated.
+    """Returns the step (state, tokens (B, S + 1) int32) -> (state, metrics).
 
-    Metrics are float32 scalars: `loss` (nats per token, without auxiliary losses), `auxiliary_loss`,
-    `gradient_norm` (of the dense parameters, before clipping), `parameter_norm`, `learning_rate`, with
-    memories `value_learning_rate`, per memory those of the layer, and per table those of `record_reads` and
-    `row_norm`, the norm of the rows that the step wrote (of the whole table in the dense way).
+    Compile it with the state donated.
 
-    With `record_before`, which the dense way does not have, it returns (state, metrics, before): per table
-    and array of it `RowsBefore`, the rows that the step wrote as they were before it; on one device alone.
+    Metrics are float32 scalars:
 
-    With `axes` it is a step on a mesh: of a state that lies there as `state_shardings` says, and tokens split
-    over `axes.tokens`.
+    - `loss`: nats per token, without auxiliary losses;
+    - `auxiliary_loss`;
+    - `gradient_norm`: of the dense parameters, before clipping;
+    - `parameter_norm` and `learning_rate`;
+    - with memories `value_learning_rate`, and per memory the metrics of the layer;
+    - per table the metrics of `record_reads`, and `row_norm`: the norm of the rows that the step wrote, or of
+      the whole table in the dense way.
+
+    Args:
+        config: of the run.
+        optimizers: from `make_optimizers`.
+        record_before: whether the step returns (state, metrics, before). `before` holds, per table and array
+            of it, `RowsBefore`: the rows that the step wrote, as they were before it. The dense way does not
+            have this, and it works only on one device.
+        axes: of the mesh, for a step on a mesh. Its state is placed as `abstract_state` says, and its tokens
+            are split over `axes.tokens`. None is one device.
     """
     model, dense = Transformer(config.model), config.train.table_gradient == "dense"
     micro_batches, logical = config.train.grad_accumulation, logical_axes(config.model)
@@ -97,7 +107,7 @@ def make_train_step(
         return cross_entropy + auxiliary, (sown.get("buffers", {}), sown.get("reads", {}), metrics)
 
     def gradients(state: TrainState, buffers: ArrayTree, tokens: jax.Array, key: jax.Array) -> _Gradients:
-        """Gradients, and what the forward pass left, of one micro-batch."""
+        """Returns the gradients of one micro-batch, and what its forward pass left."""
         if dense:
             differentiated = {"params": state.params, "memory": state.tables}
         else:
@@ -109,7 +119,10 @@ def make_train_step(
         return _Gradients(grads, buffers, reads, cotangents, metrics)
 
     def accumulated(state: TrainState, tokens: jax.Array, key: jax.Array) -> _Gradients:
-        """Means over micro-batches; reads and their cotangents behind an axis of micro-batches."""
+        """Returns means over the micro-batches.
+
+        Reads and their cotangents get a leading axis of micro-batches.
+        """
         if micro_batches == 1:
             of_batch = gradients(state, state.buffers, tokens, key)
             reads, cotangents = jax.tree.map(lambda a: a[None], (of_batch.reads, of_batch.cotangents))
@@ -124,7 +137,7 @@ def make_train_step(
             grads, buffers, reads, cotangents, metrics = gradients(state, buffers, *batch)
             return (jax.tree.map(jnp.add, total, grads), buffers), (reads, cotangents, metrics)
 
-        # Every so many sequences, so that a device's are its own in every micro-batch.
+        # Strides over the batch, so that no sequence changes device between micro-batches.
         split = tokens.reshape(-1, micro_batches, tokens.shape[1]).swapaxes(0, 1)
         split = constrain_tokens(split, axis=1)
         keys = jax.random.split(key, micro_batches)
@@ -188,9 +201,14 @@ def make_train_step(
 def make_eval_step(
     config: RunConfig, axes: MeshAxes | None = None
 ) -> Callable[[Variables, jax.Array, jax.Array], jax.Array]:
-    """The function (variables, tokens (B, S + 1), mask (B, S)) -> sum of losses in nats and targets counted.
+    """Returns a function that sums the losses of a batch in nats, and counts its targets.
 
-    Both are in one array (2,) float32; targets whose mask is 0 do not count. `axes` as for a training step.
+    The function is (variables, tokens (B, S + 1), mask (B, S)) -> (2,) float32: the sum of losses and the
+    number of targets. Targets whose mask is 0 do not count.
+
+    Args:
+        config: of the run.
+        axes: of the mesh, as for `make_train_step`.
     """
     model, logical = Transformer(config.model), logical_axes(config.model)
 
@@ -199,15 +217,15 @@ def make_eval_step(
             whole = dict(variables) | {"params": gathered(variables["params"], axes, logical)}
             logits: Any = model.apply(whole, tokens[:, :-1])
         of_sequences = (token_losses(logits, tokens[:, 1:]) * mask).sum(1)
-        # Times 1, or 0 where nothing counts: of two sums that follow each other directly the compiler makes
-        # one, and a sum over all targets is longer, and rounds more, than sums of sequences.
+        # The factor is 1, or 0 for a sequence without counted targets. It keeps the two sums apart: the
+        # compiler would merge them into one sum over all targets, which is longer and rounds more.
         return jnp.stack([(of_sequences * mask.max(1)).sum(), mask.sum()])
 
     return eval_step
 
 
 def _flatten(sown: ArrayTree) -> Metrics:
-    """Nested scalars as {"memory_0/output_std": value}."""
+    """Returns nested scalars as one flat dict: {"memory_0/output_std": value}."""
     flat = {}
     for path, value in jax.tree_util.tree_flatten_with_path(sown)[0]:
         names = [p.key for p in path if isinstance(p, jax.tree_util.DictKey)]

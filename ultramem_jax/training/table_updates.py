@@ -1,10 +1,10 @@
-"""From what a step read, and the cotangents of that, to the tables after it.
+"""Updates the tables, from what a step read and the cotangents of that.
 
-On one device, every table's rows are sorted, their gradients summed and handed to the optimizer. On a mesh
-each device does that for the rows and columns that it owns, in the reads of all tokens (`owned_tables`).
-Reads and cotangents have come to the owners in the forward and the backward pass (`ops.sharded_lookup`), and
-are gathered once more from the devices that hold the same part of a table. The gradient of a table is never
-summed over devices.
+On one device, the rows of every table are sorted, and their gradients are summed and given to the optimizer.
+On a mesh, each device does this for the rows and columns that it owns, over the reads of all tokens
+(`owned_tables`). The forward and the backward pass bring reads and cotangents to the owners
+(`ops.sharded_lookup`). Here they are gathered once more, from the devices that hold the same part of a table.
+The gradient of a table is never summed over devices.
 """
 
 import itertools
@@ -30,17 +30,17 @@ from ultramem_jax.tree_types import ArrayTree
 
 
 class TableUpdate(NamedTuple):
-    """What a step makes of all tables."""
+    """Holds what a step makes of all tables."""
 
     tables: dict[str, dict[str, jax.Array]]
-    """Per table its arrays."""
+    """Arrays of each table."""
     table_state: dict[str, dict[str, ArrayTree]]
-    """Per table and array of it the optimizer's state."""
+    """State of the optimizer, per table and array of it."""
     usage: dict[str, SlotUsage]
     metrics: dict[str, dict[str, jax.Array]]
-    """Per table those of `record_reads`, and `row_norm`."""
+    """Metrics per table: those of `record_reads`, and `row_norm`."""
     before: RowsOverwritten | None
-    """Per table and array of it `RowsBefore`; None where it was not asked for."""
+    """`RowsBefore` per table and array of it; None unless `record_before` was set."""
 
 
 def update_tables(
@@ -52,17 +52,17 @@ def update_tables(
     finite: jax.Array,
     record_before: bool = False,
 ) -> TableUpdate:
-    """Moves on the rows that were read.
+    """Updates the rows that were read.
 
     Args:
         config: of the model.
         optimizers: of the rows, by the name of their table.
-        state: before the step; its tables and their moments are updated in place.
-        reads: what the memories sowed into `reads`, with an axis of micro-batches in front.
+        state: before the step. Its tables and their moments are updated in place.
+        reads: what the memories sowed into `reads`, with a leading axis of micro-batches.
         cotangents: gradients with respect to `perturbations`, with the same axis.
-        finite: () bool; unless it holds, no row is written. It is to depend on every gradient that is made of
-            rows (see `rows_if`).
-        record_before: whether to return the rows as they were; on one device alone.
+        finite: () bool. Unless it holds, no row is written. It must depend on every gradient that is computed
+            from rows (see `rows_if`).
+        record_before: whether to return the rows as they were. This works only on one device.
     """
     axes = current_axes()
     if axes is None:
@@ -88,7 +88,7 @@ def update_tables(
 def record_usage(
     config: ModelConfig, usage: dict[str, SlotUsage], reads: ArraysOfMemories
 ) -> tuple[dict[str, SlotUsage], dict[str, dict[str, jax.Array]]]:
-    """The record of every table after a step that trains tables the dense way, and its metrics."""
+    """Returns the usage of every table after a step that trains tables the dense way, and its metrics."""
     axes = current_axes()
     if axes is None:
         recorded = _record(usage, rows_of_tables(config, _side_by_side(reads)))
@@ -147,7 +147,7 @@ def _record(
 
 
 def _seeds(state: TrainState) -> dict[str, dict[str, jax.Array]]:
-    """Another seed for every array of a table and step, for rounding."""
+    """Returns a seed for rounding, different for every array of a table and every step."""
     of_step = mix(state.step.astype(jnp.uint32), state.seed)
     numbers = itertools.count()
     return {
@@ -157,5 +157,5 @@ def _seeds(state: TrainState) -> dict[str, dict[str, jax.Array]]:
 
 
 def _side_by_side(tree: ArraysOfMemories) -> ArraysOfMemories:
-    """Micro-batches one behind the other: (micro-batches, T, ...) -> (micro-batches·T, ...)."""
+    """Concatenates micro-batches: (micro-batches, T, ...) -> (micro-batches·T, ...)."""
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)

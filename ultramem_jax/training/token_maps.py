@@ -19,7 +19,7 @@ def for_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, n
         tokenizer: of its corpus.
 
     Returns:
-        The config, and (V,) int32, token -> canonical id; None where no memory asks for it.
+        The config, and the map token -> canonical id, (V,) int32; None where no memory asks for it.
     """
     if not any(memory.address.reads_tokens for memory in config.model.memories.values()):
         return config, None
@@ -32,12 +32,12 @@ def for_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, n
 
 
 def with_token_maps(config: ModelConfig, buffers: ArrayTree, canonical: np.ndarray) -> ArrayTree:
-    """Returns the buffers of a model with the maps of its tokenizer's tokens, each where it lies now.
+    """Returns the buffers of a model with the token maps of its tokenizer, each placed as it is now.
 
     Args:
         config: of the model, from `for_tokenizer`.
-        buffers: its collection `buffers`.
-        canonical: of `for_tokenizer`.
+        buffers: the model's collection `buffers`.
+        canonical: from `for_tokenizer`.
     """
     buffers = dict(buffers)
     for site in config.sites:
