@@ -106,7 +106,7 @@ def saved_config(directory: Path, config: JsonDict) -> RunConfig:
 
 def read_state(directory: Path, abstract_state: ArrayTree, partial: bool) -> ArrayTree:
     """The state of one checkpoint; with `partial`, the top-level entries of `abstract_state` alone."""
-    handler = ocp.ArrayTreeCheckpointHandler()
+    handler = ocp.PyTreeCheckpointHandler()
     path = epath.Path(directory / "state")
     _require_same_tree(directory, handler.metadata(path).tree, abstract_state, partial)
     target = jax.tree.map(_with_sharding, abstract_state)
@@ -121,7 +121,7 @@ def read_state(directory: Path, abstract_state: ArrayTree, partial: bool) -> Arr
 
     small = jax.tree_util.tree_map_with_path(leave_out_large, target)
     restore_args = ocp.checkpoint_utils.construct_restore_args(small)
-    args = ocp.args.ArrayTreeRestore(item=small, restore_args=restore_args, partial_restore=True)
+    args = ocp.args.PyTreeRestore(item=small, restore_args=restore_args, partial_restore=True)
     # By the handler itself: a `Checkpointer` would wait for other processes, which may fail or not be here.
     small = handler.restore(path, args=args)
     handler.close()

@@ -134,7 +134,7 @@ class Checkpoints:
             item_handlers={
                 # Compression takes ten times the CPU time of all else and saves 8 % of random numbers. It may
                 # also spoil rows that nobody wrote to, if others that it refers to change under its hands.
-                "state": ocp.ArrayTreeCheckpointHandler(use_compression=False),
+                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                 "meta": ocp.JsonCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(filename=POSITION),
             },
@@ -289,7 +289,7 @@ class Checkpoints:
             state = state.replace(**live)
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
         items: dict[str, ocp.args.CheckpointArgs] = {
-            "state": ocp.args.ArrayTreeSave(state, save_args=save_args),
+            "state": ocp.args.PyTreeSave(state, save_args=save_args),
             "meta": ocp.args.JsonSave(dataclasses.asdict(meta)),
         }
         if data_iterator is not None:

@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 _NONE = Evaluation(loss=math.nan, bits_per_byte=math.nan, tokens=0)
 
 _TIMED_STEPS = 1000
-"""Number of last steps over which the median speed of a run is taken."""
+"""Number of last steps that the median speed of a run covers."""
 
 
 @dataclasses.dataclass(frozen=True)

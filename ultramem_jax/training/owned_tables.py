@@ -1,9 +1,10 @@
-"""The update of a table on a mesh: by each device for the rows and columns that it owns.
+"""Updates a table on a mesh: each device updates only the rows and columns that it owns.
 
-Every device sees the reads of all tokens, sorts those of its own rows to the front, and moves these rows on,
-chunk by chunk. So it sorts T·R integers, T the tokens of all devices, but forms the gradients of its own
-reads alone, T·R/P if reads are spread evenly over the P parts that rows are cut into, a chunk at a time. What
-it holds of all tokens is integers, scores, and cotangents of E·d_v values.
+Every device sees the reads of all tokens. It sorts the reads of its own rows to the front, and updates these
+rows chunk by chunk. So it sorts T·R integers, where T counts the tokens of all devices. But it forms only the
+gradients of its own reads, one chunk at a time. These are T·R/P reads if reads are spread evenly over the P
+parts into which rows are split. What it holds of all tokens is integers, scores, and cotangents of E·d_v
+values.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,45 +25,47 @@ from ultramem_jax.training.table_gradients import ArraysOfMemories, slots_if
 from ultramem_jax.tree_types import ArrayTree
 
 _TOKEN_AXIS = {"slots": 1, "blocks": 1, "weights": 1, "inputs": 1, "pooled": 2, "products": 3}
-"""Where T is in what the memories leave, behind an axis of micro-batches; shapes: `ops.sharded_lookup`."""
+"""Axis of T in the arrays that memories leave, behind an axis of micro-batches; shapes:
+`ops.sharded_lookup`."""
 
 
 class OfStep(NamedTuple):
-    """Holds what the updates of all tables have in common, and the seeds of one table."""
+    """Holds what the updates of all tables of a step have in common, and the seeds of one table."""
 
     finite: jax.Array
-    """() bool, whether to write at all."""
+    """() bool, whether to write any row."""
     step: jax.Array
-    """() int32, the step, from 0."""
+    """() int32, the step, counted from 0."""
     seeds: dict[str, jax.Array]
-    """Per array of the table () uint32, for rounding."""
+    """Seeds for rounding, () uint32, by array of the table."""
 
 
 class OwnedTableUpdate(NamedTuple):
-    """Holds one table after a step, in parts on a mesh."""
+    """Holds one table after a step on a mesh."""
 
     parts: dict[str, jax.Array]
-    """The table's arrays."""
+    """The table's arrays, by name."""
     moments: dict[str, ArrayTree]
-    """The optimizer's state of each array."""
+    """State of the optimizer, by array of the table."""
     usage: SlotUsage
     metrics: dict[str, jax.Array]
-    """Those of `record_reads`, and `row_norm`."""
+    """Metrics of the table: those of `record_reads`, and `row_norm`."""
 
 
 class _Carry(NamedTuple):
-    """Holds what goes from one chunk of reads to the next."""
+    """Holds what one chunk of reads hands to the next."""
 
     parts: dict[str, jax.Array]
     moments: dict[str, ArrayTree]
     squares: jax.Array
     """() float32, the sum of the squares of the rows written so far."""
     carried: dict[str, jax.Array]
-    """Per array (d,) float32, the sum so far of the last row's gradients; zeros if that row is written."""
+    """Sums of gradients (d,) float32, by array, for a last row that the next chunk continues; zeros if none
+    does."""
 
 
 class OwnedTable:
-    """A table in parts on a mesh."""
+    """Updates one table that is split over a mesh."""
 
     def __init__(self, axes: MeshAxes):
         self._axes = axes
@@ -77,16 +80,16 @@ class OwnedTable:
         cotangents: ArraysOfMemories,
         of_step: OfStep,
     ) -> OwnedTableUpdate:
-        """Moves on the rows that were read.
+        """Updates the rows that were read.
 
         Args:
             optimizer: of the rows.
             parts: the table's arrays.
-            moments: of each of them.
+            moments: state of the optimizer, per array.
             usage: before the step.
-            reads: per memory that reads the table, what it sowed, behind an axis of micro-batches.
-            cotangents: per memory, those of its perturbations, likewise.
-            of_step: whether to write at all, () bool; the step; a seed for every array.
+            reads: per memory that reads the table, what it sowed, with a leading axis of micro-batches.
+            cotangents: per memory, the cotangents of its perturbations, with the same axis.
+            of_step: whether to write at all, the step, and a seed for every array.
 
         Returns:
             Arrays, their moments, usage and metrics after the step.
@@ -117,7 +120,10 @@ class OwnedTable:
         return OwnedTableUpdate(*update(parts, moments, usage, reads, cotangents, of_step))
 
     def record(self, usage: SlotUsage, reads: ArraysOfMemories) -> tuple[SlotUsage, dict[str, jax.Array]]:
-        """The usage of the table after the step, and its metrics; arguments as for `update`."""
+        """Returns the usage of the table after the step, and its metrics.
+
+        The arguments are those of `update`.
+        """
         slots = {name: {"slots": of["slots"]} for name, of in reads.items()}
 
         def local(usage: SlotUsage, reads: ArraysOfMemories) -> tuple[SlotUsage, dict[str, jax.Array]]:
@@ -137,7 +143,7 @@ class OwnedTable:
         return {name: {kind: specs.get(kind, plain) for kind in of} for name, of in of_memories.items()}
 
     def _of_all_tokens(self, of_memories: ArraysOfMemories) -> dict[str, jax.Array]:
-        """Arrays (T, ...) of all devices, micro-batches and memories, one behind the other.
+        """Returns arrays (T, ...) over all devices, micro-batches and memories, concatenated.
 
         To a table, M memories are M times as many tokens.
         """
@@ -155,10 +161,13 @@ class OwnedTable:
     def _recorded(
         self, usage: SlotUsage, slots: jax.Array
     ) -> tuple[RowsRead, SlotUsage, dict[str, jax.Array]]:
-        """The rows here among all reads, counted from the first; the usage and metrics of the table."""
+        """Returns the rows of this device among all reads, and the table's usage and metrics.
+
+        Rows count from the first row of this device.
+        """
         num_slots = usage.seen.shape[0]
         slots = slots - first_slot(self._axes, num_slots)
-        # One more row stands for all that others own; it is sorted behind those that are here.
+        # One extra row stands for all rows of other devices. It is sorted behind the rows of this device.
         slots = jnp.where((slots >= 0) & (slots < num_slots), slots, num_slots)
         rows = rows_read(slots, num_slots + 1)
         rows = rows._replace(counts=jnp.where(rows.slots < num_slots, rows.counts, 0))
@@ -167,7 +176,7 @@ class OwnedTable:
     def _gradients_of_reads(
         self, read: dict[str, jax.Array], cotangent: dict[str, jax.Array]
     ) -> dict[str, Callable[[jax.Array], jax.Array]]:
-        """Per array of the table, from numbers of reads (C,) to what these send to its rows, (C, d)."""
+        """Returns, per array of the table, a function from indices of reads (C,) to gradients (C, d)."""
         reads_of_token = read["slots"].shape[1]
         blocks = read["blocks"].reshape(-1).astype(jnp.int32) if "blocks" in read else None
         weights = own_cores(self._axes, read["weights"])
@@ -193,10 +202,10 @@ class OwnedTable:
         gradients: dict[str, Callable[[jax.Array], jax.Array]],
         of_step: OfStep,
     ) -> tuple[dict[str, jax.Array], dict[str, ArrayTree], jax.Array]:
-        """The table's arrays, their moments, and the sum of the squares of the rows written.
+        """Returns the table's arrays, their moments, and the sum of the squares of the rows written.
 
-        Chunks are of reads, in the order of their rows. The last row of a chunk may go on in the next one:
-        its sum so far is carried over, and it is written there.
+        A chunk holds reads, in the order of their rows. The last row of a chunk may continue in the next one.
+        Then its sum so far is carried over, and the next chunk writes the row.
         """
         finite, step, seeds = of_step
         num_slots = next(iter(parts.values())).shape[0]
@@ -213,7 +222,8 @@ class OwnedTable:
             place = chunk * size + number
             end = (chunk + 1) * size
             here = place < num_reads
-            row = jnp.where(here, row_at(place) - row_at(place[0]), size)  # not here: past all rows, dropped
+            # Reads of other devices get a row past all rows, and are dropped.
+            row = jnp.where(here, row_at(place) - row_at(place[0]), size)
             last = jnp.max(jnp.where(here, row, 0))
             slots = nowhere.at[row].set(rows.slots.at[row_at(place)].get(mode="clip"), mode="drop")
             goes_on = (end < num_reads) & (row_at(end) == row_at(end - 1))
@@ -249,6 +259,6 @@ class OwnedTable:
 
 
 def _narrow(reads: Mapping[str, jax.Array], num_blocks: int) -> dict[str, jax.Array]:
-    """What was read, blocks as small as they can travel: not at all if there is one."""
+    """Returns the reads with blocks in the smallest dtype that holds them. A single block is left out."""
     blocks = {"blocks": narrow_blocks(reads["blocks"], num_blocks)} if num_blocks > 1 else {}
     return {name: x for name, x in reads.items() if name != "blocks"} | blocks

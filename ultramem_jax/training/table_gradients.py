@@ -71,14 +71,14 @@ def table_gradients(
 ) -> dict[str, dict[str, RowGradients]]:
     """Returns the gradients of the rows that were read.
 
-    Returns:
-        Per table the gradients of `values` and, if it has them, of `pre_values`.
-
     Args:
         config: of the model.
         rows: from `rows_of_tables`.
         reads: what the memories sowed into `reads`.
         cotangents: gradients with respect to `perturbations`.
+
+    Returns:
+        Per table the gradients of `values` and, if it has them, of `pre_values`.
     """
     gradients: dict[str, dict[str, RowGradients]] = {}
     for table, sites in table_readers(config).items():
