@@ -1,6 +1,6 @@
-"""Reading one checkpoint: its state onto any devices, and the comparison with what is to be read.
+"""Reads one checkpoint: restores its state onto any devices, and compares it with what the reader expects.
 
-`checkpoints.py` says what a checkpoint is made of, and chooses which one is read.
+`checkpoints.py` says what a checkpoint consists of, and chooses which one is read.
 """
 
 import dataclasses
@@ -22,32 +22,32 @@ from ultramem_jax.training.undo_log import UndoRows, put_back
 from ultramem_jax.tree_types import ArrayTree, JsonDict
 
 Differences: TypeAlias = dict[str, tuple[Any, Any]]
-"""The fields in which two configurations differ: dotted name -> (value there, value here)."""
+"""Fields in which two configurations differ: dotted name -> (value there, value here)."""
 
 UNDO_LOG = "undo.npz"
 _MESSAGE_ENTRIES = 8
-"""Differences that an error message spells out; the rest are counted."""
+"""Number of differences that an error message spells out. The rest are only counted."""
 
 
 @dataclass(frozen=True)
 class Meta:
-    """What a checkpoint says about itself."""
+    """Holds what a checkpoint says about itself."""
 
     step: int
     config: JsonDict
-    """The run's configuration as `ultramem_jax.config.to_dict` gives it, after a trip through JSON."""
+    """The run's configuration as `ultramem_jax.config.to_dict` gives it, read back from JSON."""
     corpus: JsonDict
     """Hashes and sizes of the text, and the hash of the tokenizer (`continuing.corpus_identity`)."""
     versions: dict[str, str]
-    """Of Python and the libraries that wrote it."""
+    """Versions of Python and of the libraries that wrote the checkpoint."""
     validation_loss: float | None = None
     """The loss that `Checkpoints.mark` was given; None where the run did not evaluate at that step."""
     since_record: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Sums over the steps since the last training record, which the next one is made of: `steps`, `nats`,
-    `bytes` (`training.window`)."""
+    """Sums over the steps since the last training record: `steps`, `nats`, `bytes` (`training.window`). The
+    next record is made from them."""
 
     def __post_init__(self) -> None:
-        # JSON has no types; whoever reads on may rely on these.
+        # JSON has no types. After this check, readers may rely on them.
         for name, kinds in _META_KINDS.items():
             value = getattr(self, name)
             if not isinstance(value, kinds) or isinstance(value, bool):
@@ -68,16 +68,18 @@ _META_KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def load_meta(directory: Path) -> Meta:
-    """Returns what the checkpoint at `directory` says about itself; raises whatever its damage leads to.
+    """Returns what the checkpoint at `directory` says about itself.
+
+    A damaged one raises whatever error results.
 
     Raises:
-        UserError: it says more than this version knows.
+        UserError: it holds fields that this version does not know.
     """
     found = ocp.JsonCheckpointHandler().restore(epath.Path(directory / "meta"))
     if not isinstance(found, dict):
         raise ValueError(f"meta is a {type(found).__name__}")
     if more := found.keys() - {field.name for field in dataclasses.fields(Meta)}:
-        # Whole, for all we know: a run must not go on from an older one and delete it.
+        # The checkpoint may well be whole: a run must not resume from an older one and delete it.
         known = f"checkpoint at {directory} has {', '.join(sorted(more))} in its meta"
         raise UserError(f"{known}: a later version of this program wrote it")
     meta = Meta(**found)
@@ -89,7 +91,7 @@ def load_meta(directory: Path) -> Meta:
 def saved_config(directory: Path, config: JsonDict) -> RunConfig:
     """Returns the configuration that a checkpoint holds, also where an older version wrote it.
 
-    Fields that did not exist then are as by default.
+    Fields that did not exist then get their defaults.
 
     Args:
         directory: of the checkpoint.
@@ -105,7 +107,11 @@ def saved_config(directory: Path, config: JsonDict) -> RunConfig:
 
 
 def read_state(directory: Path, abstract_state: ArrayTree, partial: bool) -> ArrayTree:
-    """The state of one checkpoint; with `partial`, the top-level entries of `abstract_state` alone."""
+    """Returns the state of one checkpoint; with `partial`, only the top-level entries of `abstract_state`.
+
+    Raises:
+        UserError: the checkpoint holds other entries, shapes or dtypes.
+    """
     handler = ocp.PyTreeCheckpointHandler()
     path = epath.Path(directory / "state")
     _require_same_tree(directory, handler.metadata(path).tree, abstract_state, partial)
@@ -122,10 +128,11 @@ def read_state(directory: Path, abstract_state: ArrayTree, partial: bool) -> Arr
     small = jax.tree_util.tree_map_with_path(leave_out_large, target)
     restore_args = ocp.checkpoint_utils.construct_restore_args(small)
     args = ocp.args.PyTreeRestore(item=small, restore_args=restore_args, partial_restore=True)
-    # By the handler itself: a `Checkpointer` would wait for other processes, which may fail or not be here.
+    # The handler reads directly: a `Checkpointer` would wait for other processes, which may fail or be
+    # absent.
     small = handler.restore(path, args=args)
     handler.close()
-    # Orbax leaves the host buffers that it read into in reference cycles; they cannot wait there.
+    # Orbax leaves the host buffers that it read into in reference cycles, and they must be freed now.
     gc.collect()
 
     def filled(key: KeyPath, _: jax.ShapeDtypeStruct, restored: jax.Array | None) -> jax.Array:
@@ -139,7 +146,7 @@ def read_state(directory: Path, abstract_state: ArrayTree, partial: bool) -> Arr
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    # Left without one, Orbax takes the sharding of the run that saved, which this machine may not have.
+    # Without one, Orbax takes the sharding of the run that saved, which this machine may not have.
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -160,7 +167,7 @@ def _require_same_tree(directory: Path, saved_tree: ArrayTree, wanted_tree: Arra
 
 
 def _entries(tree: ArrayTree) -> dict[str, str]:
-    """Dotted names of the leaves, with dtype and shape: {"params.w": "float32[3,4]"}."""
+    """Returns the dotted names of the leaves, with dtype and shape: {"params.w": "float32[3,4]"}."""
     return {
         ".".join(map(str, path)): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
         for path, leaf in ocp.tree.to_flat_dict(tree).items()
@@ -176,7 +183,7 @@ def require_same_model(directory: Path, there: JsonDict, here: JsonDict) -> None
         here: that of this run, from `ultramem_jax.config.to_dict`.
 
     Raises:
-        UserError: with the fields that differ.
+        UserError: a field differs; the message names all that do.
     """
     there, here = (_of_model(to_dict(saved_config(directory, config))) for config in (there, here))
     differing = differences(there, here)
@@ -186,7 +193,7 @@ def require_same_model(directory: Path, there: JsonDict, here: JsonDict) -> None
 
 
 def _of_model(config: JsonDict) -> JsonDict:
-    """Returns what makes a model: all but where its tables lie, which a run may change."""
+    """Returns the fields that define a model: all except where its tables lie, which a run may change."""
     model, memories = config["model"], {}
     for group, memory in model["memories"].items():
         where = ("memory_kind", "partition")
@@ -208,7 +215,7 @@ def differences(there: Any, here: Any, name: str = "") -> Differences:
 
 
 def shown(value: object) -> str:
-    """Returns a value of a configuration as a message shows it; a whole part of one only as `given`."""
+    """Returns a value of a configuration as a message shows it. A dict of fields is shown only as `given`."""
     return "given" if isinstance(value, dict) else repr(value)
 
 

@@ -1,4 +1,4 @@
-"""A trained model from its run's folder, for evaluation, sampling and notebooks."""
+"""Loads a trained model from its run's folder, for evaluation, sampling and notebooks."""
 
 import dataclasses
 import logging
@@ -25,12 +25,12 @@ _AGAIN = "remove it if it is there, and the run's training, started again, write
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """What a checkpoint makes of a run: `Transformer(config.model).apply(variables, tokens)` works."""
+    """Holds a trained model: `Transformer(config.model).apply(variables, tokens)` works."""
 
     config: RunConfig
     variables: dict[str, ArrayTree]
     """`params`, `memory` and `buffers`; moments are not read. Tables are as `ultramem_jax.ops.rows` stores
-    them: of bfloat16 ones, `from_stored` makes numbers."""
+    them: `from_stored(table)` decodes the stored bits to bfloat16."""
     tokenizer: Tokenizer
     step: int
     corpus: JsonDict
@@ -38,7 +38,7 @@ class LoadedModel:
 
 
 def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> LoadedModel:
-    """Reads a run's model; its config comes from the checkpoint itself.
+    """Loads a run's model. Its config comes from the checkpoint itself.
 
     Args:
         workdir: folder of the run.
@@ -53,7 +53,7 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
         step = _step(checkpoints, checkpoint)
         meta = checkpoints.read_meta(step)
         config = saved_config(folder / str(meta.step), meta.config)
-        # On the first device alone, whatever the run was trained on.
+        # The model goes only to the first device, whatever the run was trained on.
         one = one_device()
         memories = {
             name: memory if reaches(memory.table.memory_kind) else memory.changed(memory_kind="device")
@@ -79,7 +79,7 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
 
 
 def save_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
-    """Keeps a trained tokenizer with the run, which then needs no corpus to be read back.
+    """Keeps a trained tokenizer with the run, so that the model loads without its corpus.
 
     Raises:
         OSError: it cannot be written.
@@ -123,7 +123,7 @@ def _tokenizer(config: RunConfig, workdir: pathlib.Path, corpus: JsonDict) -> To
 
 
 def _step(checkpoints: Checkpoints, checkpoint: str | int) -> int | None:
-    """The step meant; None for the newest whole one."""
+    """Returns the requested step; None for the newest whole checkpoint."""
     if checkpoint == "last":
         return None
     if checkpoint == "best":
