@@ -1,4 +1,4 @@
-"""State dicts as `.safetensors` files."""
+"""Reads and writes state dicts as `.safetensors` files."""
 
 import json
 import os
@@ -32,9 +32,10 @@ _DTYPES: dict[str, np.dtype] = {
         "C64": np.complex64,
     }.items()
 }
-"""Those of the format that NumPy can hold. It has more, of floats of 4 to 8 bits, which need scales too."""
+"""Dtypes of the format that NumPy can hold. It has others, of floats of 4 to 8 bits, which also need
+scales."""
 _LONGEST_HEADER = 100_000_000
-"""Bytes; that of the format's own reader."""
+"""Most bytes of a header, as in the format's own reader."""
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -44,12 +45,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         UserError: the file is missing, not a regular one, cannot be opened, or is broken; NumPy has no dtype
             for an array.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for somebody to write
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for a writer
         raise UserError(f"{path}: cannot be read: not a regular file")
     _require_dtypes(path)
     try:
         return safetensors.numpy.load_file(path)
-    except (FileNotFoundError, ValueError):  # no path has a zero byte
+    except (FileNotFoundError, ValueError):  # ValueError: a path with a zero byte
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
@@ -58,7 +59,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, object]) -> None:
-    """Writes the arrays of `state` with their names and dtypes; its folder is made where it is missing.
+    """Writes the arrays of `state` with their names and dtypes. The folder is created if it is missing.
 
     The file appears whole or not at all: another of the same name stays until the new one is complete.
 
@@ -77,7 +78,7 @@ def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, object])
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(descriptor)
         safetensors.numpy.save_file(arrays, temporary)
-        # A temporary file is its owner's alone; the finished one has the rights of any new file.
+        # Only the owner may read a temporary file. The finished one gets the rights of any new file.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
@@ -88,7 +89,7 @@ def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, object])
 
 
 def _require_dtypes(path: str | os.PathLike[str]) -> None:
-    """Refuses arrays that NumPy cannot hold. Of a header that is broken the format's reader says how."""
+    """Refuses arrays that NumPy cannot hold. The format's own reader reports a broken header."""
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -1,8 +1,7 @@
-"""Variables of a model as decoding wants them: what depends on parameters alone is computed once.
+"""Prepares the variables of a model for decoding: what depends only on parameters is computed once.
 
-A step of training may well norm all keys: there are a thousand tokens that use them. A step of decoding has
-one token per sequence and is over when the weights have been read, so nothing is left in it that could
-have been done before.
+A training step may norm all keys, because a thousand tokens use them. A decoding step has one token per
+sequence, and ends when the weights have been read. So nothing is left in it that could be done before.
 """
 
 from collections.abc import Mapping
@@ -21,32 +20,34 @@ _AS_THEY_ARE = ("router",)
 
 
 def prepare_for_decoding(config: ModelConfig, variables: dict[str, ArrayTree]) -> dict[str, ArrayTree]:
-    """Variables that `Transformer(config)` decodes with, with the same numbers up to the rounding of sums.
+    """Returns variables with which `Transformer(config)` decodes faster.
 
-    - Matrices are in the dtype of the computation and kept by output (`OutputMajor`), experts on CPU each
-      by itself: in bfloat16 half the bytes are read.
-    - What depends on a memory's parameters alone is computed, as its addresser says: product keys are normed,
-      and the singular vectors u and t of the Tucker cores found (`ServedKeys`).
-    - Tables stay what they are, the same arrays. No step does anything with a table but read rows.
+    The results are the same up to the rounding of sums.
 
-    Nothing can be trained on what comes out, on a mesh it is not supported, and both share what was not
-    changed. Drop the given variables to free the rest.
+    - Matrices are in the dtype of the computation and kept by output (`OutputMajor`). On CPU each expert is
+      kept by itself. In bfloat16 half the bytes are read.
+    - What depends only on a memory's parameters is computed, as its addresser says: product keys are normed,
+      and the singular vectors u and t of the Tucker cores are found (`ServedKeys`).
+    - Tables stay the same arrays. A step only reads rows of a table.
+
+    The result cannot be trained, is not supported on a mesh, and shares with the input what was not changed.
+    Drop the given variables to free the rest.
 
     Args:
         config: of the model.
-        variables: `params`, `memory` and `buffers`, as `training.restore.load_model` has them; or what
-            came out here before, which comes back.
+        variables: `params`, `memory` and `buffers`, as `training.restore.load_model` returns them. Variables
+            that are prepared already are returned as they are.
 
     Raises:
         UserError: they lie on several devices.
     """
     params = dict(variables["params"])
-    if isinstance(params.get("output"), OutputMajor):  # which every prepared model has
+    if isinstance(params.get("output"), OutputMajor):  # every prepared model has one
         return variables
     _check_on_one_device(variables)
     dtype = jnp.dtype(config.dtype)
     served = {name: value for name, value in params.items() if not isinstance(value, dict)}
-    # The rows that tokens look up and the matrix of the logits are one array.
+    # The rows that tokens look up and the tied matrix of the logits are one array.
     served["embedding"] = jnp.asarray(params["embedding"], dtype)
     if config.tie_embeddings:
         served["output"] = OutputMajor(served["embedding"])
@@ -74,7 +75,10 @@ def _check_on_one_device(variables: dict[str, ArrayTree]) -> None:
 
 
 def _served(layer: Mapping[str, ArrayTree], dtype: jnp.dtype, one_by_one: bool) -> dict[str, ArrayTree]:
-    """Parameters of a layer and of the layers in it; experts `one_by_one` or stacked, as they were."""
+    """Returns the served parameters of a layer and of the layers in it.
+
+    Experts are `one_by_one` or stacked as before.
+    """
     served: dict[str, ArrayTree] = {}
     for name, value in layer.items():
         if isinstance(value, dict):
@@ -95,7 +99,7 @@ def _matrix(weights: jax.Array, dtype: jnp.dtype) -> OutputMajor:
 def _served_memory(
     site: MemorySite, params: dict[str, jax.Array], buffers: dict[str, jax.Array], dtype: jnp.dtype
 ) -> dict[str, ArrayTree]:
-    """Parameters of a memory: its matrices, and what its addresser makes of others."""
+    """Returns the served parameters of a memory: its matrices, and what its addresser makes of the others."""
     known = site.parameters
     matrices = {name: _matrix(w, dtype) for name, w in params.items() if known[name].role == "matrix"}
     return params | matrices | site.config.address.served(site, params, buffers)
