@@ -106,8 +106,7 @@ class BpeTokenizer:
     name = "bpe"
 
     def __init__(self, backend: tokenizers.Tokenizer):
-        # Without this, a document that contains the written form of EOS_TOKEN would encode to eos_id and lose
-        # text.
+        # Without this, the written form of EOS_TOKEN in a document would encode to eos_id and lose text.
         backend.encode_special_tokens = True
         self._backend = backend
         self.vocab_size: int = backend.get_vocab_size()

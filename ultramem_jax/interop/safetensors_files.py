@@ -32,8 +32,8 @@ _DTYPES: dict[str, np.dtype] = {
         "C64": np.complex64,
     }.items()
 }
-"""Dtypes of the format that NumPy can hold. It has others, of floats of 4 to 8 bits, which also need
-scales."""
+"""Dtypes of the format that NumPy can hold. The format has others, of floats of 4 to 8 bits, which need
+scales too."""
 _LONGEST_HEADER = 100_000_000
 """Most bytes of a header, as in the format's own reader."""
 

@@ -177,8 +177,8 @@ class Generator:
         tokens = np.zeros((len(seen), chunks * self._chunk), np.int32)
         for row, sequence in zip(tokens, seen, strict=True):
             row[: len(sequence)] = sequence
-        places = -(-self._window // self._chunk) * self._chunk
-        cache = empty_cache(self._config, len(seen), places, self._cache_dtype)
+        positions = -(-self._window // self._chunk) * self._chunk
+        cache = empty_cache(self._config, len(seen), positions, self._cache_dtype)
         logits = jnp.zeros((len(seen), self._config.vocab_size), jnp.float32)
         for first in range(0, tokens.shape[1], self._chunk):
             counts = np.clip(lengths - first, 0, self._chunk)

@@ -70,8 +70,7 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
 
 def likeliest(logits: jax.Array) -> jax.Array:
     """Returns the index of the largest logit (B, V) of each sequence, the first of equals: (B,) int32."""
-    # XLA on CPU takes 16 ms for the argmax of 64 rows of 50,432, one value after the other; this takes 0.7
-    # ms.
+    # XLA on CPU takes 16 ms for the argmax of 64 rows of 50,432, one value at a time. This takes 0.7 ms.
     return largest(logits, 1)[1][:, 0].astype(jnp.int32)
 
 

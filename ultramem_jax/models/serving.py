@@ -20,7 +20,7 @@ _AS_THEY_ARE = ("router",)
 
 
 def prepare_for_decoding(config: ModelConfig, variables: dict[str, ArrayTree]) -> dict[str, ArrayTree]:
-    """Returns variables with which `Transformer(config)` decodes faster.
+    """Returns the variables that `Transformer(config)` decodes with.
 
     The results are the same up to the rounding of sums.
 

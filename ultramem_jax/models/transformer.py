@@ -28,7 +28,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     feeds_forward: bool = True
-    """Whether the layer has a feed-forward. Otherwise a memory stands in its place, and the caller adds
+    """True if the layer has a feed-forward. Otherwise a memory stands in its place, and the caller adds
     it."""
 
     @nn.compact

@@ -128,8 +128,7 @@ def read_state(directory: Path, abstract_state: ArrayTree, partial: bool) -> Arr
     small = jax.tree_util.tree_map_with_path(leave_out_large, target)
     restore_args = ocp.checkpoint_utils.construct_restore_args(small)
     args = ocp.args.PyTreeRestore(item=small, restore_args=restore_args, partial_restore=True)
-    # The handler reads directly: a `Checkpointer` would wait for other processes, which may fail or be
-    # absent.
+    # The handler reads directly. A `Checkpointer` would wait for processes that may fail or be absent.
     small = handler.restore(path, args=args)
     handler.close()
     # Orbax leaves the host buffers that it read into in reference cycles, and they must be freed now.

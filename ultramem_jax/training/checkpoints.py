@@ -443,8 +443,7 @@ class Checkpoints:
             except (UserError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # this is not the checkpoint's fault, and an older one would fail in the same way
             except Exception as error:
-                # This is so broad because Orbax and TensorStore raise Exception, ValueError, KeyError,
-                # OSError.
+                # It is so broad because Orbax and TensorStore raise Exception, ValueError, KeyError, OSError.
                 cause = error
                 failure = textwrap.shorten(str(error) or type(error).__name__, _REASON_CHARACTERS)
             failures = distributed.gather(failure) if self._together else [failure]

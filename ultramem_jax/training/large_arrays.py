@@ -24,7 +24,7 @@ _PIECE_BYTES = 8 * 2**20
 """Approximate size of a piece. A piece is at least one chunk, as it was written."""
 
 Place = tuple[slice, ...]
-"""Where a part lies in its array, as a slice per axis."""
+"""Position of a part in its array, as one slice per axis."""
 Change = Callable[[np.ndarray, Place], None]
 """Function of a piece and its place in the array, which may change the piece before use."""
 
@@ -78,7 +78,7 @@ def _read_parts(
     rows = chunk_rows * max(1, _PIECE_BYTES // chunk_bytes)
     start, end = hull[0].start, hull[0].stop
     while start < end:
-        stop = min(start - start % chunk_rows + rows, end)  # at chunk limits; only the first may start inside
+        stop = min(start - start % chunk_rows + rows, end)  # pieces end at chunk limits
         here = (slice(start, stop), *hull[1:])
         piece = store[here].read().result()
         change(piece, here)

@@ -227,7 +227,7 @@ class _StepFunction:
         state: TrainState,
         checkpoints: Checkpoints,
     ):
-        """Compiles the step for arrays that are placed as those of `state` are."""
+        """Prepares the step for arrays that are placed as those of `state` are."""
         row_sparse = config.train.table_gradient == "row_sparse"
         self.records = row_sparse and is_worth_it(state.tables, state.table_state)
         self._checkpoints = checkpoints
@@ -260,7 +260,7 @@ class _Run:
     target_bytes: TargetBytes
     data: Iterator[dict[str, np.ndarray]]
     corpus: JsonDict
-    """What a checkpoint says of the data (`continuing.corpus_identity`)."""
+    """Identity of the data, as a checkpoint holds it (`continuing.corpus_identity`)."""
     stop: "_StopOnSigterm"
     window: LossWindow
     validation: Evaluation = _NONE

@@ -110,7 +110,7 @@ class OwnedTable:
             read, cotangent = self._of_all_tokens(reads), self._of_all_tokens(cotangents)
             rows, usage, metrics = self._recorded(usage, read["slots"])
             gradients = self._gradients_of_reads(read, cotangent)
-            parts, moments, squares = self._moved_on(optimizer, parts, moments, rows, gradients, of_step)
+            parts, moments, squares = self._updated(optimizer, parts, moments, rows, gradients, of_step)
             if axes.owners:
                 squares = jax.lax.psum(squares, axes.owners)
             return parts, moments, usage, metrics | {"row_norm": jnp.sqrt(squares)}
@@ -193,7 +193,7 @@ class OwnedTable:
 
         return {"values": of_values, "pre_values": of_pre_values}
 
-    def _moved_on(
+    def _updated(
         self,
         optimizer: RowSparseTransformation,
         parts: dict[str, jax.Array],

@@ -34,7 +34,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     step: int
     corpus: JsonDict
-    """What the checkpoint says of its data: `corpus_hash` and sizes."""
+    """Identity of its data, as the checkpoint holds it: `corpus_hash` and sizes."""
 
 
 def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> LoadedModel:

@@ -14,7 +14,7 @@ class SlotUsage(NamedTuple):
     seen: jax.Array
     """(N,) bool, true for slots that were read at least once."""
     num_seen: jax.Array
-    """() int32, the number of such slots."""
+    """() int32, the number of slots that were read at least once."""
 
 
 def init_usage(num_slots: int) -> SlotUsage:

@@ -37,14 +37,14 @@ class _Gradients(NamedTuple):
     buffers: ArrayTree
     """The `buffers` collection after the forward pass."""
     reads: ArraysOfMemories
-    """What the memories sowed into `reads`."""
+    """Reads, as the memories sowed them into `reads`."""
     cotangents: ArraysOfMemories
     """Gradients with respect to `perturbations`; empty in the dense way."""
     metrics: Metrics
 
 
 StepResult: TypeAlias = tuple[TrainState, Metrics] | tuple[TrainState, Metrics, RowsOverwritten]
-"""What a training step returns: the state after it, its metrics and, if asked for, the rows overwritten."""
+"""Result of a training step: the state after it, its metrics and, if asked for, the rows overwritten."""
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:

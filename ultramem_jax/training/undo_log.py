@@ -28,7 +28,8 @@ from ultramem_jax.tree_types import ArrayTree
 LIVE_BYTES = 256 * 2**20
 """Total bytes of tables and moments below which a save needs no log, because XLA's copy is cheap."""
 _LOG_SHARE = 0.2
-"""Share of the bytes of tables and moments. With a larger log, training waits for the writer."""
+"""Largest size of a log, as a share of the bytes of tables and moments. Beyond it, training waits for the
+writer."""
 
 
 class RowsBefore(NamedTuple):
