@@ -123,7 +123,6 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
     abstract = abstract_state(config, optimizers, axes)
     require_room(abstract, count_parameters(config.model).total)
     evaluate = Evaluator(config, corpus, axes)
-
     train = config.train
     with (
         owned(workdir) as require_owned,
