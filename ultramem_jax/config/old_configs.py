@@ -17,13 +17,13 @@ _READOUT = ("project_values", "sum_blocks", "gate")
 _OWN = ("placement", "value_lr_multiple")
 
 
-def in_todays_parts(tree: Any) -> Any:
+def upgrade_tree(tree: Any) -> Any:
     """Returns the tree of a `RunConfig` with its one memory, if it has one, in today's parts.
 
     Up to version 0.2 a model had one memory, `model.memory`, of product keys, whose fields were all in one
     dict. It is called `memory` here, as its parameters are in the checkpoints of then.
     """
-    if not is_of_before(tree):
+    if not is_old_tree(tree):
         return tree
     model = dict(tree["model"])
     memory = model.pop("memory")
@@ -43,7 +43,7 @@ def in_todays_parts(tree: Any) -> Any:
     return tree | {"model": model | {"memories": {"memory": own | parts}}}
 
 
-def is_of_before(tree: Any) -> bool:
+def is_old_tree(tree: Any) -> bool:
     """Returns whether an earlier version wrote the tree of a `RunConfig`."""
     model = tree.get("model") if isinstance(tree, dict) else None
     if not isinstance(model, dict) or "memory" not in model or "memories" in model:

@@ -11,7 +11,7 @@ from ultramem_jax.config.memory_kinds import ADDRESSERS, READOUTS
 from ultramem_jax.config.memory_parts import TableConfig
 from ultramem_jax.config.mesh import MeshConfig
 from ultramem_jax.config.model import ModelConfig, MoEConfig
-from ultramem_jax.config.old_configs import in_todays_parts
+from ultramem_jax.config.old_configs import upgrade_tree
 from ultramem_jax.config.run import RunConfig
 from ultramem_jax.config.train import TrainConfig
 from ultramem_jax.errors import UserError, unknown
@@ -32,7 +32,7 @@ def run_config_from_dict(tree: dict[str, Any]) -> RunConfig:
     Raises:
         UserError: an unknown key (with the nearest known one), or a value that is not allowed.
     """
-    return _build(RunConfig, in_todays_parts(tree), "")
+    return _build(RunConfig, upgrade_tree(tree), "")
 
 
 def _part(cls: type, field: str, tree: Any, path: str) -> Any:
