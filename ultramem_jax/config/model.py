@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ultramem_jax.config.field_types import Checked, built_at
+from ultramem_jax.config.frozen_dict import FrozenDict
 from ultramem_jax.config.limits import LARGEST
 from ultramem_jax.config.memory import MemoryConfig, MemorySite
 from ultramem_jax.config.memory_parts import Around
-from ultramem_jax.config.named import Named
 from ultramem_jax.config.placement import parse_placement
 from ultramem_jax.errors import at_least, fraction, guards_a_denominator, require
 
@@ -83,7 +83,7 @@ class ModelConfig(Checked):
     mlp_dim: int = 512
     """Inner width of the MLP."""
     moe: MoEConfig | None = None
-    memories: Mapping[str, MemoryConfig] = field(default_factory=Named)
+    memories: Mapping[str, MemoryConfig] = field(default_factory=FrozenDict)
     """Memories by name, several kinds in one model if they are to be; each has its own places and tables.
     Metrics and parameters of memory `index` of a name are called `name_index`."""
     tie_embeddings: bool = True
@@ -122,7 +122,7 @@ class ModelConfig(Checked):
             self.num_kv_heads,
             f"must divide num_heads = {self.num_heads}",
         )
-        object.__setattr__(self, "memories", Named(self.memories))
+        object.__setattr__(self, "memories", FrozenDict(self.memories))
         for name, memory in self.memories.items():
             right = isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name) and name != "layer"
             allowed = "must be lower-case letters, digits and underscores, and not 'layer'"

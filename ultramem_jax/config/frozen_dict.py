@@ -3,14 +3,14 @@
 from typing import Any, NoReturn
 
 
-class Named(dict[str, Any]):
+class FrozenDict(dict[str, Any]):
     """Maps names to values, cannot be changed, and can be hashed as its values can."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
     def __reduce__(self) -> Any:
-        return Named, (dict(self),)
+        return FrozenDict, (dict(self),)
 
     def _immutable(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError("configs cannot be changed: dataclasses.replace makes another one")
