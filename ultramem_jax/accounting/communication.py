@@ -173,7 +173,7 @@ def exchange_bytes(site: MemorySite, tokens: int, parts: int) -> Exchange:
         tokens: t, of one device.
         parts: P.
     """
-    memory, size = site.config, DTYPE_BYTES[site.around.dtype]
+    memory, size = site.config, DTYPE_BYTES[site.context.dtype]
     reads, others = tokens * memory.reads_per_token, parts - 1
     addresses = others * reads * _address_bytes(memory)
     scores = others * reads * memory.varying_weights * size
@@ -194,7 +194,7 @@ def _address_bytes(memory: MemoryConfig) -> int:
 
 def _lookup(transfers: _Transfers, site: MemorySite, tokens: int) -> None:
     """Forward and backward of one memory, for T_g tokens."""
-    memory, size = site.config, DTYPE_BYTES[site.around.dtype]
+    memory, size = site.config, DTYPE_BYTES[site.context.dtype]
     reads = tokens * memory.reads_per_token
     scores = reads * memory.varying_weights * size
     pooled = tokens * memory.num_blocks * memory.table.value_dim * size
@@ -215,7 +215,7 @@ def _row_updates(
     transfers: _Transfers, groups: _Groups, config: RunConfig, site: MemorySite, tokens: int
 ) -> None:
     """What one memory's table needs of the tokens of other groups, in a step."""
-    memory, table, size = site.config, site.config.table, DTYPE_BYTES[site.around.dtype]
+    memory, table, size = site.config, site.config.table, DTYPE_BYTES[site.context.dtype]
     if config.train.table_gradient != "row_sparse":
         _dense_table(transfers, groups, config, site)
         return

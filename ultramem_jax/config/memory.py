@@ -14,8 +14,8 @@ from ultramem_jax.config.field_types import Checked
 from ultramem_jax.config.memory_kinds import ADDRESSERS, READOUTS
 from ultramem_jax.config.memory_parts import (
     AddressConfig,
-    Around,
     MemoryInit,
+    ModelContext,
     Parameter,
     ReadoutConfig,
     TableConfig,
@@ -173,7 +173,7 @@ class MemorySite:
     """Its number within the group, from 0."""
     span: Span
     config: MemoryConfig
-    around: Around
+    context: ModelContext
     layout: TableLayout
 
     @classmethod
@@ -185,7 +185,7 @@ class MemorySite:
         index: int = 0,
         num_memories: int = 1,
         group: str = "memory",
-        **around: Any,
+        **context: Any,
     ) -> "MemorySite":
         """Returns a memory that is in no model, to be applied by itself.
 
@@ -195,7 +195,7 @@ class MemorySite:
             index: its number, of
             num_memories: M, memories that the tables are made for. They read in layers 1 to M.
             group: its name.
-            around: fields of `Around`: `num_layers` (M), `vocab_size` (257), `inner_ratio` (4), `dtype`
+            context: fields of `ModelContext`: `num_layers` (M), `vocab_size` (257), `inner_ratio` (4), `dtype`
                 (float32) and `norm_eps` (1e-5), with what they are by default.
 
         Raises:
@@ -205,7 +205,7 @@ class MemorySite:
             num_layers=num_memories, vocab_size=257, inner_ratio=4.0, dtype="float32", norm_eps=1e-5
         )
         starts = tuple(range(1, num_memories + 1))
-        facts = Around(embed_dim=embed_dim, starts=starts, **plain | around)
+        facts = ModelContext(embed_dim=embed_dim, starts=starts, **plain | context)
         span = Span(index + 1, index + 1)
         return cls(group, index, span, config, facts, config.address.layout(config, facts))
 

@@ -96,7 +96,7 @@ class MemoryInit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Around:
+class ModelContext:
     """Says what a memory must know of the model that it is in."""
 
     embed_dim: int
@@ -119,7 +119,7 @@ class AddressConfig(Checked):
     """Says how a memory finds the rows that a token reads. Subclasses are kinds, `memory_kinds.ADDRESSERS`.
 
     A subclass has the field `kind: Literal["its_name"] = "its_name"` and answers below. `site` is the memory
-    in its model (`MemorySite`): its config, its number, and what is around it.
+    in its model (`MemorySite`): its config, its number, and the context of its model.
     """
 
     PREFIX: ClassVar[str] = "address."
@@ -157,7 +157,7 @@ class AddressConfig(Checked):
     def check_beside(self, others: "Sequence[AddressConfig]") -> None:
         """Raises `UserError` where other memories of the model would address rows in the same way."""
 
-    def layout(self, memory: "MemoryConfig", around: Around) -> TableLayout:
+    def layout(self, memory: "MemoryConfig", context: ModelContext) -> TableLayout:
         """Returns the tables of all memories of a config, and who reads what.
 
         Raises:
@@ -267,7 +267,7 @@ class ReadoutConfig(Checked):
     def check(self, memory: "MemoryConfig") -> None:
         """Raises `UserError` where the readout does not go with address and table."""
 
-    def check_model(self, memory: "MemoryConfig", around: Around) -> None:
+    def check_model(self, memory: "MemoryConfig", context: ModelContext) -> None:
         """Raises `UserError` where the memory does not fit into the model, by `memory.require`."""
 
     def parameters(self, site: "MemorySite") -> dict[str, Parameter]:
@@ -361,5 +361,5 @@ class TableConfig(Checked):
         """Returns the dense parameters that products with pre-values need."""
         if not (self.pre_value_dim and self.project_pre_values):
             return {}
-        shape = (site.around.embed_dim, self.pre_value_dim)
+        shape = (site.context.embed_dim, self.pre_value_dim)
         return {"pre_projection": Parameter(shape, ("embed", None), "pre_projection")}

@@ -11,7 +11,7 @@ from ultramem_jax.config.field_types import Checked, built_at
 from ultramem_jax.config.frozen_dict import FrozenDict
 from ultramem_jax.config.limits import LARGEST
 from ultramem_jax.config.memory import MemoryConfig, MemorySite
-from ultramem_jax.config.memory_parts import Around
+from ultramem_jax.config.memory_parts import ModelContext
 from ultramem_jax.config.placement import parse_placement
 from ultramem_jax.errors import at_least, fraction, guards_a_denominator, require
 
@@ -140,7 +140,7 @@ class ModelConfig(Checked):
         for group, memory in self.memories.items():
             path = f"model.memories.{group}"
             spans = parse_placement(memory.placement, self.num_layers, f"{path}.placement")
-            around = Around(
+            context = ModelContext(
                 embed_dim=self.embed_dim,
                 num_layers=self.num_layers,
                 vocab_size=self.vocab_size,
@@ -150,17 +150,17 @@ class ModelConfig(Checked):
                 starts=tuple(span.start for span in spans),
             )
             with built_at(path):
-                memory.readout.check_model(memory, around)
+                memory.readout.check_model(memory, context)
                 memory.require(
                     memory.table.project_pre_values or memory.table.pre_value_dim == self.embed_dim,
                     "table.pre_value_dim",
                     f"must equal embed_dim = {self.embed_dim} while project_pre_values is False",
                 )
-                layout = memory.address.layout(memory, around)
+                layout = memory.address.layout(memory, context)
             with built_at(f"{path}.address"):
                 others = [other.address for name, other in self.memories.items() if name != group]
                 memory.address.check_beside(others)
-            found += [MemorySite(group, i, span, memory, around, layout) for i, span in enumerate(spans)]
+            found += [MemorySite(group, i, span, memory, context, layout) for i, span in enumerate(spans)]
         stood_in = [site.span.start for site in found if site.span.place == "instead"]
         twice = next((layer for layer in stood_in if stood_in.count(layer) > 1), None)
         require(twice is None, "model.memories", f"instead@{twice}, twice", "a layer has one feed-forward")
