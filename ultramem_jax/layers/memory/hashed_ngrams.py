@@ -157,9 +157,10 @@ class HashedNgrams(AddressConfig):
         )
 
     def check_beside(self, others: Sequence[AddressConfig]) -> None:
-        """Refuses another n-gram memory with the same hash."""
-        same = any(isinstance(other, HashedNgrams) and other.seed == self.seed for other in others)
-        self.require(not same or self.exact, "seed", "must differ from that of another n-gram memory")
+        """Refuses another n-gram memory with the same hash. Exact tables hash nothing, so they never clash."""
+        hashed = [other for other in others if isinstance(other, HashedNgrams) and not other.exact]
+        same = not self.exact and any(other.seed == self.seed for other in hashed)
+        self.require(not same, "seed", "must differ from that of another n-gram memory")
 
     def layout(self, memory: MemoryConfig, context: ModelContext) -> TableLayout:
         """Returns a table for each memory, its heads' tables one behind the other."""
