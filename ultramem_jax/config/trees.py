@@ -39,7 +39,7 @@ def run_config_from_dict(tree: JsonDict) -> RunConfig:
 
 
 def _part(cls: type, field: str, tree: object, path: str) -> object:
-    """Returns the value of a field: the config that its tree describes, or the tree itself if it is a value."""
+    """Returns the value of a field: the config that its tree describes, or the tree itself for a value."""
     parts: dict[tuple[type, str], type | Registry] = {
         (RunConfig, "model"): ModelConfig,
         (RunConfig, "data"): DataConfig,

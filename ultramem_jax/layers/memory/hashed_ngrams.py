@@ -157,7 +157,7 @@ class HashedNgrams(AddressConfig):
         )
 
     def check_beside(self, others: Sequence[AddressConfig]) -> None:
-        """Refuses another n-gram memory with the same hash. Exact tables hash nothing, so they never clash."""
+        """Refuses another n-gram memory with the same hash; exact tables hash nothing and never clash."""
         hashed = [other for other in others if isinstance(other, HashedNgrams) and not other.exact]
         same = not self.exact and any(other.seed == self.seed for other in hashed)
         self.require(not same, "seed", "must differ from that of another n-gram memory")
