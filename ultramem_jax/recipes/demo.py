@@ -1,11 +1,14 @@
-"""`make demo`: a small UltraMem model on the standard library's sources, on two CPU cores in minutes."""
+"""Configures `make demo`: a small UltraMem model on the standard library's sources, for two CPU cores.
+
+It trains in minutes.
+"""
 
 from ultramem_jax import RunConfig, TrainConfig
 from ultramem_jax.presets import preset
 
 
 def get_config() -> RunConfig:
-    """1.2 M tokens."""
+    """Returns the config of the run, which trains on 1.2 M tokens."""
     return RunConfig(
         model=preset("ultramem-demo"),
         train=TrainConfig(
