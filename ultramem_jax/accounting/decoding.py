@@ -87,7 +87,7 @@ class DecodeCost:
         }
 
     def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Returns the least seconds of the step, with its parts in sequence; arguments as in `part_floors`."""
+        """Returns the least seconds of the step, its parts in sequence; arguments as in `part_floors`."""
         return sum(self.part_floors(flops_per_second, bytes_per_second).values())
 
     def bandwidth_floor(self, bytes_per_second: float) -> float:

@@ -152,8 +152,8 @@ class Flops:
     """FLOPs of products with the dense parameters of memories by group, two per weight and use. Each head
     counts as one use of the keys that heads share."""
     memory_scoring: int
-    """FLOPs of addressers from scores to rows (`AddressConfig.scoring_flops`), and of readouts without
-    parameters (`ReadoutConfig.extra_flops`)."""
+    """FLOPs of addressers from scores to rows (`AddressConfig.scoring_flops`), and those of readouts
+    beside products with parameters (`ReadoutConfig.extra_flops`)."""
     memory_lookup: int
     """FLOPs of lookups, 2·R·(d_v + d_p) per memory: the weighted sum of the values read, and the products
     with their pre-values. 0 where nothing weighs or sums rows (Engram)."""
