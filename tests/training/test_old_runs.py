@@ -49,7 +49,7 @@ def test_they_are_read_and_not_gone_on_with(run):
     assert "\n" not in str(error.value)
 
 
-def test_a_config_is_the_same_in_todays_parts(tmp_path):
+def test_a_config_is_the_same_in_current_fields(tmp_path):
     config = small_config(tmp_path)
     before = as_before(config)
     assert is_old_tree(before) and not is_old_tree(to_dict(config))

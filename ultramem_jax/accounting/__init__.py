@@ -1,4 +1,4 @@
-"""Counts what a model costs, given only its config: parameters, FLOPs, and bytes read, stored and sent."""
+"""Counts the costs of a model, given only its config: parameters, FLOPs, and bytes read, stored and sent."""
 
 from ultramem_jax.accounting.communication import (
     Exchange,

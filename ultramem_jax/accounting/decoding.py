@@ -1,4 +1,4 @@
-"""Computes the least that one decoding step must compute and move, by part, given only a config.
+"""Computes the least work and traffic of one decoding step, by part, given only a config.
 
 A step takes one token of each of B sequences through the model. At small batches it waits for the device's
 memory: it reads every dense weight for only a few tokens, and also the experts or rows that they choose. The

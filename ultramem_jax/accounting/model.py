@@ -5,7 +5,7 @@ embeddings, norm gains, attention scores and value lookups. It takes two FLOPs p
 multiplied by. Use it to compare with published numbers. The *whole* count includes every parameter of the
 parameter tree and every term of the forward pass that grows with a width. The letters are those of the axis
 legend in `ultramem_jax`. In addition, c is the number of matrices in an MLP, 2 for `gelu` and 3 for `swiglu`;
-d_p is the width of a pre-value. The parts of a memory answer what it costs
+d_p is the width of a pre-value. The parts of a memory declare its costs
 (`ultramem_jax.config.memory_parts`).
 """
 
@@ -376,7 +376,7 @@ def _moment_bytes(parameters: Parameters, train: TrainConfig) -> int:
 
 
 def table_readers(config: ModelConfig) -> list[tuple[MemorySite, ...]]:
-    """Returns, for each table, the memories that read it."""
+    """Returns the memories that read each table, grouped by table."""
     readers: dict[str, tuple[MemorySite, ...]] = {}
     for site in config.sites:
         readers[site.table] = (*readers.get(site.table, ()), site)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PartCost:
-    """Holds the least that one part of a step must compute and move."""
+    """Holds the least FLOPs and bytes of one part of a step."""
 
     flops: int
     """Floating-point operations; a multiplication with its addition counts two."""

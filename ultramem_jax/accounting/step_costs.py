@@ -1,4 +1,4 @@
-"""Computes what a training step of one memory layer must compute and move, by part, given only its config.
+"""Computes the least work and traffic of a training step of one memory layer, by part, given only its config.
 
 These are floors to compare timings with: every program needs at least this much. FLOPs are those of products
 with a width, two per multiplication and addition, as in `ultramem_jax.accounting`. They leave out norms,

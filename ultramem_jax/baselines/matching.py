@@ -8,7 +8,7 @@ A baseline matches the base in three counts:
   are included, because a match of only the papers' count would give memories their reads for free.
 - Sparse parameters within a tolerance: the weights of all experts against all tables, including pre-values. A
   dense model has none.
-- Reads of a token over all memories, as far as heads and keys per side allow. A FLOP count hardly sees their
+- Reads of a token over all memories, as far as heads and keys per side allow. A FLOP count hardly shows their
   compute and traffic. They are set before the search, so no tolerance applies.
 
 Everything that is not part of a system (D, L, attention, vocabulary, dropout) comes from the base.

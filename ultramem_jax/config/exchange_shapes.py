@@ -1,4 +1,4 @@
-"""Computes the sizes of what devices exchange, for the layers that make the arrays and for accounting."""
+"""Computes the sizes of the arrays that devices exchange, for the layers and for accounting."""
 
 import math
 from collections.abc import Mapping

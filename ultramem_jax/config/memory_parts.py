@@ -245,7 +245,7 @@ class AddressConfig(Checked):
 
     @property
     def slots_hint(self) -> str:
-        """Names, in parentheses, the field that makes slots divisible by their owners; empty if none does."""
+        """Returns the name, in parentheses, of the field that makes slots divisible by owners; empty if none."""
         return ""
 
     @property

@@ -23,8 +23,11 @@ class Span(NamedTuple):
     """Places one memory, which reads in layer `start` and adds its output in or after layer `end`, from 1."""
 
     start: int
+    """Layer, from 1, in which the memory reads."""
     end: int
+    """Layer, from 1, in or after which the memory adds its output."""
     place: Literal["beside", "instead", "before"] = "beside"
+    """Kind of the place: beside the layers, instead of a feed-forward, or before attention."""
 
 
 def parse_placement(placement: str, num_layers: int, field: str = "placement") -> tuple[Span, ...]:

@@ -35,7 +35,7 @@ class TrainConfig(Checked):
     b2: float = 0.95
     """Decay of AdamW's second moment; for Lion, the decay of its momentum."""
     eps: float = 1e-8
-    """Lower bound of the root of squared gradients by which AdamW and Adagrad divide."""
+    """Number that keeps the denominators of AdamW and Adagrad, roots of squared gradients, from zero."""
     weight_decay: float = 0.1
     """Decoupled weight decay, times the learning rate, for every optimizer. It applies to matrices and to the
     rows of a table that were read, but not to gains and biases."""
