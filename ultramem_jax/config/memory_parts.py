@@ -245,7 +245,7 @@ class AddressConfig(Checked):
 
     @property
     def slots_hint(self) -> str:
-        """Returns the name, in parentheses, of the field that makes slots divisible by owners; empty if none."""
+        """Returns the field that makes owners divide slots, in parentheses, or an empty text if none does."""
         return ""
 
     @property
