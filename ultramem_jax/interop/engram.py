@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ultramem_jax.config.memory import MemoryConfig, MemorySite, memory_of
-from ultramem_jax.config.memory_parts import Around
+from ultramem_jax.config.memory_parts import ModelContext
 from ultramem_jax.config.placement import Span
 from ultramem_jax.errors import guards_a_denominator, require
 from ultramem_jax.interop.hyper_values import Hyper, integer, number, of_hyper, value
@@ -36,7 +36,7 @@ class EngramReference:
     @property
     def embed_dim(self) -> int:
         """D, the width of the residual stream."""
-        return self.site.around.embed_dim
+        return self.site.context.embed_dim
 
     @classmethod
     def of(cls, hyper: Hyper) -> "EngramReference":
@@ -96,7 +96,7 @@ class EngramReference:
             )
 
         config = of_hyper(make)
-        around = Around(
+        context = ModelContext(
             embed_dim=integer(hyper, "hidden_size"),
             num_layers=len(layers),
             vocab_size=vocab,
@@ -105,8 +105,10 @@ class EngramReference:
             norm_eps=conv_eps,
             starts=layers,
         )
-        layout = of_hyper(lambda: config.address.layout(config, around))
-        site = MemorySite("memory", layers.index(layer), Span(layer, layer, "before"), config, around, layout)
+        layout = of_hyper(lambda: config.address.layout(config, context))
+        site = MemorySite(
+            "memory", layers.index(layer), Span(layer, layer, "before"), config, context, layout
+        )
         return cls(config, site)
 
     def entries(self) -> list[Entry]:
@@ -133,7 +135,7 @@ class EngramReference:
         tokens = Entry(
             ("buffers", MODULE, "canonical_ids"),
             ("lookup_table",),
-            (self.site.around.vocab_size,),
+            (self.site.context.vocab_size,),
             constant=True,
             limit=self.config.value_of("num_canonical_ids"),
         )

@@ -112,7 +112,7 @@ class EngramModule:
         """
         size, shape = self.reference.embed_dim, np.shape(x)
         require(len(shape) == 3 and shape[2] == size, "x.shape", shape, f"must be (B, S, D) with D = {size}")
-        of_ids, vocab = np.shape(token_ids), self.reference.site.around.vocab_size
+        of_ids, vocab = np.shape(token_ids), self.reference.site.context.vocab_size
         require(of_ids == shape[:2], "token_ids.shape", of_ids, f"must be that of x's tokens, {shape[:2]}")
         if not isinstance(token_ids, jax.core.Tracer):
             given = np.asarray(token_ids)

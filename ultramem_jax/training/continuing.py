@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from ultramem_jax.config import RunConfig, to_dict
-from ultramem_jax.config.old_configs import is_of_before
+from ultramem_jax.config.old_configs import is_old_tree
 from ultramem_jax.data import Corpus, Tokenizer
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.training.checkpoint_reading import Differences, Meta, differences, saved_config, shown
@@ -103,7 +103,7 @@ def check_same_run(meta: Meta, config: RunConfig, corpus: Corpus, workdir: Path)
     Raises:
         UserError: names the first thing that must not change.
     """
-    if is_of_before(meta.config) and meta.config["model"]["memory"] is not None:
+    if is_old_tree(meta.config) and meta.config["model"]["memory"] is not None:
         raise UserError(
             f"{workdir} was begun by an earlier version, whose memories had another config: load_model reads "
             "it, and to train give another --workdir"

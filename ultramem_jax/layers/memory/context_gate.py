@@ -37,7 +37,7 @@ class ContextGate(ReadoutConfig):
 
     def parameters(self, site: MemorySite) -> dict[str, Parameter]:
         """Returns both maps (R·d_v, D) with their biases, three gains, and the taps of the convolution."""
-        d = site.around.embed_dim
+        d = site.context.embed_dim
         width = site.config.num_blocks * site.config.table.value_dim
         found = {
             name: Parameter((width, d), (None, "embed"), "projection")
@@ -54,12 +54,12 @@ class ContextGate(ReadoutConfig):
 
     def extra_flops(self, site: MemorySite) -> int:
         """Returns 2·D, the product of key and hidden state."""
-        return 2 * site.around.embed_dim
+        return 2 * site.context.embed_dim
 
     def cache(self, site: MemorySite) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the last inputs of the convolution."""
         back = self.look_back
-        return {"conv_inputs": ((back, site.around.embed_dim), site.around.dtype)} if back else {}
+        return {"conv_inputs": ((back, site.context.embed_dim), site.context.dtype)} if back else {}
 
     @property
     def look_back(self) -> int:

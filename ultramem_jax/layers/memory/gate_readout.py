@@ -40,7 +40,7 @@ class ContextGateReadout(nn.Module):
         u = (values * gate.astype(values.dtype)).reshape(x.shape)
         if config.conv_width == 0:
             return u
-        inputs = self._norm("conv_scale", u, self.site.around.norm_eps).astype(x.dtype)
+        inputs = self._norm("conv_scale", u, self.site.context.norm_eps).astype(x.dtype)
         return u + nn.silu(self._convolved(inputs, chunk))
 
     def _projected(self, name: str, rows: jax.Array) -> jax.Array:

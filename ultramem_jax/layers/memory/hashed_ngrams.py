@@ -17,7 +17,14 @@ import numpy as np
 
 from ultramem_jax.config.memory import MemoryConfig, MemorySite
 from ultramem_jax.config.memory_kinds import ADDRESSERS
-from ultramem_jax.config.memory_parts import MAX_SLOTS, AddressConfig, Around, MemoryInit, TableLayout, Window
+from ultramem_jax.config.memory_parts import (
+    MAX_SLOTS,
+    AddressConfig,
+    MemoryInit,
+    ModelContext,
+    TableLayout,
+    Window,
+)
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.ops.ngram_constants import MAX_ROWS, MIN_ROWS, head_sizes
 
@@ -150,24 +157,25 @@ class HashedNgrams(AddressConfig):
         )
 
     def check_beside(self, others: Sequence[AddressConfig]) -> None:
-        """Refuses another n-gram memory with the same hash."""
-        same = any(isinstance(other, HashedNgrams) and other.seed == self.seed for other in others)
-        self.require(not same or self.exact, "seed", "must differ from that of another n-gram memory")
+        """Refuses another n-gram memory with the same hash; exact tables hash nothing and never clash."""
+        hashed = [other for other in others if isinstance(other, HashedNgrams) and not other.exact]
+        same = not self.exact and any(other.seed == self.seed for other in hashed)
+        self.require(not same, "seed", "must differ from that of another n-gram memory")
 
-    def layout(self, memory: MemoryConfig, around: Around) -> TableLayout:
+    def layout(self, memory: MemoryConfig, context: ModelContext) -> TableLayout:
         """Returns a table for each memory, its heads' tables one behind the other."""
-        num_ids = self.num_canonical_ids or around.vocab_size
+        num_ids = self.num_canonical_ids or context.vocab_size
         memory.require(
-            num_ids <= around.vocab_size,
+            num_ids <= context.vocab_size,
             "address.num_canonical_ids",
-            f"must be at most the vocabulary of {around.vocab_size}",
+            f"must be at most the vocabulary of {context.vocab_size}",
         )
         memory.require(
-            self.pad_id < around.vocab_size,
+            self.pad_id < context.vocab_size,
             "address.pad_id",
-            f"must be a token: below {around.vocab_size}",
+            f"must be a token: below {context.vocab_size}",
         )
-        count = len(around.starts)
+        count = len(context.starts)
         rows = (num_ids,) * count if self.exact else tuple(map(sum, self._sizes(count)))
         rows = tuple(-(-n // self.row_multiple) * self.row_multiple for n in rows)
         most = max(rows, default=0)
@@ -181,8 +189,8 @@ class HashedNgrams(AddressConfig):
     def head_rows(self, site: MemorySite) -> tuple[int, ...]:
         """Returns the rows of each of the R heads of a memory, orders first."""
         if self.exact:
-            return (self.num_canonical_ids or site.around.vocab_size,)
-        return self._sizes(len(site.around.starts))[site.index]
+            return (self.num_canonical_ids or site.context.vocab_size,)
+        return self._sizes(len(site.context.starts))[site.index]
 
     def cache(self, site: MemorySite) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the last n_max - 1 canonical ids."""
@@ -193,7 +201,7 @@ class HashedNgrams(AddressConfig):
 
         The paper does not say how tables start; this is UltraMem's principle, with what the gate leaves.
         """
-        return MemoryInit(values_std=1 / math.sqrt(2 * site.around.num_layers * _GATE_POWER))
+        return MemoryInit(values_std=1 / math.sqrt(2 * site.context.num_layers * _GATE_POWER))
 
     def addresser(self, site: MemorySite, name: str | None = None) -> Any:
         """Returns the module."""
@@ -223,7 +231,7 @@ class HashedNgrams(AddressConfig):
             self.pad_id,
             f"must be a token, at most {most}",
         )
-        mapped = np.full(site.around.vocab_size, canonical_ids[self.pad_id], np.int32)
+        mapped = np.full(site.context.vocab_size, canonical_ids[self.pad_id], np.int32)
         mapped[: len(canonical_ids)] = canonical_ids
         return {"canonical_ids": mapped}
 

@@ -54,8 +54,8 @@ def retrieval_init(site: MemorySite) -> RetrievalInit:
 
 def _inits(site: MemorySite) -> tuple[RetrievalInit, MemoryInit]:
     config: ProductKeys = site.config.address  # type: ignore[assignment]
-    table, around = site.config.table, site.around
-    d_k, d_v, d_p, embed_dim = config.key_dim, table.value_dim, table.pre_value_dim, around.embed_dim
+    table, context = site.config.table, site.context
+    d_k, d_v, d_p, embed_dim = config.key_dim, table.value_dim, table.pre_value_dim, context.embed_dim
     normal = jax.nn.initializers.normal
     # PKM has no norms. Where they are switched on, scores are to start at a variance of one.
     retrieval = RetrievalInit(
@@ -81,8 +81,8 @@ def _inits(site: MemorySite) -> tuple[RetrievalInit, MemoryInit]:
     if config.init == "v2":
         gain = _gain(config, scores.mean)
         spread = scores.mean_square / scores.mean**2  # 1 + σ_s²
-        variance = _V2_SCALE * around.inner_ratio * embed_dim
-        variance /= config.reads_per_token * spread * max(d_p, 1) * d_v * around.num_layers
+        variance = _V2_SCALE * context.inner_ratio * embed_dim
+        variance /= config.reads_per_token * spread * max(d_p, 1) * d_v * context.num_layers
         # With pre-values it is the variance of a product of two, drawn with the same standard deviation.
         std = variance ** (1 / 4 if d_p else 1 / 2)
         projection = normal(math.sqrt(_SMALL_INIT / embed_dim))
@@ -91,7 +91,7 @@ def _inits(site: MemorySite) -> tuple[RetrievalInit, MemoryInit]:
         gain = _gain(config, math.sqrt(scores.mean_square))
         power = second_moment("gelu") if table.pre_value_activation == "gelu" else 1.0
         power *= site.config.readout.power
-        spread_over = 2 * config.reads_per_token * around.num_layers * power
+        spread_over = 2 * config.reads_per_token * context.num_layers * power
         rest = rest._replace(values_std=math.sqrt(site.config.num_blocks / spread_over))
     # Without norms the gain has no parameter of its own and goes into the weights of the query.
     query = normal((1.0 if config.norm_query else gain) / math.sqrt(embed_dim))

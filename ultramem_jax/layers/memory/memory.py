@@ -63,7 +63,7 @@ class Memory(nn.Module):
         """
         del train
         site = self.site
-        x = x.astype(site.around.dtype)
+        x = x.astype(site.context.dtype)
         addresser = site.config.address.addresser(site, name="address")
         table = Table(site, name="table")
         readout = site.config.readout.readout(site, name="readout")

@@ -39,7 +39,7 @@ class NgramAddresser(nn.Module):
         config, site, padding = self.config, self.site, jnp.asarray(self.config.pad_id, jnp.int32)
         ids = token_ids.astype(jnp.int32)
         if config.num_canonical_ids:
-            size = site.around.vocab_size
+            size = site.context.vocab_size
             some = lambda: jnp.arange(size, dtype=jnp.int32) % config.num_canonical_ids  # noqa: E731
             canonical = jnp.asarray(self.variable("buffers", "canonical_ids", some).value, jnp.int32)
             ids, padding = canonical.at[ids].get(mode="clip"), canonical[config.pad_id]
@@ -66,7 +66,7 @@ class NgramAddresser(nn.Module):
         factors = multipliers(
             config.seed,
             site.span.start,
-            config.num_canonical_ids or site.around.vocab_size,
+            config.num_canonical_ids or site.context.vocab_size,
             config.max_order,
         )
         return ngram_slots(

@@ -77,7 +77,7 @@ class ProductKeyAddresser(nn.Module):
 
     @property
     def _eps(self) -> float:
-        return self.site.around.norm_eps
+        return self.site.context.norm_eps
 
     def queries(self, x: jax.Array, init: nn.initializers.Initializer, gain: float) -> jax.Array:
         """(T, 2, H, q, d): both sides' queries of every head and rank, of the width d that a rank has.
@@ -106,7 +106,7 @@ class ProductKeyAddresser(nn.Module):
         keys, scale = self.param("keys", init, shape, jnp.float32), None
         if config.norm_keys:
             scale = self.param("key_scale", nn.initializers.constant(gain), (config.key_dim,), jnp.float32)
-        return normed_keys(config, keys, scale, self._eps).astype(self.site.around.dtype)
+        return normed_keys(config, keys, scale, self._eps).astype(self.site.context.dtype)
 
     def _retrieve(self, queries: jax.Array, keys: jax.Array | ServedKeys) -> product_keys.Retrieved:
         """The m cells of every token and head."""
@@ -202,12 +202,12 @@ def served_keys(
         params: its parameters.
         buffers: its buffers, for the sign of the singular vectors.
     """
-    keys = normed_keys(config, params["keys"], params.get("key_scale"), site.around.norm_eps)
+    keys = normed_keys(config, params["keys"], params.get("key_scale"), site.context.norm_eps)
     directions = jnp.ones((2, config.num_heads, 1), jnp.float32)
     if config.tucker_rank:
         last = buffers["row_direction"], buffers["column_direction"]
         directions = jnp.stack(product_keys.leading_singular_vectors(params["cores"].sum(1), *last))
-    return serve_keys(keys.astype(site.around.dtype), directions)
+    return serve_keys(keys.astype(site.context.dtype), directions)
 
 
 def _rms_norm(x: jax.Array, axes: tuple[int, ...], scale: jax.Array, eps: float) -> jax.Array:

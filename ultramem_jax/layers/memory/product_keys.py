@@ -17,8 +17,8 @@ from ultramem_jax.config.memory_kinds import ADDRESSERS
 from ultramem_jax.config.memory_parts import (
     MAX_SLOTS,
     AddressConfig,
-    Around,
     MemoryInit,
+    ModelContext,
     Parameter,
     Stage,
     TableLayout,
@@ -160,9 +160,9 @@ class ProductKeys(AddressConfig):
         if memory.table.sharing in ("none", "all"):
             self._layout(memory, 1)
 
-    def layout(self, memory: MemoryConfig, around: Around) -> TableLayout:
+    def layout(self, memory: MemoryConfig, context: ModelContext) -> TableLayout:
         """Returns tables, and windows: the largest square in a share, as in the authors' code."""
-        return self._layout(memory, len(around.starts))
+        return self._layout(memory, len(context.starts))
 
     def _layout(self, memory: MemoryConfig, num_memories: int) -> TableLayout:
         own, table = self.num_keys**2, memory.table
@@ -218,7 +218,7 @@ class ProductKeys(AddressConfig):
 
     def parameters(self, site: MemorySite) -> dict[str, Parameter]:
         """Returns the parameters that the switches leave, with the shapes of the paper's section 3."""
-        d, d_k, heads = site.around.embed_dim, self.key_dim, self.num_heads
+        d, d_k, heads = site.context.embed_dim, self.key_dim, self.num_heads
         keys = (2, self.num_key_sets, self.num_ranks, self.num_virtual_keys(site), self.rank_key_dim)
         axes = (None, None, None, "keys", None)
         uses = heads // self.num_key_sets
@@ -277,7 +277,7 @@ class ProductKeys(AddressConfig):
     def cache(self, site: MemorySite) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the last inputs of the query convolution, if there is one."""
         back = self.query_conv_width - 1
-        return {"query_inputs": ((back, site.around.embed_dim), site.around.dtype)} if back > 0 else {}
+        return {"query_inputs": ((back, site.context.embed_dim), site.context.dtype)} if back > 0 else {}
 
     def served(self, site: MemorySite, params: dict[str, Any], buffers: dict[str, Any]) -> dict[str, Any]:
         """Returns the keys, normed, with the singular vectors u and t that a step would compute."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from ultramem_jax.config.memory import MemoryConfig, MemorySite
 from ultramem_jax.config.memory_kinds import READOUTS
-from ultramem_jax.config.memory_parts import Around, Parameter, ReadoutConfig
+from ultramem_jax.config.memory_parts import ModelContext, Parameter, ReadoutConfig
 
 
 @READOUTS.add("projection")
@@ -47,17 +47,17 @@ class Projection(ReadoutConfig):
             f"must be False while {blocks} blocks of the address are not summed: it gates d_v values",
         )
 
-    def check_model(self, memory: MemoryConfig, around: Around) -> None:
+    def check_model(self, memory: MemoryConfig, context: ModelContext) -> None:
         """Refuses values that are not as wide as the model where nothing projects them."""
         memory.require(
-            self.project_values or memory.table.value_dim == around.embed_dim,
+            self.project_values or memory.table.value_dim == context.embed_dim,
             "table.value_dim",
-            f"must equal embed_dim = {around.embed_dim} while project_values is False",
+            f"must equal embed_dim = {context.embed_dim} while project_values is False",
         )
 
     def parameters(self, site: MemorySite) -> dict[str, Parameter]:
         """Returns the gate (D, d_v) and the projection (E·d_v, D)."""
-        d, width = site.around.embed_dim, site.config.table.value_dim
+        d, width = site.context.embed_dim, site.config.table.value_dim
         found = {}
         if self.gate:
             found["gate"] = Parameter((d, width), ("embed", None), "gate")
