@@ -238,7 +238,10 @@ def _sum_by_row(reads: jax.Array, row_of_read: jax.Array, num_rows: int) -> jax.
 
 
 def read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:
-    """Returns each read's gradient of its row: scores (T·R, h) times cotangents (T·R, d_v), float32."""
+    """Returns what each read adds to its row's gradient, (T·R, d_v) float32.
+
+    This is its scores (T·R, h) times its cotangent (T·R, d_v).
+    """
     return weighed_rows(cotangents.astype(jnp.float32), scores.astype(jnp.float32))
 
 
