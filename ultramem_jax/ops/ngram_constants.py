@@ -13,7 +13,7 @@ MAX_ROWS = 2**31 - 1
 """Most rows of a hashed table: row indices are int32. The number is a prime."""
 
 _LAYER_STRIDE = 10007
-"""Distance between the random seeds of two layers, as in the released demo of Engram."""
+"""Distance between the random seeds of two consecutive layers, as in the released demo of Engram."""
 
 
 def multipliers(seed: int, layer_id: int, num_canonical_ids: int, max_order: int) -> np.ndarray:
