@@ -149,7 +149,7 @@ def _pooled_backward(
     expansion: int, apart: bool, axes: MeshAxes, saved: tuple[jax.Array, ...], cotangents: _Pair
 ) -> tuple[jax.Array | None, None, None, jax.Array]:
     table, slots, blocks, scores = saved
-    cotangent = cotangents[0]  # the scores at the owners are only recorded, so they have no cotangent
+    cotangent = cotangents[0]  # the scores at the owners are only recorded: their cotangent is unused
 
     def score_gradient(
         table: jax.Array, slots: jax.Array, blocks: jax.Array, cotangent: jax.Array

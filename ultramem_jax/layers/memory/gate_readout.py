@@ -28,7 +28,7 @@ class ContextGateReadout(nn.Module):
 
     @nn.compact
     def __call__(self, pooled: jax.Array, x: jax.Array, chunk: Chunk | None) -> jax.Array:
-        """Applies gate and convolution.
+        """Applies gate and convolution to the rows of every token.
 
         Args:
             pooled: (T, R, d_v), a token's rows.

@@ -49,7 +49,7 @@ class Memory(nn.Module):
         tables: Tables | None = None,
         chunk: Chunk | None = None,
     ) -> jax.Array:
-        """Reads the memory.
+        """Maps x (B, S, D) to (B, S, D), by reading the memory for every token.
 
         Args:
             x: (B, S, D).

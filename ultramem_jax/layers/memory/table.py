@@ -29,7 +29,7 @@ def declare_tables(module: nn.Module, site: MemorySite) -> Tables:
     """
     config, tables = site.config.table, {}
     for name, width in config.arrays.items():
-        # Default arguments, because the loop goes on before a lambda is called.
+        # The lambda has default arguments, because the loop may change the variables before it is called.
         draw = lambda name=name, width=width: draw_table(  # noqa: E731
             module.make_rng("params"),
             site.num_slots,
@@ -48,7 +48,7 @@ class Table(nn.Module):
 
     @nn.compact
     def __call__(self, reads: Reads, x: jax.Array, tables: Tables | None) -> jax.Array:
-        """Looks up and pools rows.
+        """Looks up the rows of reads and pools them to (T, E, d_v).
 
         Args:
             reads: the reads of every token.
