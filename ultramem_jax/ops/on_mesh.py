@@ -17,7 +17,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ultramem_jax.config.exchange_purposes import GRADIENTS_OF_PARAMETERS
 from ultramem_jax.config.exchange_shapes import AxisRoles
+from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.tree_types import ArrayTree
 
 Result = TypeVar("Result")
@@ -115,7 +117,10 @@ def per_token(
 
 
 def sum_over_tokens(
-    function: Callable[..., Result], tokens: tuple[jax.Array, ...], shared: tuple[jax.Array, ...] = ()
+    function: Callable[..., Result],
+    tokens: tuple[jax.Array, ...],
+    shared: tuple[jax.Array, ...] = (),
+    purpose: str = GRADIENTS_OF_PARAMETERS,
 ) -> Result:
     """Computes `function(*tokens, *shared)`, a sum over tokens: per device first, then over all devices.
 
@@ -125,6 +130,7 @@ def sum_over_tokens(
         function: returns a tree of arrays, each a sum over tokens.
         tokens: (T, ...) each.
         shared: arrays that every device has whole.
+        purpose: names the all-reduce, one of `ultramem_jax.config.exchange_purposes`.
     """
     axes = current_axes()
     if axes is None or not axes.tokens:
@@ -132,7 +138,9 @@ def sum_over_tokens(
     specs = (P(axes.tokens),) * len(tokens) + (P(),) * len(shared)
 
     def summed(*arguments: jax.Array) -> Result:
-        return jax.lax.psum(function(*arguments), axes.tokens)
+        own = function(*arguments)
+        with named_exchange(purpose):
+            return jax.lax.psum(own, axes.tokens)
 
     return island(axes, summed, specs, P())(*tokens, *shared)
 
