@@ -21,7 +21,7 @@ class ServedKeys:
     """Holds both sides' keys, normed and in the dtype of the computation, and the weights of their ranks."""
 
     matrices: tuple[tuple[tuple[OutputMajor, ...], ...], ...]
-    """Keys [side][set][rank], (d, K) each: an array of its own, so that its product reads it in place."""
+    """Keys `[side][set][rank]`, (d, K) each: an array of its own, so that its product reads it in place."""
     directions: jax.Array
     """(2, H, r) float32, u and t, which weigh the ranks."""
 
