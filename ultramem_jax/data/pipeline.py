@@ -11,8 +11,7 @@ every target counts once, but with at least S - stride tokens before it in its s
 end, fewer targets than the stride, is in no sequence.
 """
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +21,11 @@ import numpy as np
 from ultramem_jax.config import DataConfig
 from ultramem_jax.data import builder
 from ultramem_jax.data.sources import SPLITS
+from ultramem_jax.data.token_files import open_tokens, read_description
 from ultramem_jax.data.tokenizers import Tokenizer
 from ultramem_jax.errors import UserError, require, unknown
 from ultramem_jax.parallel.distributed import first_before_others
 
-_RECORD_CACHE_BYTES = 1 << 28
-"""Bytes of decoded records that a split keeps in memory. All of `stdlib` and `enwik8` fit."""
 _READ_THREADS = 2
 _BATCHES_AHEAD = 8
 
@@ -35,20 +33,10 @@ _BATCHES_AHEAD = 8
 class SequenceSource:
     """Gives random access to the sequences of one split, each (S + 1,) int32."""
 
-    def __init__(
-        self, records: Sequence[Mapping[str, np.ndarray]], num_tokens: int, seq_len: int, stride: int
-    ):
-        """Reads a split that has at least one sequence. `Corpus.source` makes it, and checks that."""
-        self._records = records  # a TFDS data source of {"tokens": (C,)}
-        self._num_sequences = 1 + (num_tokens - 1 - seq_len) // stride
-        self.seq_len = seq_len
-        self._stride = stride
-        record_bytes = records[0]["tokens"].nbytes
-        self._record_tokens = len(records[0]["tokens"])
-        self._record = functools.lru_cache(max(1, _RECORD_CACHE_BYTES // record_bytes))(self._read_record)
-
-    def _read_record(self, c: int) -> np.ndarray:
-        return self._records[c]["tokens"]
+    def __init__(self, tokens: np.ndarray, seq_len: int, stride: int):
+        """Reads a split (num_tokens,) that has at least one sequence. `Corpus.source` makes and checks it."""
+        self._tokens, self.seq_len, self._stride = tokens, seq_len, stride
+        self._num_sequences = 1 + (len(tokens) - 1 - seq_len) // stride
 
     def __len__(self) -> int:
         return self._num_sequences
@@ -66,16 +54,11 @@ class SequenceSource:
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns the sequences `indices`, (len(indices), S + 1) int32."""
         length = self.seq_len + 1
-        tokens = np.empty((len(indices), length), np.int32)
-        for row, i in zip(tokens, indices, strict=True):
+        sequences = np.empty((len(indices), length), np.int32)
+        for row, i in zip(sequences, indices, strict=True):
             start = int(i) * self._stride
-            filled = 0
-            while filled < length:
-                c, offset = divmod(start + filled, self._record_tokens)
-                piece = self._record(c)[offset : offset + length - filled]
-                row[filled : filled + len(piece)] = piece
-                filled += len(piece)
-        return tokens
+            row[:] = self._tokens[start : start + length]
+        return sequences
 
     def new_targets(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns which targets of the sequences `indices` are new, (len(indices), S) bool.
@@ -102,7 +85,6 @@ class Corpus:
     """Bytes of the documents, per split."""
     folder: Path
     """Folder of the corpus in the cache."""
-    _parts: dict[str, list[str]]
 
     def source(self, split: str, stride: int | None = None) -> SequenceSource:
         """Returns the sequences of `train`, `validation` or `test`.
@@ -116,8 +98,7 @@ class Corpus:
         """
         stride = self.checked_stride(stride)
         self.require_sequences(split)
-        records = builder.open_records(self.folder).as_data_source(split="+".join(self._parts[split]))
-        return SequenceSource(records, self.num_tokens[split], self.seq_len, stride)
+        return SequenceSource(open_tokens(self.folder, split), self.seq_len, stride)
 
     def checked_stride(self, stride: int | None) -> int:
         """Returns the stride to use; None is S.
@@ -159,15 +140,14 @@ def load_corpus(config: DataConfig) -> Corpus:
     """
     with first_before_others():
         folder = builder.prepare(config)
-    metadata = builder.open_records(folder).info.metadata
+    description = read_description(folder)
     return Corpus(
         tokenizer=builder.load_tokenizer(config, folder),
         seq_len=config.seq_len,
-        corpus_hash=metadata["corpus_hash"],
-        num_tokens=metadata["num_tokens"],
-        num_bytes=metadata["num_bytes"],
+        corpus_hash=description["corpus_hash"],
+        num_tokens=description["num_tokens"],
+        num_bytes=description["num_bytes"],
         folder=folder,
-        _parts=metadata["parts"],
     )
 
 

@@ -272,7 +272,11 @@ class TfdsSource:
 
 def _tfds_records(name: str, data_dir: str) -> dict[str, Any]:
     """Returns TFDS split -> random-access records, and prepares them first if needed."""
-    import tensorflow_datasets as tfds  # here, because no other source needs its quarter second
+    try:
+        import tensorflow_datasets as tfds  # here, because no other source needs it
+    except ImportError as error:
+        needs = 'needs TensorFlow Datasets: pip install "ultramem_jax[tfds]"'
+        raise UserError(f"data.dataset = {'tfds:' + name!r}: {needs} ({error})") from error
 
     where = data_dir or None
     allowed = "must name a text dataset that TFDS has prepared as array_record in data.path, or can download"

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
+from ultramem_jax.errors import UserError
 from ultramem_jax.files import replace_text
 from ultramem_jax.tree_types import JsonDict
 
@@ -39,6 +40,16 @@ _NOT_IN_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Record: TypeAlias = JsonDict
 """One line of `metrics.jsonl`: `step`, `split` and numbers by name."""
+
+
+def _summary_writer() -> "type[tensorboardX.SummaryWriter]":
+    """Returns the class that writes event files. It is slow to import, and most runs do not need it."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        needs = 'needs tensorboardX: pip install "ultramem_jax[tensorboard]"'
+        raise UserError(f"train.tensorboard = True: {needs} ({error})") from error
+    return SummaryWriter
 
 
 class MetricWriter:
@@ -65,7 +76,9 @@ class MetricWriter:
 
         Raises:
             OSError: the file cannot be read or written.
+            UserError: event files are asked for, and the package that writes them is not installed.
         """
+        summary_writer = _summary_writer() if tensorboard else None
         Path(workdir).mkdir(parents=True, exist_ok=True)
         self.path = Path(workdir) / METRICS_FILE
         kept = [] if resume_step is None else _records_until(self.path, resume_step)
@@ -76,13 +89,10 @@ class MetricWriter:
         self._waiting = b""
         self._failed = False
         self._events: tensorboardX.SummaryWriter | None = None
-        if tensorboard:
-            # It is slow to import, and most runs do not need it.
-            from tensorboardX import SummaryWriter
-
+        if summary_writer:
             # TensorBoard hides what earlier event files say about steps from `purge_step` on.
             purge_step = None if resume_step is None else resume_step + 1
-            self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=purge_step)
+            self._events = summary_writer(str(Path(workdir) / "tensorboard"), purge_step=purge_step)
 
     def __enter__(self) -> "MetricWriter":
         return self
