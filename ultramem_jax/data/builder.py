@@ -108,7 +108,7 @@ def prepare(config: DataConfig) -> Path:
 
     Raises:
         UserError: see `open_source`; a cache folder that cannot be written; an empty training split for
-        `bpe`.
+            `bpe`.
     """
     source = open_source(config)
     survey = source.survey()

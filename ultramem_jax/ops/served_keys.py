@@ -21,7 +21,7 @@ class ServedKeys:
     """Both sides' keys, normed and in the dtype of the computation, and how their ranks are weighed."""
 
     matrices: tuple[tuple[tuple[OutputMajor, ...], ...], ...]
-    """[side][set][rank]: (d, K), each apart from the others, so that its product reads it where it lies."""
+    """`[side][set][rank]`: (d, K), each apart from the others, so that its product reads it where it lies."""
     directions: jax.Array
     """(2, H, r) float32, u and t."""
 
