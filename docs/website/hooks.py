@@ -26,7 +26,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Returns the files of the theme, the documents under their paths in the repository, and the reference."""
+    """Returns the theme's files, the documents under their paths in the repository, and the reference."""
     documents = [*ROOT.glob("[RC]*.md"), *(ROOT / "docs").rglob("*.md"), *_results()]
     paths = {*documents, *(path for page in _results() for path in page.parent.glob("*.png"))}
     for document in documents:
