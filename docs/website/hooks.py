@@ -17,17 +17,18 @@ _LINK = re.compile(r"\[([^\[\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Adds what grows with the repository to the navigation: results, API reference, changelog."""
+    """Adds what grows with the repository to the navigation: results, API reference, and the rest."""
     config.nav.append({"Results": [_name(path) for path in _results()]})
     config.nav.append({"API reference": list(_reference())})
-    if (ROOT / "CHANGELOG.md").exists():
-        config.nav.append({"Changelog": "CHANGELOG.md"})
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        if (ROOT / name).exists():
+            config.nav.append(name)
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Returns the theme's files, the documents under their paths in the repository, and the reference."""
-    documents = [*ROOT.glob("[RC]*.md"), *(ROOT / "docs").rglob("*.md"), *_results()]
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *_results()]
     paths = {*documents, *(path for page in _results() for path in page.parent.glob("*.png"))}
     for document in documents:
         linked = {(document.parent / match[2]).resolve() for match in _LINK.finditer(document.read_text())}
@@ -55,7 +56,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     figure = folder / f"{pathlib.Path(page.file.src_uri).stem}.png"
     if figure.exists() and figure.name not in markdown:
-        markdown = f"{markdown}\n![{figure.stem}]({figure.name})\n"
+        before, heading, after = markdown.partition("\n## ")
+        markdown = f"{before}\n![{figure.stem}]({figure.name})\n{heading}{after}"
     return _LINK.sub(replaced, markdown)
 
 
