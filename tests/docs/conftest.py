@@ -1,5 +1,5 @@
-"""Runs programs in this process, on one device, with the promotion of dtypes that users have."""
+"""Runs programs in this process, for tests of commands that documents name."""
 
-from tests.support.programs import one_device, run, standard_promotion, text
+from tests.support.programs import run
 
-__all__ = ["one_device", "run", "standard_promotion", "text"]
+__all__ = ["run"]

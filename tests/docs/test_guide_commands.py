@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from tests.support.documents import GUIDES, ROOT, python_blocks, shell_commands
+from tests.support.documents import GUIDES, python_blocks, shell_commands
+from tests.support.programs import one_device, standard_promotion  # noqa: F401
 from ultramem_jax.cli import command_line, local_processes
 from ultramem_jax.commands import COMMANDS
 from ultramem_jax.parallel.mesh import AXES
@@ -109,7 +110,7 @@ def test_every_flag_is_one_and_every_config_fits_its_mesh(guide, run, monkeypatc
 
     monkeypatch.setattr(command_line, "run", only_parsed)
     monkeypatch.setattr(command_line, "_joined", lambda member, logger: contextlib.nullcontext())
-    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    (tmp_path / "experiments").symlink_to(GUIDES.parents[1] / "experiments")
     for block in python_blocks(GUIDES / f"{guide}.md"):
         if match := re.match(r"# (\w+\.py)\n", block):
             (tmp_path / match[1]).write_text(block)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.interop import synthetic
 from tests.interop import test_engram as engram
-from tests.support.documents import GUIDES, ROOT, local_links, python_blocks
+from tests.support.documents import GUIDES, local_links, python_blocks
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.interop.reference_torch import read_safetensors, write_safetensors
 from ultramem_jax.models import Transformer
@@ -68,7 +68,7 @@ def test_the_places_exist_that_the_guide_names_an_optimizer_in():
         "dense_optimizer.py": ("def _of_tables(",),
     }
     for row, (file, texts) in zip(rows, places.items(), strict=True):
-        path = ROOT / re.search(r"`(ultramem_jax/\S+)`", row)[1]
+        path = GUIDES.parents[1] / re.search(r"`(ultramem_jax/\S+)`", row)[1]
         assert path.name == file
         assert all(text in path.read_text() for text in texts)
 

@@ -91,6 +91,7 @@ def test_a_model_is_timed_without_parts(run, quick, tmp_path, monkeypatch):
         ("--memory_gb=1e-6", "memory_gb = 1e-06: no step fits"),
         ("--memory_gb=nan", "memory_gb = nan"),
         ("--slot=256", "slot"),
+        ("--redraw", "must hold a .json file of an earlier run"),
     ],
 )
 def test_bad_input_gets_one_line_before_anything_is_measured(run, tmp_path, monkeypatch, argument, said):
