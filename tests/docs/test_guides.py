@@ -14,6 +14,7 @@ import pytest
 from tests.interop import synthetic
 from tests.interop import test_engram as engram
 from tests.support.documents import GUIDES, local_links, python_blocks
+from tests.support.programs import standard_promotion  # noqa: F401
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.interop.reference_torch import read_safetensors, write_safetensors
 from ultramem_jax.models import Transformer
