@@ -30,6 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Returns the theme's files, the documents under their paths in the repository, and the reference."""
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *_results()]
     paths = {*documents, *(path for page in _results() for path in page.parent.glob("*.png"))}
+    paths |= set(ROOT.glob("docs/website/*.css"))
     for document in documents:
         linked = {(document.parent / match[2]).resolve() for match in _LINK.finditer(document.read_text())}
         paths |= {path for path in linked if path.is_file() and PACKAGE not in path.parents}
