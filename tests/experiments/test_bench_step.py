@@ -209,8 +209,8 @@ def test_both_ways_of_training_find_the_same_gradient():
         layer = MemoryLayer(bench_config(16, WAYS[name], 16))
         state, batch = jax.jit(layer.init)(), layer.draw(jax.random.key(0), 16)
         state, by_x = jax.jit(layer.step, donate_argnums=0)(state, batch)
-        arrays = jax.tree.leaves(state.table_state)
-        first = next(array for array in arrays if array.shape == state.table.shape)
+        arrays, (table,) = jax.tree.leaves(state.table_state), jax.tree.leaves(state.tables)
+        first = next(array for array in arrays if array.shape == table.shape)
         moments[name] = first, by_x, state.params
     assert np.abs(moments["dense"][0]).max() > 0
     jax.tree.map(

@@ -1,8 +1,8 @@
-"""A corpus, tokenized once: a TFDS dataset of fixed-length records in the cache.
+"""Builds a corpus that is tokenized once: a TFDS dataset of fixed-length records in the cache.
 
 The documents of a split, each followed by one end-of-document token, form one stream of tokens. Record c
-holds the tokens [c·C, (c+1)·C) of it, C = `RECORD_TOKENS`; the last record is filled up with end-of-document
-tokens that do not count. Records know nothing of sequences, so one build serves every seq_len.
+holds its tokens [c·C, (c+1)·C), with C = `RECORD_TOKENS`. The last record is padded with end-of-document
+tokens that do not count. Records do not depend on sequences, so one build serves every seq_len.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -27,15 +27,16 @@ from ultramem_jax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from ultramem_jax.errors import UserError, require
 
 RECORD_TOKENS = 4096
-"""C, tokens per record. A random sequence costs about 1 + S/C reads; smaller records are no faster."""
+"""C, tokens per record. A random sequence costs about 1 + S/C reads, and smaller records are no faster."""
 _PART_BYTES = 1 << 28
-"""Records of one TFDS split, which TFDS holds in memory while it writes; beyond 1 GiB it needs TensorFlow."""
+"""Bytes of records in one TFDS split. TFDS holds them in memory while it writes, and beyond 1 GiB it needs
+TensorFlow."""
 _FORMAT = 1
-"""Raised when the contents of the cache change their meaning."""
+"""Format of the cache. It is raised when the contents of the cache change their meaning."""
 
 
 class Metadata(TypedDict):
-    """What is stored beside the records, as json."""
+    """Describes the records. It is stored beside them as JSON."""
 
     corpus_hash: str
     dataset: str
@@ -45,20 +46,20 @@ class Metadata(TypedDict):
     vocab_size: int
     record_tokens: int
     num_tokens: dict[str, int]
-    """Per split, end-of-document tokens included."""
+    """Tokens per split, end-of-document tokens included."""
     num_bytes: dict[str, int]
-    """Per split, of the documents alone."""
+    """Bytes per split, only of the documents."""
     num_documents: dict[str, int]
     parts: dict[str, list[str]]
-    """Per split, the names of the TFDS splits that hold its records, in order."""
+    """Names of the TFDS splits that hold the records of each split, in order."""
 
 
 class PackedTokens(tfds.core.GeneratorBasedBuilder):
-    """Array records {"tokens": (C,)} in stream order; uint16, or int32 for more than 65,536 ids."""
+    """Writes array records {"tokens": (C,)} in stream order, as uint16, or int32 for more than 65,536 ids."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # TFDS looks for checksums of downloads beside the code. There are none, and looking for them takes the
-    # package importlib_resources, which TFDS 4.9.10 imports without requiring it.
+    # TFDS looks for checksums of downloads beside the code. There are none, and the search needs the package
+    # importlib_resources, which TFDS 4.9.10 imports without requiring it.
     code_path = None
 
     def __init__(self, *, data_dir: Path, streams: Mapping[str, np.ndarray], metadata: Metadata):
@@ -80,7 +81,7 @@ class PackedTokens(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         del dl_manager
         return {
             part: self._generate_examples(split, k)
@@ -91,7 +92,7 @@ class PackedTokens(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, part: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         stream = self._streams[split]
         per_part = _records_per_part(stream.dtype)
-        eos = self._metadata["vocab_size"] - 1  # any valid id would do: nothing reads the filling
+        eos = self._metadata["vocab_size"] - 1  # any valid id would do: nothing reads the padding
         for c in range(part * per_part, min((part + 1) * per_part, _num_records(len(stream)))):
             tokens = np.full(RECORD_TOKENS, eos, stream.dtype)
             piece = stream[c * RECORD_TOKENS : (c + 1) * RECORD_TOKENS]
@@ -100,11 +101,11 @@ class PackedTokens(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(config: DataConfig) -> Path:
-    """The folder of the tokenized corpus; built first if it is not in the cache.
+    """Returns the folder of the tokenized corpus, and builds it first if it is not in the cache.
 
-    The folder gets its name when it is whole, by a rename, so whatever has that name is whole. A lock lets
-    one process of a machine build while the others wait; what a killed process left behind is removed by the
-    next.
+    The folder gets its name by a rename when it is whole, so a folder of that name is always whole. A lock
+    lets one process of a machine build while the others wait. What a killed process left behind, the next one
+    removes.
 
     Raises:
         UserError: see `open_source`; a cache folder that cannot be written; an empty training split for
@@ -145,7 +146,7 @@ def prepare(config: DataConfig) -> Path:
 
 
 def cache_root(config: DataConfig) -> Path:
-    """`config.cache_dir`, else $ULTRAMEM_CACHE, else ~/.cache/ultramem_jax."""
+    """Returns `config.cache_dir`, else $ULTRAMEM_CACHE, else ~/.cache/ultramem_jax."""
     path = config.cache_dir or os.environ.get("ULTRAMEM_CACHE", "")
     return Path(path).expanduser() if path else Path.home() / ".cache" / "ultramem_jax"
 
@@ -154,7 +155,7 @@ def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
     """Returns the tokenizer that the corpus in `folder` was made with.
 
     Raises:
-        UserError: the folder's `tokenizer.json` is damaged, or not the one of its tokens.
+        UserError: the folder's `tokenizer.json` is damaged, or is not the tokenizer of its tokens.
     """
     if config.tokenizer == "bytes":
         return ByteTokenizer()
@@ -189,7 +190,7 @@ def _build(config: DataConfig, source: Source, num_bytes: int | None, folder: Pa
         PackedTokens(data_dir=folder, streams=streams, metadata=metadata).download_and_prepare()
     del streams
     shutil.rmtree(spool)
-    shutil.rmtree(folder / "downloads", ignore_errors=True)  # TFDS makes it, empty, for downloads
+    shutil.rmtree(folder / "downloads", ignore_errors=True)  # TFDS creates this empty folder for downloads
 
 
 def _train_bpe(source: Source, vocab_size: int, folder: Path) -> BpeTokenizer:
@@ -209,7 +210,7 @@ def _train_bpe(source: Source, vocab_size: int, folder: Path) -> BpeTokenizer:
 def _tokenize(
     dataset: str, source: Source, tokenizer: Tokenizer, num_bytes: int | None, spool: Path
 ) -> Metadata:
-    """Writes each split's stream of tokens to a raw file in `spool`; TFDS needs their lengths in advance."""
+    """Writes each split's stream of tokens to a raw file in `spool`. TFDS needs the lengths in advance."""
     dtype = _token_dtype(tokenizer.vocab_size)
     corpus_hash = CorpusHash()
     tokens, text, documents = (dict.fromkeys(SPLITS, 0) for _ in range(3))
@@ -261,7 +262,7 @@ def _progress(what: str, num_bytes: int | None) -> tqdm:
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """TFDS neither prints nor draws its own bars."""
+    """Keeps TFDS from printing and from drawing its own progress bars."""
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         tfds.disable_progress_bar()
         try:
@@ -272,7 +273,7 @@ def _quiet_tfds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on `path`, which the system takes back if this process dies."""
+    """Holds an exclusive lock on `path`. The system takes it back if this process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
