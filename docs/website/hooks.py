@@ -29,8 +29,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Returns the theme's files, the documents under their paths in the repository, and the reference."""
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *_results()]
-    paths = {*documents, *(path for page in _results() for path in page.parent.glob("*.png"))}
-    paths |= set(ROOT.glob("docs/website/*.css"))
+    paths = {*documents, *ROOT.glob("docs/website/*.css")}
     for document in documents:
         linked = {(document.parent / match[2]).resolve() for match in _LINK.finditer(document.read_text())}
         paths |= {path for path in linked if path.is_file() and PACKAGE not in path.parents}
@@ -43,10 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links to the library's modules into cross-references, and links to other folders into text.
-
-    A page of results gets the figure beside it that has its name, unless it shows it already.
-    """
+    """Turns links to the library's modules into cross-references, and links to other folders into text."""
     folder = (ROOT / page.file.src_uri).parent
 
     def replaced(match: re.Match[str]) -> str:
@@ -55,10 +51,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"[{match[1]}][{_module(target)}]"
         return match[1] if target.is_dir() else match[0]
 
-    figure = folder / f"{pathlib.Path(page.file.src_uri).stem}.png"
-    if figure.exists() and figure.name not in markdown:
-        before, heading, after = markdown.partition("\n## ")
-        markdown = f"{before}\n![{figure.stem}]({figure.name})\n{heading}{after}"
     return _LINK.sub(replaced, markdown)
 
 

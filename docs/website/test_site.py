@@ -84,7 +84,7 @@ def test_the_reference_has_functions_with_their_arguments(opened):
 
 def test_results_come_with_their_figures(opened):
     pages = [page for page in sorted(SITE.glob("experiments/results/*/*.html")) if "<img" in page.read_text()]
-    assert len(pages) > 3
+    assert len(pages) >= 8
     for page in pages:
         widths = _widths(opened(page.relative_to(SITE)))
         assert widths and min(widths) > 100, page
