@@ -174,7 +174,8 @@ def _of_tables(train: TrainConfig, rate: optax.Schedule) -> optax.GradientTransf
         "sgd": optax.identity(),
         "sgd_momentum": optax.trace(train.momentum),
     }
-    if train.row_optimizer not in scaled:  # catching up has no dense equivalent, and the config refuses it
+    # Catching up has no dense equivalent, and the config refuses it.
+    if train.row_optimizer in ("adamw", "adamw_catch_up"):
         return _adamw(train, rate, mask=None)
     decay = optax.add_decayed_weights(train.weight_decay)
     return optax.chain(scaled[train.row_optimizer], decay, optax.scale_by_learning_rate(rate))
