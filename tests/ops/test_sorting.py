@@ -1,3 +1,4 @@
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ def test_equals_a_stable_argsort(count, num_values):
     keys[:2] = num_values - 1
     ordered, order = sort_with_order(jnp.asarray(keys, jnp.int32), num_values)
     expected = np.argsort(keys, kind="stable")
-    np.testing.assert_array_equal(order, expected)
-    np.testing.assert_array_equal(ordered, keys[expected])
-    assert ordered.dtype == order.dtype == jnp.int32
+    chex.assert_trees_all_equal(order, expected)
+    chex.assert_trees_all_equal(ordered, keys[expected])
+    chex.assert_type([ordered, order], jnp.int32)
 
 
 def test_more_positions_than_words_have_room_for(monkeypatch):
@@ -33,5 +34,5 @@ def test_more_positions_than_words_have_room_for(monkeypatch):
     keys = np.random.default_rng(0).integers(0, 50, 300)
     ordered, order = sort_with_order(jnp.asarray(keys, jnp.int32), 50)
     expected = np.argsort(keys, kind="stable")
-    np.testing.assert_array_equal(order, expected)
-    np.testing.assert_array_equal(ordered, keys[expected])
+    chex.assert_trees_all_equal(order, expected)
+    chex.assert_trees_all_equal(ordered, keys[expected])

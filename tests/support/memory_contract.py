@@ -7,6 +7,7 @@ divides, and two layers keep them fast; `CHECKS` lists them all.
 import functools
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,13 +56,17 @@ def jit_equals_eager(model):
     site, variables = model.sites[0], _variables(model)
     own = {part: tree[site.name] for part, tree in variables.items() if site.name in tree}
     x, tokens = jax.random.normal(jax.random.key(1), (2, 9, 16)), jnp.asarray(_tokens(model))
-    apply = lambda x: Memory(site).apply(own, x, train=False, token_ids=tokens)  # noqa: E731
-    compiled = jax.jit(apply)
+
+    def apply(x):
+        return Memory(site).apply(own, x, train=False, token_ids=tokens)
+
+    chex.clear_trace_counter()
+    compiled = jax.jit(chex.assert_max_traces(apply, n=1))
     y = compiled(x)
-    assert y.shape == x.shape and bool(jnp.isfinite(y).all())
-    np.testing.assert_allclose(y, apply(x), rtol=1e-4, atol=1e-5)
+    chex.assert_equal_shape([y, x])
+    chex.assert_tree_all_finite(y)
+    chex.assert_trees_all_close(y, apply(x), rtol=1e-4, atol=1e-5)
     compiled(x + 1)
-    assert compiled._cache_size() == 1
 
 
 def gradients_reach_every_parameter(model):
@@ -76,8 +81,9 @@ def gradients_reach_every_parameter(model):
     gradients = jax.jit(jax.grad(loss))(trained)
     for site in model.sites:
         own = {"params": gradients["params"][site.name], "memory": gradients["memory"][site.table]}
+        chex.assert_tree_all_finite(own)
         for path, gradient in jax.tree_util.tree_leaves_with_path(own):
-            assert jnp.isfinite(gradient).all() and gradient.any(), path
+            assert gradient.any(), path
 
 
 def no_token_sees_what_comes_after_it(model):
@@ -86,7 +92,7 @@ def no_token_sees_what_comes_after_it(model):
     later = tokens.copy()
     later[:, 5:] = (later[:, 5:] + 7) % model.vocab_size
     after = jax.jit(Transformer(model).apply)(_variables(model), later)
-    np.testing.assert_allclose(_full(model)[:, :5], after[:, :5], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(_full(model)[:, :5], after[:, :5], rtol=1e-4, atol=1e-5)
 
 
 def _run_config(model, mesh=None, **fields):
@@ -116,12 +122,9 @@ def _trained(config, steps=2):
 
 def _assert_same_training(one, other):
     (state, losses), (expected, expected_losses) = one, other
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-    for part in ("tables", "params"):
-        for ours, theirs in zip(
-            jax.tree.leaves(getattr(state, part)), jax.tree.leaves(getattr(expected, part)), strict=True
-        ):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5, err_msg=part)
+    chex.assert_trees_all_close(losses, expected_losses, rtol=1e-5)
+    chex.assert_trees_all_close(state.tables, expected.tables, rtol=1e-4, atol=2e-5)
+    chex.assert_trees_all_close(state.params, expected.params, rtol=1e-4, atol=2e-5)
 
 
 def row_sparse_equals_dense(model):
@@ -154,7 +157,7 @@ def _assert_decodes(model, variables):
         logits, left = step(variables | {"cache": cache}, chunk, np.array(counts, np.int32))
         cache, done = left["cache"], done + counts
         for row in (row for row in range(2) if counts[row]):
-            np.testing.assert_allclose(logits[row], full[row, done[row] - 1], rtol=1e-4, atol=3e-5)
+            chex.assert_trees_all_close(logits[row], full[row, done[row] - 1], rtol=1e-4, atol=3e-5)
 
 
 def cached_decoding_equals_the_full_pass(model):
@@ -192,14 +195,14 @@ def restored_equals_saved(model, folder):
     with jax.numpy_dtype_promotion("standard"):
         whole = train(config, folder / "whole", progress=False)
         loaded = load_model(folder / "whole")
-    jax.tree.map(np.testing.assert_array_equal, loaded.variables, model_variables(whole.state))
+    chex.assert_trees_all_equal(loaded.variables, model_variables(whole.state))
     assert loaded.config.model.memories.keys() == model.memories.keys()
     half = folder / "half"
     (half / "checkpoints").mkdir(parents=True)
     (folder / "whole" / "checkpoints" / "2").rename(half / "checkpoints" / "2")
     with jax.numpy_dtype_promotion("standard"):
         again = train(config, half, progress=False)
-    jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
+    chex.assert_trees_all_equal(again.state, whole.state)
 
 
 CHECKS = (
