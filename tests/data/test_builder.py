@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 
@@ -59,7 +60,7 @@ def test_records_are_the_documents_each_followed_by_one_eos(tmp_path, fields):
     source = open_source(config)
     for split in SPLITS:
         found = stored_stream(folder, split)
-        np.testing.assert_array_equal(found, expected_stream(config, tokenizer, split))
+        chex.assert_trees_all_equal(found, expected_stream(config, tokenizer, split))
         documents = [d.data for d in source.documents(split)]
         assert tokenizer.decode(found) == b"".join(documents)
         assert metadata["num_documents"][split] == len(documents) == (found == tokenizer.eos_id).sum()
@@ -73,7 +74,7 @@ def test_streams_longer_than_a_part_keep_their_order(config, monkeypatch):
     built = open_records(folder)
     assert built.info.metadata["parts"]["train"] == ["train_00000", "train_00001", "train_00002"]
     tokenizer = builder.load_tokenizer(config, folder)
-    np.testing.assert_array_equal(stored_stream(folder, "train"), expected_stream(config, tokenizer, "train"))
+    chex.assert_trees_all_equal(stored_stream(folder, "train"), expected_stream(config, tokenizer, "train"))
 
 
 def test_ids_beyond_16_bits(config, monkeypatch):
@@ -86,7 +87,7 @@ def test_ids_beyond_16_bits(config, monkeypatch):
 
     monkeypatch.setattr(builder, "ByteTokenizer", WideTokenizer)
     folder = prepare(config)
-    np.testing.assert_array_equal(
+    chex.assert_trees_all_equal(
         stored_stream(folder, "train"), expected_stream(config, WideTokenizer(), "train")
     )
 
@@ -151,7 +152,7 @@ def test_a_killed_build_is_not_taken_for_whole(config, where):
     folder = prepare(config)
     tokenizer = builder.load_tokenizer(config, folder)
     for split in SPLITS:
-        np.testing.assert_array_equal(stored_stream(folder, split), expected_stream(config, tokenizer, split))
+        chex.assert_trees_all_equal(stored_stream(folder, split), expected_stream(config, tokenizer, split))
     assert {p.suffix for p in folder.parent.iterdir()} == {"", ".lock"}
 
 

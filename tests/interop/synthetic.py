@@ -1,5 +1,6 @@
 """State dicts of the authors' layers, made at random with shapes written from their description."""
 
+import chex
 import numpy as np
 
 from tests.interop import oracle
@@ -138,7 +139,5 @@ def case(name: str, tokens: tuple[int, int] = (2, 3)) -> tuple[dict, dict, np.nd
 
 
 def equal_states(actual: dict, expected: dict) -> None:
-    assert set(actual) == set(expected)
-    for name, array in expected.items():
-        assert actual[name].dtype == array.dtype, name
-        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    chex.assert_trees_all_equal(actual, expected)

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +102,7 @@ def test_rows_and_outputs_of_the_definition(name):
     y, sown = apply(variables, x, tokens)
     slots = expected_slots(hyper, state, tokens)
     found = np.asarray(sown["reads"]["memory_0"]["slots"]).reshape(slots.shape)
-    np.testing.assert_array_equal(found, slots)
+    chex.assert_trees_all_equal(found, slots)
     close(y, expected_output(hyper, state, x, slots), name)
 
 
@@ -111,8 +112,8 @@ def test_round_trip(name):
     again = dump(load(state, hyper)[1], hyper)
     assert set(again) == set(state)
     for key, value in state.items():
-        np.testing.assert_array_equal(again[key], value)
-        assert again[key].dtype == value.dtype
+        chex.assert_trees_all_equal(again[key], value)
+        chex.assert_type(again[key], value.dtype)
 
 
 @pytest.mark.skipif(not (FIXTURES / "engram_a.npz").exists(), reason=f"no reference vectors in {FIXTURES}")
@@ -127,7 +128,7 @@ def test_the_reference_vectors():
     close(y, arrays["f64.output"], "output")
     first = np.concatenate([[0], np.cumsum(arrays["table_sizes"])[:-1]])
     slots = np.asarray(sown["reads"]["memory_0"]["slots"]).reshape(arrays["hash_ids"].shape)
-    np.testing.assert_array_equal(slots, arrays["hash_ids"] + first)
+    chex.assert_trees_all_equal(slots, arrays["hash_ids"] + first)
 
     def objective(variables, x):
         return (module.apply(variables, x, arrays["token_ids"]) * arrays["cotangent"]).sum()

@@ -3,6 +3,7 @@
 import functools
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,12 +76,13 @@ def name(request):
 
 def test_jit_equals_eager_and_does_not_recompile(name):
     module, variables, x = _made(name)
-    compiled = jax.jit(lambda v, x: module.apply(v, x, train=False))
+    chex.clear_trace_counter()
+    compiled = jax.jit(chex.assert_max_traces(lambda v, x: module.apply(v, x, train=False), n=1))
     y = compiled(variables, x)
-    assert y.shape == x.shape and y.dtype == jnp.float32
-    np.testing.assert_allclose(y, module.apply(variables, x, train=False), rtol=1e-4, atol=1e-5)
+    chex.assert_equal_shape([y, x])
+    chex.assert_type(y, jnp.float32)
+    chex.assert_trees_all_close(y, module.apply(variables, x, train=False), rtol=1e-4, atol=1e-5)
     compiled(variables, x + 1)
-    assert compiled._cache_size() == 1
 
 
 def test_gradients_are_finite_and_reach_every_parameter(name):
@@ -91,8 +93,8 @@ def test_gradients_are_finite_and_reach_every_parameter(name):
         return (y**2).sum() + sum(jax.tree.leaves(sown), jnp.zeros(()))
 
     grads, d_x = jax.jit(jax.grad(loss, (0, 1)))(variables["params"], x)
+    chex.assert_tree_all_finite((grads, d_x))
     for path, grad in jax.tree_util.tree_flatten_with_path((grads, d_x))[0]:
-        assert jnp.isfinite(grad).all(), path
         assert grad.any(), path
 
 
@@ -100,7 +102,7 @@ def test_bfloat16_computation_keeps_float32_parameters(name):
     _, variables, x = _made(name, "bfloat16")
     assert {a.dtype for a in jax.tree.leaves(variables["params"])} == {jnp.dtype("float32")}
     y, exact = (_compiled(name, dtype)(variables, x) for dtype in ("bfloat16", "float32"))
-    assert y.dtype == jnp.bfloat16
+    chex.assert_type(y, jnp.bfloat16)
     # Near ties may send a token elsewhere (another expert, another slot), so the bound is on the mean.
     assert jnp.abs(y.astype(jnp.float32) - exact).mean() < 0.05 * jnp.abs(exact).mean()
 
@@ -108,14 +110,14 @@ def test_bfloat16_computation_keeps_float32_parameters(name):
 def test_a_sequence_alone_gives_what_it_gives_in_a_batch(name):
     _, variables, x = _made(name)
     alone, together = (_compiled(name)(variables, a) for a in (x[:1], x))
-    np.testing.assert_allclose(alone, together[:1], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(alone, together[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_no_token_sees_what_comes_after_it(name):
     _, variables, x = _made(name)
     later = x.at[:, 4:].set(jax.random.normal(jax.random.key(5), (2, 2, 16)))
     before, after = (_compiled(name)(variables, a) for a in (x, later))
-    np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(before[:, :4], after[:, :4], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("by_token", BY_TOKEN)
@@ -123,7 +125,7 @@ def test_permuted_tokens_give_permuted_outputs(by_token):
     _, variables, x = _made(by_token)
     order = jnp.array([3, 0, 5, 1, 4, 2])
     permuted, y = (_compiled(by_token)(variables, a) for a in (x[:, order], x))
-    np.testing.assert_allclose(permuted, y[:, order], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(permuted, y[:, order], rtol=1e-4, atol=1e-5)
 
 
 # ---- In a model that decodes
@@ -167,7 +169,7 @@ def _model(name, placement="skipping", dtype="float32", **fields):
 
 def _assert_decodes(config, variables, tokens, full):
     for row, position, logits in _decoded(config, variables, tokens):
-        np.testing.assert_allclose(logits, full[row, position], rtol=1e-4, atol=2e-5)
+        chex.assert_trees_all_close(logits, full[row, position], rtol=1e-4, atol=2e-5)
 
 
 def test_decoding_by_a_cache_gives_what_the_whole_sequence_gives(name):

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +85,7 @@ def test_one_expert_of_inner_width_one_by_hand():
     tables = {"values": jnp.asarray([[3.0, 5.0]]), "pre_values": jnp.ones((1, 2))}
     module, x = layer(config, 2, num_layers=1), jnp.asarray([[[2.0, -1.0]]])
     y = jax.jit(lambda v, x: module.apply(v, x, train=False))({"params": params, "memory": tables}, x)
-    np.testing.assert_allclose(y, [[[3 * 0.8413447, 5 * 0.8413447]]], rtol=1e-6)
+    chex.assert_trees_all_close(y, np.array([[[3 * 0.8413447, 5 * 0.8413447]]]), rtol=1e-6)
 
 
 def test_a_gate_by_hand():
@@ -102,7 +103,7 @@ def test_a_gate_by_hand():
     tables = {"values": jnp.asarray([[3.0, 5.0]])}
     module, x = layer(config, 2, num_layers=1), jnp.asarray([[[2.0, -1.0]]])
     y = jax.jit(lambda p, x: module.apply({"params": p}, x, train=False, tables=tables))(params, x)
-    np.testing.assert_allclose(y, [[[0.0, -1.344707]]], rtol=1e-6)
+    chex.assert_trees_all_close(y, np.array([[[0.0, -1.344707]]]), rtol=1e-6)
 
 
 # What a memory may read, worked out by hand. A ring of 3 memories with 6 keys a side has 3·36 = 108 slots.
@@ -124,8 +125,8 @@ def test_windows_of_a_shared_table(name):
     config = families.ultramem_v2(**V2, **sharing)
     memory = case(config, num_memories, index)
     assert "memory" not in memory.variables
-    assert memory.tables["values"].shape == (num_slots, 8)
-    assert memory.tables["pre_values"].shape == (num_slots, 6)
+    chex.assert_shape(memory.tables["values"], (num_slots, 8))
+    chex.assert_shape(memory.tables["pre_values"], (num_slots, 6))
     close(memory.run(), memory.expected())
     # Many tokens read the whole window and nothing else.
     x = jax.random.normal(jax.random.key(9), (1, 1000, 16))

@@ -1,6 +1,7 @@
 import math
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +106,7 @@ def addressing_of(module, variables):
 
 
 def close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.std())
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5 * expected.std())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -183,9 +184,9 @@ def test_initialisation_returns_what_apply_takes():
     assert set(made) == {"params", "memory", "buffers"}
     # Another batch than that of init.
     y = jax.eval_shape(lambda made: module.apply(made, x[:1], train=False), made)
-    assert y.shape == (1, 5, 16)
+    chex.assert_shape(y, (1, 5, 16))
     permutation = np.asarray(made["buffers"]["permutation"])
-    np.testing.assert_array_equal(np.sort(permutation), np.arange(4 * 36))
+    chex.assert_trees_all_equal(np.sort(permutation), np.arange(4 * 36))
     assert (permutation != np.arange(4 * 36)).mean() > 0.9
 
 
@@ -203,14 +204,15 @@ def test_reads_are_recorded_as_they_were_used():
     module, variables, x, _ = case(config)
     y, sown = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable=["reads"]))(variables, x)
     reads = jax.tree.map(np.asarray, sown["reads"])
-    assert reads["slots"].shape == reads["blocks"].shape == (10, 8) and reads["weights"].shape == (10, 8, 2)
+    chex.assert_shape([reads["slots"], reads["blocks"]], (10, 8))
+    chex.assert_shape(reads["weights"], (10, 8, 2))
     table, projection = np.asarray(variables["memory"]["values"]), variables["params"]["projection"]
     pooled = np.zeros((10, 4, 8))
     for t in range(10):
         for j in range(8):
             weight = np.repeat(reads["weights"][t, j], 4)
             pooled[t, reads["blocks"][t, j]] += table[reads["slots"][t, j]] * weight
-    np.testing.assert_allclose(y.reshape(10, -1), pooled.reshape(10, -1) @ projection, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(y.reshape(10, -1), pooled.reshape(10, -1) @ projection, rtol=1e-4, atol=1e-5)
 
 
 def test_rank_one_vectors_follow_the_core_in_training_only():
@@ -219,11 +221,11 @@ def test_rank_one_vectors_follow_the_core_in_training_only():
     assert not variables["buffers"]["row_direction"].any()  # from zeros, like the authors' buffers
     _, left = module.apply(variables, x, train=True, mutable=["buffers"])
     direction = left["buffers"]["row_direction"]
-    np.testing.assert_allclose((direction**2).sum(-1), 1.0, rtol=1e-5)
+    chex.assert_trees_all_close((direction**2).sum(-1), 1.0, rtol=1e-5)
     # With the other sign in the buffers, the layer keeps to the other sign and reads other cells.
     mirrored = variables | {"buffers": jax.tree.map(jnp.negative, left["buffers"])}
     _, again = module.apply(mirrored, x, train=True, mutable=["buffers"])
-    np.testing.assert_allclose(again["buffers"]["row_direction"], -direction, rtol=1e-5)
+    chex.assert_trees_all_close(again["buffers"]["row_direction"], -direction, rtol=1e-5)
     assert not jnp.array_equal(
         module.apply(mirrored, x, train=False), module.apply(variables, x, train=False)
     )
@@ -233,7 +235,7 @@ def test_auxiliary_loss_is_weighted_and_absent_when_off():
     module, variables, x, _ = case(families.ultramem(**SMALL, core_loss_weight=0.5, core_loss_margin=0.0))
     _, sown = module.apply(variables, x, train=True, mutable=["losses"])
     minor = np.linalg.svd(np.asarray(variables["params"]["cores"]).sum(1), compute_uv=False)[:, 1]
-    np.testing.assert_allclose(sown["losses"]["core"], 0.5 * (minor**2).mean(), rtol=1e-4)
+    chex.assert_trees_all_close(sown["losses"]["core"], 0.5 * (minor**2).mean(), rtol=1e-4)
     module, variables, x, _ = case(families.ultramem(**SMALL, core_loss_weight=0.0))
     assert "losses" not in module.apply(variables, x, train=True, mutable=["losses"])[1]
 
@@ -256,7 +258,7 @@ def test_memories_of_a_model_shuffle_differently():
     _, variables, x, _ = case(config)
     modules = [layer(config, 16, index=index, num_memories=2) for index in (0, 1)]
     reads = [m.apply(variables, x, train=False, mutable=["reads"])[1]["reads"] for m in modules]
-    np.testing.assert_array_equal(reads[0]["weights"], reads[1]["weights"])
+    chex.assert_trees_all_equal(reads[0]["weights"], reads[1]["weights"])
     assert (reads[0]["slots"] != reads[1]["slots"]).mean() > 0.8
 
 
@@ -268,11 +270,11 @@ def test_query_convolution_is_causal_and_starts_as_the_identity():
     without = {"params": {k: v for k, v in variables["params"].items() if k != "query_conv"}}
     y = module.apply(variables, x, train=False)
     plain = layer(off, 16, index=1, num_memories=2)
-    np.testing.assert_array_equal(y, plain.apply(dict(variables) | without, x, train=False))
+    chex.assert_trees_all_equal(y, plain.apply(dict(variables) | without, x, train=False))
     module, variables, x, _ = case(on)
     later = x.at[:, 3:].set(jax.random.normal(jax.random.key(9), (2, 2, 16)))
     before, after = module.apply(variables, x, train=False), module.apply(variables, later, train=False)
-    np.testing.assert_array_equal(before[:, :3], after[:, :3])
+    chex.assert_trees_all_equal(before[:, :3], after[:, :3])
     assert (before[:, 3:] != after[:, 3:]).any()
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,11 +156,11 @@ def test_a_step_changes_the_cache_in_place(batch, heads):
 def test_a_seed_gives_the_same_sample_again_and_another_seed_another(variables):
     generator = Generator(CONFIG, variables, window=16, sampling=Sampling(temperature=2.0))
     first, again, other = (generator.generate(PROMPTS[:1], 12, seed)[0] for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
+    chex.assert_trees_all_equal(first, again)
     assert (first != other).any()
     # A sequence's draws are its own, and the same prompt draws something else in another place.
     twice = generator.generate([PROMPTS[0], PROMPTS[0]], 12)
-    np.testing.assert_array_equal(first, twice[0])
+    chex.assert_trees_all_equal(first, twice[0])
     assert (first != twice[1]).any()
 
 

@@ -38,7 +38,7 @@ def test_prepared_variables_give_the_same_logits_without_a_cache_too(name):
     variables = _variables(config)
     tokens = np.random.default_rng(0).integers(0, 31, (2, 7)).astype(np.int32)
     apply = jax.jit(Transformer(config).apply)
-    np.testing.assert_allclose(
+    chex.assert_trees_all_close(
         apply(prepare_for_decoding(config, variables), tokens), apply(variables, tokens), rtol=1e-4, atol=2e-5
     )
 
@@ -48,9 +48,9 @@ def test_bfloat16_reads_half_the_bytes_and_keeps_what_must_be_float32():
     variables = _variables(config)
     served = prepare_for_decoding(config, variables)
     params = served["params"]
-    assert params["layer_1"]["feed_forward"]["w_in"].rows.dtype == jnp.bfloat16
-    assert params["memory_0"]["keys"].matrices[0][0][0].rows.dtype == jnp.bfloat16
-    assert params["memory_0"]["cores"].dtype == params["final_norm"]["scale"].dtype == jnp.float32
+    chex.assert_type(params["layer_1"]["feed_forward"]["w_in"].rows, jnp.bfloat16)
+    chex.assert_type(params["memory_0"]["keys"].matrices[0][0][0].rows, jnp.bfloat16)
+    chex.assert_type([params["memory_0"]["cores"], params["final_norm"]["scale"]], jnp.float32)
     # The tied embedding is there once, and the table is the one that was given.
     assert params["output"].rows is params["embedding"]
     assert served["memory"]["memory_0"]["values"] is variables["memory"]["memory_0"]["values"]

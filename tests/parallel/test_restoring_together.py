@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,4 +107,4 @@ def test_two_processes_read_their_parts_and_save_them(tmp_path):
             wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
             restored = checkpoints.restore(wanted, step=3).state
         for name, array in restored.items():
-            np.testing.assert_array_equal(array, np.asarray(state[name]) + 1)
+            chex.assert_trees_all_equal(array, np.asarray(state[name]) + 1)

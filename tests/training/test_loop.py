@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -43,8 +44,7 @@ def whole(config, tmp_path_factory):
 
 
 def _same(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(a, b)
 
 
 def test_a_run_learns_and_records_what_it_promises(config, whole):

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,17 +82,16 @@ def test_row_sparse_equals_dense_where_every_row_is_read(name, micro_batches):
     assert set(sparse.tables) == set(table_readers(model))
     for metrics in rows:  # 2048 reads of 16 slots: the premise of the comparison
         assert {metrics[f"{table}/slots_read_share"] for table in sparse.tables} == {1.0}
-    np.testing.assert_allclose([m["loss"] for m in rows], [m["loss"] for m in plain], rtol=1e-5)
+    chex.assert_trees_all_close([m["loss"] for m in rows], [m["loss"] for m in plain], rtol=1e-5)
     adam = dense.table_state[0]
     for table, parts in sparse.tables.items():
         assert ("pre_values" in parts) == (name in ("ultramem-v2", "peer"))
         for part, values in parts.items():
-            np.testing.assert_allclose(values, dense.tables[table][part], rtol=1e-4, atol=1e-6)
+            chex.assert_trees_all_close(values, dense.tables[table][part], rtol=1e-4, atol=1e-6)
             moments = sparse.table_state[table][part]
-            np.testing.assert_allclose(moments.first, adam.mu[table][part], rtol=1e-4, atol=1e-8)
-            np.testing.assert_allclose(moments.second, adam.nu[table][part], rtol=1e-4, atol=1e-12)
-    for ours, theirs in zip(jax.tree.leaves(sparse.params), jax.tree.leaves(dense.params), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
+            chex.assert_trees_all_close(moments.first, adam.mu[table][part], rtol=1e-4, atol=1e-8)
+            chex.assert_trees_all_close(moments.second, adam.nu[table][part], rtol=1e-4, atol=1e-12)
+    chex.assert_trees_all_close(sparse.params, dense.params, rtol=1e-4, atol=2e-6)
 
 
 def test_row_wise_adagrad_equals_the_dense_way_whatever_is_read():
@@ -106,10 +106,10 @@ def test_row_wise_adagrad_equals_the_dense_way_whatever_is_read():
     assert (
         np.asarray(ours) != np.asarray(_start(RunConfig(model, train=train)).tables["memory_0"]["values"])
     ).any()
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
     expected = dense.table_state[0].sum_of_squares["memory_0"]["values"]
     squares = sparse.table_state["memory_0"]["values"].squares
-    np.testing.assert_allclose(squares, expected, rtol=1e-4, atol=1e-12)
+    chex.assert_trees_all_close(squares, expected, rtol=1e-4, atol=1e-12)
 
 
 def test_rows_that_are_not_read_keep_every_bit():
@@ -122,7 +122,7 @@ def test_rows_that_are_not_read_keep_every_bit():
         seen = np.asarray(after.usage[name].seen)
         assert 0 < seen.sum() < 0.5 * 1600 and seen.sum() == after.usage[name].num_seen
         before_table, table = start.tables[name]["values"], after.tables[name]["values"]
-        np.testing.assert_array_equal(table[~seen], before_table[~seen])
+        chex.assert_trees_all_equal(table[~seen], before_table[~seen])
         assert (np.asarray(table[seen]) != np.asarray(before_table[seen])).any(1).all()
         for moment in after.table_state[name]["values"]:
             assert not np.asarray(moment)[~seen].any()
@@ -134,11 +134,10 @@ def test_accumulated_micro_batches_equal_one_batch():
     batches = _batches(2)
     whole, one = _run(RunConfig(ULTRAMEM, train=TRAIN), batches)
     parts, four = _run(RunConfig(ULTRAMEM, train=replace(TRAIN, grad_accumulation=4)), batches)
-    for name in one[0]:
-        if "std" not in name:  # a mean of four standard deviations is not that of the whole
-            np.testing.assert_allclose(four[1][name], one[1][name], rtol=2e-4, err_msg=name)
-    for a, b in zip(jax.tree.leaves(whole.tables), jax.tree.leaves(parts.tables), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+    # A mean of four standard deviations is not that of the whole.
+    means = [{name: m[1][name] for name in one[0] if "std" not in name} for m in (four, one)]
+    chex.assert_trees_all_close(*means, rtol=2e-4)
+    chex.assert_trees_all_close(whole.tables, parts.tables, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize(("shared", "micro_batches"), [(False, 1), (False, 2), (True, 1)])
@@ -214,7 +213,7 @@ def test_a_host_resident_table_trains_bit_for_bit_like_one_on_the_device():
             assert array.sharding.memory_kind == kind
         assert {a.sharding.memory_kind for a in jax.tree.leaves(state.params)} == {"device"}
         ends[kind] = jax.tree.map(np.asarray, (state, metrics))
-    jax.tree.map(np.testing.assert_array_equal, ends["device"], ends["pinned_host"])
+    chex.assert_trees_all_equal(ends["device"], ends["pinned_host"])
 
 
 def test_initialising_a_table_takes_little_more_than_the_table():
@@ -247,7 +246,7 @@ def test_masked_targets_do_not_count():
     mask = np.random.default_rng(0).integers(0, 2, losses.shape)
     mask[[2, 5]] = 0
     found = jax.jit(make_eval_step(config))(params, tokens, mask.astype(np.float32))
-    np.testing.assert_allclose(found, [(losses * mask).sum(), mask.sum()], rtol=1e-6)
+    chex.assert_trees_all_close(found, np.array([(losses * mask).sum(), mask.sum()]), rtol=1e-6)
 
 
 def test_dropout_is_a_function_of_seed_and_step():

@@ -8,6 +8,7 @@ import textwrap
 import threading
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,7 +121,7 @@ def bits(tree):
 def assert_same_bits(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert np.asarray(got).dtype == np.asarray(want).dtype
+        chex.assert_type(np.asarray(got), np.asarray(want).dtype)
         assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
@@ -167,7 +168,7 @@ def test_steps_during_a_save_leave_no_trace_in_it(config, optimizers, held, tmp_
     differs = (
         mixed.table_state["memory_0"]["values"].second != expected.table_state["memory_0"]["values"].second
     )
-    np.testing.assert_array_equal(np.flatnonzero(differs.any(1)), np.sort(np.concatenate(slots)))
+    chex.assert_trees_all_equal(np.flatnonzero(differs.any(1)), np.sort(np.concatenate(slots)))
 
 
 @pytest.mark.parametrize("rule", ["adamw_catch_up", "sgd"])
@@ -363,18 +364,18 @@ def test_the_first_record_of_a_row_counts(dtype, tmp_path):
             for columns in ([slice(0, 1)], [slice(1, 3)]) if array.ndim > 1 else ([],):
                 place = (rows, *columns)
                 put_back(array[place], place, array.shape, undo.read(name))
-        np.testing.assert_array_equal(array, want)
+        chex.assert_trees_all_equal(array, want)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_a_live_view_is_the_arrays_memory(dtype):
     array = jnp.arange(12, dtype=dtype).reshape(3, 4)
     view = LiveView.of(array)
-    assert view.dtype == array.dtype
+    chex.assert_type(view, array.dtype)
     # Not beside the array: once NumPy looked at one in bfloat16, jax 0.11 no longer donates its buffer.
-    np.testing.assert_array_equal(view, np.arange(12).reshape(3, 4))
+    chex.assert_trees_all_equal(view, np.arange(12).reshape(3, 4))
     changed = jax.jit(lambda a: a.at[1].set(7), donate_argnums=0)(array).block_until_ready()
-    np.testing.assert_array_equal(view, changed)
+    chex.assert_trees_all_equal(view, changed)
     assert view[1, 0] == 7
 
 
