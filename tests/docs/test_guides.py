@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.interop import test_engram as engram
+from tests.support import engram_states as engram
 from tests.support.documents import GUIDES, local_links, python_blocks
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.interop.reference_torch import write_safetensors

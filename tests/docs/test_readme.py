@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.interop import synthetic
-from tests.support.documents import ROOT, local_links, python_blocks
+from tests.support import synthetic
+from tests.support.documents import local_links, python_blocks
+from tests.support.paths import ROOT
 from ultramem_jax.interop.reference_torch import read_safetensors, write_safetensors
 
 README = ROOT / "README.md"

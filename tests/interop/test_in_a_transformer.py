@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.interop import synthetic
+from tests.support import synthetic
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.interop.reference_torch import load
 from ultramem_jax.models import Transformer

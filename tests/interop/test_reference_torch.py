@@ -1,7 +1,6 @@
 """The authors' weights: against their own numbers where the fixtures are there, and against an oracle."""
 
 import json
-import os
 import pathlib
 
 import chex
@@ -10,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.interop import oracle, synthetic
+from tests.support import authors_oracle as oracle
+from tests.support import synthetic
+from tests.support.assertions import assert_close_by_size
+from tests.support.paths import FIXTURES
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop.reference_torch import dump, load
 from ultramem_jax.ops import product_keys
 
-_ROOT = pathlib.Path(__file__).parents[2]
-FIXTURES = pathlib.Path(os.environ.get("ULTRAMEM_FIXTURES", _ROOT.parent / "shared" / "fixtures"))
 _FOUND = sorted(path for kind in ("v1_*", "v2_*", "memory_plus*") for path in FIXTURES.glob(kind + ".npz"))
 fixtures = pytest.mark.parametrize(
     "path",
@@ -35,17 +35,6 @@ def read_fixture(path: pathlib.Path) -> tuple[dict, dict, dict]:
     state = {k: v for k, v in arrays.items() if k in known or (k.endswith(buffers) and "." not in k)}
     state |= {k: v for k, v in arrays.items() if k.startswith("mem_blocks.") and k.endswith(buffers)}
     return hyper, state, arrays
-
-
-def close(actual, expected, name: str) -> None:
-    """Within 1e-5 of the size of the entries; what is zero must be zero.
-
-    Size is the root mean square: for arrays that scatter about zero the standard deviation, but also defined
-    for the single number that is the gradient of a core of rank one.
-    """
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    chex.assert_equal_shape([actual, expected], custom_message=name)
-    assert np.abs(actual - expected).max() <= 1e-5 * np.sqrt(np.mean(expected**2)), name
 
 
 def gradients(module, variables, x, cotangent):
@@ -77,7 +66,7 @@ def test_outputs_and_reads_of_the_reference(path):
     hyper, state, arrays = read_fixture(path)
     module, variables = load(state, hyper)
     y, slots, blocks, scores = reads(module, variables, arrays["x"])
-    close(y, arrays["output"], "output")
+    assert_close_by_size(y, arrays["output"], "output")
     chex.assert_trees_all_equal(slots.reshape(arrays["physical_slots"].shape), arrays["physical_slots"])
     if not module.reference.config.readout.sum_blocks:
         chex.assert_trees_all_equal(blocks.reshape(arrays["groups"].shape), arrays["groups"])
@@ -87,7 +76,7 @@ def test_outputs_and_reads_of_the_reference(path):
         expected = (of_heads / of_heads.sum(-1, keepdims=True)).reshape(scores.shape)
     if hyper.get("pre_vdim"):  # and by their product with what the slot makes of the token as an expert
         expected = expected * inner_values(hyper, state, arrays["x"], slots)[..., None]
-    close(scores, expected, "best_scores")
+    assert_close_by_size(scores, expected, "best_scores")
 
 
 @fixtures
@@ -99,7 +88,7 @@ def test_gradients_of_the_reference(path):
     expected = {k.removeprefix("grad."): v for k, v in arrays.items() if k.startswith("grad.")}
     assert set(synthetic.shapes(hyper)) | {"x"} == set(expected)
     for name, gradient in expected.items():
-        close(found[name], gradient, name)
+        assert_close_by_size(found[name], gradient, name)
 
 
 @fixtures
@@ -116,7 +105,7 @@ def test_core_loss_of_the_reference(path):
         loss, by_cores = jax.value_and_grad(product_keys.core_loss)(jnp.stack(cores, axis=1), margin=0.15)
         chex.assert_trees_all_close(loss, arrays[name], rtol=1e-5)
         for i in range(len(cores)):
-            close(by_cores[:, i], arrays[f"aux.grad.{prefix}tucker_core.{i}"], name)
+            assert_close_by_size(by_cores[:, i], arrays[f"aux.grad.{prefix}tucker_core.{i}"], name)
 
 
 @fixtures
@@ -150,7 +139,7 @@ def test_outputs_and_reads_of_the_oracle(name):
     hyper, state, x, expected = synthetic.case(name)
     module, variables = load(state, hyper)
     y, slots, blocks, _ = reads(module, variables, x)
-    close(y, expected.output, name)
+    assert_close_by_size(y, expected.output, name)
     chex.assert_trees_all_equal(np.sort(slots), np.sort(expected.slots))
     if not module.reference.config.readout.sum_blocks:
         chex.assert_trees_all_equal(np.sort(blocks), np.sort(expected.blocks))

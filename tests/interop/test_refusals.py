@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.interop import synthetic
+from tests.support import synthetic
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop.hyper import Reference
 from ultramem_jax.interop.reference_torch import dump, load, read_safetensors, write_safetensors

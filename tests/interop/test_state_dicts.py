@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.interop import synthetic
+from tests.support import synthetic
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop.constant import Constant

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.systems import variables_of
 from tests.support.users_compiler import memory_analysis
 from ultramem_jax.config import ModelConfig, MoEConfig
 from ultramem_jax.data import ByteTokenizer
@@ -75,10 +76,10 @@ OTHERS = {
 
 
 def _variables(config):
-    made = jax.jit(lambda: Transformer(config).init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32)))()
+    made = variables_of(config, seed=3)
     # Larger embeddings make confident predictions, so that greedy choices are no near ties.
     made["params"]["embedding"] = made["params"]["embedding"] * 5
-    return {name: made[name] for name in ("params", "memory", "buffers") if name in made}
+    return made
 
 
 @pytest.fixture(scope="module")

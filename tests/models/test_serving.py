@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.layers.test_contract import CONFIGS
+from tests.support.systems import CONFIGS, variables_of
 from ultramem_jax.config import MeshConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.models import Transformer
@@ -27,15 +27,10 @@ def _config(name, **fields):
     return config
 
 
-def _variables(config):
-    made = jax.jit(lambda: Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))()
-    return {k: made[k] for k in ("params", "memory", "buffers") if k in made}
-
-
 @pytest.mark.parametrize("name", ["moe", "ultramem-v2"])
 def test_prepared_variables_give_the_same_logits_without_a_cache_too(name):
     config = _config(name)
-    variables = _variables(config)
+    variables = variables_of(config)
     tokens = np.random.default_rng(0).integers(0, 31, (2, 7)).astype(np.int32)
     apply = jax.jit(Transformer(config).apply)
     chex.assert_trees_all_close(
@@ -45,7 +40,7 @@ def test_prepared_variables_give_the_same_logits_without_a_cache_too(name):
 
 def test_bfloat16_reads_half_the_bytes_and_keeps_what_must_be_float32():
     config = replace(_config("ultramem"), dtype="bfloat16")
-    variables = _variables(config)
+    variables = variables_of(config)
     served = prepare_for_decoding(config, variables)
     params = served["params"]
     chex.assert_type(params["layer_1"]["feed_forward"]["w_in"].rows, jnp.bfloat16)
@@ -62,7 +57,7 @@ def test_bfloat16_reads_half_the_bytes_and_keeps_what_must_be_float32():
 
 def test_what_is_prepared_comes_back_as_it_is():
     config = _config("moe")
-    served = prepare_for_decoding(config, _variables(config))
+    served = prepare_for_decoding(config, variables_of(config))
     assert prepare_for_decoding(config, served) is served
     of_experts = served["params"]["layer_1"]["feed_forward"]["w_in"]
     assert len(of_experts) == 6 and all(isinstance(w, OutputMajor) for w in of_experts)
@@ -72,7 +67,7 @@ def test_variables_on_a_mesh_are_refused():
     config = _config("mlp")
     everywhere = NamedSharding(make_mesh(MeshConfig(data=2), jax.devices()[:2]), PartitionSpec())
     with pytest.raises(UserError, match="variables = 'on 2 devices': must be on one"):
-        prepare_for_decoding(config, jax.device_put(_variables(config), everywhere))
+        prepare_for_decoding(config, jax.device_put(variables_of(config), everywhere))
 
 
 def _step(config, variables, batch=3):
@@ -97,7 +92,7 @@ def _equations(jaxpr):
 @pytest.mark.parametrize("name", ["pkm", "memory-plus", "ultramem", "ultramem-v2"])
 def test_a_step_computes_nothing_that_depends_on_parameters_alone(name):
     config = _config(name, num_keys=64, top_m=2, key_dim=64)
-    served = prepare_for_decoding(config, _variables(config))
+    served = prepare_for_decoding(config, variables_of(config))
     of_memory = served["params"]["memory_0"]["keys"].matrices
     equations = list(_equations(_step(config, served).jaxpr))
     assert not any("svd" in equation.primitive.name for equation in equations)

@@ -1,7 +1,6 @@
 """A state that eight devices of one process saved, read and saved again by two processes of two devices."""
 
 import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -12,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.support.paths import ROOT
 from ultramem_jax.training.checkpoints import Checkpoints
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 MEMBER = """
     import json, logging, sys

@@ -3,7 +3,8 @@
 import pathlib
 import re
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 GUIDES = ROOT / "docs" / "guides"
 
 

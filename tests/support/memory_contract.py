@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.support.systems import variables_of
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.layers import Memory
@@ -33,8 +34,7 @@ BASE = ModelConfig(vocab_size=31, embed_dim=16, num_layers=2, num_heads=2, num_k
 def _variables(model):
     """Variables with no special values: what starts at zero would hide a mistake."""
     rng = np.random.default_rng(0)
-    made = jax.jit(lambda: Transformer(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))()
-    held = {name: made[name] for name in ("params", "memory", "buffers") if name in made}
+    held = variables_of(model)
 
     def stirred(a):
         return a + 0.1 * jnp.asarray(rng.normal(size=a.shape), a.dtype)

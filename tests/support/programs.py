@@ -2,31 +2,17 @@
 
 import sys
 
-import jax
 import pytest
 from absl import flags
 
 import launch
 from experiments import EXPERIMENTS
-from experiments.common import seeds
 from ultramem_jax.commands import COMMANDS
-from ultramem_jax.parallel.mesh import make_mesh
-from ultramem_jax.training import loop
 
 
 @pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device():
-    """Meshes of many devices are the business of other tests; one compiles in half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        patch.setattr(seeds, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        yield
+def on_one_device(one_device):
+    """Runs every program on one device."""
 
 
 @pytest.fixture(scope="module")

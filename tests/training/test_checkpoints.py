@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.support.assertions import assert_same_bits
 from ultramem_jax.config import ModelConfig, RunConfig, to_dict
 from ultramem_jax.errors import UserError
 from ultramem_jax.presets import families
@@ -59,14 +60,6 @@ def make_state(seed=0, width=8, sharding=None):
 
 def abstract(state):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-
-
-def assert_same_bits(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert isinstance(got, jax.Array)
-        assert (got.dtype, got.shape) == (want.dtype, want.shape)
-        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
 def save_all(directory, losses, **kept):
@@ -246,7 +239,7 @@ def test_position_of_the_data_iterator(tmp_path):
         following = [next(data) for _ in range(3)]  # the save is in flight
         fresh = iterator()
         checkpoints.restore(abstract(make_state()), fresh)
-    chex.assert_trees_all_equal(np.array([next(fresh) for _ in range(3)]), following)
+    chex.assert_trees_all_equal([next(fresh) for _ in range(3)], following)
 
 
 def test_subtree_reads_its_entries_alone(saved, monkeypatch):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import chex
 import pytest
 
-from tests.training.small_run import files
+from tests.support.small_run import files
 from ultramem_jax import UserError
 from ultramem_jax.data import BpeTokenizer, load_corpus
 from ultramem_jax.training.continuing import _jumps, check_corpus, corpus_identity

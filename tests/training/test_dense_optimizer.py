@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.training.mesh_step import MEMORY, TRAIN, run, run_config, start
+from tests.support.mesh_step import MEMORY, TRAIN, run, run_config, start
 from ultramem_jax.accounting import bytes_per_token, count_parameters, optimizer_bytes
 from ultramem_jax.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.ops.on_mesh import on_mesh

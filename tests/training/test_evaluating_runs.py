@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.support.small_run import scalars
 from tests.support.users_compiler import memory_analysis
-from tests.training.small_run import scalars
 from ultramem_jax import UserError
 from ultramem_jax.data import load_corpus
 from ultramem_jax.parallel.mesh import one_device as first_device

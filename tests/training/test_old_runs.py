@@ -3,7 +3,7 @@
 import chex
 import pytest
 
-from tests.training.small_run import small_config
+from tests.support.small_run import small_config
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
 from ultramem_jax.config.old_configs import in_todays_parts, is_of_before
 from ultramem_jax.errors import UserError

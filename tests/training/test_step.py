@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.step_models import FAMILY, MODEL, ULTRAMEM, token_batches
 from tests.support.users_compiler import memory_analysis
-from ultramem_jax.config import ModelConfig, MoEConfig, RunConfig, TrainConfig
+from ultramem_jax.config import MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.parallel.mesh import one_device
@@ -16,15 +17,6 @@ from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state, fresh_state, init_state
 from ultramem_jax.training.step import make_eval_step, make_train_step, token_losses
 
-MODEL = ModelConfig(vocab_size=11, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=16)
-ULTRAMEM = replace(
-    MODEL,
-    memories={
-        "memory": families.ultramem(
-            placement="1:2/2:2", num_keys=4, top_m=8, num_heads=2, key_dim=8, value_dim=8, shuffle_seed=3
-        )
-    },
-)
 TRAIN = TrainConfig(steps=6, batch_size=8, learning_rate=1e-2, warmup_fraction=0.0)
 
 
@@ -43,27 +35,6 @@ def _start(config):
     return jax.jit(lambda: init_state(config, make_optimizers(config)))()
 
 
-def _batches(count, sequences=8, length=17, seed=0):
-    rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.integers(0, 11, (sequences, length)), jnp.int32) for _ in range(count)]
-
-
-SMALL = dict(num_keys=4, top_m=4, num_heads=2, key_dim=8, value_dim=8)
-# Both layers of the first two read one table; the windows of the ring overlap.
-FAMILY = {
-    "ultramem-v2": families.ultramem_v2(
-        **SMALL | dict(num_keys=3, num_heads=1),
-        pre_value_dim=6,
-        pre_value_activation="gelu",
-        share_ratio=0.9,
-        value_lr_multiple=2.0,
-        balance_loss_weight=0.1,
-    ),
-    "memory-plus": families.memory_plus(**SMALL),
-    "peer": families.peer(**SMALL | dict(value_dim=16), pre_value_dim=16, placement="1:2"),
-}
-
-
 @pytest.mark.parametrize(
     ("name", "micro_batches"),
     [
@@ -76,7 +47,7 @@ FAMILY = {
 def test_row_sparse_equals_dense_where_every_row_is_read(name, micro_batches):
     model = ULTRAMEM if name == "ultramem" else replace(MODEL, memories={"memory": FAMILY[name]})
     train = replace(TRAIN, grad_accumulation=micro_batches)
-    batches = _batches(3)
+    batches = token_batches(3)
     sparse, rows = _run(RunConfig(model, train=train), batches)
     dense, plain = _run(RunConfig(model, train=replace(train, table_gradient="dense")), batches)
     assert set(sparse.tables) == set(table_readers(model))
@@ -98,7 +69,7 @@ def test_row_wise_adagrad_equals_the_dense_way_whatever_is_read():
     memory = ULTRAMEM.memory.changed(placement="1:1", num_keys=16, top_m=4)
     model = replace(MODEL, num_layers=1, memories={"memory": memory})
     train = replace(TRAIN, row_optimizer="adagrad_row", weight_decay=0.0)
-    batches = _batches(3, length=5)
+    batches = token_batches(3, length=5)
     sparse, rows = _run(RunConfig(model, train=train), batches)
     dense, _ = _run(RunConfig(model, train=replace(train, table_gradient="dense")), batches)
     assert 0 < rows[-1]["memory_0/slots_read_share"] < 0.9
@@ -115,7 +86,7 @@ def test_row_wise_adagrad_equals_the_dense_way_whatever_is_read():
 def test_rows_that_are_not_read_keep_every_bit():
     model = replace(ULTRAMEM, memories={"memory": ULTRAMEM.memory.changed(num_keys=40, top_m=2)})
     config = RunConfig(model, train=TRAIN)
-    batches = _batches(2)
+    batches = token_batches(2)
     start = _start(config)
     after, _ = _run(config, batches)
     for name in start.tables:
@@ -131,7 +102,7 @@ def test_rows_that_are_not_read_keep_every_bit():
 def test_accumulated_micro_batches_equal_one_batch():
     # Sequences of a micro-batch do not meet, so the mean of their gradients is that of the whole batch. The
     # core's sign buffers do meet, and give the same vectors for the same core.
-    batches = _batches(2)
+    batches = token_batches(2)
     whole, one = _run(RunConfig(ULTRAMEM, train=TRAIN), batches)
     parts, four = _run(RunConfig(ULTRAMEM, train=replace(TRAIN, grad_accumulation=4)), batches)
     # A mean of four standard deviations is not that of the whole.
@@ -196,7 +167,7 @@ def test_a_host_resident_table_trains_bit_for_bit_like_one_on_the_device():
     train = replace(train, row_optimizer="adamw_catch_up")
     axes = one_device()
     sharding = axes.sharding()
-    batches, ends = _batches(3), {}
+    batches, ends = token_batches(3), {}
     for kind in ("device", "pinned_host"):
         config = RunConfig(replace(MODEL, memories={"memory": memory.changed(memory_kind=kind)}), train=train)
         optimizers = make_optimizers(config)
@@ -225,7 +196,7 @@ def test_initialising_a_table_takes_little_more_than_the_table():
 
 def test_loss_is_the_cross_entropy_of_the_model_and_auxiliary_losses_are_apart():
     moe = replace(MODEL, moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8))
-    config, tokens = RunConfig(moe, train=TRAIN), _batches(1)[0]
+    config, tokens = RunConfig(moe, train=TRAIN), token_batches(1)[0]
     state = _start(config)
     apply = jax.jit(Transformer(moe).apply)
     logits = np.asarray(apply({"params": state.params}, tokens[:, :-1]), np.float64)
@@ -239,7 +210,7 @@ def test_loss_is_the_cross_entropy_of_the_model_and_auxiliary_losses_are_apart()
 
 
 def test_masked_targets_do_not_count():
-    config, tokens = RunConfig(MODEL, train=TRAIN), _batches(1)[0]
+    config, tokens = RunConfig(MODEL, train=TRAIN), token_batches(1)[0]
     params = {"params": _start(config).params}
     logits = jax.jit(Transformer(MODEL).apply)(params, tokens[:, :-1])
     losses = np.asarray(token_losses(logits, tokens[:, 1:]), np.float64)
@@ -251,7 +222,7 @@ def test_masked_targets_do_not_count():
 
 def test_dropout_is_a_function_of_seed_and_step():
     config = RunConfig(replace(ULTRAMEM, dropout=0.3), train=TRAIN)
-    batch = _batches(1) * 2
+    batch = token_batches(1) * 2
     _, once = _run(config, batch)
     _, again = _run(config, batch)
     assert once == again
@@ -264,7 +235,7 @@ def test_experts_are_balanced_within_each_micro_batch():
     moe = MoEConfig(num_experts=4, top_k=2, expert_dim=8, load_balance_weight=1.0, router_z_weight=0.0)
     model = replace(MODEL, num_layers=1, moe=moe)
     config = RunConfig(model, train=replace(TRAIN, grad_accumulation=4))
-    tokens = _batches(1)[0]
+    tokens = token_batches(1)[0]
     state = _start(config)
     router = jax.random.normal(jax.random.key(5), state.params["layer_1"]["feed_forward"]["router"].shape)
     state.params["layer_1"]["feed_forward"]["router"] = router

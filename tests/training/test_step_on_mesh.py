@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.users_compiler import fuse_as_for_users
-from tests.training.mesh_step import (
+from tests.support.mesh_step import (
     BOTH,
     MEMORY,
     MICRO_BATCHES,
@@ -21,6 +20,7 @@ from tests.training.mesh_step import (
     run,
     run_config,
 )
+from tests.support.users_compiler import fuse_as_for_users
 from ultramem_jax.config import DataConfig, MeshConfig
 from ultramem_jax.ops import chunks
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device

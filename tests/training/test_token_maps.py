@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.training.small_run import small_config
+from tests.support.small_run import small_config
 from ultramem_jax.data import load_corpus
 from ultramem_jax.data.canonical_ids import canonical_ids
 from ultramem_jax.models import Transformer

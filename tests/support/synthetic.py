@@ -3,7 +3,7 @@
 import chex
 import numpy as np
 
-from tests.interop import oracle
+from tests.support import authors_oracle as oracle
 
 V1 = dict(
     layer="v1",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from tests.training.test_step import FAMILY, MODEL, ULTRAMEM, _batches
+from tests.support.step_models import FAMILY, MODEL, ULTRAMEM, token_batches
 from ultramem_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device, shard_batch
@@ -81,7 +81,7 @@ def run(config, steps, alone=False):
     model = replace(config.model, memories={"memory": config.model.memory.changed(partition="slots")})
     state = jax.device_put(start(model, config.train), jax.tree.map(lambda a: a.sharding, abstract))
     losses = []
-    for tokens in _batches(steps, config.train.batch_size, config.data.seq_len + 1):
+    for tokens in token_batches(steps, config.train.batch_size, config.data.seq_len + 1):
         state, metrics = step(state, shard_batch(np.asarray(tokens), axes))
         losses.append(float(metrics["loss"]))
     return state, losses, metrics
