@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from tests.support import oracle
+from tests.support.memory_cases import assert_close_to_float64, case, layer
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.presets import families
-
-from .test_product_key_memory import case, close, layer
 
 SMALL = dict(num_keys=6, top_m=4, key_dim=8)
 V2 = SMALL | dict(value_dim=8, pre_value_dim=6)
@@ -43,7 +42,7 @@ def member(name):
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_equals_the_definition_in_float64(name):
-    close(member(name).run(), member(name).expected())
+    assert_close_to_float64(member(name).run(), member(name).expected())
 
 
 def test_parameters_are_those_of_the_member():
@@ -127,7 +126,7 @@ def test_windows_of_a_shared_table(name):
     assert "memory" not in memory.variables
     chex.assert_shape(memory.tables["values"], (num_slots, 8))
     chex.assert_shape(memory.tables["pre_values"], (num_slots, 6))
-    close(memory.run(), memory.expected())
+    assert_close_to_float64(memory.run(), memory.expected())
     # Many tokens read the whole window and nothing else.
     x = jax.random.normal(jax.random.key(9), (1, 1000, 16))
     slots = _slots_read(memory, x)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.activations import gelu64, silu64
 from ultramem_jax import ModelConfig
 from ultramem_jax.layers.mlp import MLP, activated
 
@@ -14,14 +15,6 @@ X = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
 
 def init(layer, x):
     return jax.jit(lambda x: layer.init_with_output(jax.random.key(0), x, train=False))(x)
-
-
-def gelu64(x):
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def silu64(x):
-    return x / (1 + np.exp(-x))
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.activations import gelu64, silu64
 from ultramem_jax import ModelConfig, MoEConfig
 from ultramem_jax.layers.moe import (
     ExpertWeights,
@@ -17,8 +18,6 @@ from ultramem_jax.layers.moe import (
 from ultramem_jax.layers.served_experts import block_rows, served_experts
 from ultramem_jax.models import Transformer
 from ultramem_jax.ops.linear import OutputMajor
-
-from .test_mlp import gelu64, silu64
 
 T, D, F, NUM_EXPERTS = 24, 6, 8, 4
 RNG = np.random.default_rng(0)
