@@ -146,7 +146,7 @@ def test_parameters_of_experts_of_width_one_by_hand():
     p = accounting.count_parameters(PEER)
     assert p.memory["queries"] == 8 * (2 * 3 * 4)
     assert p.memory["keys"] == 2 * 3 * 4  # one set for three heads
-    assert p.memory["norms"] == 4  # of queries alone
+    assert p.memory["norms"] == 4  # only of queries
     assert p.memory["projection"] == p.memory["pre_projection"] == 0
     assert p.memory_tables == 9 * (8 + 8)
 
@@ -196,7 +196,7 @@ def test_parameters_of_experts_by_hand():
     ],
 )
 def test_the_count_is_that_of_the_model(config):
-    # Shapes alone: nothing of a model's size is built. Tables live in a collection of their own.
+    # Only shapes: nothing of a model's size is built. Tables live in a collection of their own.
     tokens = jnp.zeros((1, 8), jnp.int32)
     tree = jax.eval_shape(lambda: Transformer(config).init(jax.random.key(0), tokens))
     size = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in tree.items()}

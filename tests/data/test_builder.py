@@ -34,7 +34,7 @@ def folder_config(tmp_path, **fields) -> DataConfig:
 
 
 def stored_stream(folder, split) -> np.ndarray:
-    """The records of a split, end to end, without the filling of the last."""
+    """Returns the records of a split, end to end, without the padding of the last."""
     built = open_records(folder)
     records = built.as_data_source(split="+".join(built.info.metadata["parts"][split]))
     tokens = np.concatenate([record["tokens"] for record in records])

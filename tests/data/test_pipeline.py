@@ -86,7 +86,7 @@ def test_every_epoch_is_another_permutation(corpus):
     for epoch in order:
         assert sorted(epoch) == list(range(n))
     for one, other in itertools.combinations([*order, np.arange(n)], 2):
-        # Two random permutations agree in one place on average.
+        # Two random permutations agree in one position on average.
         assert (one == other).sum() < 10
 
 
@@ -95,7 +95,7 @@ def test_batches_run_on_over_the_end_of_an_epoch(corpus):
     chex.assert_trees_all_equal(batches(train_iterator(corpus, 100, seed=3), 6).reshape(600, S + 1), one)
 
 
-def test_order_depends_on_the_seed_alone(corpus, folder):
+def test_order_depends_only_on_the_seed(corpus, folder):
     first = batches(train_iterator(corpus, 4, seed=0), 5)
     chex.assert_trees_all_equal(batches(train_iterator(load(folder), 4, seed=0), 5), first)
     for seed in (1, 2**40):
@@ -138,7 +138,7 @@ def test_position_survives_other_processes(corpus):
     chex.assert_trees_all_equal(batches(one, 3)[:, 3:], batches(second_half, 3))
 
 
-def test_a_process_reads_its_own_rows_alone(corpus, monkeypatch):
+def test_a_process_reads_only_its_own_rows(corpus, monkeypatch):
     read = []
 
     class Counting:  # a source of its own: iterators of earlier tests may still be prefetching from theirs

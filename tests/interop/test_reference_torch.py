@@ -154,7 +154,7 @@ def test_round_trip(name):
 
 @pytest.mark.parametrize("name", ("v1_three_heads", "v2_everything", "memory_plus"))
 def test_gradients_of_the_oracle(name):
-    """Of six numbers of each array, by central differences; the balance loss is in both."""
+    """Six derivatives of each array equal central differences; the balance loss is in both."""
     hyper, state, x, _ = synthetic.case(name, tokens=(1, 2))
     rng = np.random.default_rng(0)
     cotangent = rng.normal(size=x.shape).astype(np.float32)

@@ -83,7 +83,7 @@ def test_rotary_hand_worked():
     )
 
 
-def test_rotary_products_depend_on_distance_alone():
+def test_rotary_products_depend_only_on_distance():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
     @jax.jit
@@ -119,7 +119,7 @@ def test_equals_float64(kv_heads, min_chunk, monkeypatch):
 
 @functools.cache
 def normed_variables():
-    """Of an attention with norms, their gains drawn at random: they start at 1."""
+    """Draws the variables of an attention with norms, whose gains start at 1, at random."""
     params = dict(variables_of(attention_qk_norm=True)["params"])
     rng = np.random.default_rng(3)
     for name in ("query_norm", "key_norm"):
@@ -172,7 +172,7 @@ def test_later_tokens_do_not_matter():
 
 
 def after_cached(layer, variables, x, cache, lengths, used, counts, visible):
-    """The layer on tokens that follow on a cache: the output, the cache and its visible places after it."""
+    """Applies the layer to tokens that follow on a cache; returns output, cache and visible positions."""
     chunk, visible = next_chunk(visible, lengths, used, counts, x.shape[1])
     y, left = layer.apply(variables | {"cache": cache}, x, train=False, chunk=chunk, mutable=["cache"])
     return y, left["cache"], visible
@@ -193,7 +193,7 @@ def test_one_token_at_a_time_equals_the_whole():
 
 
 def test_a_query_without_keys_stays_finite():
-    # The filling of a sequence that has no token at all gets the mean of what the cache holds.
+    # The padding of a sequence that has no token at all gets the mean of what the cache holds.
     layer, x = Attention(config()), inputs(3)
     variables = variables_of()
     cache = {name: jnp.zeros((2 * 2, 3, 4), jnp.float32) for name in ("keys", "values")}
@@ -219,7 +219,7 @@ def test_gradient_equals_finite_differences():
     )
 
 
-def test_dropout_acts_in_training_alone_and_keeps_the_mean():
+def test_dropout_acts_only_in_training_and_keeps_the_mean():
     layer, x = Attention(config(dropout=0.25)), inputs(6, batch=1)
     variables = variables_of()
     still = np.asarray(run(layer, variables, x, train=False))

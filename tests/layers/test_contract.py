@@ -1,4 +1,4 @@
-"""What every layer in the registry promises, whatever it is."""
+"""Every layer keeps the promises that all layers make."""
 
 import functools
 from dataclasses import replace
@@ -81,7 +81,7 @@ def test_bfloat16_computation_keeps_float32_parameters(name):
     assert jnp.abs(y.astype(jnp.float32) - exact).mean() < 0.05 * jnp.abs(exact).mean()
 
 
-def test_a_sequence_alone_gives_what_it_gives_in_a_batch(name):
+def test_a_sequence_gives_the_same_by_itself_and_in_a_batch(name):
     _, variables, x = _made(name)
     alone, together = (_compiled(name)(variables, a) for a in (x[:1], x))
     chex.assert_trees_all_close(alone, together[:1], rtol=1e-4, atol=1e-5)
@@ -118,7 +118,7 @@ def _decoded(config, variables, tokens, cache_dtype="float32"):
     done = np.zeros(2, np.int32)
     for counts in ([4, 2], [0, 4], [1, 1], [1, 0], [1, 1]):
         size = 4 if max(counts) > 1 else 1
-        chunk = np.full((2, size), 3, np.int32)  # the filling is a token like any other
+        chunk = np.full((2, size), 3, np.int32)  # the padding is a token like any other
         for row, (first, count) in enumerate(zip(done, counts, strict=True)):
             chunk[row, :count] = tokens[row, first : first + count]
         logits, left = step(variables | {"cache": cache}, chunk, np.array(counts, np.int32))
@@ -161,7 +161,7 @@ def test_a_cache_in_bfloat16_rounds_keys_values_and_what_they_are_multiplied_wit
     config, variables, tokens, full = _model(cached)
     for row, position, logits in _decoded(config, variables, tokens, "bfloat16"):
         error = np.abs(logits - full[row, position]).max()
-        # Eight bits of keys and values; far less than if positions or places were mistaken.
+        # Eight bits of keys and values; far less than if positions were mistaken.
         assert 0 < error < 0.03 * np.abs(full[row, position]).max()
 
 

@@ -229,7 +229,7 @@ def test_balance_loss_equals_its_definition(name):
     )
 
 
-def test_balance_loss_reaches_queries_and_keys_through_the_probabilities_alone():
+def test_balance_loss_reaches_queries_and_keys_only_through_the_probabilities():
     memory = case(BALANCED["tucker"])
     losses = _sown_losses(memory)
     params = memory.variables["params"]

@@ -93,7 +93,7 @@ def greedy(variables):
 
 
 def _likeliest(variables, prompt, count, window):
-    """From the definition, with the whole context, unpadded, for every token.
+    """Continues a prompt by the definition: the whole context, unpadded, for every token.
 
     The context is what the cache holds: all tokens, until the window is full; then the newer half of it.
     """
@@ -111,7 +111,7 @@ def test_temperature_zero_takes_the_likeliest_token(variables, greedy, prompt):
     assert greedy.generate([prompt], 5)[0].tolist() == _likeliest(variables, prompt, 5, 16)
 
 
-def test_prompts_of_unequal_lengths_get_together_what_they_get_alone(greedy):
+def test_prompts_of_unequal_lengths_get_together_what_each_gets_by_itself(greedy):
     together = greedy.generate(PROMPTS, 5)
     for prompt, found in zip(PROMPTS, together, strict=True):
         assert found.tolist() == greedy.generate([prompt], 5)[0].tolist()
@@ -159,7 +159,7 @@ def test_a_seed_gives_the_same_sample_again_and_another_seed_another(variables):
     first, again, other = (generator.generate(PROMPTS[:1], 12, seed)[0] for seed in (0, 0, 1))
     chex.assert_trees_all_equal(first, again)
     assert (first != other).any()
-    # A sequence's draws are its own, and the same prompt draws something else in another place.
+    # A sequence's draws are its own, and the same prompt draws something else as another sequence.
     twice = generator.generate([PROMPTS[0], PROMPTS[0]], 12)
     chex.assert_trees_all_equal(first, twice[0])
     assert (first != twice[1]).any()

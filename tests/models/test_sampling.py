@@ -19,7 +19,7 @@ def _frequencies(sampling):
 
 
 def _expected(sampling):
-    """From the definition, in float64."""
+    """Returns the probabilities from the definition, in float64."""
     p = np.exp(LOGITS / sampling.temperature)
     order = np.argsort(-p)
     order = order[: sampling.top_k or 5]

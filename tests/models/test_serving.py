@@ -1,4 +1,4 @@
-"""What `prepare_for_decoding` promises: the numbers of the model, and no work that could be done before."""
+"""`prepare_for_decoding` keeps the numbers of the model, and leaves no work that could be done before."""
 
 from dataclasses import replace
 
@@ -71,7 +71,7 @@ def test_variables_on_a_mesh_are_refused():
 
 
 def _step(config, variables, batch=3):
-    """The jaxpr of a decoding step."""
+    """Returns the jaxpr of a decoding step."""
     cache = empty_cache(config, batch, 8)
     apply = Transformer(config).apply
     tokens, counts = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
@@ -90,7 +90,7 @@ def _equations(jaxpr):
 
 
 @pytest.mark.parametrize("name", ["pkm", "memory-plus", "ultramem", "ultramem-v2"])
-def test_a_step_computes_nothing_that_depends_on_parameters_alone(name):
+def test_a_step_computes_nothing_that_depends_only_on_parameters(name):
     config = _config(name, num_keys=64, top_m=2, key_dim=64)
     served = prepare_for_decoding(config, variables_of(config))
     of_memory = served["params"]["memory_0"]["keys"].matrices

@@ -116,7 +116,7 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
     assert 0 < jnp.abs(logits - exact).mean() < 0.05 * jnp.abs(exact).mean()
 
 
-def test_dropout_is_on_in_training_alone():
+def test_dropout_is_on_only_in_training():
     config = replace(_with_memory("1:2"), dropout=0.5)
     variables = variables_of(config)
     still = jax.jit(Transformer(_with_memory("1:2")).apply)(variables, TOKENS)

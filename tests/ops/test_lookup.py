@@ -25,7 +25,7 @@ def _float32(*arrays):
 
 
 def _pooled(table, slots, blocks, scores, expansion):
-    """From the definition, in float64."""
+    """Returns the pooled reads from their definition, in float64."""
     pooled = np.zeros((slots.shape[0], expansion, table.shape[1]))
     slice_width = table.shape[1] // scores.shape[2]
     for t in range(slots.shape[0]):

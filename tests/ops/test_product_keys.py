@@ -103,7 +103,7 @@ def test_three_by_three_tucker_by_hand():
 
 def test_a_good_cell_outside_the_candidates_is_missed():
     # Two ranks, core diag(2, 1), so that u and t are the first axis: candidates are the best in rank 0. Cell
-    # (1, 1) scores 1·9·9 = 81 in rank 1 alone, but row 1 and column 1 are no candidates.
+    # (1, 1) scores 1·9·9 = 81 in rank 1, but row 1 and column 1 are no candidates.
     cores = jnp.array([[[[2.0, 0.0], [0.0, 1.0]]]])
     scores = _given_scores([[3.0, 0.0], [0.0, 9.0]], [[4.0, 0.0], [0.0, 9.0]])
     found = _retrieve_tucker(*scores, cores, jnp.array([[[1.0, 0.0]], [[1.0, 0.0]]]), 1)
@@ -154,7 +154,7 @@ def test_rank_one_tucker_with_positive_scores_is_exact_over_the_whole_grid():
 
 
 def test_selection_follows_the_sum_of_the_cores():
-    # Core 1 alone prefers cell (0, 0), core 2 alone (1, 1) by more: the sum has to prefer (1, 1).
+    # Core 1 by itself prefers cell (0, 0), core 2 prefers (1, 1) by more: the sum has to prefer (1, 1).
     scores = _given_scores([[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]])  # key i scores in rank i
     cores = jnp.array([[[[2.0, 0.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 3.0]]]])
     # The sum is diag(2, 3.5): its leading vector is the second axis, up to the sign, which is set here.
@@ -176,7 +176,7 @@ def test_equal_cores_equal_one_core():
 
 
 def _gradients(retrieve, weight, *args):
-    """Those of Σ weight · scores by all arguments, and what was retrieved."""
+    """Returns the gradients of Σ weight · scores by all arguments, and what was retrieved."""
 
     def total(*args):
         found = retrieve(*args)
@@ -218,7 +218,7 @@ def test_tucker_gradients_equal_those_of_all_scores(of_each_rank, sets):
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_gradients_reach_the_keys_of_chosen_cells_alone(ranks):
+def test_gradients_reach_only_the_keys_of_chosen_cells(ranks):
     args = [jnp.asarray(a) for a in _random(6, 1, 1, 1, max(ranks, 1), max(ranks, 1), 8)]
     core, directions = _random_cores(6, 1, 2, 2)
 

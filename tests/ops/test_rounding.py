@@ -99,7 +99,7 @@ def test_rounds_up_as_often_as_the_fraction_says(fraction):
     up = np.asarray(_round_by_seeds(x, _rows(8), jnp.arange(4096, dtype=jnp.uint32))) > 1
     exact = (float(x[0, 0]) - 1) / _STEP
     assert abs(up.mean() - exact) < 5 * np.sqrt(exact * (1 - exact) / up.size)
-    # As often in every place, which has 4096 draws.
+    # As often in every entry, which has 4096 draws.
     assert (abs(up.mean(0) - exact) < 5 * np.sqrt(exact * (1 - exact) / 4096)).all()
 
 

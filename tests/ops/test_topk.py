@@ -87,7 +87,7 @@ def _assert_agrees_in_all_normal_numbers(ours, dtype):
     exact = magnitude[:, -1] >= least
     assert 0 < exact.sum() < len(x)
     chex.assert_trees_all_equal(index[exact], expected_index[exact])
-    # The other rows: numbers first, and then zeros and subnormals alone, in the order of lax.top_k.
+    # The other rows: numbers first, and then only zeros and subnormals, in the order of lax.top_k.
     normal = magnitude >= least
     chex.assert_trees_all_equal(index[normal], expected_index[normal])
     assert (np.abs(values.astype(np.float32)[~normal]) < least).all()

@@ -1,4 +1,4 @@
-"""What is asked of every kind of addresser, whoever defines it: one function for each promise.
+"""Checks what every kind of addresser promises, whoever defines it: one function for each promise.
 
 They take a `ModelConfig` with memories of that kind. A vocabulary of 31, rows that a mesh of four owners
 divides, and two layers keep them fast; `CHECKS` lists them all.
@@ -27,12 +27,12 @@ from ultramem_jax.training.state import abstract_state, fresh_state, model_varia
 from ultramem_jax.training.step import make_train_step
 
 BASE = ModelConfig(vocab_size=31, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=24)
-"""To put a memory into."""
+"""A model to put a memory into."""
 
 
 @functools.cache
 def _variables(model):
-    """Variables with no special values: what starts at zero would hide a mistake."""
+    """Returns variables without special values: what starts at zero would hide a mistake."""
     rng = np.random.default_rng(0)
     held = variables_of(model)
 
@@ -52,7 +52,7 @@ def _full(model):
 
 
 def jit_equals_eager(model):
-    """A memory alone, compiled and not, gives the same, and is compiled once."""
+    """A memory gives the same with and without jit, and is traced once."""
     site, variables = model.sites[0], _variables(model)
     own = {part: tree[site.name] for part, tree in variables.items() if site.name in tree}
     x, tokens = jax.random.normal(jax.random.key(1), (2, 9, 16)), jnp.asarray(_tokens(model))
@@ -87,7 +87,7 @@ def gradients_reach_every_parameter(model):
 
 
 def no_token_sees_what_comes_after_it(model):
-    """Logits do not change where later tokens do."""
+    """Logits stay as they are where only later tokens change."""
     tokens = _tokens(model)
     later = tokens.copy()
     later[:, 5:] = (later[:, 5:] + 7) % model.vocab_size
@@ -105,7 +105,7 @@ def _run_config(model, mesh=None, **fields):
 
 @functools.cache
 def _trained(config, steps=2):
-    """The state after some steps, and the losses."""
+    """Returns the state after some steps, and the losses."""
     optimizers = make_optimizers(config)
     axes = one_device() if config.mesh == MeshConfig() else mesh_axes(config, make_mesh(config.mesh))
     with jax.numpy_dtype_promotion("standard"):
@@ -128,7 +128,7 @@ def _assert_same_training(one, other):
 
 
 def row_sparse_equals_dense(model):
-    """With plain SGD, which moves only what has a gradient, training by rows is training the whole table."""
+    """Training by rows equals training whole tables with plain SGD: it changes only what has a gradient."""
     _assert_same_training(_trained(_run_config(model)), _trained(_run_config(model, table_gradient="dense")))
 
 
@@ -161,17 +161,17 @@ def _assert_decodes(model, variables):
 
 
 def cached_decoding_equals_the_full_pass(model):
-    """With the variables of training."""
+    """Decoding with the variables of training gives the logits of the whole sequence."""
     _assert_decodes(model, _variables(model))
 
 
 def served_equals_trained(model):
-    """With prepared variables."""
+    """Decoding with prepared variables gives the logits of the whole sequence."""
     _assert_decodes(model, prepare_for_decoding(model, _variables(model)))
 
 
 def counted_equals_real_shapes(model):
-    """Every number of the model is counted, and declared with its shape."""
+    """Every parameter is counted, and is declared with its shape."""
     shapes = jax.tree.map(lambda a: a.shape, _variables(model))
     size = {part: sum(map(np.prod, jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))))
             for part, tree in shapes.items()}  # fmt: skip
@@ -215,7 +215,7 @@ CHECKS = (
     served_equals_trained,
     counted_equals_real_shapes,
 )
-"""Those that take a model alone; `restored_equals_saved` needs a folder, too."""
+"""The checks that take only a model; `restored_equals_saved` needs a folder, too."""
 
 
 def check_contract(model, folder):

@@ -17,7 +17,7 @@ def on_one_device(one_device):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Flags that name a small corpus."""
+    """Returns flags that name a small corpus."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text.txt").write_text("the slot of a key is read by a query\n" * 200)
     return [
@@ -28,7 +28,7 @@ def text(tmp_path_factory):
 
 
 def _forget_flags():
-    """A process runs one experiment and parses its flags once; here they follow each other in one."""
+    """Forgets all flags: a process parses its flags once, and here programs follow each other in one."""
     values = flags.FLAGS
     own = [
         flag.name
@@ -45,6 +45,8 @@ def _forget_flags():
 
 @pytest.fixture
 def run(capsys, monkeypatch):
+    """Returns a function that runs a program and returns its status, output and errors."""
+
     def run(*argv):
         _forget_flags()
         monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, argv)])

@@ -2,10 +2,11 @@
 
 import pytest
 
+from tests.support.checkpoint_states import copy, saved, warnings
 from tests.support.fixtures import one_device, standard_promotion
 from tests.support.small_run import small_config
 
-__all__ = ["config", "one_device", "standard_promotion"]
+__all__ = ["config", "copy", "one_device", "saved", "standard_promotion", "warnings"]
 
 
 @pytest.fixture(scope="module")

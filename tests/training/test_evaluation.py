@@ -64,7 +64,7 @@ def validation_tokens(config):
 
 
 def loss_of_each(config, variables, stride):
-    """Of every target in a window, from the first that has it; windows start at multiples of the stride."""
+    """Returns the loss of every target in the first window that has it; a window starts every `stride`."""
     tokens = validation_tokens(config)
     apply = jax.jit(Transformer(config.model).apply)
     losses = []

@@ -52,7 +52,7 @@ def _table(rows=ROWS, seed=1):
 
 
 def _run(optimizer, batches, table):
-    """Table and state after each batch; padding behind what it reads."""
+    """Yields table and state after each batch, which has padding behind what it reads."""
     update, state = jax.jit(optimizer.update), optimizer.init(table)
     for step, (slots, values) in enumerate(batches):
         padded = np.concatenate([slots, len(table) + np.arange(2, dtype=np.int32)])
@@ -77,7 +77,7 @@ def _by_definition(name, second, row, state, g, step, decay):
     if name == "adamw":
         direction, state = _adam(row, state or (np.zeros(WIDTH), np.zeros(WIDTH)), g, step, second)
     elif name == "adamw_catch_up":
-        # AdamW's own steps with a gradient of zero, for each step missed: of these the moments count alone.
+        # AdamW's own steps with a gradient of zero, for each step missed: of these only the moments count.
         first, square, last = state or (np.zeros(WIDTH), np.zeros(WIDTH), 0)
         for missed in range(last, step):
             _, (first, square) = _adam(row, (first, square), np.zeros(WIDTH), missed, second)
@@ -135,7 +135,7 @@ def _dense(transformation, batches, table):
 
 
 def _optax(name, decay):
-    """What optax calls the rule, without a class of this package."""
+    """Returns the transformation of optax that equals the rule."""
     if name == "adamw":
         return optax.adamw(_rate, B1, B2, EPS, weight_decay=decay)
     if decay:  # these have none of their own; before the learning rate, as in AdamW

@@ -30,14 +30,14 @@ from ultramem_jax.training.state import abstract_state, fresh_state
 
 
 @functools.cache
-def _alone(config, steps):
+def _on_one_device(config, steps):
     return jax.tree.map(np.asarray, run(config, steps, alone=True))
 
 
 def _expected(config, steps):
     memory = config.model.memory.changed(partition="slots")
     model = replace(config.model, memories={"memory": memory})
-    return _alone(replace(config, model=model, mesh=MeshConfig()), steps)
+    return _on_one_device(replace(config, model=model, mesh=MeshConfig()), steps)
 
 
 def _assert_equal(config, steps):

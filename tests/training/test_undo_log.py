@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.support.assertions import assert_same_bits
+from tests.support.checkpoint_states import abstract
 from tests.support.paths import ROOT
 from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.parallel.mesh import one_device as alone
@@ -96,10 +97,6 @@ def batches(count, sequences=4):
     """Few tokens, so that steps write some rows, and many of them again."""
     rng = np.random.default_rng(1)
     return [jnp.asarray(rng.integers(0, 40, (sequences, 17)), jnp.int32) for _ in range(count)]
-
-
-def abstract(state):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
 
 def save(checkpoints, step, state):
@@ -245,7 +242,7 @@ def test_an_interrupt_comes_after_the_record(config, optimizers, held, tmp_path,
         assert_same_bits(checkpoints.restore(abstract(expected)).state, expected)
 
 
-def test_a_step_that_fails_costs_the_save_alone(config, optimizers, held, tmp_path, monkeypatch, caplog):
+def test_a_step_that_fails_costs_only_the_save(config, optimizers, held, tmp_path, monkeypatch, caplog):
     state = start(config, optimizers)
     expected = bits(state)
 
@@ -266,7 +263,7 @@ def test_a_step_that_fails_costs_the_save_alone(config, optimizers, held, tmp_pa
 
 
 @pytest.mark.parametrize("what", ["a table", "the log"])
-def test_what_cannot_be_written_costs_the_save_alone(config, optimizers, held, tmp_path, monkeypatch, what):
+def test_what_cannot_be_written_costs_only_the_save(config, optimizers, held, tmp_path, monkeypatch, what):
     state = start(config, optimizers)
     expected = bits(state)
 
