@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import EXPERIMENTS
+from ultramem_jax.commands import COMMANDS
 from ultramem_jax.config import MoEConfig, RunConfig
 from ultramem_jax.parallel.mesh import make_mesh
 from ultramem_jax.presets import PRESETS, preset
@@ -37,15 +38,15 @@ TINY = [
 ]
 
 
-def test_alone_it_lists_the_experiments(run):
+def test_without_arguments_it_lists_commands_and_experiments(run):
     status, out, _ = run()
     assert status == 0
-    for name, summary in EXPERIMENTS.items():
-        assert f"{name}" in out and summary in out
+    for name, command in (COMMANDS | EXPERIMENTS).items():
+        assert f"  {name} " in out and command.summary in out
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_has_help(run, name):
+@pytest.mark.parametrize("name", COMMANDS | EXPERIMENTS)
+def test_every_command_has_help(run, name):
     status, out, _ = run(name, "--help")
     assert status == 0 and "--" in out
     assert len(out.splitlines()[0]) > 20
@@ -257,7 +258,8 @@ BAD = {
     "a part that is not there": (["train", "--preset=dense-tiny", f"{M}top_m=4"], "model.memory", "has none"),
     "a part instead of a field": (["train", "--config.model.memory=4"], "model.memory", "memories"),
     "a value of another type": (["train", f"{M}top_m=many"], "top_m", "many"),
-    "no such config file": (["train", "--config=experiments/configs/dmo.py"], "dmo.py", "demo.py"),
+    "no such config file": (["train", "--config=experiments/configs/compre.py"], "compre.py", "compare.py"),
+    "no such recipe": (["train", "--config=dmo"], "'dmo'", "'demo'"),
     "unknown dataset": (["train", "--config.data.dataset=enwik9"], "enwik9", "'enwik8'"),
     "missing corpus": (
         ["train", "--config.data.dataset=text", "--config.data.path=/no/such"],
@@ -287,7 +289,7 @@ BAD = {
     "no system": (["compare", "--systems="], "--systems", "dense"),
     "rotary base of zero": (["train", "--config.model.rope_theta=0"], "rope_theta = 0", "above 1"),
     "a workdir that is a file": (
-        ["train", "--workdir=launch.py"],
+        ["train", "--workdir=experiments/__init__.py"],
         "--workdir",
         "folder",
     ),
@@ -407,4 +409,4 @@ def test_launch_starts_again_with_huge_pages_and_keeps_the_exit_status():
         done = subprocess.run(
             [sys.executable, launch, "nothing"], env=environment | tunables, capture_output=True, text=True
         )
-        assert done.returncode == 2 and done.stderr.count("error: unknown experiment 'nothing'") == 1
+        assert done.returncode == 2 and done.stderr.count("error: unknown command 'nothing'") == 1

@@ -110,5 +110,5 @@ def test_count_names_an_unknown_preset_in_one_line():
 
 def test_counting_does_not_import_jax():
     # Importing it would take longer than counting, and no array is needed.
-    script = "import sys; import experiments.count; sys.exit('jax' in sys.modules)"
+    script = "import sys; import ultramem_jax.commands.count; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120).returncode == 0

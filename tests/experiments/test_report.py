@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.common import report
-from ultramem_jax.reporting import markdown
+from ultramem_jax.reporting import environment, markdown
 from ultramem_jax.reporting.environment import describe_environment
 
 
@@ -30,13 +30,13 @@ def test_environment_names_versions_and_devices(monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "command"),
     [
-        ([str(report._ROOT / "launch.py"), "bench_step"], "python launch.py bench_step"),
+        ([str(environment._ROOT / "launch.py"), "bench_step"], "python launch.py bench_step"),
         (
             ["launch.py", "--out=/somewhere/else/runs", "--data", "/a/b/enwik8.gz"],
             "python launch.py --out=runs --data enwik8.gz",
         ),
         (
-            ["launch.py", f"--out={report._ROOT}/experiments/results"],
+            ["launch.py", f"--out={environment._ROOT}/experiments/results"],
             "python launch.py --out=experiments/results",
         ),
         (
@@ -52,15 +52,15 @@ def test_environment_names_versions_and_devices(monkeypatch):
     ],
 )
 def test_command_is_told_without_foreign_folders(argv, command):
-    assert report._command(argv) == command
+    assert environment._command(argv) == command
 
 
 def test_nothing_written_names_host_or_user(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(report._ROOT / "launch.py"), f"--out={tmp_path}"])
+    monkeypatch.setattr(sys, "argv", [str(environment._ROOT / "launch.py"), f"--out={tmp_path}"])
     monkeypatch.setattr(platform, "node", lambda: "host-of-mine")
     markdown, table = report.write_table([{"loss": 1.0}], tmp_path / "t", "Loss", describe_environment())
     text = markdown.read_text() + table.read_text()
-    secrets = ["host-of-mine", str(pathlib.Path.home()) + "/", str(tmp_path.parent), str(report._ROOT)]
+    secrets = ["host-of-mine", str(pathlib.Path.home()) + "/", str(tmp_path.parent), str(environment._ROOT)]
     if len(getpass.getuser()) > 4:
         secrets.append(f"/{getpass.getuser()}/")
     assert [secret for secret in secrets if secret in text] == []

@@ -152,89 +152,52 @@ FORWARD, BACKWARD = "jit(f)/jvp(Transformer)", "jit(f)/transpose(jvp(Transformer
 @pytest.mark.parametrize(
     ("path", "kind", "axes", "expected"),
     [
-        (f"{FORWARD}/memory_0/table/shard_map/all_gather", "all-gather", "memory", "reads to owners"),
         (
-            f"{FORWARD}/memory_0/table/table._pooled/shard_map/all_to_all",
-            "all-to-all",
-            "memory",
-            "pooled sums to tokens",
-        ),
-        (
-            f"{BACKWARD}/memory_0/table/table._pooled/shard_map/all_gather",
+            f"{FORWARD}/memory_0/shard_map/exchange(scores to owners)/all_gather",
             "all-gather",
             "memory",
-            "cotangents to owners",
+            "scores to owners",
         ),
         (
-            f"{BACKWARD}/memory_0/table/table._pooled/shard_map/psum",
-            "all-reduce",
-            "data",
-            "gradients of tables",
-        ),
-        (
-            f"{FORWARD}/memory_0/table/table._activations/shard_map/reduce_scatter",
-            "reduce-scatter",
-            "memory",
-            "products to tokens",
-        ),
-        (
-            f"{BACKWARD}/memory_0/table/table._activations/shard_map/all_gather",
-            "all-gather",
-            "memory",
-            "cotangents of products to owners",
-        ),
-        (f"{BACKWARD}/memory_0/table/shard_map/psum", "all-reduce", "data", "gradients of tables"),
-        (f"{BACKWARD}/memory_0/table/shard_map/psum", "all-reduce", "memory", "gradients of parameters"),
-        (
-            f"{BACKWARD}/(memory_0/table/shard_map/psum:layer_1/dot_general)",
-            "all-reduce",
-            "data",
-            "gradients of parameters",
-        ),
-        (f"{FORWARD}/layer_1/feed_forward/dot_general", "all-reduce", "tensor", "activations over tensor"),
-        ("jit(f)/jvp()/sharding_constraint", "all-gather", "fsdp", "parameters for the step"),
-        (f"{FORWARD}/layer_1/feed_forward/shard_map/all_to_all", "all-to-all", "memory", "loads of experts"),
-        (
-            f"{BACKWARD}/layer_1/feed_forward/shard_map/transpose(jvp())/all_to_all",
+            f"{BACKWARD}/shard_map/transpose(jvp(exchange(tokens to experts and back)))/all_to_all",
             "all-to-all",
             "memory",
             "tokens to experts and back",
         ),
-        (f"{BACKWARD}/layer_1/feed_forward/shard_map/psum", "all-reduce", "data", "gradients of experts"),
-        (f"{FORWARD}/layer_1/feed_forward/shard_map/psum", "all-reduce", "memory", "sums over experts"),
-        ("jit(f)/shard_map/all_gather", "all-gather", "data", "reads and cotangents to replicas"),
         (
-            "jit(f)/shard_map/while/body/psum",
+            f"{BACKWARD}/(exchange(gradients of parameters)/psum:layer_1/dot_general)",
             "all-reduce",
-            "memory",
-            "means over the columns of rows",
+            "data",
+            "gradients of parameters",
         ),
+        ("exchange(a)/psum:exchange(b)/psum:exchange(a)/psum", "all-reduce", "data", "a and b"),
+        (f"{FORWARD}/layer_1/feed_forward/dot_general", "all-reduce", "tensor", "activations over tensor"),
+        ("jit(f)/jvp()/sharding_constraint", "all-gather", "fsdp", "parameters for the step"),
+        (f"{BACKWARD}/layer_1/dot_general", "all-reduce", "data", "gradients of parameters"),
         ("jit(f)/reduce_sum", "all-reduce", "data", "losses and metrics"),
     ],
 )
-def test_the_purpose_is_read_from_the_path(path, kind, axes, expected):
+def test_the_purpose_is_read_from_the_name_of_the_exchange(path, kind, axes, expected):
     assert purpose(collective(path, kind, (axes,))) == expected
-
-
-def test_owners_with_the_same_tokens_gather_columns_of_sums():
-    path = f"{FORWARD}/memory_0/table/table._pooled/shard_map/all_gather"
-    assert purpose(collective(path)) == "scores to owners"
-    assert purpose(collective(path), tokens_apart=False) == "pooled sums to tokens"
 
 
 def test_loops_of_unknown_length_are_counted_by_the_reads():
     loop = collective(
-        "jit(f)/shard_map/while/body/psum", "all-reduce", in_loop=True, trips_known=False, operand_bytes=400
+        "jit(f)/while/body/exchange(means over the columns of rows)/psum",
+        "all-reduce",
+        in_loop=True,
+        trips_known=False,
+        operand_bytes=400,
     )
     (row,) = grouped([loop], [], reads=1001)
     # 100 rows a pass: 11 passes, each of which sends 2·400·3/4 bytes.
     assert (row.times, row.compiled_bytes, row.sent_bytes) == (None, 11 * 600, 6600.0)
-    overflow = dataclasses.replace(loop, op_name=f"{FORWARD}/layer_1/feed_forward/shard_map/while/body/psum")
+    overflow = dataclasses.replace(loop, op_name=f"{FORWARD}/while/body/exchange(overflow of experts)/psum")
     assert [row.compiled_bytes for row in grouped([overflow], [])] == [0]
 
 
 def test_formulas_stand_beside_what_they_describe():
-    experts = f"{FORWARD}/layer_1/feed_forward/shard_map/jvp()/all_to_all"
+    experts = f"{FORWARD}/shard_map/exchange(tokens to experts and back)/all_to_all"
     found = [collective(experts, "all-to-all"), collective(experts, "all-to-all")]
     formulas = [
         Transfer("tokens to experts", "all-to-all", ("memory",), 200.0),
@@ -468,9 +431,7 @@ def test_a_mesh_of_unknown_size_has_one_device_along_data():
 
 def test_devices_are_simulated_where_jax_has_not_been_used():
     assert len(simulated_devices(2)) == 2 and len(jax.devices()) == 8
-    script = (
-        "from experiments.plan_compile import simulated_devices as s; print(len(s(12)), s(12)[0].platform)"
-    )
+    script = "from ultramem_jax.planning.compiled_step import simulated_devices as s; print(len(s(12)), s(12)[0].platform)"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.support.step_models import FAMILY, MODEL, ULTRAMEM, token_batches
 from ultramem_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from ultramem_jax.ops.exchanges import compiled_with_names
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device, shard_batch
 from ultramem_jax.training.dense_optimizer import make_optimizers
@@ -65,7 +66,8 @@ def lowered(config, alone=False):
 @functools.cache
 def compiled(config, alone=False):
     step, abstract, axes = lowered(config, alone)
-    return Compiled(step.compile(), abstract, axes)
+    with compiled_with_names():
+        return Compiled(step.compile(), abstract, axes)
 
 
 @functools.cache

@@ -17,7 +17,9 @@ from tests.support.mesh_step import (
 from tests.support.users_compiler import memory_analysis
 from ultramem_jax.accounting import step_transfers
 from ultramem_jax.config import MeshConfig, MoEConfig
+from ultramem_jax.config import exchange_purposes as purposes
 from ultramem_jax.parallel.collectives import collectives_of, summary
+from ultramem_jax.planning.traffic import grouped
 from ultramem_jax.presets import families
 
 MESH = MeshConfig(data=2, memory=4)
@@ -40,6 +42,9 @@ SENDERS = {
         model=replace(SLOTS.model, memories={}, moe=MoEConfig(num_experts=8, expert_dim=8)),
     ),
 }
+
+DENSE_TABLES = replace(SLOTS, train=replace(SLOTS.train, table_gradient="dense"))
+SAME_FOR_EXPERTS = replace(SENDERS["experts"], mesh=replace(MESH, batch_over_memory=False))
 
 
 def _sent(config):
@@ -71,6 +76,32 @@ def test_collectives_of_a_step_are_those_foretold(name):
             {key: moved for key, moved in of.items() if key[0] != "all-reduce"} for of in (found, foretold)
         )
         assert tables == expected and len(tables) == (3 if name == "slots" else 4)
+
+
+OURS = {getattr(purposes, name) for name in vars(purposes) if name.isupper()} - {
+    purposes.GRADIENTS_OF_PARAMETERS,
+    purposes.BALANCE_LOSSES,
+    purposes.PARAMETERS_FOR_THE_STEP,
+    purposes.SUMS_OVER_TENSOR,
+    purposes.LOSSES_AND_METRICS,
+}
+"""Purposes of the exchanges that the library writes itself, not the compiler."""
+
+
+@pytest.mark.parametrize("name", SENDERS | {"dense tables": None, "same tokens for experts": None})
+def test_every_exchange_carries_its_purpose(name):
+    config = {**SENDERS, "dense tables": DENSE_TABLES, "same tokens for experts": SAME_FOR_EXPERTS}[name]
+    step, _, axes = compiled(config)
+    transfers = step_transfers(config, axes.mesh.shape)
+    rows = [
+        row for row in grouped(collectives_of(step.as_text(), axes.mesh), transfers) if row.purpose in OURS
+    ]
+    assert rows or name == "tensor"
+    for row in rows:
+        # The compiler joins the gradients of experts to others that are summed over the same devices.
+        joined = name == "same tokens for experts" and row.purpose == purposes.GRADIENTS_OF_EXPERTS
+        if row.purpose != purposes.OVERFLOW_OF_EXPERTS and not joined:
+            assert row.compiled_bytes == pytest.approx(row.formula_bytes, rel=0.01), row
 
 
 def test_means_over_columns_are_sent_for_every_place_of_the_chunks_of_reads():

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, MLP_MATRICES, count_parameters
 from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig
+from ultramem_jax.config import exchange_purposes as purposes
 from ultramem_jax.config.exchange_shapes import AxisRoles, axis_roles, block_bytes, exchange_capacity
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.config.row_states import takes_means
@@ -199,16 +200,16 @@ def _lookup(transfers: _Transfers, site: MemorySite, tokens: int) -> None:
     scores = reads * memory.varying_weights * size
     pooled = tokens * memory.num_blocks * memory.table.value_dim * size
     vectors = tokens * memory.table.pre_value_dim * size
-    transfers.to_owners("reads to owners", reads * _address_bytes(memory))
-    transfers.to_owners("scores to owners", scores)
-    transfers.sums_to_tokens("pooled sums to tokens", pooled)
-    transfers.columns_to_owners("cotangents to owners", pooled)
-    transfers.to_tokens("score gradients to tokens", scores)
+    transfers.to_owners(purposes.READS_TO_OWNERS, reads * _address_bytes(memory))
+    transfers.to_owners(purposes.SCORES_TO_OWNERS, scores)
+    transfers.sums_to_tokens(purposes.POOLED_SUMS_TO_TOKENS, pooled)
+    transfers.columns_to_owners(purposes.COTANGENTS_TO_OWNERS, pooled)
+    transfers.to_tokens(purposes.SCORE_GRADIENTS_TO_TOKENS, scores)
     if memory.table.pre_value_dim:
-        transfers.columns_to_owners("inputs of pre-values to owners", vectors)
-        transfers.to_tokens("products to tokens", reads * size)
-        transfers.to_owners("cotangents of products to owners", reads * size)
-        transfers.sums_to_tokens("gradients of inputs to tokens", vectors)
+        transfers.columns_to_owners(purposes.INPUTS_TO_OWNERS, vectors)
+        transfers.to_tokens(purposes.PRODUCTS_TO_TOKENS, reads * size)
+        transfers.to_owners(purposes.PRODUCT_COTANGENTS_TO_OWNERS, reads * size)
+        transfers.sums_to_tokens(purposes.INPUT_GRADIENTS_TO_TOKENS, vectors)
 
 
 def _row_updates(
@@ -225,20 +226,20 @@ def _row_updates(
     gathered += tokens * memory.num_blocks * table.value_dim // parts * size
     if table.pre_value_dim:
         gathered += tokens * table.pre_value_dim // parts * size + reads * size
-    transfers.add("reads and cotangents to replicas", "all-gather", groups.replicas, gathered)
+    transfers.add(purposes.READS_AND_COTANGENTS_TO_REPLICAS, "all-gather", groups.replicas, gathered)
     if takes_means(config.train.row_arrays):
         # For every place in the chunks of reads that owners work on, of values and of pre-values.
         means = reads / groups.size(groups.slots) * FLOAT32_BYTES * len(table.arrays)
-        transfers.add("means over the columns of rows", "all-reduce", groups.width, means)
+        transfers.add(purposes.MEANS_OVER_COLUMNS, "all-reduce", groups.width, means)
 
 
 def _dense_table(transfers: _Transfers, groups: _Groups, config: RunConfig, site: MemorySite) -> None:
     """The dense way: from each memory the gradient of its table's part, for the replicas of that."""
     table = site.num_slots * site.config.table.row_dim * FLOAT32_BYTES / groups.size(groups.owners)
     for _ in range(config.train.grad_accumulation):
-        transfers.add("gradients of tables", "all-reduce", groups.replicas, table)
+        transfers.add(purposes.GRADIENTS_OF_TABLES, "all-reduce", groups.replicas, table)
     reads = config.train.batch_size * config.data.seq_len * site.config.reads_per_token
-    transfers.add("reads to replicas", "all-gather", groups.replicas, reads * _INT32_BYTES)
+    transfers.add(purposes.READS_TO_REPLICAS, "all-gather", groups.replicas, reads * _INT32_BYTES)
 
 
 def _parameters(transfers: _Transfers, groups: _Groups, model: ModelConfig) -> None:
@@ -249,14 +250,14 @@ def _parameters(transfers: _Transfers, groups: _Groups, model: ModelConfig) -> N
     in_parts = count.attention + count.feed_forward
     whole = count.dense + twice - in_parts
     gradients = FLOAT32_BYTES * (whole + in_parts / groups.sizes.get("tensor", 1))
-    transfers.add("gradients of parameters", "all-reduce", groups.tokens, gradients)
+    transfers.add(purposes.GRADIENTS_OF_PARAMETERS, "all-reduce", groups.tokens, gradients)
     again = sum(site.config.address.balance_numbers(site) for site in model.sites)
-    transfers.add("balance losses", "all-reduce", groups.tokens, FLOAT32_BYTES * again)
+    transfers.add(purposes.BALANCE_LOSSES, "all-reduce", groups.tokens, FLOAT32_BYTES * again)
     of_memories = [parameter for site in model.sites for parameter in site.parameters.values()]
     never_split = sum(parameter.size for parameter in of_memories if not any(parameter.axes))
     split = FLOAT32_BYTES * (count.dense - count.norms - never_split)
     if groups.sizes.get("fsdp", 1) > 1:
-        transfers.add("parameters for the step", "all-gather", ("fsdp",), split)
+        transfers.add(purposes.PARAMETERS_FOR_THE_STEP, "all-gather", ("fsdp",), split)
 
 
 def _tensor(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens: int) -> None:
@@ -278,21 +279,21 @@ def _experts(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens:
     tensor = groups.sizes.get("tensor", 1)
     weights = count_parameters(model).experts * FLOAT32_BYTES / groups.size(groups.experts) / tensor
     others = tuple(name for name in groups.tokens if name not in groups.experts)
-    transfers.add("gradients of experts", "all-reduce", others, weights)
+    transfers.add(purposes.GRADIENTS_OF_EXPERTS, "all-reduce", others, weights)
     if groups.sizes.get("fsdp", 1) > 1:
-        transfers.add("parameters for the step", "all-gather", ("fsdp",), weights)
+        transfers.add(purposes.PARAMETERS_FOR_THE_STEP, "all-gather", ("fsdp",), weights)
     owners, layers = groups.size(groups.experts), len(model.feed_forward_layers)
     if groups.of_tokens(groups.experts):
         capacity = exchange_capacity(tokens * moe.top_k, owners)
         rows = layers * owners * capacity * model.embed_dim * size
-        transfers.add("loads of experts", "all-to-all", groups.experts, layers * moe.num_experts * 4)
+        transfers.add(purposes.LOADS_OF_EXPERTS, "all-to-all", groups.experts, layers * moe.num_experts * 4)
         for way in ("tokens to experts", "results to tokens"):
             transfers.add(way, "all-to-all", groups.experts, 2 * rows)  # forward and backward
     partial = () if groups.of_tokens(groups.experts) else groups.experts
     if tensor > 1:
         partial += ("tensor",)
     sums = layers * tokens * (2 * model.embed_dim * size + moe.top_k * FLOAT32_BYTES)
-    transfers.add("sums over experts", "all-reduce", partial, sums)
+    transfers.add(purposes.SUMS_OVER_EXPERTS, "all-reduce", partial, sums)
 
 
 def _summed(found: list[Transfer]) -> tuple[Transfer, ...]:

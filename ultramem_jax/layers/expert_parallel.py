@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from ultramem_jax.config import exchange_purposes as purposes
 from ultramem_jax.config.exchange_shapes import exchange_capacity, overflow_capacity
 from ultramem_jax.layers.experts import (
     Dispatch,
@@ -43,6 +44,7 @@ from ultramem_jax.layers.experts import (
     spread,
     window,
 )
+from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.on_mesh import MeshAxes, island
 
 
@@ -164,7 +166,8 @@ def _forward(layout: _Layout, x: jax.Array, gates: jax.Array, weights: ExpertWei
         exchange = None
         y, pullback = jax.vjp(partial(_own_share, layout, experts), x, gates, weights)
     kept = jax.tree.map(lambda leaf: leaf[None], (pullback, exchange))
-    return lax.psum(y.astype(x.dtype), layout.partial_sums), kept
+    with named_exchange(purposes.SUMS_OVER_EXPERTS):
+        return lax.psum(y.astype(x.dtype), layout.partial_sums), kept
 
 
 def _backward(
@@ -182,8 +185,10 @@ def _backward(
 
         gradients = lax.fori_loop(0, exchange.rounds, further, gradients)
     d_x, d_gates, d_weights = gradients
-    d_x, d_gates = lax.psum((d_x, d_gates), layout.partial_sums)
-    return d_x, d_gates, lax.psum(d_weights, layout.replicas)
+    with named_exchange(purposes.SUMS_OVER_EXPERTS):
+        d_x, d_gates = lax.psum((d_x, d_gates), layout.partial_sums)
+    with named_exchange(purposes.GRADIENTS_OF_EXPERTS):
+        return d_x, d_gates, lax.psum(d_weights, layout.replicas)
 
 
 def _own_share(
@@ -221,18 +226,21 @@ def _prepare(layout: _Layout, experts: jax.Array, num_own: int) -> _Exchange:
     """Sorts the assignments (T, k) to experts, and tells their owners how many there are."""
     plan = dispatch_plan(experts, num_own * layout.owners)
     load = plan.load.reshape(layout.owners, num_own)
-    received = _all_to_all(layout, load)
+    received = _all_to_all(layout, load, purposes.LOADS_OF_EXPERTS)
     capacity = exchange_capacity(experts.size, layout.owners)
     if capacity == experts.size:
         return _Exchange(plan, received, None)
     excess = jnp.maximum(jnp.max(jnp.sum(load, axis=1)) - capacity, 0)
     rows = overflow_capacity(capacity)
-    return _Exchange(plan, received, lax.pmax((excess + rows - 1) // rows, layout.axes.experts))
+    with named_exchange(purposes.LOSSES_AND_METRICS):
+        rounds = lax.pmax((excess + rows - 1) // rows, layout.axes.experts)
+    return _Exchange(plan, received, rounds)
 
 
-def _all_to_all(layout: _Layout, x: jax.Array) -> jax.Array:
+def _all_to_all(layout: _Layout, x: jax.Array, purpose: str) -> jax.Array:
     """P parts of the first axis: part p goes to device p, and what device p sent becomes part p."""
-    return lax.all_to_all(x, layout.axes.experts, split_axis=0, concat_axis=0, tiled=True)
+    with named_exchange(purpose):
+        return lax.all_to_all(x, layout.axes.experts, split_axis=0, concat_axis=0, tiled=True)
 
 
 def _round(
@@ -248,8 +256,9 @@ def _round(
     # On average an owner receives as many assignments as it sends.
     shape = block_shape(plan.order.size, num_own)
     first: int | jax.Array = 0
-    rows = capacity
+    rows, purpose = capacity, purposes.TOKENS_TO_EXPERTS
     if number is not None:
+        purpose = purposes.OVERFLOW_OF_EXPERTS
         rows = overflow_capacity(capacity)
         first, shape = capacity + number * rows, (0, shape[1])
     start = plan.start[::num_own]
@@ -259,10 +268,10 @@ def _round(
     ones = jnp.ones((owners * rows, 1), jnp.float32)
 
     def add(x: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
-        sent = _all_to_all(layout, spread(x, assignment // k, place))
+        sent = _all_to_all(layout, spread(x, assignment // k, place), purpose)
         # In x's dtype nothing is rounded: with one expert per row, y is a product in that dtype times one.
         y = compute_experts(layout.implementation, sent, ones, weights, arrived, shape).astype(x.dtype)
-        return combine(_all_to_all(layout, y), gates, assignment, place)
+        return combine(_all_to_all(layout, y, purpose), gates, assignment, place)
 
     return add
 

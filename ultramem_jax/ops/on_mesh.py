@@ -17,7 +17,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ultramem_jax.config.exchange_purposes import GRADIENTS_OF_PARAMETERS
 from ultramem_jax.config.exchange_shapes import AxisRoles
+from ultramem_jax.ops.exchanges import named_exchange
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,14 @@ def per_token(
 
 
 def sum_over_tokens(
-    function: Callable[..., Any], tokens: tuple[jax.Array, ...], shared: tuple[jax.Array, ...] = ()
+    function: Callable[..., Any],
+    tokens: tuple[jax.Array, ...],
+    shared: tuple[jax.Array, ...] = (),
+    purpose: str = GRADIENTS_OF_PARAMETERS,
 ) -> Any:
     """The same for a function to a sum over tokens: each device sums over its own, then all of theirs.
 
-    The result is on every device: an all-reduce of its size.
+    The result is on every device: an all-reduce of its size, for the purpose that is named.
     """
     axes = current_axes()
     if axes is None or not axes.tokens:
@@ -111,7 +116,9 @@ def sum_over_tokens(
     specs = (P(axes.tokens),) * len(tokens) + (P(),) * len(shared)
 
     def summed(*arguments: jax.Array) -> Any:
-        return jax.lax.psum(function(*arguments), axes.tokens)
+        own = function(*arguments)
+        with named_exchange(purpose):
+            return jax.lax.psum(own, axes.tokens)
 
     return island(axes, summed, specs, P())(*tokens, *shared)
 

@@ -29,8 +29,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from ultramem_jax.config import exchange_purposes as purposes
 from ultramem_jax.config.exchange_shapes import block_bytes
 from ultramem_jax.ops import lookup
+from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, island
 from ultramem_jax.ops.owned_rows import owned_reads, pool_owned, score_products_owned
 
@@ -42,10 +44,11 @@ def reads_at_owners(slots: jax.Array, blocks: jax.Array, expansion: int) -> tupl
         return slots, blocks
 
     def gather(slots: jax.Array, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
-        slots = numbers_to_owners(axes, slots)
+        slots = numbers_to_owners(axes, slots, purposes.READS_TO_OWNERS)
         if expansion == 1:
             return slots, jnp.zeros_like(slots)
-        return slots, numbers_to_owners(axes, narrow_blocks(blocks, expansion)).astype(jnp.int32)
+        narrow = numbers_to_owners(axes, narrow_blocks(blocks, expansion), purposes.READS_TO_OWNERS)
+        return slots, narrow.astype(jnp.int32)
 
     tokens, owners = P(axes.tokens), P(axes.replicas)
     return island(axes, gather, (tokens, tokens), (owners, owners))(slots, blocks)
@@ -104,7 +107,7 @@ def pooled_at_tokens(sums: jax.Array) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _pooled_at_owners(table, slots, blocks, scores, expansion, apart, axes):
     def pool(table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> Any:
-        scores = numbers_to_owners(axes, scores)
+        scores = numbers_to_owners(axes, scores, purposes.SCORES_TO_OWNERS)
         return _pool(axes, table, slots, blocks, scores, expansion, apart=apart)[None], scores
 
     reads = P(axes.replicas)
@@ -124,7 +127,7 @@ def _pooled_backward(expansion, apart, axes, saved, cotangents):
     def score_gradient(table, slots, blocks, cotangent):
         cores = scores.shape[-1]
         products = _score_products(axes, table, slots, blocks, cotangent[0], cores, apart=apart)
-        return numbers_to_tokens(axes, products)
+        return numbers_to_tokens(axes, products, purposes.SCORE_GRADIENTS_TO_TOKENS)
 
     reads = P(axes.replicas)
     specs = (axes.table, reads, reads, _sums(axes))
@@ -146,7 +149,10 @@ _pooled_at_owners.defvjp(_pooled_forward, _pooled_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _pooled_at_tokens(sums, axes):
-    return island(axes, lambda sums: sums_to_tokens(axes, sums[0]), _sums(axes), P(axes.tokens))(sums)
+    def bring(sums: jax.Array) -> jax.Array:
+        return sums_to_tokens(axes, sums[0], purposes.POOLED_SUMS_TO_TOKENS)
+
+    return island(axes, bring, _sums(axes), P(axes.tokens))(sums)
 
 
 def _at_tokens_forward(sums, axes):
@@ -155,8 +161,11 @@ def _at_tokens_forward(sums, axes):
 
 def _at_tokens_backward(axes, saved, cotangent):
     del saved
-    bring = island(axes, lambda ct: columns_to_owners(axes, ct)[None], P(axes.tokens), _sums(axes))
-    return (bring(cotangent),)
+
+    def bring(cotangent: jax.Array) -> jax.Array:
+        return columns_to_owners(axes, cotangent, purposes.COTANGENTS_TO_OWNERS)[None]
+
+    return (island(axes, bring, P(axes.tokens), _sums(axes))(cotangent),)
 
 
 _pooled_at_tokens.defvjp(_at_tokens_forward, _at_tokens_backward)
@@ -199,7 +208,7 @@ def products_at_tokens(sums: jax.Array) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _products_at_owners(table, slots, vectors, axes):
     def multiply(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> Any:
-        vectors = columns_to_owners(axes, vectors)
+        vectors = columns_to_owners(axes, vectors, purposes.INPUTS_TO_OWNERS)
         one_block = jnp.zeros_like(slots)
         products = _score_products(axes, table, slots, one_block, vectors[:, None], 1, split=False)
         return products[None, None, ..., 0], vectors
@@ -221,7 +230,7 @@ def _products_backward(axes, saved, cotangents):
     def vector_gradient(table, slots, cotangent):
         one_block = jnp.zeros_like(slots)
         pooled = _pool(axes, table, slots, one_block, cotangent[0, 0][..., None], 1, split=False)
-        return sums_to_tokens(axes, pooled[:, 0])
+        return sums_to_tokens(axes, pooled[:, 0], purposes.INPUT_GRADIENTS_TO_TOKENS)
 
     specs = (axes.table, P(axes.replicas), _products(axes))
     d_vectors = island(axes, vector_gradient, specs, P(axes.tokens))(table, slots, cotangent)
@@ -241,8 +250,10 @@ _products_at_owners.defvjp(_products_forward, _products_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _products_at_tokens(sums, axes):
-    bring = island(axes, lambda sums: numbers_to_tokens(axes, sums[0, 0]), _products(axes), P(axes.tokens))
-    return bring(sums)
+    def bring(sums: jax.Array) -> jax.Array:
+        return numbers_to_tokens(axes, sums[0, 0], purposes.PRODUCTS_TO_TOKENS)
+
+    return island(axes, bring, _products(axes), P(axes.tokens))(sums)
 
 
 def _products_at_tokens_forward(sums, axes):
@@ -251,8 +262,11 @@ def _products_at_tokens_forward(sums, axes):
 
 def _products_at_tokens_backward(axes, saved, cotangent):
     del saved
-    bring = island(axes, lambda ct: numbers_to_owners(axes, ct)[None, None], P(axes.tokens), _products(axes))
-    return (bring(cotangent),)
+
+    def bring(cotangent: jax.Array) -> jax.Array:
+        return numbers_to_owners(axes, cotangent, purposes.PRODUCT_COTANGENTS_TO_OWNERS)[None, None]
+
+    return (island(axes, bring, P(axes.tokens), _products(axes))(cotangent),)
 
 
 _products_at_tokens.defvjp(_products_at_tokens_forward, _products_at_tokens_backward)
@@ -261,34 +275,40 @@ _products_at_tokens.defvjp(_products_at_tokens_forward, _products_at_tokens_back
 # ---- the four ways between tokens and owners; within an island
 
 
-def numbers_to_owners(axes: MeshAxes, x: jax.Array) -> jax.Array:
+def numbers_to_owners(axes: MeshAxes, x: jax.Array, purpose: str) -> jax.Array:
     """Arrays (T/P, ...) of all devices of a group, one behind the other: (T, ...)."""
-    names = axes.of_tokens(axes.owners)
-    return jax.lax.all_gather(x, names, axis=0, tiled=True) if names else x
+    with named_exchange(purpose):
+        return _gathered(x, axes.of_tokens(axes.owners), 0)
 
 
-def numbers_to_tokens(axes: MeshAxes, x: jax.Array) -> jax.Array:
+def numbers_to_tokens(axes: MeshAxes, x: jax.Array, purpose: str) -> jax.Array:
     """Sums over a group of arrays (T, ...), to each device those of its tokens: (T/P, ...)."""
-    return _sum_to_tokens(axes, axes.owners, x)
+    with named_exchange(purpose):
+        return _sum_to_tokens(axes, axes.owners, x)
 
 
-def columns_to_owners(axes: MeshAxes, x: jax.Array) -> jax.Array:
+def columns_to_owners(axes: MeshAxes, x: jax.Array, purpose: str) -> jax.Array:
     """Vectors (T/P, ..., d) of a group's tokens: to each device the columns that it owns, (T, ..., d/P_w)."""
-    if axes.of_tokens(axes.width):
-        x = jax.lax.all_to_all(x, axes.width, split_axis=x.ndim - 1, concat_axis=0, tiled=True)
-    elif axes.width:
-        size = x.shape[-1] // axes.size(axes.width)
-        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes.width) * size, size, x.ndim - 1)
-    names = axes.of_tokens(axes.slots)
-    return jax.lax.all_gather(x, names, axis=0, tiled=True) if names else x
+    with named_exchange(purpose):
+        if axes.of_tokens(axes.width):
+            x = jax.lax.all_to_all(x, axes.width, split_axis=x.ndim - 1, concat_axis=0, tiled=True)
+        elif axes.width:
+            size = x.shape[-1] // axes.size(axes.width)
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes.width) * size, size, x.ndim - 1)
+        return _gathered(x, axes.of_tokens(axes.slots), 0)
 
 
-def sums_to_tokens(axes: MeshAxes, x: jax.Array) -> jax.Array:
+def sums_to_tokens(axes: MeshAxes, x: jax.Array, purpose: str) -> jax.Array:
     """The way back: (T, ..., d/P_w), summed over the owners of rows, with all columns: (T/P, ..., d)."""
-    x = _sum_to_tokens(axes, axes.slots, x)
-    if axes.of_tokens(axes.width):
-        return jax.lax.all_to_all(x, axes.width, split_axis=0, concat_axis=x.ndim - 1, tiled=True)
-    return jax.lax.all_gather(x, axes.width, axis=x.ndim - 1, tiled=True) if axes.width else x
+    with named_exchange(purpose):
+        x = _sum_to_tokens(axes, axes.slots, x)
+        if axes.of_tokens(axes.width):
+            return jax.lax.all_to_all(x, axes.width, split_axis=0, concat_axis=x.ndim - 1, tiled=True)
+        return _gathered(x, axes.width, x.ndim - 1)
+
+
+def _gathered(x: jax.Array, names: tuple[str, ...], axis: int) -> jax.Array:
+    return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
 
 
 def _sum_to_tokens(axes: MeshAxes, names: tuple[str, ...], x: jax.Array) -> jax.Array:
@@ -353,7 +373,8 @@ def _dense_gradient(axes, table, slots, per_read):
     local = slots.reshape(-1) - first_slot(axes, table.shape[0])
     local = jnp.where(local < 0, table.shape[0], local)  # a negative index would count from the end
     gradient = jnp.zeros(table.shape, jnp.float32).at[local].add(per_read, mode="drop").astype(table.dtype)
-    return jax.lax.psum(gradient, axes.replicas) if axes.replicas else gradient
+    with named_exchange(purposes.GRADIENTS_OF_TABLES):
+        return jax.lax.psum(gradient, axes.replicas) if axes.replicas else gradient
 
 
 def _if_trained(gradient, table, *arguments):

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.config import MeshConfig, RunConfig
 from ultramem_jax.errors import UserError
+from ultramem_jax.ops.exchanges import compiled_with_names
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.collectives import Collective, collectives_of
 from ultramem_jax.parallel.mesh import AXES, make_mesh, mesh_axes
@@ -133,7 +134,8 @@ def compile_step(config: RunConfig) -> CompiledStep:
         donate_argnums=0,
         out_shardings=(shardings, axes.sharding()),
     )
-    compiled = step.lower(state, tokens).compile()
+    with compiled_with_names():
+        compiled = step.lower(state, tokens).compile()
     memory: Any = compiled.memory_analysis()
     return CompiledStep(
         config,

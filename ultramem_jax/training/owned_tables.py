@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from ultramem_jax.config import exchange_purposes as purposes
 from ultramem_jax.ops.chunks import chunk_tokens
+from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.lookup import RowGradients, RowsRead, read_gradients, rows_read
 from ultramem_jax.ops.on_mesh import MeshAxes, island
 from ultramem_jax.ops.sharded_lookup import first_slot, narrow_blocks, own_cores
@@ -62,12 +64,14 @@ class OwnedTable:
         in_parts = (*(table_specs(tree, axes) for tree in (parts, moments)), table_specs(usage, axes))
 
         def local(parts: Any, moments: Any, usage: Any, reads: Any, cotangents: Any, of_step: Any) -> Any:
-            read, cotangent = self._of_all_tokens(reads), self._of_all_tokens(cotangents)
+            with named_exchange(purposes.READS_AND_COTANGENTS_TO_REPLICAS):
+                read, cotangent = self._of_all_tokens(reads), self._of_all_tokens(cotangents)
             rows, usage, metrics = self._recorded(usage, read["slots"])
             gradients = self._gradients_of_reads(read, cotangent)
             parts, moments, squares = self._moved_on(optimizer, parts, moments, rows, gradients, of_step)
             if axes.owners:
-                squares = jax.lax.psum(squares, axes.owners)
+                with named_exchange(purposes.LOSSES_AND_METRICS):
+                    squares = jax.lax.psum(squares, axes.owners)
             return parts, moments, usage, metrics | {"row_norm": jnp.sqrt(squares)}
 
         specs = (*in_parts, self._specs(reads), self._specs(cotangents), P())
@@ -81,7 +85,9 @@ class OwnedTable:
         slots = {name: {"slots": of["slots"]} for name, of in reads.items()}
 
         def local(usage: Any, reads: Any) -> Any:
-            return self._recorded(usage, self._of_all_tokens(reads)["slots"])[1:]
+            with named_exchange(purposes.READS_TO_REPLICAS):
+                read = self._of_all_tokens(reads)
+            return self._recorded(usage, read["slots"])[1:]
 
         spec = table_specs(usage, self._axes)
         return island(self._axes, local, (spec, self._specs(slots)), (spec, P()))(usage, slots)

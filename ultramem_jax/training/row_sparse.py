@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ultramem_jax.config.exchange_purposes import MEANS_OVER_COLUMNS
 from ultramem_jax.ops.chunks import fold_chunks
+from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import RowGradients
 from ultramem_jax.ops.rounding import stochastic_round
@@ -132,7 +134,8 @@ def row_sparse(
 def _mean_over_row(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Returns the means (U, 1) of x (U, d) over all columns of a row, d of which are here."""
     mean = x.mean(1, keepdims=True)
-    return jax.lax.pmean(mean, axes) if axes else mean
+    with named_exchange(MEANS_OVER_COLUMNS):
+        return jax.lax.pmean(mean, axes) if axes else mean
 
 
 def _in_float32(rows: jax.Array) -> jax.Array:

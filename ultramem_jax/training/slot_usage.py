@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.config.exchange_purposes import LOSSES_AND_METRICS
+from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.lookup import RowsRead
 
 
@@ -45,7 +47,8 @@ def record_reads(
     entropy = -jnp.sum(jnp.where(rows.counts > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0.0))
     num_slots = jnp.float32(usage.seen.shape[0])
     if axes:
-        num_new, entropy = jax.lax.psum((num_new, entropy), axes)
+        with named_exchange(LOSSES_AND_METRICS):
+            num_new, entropy = jax.lax.psum((num_new, entropy), axes)
         num_slots = num_slots * jax.lax.axis_size(axes)
     num_seen = usage.num_seen + num_new
     metrics = {
