@@ -9,6 +9,25 @@ import launch
 from experiments import EXPERIMENTS
 from ultramem_jax.commands import COMMANDS
 
+TINY = [
+    "--preset=ultramem-tiny",
+    "--config.model.embed_dim=16",
+    "--config.model.num_layers=2",
+    "--config.model.num_heads=2",
+    "--config.model.num_kv_heads=2",
+    "--config.model.mlp_dim=16",
+    "--config.model.memory.placement=1:2",
+    "--config.model.memory.address.num_keys=16",
+    "--config.model.memory.address.top_m=4",
+    "--config.model.memory.address.key_dim=8",
+    "--config.model.memory.table.value_dim=8",
+    "--config.data.seq_len=16",
+    "--config.train.batch_size=8",
+    "--config.train.steps=2",
+    "--config.train.eval_batches=2",
+]
+"""Flags of a run that trains in seconds."""
+
 
 @pytest.fixture(autouse=True, scope="module")
 def on_one_device(one_device):
