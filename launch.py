@@ -1,6 +1,9 @@
-"""python launch.py <command> [flags]: runs a command of the library or an experiment; bare, lists them.
+"""Runs one command of the library or one experiment: `python launch.py <command> [flags]`.
 
-With --processes=N, before or after the name, it runs in N processes.
+Without arguments it lists all commands. With `--processes=N`, before or after the name of the command, it
+runs the command in N processes of this machine.
+
+    python launch.py train --config=demo
 """
 
 import os

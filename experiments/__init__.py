@@ -1,4 +1,4 @@
-"""The experiments: programs driven by absl flags, run by `python launch.py <experiment> [flags]`."""
+"""Lists the experiments: programs driven by absl flags, run by `python launch.py <experiment> [flags]`."""
 
 from ultramem_jax.cli.launcher import Command
 
@@ -15,7 +15,7 @@ EXPERIMENTS = {
     ),
     "row_states": Command(
         "experiments.row_states.run",
-        "what is kept of a table's rows in training: its cost in memory and in loss",
+        "optimizer states of a table's rows: their cost in memory and in loss",
         in_several_processes=True,
     ),
     "bench_step": Command(
@@ -27,7 +27,7 @@ EXPERIMENTS = {
         "time of a decoding step against batch and slots, beside dense, MoE and PKM",
     ),
     "bench_owner": Command(
-        "experiments.bench_owner.run", "what one of P owners of a table does with it, timed on this machine"
+        "experiments.bench_owner.run", "time of the work of one of P owners of a table in a lookup"
     ),
 }
-"""Name on the command line -> the experiment, in the order in which they are listed."""
+"""Experiments by their names on the command line, in the order in which they are listed."""

@@ -1,4 +1,4 @@
-"""The figures of the ablation: our differences beside the published ones, each in its own unit."""
+"""Draws the figures of the ablation: our differences beside the published ones, each in its own unit."""
 
 import os
 import pathlib
@@ -13,15 +13,15 @@ _OUR_UNIT = "bits per byte"
 _PAPER_UNIT = "nats per token"
 
 Point = tuple[str, Sequence[float], float | None]
-"""Label, our differences over the seeds, the published one."""
+"""Label, our differences over the seeds, and the published difference."""
 
 
 def plot_ladder(points: Sequence[Point], path: str | os.PathLike[str]) -> pathlib.Path:
-    """Draws the change of the validation loss since the first rung: ours on the left, the paper's beside it.
+    """Draws the change of validation loss since the first rung: ours on the left, the paper's on the right.
 
     Args:
-        points: the rungs, first to last.
-        path: of the figure; folders are made.
+        points: points of the rungs, first to last.
+        path: path of the figure; folders are made.
 
     Returns:
         The path.
@@ -46,23 +46,23 @@ def plot_ladder(points: Sequence[Point], path: str | os.PathLike[str]) -> pathli
     left.set_yticks(list(rows), [("" if row == 0 else "+ ") + label for row, label in enumerate(labels)])
     left.invert_yaxis()
     seeds = len(ours[0])
-    about = f"mean ± standard deviation, {seeds} seeds" if seeds > 1 else "one seed"
+    about = figures.seeds_in_words(seeds)
     left.set_xlabel(f"change since the first rung, {_OUR_UNIT}\n({about})")
     right.set_xlabel(f"change since the first rung, {_PAPER_UNIT}\n(151 M parameters, table 2)")
     figures.set_title(left, "here")
     figures.set_title(right, "UltraMem paper")
     for axes in (left, right):
         figures.set_plain(axes, y_grid=False)
-        axes.axvline(0, color="#999999", linewidth=0.8, zorder=0)
+        figures.mark_zero(axes, vertical=True)
     return figures.save(figure, path)
 
 
 def plot_grids(grids: Mapping[str, Sequence[Point]], path: str | os.PathLike[str]) -> pathlib.Path:
-    """Draws each grid's differences to its base: ours above, the paper's below where it has any.
+    """Draws the differences of each grid to its base: ours above, and the paper's below if there are any.
 
     Args:
-        grids: points by name of the grid, which their labels begin or end with.
-        path: of the figure; folders are made.
+        grids: points by name of the grid; the labels of points begin or end with it.
+        path: path of the figure; folders are made.
 
     Returns:
         The path.
@@ -91,7 +91,7 @@ def plot_grids(grids: Mapping[str, Sequence[Point]], path: str | os.PathLike[str
             axes.set_axis_on()
             axes.set_xticks(list(places), labels)
             axes.set_xlim(-0.5, len(points) - 0.5)
-            axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+            figures.mark_zero(axes)
             figures.set_plain(axes, x_grid=False)
     rows[0][0].set_ylabel(f"here: Δ, {_OUR_UNIT}")
     rows[1][0].set_ylabel(f"paper: Δ, {_PAPER_UNIT}")

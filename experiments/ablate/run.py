@@ -1,9 +1,14 @@
-"""What each change of UltraMem brings: the ladder of its paper's table 2, and the grids of table 3.
+"""Measures the effect of each change of UltraMem: the ladder of the paper's table 2, the grids of table 3.
 
-Twelve models lead from Product-Key Memory to UltraMem, each the one before it with one change; the grids vary
-E, r and h, and try a change alone. All train on the same batches, over several seeds, and stand beside the
-published differences. An experiment that was cut off goes on with the same command. Without --config the
-training is that of experiments/configs/ablate.py, for the tiny models; the paper's sizes need another.
+The ladder has twelve models, from Product-Key Memory to UltraMem; each differs from the previous one by one
+change. The grids vary E, r and h, and try single changes. All models train on the same batches, over several
+seeds. The tables show their differences beside the published ones.
+
+After an interruption the same command resumes the experiment. Without --config, the training is that of
+experiments/configs/ablate.py, for the tiny models. The models of the paper's sizes need another config.
+
+    python launch.py ablate --parts=ladder --seeds=1
+    python launch.py ablate --scale=151m --config=experiments/configs/ablate_151m.py
 """
 
 import dataclasses
@@ -22,16 +27,18 @@ from ultramem_jax.reporting.environment import describe_environment
 
 BASE_CONFIG = tiny_config.get_config()
 CONFIG_HELP = (
-    "--config=FILE: a Python file with get_config() -> RunConfig; it is run as a program, so take one "
+    "--config=FILE: a Python file with get_config() -> RunConfig; the file is executed, so use only files "
     "that you trust; --scale=151m needs one",
-    "--config.data.field=value, --config.train.field=value: any of the fields below, explained in "
-    "ultramem_jax/config.py",
-    "--config.model.dtype=value: all that can be set of the models, which are those of --scale",
+    "--config.data.field=value, --config.train.field=value: sets one of the fields below, explained in "
+    "ultramem_jax/config/",
+    "--config.model.dtype=value: the only field of the models that can be set; --scale chooses the models",
 )
 
-SCALE = flags.DEFINE_enum("scale", "tiny", list(ladder.SCALES), "sizes of the models: tiny, or the paper's")
-PART_NAMES = flags.DEFINE_list("parts", list(tables.PARTS), "what to train, of " + ", ".join(tables.PARTS))
-SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each config, seeds 0 to this - 1", lower_bound=1)
+SCALE = flags.DEFINE_enum(
+    "scale", "tiny", list(ladder.SCALES), "sizes of the models: tiny, or those of the paper"
+)
+PART_NAMES = flags.DEFINE_list("parts", list(tables.PARTS), "parts to train, of " + ", ".join(tables.PARTS))
+SEEDS = flags.DEFINE_integer("seeds", 3, "number of runs of each config; seeds are 0, 1, ...", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", "", "folder of the runs; empty: runs/ablate, or runs/ablate-151m")
 RESULTS = flags.DEFINE_string(
     "results", "", "folder of tables and figures; empty: experiments/results/ablate, or ablate-151m"
@@ -40,7 +47,7 @@ KEEP = flags.DEFINE_bool("keep_checkpoints", False, "keep the checkpoints of run
 
 
 def main() -> None:
-    """Trains every config with every seed; writes the tables and the figures."""
+    """Trains every config with every seed, and writes the tables and the figures."""
     base = command_line.run_config()
     if dataclasses.replace(base.model, dtype="float32") != ModelConfig():
         raise UserError("config.model: the models are those of --scale; dtype is all that can be set here")
@@ -50,7 +57,7 @@ def main() -> None:
             f"--config=experiments/configs/ablate_{SCALE.value}.py, or a config of your own"
         )
     study = tables.make_study(SCALE.value, PART_NAMES.value)
-    # Taken now: the code that runs is the one that was checked out when the process started.
+    # Described at the start: the code that runs is the code that was checked out at that time.
     environment = describe_environment()
     corpus = load_corpus(base.data)
     configs = {
@@ -70,6 +77,6 @@ def main() -> None:
 
 
 def _trains_as_tiny() -> bool:
-    """Whether the config is that of the tiny models, whatever single fields were set."""
+    """Tells whether the config is the one of the tiny models, with or without overrides of fields."""
     file = command_line.config_file()
     return file is None or file.resolve() == pathlib.Path(tiny_config.__file__).resolve()

@@ -1,7 +1,7 @@
-"""Which models the ablation trains, and its tables: our differences beside the published ones.
+"""Chooses the models of the ablation, and makes its tables: our differences beside the published ones.
 
-A difference is taken seed by seed between runs on the same batches, so that what a seed does to both sides
-cancels; ± is the standard deviation of a difference over the seeds.
+A difference is taken seed by seed between runs on the same batches, so that the effect of a seed on both runs
+cancels. ± is the standard deviation of a difference over the seeds.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ import pathlib
 import statistics
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from experiments.common.seeds import (
     deviation,
     final_bits,
     median_speed,
+    paired_differences,
     training_in_words,
 )
 from ultramem_jax import ModelConfig, RunConfig
@@ -31,46 +31,47 @@ from ultramem_jax.cli.arguments import check_names
 from ultramem_jax.data import Corpus
 from ultramem_jax.presets.ladder import GRID, GRID_PARTS, LADDER, RUNGS, grid, ladder
 from ultramem_jax.presets.published import PUBLISHED, TABLE_3
+from ultramem_jax.reporting import markdown
 
 PARTS = ("ladder", *GRID_PARTS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The models of some parts. Models that are equal have one name under which they are trained, once."""
+    """Holds the models of some parts; equal models share one name, under which they are trained once."""
 
     parts: tuple[str, ...]
     models: dict[str, ModelConfig]
-    """All of the parts by name, and those that they are compared with."""
+    """All models of the parts, and those that they are compared with, by name."""
     trained_as: dict[str, str]
-    """The name of the run, by the name of a model."""
+    """Name of the run of each model, by name of the model."""
 
     @property
     def trained(self) -> dict[str, ModelConfig]:
-        """The models to train, each once."""
+        """Returns the models to train by name of the run, each once."""
         return {name: self.models[name] for name in dict.fromkeys(self.trained_as.values())}
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A change of the loss: ours over the seeds (bits per byte), and the published one (nats per token)."""
+    """Holds a change of the loss: ours of each seed (bits per byte), and the published (nats per token)."""
 
     label: str
     ours: list[float]
     published: Decimal | None
-    """With the digits that it is printed with."""
+    """Published difference, with its printed digits; None if there is none."""
 
     @property
     def mean(self) -> float:
-        """Over the seeds, bits per byte."""
+        """Returns the mean of our differences over the seeds, in bits per byte."""
         return statistics.fmean(self.ours)
 
 
 def make_study(scale: str, parts: Sequence[str]) -> Study:
-    """What to train for these parts.
+    """Chooses the models to train for some parts.
 
     Args:
-        scale: of `ultramem_jax.presets.ladder`.
+        scale: a scale of `ultramem_jax.presets.ladder`.
         parts: some of `PARTS`.
 
     Raises:
@@ -78,7 +79,7 @@ def make_study(scale: str, parts: Sequence[str]) -> Study:
     """
     check_names("parts", parts, PARTS)
     models = ladder(scale) | grid(scale)
-    # The first name of a model is its run's, whichever parts are asked for: runs stay recognisable.
+    # A run has the first name of its model, whichever parts are trained, so that other parts can reuse it.
     first: dict[ModelConfig, str] = {}
     for name, model in models.items():
         first.setdefault(model, name)
@@ -86,7 +87,7 @@ def make_study(scale: str, parts: Sequence[str]) -> Study:
     for point in GRID:
         if point.part in parts:
             names += [point.base, point.name]
-    # In the order of `models`, where the run's own name precedes all others.
+    # Keeps the order of `models`, in which the name of a run precedes all other names of its model.
     wanted = {first[models[name]] for name in names} | set(names)
     kept = {name: model for name, model in models.items() if name in wanted}
     return Study(tuple(parts), kept, {name: first[model] for name, model in kept.items()})
@@ -95,13 +96,13 @@ def make_study(scale: str, parts: Sequence[str]) -> Study:
 def write(
     study: Study, results: dict[str, list[Result]], folder: str | pathlib.Path, notes: Sequence[str]
 ) -> list[pathlib.Path]:
-    """Writes table and figure of the ladder, and one of each for all grids together.
+    """Writes table and figure of the ladder, and one table and one figure of all grids.
 
     Args:
-        study: what was trained.
-        results: of the runs, by `study.trained`'s names.
-        folder: of the files `ladder` and `grids`.
-        notes: paragraphs below each table, on how it was trained.
+        study: the models that were trained.
+        results: results of the runs, by the names of `study.trained`.
+        folder: folder of the files `ladder` and `grids`.
+        notes: paragraphs below each table, on the training.
 
     Returns:
         The Markdown files and the figures.
@@ -119,6 +120,7 @@ def write(
             environment,
             notes,
             {_COMPARED: [_order_in_words(runs), *in_words(steps)]},
+            {"loss along the ladder, here and in the paper": "ladder.png"},
         )
         whole = [
             _difference(runs, rung.name, RUNGS[0], rung.change, _loss_between(RUNGS[0], rung.name))
@@ -138,6 +140,7 @@ def write(
             environment,
             notes,
             {_COMPARED: in_words(list(grids.values()))},
+            {"change of the loss along the grids of E, r and h, here and in the paper": "grids.png"},
         )
         panels = {
             part: _points([grids[point.name] for point in GRID if point.part == part])
@@ -149,7 +152,7 @@ def write(
 
 
 def training_notes(study: Study, base: RunConfig, corpus: Corpus, seeds: int) -> list[str]:
-    """How all runs were trained, and how the columns are to be read."""
+    """Explains how all runs were trained, and how to read the columns."""
     model = next(iter(study.models.values()))
     return [
         f"Models of width {model.embed_dim} with {model.num_layers} layers, "
@@ -165,7 +168,10 @@ def training_notes(study: Study, base: RunConfig, corpus: Corpus, seeds: int) ->
 
 
 def in_words(differences: Sequence[Difference]) -> list[str]:
-    """Where our differences and the published ones disagree, and how sure ours are; computed, not judged."""
+    """Says where our differences and the published ones disagree, and how certain ours are.
+
+    All of it is computed; nothing is judged by hand.
+    """
     known = [d for d in differences if d.published is not None]
     words = []
     if len(known) > 2:
@@ -191,7 +197,10 @@ def in_words(differences: Sequence[Difference]) -> list[str]:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's: the correlation of ranks, equal values sharing their mean rank. NaN if one side is flat."""
+    """Returns Spearman's rank correlation; equal values share their mean rank.
+
+    It is NaN if all values of one side are equal.
+    """
     ranks_x, ranks_y = _ranks(x), _ranks(y)
     if np.ptp(ranks_x) == 0 or np.ptp(ranks_y) == 0:
         return math.nan
@@ -219,19 +228,18 @@ def _published_loss(rung: str) -> Decimal:
 
 
 def _loss_between(first: str, second: str) -> Decimal:
-    """The published difference of the second rung to the first, nats per token."""
+    """Returns the published loss of the second rung minus that of the first, nats per token."""
     return _published_loss(second) - _published_loss(first)
 
 
 def _difference(
     runs: dict[str, list[Result]], name: str, base: str, label: str, published: Decimal | None
 ) -> Difference:
-    pairs = zip(final_bits(runs[name]), final_bits(runs[base]), strict=True)
-    return Difference(label, [new - old for new, old in pairs], published)
+    return Difference(label, paired_differences(runs[name], runs[base]), published)
 
 
 def _ladder_differences(runs: dict[str, list[Result]]) -> list[Difference]:
-    """Of each rung but the first to the one before it."""
+    """Returns the difference of each rung to the previous one."""
     return [
         _difference(runs, rung.name, before.name, rung.change, _loss_between(before.name, rung.name))
         for before, rung in itertools.pairwise(LADDER)
@@ -249,12 +257,10 @@ def _signed(difference: Difference) -> str:
     return f"{difference.mean:+.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 
 
-def _ladder_rows(
-    study: Study, runs: dict[str, list[Result]], steps: list[Difference]
-) -> list[dict[str, Any]]:
+def _ladder_rows(study: Study, runs: dict[str, list[Result]], steps: list[Difference]) -> list[markdown.Row]:
     rows = []
     for rung, step in zip(LADDER, [None, *steps], strict=True):
-        row: dict[str, Any] = {"rung": rung.change if step is None else f"+ {rung.change}"}
+        row: markdown.Row = {"rung": rung.change if step is None else f"+ {rung.change}"}
         row |= _measured(runs[rung.name], step)
         row |= {"paper val. loss": _published_loss(rung.name), "paper Δ": step.published if step else None}
         rows.append(row | _costs(study.models[rung.name], runs[rung.name]))
@@ -263,22 +269,22 @@ def _ladder_rows(
 
 def _grid_rows(
     study: Study, runs: dict[str, list[Result]], grids: dict[str, Difference]
-) -> list[dict[str, Any]]:
-    """Each grid's points, below what they are compared with."""
+) -> list[markdown.Row]:
+    """Returns the rows of each grid: first the base, then the points that are compared with it."""
     rows = []
     for part in (part for part in GRID_PARTS if part in study.parts):
         points = [point for point in GRID if point.part == part]
-        first: dict[str, Any] = {"grid": part, "config": points[0].base, "compared with": ""}
+        first: markdown.Row = {"grid": part, "config": points[0].base, "compared with": ""}
         first |= _measured(runs[points[0].base], None) | {"paper Δ": None}
         rows.append(first | _costs(study.models[points[0].base], runs[points[0].base]))
         for point in points:
-            row: dict[str, Any] = {"grid": part, "config": point.name, "compared with": point.base}
+            row: markdown.Row = {"grid": part, "config": point.name, "compared with": point.base}
             row |= _measured(runs[point.name], grids[point.name]) | {"paper Δ": grids[point.name].published}
             rows.append(row | _costs(study.models[point.name], runs[point.name]))
     return rows
 
 
-def _measured(runs: list[Result], difference: Difference | None) -> dict[str, Any]:
+def _measured(runs: list[Result], difference: Difference | None) -> markdown.Row:
     bits = final_bits(runs)
     return {
         "validation bits/byte": statistics.fmean(bits),
@@ -288,7 +294,7 @@ def _measured(runs: list[Result], difference: Difference | None) -> dict[str, An
     }
 
 
-def _costs(model: ModelConfig, runs: list[Result]) -> dict[str, Any]:
+def _costs(model: ModelConfig, runs: list[Result]) -> markdown.Row:
     parameters = count_parameters(model)
     return {
         "dense parameters": parameters.paper_dense,

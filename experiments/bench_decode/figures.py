@@ -1,4 +1,4 @@
-"""Figures of `bench_decode`, in the manner of figures 1b, 1c and 6c of UltraMem (arXiv 2411.12364)."""
+"""Draws the figures of `bench_decode`, like figures 1b, 1c and 6c of UltraMem (arXiv 2411.12364)."""
 
 import math
 import os
@@ -20,39 +20,45 @@ from ultramem_jax.presets import PRESETS
 from ultramem_jax.reporting.markdown import significant
 
 NAMES = {"dense": "dense", "moe": "MoE", "pkm": "PKM", "ultramem": "UltraMem", "ultramem-v2": "UltraMemV2"}
-"""Systems as figures and tables write them."""
+"""Names of systems in figures and tables."""
 
 PUBLISHED_BAND = (2.0, 6.0)
-"""How many times longer MoE takes than UltraMem in the paper: an A100, a cache of 2,048, equal compute and
-parameters; most at batch 64."""
+"""Range of the time of MoE over that of UltraMem in the paper.
+
+The paper measures on an A100 with a cache of 2,048, at equal compute and parameters. The ratio is largest at
+batch 64.
+"""
 PUBLISHED_MEETING = 131_072
-"""The batch near which the paper has the bytes of MoE and of UltraMem meet."""
+"""Batch near which MoE and UltraMem read equally many bytes in the paper."""
 _MARKED_BATCHES = (16, 64)
 _FAR = 5.0
-"""The figure names a repeat that takes this many times the median, as its band would look like a fault."""
+"""Ratio to the median from which the figure names a repeat.
+
+The band of such a repeat would look like an error of the figure.
+"""
 _MILLI = 1e-3
 _TOUCHED_BATCHES = tuple(sorted({round(2 ** (i / 4)) for i in range(4 * 17 + 1)}))
-"""1 to 131,072."""
+"""Batches of the figure of bytes, 1 to 131,072."""
 _TICKS = (1, 8, 64, 512, 4096, PUBLISHED_MEETING)
 _MARKERS = {"dense": "s", "moe": "^", "pkm": "D", "ultramem": "o", "ultramem-v2": "v"}
 _PANEL = 5.2
-"""Inches."""
+"""Width of a panel in inches."""
 _FAINT = "#888888"
 _ON_WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.0}
-"""Behind words that lie on lines."""
+"""Background of words that lie on lines."""
 _PUBLISHED = "#c9b458"
-"""No system's colour, for what the paper has."""
+"""Colour of the paper's results; no system has it."""
 _CLOSE = 1.1
-"""Times within this ratio are too close for two labels."""
+"""Ratio of two times below which their labels would overlap."""
 
 
 def write(study: DecodeStudy, folder: pathlib.Path, stem: str) -> dict[str, pathlib.Path]:
-    """Draws what the study has: time by batch, bytes by batch, time by sparsity.
+    """Draws what the study contains: time by batch, bytes by batch, time by sparsity.
 
     Args:
-        study: what was measured.
-        folder: is made.
-        stem: that names of the files begin with.
+        study: the measurements.
+        folder: folder of the figures; it is made.
+        stem: beginning of the names of the files.
 
     Returns:
         Paths by caption.
@@ -61,7 +67,7 @@ def write(study: DecodeStudy, folder: pathlib.Path, stem: str) -> dict[str, path
     if study.of("batch"):
         path = folder / f"{stem}_batch.png"
         drawn["time of a step against the batch, by system"] = plot_batches(study, path)
-    # A preset that is not known here cannot be counted.
+    # A preset that this version does not know cannot be counted.
     configs = {t.system: PRESETS[t.preset] for t in study.of("batch") if t.preset in PRESETS}
     if any(config.moe or config.memory for config in configs.values()):
         path = folder / f"{stem}_bytes.png"
@@ -73,14 +79,15 @@ def write(study: DecodeStudy, folder: pathlib.Path, stem: str) -> dict[str, path
 
 
 def plot_batches(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.Path:
-    """Draws the time of a step against the batch, a panel per dtype: medians, and the range of all repeats.
+    """Draws the time of a step against the batch, with a panel per dtype.
 
-    Arrows give the ratio of MoE to UltraMem at some batches. A band marks where MoE would be if it took 2 to
-    6 times as long as our UltraMem, as published; dotted lines are floors.
+    Lines are medians, in a band of the range of all repeats. Arrows show the ratio of MoE to UltraMem at some
+    batches. Another band shows where MoE would be if it took 2 to 6 times as long as our UltraMem, as
+    published. Dotted lines are floors.
 
     Args:
-        study: with timings of the study `batch`.
-        path: of the figure; folders are made.
+        study: measurements with timings of the study `batch`.
+        path: path of the figure; folders are made.
 
     Returns:
         The path.
@@ -122,12 +129,13 @@ def plot_batches(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.Pa
 def plot_touched(configs: Mapping[str, ModelConfig], path: str | os.PathLike[str]) -> pathlib.Path:
     """Draws the parameters that a step reads against its batch, 1 to 131,072 tokens: counted, not measured.
 
-    On the left what tokens choose, experts or rows: lines are the expected number of distinct ones, dashes
-    the paper's count, as if no two tokens chose the same. On the right with all weights. All in float32.
+    The left panel shows the experts or rows that tokens choose. Lines are the expected number of distinct
+    ones. Dashed lines are the paper's count, which assumes that no two tokens choose the same. The right
+    panel adds all other weights. All weights are float32.
 
     Args:
-        configs: models by system; on the left those with experts or memories.
-        path: of the figure; folders are made.
+        configs: models by system; the left panel shows those with experts or memories.
+        path: path of the figure; folders are made.
 
     Returns:
         The path.
@@ -174,21 +182,22 @@ def plot_touched(configs: Mapping[str, ModelConfig], path: str | os.PathLike[str
 
 
 def expected_chosen_bytes(config: ModelConfig, batch: int) -> float:
-    """Bytes of the experts or rows that a step of so many tokens is expected to read, float32 weights."""
+    """Returns the expected bytes of experts or rows that a step of `batch` tokens reads, float32 weights."""
     cost = decode_cost(config, batch, 1, dtype="float32", cache_dtype="float32")
     experts = config.moe.num_experts if config.moe else 1
-    # All experts are read by the paper's count of as many tokens; a part of them is that part of its bytes.
+    # By the paper's count, as many tokens as there are experts read all experts. The expected share of the
+    # experts has that share of the bytes.
     return bytes_per_token(config, experts).experts * cost.experts / experts + cost.memory_rows.bytes
 
 
 def plot_sparsity(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.Path:
-    """Draws the time of a step against sparse over dense parameters, a panel per dtype; dense is a level.
+    """Draws the time of a step against sparse over dense parameters, with a panel per dtype.
 
-    The band is that of `plot_batches`.
+    The dense model is a horizontal line. The band is that of `plot_batches`.
 
     Args:
-        study: with timings of the study `sparsity`, of sparse models.
-        path: of the figure; folders are made.
+        study: measurements with timings of the study `sparsity`, of sparse models.
+        path: path of the figure; folders are made.
 
     Returns:
         The path.
@@ -218,14 +227,14 @@ def plot_sparsity(study: DecodeStudy, path: str | os.PathLike[str]) -> pathlib.P
         figures.set_title(axes, f"{dtype}, batch {any_timing.batch}")
         figures.set_log(axes.xaxis, _powers(sizes))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-        axes.set_xlim(sizes[0] / 1.2, sizes[-1] * 2.5)  # room for the labels of the lines' ends
+        axes.set_xlim(sizes[0] / 1.2, sizes[-1] * 2.5)  # leaves room for the labels at the ends of lines
     _finish(panels)
     _legend(figure, shown, extra, level=["dense"])
     return figures.save(figure, path)
 
 
 def _panels(dtypes: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """A panel per dtype, with one vertical axis, so that they can be compared."""
+    """Returns a figure with a panel per dtype; all panels share one vertical axis."""
     figure = figures.new_figure(max(_PANEL * len(dtypes), 6.4), 4.6)
     return figure, list(figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0])
 
@@ -238,7 +247,7 @@ def _finish(panels: Sequence[Axes]) -> None:
 
 
 def _draw_times(axes: Axes, system: str, positions: Sequence[float], timings: Sequence[DecodeTiming]) -> None:
-    """Medians, and the range of all repeats as a band."""
+    """Draws medians, and the range of all repeats as a band."""
     lows = [min(t.seconds) / _MILLI for t in timings]
     highs = [max(t.seconds) / _MILLI for t in timings]
     colour = _colour(system)
@@ -297,9 +306,9 @@ def _mark_ratio(axes: Axes, moe: Sequence[DecodeTiming], ultramem: Sequence[Deco
 
 
 def _mark_far(axes: Axes, position: float, timing: DecodeTiming) -> None:
-    """Says how many repeats make a band as wide as it is, where some took far longer than the others.
+    """Writes beside a band how many of its repeats took far longer than the others.
 
-    What slowed them is not recorded, and not said.
+    The reason is not recorded, so the text gives none.
     """
     far = [seconds for seconds in timing.seconds if seconds > _FAR * timing.median]
     if far:
@@ -318,10 +327,10 @@ def _mark_far(axes: Axes, position: float, timing: DecodeTiming) -> None:
 
 
 def _mark_growth(axes: Axes, systems: Mapping[str, Sequence[DecodeTiming]]) -> None:
-    """At the end of each line how many times as long the largest size takes as the smallest."""
+    """Writes at the end of each line how many times as long the largest size takes as the smallest."""
     ends = sorted((timings[-1].median, system) for system, timings in systems.items() if len(timings) > 1)
     for rank, (median, system) in enumerate(ends):
-        # Labels of lines that end close to each other are moved apart.
+        # Moves apart the labels of lines that end close to each other.
         below = rank + 1 < len(ends) and ends[rank + 1][0] < _CLOSE * median
         above = rank > 0 and median < _CLOSE * ends[rank - 1][0]
         timings = systems[system]
@@ -344,7 +353,7 @@ def _legend(
     markers: bool = True,
     level: Sequence[str] = (),
 ) -> None:
-    """One legend for all panels, below them: the systems, then what else is drawn."""
+    """Draws one legend for all panels, below them: the systems, then all other marks."""
     handles: list[Line2D | Patch] = [
         Line2D(
             [],
@@ -365,7 +374,7 @@ def _legend(
 
 
 def _powers(sizes: Sequence[float]) -> list[float]:
-    """Powers of two from the smallest size to the largest."""
+    """Returns the powers of two from the smallest size to the largest."""
     low, high = round(math.log2(sizes[0])), round(math.log2(sizes[-1]))
     return [2.0**i for i in range(low, high + 1)]
 

@@ -17,15 +17,14 @@ import numpy as np
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError
-from ultramem_jax.layers import Attention, Memory, RMSNorm, feed_forward
-from ultramem_jax.layers.caching import next_chunk
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.cache import Cache, empty_cache
+from ultramem_jax.models.parts import decoding_parts
 from ultramem_jax.models.sampling import likeliest
 from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.ops.hashing import mix
-from ultramem_jax.ops.linear import OutputMajor, project
+from ultramem_jax.ops.linear import OutputMajor
 from ultramem_jax.ops.rows import to_stored
 
 _TABLE_STD = 0.02
@@ -132,59 +131,8 @@ def step_program(config: ModelConfig) -> Program:
 
 
 def part_programs(config: ModelConfig) -> dict[str, Program]:
-    """The parts of a step alone, each through all layers: (variables, kept, counters, x) -> (kept, y).
-
-    X is (B, 1, D). `kept` is donated. Norms, residual sums and the choice of the next token are in them too.
-    """
-    norm = RMSNorm(config.norm_eps, jnp.dtype(config.dtype))
-
-    def normed(x: jax.Array) -> Any:
-        return norm.apply({"params": {"scale": jnp.ones((config.embed_dim,), jnp.float32)}}, x)
-
-    def chunk_of(counters: Cache, x: jax.Array) -> Any:
-        counts = jnp.ones((len(x),), jnp.int32)
-        return next_chunk(counters["visible"], counters["lengths"], counters["used"], counts, 1)[0]
-
-    def attention(variables: Any, kept: Cache, counters: Cache, x: jax.Array) -> Any:
-        chunk, left = chunk_of(counters, x), dict(kept)
-        y: Any
-        for layer in (f"layer_{number}" for number in range(1, config.num_layers + 1)):
-            held = {"params": variables["params"][layer]["attention"], "cache": kept[layer]["attention"]}
-            y, new = Attention(config).apply(held, normed(x), train=False, chunk=chunk, mutable=["cache"])
-            x, left[layer] = x + y, {"attention": new["cache"]}
-        return left, x
-
-    def feed_forwards(variables: Any, kept: Cache, counters: Cache, x: jax.Array) -> Any:
-        for layer in (f"layer_{number}" for number in range(1, config.num_layers + 1)):
-            held = {"params": variables["params"][layer]["feed_forward"]}
-            y: Any = feed_forward(config).apply(held, normed(x), train=False)
-            x = x + y
-        return kept, x
-
-    def memories(variables: Any, kept: Cache, counters: Cache, x: jax.Array) -> Any:
-        chunk, left = chunk_of(counters, x), dict(kept)
-        held = {name: variables[name] for name in ("params", "memory", "buffers") if name in variables}
-        for site in config.sites:
-            name = site.name
-            tables = held["memory"][site.table] if site.config.table.is_shared else None
-            own = {part: tree[name] for part, tree in held.items() if name in tree}
-            if name in kept:
-                own["cache"] = kept[name]
-            tokens = jnp.arange(len(x), dtype=jnp.int32)[:, None] % config.vocab_size
-            y, new = Memory(site).apply(
-                own, normed(x), train=False, token_ids=tokens, tables=tables, chunk=chunk, mutable=["cache"]
-            )
-            x, left = x + y, left | ({name: new["cache"]} if name in kept else {})
-        return left, x
-
-    def logits(variables: Any, kept: Cache, counters: Cache, x: jax.Array) -> Any:
-        params = variables["params"]
-        return kept, likeliest(project(normed(x[:, 0]), params["output"], jnp.float32))
-
-    parts = {"attention": attention, "feed_forward": feed_forwards, "logits": logits}
-    if config.sites:
-        parts["memory"] = memories
-    return {name: jax.jit(part, donate_argnums=1) for name, part in parts.items()}
+    """Compiles the parts of a step: (variables, kept, counters, x (B, 1, D)) -> (kept, y). `kept` is donated."""
+    return {name: jax.jit(part, donate_argnums=1) for name, part in decoding_parts(config).items()}
 
 
 def _chosen(config: ModelConfig, left: Any) -> Chosen:

@@ -1,47 +1,52 @@
-"""What `bench_decode` measured, and the file that keeps it.
+"""Keeps the measurements of `bench_decode`, in memory and in a file.
 
-Tables and figures are made of a `DecodeStudy` alone, so that they can be made again without measuring.
+Tables and figures are made only from a `DecodeStudy`, so they can be made again without measuring.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
-import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from experiments.common import report
 from ultramem_jax.accounting import DecodeCost, PartCost
 from ultramem_jax.errors import UserError
 from ultramem_jax.files import replace_text
+from ultramem_jax.tree_types import JsonDict
 
 STUDIES = ("batch", "sparsity")
-"""Time against the sequences of a batch, and against the slots or experts of a model."""
+"""Names of the studies: time against the batch size, and against the slots or experts of a model."""
 PARTS: Mapping[str, tuple[str, ...]] = {
     "attention": ("attention", "cache"),
     "feed_forward": ("feed_forward",),
     "memory": ("memory", "memory_rows"),
     "logits": ("logits",),
 }
-"""The parts that are timed alone, with the parts of a `DecodeCost` that each of them is."""
+"""Parts that are timed separately, each with the parts of a `DecodeCost` that it contains."""
 
 
 @dataclass(frozen=True)
 class DecodeRates:
-    """Measured rates of the machine, medians."""
+    """Holds measured rates of the machine; each is a median."""
 
     flops_per_second: dict[str, float]
-    """Of a square matrix product, by dtype (`experiments.machine.product_flops_per_second`); a dtype that was
-    not measured is absent."""
+    """FLOPs per second of a square matrix product, by dtype; a dtype that was not measured is absent.
+
+    Measured by `experiments.common.machine.product_flops_per_second`.
+    """
     bytes_per_second: float
-    """Read, and not written (`experiments.machine.read_bytes_per_second`): a step writes next to nothing."""
+    """Bytes read per second, without writing, because a step writes next to nothing.
+
+    Measured by `experiments.common.machine.read_bytes_per_second`.
+    """
 
     @classmethod
     def median(cls, rates: Sequence["DecodeRates"]) -> "DecodeRates":
-        """The median of each rate, of at least one measurement of the same dtypes."""
+        """Returns the median of each rate over one or more measurements of the same dtypes."""
         return cls(
             flops_per_second={
                 dtype: statistics.median(each.flops_per_second[dtype] for each in rates)
@@ -53,33 +58,35 @@ class DecodeRates:
 
 @dataclass(frozen=True)
 class DecodeTiming:
-    """One model at one batch: the times of a step in which each sequence gets one token."""
+    """Holds the times of one model at one batch, for a step that takes one token of each sequence."""
 
     study: str
-    """Of `STUDIES`."""
+    """Study of the timing, one of `STUDIES`."""
     system: str
-    """As figures and tables name it: `dense`, `moe`, `pkm`, `ultramem`, ..."""
+    """Name of the system in figures and tables: `dense`, `moe`, `pkm`, `ultramem`, ..."""
     preset: str
-    """The preset it is, or is made from."""
+    """Preset of the model, or the preset that it is made from."""
     dtype: str
-    """That weights are served in."""
+    """Dtype of the served weights."""
     batch: int
-    """B, sequences."""
+    """B, the number of sequences."""
     cache_length: int
-    """Positions that each sequence attends to."""
+    """Cache positions that each sequence attends to."""
     cache_dtype: str
-    """Of their keys and values."""
+    """Dtype of the cached keys and values."""
     sparse_over_dense: float
-    """Parameters of tables or experts over the weights of the dense model's layers: about 12 for
-    ultramem-151m-x12. 0 of the dense model."""
+    """Parameters of tables or experts over the weights of the dense model's layers.
+
+    It is about 12 for ultramem-151m-x12, and 0 for the dense model.
+    """
     parameters: int
-    """All of them."""
+    """Number of all parameters."""
     seconds: tuple[float, ...]
-    """Of a step, one per repeat."""
+    """Seconds of a step, one value per repeat."""
     parts: dict[str, float] | None
-    """Median seconds of a step's parts, of `PARTS`, each timed alone; None if they were not timed."""
+    """Median seconds of the step's `PARTS`, each timed separately; None if they were not timed."""
     cost: DecodeCost
-    """What the step must compute and move at least, with as many experts and rows as the steps chose."""
+    """Least FLOPs and bytes of the step, for the numbers of experts and rows that the timed steps chose."""
 
     def __post_init__(self) -> None:
         if self.study not in STUDIES:
@@ -91,24 +98,24 @@ class DecodeTiming:
 
     @property
     def median(self) -> float:
-        """Seconds of a step."""
+        """Returns the median seconds of a step."""
         return statistics.median(self.seconds)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all sequences together."""
+        """Returns the tokens per second of all sequences together."""
         return self.batch / self.median
 
 
 @dataclass(frozen=True)
 class DecodeStudy:
-    """Everything that was measured on one machine."""
+    """Holds all measurements of one machine."""
 
     machine: dict[str, str]
-    """As of `experiments.environment()`: command, commit, date, cores, versions, devices."""
+    """Strings from `describe_environment()`: command, commit, date, CPU cores, versions, devices."""
     rates: DecodeRates
     timings: list[DecodeTiming]
-    """In the order in which systems are to appear."""
+    """Timings, in the order in which systems appear in tables and figures."""
 
     def __post_init__(self) -> None:
         counts = Counter(
@@ -119,21 +126,27 @@ class DecodeStudy:
 
     @property
     def device(self) -> str:
-        """What it ran on, such as `cpu` or `NVIDIA H100 80GB HBM3`; without their number."""
-        return re.sub(r"^\d+ × | \(\w+\)$", "", self.machine.get("devices", "unknown device"))
+        """Returns the kind of the devices, such as `cpu` or `NVIDIA H100 80GB HBM3`, without their number."""
+        return report.device_kind(self.machine)
 
     @property
     def on_cpu(self) -> bool:
-        """Whether it ran on a CPU."""
-        return self.machine.get("devices", "").endswith("(cpu)")
+        """Tells whether the study ran on a CPU."""
+        return report.is_cpu(self.machine)
 
     @property
     def dtypes(self) -> list[str]:
-        """Those that were timed, in the order of the timings."""
+        """Returns the dtypes that were timed, in the order of the timings."""
         return list(dict.fromkeys(t.dtype for t in self.timings))
 
     def of(self, study: str, dtype: str | None = None, system: str | None = None) -> list[DecodeTiming]:
-        """The timings of a study, by dtype, batch, system and sparsity; None takes all."""
+        """Returns the timings of a study, sorted by dtype, batch, system and sparsity.
+
+        Args:
+            study: one of `STUDIES`.
+            dtype: dtype of the weights; None for all.
+            system: name of the system; None for all.
+        """
         systems = list(dict.fromkeys(t.system for t in self.timings))
         dtypes = self.dtypes
         found = [
@@ -147,27 +160,37 @@ class DecodeStudy:
         )
 
     def by_system(self, study: str, dtype: str | None = None) -> dict[str, list[DecodeTiming]]:
-        """The timings of a study as of `of`, apart by system, in the order in which systems appear."""
+        """Returns the timings of a study by system, in the order of the systems, sorted as by `of`."""
         systems = dict.fromkeys(t.system for t in self.timings)
         found = {system: self.of(study, dtype, system) for system in systems}
         return {system: timings for system, timings in found.items() if timings}
 
     def beside(self, timing: DecodeTiming, system: str) -> DecodeTiming | None:
-        """The timing of another system in the study `batch` at the same dtype, batch and cache; or None."""
+        """Returns the timing of another system in the study `batch` with the same dtype, batch and cache.
+
+        Returns None if there is none.
+        """
         return self.at(timing.dtype, timing.batch, system, timing.cache_length)
 
     def at(self, dtype: str, batch: int, system: str, cache_length: int | None = None) -> DecodeTiming | None:
-        """As `beside`, of any cache if None is given."""
+        """Returns the timing of a system in the study `batch`; None if there is none.
+
+        Args:
+            dtype: dtype of the weights.
+            batch: number of sequences.
+            system: name of the system.
+            cache_length: cache positions of a sequence; None for any number.
+        """
         found = (t for t in self.of("batch", dtype, system) if t.batch == batch)
         return next((t for t in found if cache_length in (None, t.cache_length)), None)
 
     def floor(self, timing: DecodeTiming) -> float | None:
-        """The least seconds of its step on this machine; None if no rate was measured in its dtype."""
+        """Returns the least seconds of a step on this machine; None if its dtype has no measured rate."""
         flops = self.rates.flops_per_second.get(timing.dtype)
         return flops and timing.cost.floor(flops, self.rates.bytes_per_second)
 
     def part_floors(self, timing: DecodeTiming) -> dict[str, float]:
-        """The least seconds of the parts that are timed, by name; empty as `floor` is None."""
+        """Returns the least seconds of the timed parts, by name; empty if its dtype has no measured rate."""
         flops = self.rates.flops_per_second.get(timing.dtype)
         if not flops:
             return {}
@@ -175,17 +198,19 @@ class DecodeStudy:
         return {part: sum(floors[name] for name in names) for part, names in PARTS.items()}
 
     def bandwidth_floor(self, timing: DecodeTiming) -> float:
-        """The least seconds in which this machine moves the bytes of its step."""
+        """Returns the least seconds in which this machine moves the bytes of a step."""
         return timing.cost.bandwidth_floor(self.rates.bytes_per_second)
 
     def save(self, path: str | os.PathLike[str]) -> pathlib.Path:
-        """Writes the study as JSON, whole or not at all: what was there stays until the new one is complete.
+        """Writes the study as JSON, completely or not at all.
+
+        An existing file stays until the new one is complete.
 
         Args:
-            path: of the file; folders are made.
+            path: path of the file; folders are made.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the file cannot be written.
         """
         path = pathlib.Path(path)
         text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
@@ -198,10 +223,10 @@ class DecodeStudy:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "DecodeStudy":
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-            UserError: it cannot be read, or is not a study.
+            UserError: the file cannot be read, or is not a study.
         """
         try:
             read = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -216,8 +241,8 @@ class DecodeStudy:
             raise UserError(f"{path}: not a study of decoding, {type(error).__name__}: {error}") from error
 
 
-def _timing(record: Mapping[str, Any]) -> DecodeTiming:
-    cost: dict[str, Any] = {
+def _timing(record: JsonDict) -> DecodeTiming:
+    cost: JsonDict = {
         name: PartCost(**value) if isinstance(value, dict) else value
         for name, value in record["cost"].items()
     }

@@ -1,10 +1,14 @@
-"""Time of a decoding step: UltraMem beside dense, MoE and PKM of equal compute and parameters.
+"""Times a decoding step of UltraMem beside dense, MoE and PKM models of equal compute and parameters.
 
-One token for each sequence, on a cache that is full, with random weights of the presets. Two studies: time
-against the sequences of a batch, and time against sparse parameters at one batch. Models are too large to be
-there at once, so they take turns: in every round each is drawn, timed at every batch, and dropped. Beside
-each time stands what a step must touch and the least that this machine could need. --redraw makes tables and
-figures again of what was measured.
+A step takes one token of each sequence, with a full cache and random weights of the presets. There are two
+studies: time against the number of sequences, and time against sparse parameters at one batch.
+
+All models together do not fit into memory, so they take turns: in every round each model is drawn, timed at
+every batch, and deleted. The tables show beside each time the bytes that a step must touch, and the least
+time that this machine needs for it. --redraw makes tables and figures again from the measurements of earlier
+runs.
+
+    python launch.py bench_decode --batches=1,64 --dtypes=float32 --ratios= --results=runs/bench_decode
 """
 
 import logging
@@ -12,9 +16,9 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,39 +38,54 @@ from experiments.bench_decode.model import (
     with_sparsity,
 )
 from experiments.bench_decode.records import DecodeRates, DecodeStudy, DecodeTiming
-from experiments.common import machine, report
+from experiments.common import machine
 from ultramem_jax.accounting import bytes_per_token, count_parameters, decode_cost
 from ultramem_jax.accounting.model import DTYPE_BYTES
+from ultramem_jax.cli.arguments import positive_number
 from ultramem_jax.config import ModelConfig
-from ultramem_jax.errors import choice, require, unknown, whole_number
+from ultramem_jax.errors import choice, require, unknown
 from ultramem_jax.models.cache import CACHE_DTYPES, cache_bytes
 from ultramem_jax.presets import preset
 from ultramem_jax.reporting.environment import describe_environment
+from ultramem_jax.reporting.folders import make_folder
+from ultramem_jax.tree_types import ArrayTree
 
 MODELS = flags.DEFINE_list(
     "models",
     ["dense-151m", "moe-151m-2in32", "pkm-151m-x10", "ultramem-151m-x12"],
-    "presets, of different systems",
+    "presets to time, each of another system",
 )
-BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64", "256"], "sequences of a step")
-DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "of weights and tables")
-CACHE_LENGTH = flags.DEFINE_integer("cache_length", 128, "tokens that a sequence attends to", lower_bound=1)
+BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64", "256"], "numbers of sequences of a step")
+DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "dtypes of weights and tables")
+CACHE_LENGTH = flags.DEFINE_integer(
+    "cache_length", 128, "cache positions that a sequence attends to", lower_bound=1
+)
 CACHE_DTYPE = flags.DEFINE_string(
     "cache_dtype",
     "",
-    "of keys and values; empty: float32 on CPU, where bfloat16 is slower, else the weights'",
+    "dtype of keys and values; empty: float32 on CPUs, where bfloat16 is slower, else that of the weights",
 )
 ROUNDS = flags.DEFINE_integer("rounds", 2, "turns of each model", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 5, "steps of a turn that count, after as many without", lower_bound=1)
+STEPS = flags.DEFINE_integer(
+    "steps", 5, "steps of a turn that count, after as many that do not", lower_bound=1
+)
 RATIOS = flags.DEFINE_list(
     "ratios",
     ["2", "4", "8", "16", "32"],
-    "sparse over dense parameters of the second study; empty: without it",
+    "sparse over dense parameters of the models of the second study; empty: without that study",
 )
-RATIO_BATCH = flags.DEFINE_integer("ratio_batch", 64, "sequences of its step", lower_bound=1)
-RATIO_DTYPES = flags.DEFINE_list("ratio_dtypes", ["float32", "bfloat16"], "of its weights and tables")
+RATIO_BATCH = flags.DEFINE_integer(
+    "ratio_batch", 64, "sequences of a step of the second study", lower_bound=1
+)
+RATIO_DTYPES = flags.DEFINE_list(
+    "ratio_dtypes", ["float32", "bfloat16"], "dtypes of weights and tables in the second study"
+)
 RESULTS = flags.DEFINE_string("results", "experiments/results/bench_decode", "folder of tables and figures")
-REDRAW = flags.DEFINE_bool("redraw", False, "measure nothing: tables and figures of the .json files there")
+REDRAW = flags.DEFINE_bool(
+    "redraw", False, "measure nothing; only make tables and figures from the .json files in --results"
+)
+
+T = TypeVar("T")
 
 _SYSTEMS = {
     "dense": "dense",
@@ -79,43 +98,43 @@ _SYSTEMS = {
     "ultramem": "ultramem",
     "peer": "peer",
 }
-"""How the name of a preset begins -> its system in tables and figures."""
+"""Systems in tables and figures, by the beginning of a preset's name."""
 _SHARE_OF_FREE = 0.8
-"""The rest is for compiling, and for what a step needs beside its weights."""
+"""Share of free memory for weights and cache; the rest is for compiling and for the step's temporaries."""
 
-log = logging.getLogger("ultramem_jax.bench_decode")  # which the command line shows
+log = logging.getLogger("ultramem_jax.bench_decode")  # the command line shows logs of this library
 
 
 @dataclass
 class Subject:
-    """A model that takes turns."""
+    """Holds a model that takes turns, and what was measured of it."""
 
     study: str
     preset: str
     config: ModelConfig
     batches: list[int]
     seconds: dict[int, list[float]] = field(default_factory=dict)
-    """By batch."""
+    """Seconds of the steps that count, by batch."""
     parts: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     experts: dict[int, list[float]] = field(default_factory=dict)
     rows: dict[int, list[float]] = field(default_factory=dict)
     programs: dict[int, tuple[Program, dict[str, Program]]] = field(default_factory=dict)
-    """By batch: the step and its parts. Compiled once for all turns."""
+    """The step and its parts by batch, compiled once for all turns."""
 
     @property
     def system(self) -> str:
-        """As tables name it."""
+        """Returns the name of the system in tables."""
         return _system(self.preset)
 
     @property
     def label(self) -> str:
-        """For the progress bar."""
+        """Returns the text for the progress bar."""
         return f"{self.system} {self.config.dtype} {sparse_over_dense(self.config):.0f}x"
 
 
 def main() -> None:
-    """Times everything, keeping what there is after every turn in a `.partial` file."""
-    folder = report.make_folder(RESULTS.value, "results")
+    """Times all models, and saves the measurements after every turn in a `.partial` file."""
+    folder = make_folder(RESULTS.value, "results")
     files = sorted(folder.glob("*.json"))
     if REDRAW.value:
         require(bool(files), "results", RESULTS.value, "must hold a .json file of an earlier run")
@@ -138,7 +157,7 @@ def main() -> None:
         for _ in range(ROUNDS.value):
             for subject in subjects:
                 bar.set_postfix_str(subject.label)
-                # Beside every turn: on a shared machine they change while the models are timed.
+                # Measured at every turn: on a shared machine rates change while the models are timed.
                 rates.append(_rates(dtypes))
                 for _ in _turn(subject):
                     bar.update()
@@ -157,15 +176,15 @@ def _rates(dtypes: Iterable[str]) -> DecodeRates:
 
 
 def _write(study: DecodeStudy, others: list[DecodeStudy], folder: pathlib.Path) -> None:
-    """Writes and prints the report, with what was measured on other devices beside it."""
+    """Writes and prints the report, with measurements of other devices beside it."""
     written = decode_tables.write(study, folder, others)
     print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
 
 
 def _subjects() -> Iterator[Subject]:
-    """All models, of both studies; those that do not fit are left out, and a line says so."""
-    batches = sorted({_positive("batches", text) for text in BATCHES.value})
-    ratios = sorted({_positive("ratios", text) for text in RATIOS.value if text})
+    """Yields the models of both studies; models that do not fit are left out, and logged."""
+    batches = sorted({positive_number("batches", text) for text in BATCHES.value})
+    ratios = sorted({positive_number("ratios", text) for text in RATIOS.value if text})
     _check_dtypes("dtypes", DTYPES.value)
     _check_dtypes("ratio_dtypes", RATIO_DTYPES.value)
     systems = [_system(name) for name in MODELS.value]
@@ -178,7 +197,7 @@ def _subjects() -> Iterator[Subject]:
         for name in MODELS.value:
             config = served_in(preset(name), dtype)
             sizes = [with_sparsity(config, ratio) for ratio in ratios] if config.moe or config.memory else []
-            # Of a tiny model two ratios can come to the same.
+            # For a tiny model two ratios can give the same sizes.
             for larger in dict.fromkeys(sizes):
                 yield from _fitting(Subject("sparsity", name, larger, [RATIO_BATCH.value]))
 
@@ -190,7 +209,7 @@ def _check_dtypes(flag: str, dtypes: list[str]) -> None:
 
 
 def _system(name: str) -> str:
-    """Of a preset, as tables name it."""
+    """Returns the name in tables of the system that a preset belongs to."""
     found = (system for begin, system in _SYSTEMS.items() if name.startswith(begin))
     system = next(found, None)
     if system is None:
@@ -198,15 +217,9 @@ def _system(name: str) -> str:
     return system
 
 
-def _positive(flag: str, text: str) -> int:
-    number = whole_number(text) or 0
-    require(number > 0, flag, text, "must be whole numbers above 0")
-    return number
-
-
 def _fitting(subject: Subject) -> Iterator[Subject]:
     free = machine.available_bytes()
-    # As many tokens as that read every weight and every slot.
+    # A step of 2^40 tokens reads every weight and every slot.
     weights = bytes_per_token(subject.config, 1 << 40, jnp.dtype(subject.config.dtype).itemsize).step
     for batch in list(subject.batches):
         cache = cache_bytes(subject.config, batch, CACHE_LENGTH.value, _cache_dtype(subject.config))
@@ -224,22 +237,22 @@ def _fitting(subject: Subject) -> Iterator[Subject]:
 
 
 def _turn(subject: Subject) -> Iterator[None]:
-    """One round of one model: drawn, timed at each batch, dropped."""
+    """Times one round of one model: draws it, times it at each batch, and deletes it."""
     config = subject.config
     with machine.memory_of_their_own():
         variables = jax.block_until_ready(random_variables(config))
     for batch in subject.batches:
         if batch not in subject.programs:
             parts = part_programs(config)
-            if subject.study == "sparsity":  # all but one are those of the study of batches
+            if subject.study == "sparsity":  # the study of batches times the other parts
                 parts = {name: part for name, part in parts.items() if name == sparse_part(config)}
             subject.programs[batch] = step_program(config), parts
         step, parts = subject.programs[batch]
         kept, counters = full_cache(config, batch, CACHE_LENGTH.value, _cache_dtype(config))
         tokens = jnp.arange(batch, dtype=jnp.int32) * 37 % config.vocab_size
         seconds = subject.seconds.setdefault(batch, [])
-        # The same tokens twice, for the same experts: XLA makes the kernel of a product when it first runs,
-        # so an expert that nobody has chosen yet takes several times as long.
+        # The same tokens go through twice and choose the same experts. XLA makes the kernel of a product when
+        # it first runs, so an expert that no token has chosen before takes several times as long.
         for counts in (False, True):
             following = tokens
             for _ in range(STEPS.value):
@@ -258,7 +271,7 @@ def _turn(subject: Subject) -> Iterator[None]:
         yield
 
 
-def _timed(program: Program, *arguments: Any) -> tuple[float, Any]:
+def _timed(program: Callable[..., T], *arguments: ArrayTree) -> tuple[float, T]:
     start = time.perf_counter()
     result = jax.block_until_ready(program(*arguments))
     return time.perf_counter() - start, result

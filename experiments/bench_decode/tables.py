@@ -1,45 +1,44 @@
-"""Tables of `bench_decode`, and the report that holds them with the figures."""
+"""Makes the tables of `bench_decode`, and the report that contains them and the figures."""
 
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from experiments.bench_decode import figures as decode_figures
 from experiments.bench_decode.records import DecodeStudy, DecodeTiming
-from experiments.common.report import write_csv
+from experiments.common import report as reports
+from experiments.common.report import ratio, write_csv
 from ultramem_jax.errors import UserError
 from ultramem_jax.reporting import markdown
+from ultramem_jax.reporting.markdown import Row
 
 TITLE = "Decoding: one token for each sequence"
 _NAME = "bench_decode"
 _GIGA, _MEGA, _MILLI = 1e9, 1e6, 1e-3
 
 AIM_BATCH = 64
-"""The batch at which the paper has MoE furthest behind."""
+"""Batch of the aims: the one at which the paper has MoE furthest behind UltraMem."""
 _BESIDE_DENSE, _BEHIND, _FLAT, _NEAR = 1.3, 6.0, 1.2, 2.0
 _FLAT_FROM, _FLAT_TO = 2.0, 32.0
 _NEAR_BATCHES = range(1, 17)
 _SIZE_TOLERANCE = 1.25
-"""Sizes are rarely exact multiples: keys and experts come in whole numbers."""
+"""Factor within which a size counts as reached: keys and experts come only in whole numbers."""
 _MACHINE = ("devices", "cpu", "cores", "memory", "python", "jax", "jaxlib", "flax", "commit", "date")
-"""What the head of the report names of the machine; all of it stands at the foot."""
-
-Row = dict[str, object]
+"""Entries of the machine that the head of the report names; its foot lists all of them."""
 
 
 def write(study: DecodeStudy, folder: pathlib.Path, beside: Sequence[DecodeStudy] = ()) -> list[pathlib.Path]:
     """Writes the report (`.md`), all numbers (`.csv`), the study (`.json`) and the figures.
 
-    What was measured on another device than a CPU carries its name in that of the files.
+    The names of the files contain the name of the device, unless that is a CPU.
 
     Args:
-        study: what was measured.
-        folder: is made.
+        study: the measurements.
+        folder: folder of the files; it is made.
         beside: studies of other machines, for a section of their own.
 
     Returns:
-        Paths, the report's first.
+        The paths; the report comes first.
     """
     if not study.timings:
         raise UserError("timings: there are none to report")
@@ -53,9 +52,8 @@ def write(study: DecodeStudy, folder: pathlib.Path, beside: Sequence[DecodeStudy
 
 
 def file_stem(study: DecodeStudy) -> str:
-    """The name of its files, without suffix."""
-    device = re.sub(r"\W+", "-", study.device).strip("-").lower()
-    return _NAME if study.on_cpu else f"{_NAME}-{device}"
+    """Returns the name of the study's files, without suffix."""
+    return reports.file_stem(_NAME, study.device, on_cpu=study.on_cpu)
 
 
 def report(
@@ -63,12 +61,14 @@ def report(
     beside: Sequence[DecodeStudy] = (),
     figures: dict[str, pathlib.Path] | None = None,
 ) -> str:
-    """The report as Markdown; what was not measured has no section, and blank cells where others have one.
+    """Returns the report as Markdown.
+
+    A study without measurements has no section. A single missing measurement leaves a blank cell.
 
     Args:
-        study: what was measured.
+        study: the measurements.
         beside: studies of other machines.
-        figures: in the report's folder, by caption.
+        figures: paths of figures in the folder of the report, by caption.
     """
     if not study.timings:
         raise UserError("timings: there are none to report")
@@ -88,13 +88,13 @@ def report(
     if beside:
         parts += ["## On other machines", markdown.table(machine_rows([study, *beside]))]
         parts += [f"{other.device}: {_machine(other)}." for other in beside]
-    measured = "\n".join(f"- {name}: `{value}`" for name, value in study.machine.items())
+    measured = markdown.listing(study.machine)
     parts += ["## How to read this", *_notes(study, beside), "## Where this was measured", measured]
     return "\n\n".join(parts) + "\n"
 
 
 def batch_rows(study: DecodeStudy, dtype: str) -> list[Row]:
-    """One row per batch and system. Ratios are of medians; blank where one of the two was not measured."""
+    """Returns a row per batch and system; ratios are of medians, and blank if one of the two is missing."""
     timings = study.of("batch", dtype)
     rows: list[Row] = []
     for timing in timings:
@@ -115,7 +115,7 @@ def batch_rows(study: DecodeStudy, dtype: str) -> list[Row]:
 
 
 def part_rows(study: DecodeStudy, dtype: str) -> list[Row]:
-    """One row per part that was timed alone, then their sum and the whole step, for each model in turn."""
+    """Returns a row per separately timed part, then their sum and the whole step, model by model."""
     rows: list[Row] = []
     for timing in study.of("batch", dtype):
         if timing.parts is None:
@@ -140,7 +140,10 @@ def part_rows(study: DecodeStudy, dtype: str) -> list[Row]:
 
 
 def sparsity_rows(study: DecodeStudy, dtype: str) -> list[Row]:
-    """One row per system and size. Ratios to the smallest size of the system, and to the dense model."""
+    """Returns a row per system and size.
+
+    Ratios compare with the smallest size of the same system, and with the dense model.
+    """
     rows: list[Row] = []
     for system, timings in study.by_system("sparsity", dtype).items():
         for timing in timings:
@@ -175,7 +178,7 @@ def _chosen(timing: DecodeTiming) -> Row:
 
 @dataclass(frozen=True)
 class _Aim:
-    """A figure beside what was aimed at; None where it was not measured."""
+    """Holds an aim and the measured figure, which is None if it was not measured."""
 
     text: str
     dtype: str
@@ -185,10 +188,10 @@ class _Aim:
     figure: float | None
     where: str
     at_floor: float | None
-    """What the same figure is of a program that needs no more than its floor."""
+    """The same figure for a program that takes exactly its floor."""
 
     def row(self) -> Row:
-        """For the table."""
+        """Returns the row of the aim in the table."""
         verdict = "not measured"
         if self.figure is not None:
             met = self.figure <= self.limit if self.at_most else self.figure >= self.limit
@@ -213,7 +216,7 @@ _AIM_NOTES = [
 
 
 def aim_rows(study: DecodeStudy) -> list[Row]:
-    """What was aimed at beside what was measured: a row per dtype and aim, and of the last per system."""
+    """Returns aims beside measurements: a row per dtype and aim; the last aim has a row per system."""
     rows: list[Row] = []
     for dtype in study.dtypes:
         near = _pair(study, dtype, "UltraMem is near dense", "ultramem", "dense", _BESIDE_DENSE, at_most=True)
@@ -225,7 +228,7 @@ def aim_rows(study: DecodeStudy) -> list[Row]:
 
 
 def machine_rows(studies: Sequence[DecodeStudy]) -> list[Row]:
-    """The time of every system at the aims' batch, on every machine; only what was measured."""
+    """Returns the measured time of every system on every machine, at the batch of the aims."""
     rows: list[Row] = []
     for study in studies:
         for timing in study.of("batch"):
@@ -246,7 +249,7 @@ def machine_rows(studies: Sequence[DecodeStudy]) -> list[Row]:
 
 
 def csv_rows(study: DecodeStudy) -> list[Row]:
-    """All timings in full precision, in seconds and bytes."""
+    """Returns all timings in full precision, in seconds and bytes."""
     return [
         {
             "study": timing.study,
@@ -273,14 +276,14 @@ def csv_rows(study: DecodeStudy) -> list[Row]:
 
 
 def name_of(system: str) -> str:
-    """A system as tables name it."""
+    """Returns the name of a system in tables."""
     return decode_figures.NAMES.get(system, system)
 
 
 def _pair(
     study: DecodeStudy, dtype: str, text: str, system: str, base: str, limit: float, *, at_most: bool
 ) -> _Aim:
-    """The time of a system over that of another at the aims' batch."""
+    """Returns the aim for the time of a system over that of another, at the batch of the aims."""
     one = study.at(dtype, AIM_BATCH, system)
     two = one and study.beside(one, base)
     return _Aim(
@@ -291,12 +294,16 @@ def _pair(
         at_most=at_most,
         figure=_ratio_to(one, two),
         where=f"batch {AIM_BATCH}, × {name_of(base)}",
-        at_floor=_ratio(study.floor(one), study.floor(two)) if one and two else None,
+        at_floor=ratio(study.floor(one), study.floor(two)) if one and two else None,
     )
 
 
 def _flat(study: DecodeStudy, dtype: str) -> _Aim:
-    """The longest time of UltraMem from the smallest to the largest table, over that of the smallest."""
+    """Returns the aim for the growth of UltraMem's time with its table.
+
+    The figure is the longest time of all sizes from the smallest to the largest, over the time of the
+    smallest.
+    """
     timings = [t for t in study.of("sparsity", dtype, "ultramem") if t.batch == AIM_BATCH]
     low, high = _FLAT_FROM / _SIZE_TOLERANCE, _FLAT_TO * _SIZE_TOLERANCE
     timings = [t for t in timings if low <= t.sparse_over_dense <= high and _comparable(t, timings[0])]
@@ -307,7 +314,7 @@ def _flat(study: DecodeStudy, dtype: str) -> _Aim:
     def growth(seconds: Callable[[DecodeTiming], float | None]) -> float | None:
         if not reaches:
             return None
-        ratios = [_ratio(seconds(t), seconds(timings[0])) for t in timings]
+        ratios = [ratio(seconds(t), seconds(timings[0])) for t in timings]
         known = [ratio for ratio in ratios if ratio is not None]
         return max(known, default=None)
 
@@ -324,7 +331,7 @@ def _flat(study: DecodeStudy, dtype: str) -> _Aim:
 
 
 def _near(study: DecodeStudy, dtype: str, system: str) -> _Aim:
-    """The worst time over the bandwidth floor at small batches."""
+    """Returns the aim for the worst time over the bandwidth floor, at small batches."""
     timings = [t for t in study.of("batch", dtype, system) if t.batch in _NEAR_BATCHES]
     worst = max(timings, key=lambda t: t.median / study.bandwidth_floor(t), default=None)
     least = study.bandwidth_floor(worst) if worst else None
@@ -334,29 +341,24 @@ def _near(study: DecodeStudy, dtype: str, system: str) -> _Aim:
         system=system,
         limit=_NEAR,
         at_most=True,
-        figure=_ratio(worst.median, least) if worst else None,
+        figure=ratio(worst.median, least) if worst else None,
         where=f"batch {worst.batch}, × floor of bytes" if worst else "",
-        at_floor=_ratio(study.floor(worst), least) if worst else None,
+        at_floor=ratio(study.floor(worst), least) if worst else None,
     )
 
 
 def _time(timing: DecodeTiming) -> Row:
     low, high = min(timing.seconds) / _MILLI, max(timing.seconds) / _MILLI
-    spread = f"{markdown.significant(low, 4)}–{markdown.significant(high, 4)}"
-    return {"ms per step": timing.median / _MILLI, "min–max": spread}
+    return {"ms per step": timing.median / _MILLI, "min–max": markdown.interval(low, high)}
 
 
 def _bandwidth(timing: DecodeTiming) -> float:
-    """Bytes that must be touched, per second of the step."""
+    """Returns the bytes that a step must touch, per second of the step."""
     return timing.cost.total.bytes / timing.median
 
 
 def _comparable(one: DecodeTiming, other: DecodeTiming) -> bool:
     return (one.dtype, one.batch, one.cache_length) == (other.dtype, other.batch, other.cache_length)
-
-
-def _ratio(value: float | None, base: float | None) -> float | None:
-    return value / base if value is not None and base else None
 
 
 def _ratio_to(timing: DecodeTiming | None, base: DecodeTiming | None) -> float | None:
@@ -376,7 +378,7 @@ def _head(study: DecodeStudy) -> str:
 
 
 def _machine(study: DecodeStudy) -> str:
-    # Of a CPU JAX knows no name.
+    # JAX does not know the name of a CPU.
     names = [name for name in _MACHINE if name in study.machine and not (study.on_cpu and name == "devices")]
     words = {"devices": "{}", "cpu": "{}", "cores": "{} cores", "memory": "{}"}
     return ", ".join(words.get(name, f"{name} {{}}").format(study.machine[name]) for name in names)

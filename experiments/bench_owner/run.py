@@ -1,17 +1,20 @@
-"""What one of P owners of a table does with it, forward and backward, timed on this machine alone.
+"""Times the work of one of P owners of a table in a lookup, forward and backward, on this machine.
 
-A group of P devices has P times the tokens of one, and each owner sees the reads of all. By slots it lists
-those that fall to its N/P rows and works on them; by width it works on its d_v/P columns of all of them. If
-the work were shared out evenly and nothing else were to be done, a line of the table would not depend on P.
-Timed are, for P = 1 (no mesh), 2, 4, ...: the list of owned reads, the pooled sums, and the products that are
-the gradient of the scores. No device sends anything here: for that see `plan`.
+A group of P devices has P times the tokens of one device, and each owner sees the reads of the whole group.
+By slots, an owner lists the reads of its N/P rows and works on these. By width, it works on its d_v/P columns
+for all reads. If the work were divided evenly and there were no other work, the times would not depend on P.
+
+For P = 1 (no mesh), 2, 4, ..., the experiment times the list of owned reads, the pooled sums, and the
+products that are the gradient of the scores. Devices send nothing here; for communication see `plan`.
+
+    python launch.py bench_owner --parts=1,2,4 --out=runs/bench_owner
 """
 
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +22,27 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.common import report
-from ultramem_jax.errors import require, whole_number
+from ultramem_jax.cli.arguments import positive_number
+from ultramem_jax.errors import require
 from ultramem_jax.ops.lookup import pooled_lookup, score_products
-from ultramem_jax.ops.owned_rows import owned_reads, pool_owned, score_products_owned
+from ultramem_jax.ops.owned_rows import OwnedReads, owned_reads, pool_owned, score_products_owned
+from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.environment import describe_environment
 
-PARTS = flags.DEFINE_list("parts", ["1", "2", "4", "8", "16", "32", "64"], "numbers of owners P")
+PARTS = flags.DEFINE_list("parts", ["1", "2", "4", "8", "16", "32", "64"], "numbers of owners P to time")
 TOKENS = flags.DEFINE_integer("tokens", 512, "tokens of each device", lower_bound=1)
 SLOTS = flags.DEFINE_integer("slots", 1 << 20, "rows of the whole table", lower_bound=1)
-REPEATS = flags.DEFINE_integer("repeats", 11, "rounds that count, after one of warm-up", lower_bound=1)
-OUT = flags.DEFINE_string("out", "experiments/results/bench_owner/bench_owner", "table, without its suffix")
+REPEATS = flags.DEFINE_integer("repeats", 11, "rounds that count, after one round of warm-up", lower_bound=1)
+OUT = flags.DEFINE_string(
+    "out", "experiments/results/bench_owner/bench_owner", "path of the table, without suffix"
+)
 
 READS, WIDTH, BLOCKS, CORES = 64, 64, 4, 2
-"""R, d_v, E, h."""
+"""R, d_v, E and h of the memory that is timed."""
 
 
 def main() -> None:
-    """Times all numbers of owners in turns; prints and writes the table."""
+    """Times all numbers of owners in turns, and prints and writes the table."""
     parts = [_parts(text) for text in PARTS.value]
     environment = describe_environment()
     steps = {p: _operations(p) for p in parts}
@@ -43,11 +50,12 @@ def main() -> None:
     for number in tqdm(range(REPEATS.value + 1), desc="bench_owner", unit="round", file=sys.stderr):
         for p, (operations, draw) in steps.items():
             drawn = jax.block_until_ready(draw(jax.random.key(number)))
-            for operation in operations.values():  # whose pages and caches are then as for those behind it
-                jax.block_until_ready(operation(*drawn))
+            # A first pass puts pages and caches into the same state for every operation that is timed.
+            for operation in operations.values():
+                jax.block_until_ready(operation(drawn))
             for name, operation in operations.items():
                 start = time.perf_counter()
-                jax.block_until_ready(operation(*drawn))
+                jax.block_until_ready(operation(drawn))
                 if number:
                     seconds.setdefault((p, name), []).append(time.perf_counter() - start)
     written = report.write_table(
@@ -67,21 +75,41 @@ def main() -> None:
 
 
 def _parts(text: str) -> int:
-    number = whole_number(text) or 0
-    require(number > 0, "parts", text, "must be whole numbers above 0")
+    number = positive_number("parts", text)
     for name, size in (("slots", SLOTS.value), ("width", WIDTH)):
         require(size % number == 0, "parts", number, f"must divide the {name} of the table, {size}")
     return number
 
 
-def _operations(p: int) -> tuple[dict[str, Callable[..., Any]], Callable[..., Any]]:
-    """What an owner does, compiled, and what draws its arguments."""
+class Inputs(NamedTuple):
+    """Holds the inputs of an owner's operations; T are the tokens of the whole group."""
+
+    rows: jax.Array
+    """(N/P, d_v) float32: the rows of an owner by slots."""
+    columns: jax.Array
+    """(N, d_v/P) float32: the columns of an owner by width."""
+    slots: jax.Array
+    """(T, R) int32 in [0, N): the slots that are read."""
+    blocks: jax.Array
+    """(T, R) int32 in [0, E): the virtual blocks of the reads."""
+    scores: jax.Array
+    """(T, R, h) float32: the scores of the reads."""
+    vectors: jax.Array
+    """(T, E, d_v) float32: the cotangents of the pooled sums."""
+
+
+Operation: TypeAlias = Callable[[Inputs], jax.Array]
+"""A compiled operation of an owner."""
+
+
+def _operations(p: int) -> tuple[dict[str, Operation], Callable[[jax.Array], Inputs]]:
+    """Returns the compiled operations of an owner by name, and the function that draws their inputs."""
     tokens, rows, columns = p * TOKENS.value, SLOTS.value // p, WIDTH // p
     cores = max(CORES // p, 1)
 
-    def draw(key: jax.Array) -> tuple[jax.Array, ...]:
+    def draw(key: jax.Array) -> Inputs:
         keys = jax.random.split(key, 6)
-        return (
+        return Inputs(
             jax.random.normal(keys[0], (rows, WIDTH), jnp.float32),
             jax.random.normal(keys[1], (SLOTS.value, columns), jnp.float32),
             jax.random.randint(keys[2], (tokens, READS), 0, SLOTS.value, jnp.int32),
@@ -90,33 +118,31 @@ def _operations(p: int) -> tuple[dict[str, Callable[..., Any]], Callable[..., An
             jax.random.normal(keys[5], (tokens, BLOCKS, WIDTH), jnp.float32),
         )
 
-    def by_slots(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        def run(table: Any, narrow: Any, slots: Any, blocks: Any, scores: Any, vectors: Any) -> jax.Array:
-            owned = owned_reads(slots, jnp.int32(0), rows)
-            return function(table, owned, blocks, scores, vectors)
+    def by_slots(function: Callable[[Inputs, OwnedReads], jax.Array]) -> Operation:
+        return jax.jit(lambda x: function(x, owned_reads(x.slots, jnp.int32(0), rows)))
 
-        return jax.jit(run)
-
-    operations: dict[str, Callable[..., Any]] = {
-        "list": by_slots(lambda table, owned, *rest: owned.places),
-        "slots forward": by_slots(lambda t, o, blocks, s, v: pool_owned(t, o, blocks, s, BLOCKS)),
-        "slots backward": by_slots(lambda t, o, blocks, s, v: score_products_owned(t, o, blocks, v, CORES)),
+    operations: dict[str, Operation] = {
+        "list": by_slots(lambda x, owned: owned.places),
+        "slots forward": by_slots(lambda x, owned: pool_owned(x.rows, owned, x.blocks, x.scores, BLOCKS)),
+        "slots backward": by_slots(
+            lambda x, owned: score_products_owned(x.rows, owned, x.blocks, x.vectors, CORES)
+        ),
         "width forward": jax.jit(
-            lambda t, n, slots, blocks, s, v: pooled_lookup(n, slots, blocks, s[..., :cores], BLOCKS)
+            lambda x: pooled_lookup(x.columns, x.slots, x.blocks, x.scores[..., :cores], BLOCKS)
         ),
         "width backward": jax.jit(
-            lambda t, n, slots, blocks, s, v: score_products(n, slots, blocks, v[..., :columns], cores)
+            lambda x: score_products(x.columns, x.slots, x.blocks, x.vectors[..., :columns], cores)
         ),
     }
     return operations, jax.jit(draw)
 
 
-def _row(p: int, seconds: dict[str, list[float]]) -> dict[str, object]:
+def _row(p: int, seconds: dict[str, list[float]]) -> markdown.Row:
     ms = {name: [1e3 * s for s in values] for name, values in seconds.items()}
-    # Both ways by slots make the list first; what is left is their own.
+    # Both operations by slots make the list first; its time is subtracted from theirs.
     for name in ("slots forward", "slots backward"):
         ms[name] = [whole - listed for whole, listed in zip(ms[name], ms["list"], strict=True)]
-    row: dict[str, object] = {"P": p, "reads of the group": p * TOKENS.value * READS}
+    row: markdown.Row = {"P": p, "reads of the group": p * TOKENS.value * READS}
     for name, values in ms.items():
         row[name] = statistics.median(values)
         if len(values) > 1:

@@ -5,20 +5,19 @@ against a random target. `bench_step` times it in several ways of keeping and tr
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.errors import UserError
-from ultramem_jax.layers import Memory
-from ultramem_jax.ops.hashing import mix
-from ultramem_jax.ops.lookup import RowGradients, row_gradients, rows_read
+from ultramem_jax.models.parts import OneMemory
 from ultramem_jax.presets import families
 from ultramem_jax.training.dense_optimizer import make_optimizers
-from ultramem_jax.training.table_gradients import rows_if
+from ultramem_jax.training.module_step import Metrics, ModuleStep, Objective
+from ultramem_jax.training.state import TrainState, state_of
+from ultramem_jax.tree_types import Variables
 
 SEQUENCES = 2
 """Sequences of a step."""
@@ -50,21 +49,6 @@ class Batch(NamedTuple):
     """(B, S, D)."""
     target: jax.Array
     """(B, S, D)."""
-
-
-class MemoryState(NamedTuple):
-    """Everything that a step changes.
-
-    To be donated. The arrays leave a step in the order in which they came: the compiler pairs donated buffers
-    of one shape in that order, and would copy tables that change places. So it is for the parts of a step.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    table: jax.Array
-    table_state: Any
-    buffers: Any
 
 
 def bench_memory(num_keys: int, way: Way) -> MemoryConfig:
@@ -109,102 +93,48 @@ def bench_config(num_keys: int, way: Way, tokens: int) -> RunConfig:
 
 
 class MemoryLayer:
-    """The memory of a model, taken alone. Methods are pure functions of arrays, to be compiled."""
+    """Trains the only memory of a model by itself; methods are pure functions of arrays, to be compiled."""
 
     def __init__(self, config: RunConfig):
-        if len(config.model.sites) != 1:
-            raise UserError(f"model.memories: {len(config.model.sites)} of them, a layer alone is one")
-        (site,) = config.model.sites
-        self.memory, self.num_slots = site.config, site.num_slots
-        self.embed_dim = config.model.embed_dim
-        self.module = Memory(site)
-        self.optimizers = make_optimizers(config)
-        self._rows = self.optimizers.rows[site.table]
-        self.is_dense = config.train.table_gradient == "dense"
+        """Prepares the layer and its step.
 
-    def init(self) -> MemoryState:
-        """The state at step 0."""
-        x = jnp.zeros((1, 1, self.embed_dim), jnp.float32)
-        variables = self.module.init(jax.random.key(0), x, train=True)
-        params, table = variables["params"], variables["memory"]["values"]
-        return MemoryState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=self.optimizers.params.init(params),
-            table=table,
-            table_state=(self.optimizers.tables if self.is_dense else self._rows).init(table),
-            buffers=variables["buffers"],
+        Raises:
+            UserError: the model of the config has not exactly one memory.
+        """
+        if len(config.model.sites) != 1:
+            raise UserError(f"model.memories: {len(config.model.sites)} of them, a layer by itself is one")
+        (self.site,) = config.model.sites
+        self.config, self.optimizers = config, make_optimizers(config)
+        self.module = OneMemory(self.site)
+        self.is_dense = config.train.table_gradient == "dense"
+        objective = Objective(
+            self._loss,
+            num_tokens=lambda batch: batch.x.shape[0] * batch.x.shape[1],
+            inputs=lambda batch: batch.x,
         )
+        self.training = ModuleStep(config, self.optimizers, objective)
+
+    def init(self) -> TrainState:
+        """Returns the state at step 0."""
+        x = jnp.zeros((1, 1, self.config.model.embed_dim), jnp.float32)
+        variables = self.module.init(jax.random.key(0), x, train=True)
+        return state_of(self.config, self.optimizers, variables, jnp.uint32(0))
 
     def draw(self, key: jax.Array, tokens: int) -> Batch:
-        """A random batch of unit normals."""
-        shape = (SEQUENCES, tokens // SEQUENCES, self.embed_dim)
+        """Returns a random batch of unit normals."""
+        shape = (SEQUENCES, tokens // SEQUENCES, self.config.model.embed_dim)
         return Batch(*(jax.random.normal(k, shape, jnp.float32) for k in jax.random.split(key)))
 
-    def step(self, state: MemoryState, batch: Batch) -> tuple[MemoryState, jax.Array]:
-        """One training step: the state after it, and the gradient by x (B, S, D)."""
-        gradients, (reads, buffers) = self.gradients(state, batch)
-        params, opt_state = self.update_params(gradients["params"], state.params, state.opt_state)
-        if self.is_dense:
-            change, table_state = self.optimizers.tables.update(
-                gradients["table"], state.table_state, state.table
-            )
-            table = optax.apply_updates(state.table, change)
-        else:
-            norm = optax.tree.norm([gradients["params"], gradients["x"]])
-            rows = self.row_gradients(reads, gradients["pooled"], jnp.isfinite(norm))
-            table, table_state = self.update_rows(rows, state.table, state.table_state, state.step)
-        after = MemoryState(state.step + 1, params, opt_state, table, table_state, buffers)
-        return after, gradients["x"]
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+        """Returns the state after one training step, and the gradient by x (B, S, D)."""
+        after = self.training(state, batch)
+        # The record of slots that were read belongs to a run, not to the layer: the compiler drops it.
+        return after.state.replace(usage=state.usage), after.input_gradients
 
-    def forward(self, differentiated: Any, state: MemoryState, batch: Batch) -> tuple[jax.Array, Any]:
-        """The loss, and what was read and the buffers after it.
-
-        Args:
-            differentiated: `params`, `x`, and `table` in the dense way or else `pooled`, the zeros that
-                perturb the pooled reads.
-            state: what is not differentiated.
-            batch: its target.
-        """
-        variables = {
-            "params": differentiated["params"],
-            "memory": {"values": differentiated.get("table", state.table)},
-            "buffers": state.buffers,
-        }
-        if "pooled" in differentiated:
-            variables["perturbations"] = {"pooled": differentiated["pooled"]}
-        y, left = self.module.apply(
-            variables, differentiated["x"], train=True, mutable=["reads", "losses", "buffers"]
-        )
-        loss = jnp.mean((y - batch.target) ** 2) + sum(jax.tree.leaves(left["losses"]))
-        return loss, (left["reads"], left["buffers"])
-
-    def at(self, state: MemoryState, batch: Batch) -> dict[str, Any]:
-        """The point at which `forward` is differentiated."""
-        point = {"params": state.params, "x": batch.x}
-        if self.is_dense:
-            return point | {"table": state.table}
-        tokens = batch.x.shape[0] * batch.x.shape[1]
-        return point | {"pooled": jnp.zeros((tokens, self.memory.num_blocks, self.memory.table.value_dim))}
-
-    def gradients(self, state: MemoryState, batch: Batch) -> tuple[dict[str, Any], Any]:
-        """The gradient by everything in `at`, and what `forward` left."""
-        return jax.grad(self.forward, has_aux=True)(self.at(state, batch), state, batch)
-
-    def row_gradients(self, reads: Any, cotangent: jax.Array, finite: jax.Array) -> RowGradients:
-        """The gradient of the rows that were read, from that of the pooled reads; of none unless `finite`."""
-        rows = rows_if(finite, rows_read(reads["slots"], self.num_slots))
-        return row_gradients(rows, reads["blocks"], reads["weights"], cotangent)
-
-    def update_rows(
-        self, gradients: RowGradients, table: jax.Array, moments: Any, step: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        """Table and moments after row-sparse AdamW."""
-        seed = mix(step.astype(jnp.uint32), jnp.uint32(0))
-        table, moments, *_ = self._rows.update(gradients, moments, table, step, seed)
-        return table, moments
-
-    def update_params(self, gradients: Any, params: Any, opt_state: Any) -> tuple[Any, Any]:
-        """Dense parameters and their moments after AdamW."""
-        updates, opt_state = self.optimizers.params.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+    def _loss(
+        self, variables: Variables, x: jax.Array, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Variables, Metrics]]:
+        del key  # nothing here is random
+        y, sown = self.module.apply(variables, x, train=True, mutable=["reads", "losses", "buffers"])
+        error = jnp.mean((y - batch.target) ** 2)
+        return error + sum(jax.tree.leaves(sown["losses"])), (sown, {"loss": error})

@@ -2,18 +2,25 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench_step.memory_step import Batch, MemoryLayer, MemoryState
+from experiments.bench_step.memory_step import Batch, MemoryLayer
 from experiments.bench_step.timing import WARM_UP
+from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.key_scores import best_keys, combined_scores, key_scores
 from ultramem_jax.ops.linear import project
-from ultramem_jax.ops.lookup import pooled_lookup
+from ultramem_jax.ops.lookup import RowGradients, pooled_lookup
 from ultramem_jax.ops.product_keys import retrieve_tucker
 from ultramem_jax.ops.topk import top_k
+from ultramem_jax.training.module_step import Pass
+from ultramem_jax.training.state import TrainState, model_variables
+from ultramem_jax.training.table_gradients import rows_of_tables, table_gradients
+from ultramem_jax.tree_types import ArrayTree
 
 
 class Part(NamedTuple):
@@ -64,7 +71,7 @@ class PartTimes(NamedTuple):
 
 def time_parts(
     layer: MemoryLayer,
-    state: MemoryState,
+    state: TrainState,
     draw: Callable[[int], Batch],
     repeats: int,
     tick: Callable[[], object],
@@ -81,7 +88,8 @@ def time_parts(
         repeats: rounds that count.
         tick: called after every round.
     """
-    parts, top_m = _Parts(layer), layer.memory.value_of("top_m")
+    site = layer.site
+    parts, top_m = _Parts(layer), layer.site.config.value_of("top_m")
     ms: dict[str, list[float]] = {}
     rows = []
 
@@ -96,7 +104,7 @@ def time_parts(
         left = jax.block_until_ready(parts.left(state, alone.x))
         queries = timed("query", parts.queries, state, alone.x)
         keys = timed("key norm", parts.keys, state, alone.x)
-        (cores, directions), reads = left["_core"], left["reads"]
+        (cores, directions), reads = left["core"], left["reads"]
         scores = timed("side scores", parts.scores, queries, keys, directions)
         timed("side top-k", parts.top_k, scores, top_m)
         timed("lax top-k", parts.lax_top_k, scores, top_m)
@@ -105,19 +113,28 @@ def time_parts(
         timed("candidates", parts.key_scores, queries, keys, index)
         timed("retrieval", parts.retrieve, queries, keys, cores, directions, top_m)
         of_reads = reads["slots"], reads["blocks"], reads["weights"]
-        pooled = timed("lookup", parts.lookup, state.table, *of_reads, layer.memory.num_blocks)
-        timed("projection", parts.project, pooled.reshape(len(pooled), -1), state.params["projection"])
+        table, params = state.tables[site.table]["values"], state.params[site.name]
+        pooled = timed("lookup", parts.lookup, table, *of_reads, site.config.num_blocks)
+        timed("projection", parts.project, pooled.reshape(len(pooled), -1), params["projection"])
+        del table, params
         timed("forward", parts.forward, state, forward)
-        gradients, (reads, buffers) = timed("gradients", parts.gradients, state, trained)
-        of_rows = timed("row gradients", parts.row_gradients, reads, gradients["pooled"], True)
-        rows.append(int(np.sum(np.asarray(of_rows.slots) < layer.num_slots)))
-        table, table_state = timed(
-            "row update", parts.update_rows, of_rows, state.table, state.table_state, state.step
+        found = timed("gradients", parts.gradients, state, trained)
+        of_rows = timed("row gradients", parts.row_gradients, found.reads, found.cotangents)
+        rows.append(int(np.sum(np.asarray(of_rows.slots) < site.num_slots)))
+        tables, table_state = timed(
+            "row update", parts.update_rows, of_rows, state.tables, state.table_state, state.step
         )
         params, opt_state = timed(
-            "dense optimizer", parts.update_params, gradients["params"], state.params, state.opt_state
+            "dense optimizer", parts.update_params, found.gradients["params"], state.opt_state, state.params
         )
-        state = MemoryState(state.step + 1, params, opt_state, table, table_state, buffers)
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            tables=tables,
+            table_state=table_state,
+            buffers=found.buffers,
+        )
         tick()
     return PartTimes({series: values[WARM_UP:] for series, values in ms.items()}, rows[WARM_UP:])
 
@@ -128,9 +145,9 @@ class _Parts:
     def __init__(self, layer: MemoryLayer):
         # Of one forward pass that keeps what is between its parts, the compiler drops all that the result
         # does not need.
-        self.left = jax.jit(lambda state, x: _left(layer, state, x, ("_core",)))
-        self.queries = jax.jit(lambda state, x: _left(layer, state, x, ("_queries",))["_queries"])
-        self.keys = jax.jit(lambda state, x: _left(layer, state, x, ("_keys",))["_keys"])
+        self.left = jax.jit(lambda state, x: _left(layer, state, x, ("core",)))
+        self.queries = jax.jit(lambda state, x: _left(layer, state, x, ("queries",))["queries"])
+        self.keys = jax.jit(lambda state, x: _left(layer, state, x, ("keys",))["keys"])
         self.scores = jax.jit(combined_scores)
         self.top_k = jax.jit(top_k, static_argnums=1)
         self.lax_top_k = jax.jit(jax.lax.top_k, static_argnums=1)
@@ -139,21 +156,49 @@ class _Parts:
         self.retrieve = jax.jit(retrieve_tucker, static_argnums=4)
         self.lookup = jax.jit(pooled_lookup, static_argnums=4)
         self.project = jax.jit(project)
-        self.forward = jax.jit(lambda state, batch: layer.forward(layer.at(state, batch), state, batch))
-        self.gradients = jax.jit(layer.gradients)
-        self.row_gradients = jax.jit(layer.row_gradients)
-        self.update_rows = jax.jit(layer.update_rows, donate_argnums=(1, 2))
-        self.update_params = jax.jit(layer.update_params, donate_argnums=(1, 2))
+        self.forward = jax.jit(partial(_forward, layer))
+        self.gradients = jax.jit(partial(_gradients, layer))
+        self.row_gradients = jax.jit(partial(_row_gradients, layer))
+        self.update_rows = jax.jit(partial(_update_rows, layer), donate_argnums=(1, 2))
+        self.update_params = jax.jit(layer.training.update_params, donate_argnums=(1, 2))
 
 
-def _left(layer: MemoryLayer, state: MemoryState, x: jax.Array, methods: Sequence[str]) -> dict[str, Any]:
-    """What a forward pass leaves on its way: results of the layer's methods by name, and `reads`."""
+def _forward(layer: MemoryLayer, state: TrainState, batch: Batch) -> ArrayTree:
+    point = layer.training.point(state, batch)
+    return layer.training.loss(point, state, state.buffers, batch, jax.random.key(0))
+
+
+def _gradients(layer: MemoryLayer, state: TrainState, batch: Batch) -> Pass:
+    return layer.training.differentiate(state, state.buffers, batch, jax.random.key(0))
+
+
+def _row_gradients(layer: MemoryLayer, reads: ArrayTree, cotangents: ArrayTree) -> RowGradients:
+    rows = rows_of_tables(layer.config.model, reads)
+    found = table_gradients(layer.config.model, rows, reads, cotangents)
+    return found[layer.site.table]["values"]
+
+
+def _update_rows(
+    layer: MemoryLayer, gradients: RowGradients, tables: ArrayTree, moments: ArrayTree, step: jax.Array
+) -> tuple[ArrayTree, ArrayTree]:
+    name, seed = layer.site.table, mix(step.astype(jnp.uint32), jnp.uint32(0))
+    update = layer.optimizers.rows[name].update(
+        gradients, moments[name]["values"], tables[name]["values"], step, seed
+    )
+    return {name: {"values": update.table}}, {name: {"values": update.moments}}
+
+
+def _left(
+    layer: MemoryLayer, state: TrainState, x: jax.Array, methods: Sequence[str]
+) -> dict[str, ArrayTree]:
+    """Returns what a forward pass leaves: results of the addresser's methods by their names, and `reads`."""
     _, left = layer.module.apply(
-        {"params": state.params, "memory": {"values": state.table}, "buffers": state.buffers},
+        model_variables(state),
         x,
         train=True,
         mutable=["reads", "buffers", "intermediates"],
         capture_intermediates=lambda _, method: method in methods,
     )
-    captured = {method: left["intermediates"][method][0] for method in methods}
-    return captured | {"reads": left["reads"]}
+    name = layer.site.name
+    captured = {method: left["intermediates"][name][method][0] for method in methods}
+    return captured | {"reads": left["reads"][name]}

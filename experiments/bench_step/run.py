@@ -1,14 +1,19 @@
-"""Time of a training step against the slots of its memory, row-sparse beside dense, and its floor.
+"""Times a training step against the slots of its memory, row-sparse beside dense, with its floor.
 
-One memory layer alone (512 tokens, D 256, 2·32 reads of 128 values): forward, backward and AdamW, in turns by
-rows in float32, by rows with table and moments in bfloat16, and in the dense way. What does not fit into
-memory is left out and the table says so. Beside each time stands the least that this machine could need, from
-the FLOPs and bytes of the step (ultramem_jax/accounting/step_costs.py) and measured rates; and the parts of
-the step, each timed by itself. --model does the same, but for the parts, with a small language model around
-the layer.
+By default one memory layer is timed without a model (512 tokens, D 256, 2·32 reads of 128 values): forward,
+backward and AdamW. Three ways take turns: row-sparse in float32, row-sparse with table and moments in
+bfloat16, and dense. Ways that do not fit into memory are left out, and the table says so.
+
+The table shows beside each time the least time that this machine needs, from the FLOPs and bytes of the step
+(ultramem_jax/accounting/step_costs.py) and measured rates. It also shows the parts of the step, each timed
+separately. --model times a small language model with that layer, without the parts. --redraw makes tables and
+figures again from the measurements of earlier runs.
+
+    python launch.py bench_step --slots=65536,1048576 --results=runs/bench_step
 """
 
 import math
+import pathlib
 import sys
 
 from absl import flags
@@ -17,24 +22,31 @@ from tqdm import tqdm
 from experiments.bench_step import study as step_study
 from experiments.bench_step import tables as bench_tables
 from experiments.bench_step.memory_step import SEQUENCES, Way, bench_memory
+from experiments.bench_step.records import Study
 from experiments.bench_step.timing import WARM_UP
-from experiments.common import machine, report
+from experiments.common import machine
 from ultramem_jax.errors import UserError, at_least, require, whole_number
 from ultramem_jax.reporting.environment import describe_environment
+from ultramem_jax.reporting.folders import make_folder
 
 SLOTS = flags.DEFINE_list(
     "slots",
     ["65536", "1048576", "4194304", "16777216", "20250000"],
-    "slots of the tables, squares, with commas between them",
+    "comma-separated numbers of slots of the tables; each must be a square",
 )
 TOKENS = flags.DEFINE_integer("tokens", 512, "tokens of a step, in two sequences", lower_bound=4)
-REPEATS = flags.DEFINE_integer("repeats", 15, f"steps that count, after {WARM_UP} of warm-up", lower_bound=1)
-LAYER = flags.DEFINE_bool("layer", True, "time the layer alone")
+REPEATS = flags.DEFINE_integer(
+    "repeats", 15, f"steps that count, after {WARM_UP} steps of warm-up", lower_bound=1
+)
+LAYER = flags.DEFINE_bool("layer", True, "time the layer without a model")
 MODEL = flags.DEFINE_bool("model", False, "also time a small language model with that memory")
 MEMORY = flags.DEFINE_float(
-    "memory_gb", None, "GB (10^9 bytes) to stay within; without it 90 % of what is free"
+    "memory_gb", None, "memory to stay within, in GB (10^9 bytes); by default 90 % of the free memory"
 )
 RESULTS = flags.DEFINE_string("results", "experiments/results/bench_step", "folder of tables and figures")
+REDRAW = flags.DEFINE_bool(
+    "redraw", False, "measure nothing; only make tables and figures from the .json files in --results"
+)
 
 _SHARE_OF_FREE = 0.9
 _SUBJECTS = {
@@ -45,17 +57,20 @@ _SUBJECTS = {
         "4 layers, D 256, MLP 1024, bytes; the memory reads in layer 2 and lands after layer 3",
     ),
 }
-"""Whether it is the whole model: name of the files, title, and what is timed."""
+"""Name of the files, title and description; the key tells whether the whole model is timed."""
 
 
 def main() -> None:
-    """Times everything; writes tables and figures."""
+    """Times all sizes and ways, and writes tables and figures."""
+    if REDRAW.value:
+        _redraw(pathlib.Path(RESULTS.value))
+        return
     sides = _sides(SLOTS.value)
     tokens, repeats = TOKENS.value, REPEATS.value
     require(tokens % SEQUENCES == 0, "tokens", tokens, f"must be a multiple of {SEQUENCES}, the sequences")
     require(LAYER.value or MODEL.value, "layer", False, "must be True unless --model is given")
     limit = _memory_limit()
-    # Taken now: the code that runs is the one that was checked out when the process started.
+    # Described at the start: the code that runs is the code that was checked out at that time.
     environment = describe_environment()
     subjects = [model for model, wanted in ((False, LAYER.value), (True, MODEL.value)) if wanted]
     plans = {
@@ -63,11 +78,11 @@ def main() -> None:
     }
     if limit is not None and not any(size.groups for sizes in plans.values() for size in sizes):
         raise UserError(f"memory_gb = {limit / 1e9:.3g}: no step fits, of any of these sizes")
-    folder = report.make_folder(RESULTS.value, "results")
+    folder = make_folder(RESULTS.value, "results")
     rates = machine.measure_rates()
     for model, sizes in plans.items():
         name, title, about = _SUBJECTS[model]
-        study = bench_tables.Study(
+        study = Study(
             name=name,
             title=title,
             about=about,
@@ -87,13 +102,22 @@ def main() -> None:
                 steps, parts = step_study.measure(size, tokens, repeats, bar.update)
                 study.steps.extend(steps)
                 study.parts.extend([] if parts is None else [parts])
-                # After every size: what is cut off leaves what it has measured.
+                # Written after every size, so that an interrupted run keeps its measurements.
                 written = bench_tables.write(study, folder)
         print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
 
 
+def _redraw(folder: pathlib.Path) -> None:
+    """Writes tables and figures of the studies in a folder, whose files stay as they are."""
+    files = sorted(folder.glob("*.json"))
+    require(bool(files), "results", RESULTS.value, "must hold a .json file of an earlier run")
+    for study in [Study.load(file) for file in files]:
+        written = bench_tables.draw(study, folder)
+        print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
+
+
 def _sides(slots: list[str]) -> list[int]:
-    """The keys per side n of tables of n² slots, least first."""
+    """Returns the keys per side n of tables of n² slots, in rising order."""
     require(bool(slots), "slots", ",".join(slots), "must name at least one size")
     sides = set()
     for text in slots:
@@ -105,7 +129,7 @@ def _sides(slots: list[str]) -> list[int]:
 
 
 def _memory_limit() -> int | None:
-    """Bytes that steps have to fit into; None: nobody knows."""
+    """Returns the bytes that steps must fit into; None if the free memory is unknown."""
     free = machine.available_bytes()
     if MEMORY.value is None:
         return None if free is None else int(_SHARE_OF_FREE * free)

@@ -139,7 +139,7 @@ def measure(
 
 def _of_layer(config: RunConfig) -> Contender:
     layer = MemoryLayer(config)
-    return contender(layer.init, layer.step, lambda state: state.table, dense=layer.is_dense)
+    return contender(layer.init, layer.step, lambda state: state.tables, dense=layer.is_dense)
 
 
 def _of_model(config: RunConfig) -> Contender:

@@ -1,106 +1,67 @@
-"""Table, raw numbers and figure of `bench_step`."""
+"""Makes the table, the raw numbers and the figure of `bench_step`."""
 
-import dataclasses
-import json
 import pathlib
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-import jax
 from matplotlib.ticker import EngFormatter
 
 from experiments.bench_step.memory_step import SEQUENCES, WAYS
 from experiments.bench_step.parts import PARTS
+from experiments.bench_step.records import Study
 from experiments.bench_step.study import PartsResult, StepResult
 from experiments.bench_step.timing import WARM_UP, spread
 from experiments.common import figures, report
-from experiments.common.machine import Rates
-from ultramem_jax.accounting import PartCost, expected_rows, floor_seconds
-from ultramem_jax.config.memory import MemoryConfig
+from experiments.common.report import ratio
+from ultramem_jax.accounting import expected_rows
 from ultramem_jax.reporting import markdown
 
 _COLOURS = dict(zip(WAYS, (figures.BLUE, figures.GREEN, figures.VERMILION), strict=True))
 _GIGA = 1e9
 
 
-@dataclass(frozen=True)
-class Study:
-    """Everything that was measured of the layer, or of the model."""
-
-    name: str
-    """Of its files."""
-    title: str
-    about: str
-    """What stands around the memory, for the notes."""
-    memory: MemoryConfig
-    """At one size and of one way, for what all have in common."""
-    tokens: int
-    repeats: int
-    memory_limit: int | None
-    """Bytes."""
-    rates: Rates
-    environment: Mapping[str, str]
-    steps: list[StepResult]
-    """In the order of their slots."""
-    parts: list[PartsResult]
-
-    def floor_ms(self, cost: PartCost) -> float:
-        """The least that this machine needs for it."""
-        return 1e3 * floor_seconds(cost, self.rates.flops_per_second, self.rates.bytes_per_second)
-
-    def timed(self, slots: int, way: str) -> StepResult | None:
-        """A step of the study; None if it was not timed."""
-        found = (step for step in self.steps if (step.slots, step.way) == (slots, way) and step.timing)
-        return next(found, None)
-
-    def median(self, slots: int, way: str) -> float | None:
-        """Milliseconds of a step; None if it was not timed."""
-        step = self.timed(slots, way)
-        return spread(step.timing.ms)[0] if step and step.timing else None
-
-
 def write(study: Study, folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes the table (`.md`, `.csv`), all raw numbers (`.json`) and the figure; returns their paths.
 
-    What was measured on another device than a CPU carries its name in that of the files.
+    The names of the files contain the name of the device, unless that is a CPU.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    device = re.sub(r"\W+", "-", jax.devices()[0].device_kind).strip("-").lower()
-    path = folder / (study.name if on_cpu else f"{study.name}-{device}")
+    table, values, figure = draw(study, folder)
+    return [table, values, study.save(table.with_suffix(".json")), figure]
+
+
+def draw(study: Study, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the table and the figure, but not the raw numbers; returns their paths."""
+    path = folder / report.file_stem(study.name, study.device, on_cpu=study.on_cpu)
     table, values = report.write_table(
-        step_rows(study, on_cpu=on_cpu),
+        step_rows(study, on_cpu=study.on_cpu),
         path,
         study.title,
         study.environment,
-        _notes(study, on_cpu),
+        _notes(study),
         {f"Parts, {p.slots:,} slots, {p.way}": _breakdown(study, p) for p in study.parts},
+        {"time of a step against slots": f"{path.name}.png"},
     )
-    raw, figure = folder / f"{path.name}.json", folder / f"{path.name}.png"
-    raw.write_text(json.dumps(_raw(study), indent=1) + "\n", encoding="utf-8")
-    return [table, values, raw, plot(study, figure)]
+    return [table, values, plot(study, folder / f"{path.name}.png")]
 
 
-def step_rows(study: Study, *, on_cpu: bool) -> list[dict[str, object]]:
-    """One row per size and way. Ratios are of medians; blank where one of the two was not measured.
+def step_rows(study: Study, *, on_cpu: bool) -> list[markdown.Row]:
+    """Returns a row per size and way; ratios are of medians, and blank if one of the two is missing.
 
     Args:
-        study: what was measured.
-        on_cpu: leaves room for a GPU's times.
+        study: the measurements.
+        on_cpu: whether they are of a CPU; adds an empty column for the times of a GPU.
     """
     first, rows = study.steps[0].slots, []
     for step in study.steps:
         median, timing, floor = study.median(step.slots, step.way), step.timing, study.floor_ms(step.cost)
-        row: dict[str, object] = {
+        row: markdown.Row = {
             "slots": step.slots,
             "way": step.way,
             "ms": median,
             "p10–p90": timing and _range(timing.ms),
             "floor, ms": floor,
-            "× floor": _ratio(median, floor),
-            "× dense": _ratio(median, study.median(step.slots, "dense")),
-            f"× at {first:,} slots": _ratio(median, study.median(first, step.way)),
+            "× floor": ratio(median, floor),
+            "× dense": ratio(median, study.median(step.slots, "dense")),
+            f"× at {first:,} slots": ratio(median, study.median(first, step.way)),
             "peak, GB": timing and timing.peak_bytes / _GIGA,
             "temporaries, % of table": timing and 100 * timing.temporary_bytes / step.table_bytes,
         }
@@ -110,8 +71,8 @@ def step_rows(study: Study, *, on_cpu: bool) -> list[dict[str, object]]:
     return rows
 
 
-def part_rows(study: Study, parts: PartsResult) -> list[dict[str, object]]:
-    """One row per part, then their sum and the whole step of the same way."""
+def part_rows(study: Study, parts: PartsResult) -> list[markdown.Row]:
+    """Returns a row per part, then their sum and the whole step of the same way."""
     whole = study.timed(parts.slots, parts.way)
     lines = [
         (part.name, parts.times.of(part), parts.costs[part.cost] if part.cost else None) for part in PARTS
@@ -123,14 +84,14 @@ def part_rows(study: Study, parts: PartsResult) -> list[dict[str, object]]:
     rows = []
     for name, ms, cost in lines:
         median, floor = spread(ms)[0], None if cost is None else study.floor_ms(cost)
-        share = _ratio(median, study.median(parts.slots, parts.way))
+        share = ratio(median, study.median(parts.slots, parts.way))
         rows.append(
             {
                 "part": name,
                 "ms": median,
                 "p10–p90": _range(ms),
                 "floor, ms": floor,
-                "× floor": _ratio(median, floor),
+                "× floor": ratio(median, floor),
                 "% of the step": share and 100 * share,
             }
         )
@@ -138,7 +99,7 @@ def part_rows(study: Study, parts: PartsResult) -> list[dict[str, object]]:
 
 
 def plot(study: Study, path: pathlib.Path) -> pathlib.Path:
-    """Draws time against slots, both logarithmic: medians, the 10th to the 90th percentile, dashed floors."""
+    """Draws time against slots, both logarithmic: medians, the 10th to 90th percentile, and dashed floors."""
     figure = figures.new_figure(7.2, 4.8)
     axes = figure.subplots()
     for way, colour in _COLOURS.items():
@@ -162,7 +123,7 @@ def plot(study: Study, path: pathlib.Path) -> pathlib.Path:
     return figures.save(figure, path)
 
 
-def _notes(study: Study, on_cpu: bool) -> list[str]:
+def _notes(study: Study) -> list[str]:
     rates, field = study.rates, study.memory.value_of
     limit = "no limit" if study.memory_limit is None else f"{study.memory_limit / _GIGA:.1f} GB"
     return [
@@ -180,7 +141,7 @@ def _notes(study: Study, on_cpu: bool) -> list[str]:
         f"float32 product, {rates.bytes_per_second / _GIGA:.3g} GB/s, read and written, where an array is "
         f"scaled in place; random rows of 512 bytes are gathered at "
         f"{rates.gathered_bytes_per_second / _GIGA:.3g} GB/s, which is in no floor.",
-        "GPU: not measured here." if on_cpu else f"Measured on {study.environment['devices']}.",
+        "GPU: not measured here." if study.on_cpu else f"Measured on {study.environment['devices']}.",
     ]
 
 
@@ -195,32 +156,9 @@ def _breakdown(study: Study, parts: PartsResult) -> list[str]:
     ]
 
 
-def _raw(study: Study) -> dict[str, Any]:
-    raw = {field.name: getattr(study, field.name) for field in dataclasses.fields(study)}
-    steps = [
-        dataclasses.asdict(step)
-        | {"timing": step.timing and step.timing._asdict(), "floor_ms": study.floor_ms(step.cost)}
-        for step in study.steps
-    ]
-    parts = [
-        dataclasses.asdict(part)
-        | {
-            "costs": {name: dataclasses.asdict(cost) for name, cost in part.costs.items()},
-            "times": part.times._asdict(),
-        }
-        for part in study.parts
-    ]
-    shape = {"rates": dataclasses.asdict(study.rates), "memory": dataclasses.asdict(study.memory)}
-    return raw | shape | {"steps": steps, "parts": parts}
-
-
 def _range(ms: Sequence[float]) -> str:
     _, low, high = spread(ms)
-    return f"{markdown.significant(low, 4)}–{markdown.significant(high, 4)}"
-
-
-def _ratio(value: float | None, base: float | None) -> float | None:
-    return value / base if value is not None and base else None
+    return markdown.interval(low, high)
 
 
 def _remark(study: Study, step: StepResult) -> str | None:

@@ -1,84 +1,92 @@
-"""Steps timed in turn: which of them fit into memory together, their times, and what they hold at most."""
+"""Times steps in turn: chooses steps that fit into memory together, and measures their times and memory."""
 
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from ultramem_jax.tree_types import ArrayTree
+
 WARM_UP = 3
-"""Rounds before those that count."""
+"""Rounds of warm-up, before the rounds that count."""
 
 
 class Need(NamedTuple):
-    """Memory of a step, in bytes, counted before anything is compiled."""
+    """Holds the memory that a step needs, in bytes, counted before anything is compiled."""
 
     state: int
-    """What it keeps."""
+    """Bytes of the state that the step keeps."""
     transient: int = 0
-    """What it makes beside that while it runs."""
+    """Bytes that the step needs beside its state while it runs."""
 
 
 class Contender(NamedTuple):
-    """A step that is timed."""
+    """Describes a step that is timed."""
 
-    init: Callable[[], Any]
-    """The state at step 0; traceable."""
-    step: Callable[..., Any]
-    """(state, batch) -> (state, something); compiled with the state donated."""
+    init: Callable[[], ArrayTree]
+    """Returns the state at step 0; traceable."""
+    step: Callable[[ArrayTree, ArrayTree], tuple[ArrayTree, ArrayTree]]
+    """Maps (state, batch) to (state, any result); compiled with the state donated."""
     table_bytes: int
     need: Need
 
 
 class Timing(NamedTuple):
-    """What was measured of a step."""
+    """Holds the measurements of a step."""
 
     ms: list[float]
-    """Of every step that counts."""
+    """Milliseconds of every step that counts."""
     peak_bytes: int
-    """Arguments, results and temporaries at once, as the compiler planned them."""
+    """Bytes of arguments, results and temporaries together, as the compiler planned them."""
     temporary_bytes: int
-    """The temporaries among them."""
+    """Bytes of the temporaries among `peak_bytes`."""
 
 
 def contender(
-    init: Callable[[], Any], step: Callable[[Any, Any], Any], tables: Any, dense: bool
+    init: Callable[[], ArrayTree],
+    step: Callable[[ArrayTree, ArrayTree], tuple[ArrayTree, ArrayTree]],
+    tables: Callable[[ArrayTree], ArrayTree],
+    dense: bool,
 ) -> Contender:
-    """A step with its need of memory.
+    """Returns a step with the memory that it needs.
 
     Args:
-        init: as in `Contender`.
-        step: as in `Contender`.
-        tables: from the state to its tables.
-        dense: whether the step makes a gradient of the tables' size. (The change that optax makes of it is
-            added to the table as it is made.)
+        init: see `Contender`.
+        step: see `Contender`.
+        tables: function from the state to its tables.
+        dense: whether the step makes a gradient of the size of the tables. The update from optax needs no
+            room of its own: it is added to the table as it is made.
     """
     state = jax.eval_shape(init)
     of_tables = num_bytes(tables(state))
     return Contender(init, step, of_tables, Need(num_bytes(state), of_tables if dense else 0))
 
 
-def num_bytes(tree: Any) -> int:
-    """Of all arrays, or shapes of arrays, in a tree."""
+def num_bytes(tree: ArrayTree) -> int:
+    """Returns the bytes of all arrays, or shapes of arrays, in a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def needed(needs: Sequence[Need]) -> int:
-    """Bytes of steps whose states are kept side by side and of which one runs at a time."""
+    """Returns the bytes of several steps whose states are kept together while one step runs at a time."""
     return sum(need.state for need in needs) + max((need.transient for need in needs), default=0)
 
 
 def groups_that_fit(needs: Mapping[str, Need], limit: int | None) -> list[list[str]]:
-    """Steps in groups that fit into memory together, as large as possible; those that fit nowhere left out.
+    """Divides steps into groups that fit into memory together, and makes groups as large as possible.
+
+    Steps that do not fit on their own are left out. Among groups of the same size, the one with the first
+    names is chosen.
 
     Args:
-        needs: by name.
-        limit: bytes; None: everything fits.
+        needs: needs by name of the step.
+        limit: bytes that a group must fit into; None if everything fits.
 
     Returns:
-        Names; of groups of one size, the one with the names that come first.
+        Names of the steps, by group.
     """
     left = [name for name in needs if limit is None or needed([needs[name]]) <= limit]
     groups = []
@@ -96,20 +104,20 @@ def groups_that_fit(needs: Mapping[str, Need], limit: int | None) -> list[list[s
 
 def race(
     contenders: Mapping[str, Contender],
-    draw: Callable[[int], Any],
+    draw: Callable[[int], ArrayTree],
     repeats: int,
     tick: Callable[[], object],
-) -> tuple[dict[str, Timing], dict[str, Any]]:
-    """Times steps in turn, one of each per round, all of a round on the same new batch.
+) -> tuple[dict[str, Timing], dict[str, ArrayTree]]:
+    """Times steps in turn: a round runs each step once, all on the same new batch.
 
     Args:
-        contenders: by name; their states are in memory together.
-        draw: from the number of a round to its batch.
-        repeats: rounds that count, after `WARM_UP`.
-        tick: called after every step.
+        contenders: steps by name; their states are in memory together.
+        draw: function from the number of a round to its batch.
+        repeats: rounds that count, after `WARM_UP` rounds.
+        tick: function that is called after every step.
 
     Returns:
-        Timings and the states after the last step, by name.
+        The timings, and the states after the last step, by name.
     """
     batch = draw(0)
     compiled = {
@@ -127,19 +135,21 @@ def race(
             if number >= WARM_UP:
                 ms[name].append(1e3 * (time.perf_counter() - start))
             tick()
-        # Each follows each other one: what a step leaves in the cache is not always the same step's gain.
+        # Rotates the order: no step always runs after the same other step and gains from what that one left
+        # in the cache.
         order = order[1:] + order[:1]
     return {name: Timing(ms[name], *_planned(compiled[name])) for name in contenders}, states
 
 
 def spread(ms: Sequence[float]) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile."""
+    """Returns the median, the 10th and the 90th percentile."""
     low, median, high = np.percentile(ms, [10, 50, 90])
     return float(median), float(low), float(high)
 
 
-def _planned(compiled: Any) -> tuple[int, int]:
-    """Bytes at the peak and of temporaries."""
+def _planned(compiled: jax.stages.Compiled) -> tuple[int, int]:
+    """Returns the bytes at the peak, and of temporaries, as the compiler planned them."""
     planned = compiled.memory_analysis()
+    assert planned is not None, "the compiler gives no figures of memory"
     held = planned.argument_size_in_bytes + planned.output_size_in_bytes - planned.alias_size_in_bytes
     return held + planned.temp_size_in_bytes, planned.temp_size_in_bytes

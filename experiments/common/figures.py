@@ -1,4 +1,4 @@
-"""Figures: curves over several seeds, and the style that all figures share."""
+"""Draws figures: curves over several seeds, and the style that all figures share."""
 
 import os
 import pathlib
@@ -10,15 +10,15 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
 
-from ultramem_jax.reporting.markdown import significant
+from ultramem_jax.reporting.markdown import interval, significant
 
-# Okabe and Ito's palette: distinct for the colour-blind.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 SKY = "#56B4E9"
 GREY = "#555555"
 
 COLOURS = {"dense": GREY, "moe": VERMILION, "pkm": GREEN, "ultramem": BLUE, "ultramem-v2": SKY}
-"""A system keeps its colour through all figures."""
+"""Colours of systems, the same in all figures."""
 _MORE_COLOURS = ("#CC79A7", "#E69F00", "#7A5195", "#8C564B", "#000000")
 BAND_OPACITY = 0.18
 _DPI = 160
@@ -28,17 +28,20 @@ Curve = tuple[Sequence[float], Sequence[float]]
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches. It belongs to no window system: figures are files."""
+    """Returns an empty figure of `width` × `height` inches.
+
+    It belongs to no window system, because figures are only written to files.
+    """
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def set_title(axes: Axes, text: str) -> None:
-    """The title of a panel."""
+    """Sets the title of a panel."""
     axes.set_title(text, loc="left", fontsize=11, fontweight="bold")
 
 
 def set_plain(axes: Axes, *, x_grid: bool = True, y_grid: bool = True) -> None:
-    """Grid lines below the data, and no frame at the top and on the right."""
+    """Draws grid lines below the data, and removes the frame at the top and on the right."""
     for axis, on in ((axes.xaxis, x_grid), (axes.yaxis, y_grid)):
         if on:
             axis.grid(True, color="#DDDDDD", linewidth=0.6)
@@ -46,12 +49,26 @@ def set_plain(axes: Axes, *, x_grid: bool = True, y_grid: bool = True) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def mark_zero(axes: Axes, *, vertical: bool = False) -> None:
+    """Draws a thin line at 0, below the data: horizontal, or `vertical`."""
+    draw = axes.axvline if vertical else axes.axhline
+    draw(0, color="#999999", linewidth=0.8, zorder=0)
+
+
+def seeds_in_words(seeds: int) -> str:
+    """Explains points with error bars for the label of an axis."""
+    return f"mean ± standard deviation, {seeds} seeds" if seeds > 1 else "one seed"
+
+
 def set_log(axis: Axis, ticks: Sequence[float] | None = None) -> None:
-    """A logarithmic axis whose labels are plain numbers. To be called once the data is drawn.
+    """Makes an axis logarithmic, with labels that are plain numbers.
+
+    Call it after the data is drawn.
 
     Args:
-        axis: of some axes, `axes.xaxis` or `axes.yaxis`.
-        ticks: where it has labels; None for 1, 2 and 5 times powers of ten, and more within one of them.
+        axis: `axes.xaxis` or `axes.yaxis` of some axes.
+        ticks: positions of the labels. None puts them at 1, 2 and 5 times powers of ten, and at more
+            positions if the axis lies within one power of ten.
     """
     if axis is axis.axes.xaxis:
         axis.axes.set_xscale("log")
@@ -68,10 +85,10 @@ def set_log(axis: Axis, ticks: Sequence[float] | None = None) -> None:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> pathlib.Path:
-    """Writes a figure to `path`, whose folder is made; the same figure gives the same file."""
+    """Writes a figure to `path`, and makes its folder; the same figure always gives the same file."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without the date that SVG and PDF would carry.
+    # Leaves out the date that SVG and PDF files contain, so that files can be compared.
     date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
     figure.savefig(path, dpi=_DPI, metadata=date)
     return path
@@ -89,19 +106,19 @@ def plot_curves(
     log_y: bool = False,
     y_limits: tuple[float | None, float | None] = (None, None),
 ) -> pathlib.Path:
-    """Draws one line per system: the mean over seeds, in a band from the least to the largest.
+    """Draws one line per system: the mean over seeds, in a band from the least to the largest value.
 
     Args:
-        curves: (positions, values) of each seed, by system. Seeds of one system are read at the same
+        curves: (positions, values) of each seed, by system. All seeds of a system must have the same
             positions; a run that ended early cuts the others to its length.
-        path: of the figure, with its suffix (`.png`, `.svg`, `.pdf`); folders are made.
-        title: blank for none.
-        xlabel: with its unit.
-        ylabel: with its unit.
+        path: path of the figure, with its suffix (`.png`, `.svg`, `.pdf`); folders are made.
+        title: title; blank for none.
+        xlabel: label of the positions, with its unit.
+        ylabel: label of the values, with its unit.
         legend: word before the last mean of each system in the legend.
-        log_x: logarithmic positions.
-        log_y: logarithmic values.
-        y_limits: the lower and upper end of the vertical axis, None where the data decides.
+        log_x: makes positions logarithmic.
+        log_y: makes values logarithmic.
+        y_limits: the lower and upper end of the vertical axis; None where the data decides.
 
     Returns:
         The path.
@@ -116,11 +133,11 @@ def plot_curves(
         positions, values = _stack(system, runs)
         mean, low, high = values.mean(0), values.min(0), values.max(0)
         colour = COLOURS.get(system) or next(more)
-        # A single point has no line, so it gets a dot.
+        # A single point makes no line, so it gets a dot.
         marker = "o" if positions.size == 1 else None
         label = f"{system}: {legend} {significant(float(mean[-1]), 4)}"
         if len(values) > 1:
-            spread = f"{significant(float(low[-1]), 4)}–{significant(float(high[-1]), 4)}"
+            spread = interval(float(low[-1]), float(high[-1]))
             label += f" ({spread}, {len(values)} seeds)"
             axes.fill_between(positions, low, high, color=colour, alpha=BAND_OPACITY, linewidth=0)
         axes.plot(positions, mean, color=colour, linewidth=1.8, marker=marker, label=label)
@@ -141,7 +158,7 @@ def plot_curves(
 
 
 def _stack(system: str, runs: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (points,) and values (seeds, points)."""
+    """Returns positions (points,) and values (seeds, points) of the runs of a system."""
     points = min((min(len(x), len(y)) for x, y in runs), default=0)
     if points == 0:
         raise ValueError(f"{system} has no value to plot")

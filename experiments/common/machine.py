@@ -1,8 +1,7 @@
-"""What the machine at hand can do: rates that floors are made of, and the memory that is free."""
+"""Measures the rates of this machine, from which floors are computed, and the memory that is free."""
 
 import contextlib
 import ctypes
-import pathlib
 import re
 import statistics
 import sys
@@ -15,34 +14,39 @@ import jax
 import jax.numpy as jnp
 
 from ultramem_jax.ops.linear import Matrix, OutputMajor, project
+from ultramem_jax.reporting.environment import read_system_file
 
 _ROW_VALUES = 128
-"""A row of 512 bytes."""
+"""Values of a gathered row: 512 bytes in float32."""
 _REPEATS = 7
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h."""
+"""Numbers of M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in glibc's malloc.h."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured rates, medians."""
+    """Holds measured rates of this machine; each is a median."""
 
     flops_per_second: float
-    """Of a product of two square float32 matrices, at JAX's default precision."""
+    """FLOPs per second of a product of two square float32 matrices, at JAX's default precision."""
     bytes_per_second: float
-    """Read and written, of scaling an array in place that no cache holds."""
+    """Bytes read and written per second when an array that no cache holds is scaled in place."""
     gathered_bytes_per_second: float
-    """Read and written, of gathering random rows of 512 bytes from that array. In no floor of a training
-    step: rows of a table lie anywhere, and this is what it costs."""
+    """Bytes read and written per second when random rows of 512 bytes are gathered from that array.
+
+    No floor of a training step uses it. It shows the cost of rows that may lie anywhere in a table.
+    """
 
 
 def measure_rates(side: int = 2048, array_bytes: int = 1 << 30, gathered_rows: int = 1 << 15) -> Rates:
-    """Measures the rates of JAX's default device. Holds twice the array for a moment, at most.
+    """Measures the rates of JAX's default device.
+
+    It holds at most two copies of the array at the same time.
 
     Args:
-        side: of the matrices.
-        array_bytes: of the array; much more than the caches.
-        gathered_rows: at a time, other ones each time.
+        side: rows and columns of the matrices.
+        array_bytes: bytes of the array; must be much more than the caches hold.
+        gathered_rows: rows that are gathered at a time; each time other rows are drawn.
     """
     num_rows = array_bytes // (4 * _ROW_VALUES)
     matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.float32)
@@ -69,7 +73,14 @@ def measure_rates(side: int = 2048, array_bytes: int = 1 << 30, gathered_rows: i
 
 
 def product_flops_per_second(dtype: str, side: int = 2048) -> float:
-    """Of a product of square matrices, median: as trained or as served, whichever is faster."""
+    """Measures the FLOPs per second of a product of square matrices, as a median.
+
+    The second matrix has the layout of training or that of serving, whichever is faster.
+
+    Args:
+        dtype: dtype of the matrices.
+        side: their rows and columns.
+    """
     x = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(dtype))
     multiply = jax.jit(project)
     forms: tuple[Matrix, ...] = (x, OutputMajor(x))
@@ -77,7 +88,10 @@ def product_flops_per_second(dtype: str, side: int = 2048) -> float:
 
 
 def read_bytes_per_second(array_bytes: int = 1 << 31) -> float:
-    """Of memory that is read and not written: a float32 matrix of that size times a vector, median."""
+    """Measures the bandwidth of memory that is only read, as a median in bytes per second.
+
+    It multiplies a float32 matrix of `array_bytes` with a vector.
+    """
     width = 4096
     matrix = jax.jit(lambda: jnp.ones((array_bytes // (4 * width), width), jnp.float32))()
     vector = jnp.ones((width,), jnp.float32)
@@ -86,26 +100,28 @@ def read_bytes_per_second(array_bytes: int = 1 << 31) -> float:
 
 
 def available_bytes() -> int | None:
-    """Memory that arrays can still take, of JAX's default device; None if that is unknown.
+    """Returns the bytes that arrays can still take on JAX's default device; None if unknown.
 
-    On a CPU it is what the machine has left, or the container's limit if that leaves less.
+    On a CPU it is the free memory of the machine, or what the container's limit leaves if that is less.
     """
     if memory := jax.local_devices()[0].memory_stats():
         return int(memory["bytes_limit"] - memory["bytes_in_use"])
-    machine = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
+    machine = re.search(r"^MemAvailable:\s+(\d+) kB", read_system_file("/proc/meminfo"), re.MULTILINE)
     if machine is None:
         return None
     left = int(machine[1]) * 1024
-    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    limit = read_system_file("/sys/fs/cgroup/memory.max").strip()
+    used = read_system_file("/sys/fs/cgroup/memory.current").strip()
     return min(left, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else left
 
 
 @contextlib.contextmanager
 def memory_of_their_own() -> Iterator[None]:
-    """Arrays of 1 MiB and more that are made inside go back to the system when they go; only with glibc.
+    """Lets glibc return arrays of 1 MiB and more that are made inside to the system when they are freed.
 
-    Otherwise those of up to 32 MB are cut out of memory that glibc keeps, 8 GB of it after a model of many
-    experts, and larger arrays find no room in it. What a step needs for a moment had better be kept.
+    By default glibc keeps the memory of arrays of up to 32 MB for reuse: 8 GB of it after a model of many
+    experts. Larger arrays do not fit into that memory. Temporaries of a step are better kept, so they are
+    made outside the block. Without glibc nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
@@ -115,13 +131,13 @@ def memory_of_their_own() -> Iterator[None]:
     try:
         yield
     finally:
-        # The most that glibc goes to by itself, which it does no more once it has been told.
+        # glibc raises these thresholds by itself up to these values, but stops doing so after `mallopt`.
         mallopt(_MMAP_THRESHOLD, 32 << 20)
         mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def _median_seconds(run: Callable[[], jax.Array]) -> float:
-    """Of a computation, the first call apart, which compiles."""
+    """Returns the median time of a computation in seconds, after a first call that compiles."""
     jax.block_until_ready(run())
     seconds = []
     for _ in range(_REPEATS):
@@ -129,10 +145,3 @@ def _median_seconds(run: Callable[[], jax.Array]) -> float:
         jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-
-
-def _read(path: str) -> str:
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return ""

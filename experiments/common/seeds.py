@@ -1,8 +1,8 @@
-"""Many configs, each trained over several seeds: what the experiments that compare models share.
+"""Trains many configs over several seeds, for the experiments that compare models.
 
-Every run has a folder of its own. It holds what `train` writes and, once the run has ended, `result.json`:
-the experiment can be stopped at any time, and the same command trains only what is missing. Compiled programs
-are kept beside them.
+Every run has a folder of its own. The folder holds what `train` writes and, once the run has ended,
+`result.json`. An experiment can be stopped at any time: the same command trains only the runs that are
+missing. Compiled programs are kept beside the runs.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import jax
 
@@ -27,10 +27,34 @@ from ultramem_jax.training.evaluation import Evaluator
 from ultramem_jax.training.loop import train
 from ultramem_jax.training.metrics import read_metrics
 from ultramem_jax.training.state import model_variables
+from ultramem_jax.tree_types import JsonDict
 
-Result = dict[str, Any]
-"""Of one run: `steps` and `bits` (validation bits per byte), `test_bits`, `tokens_per_second`, `environment`,
-and what it is a result of: `config`, `corpus_hash`, `tokenizer_hash`, `test_batches`."""
+
+class Identity(TypedDict):
+    """Identifies a result by its config, corpus, tokenizer and test."""
+
+    config: JsonDict
+    """Config of the run, as `to_dict` writes it."""
+    corpus_hash: str
+    tokenizer_hash: NotRequired[str]
+    """Fingerprint of the tokenizer; results of older versions lack it."""
+    test_batches: int | None
+    """Evaluated batches of the test split: 0 for all, None for no test."""
+
+
+class Result(Identity):
+    """Holds the result of one run, as `result.json` keeps it."""
+
+    environment: dict[str, str]
+    """Strings from `describe_environment()`."""
+    steps: list[int]
+    """Steps at which the model was evaluated on the validation split."""
+    bits: list[float]
+    """Validation bits per byte at these steps."""
+    test_bits: float | None
+    """Test bits per byte after training; None without a test."""
+    tokens_per_second: float
+    """Tokens per second of the median training step; not finite if it was not measured."""
 
 
 def train_over_seeds(
@@ -42,20 +66,20 @@ def train_over_seeds(
     test_batches: int | None = None,
     keep_checkpoints: bool = True,
 ) -> dict[str, list[Result]] | None:
-    """Trains every config with the seeds 0 to `seeds` - 1; what was done before is read from its folder.
+    """Trains every config with the seeds 0 to `seeds` - 1, but reads the results of runs that have ended.
 
     Args:
-        configs: by name; their own seeds are replaced.
-        seeds: runs of each config.
-        corpus: of all of them.
-        workdir: run s of a config is kept in `workdir`/NAME-seed`s`.
-        environment: of `describe_environment()`, kept with each new result.
-        test_batches: batches of the test split to evaluate at the end, 0 for all, None for no test.
-        keep_checkpoints: False removes those of a run that has ended: many runs would fill a disk.
+        configs: configs by name; their own seeds are replaced.
+        seeds: number of runs of each config.
+        corpus: corpus of all runs.
+        workdir: folder of the experiment; the run of seed `s` is kept in `workdir`/NAME-seed`s`.
+        environment: strings from `describe_environment()`, kept with each new result.
+        test_batches: batches of the test split to evaluate at the end; 0 for all, None for no test.
+        keep_checkpoints: False removes the checkpoints of a run that has ended, as many runs can fill a disk.
 
     Returns:
-        The results of each config in the order of the seeds; None in all processes but the first: there is
-        one to report them.
+        The results of each config in the order of the seeds. In all processes but the first: None, since only
+        the first one reports results.
 
     Raises:
         UserError: a folder holds a run of another config.
@@ -63,7 +87,7 @@ def train_over_seeds(
     """
     _remember_compilations(pathlib.Path(workdir) / "compiled")
     results: dict[str, list[Result]] = {name: [] for name in configs}
-    # Seed by seed, so that an experiment cut short has every config.
+    # All configs of a seed come before the next seed, so that an interrupted experiment has every config.
     for seed in range(seeds):
         for name, config in configs.items():
             config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
@@ -72,12 +96,13 @@ def train_over_seeds(
             result = _run(config, corpus, folder, environment, test_batches)
             if not keep_checkpoints and is_first():
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            results[name].append(result)
+            if result is not None:
+                results[name].append(result)
     return results if is_first() else None
 
 
 def training_in_words(base: RunConfig, corpus: Corpus) -> str:
-    """Steps, batches, learning rate and corpus of runs that differ in their models and seeds alone."""
+    """Describes steps, batches, learning rate and corpus of runs that share them."""
     tokens = base.train.steps * base.train.batch_size * base.data.seq_len
     return (
         f"{base.train.steps} steps of {base.train.batch_size} × {base.data.seq_len} tokens "
@@ -87,7 +112,7 @@ def training_in_words(base: RunConfig, corpus: Corpus) -> str:
 
 
 def common_environment(results: Mapping[str, Iterable[Result]]) -> dict[str, str]:
-    """Where the runs were made; where they differ, all that was found."""
+    """Returns the environment of all runs; where runs differ, all values that were found."""
     found: dict[str, list[str]] = {}
     for run in (run for runs in results.values() for run in runs):
         for name, value in run["environment"].items():
@@ -98,31 +123,50 @@ def common_environment(results: Mapping[str, Iterable[Result]]) -> dict[str, str
 
 
 def final_bits(runs: Iterable[Result]) -> list[float]:
-    """The last validation bits per byte of each run."""
+    """Returns the last validation bits per byte of each run."""
     return [run["bits"][-1] for run in runs]
 
 
+def final_test_bits(runs: Iterable[Result]) -> list[float]:
+    """Returns the test bits per byte of each run; all runs must have been tested."""
+    found = [run["test_bits"] for run in runs]
+    return [bits for bits in found if bits is not None]
+
+
+def paired_differences(runs: Iterable[Result], base: Iterable[Result]) -> list[float]:
+    """Returns the differences of the final validation bits per byte of two configs, seed by seed."""
+    return [new - old for new, old in zip(final_bits(runs), final_bits(base), strict=True)]
+
+
 def deviation(values: Sequence[float]) -> float | None:
-    """Standard deviation of a sample (n - 1); None of a single value."""
+    """Returns the standard deviation of a sample (n - 1); None for a single value."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def median_speed(runs: Iterable[Result]) -> int | None:
-    """Tokens per second of the median training step; None if no run could measure it."""
+    """Returns the tokens per second of the median training step; None if no run could measure it."""
     speeds = [run["tokens_per_second"] for run in runs if math.isfinite(run["tokens_per_second"])]
     return round(statistics.median(speeds)) if speeds else None
 
 
 def _remember_compilations(folder: pathlib.Path) -> None:
-    """Keeps what XLA compiles: the programs of a config are the same for every seed, and after a break."""
+    """Keeps compiled programs in a folder.
+
+    The programs of a config are the same for every seed, and after an interruption.
+    """
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
 
 
-def _wherever_trained(result: Result) -> tuple[Any, ...]:
-    """What a result is a result of, on whichever mesh; fields that configs did not have then are default."""
+def _wherever_trained(result: Identity, tokenizer_hash: str) -> tuple[RunConfig, str, str, int | None]:
+    """Returns what identifies a result, without the mesh that it was trained on.
+
+    Fields that configs did not have at the time of the result get their defaults.
+    """
     config = dataclasses.replace(run_config_from_dict(result["config"]), mesh=MeshConfig())
-    return config, result["corpus_hash"], result["tokenizer_hash"], result["test_batches"]
+    # Older results do not say by which tokenizer.
+    tokenizer_hash = result.get("tokenizer_hash", tokenizer_hash)
+    return config, result["corpus_hash"], tokenizer_hash, result["test_batches"]
 
 
 def _run(
@@ -131,23 +175,22 @@ def _run(
     workdir: pathlib.Path,
     environment: Mapping[str, str],
     test_batches: int | None,
-) -> Result:
-    """Returns one run's validation curve and test loss, from its folder if it was done before.
+) -> Result | None:
+    """Returns the result of one run, from its folder if the run was done before.
 
-    In processes but the first one, which reports it, the result of a run may be empty.
+    Returns None in processes other than the first if the run was trained now; only the first one reports it.
     """
     done = workdir / "result.json"
-    tokenizer = {"tokenizer_hash": corpus.tokenizer.fingerprint}
-    identity = {
+    tokenizer = corpus.tokenizer.fingerprint
+    identity: Identity = {
         "config": to_dict(config),
         "corpus_hash": corpus.corpus_hash,
-        **tokenizer,
+        "tokenizer_hash": tokenizer,
         "test_batches": test_batches,
     }
-    result = from_first(json.loads(done.read_text()) if done.exists() else None)
+    result: Result | None = from_first(json.loads(done.read_text()) if done.exists() else None)
     if result is not None:
-        # Older results do not say by which tokenizer.
-        if _wherever_trained(tokenizer | result) != _wherever_trained(identity):
+        if _wherever_trained(result, tokenizer) != _wherever_trained(identity, tokenizer):
             raise UserError(
                 f"{workdir} holds a run of another config, corpus, tokenizer or number of test batches; "
                 "give another --workdir"
@@ -162,7 +205,7 @@ def _run(
         found = evaluate(model_variables(trained.state), "test", test_batches, progress=True)
         test_bits = found.bits_per_byte
     if not is_first():
-        return {}
+        return None
     records = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "validation"]
     result = {
         **identity,

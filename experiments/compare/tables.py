@@ -1,18 +1,25 @@
-"""The table of the comparison: what each system is, what it costs, and what it reached."""
+"""Makes the table of the comparison: the shape of each system, its costs and its results."""
 
 import statistics
-from typing import Any
 
-from experiments.common.seeds import Result, deviation, final_bits, median_speed, training_in_words
+from experiments.common.seeds import (
+    Result,
+    deviation,
+    final_bits,
+    final_test_bits,
+    median_speed,
+    training_in_words,
+)
 from ultramem_jax import ModelConfig, RunConfig
 from ultramem_jax.accounting import count_parameters, flops_per_token
 from ultramem_jax.data import Corpus
+from ultramem_jax.reporting import markdown
 
 
-def row(system: str, model: ModelConfig, runs: list[Result]) -> dict[str, Any]:
-    """One system: a column per count and measurement, means and deviations over its runs."""
+def row(system: str, model: ModelConfig, runs: list[Result]) -> markdown.Row:
+    """Returns the row of one system: counts, and means and deviations of measurements over its runs."""
     parameters, flops = count_parameters(model), flops_per_token(model)
-    validation, test = final_bits(runs), [run["test_bits"] for run in runs]
+    validation, test = final_bits(runs), final_test_bits(runs)
     return {
         "system": system,
         "shape": shape(model),
@@ -28,7 +35,7 @@ def row(system: str, model: ModelConfig, runs: list[Result]) -> dict[str, Any]:
 
 
 def shape(model: ModelConfig) -> str:
-    """What distinguishes a system from the others, in a few words."""
+    """Describes the shape that distinguishes a system from the others, in a few words."""
     words = [memories_in_words(model, name) for name in model.memories]
     if moe := model.moe:
         kind = "SwiGLU experts" if moe.activation == "swiglu" else "experts"
@@ -37,7 +44,7 @@ def shape(model: ModelConfig) -> str:
 
 
 def memories_in_words(model: ModelConfig, name: str) -> str:
-    """Returns what the memories of one config are, in a few words."""
+    """Describes the memories of one config in a few words."""
     sites = [site for site in model.sites if site.group == name]
     words = f"{len(sites)} × ({', '.join(model.memories[name].in_words())})"
     if sites and sites[0].config.table.is_shared:
@@ -47,7 +54,7 @@ def memories_in_words(model: ModelConfig, name: str) -> str:
 
 
 def notes(base: RunConfig, corpus: Corpus, models: dict[str, ModelConfig], seeds: int) -> list[str]:
-    """How all systems were trained, and how the columns are to be read."""
+    """Explains how all systems were trained, and how to read the columns."""
     return [
         training_in_words(base, corpus),
         "FLOPs per token: forward, two per weight that a token is multiplied by, plus scoring and lookups; "
@@ -59,7 +66,7 @@ def notes(base: RunConfig, corpus: Corpus, models: dict[str, ModelConfig], seeds
 
 
 def _value_rates(models: dict[str, ModelConfig]) -> str:
-    """The note on the learning rates of tables; empty without any."""
+    """Returns the note on the learning rates of tables; empty without tables."""
     systems: dict[float, list[str]] = {}
     for system, model in models.items():
         for memory in model.memories.values():

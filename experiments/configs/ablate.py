@@ -1,10 +1,17 @@
-"""The ablation of UltraMem whose tables and figures are in experiments/results/ablate/."""
+"""Trains the ablation of UltraMem, one change at a time, on small models.
+
+Command: python launch.py ablate --scale=tiny --config=experiments/configs/ablate.py
+Machine: 2 CPU cores (Intel Xeon), 23.5 GiB of host memory.
+Time: about 70 minutes for the sixty runs.
+Result: experiments/results/ablate/ladder.md: from PKM to UltraMem, validation bits per byte go from
+    2.632 ± 0.010 to 2.567 ± 0.023. The grids of E, r and h are in experiments/results/ablate/grids.md.
+"""
 
 from ultramem_jax import DataConfig, RunConfig, TrainConfig
 
 
 def get_config() -> RunConfig:
-    """0.4 M bytes a run: the sixty runs take about 70 minutes on two CPU cores."""
+    """Returns the training of every run: 0.4 M bytes each."""
     return RunConfig(
         data=DataConfig(seq_len=128),
         train=TrainConfig(

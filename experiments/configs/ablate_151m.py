@@ -1,9 +1,12 @@
-"""The ablation at the sizes and with the training of the UltraMem paper (arXiv 2411.12364).
+"""Trains the ablation of UltraMem at the sizes and with the training of the paper (arXiv 2411.12364).
 
-    python launch.py ablate --scale=151m --config=experiments/configs/ablate_151m.py
+Command: python launch.py ablate --scale=151m --config=experiments/configs/ablate_151m.py
+Machine: not run.
+Time: not run.
+Result: not run.
 
-Not run. Steps, batch, learning rate, warm-up, decay and weight decay are those of the paper's table 1 at this
-size, 1.0 T tokens a run; its dropout of 0.1 is a part of the models. Evaluations and checkpoints are ours.
+Steps, batch, learning rate, warm-up, decay and weight decay are those of the paper's table 1 at this size,
+1.0 T tokens a run; its dropout of 0.1 is a part of the models. Evaluations and checkpoints are ours.
 
 What else differs: the paper trains on RedPajama and validates on C4, here C4 is both; its tokenizer is
 GPT-NeoX's, here byte-pair encoding with as many tokens is learned from C4. TFDS must have C4 as array_record,
@@ -15,7 +18,7 @@ from ultramem_jax.presets import preset
 
 
 def get_config() -> RunConfig:
-    """238,418 steps of 2048 × 2048 tokens."""
+    """Returns the training of every run: 238,418 steps of 2048 × 2048 tokens."""
     return RunConfig(
         data=DataConfig(
             dataset="tfds:c4/en",

@@ -1,9 +1,15 @@
-"""A language model with 20,275,712 slots in two memories, on two CPU cores, in less than 16 GB.
+"""Trains a language model with 20,275,712 slots in two memories, on two CPU cores, in less than 16 GB.
 
-    python launch.py train --config=experiments/configs/slots_20m.py
+Command: python launch.py train --config=experiments/configs/slots_20m.py --config.data.dataset=enwik8
+    --config.data.path=enwik8.gz
+Machine: 2 CPU cores (Intel Xeon, shared), 23.5 GiB of host memory.
+Time: 346 seconds from start to end; other programs took a core for a part of them.
+Result: experiments/results/slots_20m/slots_20m.md: at most 7.27 GB resident, 2,660 tokens/s, 3.357 validation
+    bits per byte after 200 steps.
 
 Values and first moments are bfloat16, rounded stochastically; of second moments there is one per row. That
-makes 260 bytes a slot, 5.3 GB in all, where float32 with full Adam would take 768 and 15.6 GB.
+makes 260 bytes a slot, 5.3 GB in all, where float32 with full Adam would take 768 and 15.6 GB. Without the
+flags of the data it trains on the default corpus.
 """
 
 from ultramem_jax import ModelConfig, RunConfig, TrainConfig
@@ -11,7 +17,7 @@ from ultramem_jax.presets import families
 
 
 def get_config() -> RunConfig:
-    """0.4 M tokens."""
+    """Returns a run of 0.4 M tokens."""
     return RunConfig(
         model=ModelConfig(
             embed_dim=256,

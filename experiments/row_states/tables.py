@@ -1,26 +1,33 @@
-"""The choices of what is kept of a table's rows in training; their table and their figure."""
+"""Defines the choices of a row's optimizer state, and makes their table and their figure."""
 
 import dataclasses
 import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from experiments.common import figures
-from experiments.common.seeds import Result, deviation, final_bits, median_speed, training_in_words
+from experiments.common.seeds import (
+    Result,
+    deviation,
+    final_bits,
+    median_speed,
+    paired_differences,
+    training_in_words,
+)
 from ultramem_jax import MemoryConfig, RunConfig, UserError
 from ultramem_jax.accounting import RowBytes, row_bytes
 from ultramem_jax.config.row_states import row_arrays, takes_means
 from ultramem_jax.data import Corpus
 from ultramem_jax.presets import families
+from ultramem_jax.reporting import markdown
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What is kept of a row, and by which rule it is updated.
+    """Describes which state of a row is kept, and the rule that updates the row.
 
-    `table_dtype` is the table's `dtype`, the others are of `TrainConfig`.
+    `table_dtype` is the `dtype` of `TableConfig`. The other fields have the names of fields of `TrainConfig`.
     """
 
     label: str
@@ -31,7 +38,7 @@ class Choice:
     row_optimizer: str = "adamw"
 
     def config(self, base: RunConfig, memory: MemoryConfig) -> RunConfig:
-        """The base, whose memory this is, with this choice."""
+        """Returns `base` with this choice; `memory` is its memory."""
         fields = dataclasses.asdict(self)
         del fields["label"]
         memory = memory.changed(dtype=fields.pop("table_dtype"))
@@ -40,7 +47,7 @@ class Choice:
 
     @property
     def moments(self) -> str:
-        """What is kept beside the table, in words: numbers of a value, then numbers of a row."""
+        """Describes the state beside the table: numbers per value, then numbers per row."""
         kept = row_arrays(self.row_optimizer, self.row_second_moment, self.row_moment_dtype)
         of_values = [array.dtype for array in kept if array.per == "value"]
         words = [f"{len(of_values)} × {of_values[0]}"] if len(of_values) > 1 else of_values
@@ -48,7 +55,7 @@ class Choice:
 
     @property
     def rounding(self) -> str:
-        """Blank where nothing is rounded."""
+        """Returns how bfloat16 is rounded; blank if nothing is rounded."""
         return self.row_rounding if "bfloat16" in (self.table_dtype, self.row_moment_dtype) else ""
 
 
@@ -69,23 +76,23 @@ CHOICES = {
     "sgd-momentum": Choice("SGD with momentum", row_optimizer="sgd_momentum"),
     "sgd": Choice("SGD", row_optimizer="sgd"),
 }
-"""By name of the run."""
+"""Choices by name of the run."""
 
 _LARGE = families.ultramem(num_keys=4500, value_dim=128)
-"""Of a memory for which these choices matter."""
+"""A memory of a size for which these choices matter."""
 _LARGE_SLOTS = _LARGE.address.own_slots
 _GB = 1e9
 
 
 def make_configs(base: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]:
-    """The runs of the named choices and of the reference, which comes first.
+    """Returns the runs of the named choices and of the reference, which comes first.
 
     Args:
-        base: model, data and training of all of them.
-        names: of `CHOICES`.
+        base: model, data and training of all runs.
+        names: names in `CHOICES`.
 
     Raises:
-        UserError: a base without a memory, or that has made such a choice itself.
+        UserError: a base without a memory, or one that already makes such a choice.
     """
     memory = base.model.memory
     if memory is None or not base.model.sites:
@@ -101,13 +108,13 @@ def make_configs(base: RunConfig, names: Sequence[str]) -> dict[str, RunConfig]:
     return configs
 
 
-def rows(configs: Mapping[str, RunConfig], results: Mapping[str, list[Result]]) -> list[dict[str, Any]]:
-    """One row per choice: its memory, and its loss beside that of the reference."""
+def rows(configs: Mapping[str, RunConfig], results: Mapping[str, list[Result]]) -> list[markdown.Row]:
+    """Returns a row per choice: its memory, and its loss beside that of the reference."""
     return [_row(CHOICES[name], config, results, name) for name, config in configs.items()]
 
 
 def notes(base: RunConfig, corpus: Corpus, seeds: int) -> list[str]:
-    """How all choices were trained, and how the columns are to be read."""
+    """Explains how all choices were trained, and how to read the columns."""
     return [
         f"One model of width {base.model.embed_dim} with {base.model.num_layers} layers and "
         f"{len(base.model.sites)} memories, {training_in_words(base, corpus)}",
@@ -132,7 +139,7 @@ def plot(
 ) -> pathlib.Path:
     """Draws the difference of each choice to the reference against its bytes per slot; returns the path.
 
-    Choices of almost the same bytes are moved apart, so that none hides another.
+    Choices with almost equal bytes are moved apart, so that no point hides another.
     """
     sizes = {name: _bytes_of(config).total for name, config in configs.items()}
     figure = figures.new_figure(7.2, 5.6)
@@ -152,10 +159,10 @@ def plot(
             linestyle="none",
             label=f"{choice.label}: {sizes[name]} bytes",
         )
-    axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+    figures.mark_zero(axes)
     axes.set_xlim(0, 1.08 * max(sizes.values()))
     seeds = len(results[REFERENCE])
-    about = f"mean ± standard deviation, {seeds} seeds" if seeds > 1 else "one seed"
+    about = figures.seeds_in_words(seeds)
     axes.set(
         xlabel="bytes per slot, table and moments",
         ylabel=f"validation bits per byte, Δ to full Adam\n({about})",
@@ -166,7 +173,7 @@ def plot(
     return figures.save(figure, path)
 
 
-def _row(choice: Choice, config: RunConfig, results: Mapping[str, list[Result]], name: str) -> dict[str, Any]:
+def _row(choice: Choice, config: RunConfig, results: Mapping[str, list[Result]], name: str) -> markdown.Row:
     of_slot = _bytes_of(config)
     large = row_bytes(_LARGE.changed(dtype=choice.table_dtype).table, config.train)
     bits = final_bits(results[name])
@@ -194,9 +201,8 @@ def _bytes_of(config: RunConfig) -> RowBytes:
 
 
 def _differences(results: Mapping[str, list[Result]], name: str) -> list[float]:
-    """To the reference, seed by seed."""
-    pairs = zip(final_bits(results[name]), final_bits(results[REFERENCE]), strict=True)
-    return [new - old for new, old in pairs]
+    """Returns the differences of a choice to the reference, seed by seed."""
+    return paired_differences(results[name], results[REFERENCE])
 
 
 def _marker(choice: Choice, per_row: bool) -> str:
@@ -213,7 +219,7 @@ def _colour(choice: Choice) -> str:
 
 
 def _moved_apart(sizes: Mapping[str, int]) -> dict[str, float]:
-    """Places on the axis of bytes, as far apart as points are wide."""
+    """Returns positions on the axis of bytes that are at least the width of a point apart."""
     width = 0.025 * max(sizes.values())
     groups: list[list[str]] = []
     for name in sorted(sizes, key=lambda name: sizes[name]):

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 SUPERVISOR = """
     import sys
-    from experiments import local_processes
+    from ultramem_jax.cli import local_processes
     sys.exit(local_processes.run([sys.executable, "-c", sys.argv[1]], 2))
 """
 MEMBER = """

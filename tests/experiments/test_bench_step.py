@@ -92,6 +92,7 @@ def test_a_model_is_timed_without_parts(run, quick, tmp_path, monkeypatch):
         ("--memory_gb=1e-6", "memory_gb = 1e-06: no step fits"),
         ("--memory_gb=nan", "memory_gb = nan"),
         ("--slot=256", "slot"),
+        ("--redraw", "must hold a .json file of an earlier run"),
     ],
 )
 def test_bad_input_gets_one_line_before_anything_is_measured(run, tmp_path, monkeypatch, argument, said):
@@ -209,8 +210,8 @@ def test_both_ways_of_training_find_the_same_gradient():
         layer = MemoryLayer(bench_config(16, WAYS[name], 16))
         state, batch = jax.jit(layer.init)(), layer.draw(jax.random.key(0), 16)
         state, by_x = jax.jit(layer.step, donate_argnums=0)(state, batch)
-        arrays = jax.tree.leaves(state.table_state)
-        first = next(array for array in arrays if array.shape == state.table.shape)
+        arrays, (table,) = jax.tree.leaves(state.table_state), jax.tree.leaves(state.tables)
+        first = next(array for array in arrays if array.shape == table.shape)
         moments[name] = first, by_x, state.params
     assert np.abs(moments["dense"][0]).max() > 0
     chex.assert_trees_all_close(moments["row_sparse"], moments["dense"], rtol=1e-4, atol=1e-7)

@@ -78,6 +78,7 @@ def test_table_is_rounded_to_read_and_exact_to_compute_with(tmp_path):
         {"cpu": "Fast One", "os": "Linux"},
         ["Three seeds."],
         {"What it means": ["Little.", "Not much."]},
+        {"loss by system": "loss.png"},
     )
     assert markdown.name == "table.v1.md"
     assert markdown.read_text() == (
@@ -87,6 +88,8 @@ def test_table_is_rounded_to_read_and_exact_to_compute_with(tmp_path):
         "| :------- | --------: | ------: | --: | ----: |\n"
         "| ultramem |     1.235 | 102,400 | yes |       |\n"
         "| a\\|b     | 1.234e-05 |         |     |   nan |\n"
+        "\n"
+        "![loss by system](loss.png)\n"
         "\n"
         "Three seeds.\n"
         "\n"

@@ -55,6 +55,8 @@ def test_the_plan_is_printed_and_written(run, compiled, tiny_file, tmp_path):
     [
         (["--hardware=h10"], "unknown hardware 'h10': did you mean 'h100'?"),
         (["--hardware=nowhere.json"], "--hardware = 'nowhere.json': there is no such file"),
+        (["--redraw"], "--out = '': must name the document that is made again"),
+        (["--redraw", "--out=nowhere.md"], "nowhere.json: cannot be read, No such file"),
         (["--out=plan.txt"], "--out = 'plan.txt': must be the name of a .md file"),
         (["--partition=slot"], "unknown --partition 'slot': did you mean 'slots'?"),
         (["--baseline=mo"], "unknown --baseline 'mo': did you mean 'moe'?"),

@@ -1,1 +1,1 @@
-"""The command line that all commands and experiments share."""
+"""Provides the command line that all commands and experiments share."""

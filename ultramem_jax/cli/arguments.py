@@ -1,4 +1,4 @@
-"""Flags that are read before absl reads the rest: their values come out of the command line by hand."""
+"""Reads flags that must be known before absl parses the command line, and checks the values of flags."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,7 +6,12 @@ from ultramem_jax.errors import UserError, require, unknown, whole_number
 
 
 def take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of `--flag=value` or `--flag value`, the last one if there are several, and the rest.
+    """Returns the value of a flag, and the command line without that flag.
+
+    It reads `--flag=value` and `--flag value`. If the flag is given several times, the last value counts.
+
+    Returns:
+        The value, None if the flag is absent; the remaining arguments.
 
     Raises:
         UserError: a flag without a value.
@@ -28,7 +33,14 @@ def take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
 
 
 def take_integer(argv: list[str], flag: str) -> tuple[int | None, list[str]]:
-    """The same for a whole number, 0 or above."""
+    """Returns the value of a flag as a whole number, 0 or above, and the command line without that flag.
+
+    Returns:
+        The value, None if the flag is absent; the remaining arguments.
+
+    Raises:
+        UserError: a flag without a value, or a value that is not such a number.
+    """
     text, rest = take(argv, flag)
     if text is None:
         return None, rest
@@ -37,13 +49,28 @@ def take_integer(argv: list[str], flag: str) -> tuple[int | None, list[str]]:
     return number, rest
 
 
-def check_names(flag: str, names: Sequence[str], known: Iterable[str]) -> None:
-    """Checks a flag that lists names.
+def positive_number(flag: str, text: str) -> int:
+    """Returns one entry of a flag that lists whole numbers above 0.
 
     Args:
-        flag: without its dashes.
-        names: what it was given.
-        known: what is allowed.
+        flag: name of the flag, without its dashes.
+        text: the entry that the user gave.
+
+    Raises:
+        UserError: the entry is not such a number.
+    """
+    number = whole_number(text) or 0
+    require(number > 0, flag, text, "must be whole numbers above 0")
+    return number
+
+
+def check_names(flag: str, names: Sequence[str], known: Iterable[str]) -> None:
+    """Checks that a flag lists at least one name, and only known ones.
+
+    Args:
+        flag: name of the flag, without its dashes.
+        names: the names that the user gave.
+        known: all names that are allowed.
 
     Raises:
         UserError: no name, or an unknown one.

@@ -1,9 +1,12 @@
-"""The command line that all experiments share: `--config`, `--preset`, `--mesh`, overrides, one-line errors.
+"""Parses the command line that all experiments share, and runs an experiment with one-line errors.
 
-Every experiment is a module with absl flags and a `main()`. A run's config starts from `--config=FILE` (a
-Python file with `get_config() -> RunConfig`), takes its model from `--preset=NAME`, its mesh from
-`--mesh=AXIS:SIZE,...`, and then the overrides `--config.part.field=value`, whatever their order on the
-command line.
+Every command and experiment is a module with absl flags and a `main()`. The config of a run is built in this
+order, whatever the order of the flags:
+
+1. `--config=FILE`: a Python file with `get_config() -> RunConfig`, or the name of a recipe.
+2. `--preset=NAME`: replaces the model.
+3. `--mesh=AXIS:SIZE,...`: sets the sizes of the mesh axes.
+4. `--config.part.field=value`: overrides single fields.
 """
 
 import contextlib
@@ -16,7 +19,6 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -32,30 +34,32 @@ from ultramem_jax.parallel.distributed import HEARTBEAT_TIMEOUT, INITIALIZATION_
 from ultramem_jax.parallel.mesh import AXES
 from ultramem_jax.presets import preset
 from ultramem_jax.recipes import RECIPES, recipe
+from ultramem_jax.tree_types import JsonDict
 
 FLAGS = flags.FLAGS
 
 _CONFIG_HELP = (
     f"--config={'|'.join(RECIPES)}: a run that comes with the library; or --config=FILE: a Python file with "
-    "get_config() -> RunConfig, which is run as a program, so take one that you trust",
-    "--preset=NAME: the model, one of those below",
-    "--config.part.field=value: any of the fields below, explained in ultramem_jax/config/ and, "
+    "get_config() -> RunConfig; the file is executed, so use only files that you trust",
+    "--preset=NAME: the model, one of the presets below",
+    "--config.part.field=value: sets one of the fields below, explained in ultramem_jax/config/ and, "
     "for kinds of memories, in ultramem_jax/layers/memory/; --config.model.memory.top_m=8 is short for "
-    "--config.model.memories.NAME.address.top_m=8 where there is one memory",
+    "--config.model.memories.NAME.address.top_m=8 if the model has one memory",
 )
 _MESH_HELP = (
-    "--mesh=AXIS:SIZE,...: the devices along the axes "
-    f"{', '.join(AXES)}; 1 along one that is not named, and data:0 is what the others leave"
+    "--mesh=AXIS:SIZE,...: the number of devices along each mesh axis, of "
+    f"{', '.join(AXES)}; an axis that is not named has 1; data:0 takes all devices that the others leave"
 )
 _PROCESSES_HELP = (
-    "--processes=N: in N processes of this machine; on CPUs each has devices of its own, GPUs are yours to "
-    "share out (CUDA_VISIBLE_DEVICES)",
-    "--coordinator_address=HOST:PORT --num_processes=N --process_id=I: as one of N processes on several "
-    "machines, which all run this command; the address is one of process 0's",
-    "--coordinator_address=auto: the same, as the cluster's environment has it (SLURM, Open MPI, TPU pod)",
-    f"--initialization_timeout=SECONDS: to wait for the others (default {INITIALIZATION_TIMEOUT})",
-    "--heartbeat_timeout=SECONDS: without a sign of life, after which a process counts as dead and all end "
-    f"(default {HEARTBEAT_TIMEOUT})",
+    "--processes=N: runs in N processes of this machine; on CPUs each process has its own devices, GPUs must "
+    "be distributed by you (CUDA_VISIBLE_DEVICES)",
+    "--coordinator_address=HOST:PORT --num_processes=N --process_id=I: runs as process I of N processes on "
+    "several machines, each of which runs this command; the address is an address of process 0",
+    "--coordinator_address=auto: the same, read from the cluster's environment (SLURM, Open MPI, TPU pod)",
+    "--initialization_timeout=SECONDS: time to wait for the other processes "
+    f"(default {INITIALIZATION_TIMEOUT})",
+    "--heartbeat_timeout=SECONDS: time without a heartbeat after which a process counts as dead and all "
+    f"processes end (default {HEARTBEAT_TIMEOUT})",
 )
 HELP = ("--help", "-h", "-help")
 _OF_ONE_MEMORY = re.compile(r"(--?(?:no)?)config\.model\.memory\.([^=]+)((?:=.*)?)")
@@ -71,18 +75,19 @@ def run(
 ) -> int:
     """Parses flags, runs an experiment and returns the exit status.
 
-    A process that has joined others does not return from a failure: it ends at once.
+    A process that has joined others does not return after a failure: it ends at once.
 
     Args:
-        main: the experiment; reads `FLAGS` and, through `run_config`, its config.
-        argv: program and name of the command, as one word, and flags.
-        usage: text of `--help`, above the flags.
+        main: the experiment; it reads `FLAGS` and gets its config from `run_config`.
+        argv: program and name of the command in one string, then the flags.
+        usage: text that `--help` prints above the flags.
         base: config that `--config` and `--preset` change; None if the experiment has none.
-        together: whether it can run in several processes, and takes the flags that say which one this is.
+        together: whether the experiment can run in several processes. It then takes the flags that say which
+            process this one is.
 
     Returns:
-        0; 2 after an error of the user's or a file that the system refuses (one line on standard error); 75
-        if SIGTERM stopped work that the same command goes on with; 130 after an interrupt.
+        0 if all went well; 2 after an error of the user's or a file that the system refuses (with one line on
+        standard error); 75 if SIGTERM stopped work that the same command resumes; 130 after an interrupt.
     """
     global _program
     _program = argv[0].rpartition(" ")[0]
@@ -108,7 +113,7 @@ def run(
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             status = 2
         except Stopped as stopped:
-            print(stopped)  # of several processes, all come here: an orderly end
+            print(stopped)  # an orderly end: all of several processes reach this line
             return Stopped.STATUS
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -126,7 +131,7 @@ def run(
 
 
 def run_config() -> RunConfig:
-    """The config of this command line.
+    """Returns the config that this command line describes.
 
     Raises:
         UserError: a value that is not allowed.
@@ -135,17 +140,17 @@ def run_config() -> RunConfig:
 
 
 def program() -> str:
-    """What the user typed before the name of the command, for hints of what to run next."""
+    """Returns the words before the name of the command, for hints about what to run next."""
     return _program
 
 
 def config_name() -> str:
-    """The preset's or the config file's name: where a run is kept unless `--workdir` says otherwise."""
+    """Returns the name of the preset or of the config file, which is the default name of the run's folder."""
     return _name
 
 
 def config_file() -> pathlib.Path | None:
-    """The file of `--config`; None if it was not given."""
+    """Returns the path that `--config` gave; None if the flag is absent."""
     return _file
 
 
@@ -162,7 +167,7 @@ def _parse(argv: list[str]) -> None:
 
 
 def _define_config(argv: list[str], base: RunConfig) -> list[str]:
-    """Defines the flag `config` from file, preset and mesh; returns the command line without those."""
+    """Defines the flag `config` from file, preset and mesh; returns the command line without those flags."""
     global _name, _file
     tree = to_dict(base)
     file, rest = take(argv, "config")
@@ -186,8 +191,8 @@ def _define_config(argv: list[str], base: RunConfig) -> list[str]:
     return rest
 
 
-def _spelled_out(argument: str, tree: dict[str, Any]) -> str:
-    """Returns an override of the one memory, `--config.model.memory.top_m=8`, under the field's full name.
+def _spelled_out(argument: str, tree: JsonDict) -> str:
+    """Writes `--config.model.memory.top_m=8`, an override of the only memory, with the field's full name.
 
     Raises:
         UserError: the model has several memories or none, or the memory has no such field.
@@ -212,7 +217,7 @@ def _spelled_out(argument: str, tree: dict[str, Any]) -> str:
 
 
 def _mesh(text: str) -> dict[str, int]:
-    """The fields of `MeshConfig` that `--mesh=data:4,memory:2` names; an axis that it does not name has 1."""
+    """Returns the axis sizes that `--mesh=data:4,memory:2` gives; axes that it does not name have size 1."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition(":")
@@ -227,7 +232,7 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def _take_membership(argv: list[str]) -> tuple[Membership | None, list[str]]:
-    """The place of this process among others, and the rest of the command line."""
+    """Returns the membership of this process in a group, if any, and the remaining command line."""
     address, argv = take(argv, "coordinator_address")
     given: dict[str, int] = {}
     for flag in ("num_processes", "process_id", "initialization_timeout", "heartbeat_timeout"):
@@ -243,7 +248,10 @@ def _take_membership(argv: list[str]) -> tuple[Membership | None, list[str]]:
 
 @contextlib.contextmanager
 def _sys_argv(argv: list[str]) -> Iterator[None]:
-    """ml_collections looks for its overrides in `sys.argv`, whatever list it is given to parse."""
+    """Replaces `sys.argv` while the block runs.
+
+    ml_collections reads its overrides from `sys.argv`, even if another list is parsed.
+    """
     real, sys.argv = sys.argv, argv
     try:
         yield
@@ -268,14 +276,14 @@ def _read_config(path: str) -> RunConfig:
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        # Whatever a file of Python can do wrong is the user's to mend, and one line says what it was.
+        # A Python file can raise anything. The user has to fix it, so one line reports it as a user error.
         raise UserError(f"--config = {path!r}: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
         raise UserError(f"--config = {path!r}: get_config() must return a RunConfig, not {config!r}")
     return config
 
 
-def _takes_nothing(function: Callable[..., Any]) -> bool:
+def _takes_nothing(function: Callable[..., object]) -> bool:
     try:
         inspect.signature(function).bind()
     except TypeError:
@@ -283,9 +291,9 @@ def _takes_nothing(function: Callable[..., Any]) -> bool:
     return True
 
 
-def _check_key(tree: dict[str, Any], key: str) -> None:
-    """Refuses an override of a field that does not exist, before ml_collections words it its own way."""
-    node: Any = tree
+def _check_key(tree: JsonDict, key: str) -> None:
+    """Raises a `UserError` for an override of an unknown field, before ml_collections reports it."""
+    node: object = tree
     parts = key.split(".")
     for depth, part in enumerate(parts):
         path = ".".join(parts[:depth])
@@ -304,7 +312,7 @@ def _flag_help(module: str, base: RunConfig | None, together: bool) -> str:
     entries: list[str] = []
     own_models = hasattr(sys.modules[module], "CONFIG_HELP")
     if base is not None:
-        # An experiment that has models of its own says what it takes.
+        # An experiment that chooses its own models describes what its --config takes.
         entries += getattr(sys.modules[module], "CONFIG_HELP", _CONFIG_HELP)
         entries.append(_MESH_HELP)
     if together:
@@ -321,7 +329,7 @@ def _flag_help(module: str, base: RunConfig | None, together: bool) -> str:
 
 @contextlib.contextmanager
 def _joined(member: Membership | None, logger: logging.Logger) -> Iterator[None]:
-    """Within it this process is one of several, if it is a member. But the first, they keep quiet."""
+    """Joins the other processes, if any, while the block runs, and silences all processes but the first."""
     if member is not None:
         distributed.join(member)
     if member is None or distributed.is_first():

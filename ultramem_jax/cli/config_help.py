@@ -2,11 +2,14 @@
 
 import dataclasses
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ultramem_jax.config import MoEConfig, RunConfig
 from ultramem_jax.config.memory import PARTS
 from ultramem_jax.presets import PRESETS, families
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _WIDTH = 110
 
@@ -17,19 +20,19 @@ def presets_help() -> list[str]:
 
 
 def fields_help(base: RunConfig, *, with_model: bool = True) -> list[str]:
-    """Returns every field of a config with its value in `base`, as lines of `--help`, by part.
+    """Returns every field of a config with its value in `base`, as lines of `--help`, part by part.
 
     Args:
-        base: config of the experiment.
-        with_model: whether to list the fields of the model, which some experiments choose themselves.
+        base: config of the command or experiment.
+        with_model: whether to list the fields of the model; some experiments choose their models themselves.
 
     Returns:
         Lines of at most 110 characters.
     """
-    parts: dict[str, Any] = {}
+    parts: dict[str, DataclassInstance] = {}
     if with_model:
         parts["model"] = base.model
-        # Of parts that the model lacks, fields are shown as they are by default.
+        # A part that the model lacks is shown with its default values.
         parts["model.moe"] = base.model.moe or MoEConfig()
         for name, memory in (base.model.memories or {"NAME": families.ultramem()}).items():
             path = f"model.memories.{name}"
@@ -44,7 +47,7 @@ def fields_help(base: RunConfig, *, with_model: bool = True) -> list[str]:
 
 
 def wrapped(text: str) -> list[str]:
-    """Returns an entry of `--help` as lines of at most 110 characters, of which the first stands out."""
+    """Wraps an entry of `--help` at 110 characters; all lines but the first have a deeper indent."""
     return textwrap.wrap(
         text,
         _WIDTH,

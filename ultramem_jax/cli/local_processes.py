@@ -1,8 +1,12 @@
-"""`--processes=N`: one command in N processes of this machine, joined over a port of its own.
+"""Runs one command in N processes of this machine, for `--processes=N`; they connect over a local port.
 
-This process only watches over them. The first one writes to its standard output and error as if it ran alone.
-Of the others nothing is shown unless they fail. SIGTERM and Ctrl-C go to all; if one fails, all end soon; and
-none outlives this process.
+This process only watches over them:
+
+- The first process writes to standard output and standard error as if it ran alone.
+- The output of the other processes is shown only if they fail.
+- SIGTERM and Ctrl-C are forwarded to all processes.
+- If one process fails, all of them end soon, because the others cannot continue without it.
+- No process outlives this one.
 """
 
 import contextlib
@@ -16,25 +20,29 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from types import FrameType
+from typing import IO
 
 from ultramem_jax.cli.arguments import take, take_integer
 from ultramem_jax.errors import Stopped, UserError, require
 
 _GRACE_SECONDS = 5.0
-"""After one failed, the others cannot go on. They have this long to say what they have to say."""
+"""Time that the other processes have to print their messages after one failed; they cannot continue."""
 _POLL_SECONDS = 0.2
 _USER_ERROR = 2
 _HERE = "127.0.0.1"
 _LAST_LINES = 40
-"""Of what a process said that failed, and is not the first one, whose words were seen."""
+"""Lines that are shown of the output of a failed process.
+
+The first process is excepted: its output was shown while it ran.
+"""
 
 
 def take_processes(argv: list[str]) -> tuple[int, list[str]]:
-    """The value of `--processes`, 1 if it was not given, and the rest of the command line.
+    """Returns the value of `--processes`, 1 if it is absent, and the command line without that flag.
 
     Raises:
-        UserError: none, or flags that join processes which somebody else starts.
+        UserError: 0 processes, or flags that join processes which something else starts.
     """
     processes, rest = take_integer(argv, "processes")
     if processes is None:
@@ -47,7 +55,10 @@ def take_processes(argv: list[str]) -> tuple[int, list[str]]:
 
 
 def as_given(flags: list[str]) -> list[str]:
-    """The flags of one of several processes as a command for all of them, which names no machine."""
+    """Returns the flags of one of several processes as the flags of a command that starts all of them.
+
+    The result names no machine: the address of the coordinator is left out.
+    """
     address, rest = take(flags, "coordinator_address")
     if address is None:
         return flags
@@ -57,11 +68,15 @@ def as_given(flags: list[str]) -> list[str]:
 
 
 def run(command: list[str], processes: int) -> int:
-    """Runs the command in so many processes, each with flags that say which one it is.
+    """Runs the command in several processes, each with flags that say which one it is.
+
+    Args:
+        command: the command and its flags.
+        processes: number of processes.
 
     Returns:
-        0 if all ended well, `Stopped.STATUS` if SIGTERM stopped them, else the status of the one that failed
-        first: 128 + n if signal n ended it, as shells have it.
+        0 if all ended well, `Stopped.STATUS` if SIGTERM stopped them, else the status of the process that
+        failed first. If signal n ended that process, its status is 128 + n, as in a shell.
     """
     with _forwarded_signals() as forwarded, contextlib.ExitStack() as stack:
         job = _Job(command, processes, stack)
@@ -71,14 +86,14 @@ def run(command: list[str], processes: int) -> int:
 
 
 class _Forwarded:
-    """Signals that came, and where they go."""
+    """Records the signals that arrived, and passes them to the processes."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []
         self.to: Callable[[int], None] = lambda number: None
 
-    def __call__(self, number: int, frame: Any) -> None:
-        # Whoever presses Ctrl-C twice does not want to wait.
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        # A user who presses Ctrl-C twice does not want to wait.
         again = number == signal.SIGINT and number in self.seen
         self.seen.append(number)
         self.to(signal.SIGKILL if again else number)
@@ -96,10 +111,10 @@ def _forwarded_signals() -> Iterator[_Forwarded]:
 
 
 class _Job:
-    """The processes, from their start to the end of the last one."""
+    """Holds the processes from the start of the first to the end of the last."""
 
     def __init__(self, command: list[str], processes: int, stack: contextlib.ExitStack):
-        """Starts them; `stack` kills what is left of them, and closes their files."""
+        """Starts the processes; `stack` kills those that still run when it closes, and closes their files."""
         address = f"{_HERE}:{_free_port()}"
         self._ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._said: list[IO[str]] = []
@@ -119,24 +134,28 @@ class _Job:
                     stderr=said if index else None,
                     text=True,
                     errors="replace",
-                    # A session of their own: a Ctrl-C of the terminal comes by way of this process alone.
+                    # In a session of its own, so that Ctrl-C reaches it only through this process.
                     start_new_session=True,
                     preexec_fn=die_with_parent,
                 )
             )
-        # Not before all are started: a thread and a fork do not go together.
+        # Threads start after all processes: forking a process that has threads is unsafe.
         for index in range(processes):
             self._start_thread(self._wait_for, index)
         self._start_thread(self._pass_on_output)
 
     def send(self, number: int) -> None:
-        """Sends a signal to all that run."""
+        """Sends a signal to all processes that still run."""
         for member in self._members:
             if member.poll() is None:
                 member.send_signal(number)
 
     def watch(self, forwarded: _Forwarded) -> int:
-        """Waits for all; returns the status of the first that failed, else 0 or that of `Stopped`."""
+        """Waits until all processes have ended, and returns the status of the job.
+
+        Returns:
+            The status of the first process that failed; 0 or `Stopped.STATUS` if none failed.
+        """
         failed: tuple[int, int] | None = None
         stopped = False
         deadline, running = None, len(self._members)
@@ -161,17 +180,17 @@ class _Job:
 
     def _report(self, index: int, status: int) -> None:
         if status == self._members[0].returncode == _USER_ERROR:
-            return  # bad input is bad in all processes, and the first one has said so
+            return  # all processes reject the same input, and the first one has reported it
         if index:
             self._said[index].seek(0)
             print("".join(self._said[index].readlines()[-_LAST_LINES:]), end="", file=sys.stderr)
         how = f"ended with status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
         what = f"process {index} of {len(self._members)} {how}"
         if self._members[0].returncode < 0:
-            print(file=sys.stderr)  # where its progress bar broke off
+            print(file=sys.stderr)  # ends the line of its unfinished progress bar
         print(f"error: {what}: the others cannot go on without it", file=sys.stderr)
 
-    def _start_thread(self, function: Callable[..., None], *arguments: Any) -> None:
+    def _start_thread(self, function: Callable[..., None], *arguments: int) -> None:
         thread = threading.Thread(target=function, args=arguments, daemon=True)
         thread.start()
         self._threads.append(thread)
@@ -184,7 +203,7 @@ class _Job:
         assert output is not None
         with output:
             for line in output:
-                # Gloo, which connects processes on CPUs, reports every connection there.
+                # Gloo, which connects processes on CPUs, prints a line for every connection.
                 if "[Gloo]" not in line and "peer ranks" not in line:
                     sys.stdout.write(line)
                     sys.stdout.flush()
@@ -202,7 +221,10 @@ def _free_port() -> int:
 
 
 def _die_with_parent() -> Callable[[], None] | None:
-    """For a new process to call: Linux kills it when this one ends, however that happens."""
+    """Returns a function with which a new process asks Linux to kill it when this process ends.
+
+    Returns None on other systems.
+    """
     if sys.platform != "linux":
         return None
     prctl, set_death_signal = ctypes.CDLL(None).prctl, 1

@@ -1,21 +1,24 @@
-"""Shows our own messages as plain lines on the command line, and of the libraries' only warnings."""
+"""Shows our own log messages as plain lines on the command line, and only warnings of the libraries."""
 
 import contextlib
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
 
 @contextlib.contextmanager
 def plain_log() -> Iterator[logging.Logger]:
-    """Shows logs on standard error while the block runs, and gives our own logger.
+    """Shows logs on standard error while the block runs, and yields the logger of this library.
 
-    Each message is a line of its own, above a progress bar that is being drawn.
+    Each message is a line of its own. It is printed above a progress bar that is being drawn.
     """
     absl_logging.set_verbosity(absl_logging.WARNING)
     logger = logging.getLogger("ultramem_jax")
@@ -24,7 +27,7 @@ def plain_log() -> Iterator[logging.Logger]:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    # Libraries give the root logger handlers of their own, which would print every line again.
+    # Libraries add handlers to the root logger, which would print every line again.
     logger.propagate = False
     hook, sys.unraisablehook = sys.unraisablehook, _unless_of_a_closed_loop
     others = [logging.getLogger(name) for name in ("absl", "asyncio")]
@@ -42,15 +45,18 @@ def plain_log() -> Iterator[logging.Logger]:
 
 
 class _BesideBars(logging.Handler):
+    """Writes messages on standard error without breaking a progress bar that is being drawn."""
+
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Tells whether a message of a library says what nothing else says.
+    """Tells whether a library's message says something that no other output says.
 
-    Orbax logs a failed save with several tracebacks, and asyncio does once more; it is raised as well, and
-    said in one line. That a save waits for the one before it is how saving works.
+    Orbax logs a failed save with several tracebacks, and asyncio logs it once more. The error is also raised,
+    and the command line reports it in one line. Orbax also logs that a save waits for the previous one, which
+    is normal.
     """
     of_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
     waiting = of_orbax and str(record.msg).startswith("Waiting for previous save")
@@ -59,11 +65,11 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (waiting or raised)
 
 
-def _unless_of_a_closed_loop(unraisable: Any) -> None:
-    """Prints an exception that nothing can catch, as Python does.
+def _unless_of_a_closed_loop(unraisable: "UnraisableHookArgs") -> None:
+    """Prints an exception that nothing can catch, as Python does, unless it is of a closed event loop.
 
     After a save has failed, TensorStore's own threads report further failed writes to an event loop that
-    Orbax has closed by then.
+    Orbax has already closed.
     """
     error = unraisable.exc_value
     if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):

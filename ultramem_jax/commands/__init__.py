@@ -5,15 +5,15 @@ from ultramem_jax.cli.launcher import Command
 COMMANDS = {
     "train": Command(
         "ultramem_jax.commands.train",
-        "train a language model, or go on with a run that was cut off",
+        "train a language model, or resume an interrupted run",
         in_several_processes=True,
     ),
     "evaluate": Command(
         "ultramem_jax.commands.evaluate",
-        "validation and test bits per byte of a checkpoint, with a sliding window if wanted",
+        "validation and test bits per byte of a checkpoint, optionally with a sliding window",
     ),
     "generate": Command(
-        "ultramem_jax.commands.generate", "continue a prompt with a checkpoint, or several as one batch"
+        "ultramem_jax.commands.generate", "continue a prompt, or a batch of prompts, with a checkpoint"
     ),
     "count": Command(
         "ultramem_jax.commands.count",
@@ -21,7 +21,7 @@ COMMANDS = {
     ),
     "plan": Command(
         "ultramem_jax.commands.plan",
-        "bytes, collectives and time of a step on a mesh that is not there, by compiling only",
+        "bytes, collectives and time of a step on any mesh, without its devices",
     ),
 }
-"""Name on the command line -> the command, in the order in which they are listed."""
+"""Commands by their names on the command line, in the order in which they are listed."""

@@ -1,4 +1,4 @@
-"""Continuations of prompts on standard output, as they come: what `generate` and `train --sample` show."""
+"""Writes continuations of prompts to standard output while they are generated, and times them."""
 
 import os
 import sys
@@ -14,14 +14,17 @@ from ultramem_jax.models.generation import ENDED, Generator, continue_texts, str
 def write_continuations(
     generator: Generator, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
 ) -> str:
-    """Writes a prompt and, piece by piece, what follows; of several, each whole text under its prompt.
+    """Writes prompts with their continuations to standard output, and returns a line on speed.
+
+    The continuation of a single prompt is written piece by piece. Several prompts are one batch: each
+    finished text is written under its prompt, in order.
 
     Args:
-        generator: of `text_generator`.
-        tokenizer: the same.
-        prompts: texts, which are one batch.
-        num_tokens: for each at most.
-        seed: of the sampling.
+        generator: a generator of `text_generator`.
+        tokenizer: the tokenizer of the model.
+        prompts: texts to continue, as one batch.
+        num_tokens: tokens to add to each prompt, at most.
+        seed: seed of the sampling.
 
     Returns:
         A line that says how many tokens there were and how long they took.
@@ -40,10 +43,10 @@ def write_continuations(
 
 
 def write(text: str) -> None:
-    """Writes to standard output at once, with `?` for what its encoding does not have.
+    """Writes to standard output at once, with `?` for characters that its encoding lacks.
 
     Raises:
-        SystemExit: whoever read it has gone, as `head` does; there is nothing left to do then.
+        SystemExit: the reader of the output has gone, as `head` does after its lines; nothing is left to do.
     """
     out = sys.stdout
     encoding = out.encoding or "utf-8"
@@ -51,18 +54,21 @@ def write(text: str) -> None:
         out.write(text.encode(encoding, errors="replace").decode(encoding))
         out.flush()
     except BrokenPipeError:
-        # Python flushes once more when it ends, and would complain.
+        # Python flushes once more when it exits. With a closed pipe that would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         raise SystemExit(0) from None
 
 
 _COMPILING = 3
-"""Tokens of a sequence until all programs are compiled: the first comes from reading the prompt, the second
-from a step. After a prompt that fills the window the second comes from reading again, the third steps."""
+"""Tokens of a sequence until all programs are compiled.
+
+The first token comes from reading the prompt, the second from a step. After a prompt that fills the window,
+the second token comes from reading the prompt again, and the third from a step.
+"""
 
 
 class _Timed:
-    """A generator whose tokens are counted and timed on their way."""
+    """Wraps a generator, and counts and times the tokens that it yields."""
 
     def __init__(self, generator: Generator):
         self._generator = generator
@@ -72,7 +78,7 @@ class _Timed:
     def stream(
         self, prompts: Sequence[Sequence[int] | np.ndarray], num_tokens: int, seed: int = 0
     ) -> Iterator[np.ndarray]:
-        """As `Generator.stream`."""
+        """Yields the tokens of `Generator.stream`."""
         for tokens in self._generator.stream(prompts, num_tokens, seed):
             self._times.append(time.perf_counter())
             self._counts.append(int((tokens != ENDED).sum()))

@@ -1,10 +1,15 @@
-"""Parameters, FLOPs per token and bytes read per token of presets, beside what was published of them.
+"""Counts parameters, FLOPs per token and bytes read per token of presets, beside the published counts.
 
-Counted from configs alone: nothing is built. The first table counts every parameter, embeddings among them;
-active ones leave out tables and the experts that a token does not visit. FLOPs and bytes are per token, of a
-forward pass: FLOPs as the papers count them and with lookups and logits, bytes of float32 parameters. The
-second table follows the convention of each source and has its units; `(rounding)` marks a difference that the
-printed digits hide. --notes adds what of each preset is published, its losses among it, and what inferred.
+Everything is counted from configs; no model is built.
+
+- The first table counts every parameter, including embeddings. Active parameters leave out tables, and the
+  experts that a token does not visit. FLOPs and bytes are per token, of a forward pass. FLOPs are given as
+  the papers count them, and with lookups and logits. Bytes are of float32 parameters.
+- The second table compares with published counts. It follows the convention and the units of each source.
+  `(rounding)` marks a difference that is smaller than the rounding of the printed digits.
+- --notes prints which values of each preset are published, including its losses, and which are inferred.
+
+    python launch.py count --preset=ultramem-151m-x12,moe-151m-2in32 --notes
 """
 
 from absl import flags
@@ -12,13 +17,15 @@ from absl import flags
 from ultramem_jax.commands.count_tables import LEGEND, count_table, published_table
 from ultramem_jax.presets import INFERRED, NOTES, PRESETS, preset
 
-PRESET = flags.DEFINE_string("preset", "all", "names of presets, with commas between them, or `all`")
-BATCH = flags.DEFINE_integer("batch_tokens", 64, "tokens of a step, for the bytes read", lower_bound=1)
-NOTES_TOO = flags.DEFINE_boolean("notes", False, "also say what of each preset is published, what inferred")
+PRESET = flags.DEFINE_string("preset", "all", "comma-separated names of presets, or `all`")
+BATCH = flags.DEFINE_integer("batch_tokens", 64, "tokens of the step whose bytes are counted", lower_bound=1)
+NOTES_TOO = flags.DEFINE_boolean(
+    "notes", False, "also print which values of each preset are published and which are inferred"
+)
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Prints the tables of the presets that --preset names."""
     names = list(PRESETS) if PRESET.value == "all" else PRESET.value.split(",")
     for name in names:
         preset(name)

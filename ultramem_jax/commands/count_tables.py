@@ -1,4 +1,4 @@
-"""The tables of `count`: what presets cost, and how far that is from what was published of them."""
+"""Makes the tables of `count`: the costs of presets, and their differences from published counts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from ultramem_jax.presets.published import PUBLISHED, Printed, Published
 from ultramem_jax.reporting import markdown
 
 LEGEND = "* shapes in part inferred; --notes says which"
-"""What the mark behind a model's name means."""
+"""Explains the mark behind a model's name."""
 _MARK = " *"
 _UNITS = ("", " k", " M", " G", " T")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One published count beside that of our config."""
+    """Holds one published count beside the count of our config."""
 
     model: str
     quantity: str
@@ -27,20 +27,25 @@ class Comparison:
 
     @property
     def relative(self) -> float:
-        """How much more we count, as a share of the published count."""
+        """Returns (our count - published count) / published count."""
         return (self.ours - self.published.value) / self.published.value
 
     @property
     def is_rounding(self) -> bool:
-        """Whether our number, printed with as many digits, could be the published one."""
+        """Tells whether our count, printed with as many digits, could be the published one."""
         return abs(self.ours - self.published.value) <= self.published.rounding
 
 
 def compare_counts(name: str, config: ModelConfig, published: Published) -> list[Comparison]:
-    """What was published of a model, quantity by quantity, beside the count of `config`.
+    """Compares the published counts of a model with the counts of `config`, quantity by quantity.
 
     Counts follow the convention of the source: with embeddings and gains, or without
     (`Published.counts_embeddings`).
+
+    Args:
+        name: name of the model.
+        config: our config of the model.
+        published: the published counts; quantities that it lacks are left out.
     """
     parameters, flops = count_parameters(config), flops_per_token(config)
     whole = published.counts_embeddings
@@ -58,14 +63,14 @@ def compare_counts(name: str, config: ModelConfig, published: Published) -> list
     ]
 
 
-def count_rows(configs: Mapping[str, ModelConfig], batch_tokens: int) -> list[dict[str, object]]:
-    """One row per model: parameters, and FLOPs (but for attention scores) and bytes per token.
+def count_rows(configs: Mapping[str, ModelConfig], batch_tokens: int) -> list[markdown.Row]:
+    """Returns a row per model: parameters, FLOPs without attention scores, and bytes per token.
 
     Args:
         configs: models by name.
         batch_tokens: tokens of the step whose bytes are counted.
     """
-    rows: list[dict[str, object]] = []
+    rows: list[markdown.Row] = []
     for name, config in configs.items():
         parameters, flops = count_parameters(config), flops_per_token(config)
         read = bytes_per_token(config, batch_tokens)
@@ -86,11 +91,11 @@ def count_rows(configs: Mapping[str, ModelConfig], batch_tokens: int) -> list[di
 
 
 def count_table(names: Sequence[str], batch_tokens: int) -> str:
-    """What presets cost, as a table in Markdown. Embeddings and gains are counted.
+    """Returns the costs of presets as a table in Markdown; embeddings and gains are counted.
 
     Args:
-        names: presets.
-        batch_tokens: B of the bytes.
+        names: names of presets.
+        batch_tokens: tokens of the step whose bytes are counted.
 
     Raises:
         UserError: an unknown preset.
@@ -101,15 +106,15 @@ def count_table(names: Sequence[str], batch_tokens: int) -> str:
 
 
 def published_table(names: Sequence[str]) -> str:
-    """Presets beside what was published of them, in Markdown; empty if that is nothing.
+    """Returns presets beside their published counts, in Markdown; empty if nothing is published.
 
     Args:
-        names: presets.
+        names: names of presets.
 
     Raises:
         UserError: an unknown preset.
     """
-    rows = []
+    rows: list[markdown.Row] = []
     for name in names:
         config = preset(name)
         for c in compare_counts(name, config, PUBLISHED[name]) if name in PUBLISHED else ():
@@ -127,11 +132,11 @@ def published_table(names: Sequence[str]) -> str:
 
 
 def _marked(name: str) -> str:
-    """The name as it stands in a table."""
+    """Returns the name of a model with a mark if its shapes are in part inferred."""
     return name + _MARK * (name in INFERRED)
 
 
 def _short(number: int) -> str:
-    """A count with five digits and its unit: 1.8586 G. Small ones as they are."""
+    """Writes a count with five digits and a unit, such as 1.8586 G; counts below 1,000 stay as they are."""
     power = min((len(str(number)) - 1) // 3, len(_UNITS) - 1)
     return str(number) if power == 0 else f"{number / 1000**power:#.5g}{_UNITS[power]}"

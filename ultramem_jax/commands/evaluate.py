@@ -1,4 +1,10 @@
-"""Validation and test bits per byte of a run's checkpoint, whatever devices it was trained on."""
+"""Evaluates a run's checkpoint on the validation and test split, on any devices: loss and bits per byte.
+
+By default the splits are cut into disjoint sequences of data.seq_len tokens. --stride slides a window over
+them instead, so that each target has more context. The mesh on which the run was trained does not matter.
+
+    python launch.py evaluate --workdir=runs/demo --checkpoint=best --splits=test
+"""
 
 from dataclasses import replace
 from decimal import Decimal
@@ -14,27 +20,29 @@ from ultramem_jax.training.restore import load_model
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder of the run")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "`last`, `best` (validation loss), or a step")
-SPLIT_NAMES = flags.DEFINE_list("splits", ["validation", "test"], "what to evaluate, of " + ", ".join(SPLITS))
+SPLIT_NAMES = flags.DEFINE_list(
+    "splits", ["validation", "test"], "splits to evaluate, of " + ", ".join(SPLITS)
+)
 STRIDE = flags.DEFINE_integer(
     "stride",
     None,
-    "tokens that a window of data.seq_len moves on by; of each window its last targets count, as many. Less "
-    "gives more context and takes more time; by default it is data.seq_len: disjoint sequences",
+    "tokens between the starts of two windows of data.seq_len tokens; of each window, as many of the last "
+    "targets count. Less gives more context and takes more time; by default data.seq_len: disjoint sequences",
 )
 BATCHES = flags.DEFINE_integer(
-    "batches", 0, "batches per split, spread evenly over it; 0 is all of it", lower_bound=0
+    "batches", 0, "batches per split, spread evenly over it; 0: all of it", lower_bound=0
 )
 
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     None,
-    "sequences at a time; by default as many as in a training step, which on one device may be too many",
+    "sequences in a batch; by default as many as in a training step, which may be too many for one device",
     lower_bound=1,
 )
 
 
 def main() -> None:
-    """Prints a table: a row per split."""
+    """Evaluates the checkpoint and prints a table with a row per split."""
     splits = SPLIT_NAMES.value
     check_names("splits", splits, SPLITS)
     loaded = load_model(WORKDIR.value, CHECKPOINT.value)
@@ -42,7 +50,7 @@ def main() -> None:
     check_corpus(loaded.corpus, corpus, WORKDIR.value)
     stride = corpus.checked_stride(STRIDE.value)
     for split in splits:
-        corpus.require_sequences(split)  # of all, before the first takes its time
+        corpus.require_sequences(split)  # checks all splits before the first one takes its time
     config = loaded.config
     if BATCH_SIZE.value is not None:
         train = replace(config.train, batch_size=BATCH_SIZE.value, grad_accumulation=1)
@@ -65,7 +73,10 @@ def main() -> None:
 
 
 def context(seq_len: int, stride: int) -> str:
-    """From how many tokens a target is foretold, those of the split's first window apart, and the stride."""
+    """Returns the context length of each target, and the stride between windows, in words.
+
+    The targets of the first window of a split are excepted: they have less context.
+    """
     least = seq_len - stride + 1
     tokens = f"{least} to {seq_len}" if stride > 1 else f"{seq_len}"
     return f"{tokens} tokens, stride {stride}"

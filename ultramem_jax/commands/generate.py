@@ -1,6 +1,8 @@
-"""Continues a prompt, or several as one batch, with a run's checkpoint; the text comes as it is made.
+"""Continues a prompt, or a batch of prompts, with a run's checkpoint, and writes the text as it is generated.
 
-The text goes to standard output. When it is complete, a line on standard error says how long it took.
+The text goes to standard output. At the end, a line on standard error says how long it took.
+
+    python launch.py generate --workdir=runs/demo --prompt='import ' --num_tokens=100
 """
 
 import sys
@@ -19,24 +21,26 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "`last`, `best` (validati
 PROMPT = flags.DEFINE_multi_string(
     "prompt",
     ["def "],
-    "text to continue; given several times, they are decoded as one batch, and each finished continuation is "
-    "printed under its prompt, in order",
+    "text to continue; several prompts are decoded as one batch, and each finished text is printed under its "
+    "prompt, in order",
 )
 NUM_TOKENS = flags.DEFINE_integer("num_tokens", 200, "tokens to add to each prompt, at most", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 takes the likeliest token", lower_bound=0.0)
-TOP_K = flags.DEFINE_integer("top_k", 0, "draws among the k likeliest tokens; 0: all", lower_bound=0)
-TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "draws among the likeliest tokens that together have this probability, in (0, 1]"
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.7, "temperature of the sampling; 0: takes the likeliest token", lower_bound=0.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
+TOP_K = flags.DEFINE_integer("top_k", 0, "samples from the k likeliest tokens; 0: from all", lower_bound=0)
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "samples from the likeliest tokens that together have this probability, in (0, 1]"
+)
+SEED = flags.DEFINE_integer("seed", 0, "seed of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 CACHE_DTYPE = flags.DEFINE_enum(
     "cache_dtype",
     "float32",
     CACHE_DTYPES,
-    "of the keys and values that are kept of earlier tokens",
+    "dtype of the cached keys and values",
 )
 WINDOW = flags.DEFINE_integer(
-    "window", 0, "tokens of context at most; 0: data.seq_len, the length trained on", lower_bound=0
+    "window", 0, "maximum context length in tokens; 0: data.seq_len, the length in training", lower_bound=0
 )
 
 
@@ -48,8 +52,8 @@ def main() -> None:
 
 
 def _load() -> tuple[Generator, Tokenizer]:
-    """The generator that the flags describe. What was loaded for it and is not part of it is dropped."""
-    # First, so that a value that is not allowed is said before anything is read.
+    """Returns the generator that the flags describe, and its tokenizer; keeps nothing else that it loads."""
+    # Made first: a value that is not allowed is reported before anything is read.
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
     loaded = load_model(WORKDIR.value, CHECKPOINT.value)
     generator = text_generator(

@@ -1,7 +1,9 @@
-"""Trains a language model, or goes on with a run that was cut off.
+"""Trains a language model, or resumes an interrupted run.
 
-The same command again resumes from the newest whole checkpoint in --workdir. SIGTERM saves and ends with
-status 75: not done, the same command goes on from there.
+The same command again resumes from the newest complete checkpoint in --workdir. SIGTERM saves a checkpoint
+and ends the process with status 75, which means: not done yet, run the same command again.
+
+    python launch.py train --config=demo --workdir=runs/demo --sample=300
 """
 
 import pathlib
@@ -24,14 +26,14 @@ from ultramem_jax.training.state import model_variables
 
 BASE_CONFIG = RunConfig(model=preset("ultramem-tiny"))
 
-WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run; empty: runs/<name of preset or config>")
+WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run; empty: runs/<name of the preset or config>")
 SAMPLE = flags.DEFINE_integer(
-    "sample", 0, "tokens to sample from the trained model at the end", lower_bound=0
+    "sample", 0, "tokens to sample from the trained model at the end; 0: none", lower_bound=0
 )
 
 
 def main() -> None:
-    """Trains, draws the loss curve, and says what to run next."""
+    """Trains the model, draws the loss curve, and prints commands to run next."""
     config = command_line.run_config()
     workdir = pathlib.Path(WORKDIR.value or f"runs/{command_line.config_name()}")
     corpus = load_corpus(config.data)
@@ -49,12 +51,12 @@ def main() -> None:
             workdir / "metrics.jsonl", curve, f"{command_line.config_name()} on {config.data.dataset}"
         )
         print(f"loss curve: {curve}")
-    except ValueError as error:  # the log was lost, the run was not
+    except ValueError as error:  # the log is lost, but the run is complete
         print(f"no loss curve: {error}")
     print(f"checkpoint: {workdir / 'checkpoints'} (step {result.step})")
     if SAMPLE.value:
         prompt = "def "
-        # The decoder knows no mesh, and of several processes none has all of the model, but the disk.
+        # The decoder runs on one device. A model that is split over devices is read from its checkpoint.
         alone = len(result.state.step.sharding.device_set) == 1
         generator = text_generator(
             config.model,

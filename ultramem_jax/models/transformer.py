@@ -23,6 +23,11 @@ def table_readers(config: ModelConfig) -> dict[str, tuple[MemorySite, ...]]:
     return readers
 
 
+def layer_name(number: int) -> str:
+    """Returns the name of a layer, counted from 1, among the parameters and in the cache."""
+    return f"layer_{number}"
+
+
 class Block(nn.Module):
     """One layer: x += Attention(norm(x)); h = norm(x); x += FeedForward(h)."""
 
@@ -113,7 +118,7 @@ class Transformer(nn.Module):
                 if site.span.place == "before":
                     x = x + read(site, x)
             feeds_forward = layer in config.feed_forward_layers
-            x, h = Block(config, feeds_forward, name=f"layer_{layer}")(x, train=train, chunk=chunk)
+            x, h = Block(config, feeds_forward, name=layer_name(layer))(x, train=train, chunk=chunk)
             for site in here:
                 if site.span.place != "before":
                     landing.setdefault(site.span.end, []).append(read(site, h))

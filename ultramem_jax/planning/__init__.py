@@ -1,1 +1,1 @@
-"""Plans runs on devices that are not there: a compiled step, its bytes, its traffic and its time."""
+"""Plans training runs without their devices: a compiled step, its bytes, its traffic and its time."""

@@ -1,4 +1,4 @@
-"""The Mixture of Experts that a model with memories is planned beside: equal FLOPs and sparse parameters."""
+"""Matches a Mixture of Experts to a model with memories: equal FLOPs and equal sparse parameters."""
 
 import dataclasses
 
@@ -6,18 +6,18 @@ from ultramem_jax.baselines.matching import differences, match
 from ultramem_jax.config import RunConfig
 
 BASELINES = ("moe", "moe-fine")
-"""Systems of `ultramem_jax.baselines.systems` whose experts are split over the mesh."""
+"""Systems of `ultramem_jax.baselines.systems` whose experts can be split over the mesh."""
 
 
 def baseline_run(config: RunConfig, system: str) -> RunConfig:
-    """The run of a matched Mixture of Experts on as many devices.
+    """Returns the run of a matched Mixture of Experts on as many devices.
 
-    The number of experts is the multiple of the devices that share them nearest to the match, at least one
-    each. An axis `width` becomes part of `memory`.
+    The number of experts is rounded to a multiple of the devices that share them, with at least one expert
+    per device. An axis `width` becomes part of `memory`.
 
     Args:
-        config: of a model with memories; its mesh `resolved`.
-        system: of `BASELINES`.
+        config: run of a model with memories; its mesh is `resolved`.
+        system: one of `BASELINES`.
 
     Raises:
         UserError: no such model matches, or its experts cannot be split.
@@ -31,7 +31,7 @@ def baseline_run(config: RunConfig, system: str) -> RunConfig:
 
 
 def describe_baseline(config: RunConfig, baseline: RunConfig) -> str:
-    """Its shape, and how far it is from the model."""
+    """Describes the shape of a baseline, and how far it is from the model with memories."""
     moe = baseline.model.moe
     assert moe is not None
     off = ", ".join(f"{name} {part:.1%}" for name, part in differences(config.model, baseline.model).items())

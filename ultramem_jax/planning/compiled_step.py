@@ -1,15 +1,14 @@
-"""A training step compiled for devices that are not there: its program, and the bytes that it holds.
+"""Compiles a training step without its devices, and counts the bytes that the step holds.
 
-The devices are simulated ones of the CPU and all arrays abstract, so no table exists at any time. The
-compiler's own figures are those of its CPU backend; what state occupies follows from shapes and shardings
-alone.
+The devices are simulated devices of the CPU, and all arrays are abstract, so no table is ever allocated. The
+bytes of the state follow exactly from shapes and shardings. The compiler's own figures are those of its CPU
+backend.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,67 +24,71 @@ from ultramem_jax.parallel.mesh import AXES, make_mesh, mesh_axes
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.state import TrainState, abstract_state
 from ultramem_jax.training.step import make_train_step
+from ultramem_jax.tree_types import ArrayTree
 
 _FSDP = "fsdp"
 
 
 @dataclass(frozen=True)
 class DeviceBytes:
-    """Bytes of one device during a step."""
+    """Holds the bytes of one device during a step."""
 
     parameters: int
-    """Dense ones and experts, float32."""
+    """Dense parameters and experts, float32, in bytes."""
     optimizer: int
-    """Of these."""
+    """Optimizer state of `parameters`, in bytes."""
     tables: int
     row_moments: int
     slots_seen: int
-    """A byte per slot."""
+    """Record of the slots seen, one byte per slot."""
     other_state: int
-    """Buffers, the number of the step, the seed."""
+    """Buffers, the number of the step and the seed, in bytes."""
     batch: int
     temporaries: int
-    """Activations, gradients and whatever else the compiled program holds beside its arguments."""
+    """Activations, gradients and all else that the compiled program holds beside its arguments."""
     on_host: int = 0
-    """Tables and row moments in the memory of the host; not in `total`."""
+    """Tables and row moments in host memory, in bytes; not part of `total`."""
 
     @property
     def arguments(self) -> int:
-        """Everything that exists before the step: state, which is updated in place, and batch."""
+        """Returns the bytes that exist before the step: the state, updated in place, and the batch."""
         return self.total - self.temporaries
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Returns the bytes of everything on the device."""
         return sum(dataclasses.astuple(self)) - self.on_host
 
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """What is known of a compiled step."""
+    """Holds what is known about a compiled step."""
 
     config: RunConfig
     axes: MeshAxes
     bytes: DeviceBytes
     gathered_parameters: int
-    """Bytes of the parameters that a device computes with: `fsdp` gathers them."""
+    """Bytes of the parameters that a device computes with, after gathering them along `fsdp`."""
     argument_bytes: int
-    """Of the program, as the compiler counts them."""
+    """Bytes of the program's arguments, as the compiler counts them."""
     collectives: tuple[Collective, ...]
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """The config with a mesh of known size: `data = 0`, the devices that are left, is 1 here."""
+    """Returns the config with a mesh of known size.
+
+    `data = 0` stands for all devices that the other axes leave; without devices it becomes 1.
+    """
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=max(config.mesh.data, 1)))
 
 
 def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
-    """Devices along each axis, major to minor."""
+    """Returns the number of devices along each axis, major to minor."""
     return {name: getattr(mesh, name) for name in AXES}
 
 
 def abstract_axes(config: RunConfig) -> MeshAxes:
-    """The axes of a run on a mesh without devices: enough for everything but compiling.
+    """Returns the axes of a run on a mesh without devices, which suffice for everything but compiling.
 
     Raises:
         UserError: a batch that does not divide over the mesh.
@@ -95,17 +98,16 @@ def abstract_axes(config: RunConfig) -> MeshAxes:
 
 
 def simulated_devices(number: int) -> Sequence[jax.Device]:
-    """So many simulated devices of the CPU; the first ones if this process has more.
+    """Returns `number` simulated devices of the CPU; the first ones if this process has more.
 
     Raises:
-        UserError: JAX has already been used in this process, with fewer devices or other ones.
+        UserError: JAX has already been used in this process, with fewer devices or devices of another kind.
     """
-    settings: Any = jax.config
     try:
-        settings.update("jax_num_cpu_devices", max(number, settings.jax_num_cpu_devices))
-        settings.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", max(number, jax.config.values["jax_num_cpu_devices"]))
+        jax.config.update("jax_platforms", "cpu")
     except RuntimeError:
-        pass  # JAX has its devices already; whether they will do is asked below
+        pass  # JAX has its devices already; the check below tells whether they are enough
     devices = jax.devices()
     if devices[0].platform != "cpu" or len(devices) < number:
         raise UserError(
@@ -119,7 +121,7 @@ def compile_step(config: RunConfig) -> CompiledStep:
     """Compiles the step of a run for its mesh.
 
     Args:
-        config: of the run; `resolved`.
+        config: the run; `resolved`.
 
     Raises:
         UserError: a batch that does not divide over the mesh, or too few devices.
@@ -136,7 +138,8 @@ def compile_step(config: RunConfig) -> CompiledStep:
     )
     with compiled_with_names():
         compiled = step.lower(state, tokens).compile()
-    memory: Any = compiled.memory_analysis()
+    memory = compiled.memory_analysis()
+    assert memory is not None, "the compiler gives no figures of memory"
     return CompiledStep(
         config,
         axes,
@@ -148,16 +151,16 @@ def compile_step(config: RunConfig) -> CompiledStep:
 
 
 def state_bytes(state: TrainState, tokens: jax.ShapeDtypeStruct) -> DeviceBytes:
-    """What the arguments of a step occupy on one device; no temporaries.
+    """Counts the bytes that the arguments of a step occupy on one device, without temporaries.
 
     Args:
-        state: of `abstract_state`.
+        state: the state from `abstract_state`.
         tokens: the batch, with its sharding.
     """
     tables = (state.tables, state.table_state)
     on_host = {id(leaf) for leaf in jax.tree.leaves(tables) if leaf.sharding.memory_kind == "pinned_host"}
 
-    def of(tree: Any, host: bool = False) -> int:
+    def of(tree: ArrayTree, host: bool = False) -> int:
         return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if (id(leaf) in on_host) == host)
 
     return DeviceBytes(
@@ -173,8 +176,8 @@ def state_bytes(state: TrainState, tokens: jax.ShapeDtypeStruct) -> DeviceBytes:
     )
 
 
-def gathered_bytes(params: Any) -> int:
-    """Bytes of one device's parameters with those that `fsdp` splits whole again."""
+def gathered_bytes(params: ArrayTree) -> int:
+    """Returns the bytes of one device's parameters after gathering those that `fsdp` splits."""
     total = 0
     for leaf in jax.tree.leaves(params):
         split = _FSDP in jax.tree.leaves(tuple(leaf.sharding.spec))

@@ -1,39 +1,39 @@
-"""Accelerators as `plan` knows them: rates and sizes, by name or from a JSON file."""
+"""Describes accelerators for `plan`: rates and sizes, by name or from a JSON file."""
 
 import dataclasses
 import json
 import math
 import pathlib
 from dataclasses import dataclass
-from typing import Any
 
 from ultramem_jax.errors import UserError, require, unknown
+from ultramem_jax.tree_types import JsonDict
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of device and its links. Rates are per second and device; links count one direction."""
+    """Describes one kind of device and its links; rates are per second and device, links per direction."""
 
     name: str
     bf16_flops: float
-    """Of dense matrix products in bfloat16."""
+    """FLOPs per second of dense matrix products in bfloat16."""
     fp32_flops: float
-    """The same in float32."""
+    """FLOPs per second of dense matrix products in float32."""
     memory_bytes: float
     memory_bytes_per_second: float
-    """Read and written."""
+    """Bandwidth of the device's memory: bytes read and written."""
     access_bytes: int
-    """The smallest access to memory: a shorter row costs as much."""
+    """Bytes of the smallest memory access: a shorter row costs as much."""
     node_link_bytes: float
-    """What a device sends per second within a node, or over ICI."""
+    """Bytes per second that a device sends within a node, or over ICI."""
     outer_link_bytes: float
-    """What a device sends per second to other nodes, or over the network of the data centre."""
+    """Bytes per second that a device sends to other nodes, or over the data centre's network."""
     devices_per_node: int
     notes: tuple[str, ...] = ()
     """The source of each number."""
 
     def matmul_flops(self, dtype: str) -> float:
-        """FLOPs per second of a model that computes in `float32` or `bfloat16`."""
+        """Returns the FLOPs per second of a model that computes in `float32` or `bfloat16`."""
         return self.bf16_flops if dtype == "bfloat16" else self.fp32_flops
 
 
@@ -61,7 +61,7 @@ HARDWARE = {
     "tpu-v5p": Hardware(
         name="TPU v5p",
         bf16_flops=459e12,
-        # Not published. Six passes in bfloat16 are what XLA makes of a float32 product at full precision.
+        # Not published. XLA computes a float32 product at full precision in six bfloat16 passes.
         fp32_flops=459e12 / 6,
         memory_bytes=95e9,
         memory_bytes_per_second=2.765e12,
@@ -81,11 +81,11 @@ HARDWARE = {
         ),
     ),
 }
-"""By the name that `--hardware` takes."""
+"""Known devices by the name that `--hardware` takes."""
 
 
 def load_hardware(name: str) -> Hardware:
-    """Hardware by name, or from a JSON file with the fields of `Hardware`.
+    """Returns hardware by name, or from a JSON file with the fields of `Hardware`.
 
     Args:
         name: a key of `HARDWARE`, or the path of a file.
@@ -104,11 +104,11 @@ def load_hardware(name: str) -> Hardware:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--hardware = {name!r}: not a JSON file: {error}") from error
+    require(isinstance(tree, dict), "--hardware", name, "must hold one JSON object, the fields of Hardware")
     return _from_json(tree, name)
 
 
-def _from_json(tree: Any, file: str) -> Hardware:
-    require(isinstance(tree, dict), "--hardware", file, "must hold one JSON object, the fields of Hardware")
+def _from_json(tree: JsonDict, file: str) -> Hardware:
     fields = {field.name: field for field in dataclasses.fields(Hardware)}
     for key in tree:
         if key not in fields:
@@ -128,14 +128,13 @@ def _from_json(tree: Any, file: str) -> Hardware:
     return Hardware(**(tree | {"notes": tuple(notes)}))
 
 
-def _check(name: str, kind: Any, value: Any) -> None:
+def _check(name: str, kind: object, value: object) -> None:
     if kind is str:
         require(
             isinstance(value, str) and value != "", f"hardware.{name}", value, "must be a string, not empty"
         )
         return
-    of_kind = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
     what = "a whole number, at least 1" if kind is int else "a number above 0"
-    least = 1 if kind is int else 0
-    good = of_kind and math.isfinite(value) and value > 0 and value >= least
-    require(good, f"hardware.{name}", value, f"must be {what}")
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    of_kind = isinstance(value, int) or kind is not int
+    require(of_kind and 0 < number < math.inf, f"hardware.{name}", value, f"must be {what}")

@@ -1,8 +1,9 @@
-"""Which way of splitting a table is cheaper, and from how many parts on: by formulas, nothing is compiled.
+"""Compares ways of splitting a table by formulas: which one is cheaper, and from how many parts on.
 
-A lookup of one memory, forward, in four ways: the two of this project, and the two of the UltraMem paper
-(arXiv 2411.12364), which brings rows to tokens by number, or pooled slices by dimension. Every device has as
-many tokens of its own whatever P is, as in a run where `data` times `memory` stays the same.
+Nothing is compiled. The formulas describe one forward lookup of one memory in four ways: the two ways of this
+project, and the two of the UltraMem paper (arXiv 2411.12364), which brings rows to tokens by number, or
+pooled slices by dimension. Every device has the same number of tokens for every P, as in a run where `data`
+times `memory` stays the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,35 +16,38 @@ from ultramem_jax.planning.hardware import Hardware
 from ultramem_jax.planning.step_time import access_bytes
 
 WAYS = ("slots", "width", "paper_number_wise", "paper_dimension_wise")
-"""Fields of `ultramem_jax.accounting.Exchange`."""
+"""Ways of splitting a table: fields of `ultramem_jax.accounting.Exchange`."""
 TITLES = dict(zip(WAYS, ("slots", "width", "paper, by number", "paper, by dimension"), strict=True))
 _BY_COLUMNS = ("width", "paper_dimension_wise")
-"""In these a device reads its columns of all rows that its group reads, in the others whole rows: its own."""
+"""Ways in which a device reads its columns of all rows that its group reads.
+
+In the other ways a device reads whole rows, and only the rows that it owns.
+"""
 
 
 @dataclass(frozen=True)
 class WayCost:
-    """One way with tables in P parts, of one memory's lookup, forward, on one device."""
+    """Holds the cost of one way with tables in P parts: one forward lookup of one memory, on one device."""
 
     sent: float
-    """Bytes."""
+    """Bytes that the device sends."""
     read: float
-    """Bytes that its memory moves for rows."""
+    """Bytes of rows that the device's memory moves."""
     seconds: float
-    """Of sending and reading, one after the other."""
+    """Seconds of sending and reading, one after the other."""
 
 
 Costs = dict[int, dict[str, WayCost]]
-"""By P and way; a way is absent where P does not divide what it splits."""
+"""Costs by P and way; a way is absent where P does not divide what it splits."""
 
 
 def partition_costs(site: MemorySite, tokens: int, hardware: Hardware, most: int) -> Costs:
-    """The four ways for P = 2, 4, 8, ...
+    """Returns the costs of the four ways for P = 2, 4, 8, ...
 
     Args:
         site: a memory of a model.
-        tokens: of one device.
-        hardware: of every device.
+        tokens: tokens of one device.
+        hardware: the device, of which all are alike.
         most: the largest P.
     """
     memory, table = site.config, site.config.table
@@ -60,7 +64,7 @@ def partition_costs(site: MemorySite, tokens: int, hardware: Hardware, most: int
             if any(size % parts for size in split):
                 continue
             of_read = sum(access_bytes(value * (width // columns), hardware.access_bytes) for width in widths)
-            # By columns all reads of a group, P times a device's own; by rows a P-th of these.
+            # By columns a device reads for its whole group, P times its own reads; by rows a P-th of that.
             read = float(reads * columns * of_read)
             sent: float = getattr(exchange, way)
             seconds = sent / rate + read / hardware.memory_bytes_per_second
@@ -70,13 +74,15 @@ def partition_costs(site: MemorySite, tokens: int, hardware: Hardware, most: int
 
 
 def crossover(costs: Costs, way: str, other: str, key: Callable[[WayCost], float]) -> int | None:
-    """The least P from which on one way is cheaper than the other wherever there are both; None if never.
+    """Returns the least P from which on one way stays cheaper than another; None if there is none.
+
+    Only those P count for which both ways exist.
 
     Args:
-        costs: of `partition_costs`.
-        way: that becomes cheaper.
-        other: than this one.
-        key: what is compared.
+        costs: costs from `partition_costs`.
+        way: the way that becomes cheaper.
+        other: the way that it is compared with.
+        key: the quantity that is compared.
     """
     first = None
     for parts, ways in costs.items():
@@ -88,7 +94,7 @@ def crossover(costs: Costs, way: str, other: str, key: Callable[[WayCost], float
 
 
 def verdict(costs: Costs) -> str:
-    """One sentence: which way is cheapest from which P on, by bytes and by time."""
+    """Returns a sentence that says which way is cheapest from which P on, by bytes and by time."""
     sent = _runs(costs, lambda cost: cost.sent)
     seconds = _runs(costs, lambda cost: cost.seconds)
     ours = _runs(costs, lambda cost: cost.seconds, WAYS[:2])
@@ -102,9 +108,9 @@ def verdict(costs: Costs) -> str:
 def _runs(
     costs: Costs, key: Callable[[WayCost], float], among: Sequence[str] = WAYS
 ) -> list[tuple[str, int, int]]:
-    """The cheapest way and the first and last P for which it is that, in the order of P.
+    """Returns ranges of P in which one way is cheapest: the way, the first P and the last P.
 
-    Where a way ends because P does not divide, the comparison ends.
+    The comparison ends where P does not divide what one of the ways splits.
     """
     possible = [way for way in among if any(way in ways for ways in costs.values())]
     runs: list[tuple[str, int, int]] = []

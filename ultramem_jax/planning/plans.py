@@ -1,4 +1,4 @@
-"""The runs that `plan` plans: by slots or by width, and a baseline; each compiled and estimated."""
+"""Chooses the runs that `plan` compares, by slots or by width and a baseline; compiles and estimates each."""
 
 import dataclasses
 import logging
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import choice, require
 from ultramem_jax.planning.baseline import BASELINES, baseline_run, describe_baseline
-from ultramem_jax.planning.compiled_step import CompiledStep, abstract_axes, compile_step
+from ultramem_jax.planning.compiled_step import DeviceBytes, abstract_axes, compile_step
 from ultramem_jax.planning.hardware import Hardware
 from ultramem_jax.planning.partition import Costs, partition_costs
 from ultramem_jax.planning.step_time import TimeEstimate, estimate_step
@@ -19,25 +19,28 @@ _LOGGER = logging.getLogger("ultramem_jax.plan")
 
 @dataclass(frozen=True)
 class Plan:
-    """One planned run."""
+    """Holds one planned run: its config, its bytes, its traffic and its time."""
 
     name: str
-    step: CompiledStep
+    config: RunConfig
+    bytes: DeviceBytes
+    argument_bytes: int
+    """Bytes of the compiled program's arguments, as the compiler counts them."""
     traffic: Sequence[Traffic]
     estimate: TimeEstimate
     note: str = ""
 
 
 def planned_runs(config: RunConfig, partitions: str, baseline: str) -> dict[str, tuple[RunConfig, str]]:
-    """The runs to plan, by name, with a note on each.
+    """Returns the runs to plan, by name, each with a note.
 
     Args:
-        config: of the run; `resolved`.
-        partitions: with commas between them; empty for that of the config.
-        baseline: a system to stand beside it; empty for none.
+        config: the run; `resolved`.
+        partitions: comma-separated ways to split tables; empty for that of the config.
+        baseline: a system to plan beside it; empty for none.
 
     Raises:
-        UserError: one that is unknown, or does not go with the mesh.
+        UserError: an unknown way or system, or one that does not go with the mesh.
     """
     memory = config.model.memory
     runs: dict[str, tuple[RunConfig, str]] = {}
@@ -54,24 +57,24 @@ def planned_runs(config: RunConfig, partitions: str, baseline: str) -> dict[str,
         other = baseline_run(config, baseline)
         runs[baseline] = other, describe_baseline(config, other)
     for run, _ in runs.values():
-        abstract_axes(run)  # what cannot work is refused before anything is compiled
+        abstract_axes(run)  # raises for an impossible mesh before anything is compiled
     return runs
 
 
 def make_plan(name: str, config: RunConfig, note: str, hardware: Hardware) -> Plan:
-    """Compiles and estimates one run."""
+    """Compiles the step of one run and estimates its time."""
     _LOGGER.info("compiling %s", name)
     step = compile_step(config)
     rows = traffic(step)
     parameters = step.gathered_parameters
     estimate = estimate_step(config, step.axes, hardware, step.bytes, parameters, by_axes(rows))
-    return Plan(name, step, rows, estimate, note)
+    return Plan(name, config, step.bytes, step.argument_bytes, rows, estimate, note)
 
 
 def lookups(config: RunConfig, hardware: Hardware) -> tuple[int, Costs] | None:
-    """Tokens of a device, and what a lookup costs for every P up to the number of devices.
+    """Returns the tokens of a device, and the costs of a lookup for every P up to the number of devices.
 
-    None without memories, and for one device.
+    Returns None for a model without memories, and for one device.
     """
     axes = abstract_axes(config)
     if not config.model.sites or axes.mesh.size == 1:

@@ -1,11 +1,12 @@
-"""How long a step takes on given hardware, estimated from FLOPs, bytes and published rates; no measurement.
+"""Estimates the time of a step on given hardware from FLOPs, bytes and published rates; measures nothing.
 
-Four resources are used: matrix units, memory, the links within a node and those between nodes. Were
-everything overlapped, a step would take as long as the busiest of them; were nothing, as long as all parts
-one after the other.
+A step uses four resources: matrix units, memory, the links within a node and the links between nodes. If
+everything overlapped, a step would take as long as the busiest resource. If nothing overlapped, it would take
+as long as all parts one after the other.
 
-Left out: activations on their way to memory and back, gradients of rows, the sort of the reads, top-k, and
-everything else that is neither a matrix product nor a parameter nor a row; and Muon's products of matrices.
+The estimate leaves out activations on their way to memory and back, gradients of rows, the sort of the reads,
+top-k, Muon's matrix products, and everything else that is neither a matrix product of the model nor a
+parameter nor a row.
 """
 
 import math
@@ -23,35 +24,35 @@ from ultramem_jax.planning.compiled_step import DeviceBytes
 from ultramem_jax.planning.hardware import Hardware
 
 _PASSES = 3
-"""Forward, and backward by input and by weight."""
+"""Passes of a step over the weights: forward, backward by input, and backward by weight."""
 _OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "lion": "Lion"}
 _DENSE_READS = 2
-"""Of every parameter, by the forward and the backward pass."""
+"""Reads of every dense parameter in a step: by the forward and by the backward pass."""
 
 
 @dataclass(frozen=True)
 class TimePart:
-    """One part of a step on one device."""
+    """Holds one part of a step on one device."""
 
     name: str
     resource: str
-    """`compute`, `memory`, `links within a node` or `links between nodes`."""
+    """Resource that the part uses: `compute`, `memory`, `links within a node` or `links between nodes`."""
     amount: float
-    """FLOPs or bytes."""
+    """FLOPs of `compute`, else bytes."""
     seconds: float
 
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """The parts of a step, and the bounds that they make."""
+    """Holds the parts of a step, and gives bounds of its time."""
 
     parts: tuple[TimePart, ...]
     tokens: int
-    """Of a step, over all devices."""
+    """Tokens of a step, over all devices."""
 
     @property
     def by_resource(self) -> dict[str, float]:
-        """Seconds that each resource is busy."""
+        """Returns the seconds that each resource is busy."""
         busy: dict[str, float] = {}
         for part in self.parts:
             busy[part.resource] = busy.get(part.resource, 0) + part.seconds
@@ -59,12 +60,12 @@ class TimeEstimate:
 
     @property
     def overlapped(self) -> float:
-        """Seconds of a step if all resources worked at the same time."""
+        """Returns the seconds of a step if all resources work at the same time."""
         return max(self.by_resource.values())
 
     @property
     def sequential(self) -> float:
-        """Seconds of a step if no two parts ran at the same time."""
+        """Returns the seconds of a step if no two parts run at the same time."""
         return sum(part.seconds for part in self.parts)
 
 
@@ -76,13 +77,13 @@ def estimate_step(
     gathered_parameters: int,
     sent: Mapping[tuple[str, ...], float],
 ) -> TimeEstimate:
-    """The parts of a training step on one device.
+    """Estimates the parts of a training step on one device.
 
     Args:
-        config: of the run.
-        axes: of its mesh, which may be without devices.
-        hardware: of every device.
-        state: bytes of its parameters and their optimizer; those of its tables do not count.
+        config: config of the run.
+        axes: axes of its mesh; the mesh may have no devices.
+        hardware: the device, of which all are alike.
+        state: bytes of its parameters and of their optimizer state; the bytes of its tables are not used.
         gathered_parameters: bytes of the parameters that a device computes with.
         sent: bytes that a device sends along each group of axes.
     """
@@ -95,7 +96,7 @@ def estimate_step(
         TimePart(f"parameters and {_OPTIMIZERS[config.train.optimizer]}", "memory", dense, dense / rate),
     ]
     if config.model.sites:
-        # Once by the forward pass, once by the backward pass for the gradients of the scores.
+        # The forward pass reads rows once, the backward pass once more for the gradients of the scores.
         parts.append(TimePart("rows, forward and backward", "memory", 2 * looked_up, 2 * looked_up / rate))
         parts.append(TimePart("update of rows", "memory", updated, updated / rate))
     sizes = dict(axes.mesh.shape)
@@ -109,10 +110,10 @@ def estimate_step(
 
 
 def step_flops(config: RunConfig, axes: MeshAxes) -> float:
-    """FLOPs of one device in a step: three times those of a forward pass.
+    """Returns the FLOPs of one device in a step: three times those of a forward pass.
 
-    Devices along `tensor` share attention, feed-forward and, if it divides, the vocabulary; what a memory
-    does before its lookup each of them does. Rows are pooled by their owners.
+    Devices along `tensor` share attention, feed-forward and, if it divides, the vocabulary. Each of them
+    repeats the work of a memory before its lookup. The owners of rows pool them.
     """
     model, tensor = config.model, axes.mesh.shape["tensor"]
     flops = flops_per_token(model, config.data.seq_len)
@@ -128,14 +129,14 @@ def step_flops(config: RunConfig, axes: MeshAxes) -> float:
 
 
 def row_traffic(config: RunConfig, axes: MeshAxes, access: int) -> tuple[float, float]:
-    """Bytes that one device's memory moves for rows: in one lookup of a step's reads, and to update them.
+    """Returns the bytes of rows that one device's memory moves in a step: by one lookup, and by the update.
 
-    A lookup reaches for each read by itself. The update goes through the rows in the order of their slots, so
-    that rows in one access share it; reads are taken to be uniform.
+    A lookup accesses the row of each read separately. The update visits rows in the order of their slots, so
+    rows in one access share it. Reads are assumed to be uniform.
 
     Args:
-        config: of the run.
-        axes: of its mesh.
+        config: config of the run.
+        axes: axes of its mesh.
         access: bytes of the smallest access.
     """
     train, columns, owners = config.train, axes.size(axes.width), axes.size(axes.slots)
@@ -160,17 +161,17 @@ def row_traffic(config: RunConfig, axes: MeshAxes, access: int) -> tuple[float, 
 
 
 def access_bytes(row_bytes: int, access: int) -> int:
-    """What reading one row costs: whole accesses."""
+    """Returns the bytes that reading one row costs: a whole number of accesses."""
     return -(-row_bytes // access) * access
 
 
 def touched_bytes(row_bytes: int, rows: float, reads: float, access: int) -> float:
-    """Bytes of the accesses that uniform reads touch, each once.
+    """Returns the bytes of the accesses that uniform reads touch, each counted once.
 
     Args:
-        row_bytes: of a row; several rows may lie in one access.
-        rows: of which there are so many.
-        reads: in the order of the rows.
+        row_bytes: bytes of a row; several rows may lie in one access.
+        rows: number of rows.
+        reads: number of reads, which go through the rows in their order.
         access: bytes of the smallest access.
     """
     together = max(access // row_bytes, 1)
@@ -179,12 +180,12 @@ def touched_bytes(row_bytes: int, rows: float, reads: float, access: int) -> flo
 
 
 def within_node(sizes: Mapping[str, int], axes: tuple[str, ...], devices_per_node: int) -> bool:
-    """Whether all groups along some axes lie within nodes, devices being numbered in the mesh's order.
+    """Tells whether all groups along some axes lie within nodes, if devices are numbered in the mesh's order.
 
     Args:
-        sizes: of all axes, major to minor.
-        axes: of the groups; of none, a group may be anywhere.
-        devices_per_node: consecutive devices.
+        sizes: sizes of all axes, major to minor.
+        axes: axes of the groups; without axes, a group may be anywhere.
+        devices_per_node: consecutive devices in a node.
     """
     names = list(sizes)
     if not axes:

@@ -1,19 +1,15 @@
-"""What `plan` prints and writes: Markdown, and the numbers as JSON."""
+"""Writes the document of `plan` in Markdown, and its numbers as JSON."""
 
-import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from ultramem_jax.config import to_dict
-from ultramem_jax.errors import UserError
 from ultramem_jax.parallel.mesh import in_words
 from ultramem_jax.planning.compiled_step import DeviceBytes, mesh_sizes
 from ultramem_jax.planning.hardware import Hardware
 from ultramem_jax.planning.partition import TITLES, WAYS, Costs, crossover, verdict
 from ultramem_jax.planning.plans import Plan
+from ultramem_jax.planning.records import PlanStudy
 from ultramem_jax.planning.step_time import TimePart
 from ultramem_jax.planning.traffic import Traffic
 from ultramem_jax.reporting import markdown
@@ -29,9 +25,9 @@ _HELD = {
     "batch": "batch",
     "temporaries": "activations and temporaries",
 }
-"""Fields of `DeviceBytes`, in words."""
+"""Names of the fields of `DeviceBytes` in the table."""
 _NOT_OF_A_PLAN = ("cpu", "cores", "memory", "os", "devices")
-"""What of `environment` says nothing about a plan: no number depends on it."""
+"""Entries of `describe_environment` that are left out, because no number of a plan depends on them."""
 _ABOUT = (
     "Nothing was run: the step was compiled ahead of time for simulated devices, with abstract arrays. "
     "Bytes of the state are exact. Temporaries are the figure of the CPU's compiler, which another one "
@@ -63,25 +59,12 @@ _PARTITION = (
 )
 
 
-def render(
-    title: str,
-    plans: Sequence[Plan],
-    hardware: Hardware,
-    partitions: tuple[int, Costs] | None,
-    environment: Mapping[str, str],
-) -> str:
-    """The whole document.
-
-    Args:
-        title: what is planned.
-        plans: the runs; all on as many devices.
-        hardware: of every device.
-        partitions: tokens of a device and costs of `partition_costs`; None without memories.
-        environment: of `environment`.
-    """
-    sizes = mesh_sizes(plans[0].step.config.mesh)
+def render(study: PlanStudy) -> str:
+    """Returns the whole document in Markdown."""
+    plans, hardware = study.plans, study.hardware
+    sizes = mesh_sizes(plans[0].config.mesh)
     devices = math.prod(sizes.values())
-    parts = [f"# Plan: {title} on {in_words(sizes)} ({devices:,} × {hardware.name})", _ABOUT]
+    parts = [f"# Plan: {study.title} on {in_words(sizes)} ({devices:,} × {hardware.name})", _ABOUT]
     parts += [f"`{plan.name}`: {plan.note}." for plan in plans if plan.note]
     parts += ["## Bytes per device", markdown.table(byte_rows(plans, hardware))]
     for plan in plans:
@@ -90,24 +73,24 @@ def render(
     parts += [_COLLECTIVES] if devices > 1 else []
     parts += ["## Time of a step", markdown.table(time_rows(plans))]
     parts += [markdown.table(bound_rows(plans)), _TIME.format(access=hardware.access_bytes)]
-    if partitions is not None:
-        tokens, costs = partitions
+    if study.partitions is not None:
+        tokens, costs = study.partitions
         parts += ["## By slots or by width", markdown.table(partition_rows(costs)), partition_words(costs)]
-        memory = plans[0].step.config.model.sites[0].config
+        memory = plans[0].config.model.sites[0].config
         about = {"cores": memory.address.weights_per_read, "blocks": memory.num_blocks}
         parts.append(_PARTITION.format(tokens=tokens, access=hardware.access_bytes, **about))
     if hardware.notes:
         parts += [f"## Rates of {hardware.name}", "\n".join(f"- {note}" for note in hardware.notes)]
-    made = {name: value for name, value in environment.items() if name not in _NOT_OF_A_PLAN}
-    parts += ["## How this was made", "\n".join(f"- {name}: `{value}`" for name, value in made.items())]
+    made = {name: value for name, value in study.environment.items() if name not in _NOT_OF_A_PLAN}
+    parts += ["## How this was made", markdown.listing(made)]
     return "\n\n".join(parts) + "\n"
 
 
-def byte_rows(plans: Sequence[Plan], hardware: Hardware) -> list[dict[str, object]]:
-    """What a device holds, by kind, and whether it fits."""
-    held = {plan.name: plan.step.bytes for plan in plans}
+def byte_rows(plans: Sequence[Plan], hardware: Hardware) -> list[markdown.Row]:
+    """Returns the bytes that a device holds, by kind, and whether they fit."""
+    held = {plan.name: plan.bytes for plan in plans}
 
-    def row(name: str, of: Mapping[str, object]) -> dict[str, object]:
+    def row(name: str, of: Mapping[str, object]) -> markdown.Row:
         return {"bytes per device": name, **of}
 
     rows = [
@@ -123,13 +106,13 @@ def byte_rows(plans: Sequence[Plan], hardware: Hardware) -> list[dict[str, objec
 
 
 def fits(held: DeviceBytes, hardware: Hardware) -> bool:
-    """Whether a device has the memory for it."""
+    """Tells whether a device has enough memory for the bytes."""
     return held.total <= hardware.memory_bytes
 
 
-def traffic_rows(traffic: Sequence[Traffic]) -> list[dict[str, object]]:
-    """The collectives of a step by purpose."""
-    rows: list[dict[str, object]] = []
+def traffic_rows(traffic: Sequence[Traffic]) -> list[markdown.Row]:
+    """Returns the collectives of a step by purpose."""
+    rows: list[markdown.Row] = []
     for row in traffic:
         compiled = row.compiled_bytes
         times = "by data" if row.times is None and compiled is not None else markdown.cell(row.times)
@@ -150,12 +133,12 @@ def traffic_rows(traffic: Sequence[Traffic]) -> list[dict[str, object]]:
     return rows
 
 
-def time_rows(plans: Sequence[Plan]) -> list[dict[str, object]]:
-    """The parts of a step on one device."""
+def time_rows(plans: Sequence[Plan]) -> list[markdown.Row]:
+    """Returns the parts of a step on one device, with their amounts and times in every plan."""
     keys = dict.fromkeys((part.resource, part.name) for plan in plans for part in plan.estimate.parts)
-    rows: list[dict[str, object]] = []
+    rows: list[markdown.Row] = []
     for resource, name in keys:
-        row: dict[str, object] = {"part": name, "resource": resource}
+        row: markdown.Row = {"part": name, "resource": resource}
         row["unit"] = "TFLOP" if resource == "compute" else "GB"
         for plan in plans:
             found = (p for p in plan.estimate.parts if (p.resource, p.name) == (resource, name))
@@ -167,9 +150,9 @@ def time_rows(plans: Sequence[Plan]) -> list[dict[str, object]]:
     return rows
 
 
-def bound_rows(plans: Sequence[Plan]) -> list[dict[str, object]]:
-    """The two bounds of every plan."""
-    rows: list[dict[str, object]] = []
+def bound_rows(plans: Sequence[Plan]) -> list[markdown.Row]:
+    """Returns the two bounds of the time of a step, for every plan."""
+    rows: list[markdown.Row] = []
     for plan in plans:
         estimate, busy = plan.estimate, plan.estimate.by_resource
         rows.append(
@@ -185,11 +168,11 @@ def bound_rows(plans: Sequence[Plan]) -> list[dict[str, object]]:
     return rows
 
 
-def partition_rows(costs: Costs) -> list[dict[str, object]]:
-    """One row per P: what each way sends, and its time."""
-    rows: list[dict[str, object]] = []
+def partition_rows(costs: Costs) -> list[markdown.Row]:
+    """Returns a row per P: the bytes that each way sends, and its time."""
+    rows: list[markdown.Row] = []
     for parts, ways in costs.items():
-        row: dict[str, object] = {"P": parts}
+        row: markdown.Row = {"P": parts}
         row |= {f"{TITLES[way]}, MB": ways[way].sent / 1e6 if way in ways else None for way in WAYS}
         row |= {f"{TITLES[way]}, ms": ways[way].seconds / _MILLI if way in ways else None for way in WAYS}
         rows.append(row)
@@ -197,7 +180,7 @@ def partition_rows(costs: Costs) -> list[dict[str, object]]:
 
 
 def partition_words(costs: Costs) -> str:
-    """Which way is cheaper, and from which P on."""
+    """Says which way of splitting a table is cheaper, and from which P on."""
     words = [verdict(costs)]
     for way, other in (("paper_number_wise", "slots"), ("paper_number_wise", "width"), ("slots", "width")):
         first = crossover(costs, way, other, lambda cost: cost.sent)
@@ -206,38 +189,18 @@ def partition_words(costs: Costs) -> str:
     return " ".join(words)
 
 
-def make_folder(folder: pathlib.Path) -> None:
-    """Makes the folder of the results, before anything is compiled for them.
+def write(path: pathlib.Path, text: str, study: PlanStudy) -> None:
+    """Writes the document, and the study beside it as `.json`."""
+    path.write_text(text, encoding="utf-8")
+    study.save(path.with_suffix(".json"))
+
+
+def redraw(path: pathlib.Path) -> None:
+    """Writes and prints the document of the study that `write` left beside it.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: there is none.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {str(folder)!r} cannot be made a folder: {error.strerror}") from None
-
-
-def write(path: pathlib.Path, text: str, numbers: Mapping[str, Any]) -> None:
-    """Writes the document, and beside it its numbers as `.json`."""
+    text = render(PlanStudy.load(path.with_suffix(".json")))
     path.write_text(text, encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-
-
-def numbers_of(plans: Sequence[Plan], hardware: Hardware, costs: Costs | None) -> dict[str, Any]:
-    """Everything in the tables, as it was counted."""
-    return {
-        "hardware": dataclasses.asdict(hardware),
-        "plans": {
-            plan.name: {
-                "config": to_dict(plan.step.config),
-                "bytes": dataclasses.asdict(plan.step.bytes),
-                "argument_bytes": plan.step.argument_bytes,
-                "collectives": [dataclasses.asdict(row) for row in plan.traffic],
-                "time": dataclasses.asdict(plan.estimate),
-            }
-            for plan in plans
-        },
-        "partition": costs
-        and {p: {way: dataclasses.asdict(c) for way, c in ways.items()} for p, ways in costs.items()},
-    }
+    print(text)

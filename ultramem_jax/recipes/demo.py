@@ -1,11 +1,17 @@
-"""`make demo`: a small UltraMem model on the standard library's sources, on two CPU cores in minutes."""
+"""Trains a small UltraMem model on the standard library's sources, in minutes.
+
+Command: ultramem train --config=demo
+Machine: 2 CPU cores.
+Time: about 5 minutes.
+Result: README.md: about 2.1 bits per byte on the validation split.
+"""
 
 from ultramem_jax import RunConfig, TrainConfig
 from ultramem_jax.presets import preset
 
 
 def get_config() -> RunConfig:
-    """1.2 M tokens."""
+    """Returns a run of 1.2 M tokens."""
     return RunConfig(
         model=preset("ultramem-demo"),
         train=TrainConfig(

@@ -1,1 +1,1 @@
-"""What every report needs: tables in Markdown, and where its numbers were measured."""
+"""Provides what every report needs: tables in Markdown, folders, and a description of the machine."""

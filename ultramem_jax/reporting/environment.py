@@ -1,6 +1,7 @@
-"""Says where and with what a process runs, for the foot of a report.
+"""Describes the machine and the software of this process, for the foot of a report.
 
-Nothing names the host, a user or a folder outside the repository: results can be published as they are.
+Nothing in it names the host, a user or a folder outside the repository, so results can be published as they
+are.
 """
 
 import datetime
@@ -22,19 +23,20 @@ from ultramem_jax.cli import local_processes
 _ROOT = pathlib.Path(ultramem_jax.__file__).resolve().parent.parent
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _CODE = ("ultramem_jax", ":(glob)experiments/**/*.py", "launch.py")
-"""What decides a result: a change in a written result or a document does not make a commit dirty."""
+"""Files that decide a result; changes in written results or documents do not make a commit dirty."""
 _GIT_SECONDS = 10
 _GIB = 1 << 30
 _INSTALLED = ("ultramem", "__main__.py")
-"""Names of the program that is run as the command `ultramem`."""
+"""Names of the program if it was started as the command `ultramem`."""
 
 
 def describe_environment() -> dict[str, str]:
-    """Where and with what this process runs, for the foot of a table.
+    """Describes the machine and the software of this process, for the foot of a table.
 
     Returns:
         Strings by name, in order of display: command, commit (if this is a git checkout), date (UTC), cpu,
-        cores, memory, os, python, the packages that numbers depend on, and the devices that JAX uses.
+        cores (CPU cores), memory (host memory), os, python, the packages that numbers depend on, and the
+        devices that JAX uses.
     """
     found = {"command": _command(sys.argv)}
     if commit := _commit():
@@ -57,7 +59,7 @@ def describe_environment() -> dict[str, str]:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """The command line as one types it in the repository's root; no folder outside of it is named."""
+    """Returns the command line as typed in the repository's root, without folders outside of it."""
     program, *flags = arguments or [""]
     flags = local_processes.as_given(flags)
     if pathlib.Path(program).name in _INSTALLED:
@@ -74,7 +76,7 @@ def _shorten(flag: str) -> str:
 
 
 def _relative(text: str) -> str:
-    """A path, relative to the repository; of one outside of it only the name is left."""
+    """Returns a path relative to the repository; for a path outside of it, only the name."""
     path = pathlib.Path(text)
     if not path.is_absolute() and not text.startswith(("~", "..")):
         return text
@@ -94,7 +96,7 @@ def _git(*arguments: str) -> subprocess.CompletedProcess[str] | None:
 
 
 def _commit() -> str:
-    """The short hash of the commit, marked if the code has changed since; blank outside a git checkout."""
+    """Returns the short hash of the commit, marked if the code has changed; blank outside a git checkout."""
     top, head = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "--short=12", "HEAD")
     # An installed package may lie inside the checkout of another project.
     if top is None or top.stdout.strip() != str(_ROOT) or head is None or head.returncode != 0:
@@ -104,7 +106,8 @@ def _commit() -> str:
     return head.stdout.strip() + (" with uncommitted changes" if dirty else "")
 
 
-def _read(path: str) -> str:
+def read_system_file(path: str) -> str:
+    """Returns the text of a file such as `/proc/meminfo`; blank if it cannot be read."""
     try:
         return pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -112,32 +115,41 @@ def _read(path: str) -> str:
 
 
 def _cpu_model() -> str:
-    match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    match = re.search(
+        r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", read_system_file("/proc/cpuinfo"), re.MULTILINE
+    )
     return (match[1].strip() if match else "") or platform.processor() or platform.machine()
 
 
 def _cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine's."""
+    """Returns the number of CPU cores that this process may use; in a container these can be fewer."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _memory_bytes() -> int:
-    """Memory that this process may use: the machine's, or its container's limit if less. 0: unknown."""
+    """Returns the host memory that this process may use, in bytes; 0 if it is unknown.
+
+    It is the memory of the machine, or the limit of the container if that is less.
+    """
     try:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return 0
     limit = (
-        _read("/sys/fs/cgroup/memory.max").strip()
-        or _read("/sys/fs/cgroup/memory/memory.limit_in_bytes").strip()
+        read_system_file("/sys/fs/cgroup/memory.max").strip()
+        or read_system_file("/sys/fs/cgroup/memory/memory.limit_in_bytes").strip()
     )
     return min(machine, int(limit)) if limit.isdigit() else machine
 
 
 def _operating_system() -> str:
-    """Name and version; never `platform.node()`, nor a kernel's version, which may carry a host's name."""
+    """Returns name and version of the system.
+
+    It uses neither `platform.node()` nor the version of the kernel, because both may contain the name of a
+    host.
+    """
     if sys.platform == "darwin":
         return f"macOS {platform.mac_ver()[0]}"
     try:

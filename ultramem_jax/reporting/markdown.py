@@ -1,20 +1,27 @@
-"""Tables in Markdown, aligned so that their source can be read as well. Imports no JAX: `count` is quick."""
+"""Writes tables in Markdown, aligned so that their source is readable too.
+
+This module imports no JAX, so that `count` starts quickly.
+"""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
+from typing import TypeAlias
 
 import numpy as np
 
+Row: TypeAlias = dict[str, object]
+"""A row of a table: values by column, in the order of the columns."""
+
 
 def table(rows: Sequence[Mapping[str, object]], left: Collection[str] | None = None) -> str:
-    """Rows as a table.
+    """Returns rows as a table in Markdown.
 
     Args:
-        rows: values by column; columns appear in the order in which rows first name them, absent values and
+        rows: values by column. Columns appear in the order in which rows first name them. Absent values and
             None are blank.
-        left: columns that are set flush left, all others flush right; None for those that hold anything but
-            numbers.
+        left: columns that are aligned left; all others are aligned right. None aligns left the columns that
+            hold anything but numbers.
 
     Returns:
         Lines without a line break at the end; `(no rows)` for none.
@@ -44,12 +51,16 @@ def table(rows: Sequence[Mapping[str, object]], left: Collection[str] | None = N
 
 
 def columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    """All columns, in the order in which rows first name them."""
+    """Returns the names of all columns, in the order in which rows first name them."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def cell(value: object) -> str:
-    """A value to read: counts with commas, measurements to four significant digits, a `Decimal` as it is."""
+    """Formats a value for readers.
+
+    Counts have commas, measurements four significant digits, and a `Decimal` all of its digits. None is
+    blank.
+    """
     if value is None:
         return ""
     if isinstance(value, bool | np.bool_):
@@ -62,7 +73,7 @@ def cell(value: object) -> str:
 
 
 def significant(value: float, digits: int) -> str:
-    """`value` with `digits` significant digits, written out between 1e-4 and 1e9."""
+    """Formats `value` with `digits` significant digits, without an exponent between 1e-4 and 1e9."""
     if not math.isfinite(value):
         return str(value)
     if value == 0:
@@ -71,6 +82,16 @@ def significant(value: float, digits: int) -> str:
     if not -4 <= magnitude < 9:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(digits - 1 - magnitude, 0)}f}"
+
+
+def interval(low: float, high: float) -> str:
+    """Formats a range of measurements with four significant digits, such as `1.234–5.678`."""
+    return f"{significant(low, 4)}–{significant(high, 4)}"
+
+
+def listing(values: Mapping[str, str]) -> str:
+    """Returns a list with a line per value, such as those of `describe_environment`."""
+    return "\n".join(f"- {name}: `{value}`" for name, value in values.items())
 
 
 def _is_number(value: object) -> bool:

@@ -16,6 +16,7 @@ from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, on_mesh
 from ultramem_jax.parallel.rules import logical_axes, parameter_specs, table_specs
 from ultramem_jax.training.dense_optimizer import Optimizers
 from ultramem_jax.training.slot_usage import init_usage
+from ultramem_jax.tree_types import Variables
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -52,7 +53,18 @@ def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None
     axes = current_axes()
     # As few as there can be: a sequence for every device that has its own.
     tokens = jnp.zeros((1 if axes is None else axes.size(axes.tokens), 2), jnp.int32)
-    variables = model.init(jax.random.key(seed), tokens)
+    return state_of(config, optimizers, model.init(jax.random.key(seed), tokens), seed)
+
+
+def state_of(config: RunConfig, optimizers: Optimizers, variables: Variables, seed: jax.Array) -> TrainState:
+    """Returns the state at step 0 of a module with these variables.
+
+    Args:
+        config: of the run; says how tables are trained.
+        optimizers: of `make_optimizers`.
+        variables: `params` and, with memories, `memory` and `buffers`, named as in the model of `config`.
+        seed: () uint32, of the random numbers of all steps.
+    """
     params, tables = variables["params"], variables.get("memory", {})
     if config.train.table_gradient == "dense":
         table_state: Any = optimizers.tables.init(tables)

@@ -1,10 +1,4 @@
-"""One training step, and the loss of one evaluation batch.
-
-The loss is differentiated with respect to the dense parameters and to the pooled reads of every memory, not
-to the tables. The reads that were sown and the cotangents of the pooled sums give the gradients of the rows
-that were read (`table_gradients`), which is all that the tables' optimizer touches: no array of a table's
-size exists in the compiled step besides the donated tables and moments themselves.
-"""
+"""Defines one training step of a language model, and the loss of one batch of evaluation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,20 +9,49 @@ import optax
 
 from ultramem_jax.config import RunConfig
 from ultramem_jax.models import Transformer
-from ultramem_jax.ops.on_mesh import MeshAxes, constrain_tokens, on_mesh
+from ultramem_jax.ops.on_mesh import MeshAxes, on_mesh
 from ultramem_jax.parallel.rules import gathered, logical_axes
 from ultramem_jax.training.dense_optimizer import Optimizers, table_learning_rates
+from ultramem_jax.training.module_step import Metrics, ModuleStep, Objective, flat_metrics
 from ultramem_jax.training.schedules import learning_rate
-from ultramem_jax.training.state import TrainState, model_variables
-from ultramem_jax.training.table_gradients import perturbations
-from ultramem_jax.training.table_updates import record_usage, update_tables
-
-Metrics = dict[str, Any]
+from ultramem_jax.training.state import TrainState
+from ultramem_jax.tree_types import ArrayTree, Variables
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """(B, S) cross-entropies in nats of logits (B, S, V) float32 for targets (B, S)."""
+    """Returns the cross-entropies (B, S) in nats of logits (B, S, V) float32 for targets (B, S)."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def language_model_objective(config: RunConfig, axes: MeshAxes | None = None) -> Objective:
+    """Returns the mean cross-entropy of the next token, with the auxiliary losses of the layers.
+
+    Batches are tokens (B, S + 1) int32. Metrics are those of the layers, `loss` (nats per token, without
+    auxiliary losses) and `auxiliary_loss`.
+
+    Args:
+        config: of the run.
+        axes: of the mesh; None for one device.
+    """
+    model, logical = Transformer(config.model), logical_axes(config.model)
+
+    def loss(
+        variables: Variables, inputs: ArrayTree, tokens: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Variables, Metrics]]:
+        whole = {**variables, "params": gathered(variables["params"], axes, logical)}
+        logits, sown = model.apply(
+            whole,
+            tokens[:, :-1],
+            train=True,
+            rngs={"dropout": key},
+            mutable=["reads", "losses", "metrics", "buffers"],
+        )
+        cross_entropy = token_losses(logits, tokens[:, 1:]).mean()
+        auxiliary = sum(jax.tree.leaves(sown.get("losses", {})), jnp.zeros((), jnp.float32))
+        metrics = {"loss": cross_entropy, "auxiliary_loss": auxiliary} | flat_metrics(sown.get("metrics", {}))
+        return cross_entropy + auxiliary, (sown, metrics)
+
+    return Objective(loss, num_tokens=lambda tokens: tokens.shape[0] * (tokens.shape[1] - 1))
 
 
 def make_train_step(
@@ -37,114 +60,33 @@ def make_train_step(
     record_before: bool = False,
     axes: MeshAxes | None = None,
 ) -> Callable[[TrainState, jax.Array], tuple[Any, ...]]:
-    """The step (state, tokens (B, S + 1) int32) -> (state, metrics); to be compiled with the state donated.
+    """Returns the step (state, tokens (B, S + 1) int32) -> (state, metrics), to compile with a donated state.
 
     Metrics are float32 scalars: `loss` (nats per token, without auxiliary losses), `auxiliary_loss`,
     `gradient_norm` (of the dense parameters, before clipping), `parameter_norm`, `learning_rate`, with
     memories `value_learning_rate`, per memory those of the layer, and per table those of `record_reads` and
     `row_norm`, the norm of the rows that the step wrote (of the whole table in the dense way).
 
-    With `record_before`, which the dense way does not have, it returns (state, metrics, before): per table
-    and array of it `RowsBefore`, the rows that the step wrote as they were before it; on one device alone.
-
-    With `axes` it is a step on a mesh: of a state that lies there as `state_shardings` says, and tokens split
-    over `axes.tokens`.
+    Args:
+        config: of the run.
+        optimizers: of `make_optimizers`.
+        record_before: whether the step returns (state, metrics, before): per table and array of it
+            `RowsBefore`, the rows that the step wrote as they were before it. Only on one device, and not in
+            the dense way.
+        axes: of the mesh, for a state that lies there as `abstract_state` says, and tokens split over
+            `axes.tokens`; None for one device.
     """
-    model, dense = Transformer(config.model), config.train.table_gradient == "dense"
-    micro_batches, logical = config.train.grad_accumulation, logical_axes(config.model)
+    step = ModuleStep(config, optimizers, language_model_objective(config, axes), record_before, axes)
     rate, value_rates = learning_rate(config.train), table_learning_rates(config)
 
-    def loss(differentiated: Any, state: TrainState, buffers: Any, tokens: jax.Array, key: jax.Array) -> Any:
-        variables = model_variables(state) | {"buffers": buffers} | differentiated
-        variables["params"] = gathered(variables["params"], axes, logical)
-        logits, sown = model.apply(
-            variables,
-            tokens[:, :-1],
-            train=True,
-            rngs={"dropout": key},
-            mutable=["reads", "losses", "metrics", "buffers"],
-        )
-        cross_entropy = token_losses(logits, tokens[:, 1:]).mean()
-        auxiliary = sum(jax.tree.leaves(sown.get("losses", {})), jnp.zeros((), jnp.float32))
-        metrics = {"loss": cross_entropy, "auxiliary_loss": auxiliary} | _flatten(sown.get("metrics", {}))
-        return cross_entropy + auxiliary, (sown.get("buffers", {}), sown.get("reads", {}), metrics)
-
-    def gradients(state: TrainState, buffers: Any, tokens: jax.Array, key: jax.Array) -> Any:
-        """Gradients, and what the forward pass left, of one micro-batch."""
-        if dense:
-            differentiated = {"params": state.params, "memory": state.tables}
-        else:
-            zeros = perturbations(config.model, tokens.shape[0] * (tokens.shape[1] - 1))
-            differentiated = {"params": state.params, "perturbations": zeros}
-        grads, left = jax.grad(loss, has_aux=True)(differentiated, state, buffers, tokens, key)
-        return grads, *left
-
-    def accumulated(state: TrainState, tokens: jax.Array, key: jax.Array) -> Any:
-        """Means over micro-batches; reads and their cotangents behind an axis of micro-batches."""
-        if micro_batches == 1:
-            grads, buffers, reads, metrics = gradients(state, state.buffers, tokens, key)
-            cotangents = grads.pop("perturbations", {})
-            return grads, buffers, *jax.tree.map(lambda a: a[None], (reads, cotangents)), metrics
-
-        def body(carry: Any, batch: Any) -> Any:
-            total, buffers = carry
-            grads, buffers, reads, metrics = gradients(state, buffers, *batch)
-            cotangents = grads.pop("perturbations", {})
-            return (jax.tree.map(jnp.add, total, grads), buffers), (reads, cotangents, metrics)
-
-        # Every so many sequences, so that a device's are its own in every micro-batch.
-        split = tokens.reshape(-1, micro_batches, tokens.shape[1]).swapaxes(0, 1)
-        split = constrain_tokens(split, axis=1)
-        keys = jax.random.split(key, micro_batches)
-        start = {"params": state.params} | ({"memory": state.tables} if dense else {})
-        zeros = jax.tree.map(jnp.zeros_like, start)
-        (total, buffers), (reads, cotangents, metrics) = jax.lax.scan(
-            body, (zeros, state.buffers), (split, keys)
-        )
-        grads = jax.tree.map(lambda g: g / micro_batches, total)
-        cotangents = jax.tree.map(lambda c: c / micro_batches, cotangents)
-        return grads, buffers, reads, cotangents, jax.tree.map(lambda m: m.mean(0), metrics)
-
     def train_step(state: TrainState, tokens: jax.Array) -> tuple[Any, ...]:
-        with on_mesh(axes):
-            return one_step(state, tokens)
-
-    def one_step(state: TrainState, tokens: jax.Array) -> tuple[Any, ...]:
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        grads, buffers, reads, cotangents, metrics = accumulated(state, tokens, key)
-        tables, table_state = state.tables, state.table_state
-        updates, opt_state = optimizers.params.update(grads["params"], state.opt_state, state.params)
-        metrics["gradient_norm"] = optax.tree.norm(grads["params"])
-        metrics["learning_rate"] = rate(state.step)
+        rates = {"learning_rate": rate(state.step)}
         for group, value_rate in value_rates.items():
             name = "value_learning_rate" if len(value_rates) == 1 else f"{group}/value_learning_rate"
-            metrics[name] = value_rate(state.step)
-
-        before: Any = None
-        if dense:
-            usage, usage_metrics = record_usage(config.model, state.usage, reads)
-            change, table_state = optimizers.tables.update(grads["memory"], table_state, tables)
-            tables = optax.apply_updates(tables, change)
-            for name in tables:
-                usage_metrics[name]["row_norm"] = optax.tree.norm(tables[name])
-        else:
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-            tables, table_state, usage, usage_metrics, before = update_tables(
-                config.model, optimizers.rows, state, reads, cotangents, finite, record_before
-            )
-        params = optax.apply_updates(state.params, updates)
-        metrics["parameter_norm"] = optax.tree.norm(params)
-        state = state.replace(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            tables=tables,
-            table_state=table_state,
-            usage=usage,
-            buffers=buffers,
-        )
-        metrics |= _flatten(usage_metrics)
-        return (state, metrics, before) if record_before else (state, metrics)
+            rates[name] = value_rate(state.step)
+        after = step(state, tokens)
+        metrics = after.metrics | rates
+        return (after.state, metrics, after.before) if record_before else (after.state, metrics)
 
     return train_step
 
@@ -152,9 +94,13 @@ def make_train_step(
 def make_eval_step(
     config: RunConfig, axes: MeshAxes | None = None
 ) -> Callable[[dict[str, Any], jax.Array, jax.Array], jax.Array]:
-    """The function (variables, tokens (B, S + 1), mask (B, S)) -> sum of losses in nats and targets counted.
+    """Returns the function (variables, tokens (B, S + 1), mask (B, S)) -> [sum of losses, number of targets].
 
-    Both are in one array (2,) float32; targets whose mask is 0 do not count. `axes` as for a training step.
+    Both are in one array (2,) float32, the losses in nats; targets whose mask is 0 do not count.
+
+    Args:
+        config: of the run.
+        axes: as for a training step.
     """
     model, logical = Transformer(config.model), logical_axes(config.model)
 
@@ -168,12 +114,3 @@ def make_eval_step(
         return jnp.stack([(of_sequences * mask.max(1)).sum(), mask.sum()])
 
     return eval_step
-
-
-def _flatten(sown: Any) -> Metrics:
-    """Nested scalars as {"memory_0/output_std": value}."""
-    flat = {}
-    for path, value in jax.tree_util.tree_flatten_with_path(sown)[0]:
-        names = [p.key for p in path if isinstance(p, jax.tree_util.DictKey)]
-        flat["/".join(names)] = jnp.asarray(value, jnp.float32)
-    return flat

@@ -43,8 +43,8 @@ class ProductKeyAddresser(nn.Module):
         """Finds rows for x (B, S, D); `token_ids` are not asked for."""
         del token_ids
         config, init = self.config, retrieval_init(self.site)
-        queries = self._queries(self._convolved(x, chunk), init.query, init.query_gain)
-        keys = self._keys(init.keys, init.key_gain)
+        queries = self.queries(self._convolved(x, chunk), init.query, init.query_gain)
+        keys = self.keys(init.keys, init.key_gain)
         retrieved = self._retrieve(queries, keys)
         weights = nn.softmax(retrieved.scores, axis=2) if config.softmax else retrieved.scores
         self._record_scores(weights)
@@ -79,7 +79,7 @@ class ProductKeyAddresser(nn.Module):
     def _eps(self) -> float:
         return self.site.around.norm_eps
 
-    def _queries(self, x: jax.Array, init: nn.initializers.Initializer, gain: float) -> jax.Array:
+    def queries(self, x: jax.Array, init: nn.initializers.Initializer, gain: float) -> jax.Array:
         """(T, 2, H, q, d): both sides' queries of every head and rank, of the width d that a rank has.
 
         q is r, or 1 where the ranks share a query of full width.
@@ -97,7 +97,7 @@ class ProductKeyAddresser(nn.Module):
             queries = queries.reshape(*queries.shape[:3], ranks, config.rank_key_dim)
         return jnp.broadcast_to(queries, (*queries.shape[:2], config.num_heads, *queries.shape[3:]))
 
-    def _keys(self, init: nn.initializers.Initializer, gain: float) -> jax.Array | ServedKeys:
+    def keys(self, init: nn.initializers.Initializer, gain: float) -> jax.Array | ServedKeys:
         """(2, S, r, K, d): both sides' keys of every head (or of all, S = 1) and rank, normed."""
         config = self.config
         if served := served_parameter(self, "keys"):
@@ -115,7 +115,7 @@ class ProductKeyAddresser(nn.Module):
             directions = jnp.ones((2, config.num_heads, 1), jnp.float32)
             retrieved = product_keys.retrieve_product_keys(queries, keys, config.top_m)
         else:
-            cores, directions = self._core(keys)
+            cores, directions = self.core(keys)
             retrieved = product_keys.retrieve_tucker(queries, keys, cores, directions, config.top_m)
         if config.balance_loss_weight and not isinstance(keys, ServedKeys):
             scores = combined_scores(queries, keys, directions)
@@ -123,7 +123,7 @@ class ProductKeyAddresser(nn.Module):
             sow(self, "losses", "balance", config.balance_loss_weight * (sides[0] + sides[1]))
         return retrieved
 
-    def _core(self, keys: jax.Array | ServedKeys) -> tuple[jax.Array, jax.Array]:
+    def core(self, keys: jax.Array | ServedKeys) -> tuple[jax.Array, jax.Array]:
         """The Tucker cores (H, h, r, r), and u and t (2, H, r) of their sum, which served keys know."""
         config = self.config
         shape = (config.num_heads, config.num_cores, config.tucker_rank, config.tucker_rank)

@@ -1,0 +1,213 @@
+"""Results cannot rot: README has the numbers of committed CSV files, and reports those of kept studies.
+
+And the docstring of every config of an experiment says by which command, on what machine, in what time and
+with what result it was run.
+"""
+
+import ast
+import json
+import pathlib
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+from experiments.bench_step.records import Study as StepStudy
+from tests.support.documents import ROOT, local_links
+from tests.support.result_tables import (
+    Printed,
+    csv_numbers,
+    csv_row,
+    csv_rows,
+    markdown_tables,
+    number,
+    printed_numbers,
+)
+from ultramem_jax.cli import command_line
+from ultramem_jax.errors import UserError
+from ultramem_jax.planning.records import PlanStudy
+
+RESULTS = ROOT / "experiments" / "results"
+
+README = ROOT / "README.md"
+SYSTEMS = {"UltraMem": "ultramem", "MoE": "moe", "dense": "dense", "PKM": "pkm"}
+"""What README calls a system -> what CSV files call it."""
+
+
+def compared(label: str, column: str) -> list[float | None]:
+    row = csv_row(RESULTS / "compare" / "compare.csv", system=SYSTEMS[label])
+    fields = {
+        "validation bits per byte": ("validation bits/byte", "± (val.)"),
+        "test bits per byte": ("test bits/byte", "± (test)"),
+    }
+    return [number(row[field]) for field in fields[column]]
+
+
+def step_ms(label: str, column: str) -> list[float | None]:
+    ways = {
+        "row-sparse, float32": "row_sparse",
+        "row-sparse, bfloat16": "row_sparse bf16",
+        "dense gradient, float32": "dense",
+    }
+    slots = int(label.replace(",", ""))
+    return [number(csv_row(RESULTS / "bench_step" / "bench_step.csv", slots=slots, way=ways[column])["ms"])]
+
+
+def decoding_seconds(label: str, column: str) -> list[float | None]:
+    dtype, batch = column.split(", batch ")
+    found = {"study": "batch", "dtype": dtype, "batch": batch, "system": SYSTEMS[label]}
+    return [number(csv_row(RESULTS / "bench_decode" / "bench_decode.csv", **found)["median_s"])]
+
+
+SOURCES: dict[tuple[str, str], Callable[[str, str], list[float | None]]] = {
+    ("Equal compute", "system"): compared,
+    ("Training step", "slots"): step_ms,
+    ("Decoding", "system"): decoding_seconds,
+}
+"""A table with numbers in README, by its section and the name of its first column -> the measured values of a
+cell, from the label of its row and the name of its column; None for what was not measured."""
+TABLES = {(table.heading, table.header[0]): table for table in markdown_tables(README)}
+
+
+def test_every_table_with_numbers_has_a_source():
+    assert {name for name, table in TABLES.items() if table.has_numbers()} == SOURCES.keys()
+    assert len(TABLES) == len(markdown_tables(README))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_readme_rounds_what_the_csv_files_have(name):
+    wrong = []
+    for row in TABLES[name].rows:
+        for column, cell in zip(TABLES[name].header[1:], row[1:], strict=True):
+            if "paper" in column:
+                continue
+            measured = [value for value in SOURCES[name](row[0], column) if value is not None]
+            if not are_rounded(printed_numbers(cell), measured):
+                wrong.append(f"{row[0]}, {column}: {cell!r}, measured {measured}")
+    assert not wrong
+
+
+def are_rounded(printed: list[Printed], measured: list[float]) -> bool:
+    return len(printed) == len(measured) and all(p.rounds(m) for p, m in zip(printed, measured, strict=True))
+
+
+def moe_over_ultramem(dtype: str, batch: int) -> float:
+    moe, ultramem = (decoding_seconds(s, f"{dtype}, batch {batch}")[0] for s in ("MoE", "UltraMem"))
+    return moe / ultramem
+
+
+def largest(path: str, field: str) -> float:
+    return max(value for row in csv_rows(RESULTS / path) if (value := number(row[field])) is not None)
+
+
+SENTENCES: dict[str, Callable[[], list[float]]] = {
+    r"\*\*([\d.]+) times\*\* as long": lambda: [moe_over_ultramem("float32", 16)],
+    r"MoE takes ([\d.]+) times as long as UltraMem at batch 64 in float32, and ([\d.]+) times in bfloat16": (
+        lambda: [moe_over_ultramem(dtype, 64) for dtype in ("float32", "bfloat16")]
+    ),
+    r"trains in ([\d.]+) GB": lambda: [largest("slots_20m/memory.csv", "peak_gb")],
+    r"cost up to ([\d.]+) bits per byte": lambda: [largest("row_states/row_states.csv", "Δ")],
+}
+"""Words of README with numbers that are measured or derived -> their values."""
+
+
+@pytest.mark.parametrize("pattern", SENTENCES)
+def test_sentences_of_readme_round_what_the_csv_files_have(pattern):
+    (match,) = re.finditer(pattern, " ".join(README.read_text(encoding="utf-8").split()))
+    assert are_rounded(printed_numbers(" ".join(match.groups())), SENTENCES[pattern]())
+
+
+REDRAWN = {
+    "bench_decode": ("bench_decode", "--redraw", "--results={folder}"),
+    "bench_step": ("bench_step", "--redraw", "--results={folder}"),
+    "plan": ("plan", "--redraw", "--out={folder}/slots_1b.md"),
+}
+"""A folder with studies that are kept as JSON -> the command that makes its reports again."""
+
+
+def test_there_is_a_command_for_every_kept_study():
+    assert {path.parent.name for path in RESULTS.rglob("*.json")} == REDRAWN.keys()
+
+
+@pytest.mark.parametrize("name", REDRAWN)
+def test_reports_are_those_of_the_kept_numbers(run, name, tmp_path):
+    committed = RESULTS / name
+    for study in committed.glob("*.json"):
+        shutil.copy(study, tmp_path)
+    status, _, err = run(*(word.format(folder=tmp_path) for word in REDRAWN[name]))
+    assert status == 0, err
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in committed.iterdir()}
+    # Of figures only that they are there: fonts differ between machines.
+    texts = [path for path in committed.iterdir() if path.suffix != ".png"]
+    old = [path.name for path in texts if path.read_bytes() != (tmp_path / path.name).read_bytes()]
+    again = " ".join(REDRAWN[name]).format(folder=committed.relative_to(ROOT))
+    assert not old, f"python launch.py {again}"
+
+
+def test_what_is_kept_is_read_as_it_was_saved(tmp_path):
+    for cls, study in {StepStudy: "bench_step/bench_step", PlanStudy: "plan/slots_1b"}.items():
+        read = cls.load(RESULTS / f"{study}.json")
+        read.save(tmp_path / "again.json")
+        assert cls.load(tmp_path / "again.json") == read
+
+
+@pytest.mark.parametrize("cls", [StepStudy, PlanStudy])
+def test_another_file_is_no_study(cls, tmp_path):
+    with pytest.raises(UserError, match=r"none\.json: cannot be read"):
+        cls.load(tmp_path / "none.json")
+    for text in ("", "[]", "{}", json.dumps({"memory": {}, "plans": {}})):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(UserError, match=r"other\.json: not a"):
+            cls.load(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("figure", sorted(RESULTS.rglob("*.png")), ids=lambda path: path.name)
+def test_every_figure_is_shown_by_its_report(figure):
+    reports = list(figure.parent.glob("*.md"))
+    assert any(figure.name in local_links(report) for report in reports)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+CONFIGS = [
+    *(path for path in (ROOT / "experiments" / "configs").glob("*.py") if path.stem != "__init__"),
+    ROOT / "ultramem_jax" / "recipes" / "demo.py",
+]
+
+
+def said(config: pathlib.Path) -> dict[str, str]:
+    """Returns what a config's docstring says after each name and colon, indented lines included."""
+    text = ast.get_docstring(ast.parse(config.read_text(encoding="utf-8")))
+    found = re.findall(r"^([A-Z]\w+): (.+(?:\n    .+)*)", text, re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in found}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_says_how_it_was_run(config):
+    assert list(said(config)) == ["Command", "Machine", "Time", "Result"]
+    if said(config)["Result"] == "not run.":
+        return
+    path, _, words = said(config)["Result"].partition(": ")
+    report = ROOT / path
+    numbers = [n.value for n in printed_numbers(report.read_text(encoding="utf-8"))]
+    for table in report.parent.glob("*.csv"):
+        numbers += csv_numbers(table)
+    missing = [n.text for n in printed_numbers(words) if not any(map(n.rounds, numbers))]
+    assert not missing and printed_numbers(words)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_names_a_command_that_can_be_given(run, config, monkeypatch):
+    words = shlex.split(said(config)["Command"])
+    parsed = []
+
+    def parse_alone(main, argv, usage, base, together):
+        return original(lambda: parsed.append(command_line.run_config()), argv, usage, base, together)
+
+    original = command_line.run
+    monkeypatch.setattr(command_line, "run", parse_alone)
+    monkeypatch.chdir(ROOT)
+    (program,) = (p for p in (["python", "launch.py"], ["ultramem"]) if words[: len(p)] == p)
+    status, _, err = run(*words[len(program) :])
+    assert status == 0 and len(parsed) == 1, err
