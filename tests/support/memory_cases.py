@@ -37,9 +37,9 @@ class Case(NamedTuple):
         return addressing_of(self.module, self.variables)
 
 
-def layer(config, embed_dim, **around):
+def layer(config, embed_dim, **context):
     """Returns a memory by itself, as in a model of four layers."""
-    return Memory(MemorySite.alone(config, embed_dim, **dict(num_layers=4) | around))
+    return Memory(MemorySite.alone(config, embed_dim, **dict(num_layers=4) | context))
 
 
 def case(config, num_memories=2, index=1, seed=0, embed_dim=16):
