@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make compare · make ablate: each sets up what it needs.
+# make demo · make test · make lint · make docs · make compare · make ablate: each sets up what it needs.
 # Another interpreter: make demo PYTHON=python3.12. What is installed already is not installed again.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format compare ablate help
+.PHONY: demo test lint format docs compare ablate help
 
 help:
 	@grep '^# make' Makefile
@@ -23,6 +23,11 @@ $(VENV)/runtime.stamp: requirements.txt pyproject.toml | $(BIN)/python
 $(VENV)/dev.stamp: requirements-dev.txt $(VENV)/runtime.stamp
 	@echo "installing what requirements-dev.txt lists into $(VENV)"
 	$(INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/docs.stamp: requirements-docs.txt | $(BIN)/python
+	@echo "installing what requirements-docs.txt lists into $(VENV)"
+	$(INSTALL) -r requirements-docs.txt
 	@touch $@
 
 demo: $(VENV)/runtime.stamp
@@ -45,3 +50,9 @@ lint: $(VENV)/dev.stamp
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site is in site/. A test opens it in headless Chromium, which must be installed. The variable turns off a
+# notice of the theme's authors about later versions.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m pytest docs/website/test_site.py

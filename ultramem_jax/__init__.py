@@ -1,6 +1,6 @@
-"""ultramem_jax: memory layers for Transformers in JAX, from Product-Key Memory to Engram.
+"""Provides memory layers for Transformers in JAX, from Product-Key Memory to Engram.
 
-Axis legend, used in every shape comment and einsum of this project:
+The axis legend below holds for every shape comment and einsum of this project:
 
     B  sequences in a batch                 H  retrieval heads of a memory (num_heads)
     S  positions in a sequence              n  keys per side: a memory adds n² slots (num_keys)
@@ -15,8 +15,9 @@ Axis legend, used in every shape comment and einsum of this project:
                                             d_k, d_v, d_p  width of a key, a value, a pre-value
                                             P  devices that a table is split over
 
-In einsum strings, where an axis is one lower-case or upper-case letter: t tokens, p virtual block (of E),
-j read (of R), c core (of h), d the width at hand, q and s the ranks of the row and the column side.
+Einsum strings need one letter per axis. They use t for tokens, p for the virtual block (of E), j for the
+read (of R), c for the core (of h), d for the width of the arrays involved, and q and s for the ranks of the
+row side and the column side.
 """
 
 from ultramem_jax.config import (

@@ -1,15 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Writes files that appear whole or not at all."""
 
 from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one motion, as UTF-8: if the process ends, there is the old one or the new one.
+    """Replaces a file atomically, as UTF-8: if the process ends, the old file or the new one is there.
 
-    The caller must see that there is one writer at a time.
+    The caller must ensure that there is only one writer at a time.
 
     Raises:
-        OSError: the system refuses; it names the file, also where the disk is full.
+        OSError: the system refuses; the error names the file, also when the disk is full.
     """
     partial = path.with_name(path.name + ".partial")
     try:

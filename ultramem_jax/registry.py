@@ -12,17 +12,17 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Holds the classes of one role by the names of their kinds.
 
-    The library's own kinds are named with the modules that add them, which are imported when their kind is
-    first asked for. So whoever asks needs no import of a concrete kind, and imports stay one-way. Other kinds
-    are added by whoever defines them.
+    The registry knows in which module each kind of the library is defined, and imports the module when the
+    kind is first requested. So users of a registry import no concrete kind, and imports stay one-way. Code
+    that defines another kind adds it with `add`.
     """
 
     def __init__(self, what: str, built_in: Mapping[str, str]):
         """Makes a registry.
 
         Args:
-            what: the role, for messages.
-            built_in: kind -> the module that adds it.
+            what: the role, as messages name it.
+            built_in: kind -> name of the module that adds it.
         """
         self._what, self._modules = what, dict(built_in)
         self._found: dict[str, type[T]] = {}
@@ -31,7 +31,7 @@ class Registry(Generic[T]):
         """Returns the class decorator that adds a class under a name.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: the decorator finds that another class has the name.
         """
 
         def decorate(cls: type[T]) -> type[T]:
@@ -45,14 +45,14 @@ class Registry(Generic[T]):
         return decorate
 
     def remove(self, kind: str) -> None:
-        """Takes a kind out again, for tests that add one."""
+        """Removes a kind, for tests that add one."""
         del self._found[kind]
 
     def __getitem__(self, kind: str) -> type[T]:
         """Returns the class of a kind.
 
         Raises:
-            UserError: unknown; it names the nearest one and lists all.
+            UserError: unknown kind; the message names the nearest one and lists all.
         """
         if kind not in self._found and kind in self._modules:
             importlib.import_module(self._modules[kind])

@@ -1,4 +1,4 @@
-"""Names the nested containers that JAX, Flax and JSON pass around, whose leaves no type can list."""
+"""Names the types of the nested containers that JAX, Flax and JSON use, whose contents no type can list."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias

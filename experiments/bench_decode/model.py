@@ -131,7 +131,11 @@ def step_program(config: ModelConfig) -> Program:
 
 
 def part_programs(config: ModelConfig) -> dict[str, Program]:
-    """Compiles the parts of a step: (variables, kept, counters, x (B, 1, D)) -> (kept, y). `kept` is donated."""
+    """Compiles the parts of a step; `kept` is donated.
+
+    Returns:
+        Functions (variables, kept, counters, x (B, 1, D)) -> (kept, y) by the names of `decoding_parts`.
+    """
     return {name: jax.jit(part, donate_argnums=1) for name, part in decoding_parts(config).items()}
 
 

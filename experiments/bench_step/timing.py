@@ -28,7 +28,7 @@ class Contender(NamedTuple):
 
     init: Callable[[], ArrayTree]
     """Returns the state at step 0; traceable."""
-    step: Callable[[ArrayTree, ArrayTree], tuple[ArrayTree, ArrayTree]]
+    step: Callable[[ArrayTree, ArrayTree], tuple[ArrayTree, ...]]
     """Maps (state, batch) to (state, any result); compiled with the state donated."""
     table_bytes: int
     need: Need
@@ -47,7 +47,7 @@ class Timing(NamedTuple):
 
 def contender(
     init: Callable[[], ArrayTree],
-    step: Callable[[ArrayTree, ArrayTree], tuple[ArrayTree, ArrayTree]],
+    step: Callable[[ArrayTree, ArrayTree], tuple[ArrayTree, ...]],
     tables: Callable[[ArrayTree], ArrayTree],
     dense: bool,
 ) -> Contender:

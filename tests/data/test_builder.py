@@ -12,14 +12,15 @@ import pytest
 
 from ultramem_jax import DataConfig, UserError
 from ultramem_jax.data import builder
-from ultramem_jax.data.builder import RECORD_TOKENS, cache_root, open_records, prepare
+from ultramem_jax.data.builder import cache_root, prepare
 from ultramem_jax.data.sources import SPLITS, open_source
+from ultramem_jax.data.token_files import open_tokens, read_description, tokens_path
 
 
 @pytest.fixture
 def config(tmp_path) -> DataConfig:
-    """Random bytes, but no zeros: a training split of two and a half records."""
-    data = np.random.default_rng(0).integers(1, 256, int(2.5 * RECORD_TOKENS / 0.9), np.uint8)
+    """Random bytes, but no zeros: a training split of 10,000."""
+    data = np.random.default_rng(0).integers(1, 256, 11_112, np.uint8)
     (tmp_path / "corpus.bin").write_bytes(data.tobytes())
     return DataConfig(dataset="text", path=str(tmp_path / "corpus.bin"), cache_dir=str(tmp_path / "cache"))
 
@@ -33,16 +34,6 @@ def folder_config(tmp_path, **fields) -> DataConfig:
     )
 
 
-def stored_stream(folder, split) -> np.ndarray:
-    """Returns the records of a split, end to end, without the padding of the last."""
-    built = open_records(folder)
-    records = built.as_data_source(split="+".join(built.info.metadata["parts"][split]))
-    tokens = np.concatenate([record["tokens"] for record in records])
-    size = built.info.metadata["num_tokens"][split]
-    assert len(tokens) - RECORD_TOKENS < size <= len(tokens)
-    return tokens[:size]
-
-
 def expected_stream(config, tokenizer, split) -> np.ndarray:
     pieces = [
         np.append(tokenizer.encode(d.data), tokenizer.eos_id) for d in open_source(config).documents(split)
@@ -51,30 +42,57 @@ def expected_stream(config, tokenizer, split) -> np.ndarray:
 
 
 @pytest.mark.parametrize("fields", [{}, {"tokenizer": "bpe", "bpe_vocab_size": 270}])
-def test_records_are_the_documents_each_followed_by_one_eos(tmp_path, fields):
+def test_tokens_are_the_documents_each_followed_by_one_eos(tmp_path, fields):
     config = folder_config(tmp_path, **fields)
     folder = prepare(config)
-    metadata = open_records(folder).info.metadata
+    description = read_description(folder)
     tokenizer = builder.load_tokenizer(config, folder)
-    assert metadata["vocab_size"] == tokenizer.vocab_size
+    assert description["vocab_size"] == tokenizer.vocab_size
     source = open_source(config)
     for split in SPLITS:
-        found = stored_stream(folder, split)
+        found = open_tokens(folder, split)
         chex.assert_trees_all_equal(found, expected_stream(config, tokenizer, split))
         documents = [d.data for d in source.documents(split)]
         assert tokenizer.decode(found) == b"".join(documents)
-        assert metadata["num_documents"][split] == len(documents) == (found == tokenizer.eos_id).sum()
-        assert metadata["num_bytes"][split] == sum(map(len, documents))
-    assert metadata["corpus_hash"] == source.survey().key
+        assert description["num_documents"][split] == len(documents) == (found == tokenizer.eos_id).sum()
+        assert description["num_bytes"][split] == sum(map(len, documents))
+    assert description["corpus_hash"] == source.survey().key
 
 
-def test_streams_longer_than_a_part_keep_their_order(config, monkeypatch):
-    monkeypatch.setattr(builder, "_PART_BYTES", 2 * RECORD_TOKENS)  # one record of uint16
+@pytest.mark.parametrize("damage", ["short", "long", "gone", "no description", "half a description"])
+def test_damaged_files_get_one_line(config, damage):
     folder = prepare(config)
-    built = open_records(folder)
-    assert built.info.metadata["parts"]["train"] == ["train_00000", "train_00001", "train_00002"]
-    tokenizer = builder.load_tokenizer(config, folder)
-    chex.assert_trees_all_equal(stored_stream(folder, "train"), expected_stream(config, tokenizer, "train"))
+    path = tokens_path(folder, "train")
+    if damage == "gone":
+        path.unlink()
+    elif damage == "no description":
+        (folder / "corpus.json").unlink()
+    elif damage == "half a description":
+        (folder / "corpus.json").write_text('{"corpus_hash": "x"}')
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if damage == "short" else path.read_bytes() + b"x")
+    with pytest.raises(UserError, match=f"delete the folder {folder}, and it is made again"):
+        open_tokens(folder, "train")
+
+
+def test_a_split_without_documents_is_empty(tmp_path):
+    (tmp_path / "x").write_bytes(b"a" * 10)  # 95 % of ten bytes are nine, as are 90 %
+    config = DataConfig(dataset="text", path=str(tmp_path / "x"), cache_dir=str(tmp_path / "c"))
+    chex.assert_shape(open_tokens(prepare(config), "validation"), (0,))
+
+
+def test_training_on_text_needs_no_tfds(config):
+    code = (
+        "import sys; sys.modules.update(tensorflow_datasets=None, tensorboardX=None)\n"
+        "from ultramem_jax.config import DataConfig\n"
+        "from ultramem_jax.data import load_corpus\n"
+        "from ultramem_jax.training import loop\n"
+        f"config = DataConfig(dataset='text', path={config.path!r}, cache_dir={config.cache_dir!r})\n"
+        "corpus = load_corpus(config)\n"
+        "print(len(corpus.source('train')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip() == "39", done.stderr
 
 
 def test_ids_beyond_16_bits(config, monkeypatch):
@@ -88,7 +106,7 @@ def test_ids_beyond_16_bits(config, monkeypatch):
     monkeypatch.setattr(builder, "ByteTokenizer", WideTokenizer)
     folder = prepare(config)
     chex.assert_trees_all_equal(
-        stored_stream(folder, "train"), expected_stream(config, WideTokenizer(), "train")
+        open_tokens(folder, "train"), expected_stream(config, WideTokenizer(), "train")
     )
 
 
@@ -101,10 +119,10 @@ def test_built_once_for_every_seq_len_and_anew_for_other_contents(config, monkey
         fields = {"dataset": "text", "path": config.path, "cache_dir": config.cache_dir}
         assert prepare(DataConfig(**fields, seq_len=17, bpe_vocab_size=999)) == folder
     assert not any(capfd.readouterr())
-    first = open_records(folder).info.metadata["corpus_hash"]
+    first = read_description(folder)["corpus_hash"]
     Path(config.path).write_bytes(b"something else, and enough of it")
     other = prepare(config)
-    assert other != folder and open_records(other).info.metadata["corpus_hash"] != first
+    assert other != folder and read_description(other)["corpus_hash"] != first
     bpe = prepare(DataConfig(**fields, tokenizer="bpe", bpe_vocab_size=300))
     assert bpe not in (folder, other)
     assert prepare(DataConfig(**fields, tokenizer="bpe", bpe_vocab_size=301)) != bpe
@@ -112,7 +130,8 @@ def test_built_once_for_every_seq_len_and_anew_for_other_contents(config, monkey
 
 def test_only_what_is_needed_stays(config):
     folder = prepare(config)
-    assert [p.name for p in folder.iterdir()] == ["packed_tokens"]
+    files = ["corpus.json", "test.tokens", "train.tokens", "validation.tokens"]
+    assert sorted(p.name for p in folder.iterdir()) == files
     assert {p.suffix for p in folder.parent.iterdir()} == {"", ".lock"}
 
 
@@ -132,18 +151,15 @@ if WHERE == "while tokenizing":
         count += 1
         return encode(self, data) if count < 2 else die()
     builder.ByteTokenizer.encode = dies_at_the_second
-elif WHERE == "while packing":
-    generate = builder.PackedTokens._generate_examples
-    builder.PackedTokens._generate_examples = lambda self, split, k: (
-        generate(self, split, k) if split == "train" else die()
-    )
+elif WHERE == "before the description":
+    builder.write_description = die
 else:
     builder.os.rename = die
 builder.prepare(DataConfig(dataset="text", path=sys.argv[1], cache_dir=sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("where", ["while tokenizing", "while packing", "before the rename"])
+@pytest.mark.parametrize("where", ["while tokenizing", "before the description", "before the rename"])
 def test_a_killed_build_is_not_taken_for_whole(config, where):
     command = [sys.executable, "-c", KILLED, config.path, config.cache_dir, where]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
@@ -152,7 +168,7 @@ def test_a_killed_build_is_not_taken_for_whole(config, where):
     folder = prepare(config)
     tokenizer = builder.load_tokenizer(config, folder)
     for split in SPLITS:
-        chex.assert_trees_all_equal(stored_stream(folder, split), expected_stream(config, tokenizer, split))
+        chex.assert_trees_all_equal(open_tokens(folder, split), expected_stream(config, tokenizer, split))
     assert {p.suffix for p in folder.parent.iterdir()} == {"", ".lock"}
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from ultramem_jax import DataConfig, UserError
 from ultramem_jax.data import SequenceSource, eval_batches, load_corpus, train_iterator
-from ultramem_jax.data.builder import RECORD_TOKENS
 
 S = 32
 
@@ -52,7 +51,7 @@ def test_counts(corpus):
     assert corpus.seq_len == S and corpus.tokenizer.vocab_size == 257 and len(corpus.corpus_hash) == 64
 
 
-@pytest.mark.parametrize("seq_len", [2, 31, 32, 1000, RECORD_TOKENS, 2 * RECORD_TOKENS + 5])
+@pytest.mark.parametrize("seq_len", [2, 31, 32, 1000, 4096, 8197])
 def test_sequences_tile_the_stream(folder, seq_len):
     source = load(folder, seq_len).source("train")
     tokens = stream(folder, "train")
@@ -208,10 +207,9 @@ def test_limited_evaluation_is_spread_over_the_split(corpus):
 
 
 def of_tokens(count, seq_len):
-    """A corpus with a split of so many tokens, 0, 1, 2 and so on, in records of seven."""
-    split = np.append(np.arange(count), np.full(-count % 7, -1)).astype(np.int32).reshape(-1, 7)
-    records = [{"tokens": record} for record in split]
-    source = lambda _, stride: SequenceSource(records, count, seq_len, stride)  # noqa: E731
+    """A corpus whose splits have that many tokens, 0, 1, 2 and so on."""
+    tokens = np.arange(count, dtype=np.int32)
+    source = lambda _, stride: SequenceSource(tokens, seq_len, stride)  # noqa: E731
     return types.SimpleNamespace(source=source)
 
 

@@ -98,6 +98,12 @@ def test_a_row_for_each_token_is_a_per_layer_embedding():
     chex.assert_trees_all_equal(sown["reads"]["slots"], expected)
 
 
+def test_an_exact_table_needs_no_seed_of_its_own():
+    exact, hashed = families.per_layer_embedding(), families.engram()
+    assert len(ModelConfig(memories={"a": hashed, "b": exact}).sites) == 2
+    assert len(ModelConfig(memories={"a": exact, "b": hashed, "c": exact}).sites) == 3
+
+
 def test_it_adds_to_the_residual_stream_before_attention():
     plain = ModelConfig(vocab_size=31, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=16)
     memory = families.engram(**SMALL | dict(placement="before@1"))

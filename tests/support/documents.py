@@ -1,7 +1,8 @@
-"""Reads code and links of README and guides, for tests that try them."""
+"""Reads code, commands and links of README and guides, for tests that try them."""
 
 import pathlib
 import re
+import shlex
 
 from tests.support.paths import ROOT
 
@@ -11,6 +12,13 @@ GUIDES = ROOT / "docs" / "guides"
 def python_blocks(document: pathlib.Path) -> list[str]:
     """Returns the blocks of Python of a Markdown file, in its order."""
     return re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+
+
+def shell_commands(document: pathlib.Path) -> list[list[str]]:
+    """Returns the words of every command in the `sh` blocks of a Markdown file, in its order."""
+    blocks = re.findall(r"```sh\n(.*?)```", document.read_text(), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def local_links(document: pathlib.Path) -> list[str]:

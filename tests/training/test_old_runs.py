@@ -5,7 +5,7 @@ import pytest
 
 from tests.support.small_run import small_config
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
-from ultramem_jax.config.old_configs import in_todays_parts, is_of_before
+from ultramem_jax.config.old_configs import is_old_tree, upgrade_tree
 from ultramem_jax.errors import UserError
 from ultramem_jax.training import loop
 from ultramem_jax.training.restore import load_model
@@ -48,14 +48,14 @@ def test_they_are_read_and_not_gone_on_with(run):
     assert "\n" not in str(error.value)
 
 
-def test_a_config_is_the_same_in_todays_parts(tmp_path):
+def test_a_config_is_the_same_in_current_fields(tmp_path):
     config = small_config(tmp_path)
     before = as_before(config)
-    assert is_of_before(before) and not is_of_before(to_dict(config))
+    assert is_old_tree(before) and not is_old_tree(to_dict(config))
     assert run_config_from_dict(before) == config
     without = before | {"model": before["model"] | {"memory": None}}
     assert run_config_from_dict(without).model.memories == {}
-    assert in_todays_parts(to_dict(config)) == to_dict(config)
+    assert upgrade_tree(to_dict(config)) == to_dict(config)
     odd = before | {"model": before["model"] | {"memory": "x"}}
     with pytest.raises(UserError, match=r"unknown config key 'model\.memory'"):
         run_config_from_dict(odd)

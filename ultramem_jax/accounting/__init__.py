@@ -1,4 +1,4 @@
-"""What a model costs, from its config alone: parameters, FLOPs, bytes touched, kept and sent."""
+"""Counts the costs of a model, given only its config: parameters, FLOPs, and bytes read, stored and sent."""
 
 from ultramem_jax.accounting.communication import (
     Exchange,

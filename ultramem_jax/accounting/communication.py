@@ -1,15 +1,16 @@
-"""What devices send each other in a training step on a mesh, from its config alone.
+"""Counts the bytes that devices of a mesh send each other in a training step, given only the run's config.
 
-Bytes are those that one device sends to others with the usual algorithms, which need the fewest: of an
-all-gather, a reduce-scatter or an all-to-all (n-1)/n of the whole array that a group of n devices has in the
-end, began with, or exchanges; of an all-reduce twice that. As many arrive. What a group exchanges does
-not depend on the number of slots; only the gradient of the keys grows with it, as its square root.
+Bytes are those that one device sends with the usual algorithms, which need the fewest. In a group of n
+devices, an all-gather, a reduce-scatter or an all-to-all sends (n-1)/n of the whole array: the result of an
+all-gather, the input of a reduce-scatter, and all that an all-to-all exchanges. An all-reduce sends twice
+that share. Each device receives as many bytes as it sends. The exchange of a group does not depend on the
+number of slots. Only the gradient of the keys grows with it, as its square root.
 
-The letters are those of the axis legend in `ultramem_jax`. Besides: G, the devices of a group that has each
-table once and tokens of its own; P_s and P_w, the parts that rows and columns are cut into; T_g, the tokens
-of a group in one micro-batch; b, the bytes of a value of `ModelConfig.dtype`. Left out are scalars, what
-it takes to split the vocabulary over `tensor`, where that divides, and what Muon sends to orthogonalize
-matrices that are split over `fsdp` or `tensor`.
+The letters are those of the axis legend in `ultramem_jax`. In addition, G is the number of devices of a group
+that holds each table once and has its own tokens; P_s and P_w are the parts that rows and columns are cut
+into; T_g is the tokens of a group in one micro-batch; b is the bytes of a value of `ModelConfig.dtype`. The
+counts leave out scalars, the traffic of a vocabulary that is split over `tensor` (where `tensor` divides it),
+and the bytes that Muon sends to orthogonalize matrices that are split over `fsdp` or `tensor`.
 """
 
 import math
@@ -28,21 +29,24 @@ _INT32_BYTES = 4
 
 @dataclass(frozen=True)
 class Transfer:
-    """One kind of collective of a step: what it is for, and what a device sends in it, over all memories."""
+    """Describes one kind of collective of a step: its purpose, and a device's bytes over all memories."""
 
     name: str
+    """Purpose of the collective, such as "reads to owners"."""
     kind: str
-    """`all-gather`, `all-reduce`, `reduce-scatter` or `all-to-all`."""
+    """Kind of the collective: `all-gather`, `all-reduce`, `reduce-scatter` or `all-to-all`."""
     axes: tuple[str, ...]
-    """Of the mesh, along which its groups run."""
+    """Mesh axes along which its groups of devices run."""
     moved_bytes: float
+    """Bytes that one device sends."""
 
 
 @dataclass(frozen=True)
 class _Groups(AxisRoles):
-    """The devices that share tokens and tables; axes of one device left out."""
+    """Describes the groups of devices that share tokens and tables. Axes of one device are left out."""
 
     sizes: Mapping[str, int]
+    """Devices along each mesh axis."""
     tokens: tuple[str, ...]
     slots: tuple[str, ...]
     width: tuple[str, ...]
@@ -50,36 +54,38 @@ class _Groups(AxisRoles):
 
     @classmethod
     def of(cls, config: RunConfig, sizes: Mapping[str, int]) -> "_Groups":
+        """Returns the groups of a run on a mesh of these sizes."""
         return cls(sizes, **axis_roles(config, sizes))
 
     def size(self, axes: tuple[str, ...]) -> int:
+        """Returns the number of devices of a group along the axes."""
         return math.prod(self.sizes[name] for name in axes)
 
 
 class _Transfers:
-    """Collects transfers; those without a group of devices, or without bytes, move nothing."""
+    """Collects transfers. It drops those within one device and those without bytes."""
 
     def __init__(self, groups: _Groups):
         self._groups = groups
         self.found: list[Transfer] = []
 
     def add(self, name: str, kind: str, axes: tuple[str, ...], array_bytes: float) -> None:
-        """One collective over `axes`, of an array of that size when it is whole."""
+        """Adds one collective over `axes`; `array_bytes` is the size of the whole array."""
         n = self._groups.size(axes)
         if n > 1 and array_bytes:
             moved = array_bytes * (n - 1) / n * (2 if kind == "all-reduce" else 1)
             self.found.append(Transfer(name, kind, axes, moved))
 
     def to_owners(self, name: str, array_bytes: float) -> None:
-        """Numbers of each read or token, to all devices of a group."""
+        """Adds a transfer of numbers of each read or token to all devices of a group."""
         self.add(name, "all-gather", self._groups.of_tokens(self._groups.owners), array_bytes)
 
     def to_tokens(self, name: str, array_bytes: float) -> None:
-        """Sums of such numbers over a group, each to the device of its token."""
+        """Adds a transfer of such numbers, summed over a group, to the devices of their tokens."""
         self._sum(name, self._groups.owners, array_bytes)
 
     def columns_to_owners(self, name: str, array_bytes: float) -> None:
-        """Vectors (T_g, d) to the owners of rows, columns to those of columns."""
+        """Adds a transfer of vectors (T_g, d) to the owners of rows; column owners get only their columns."""
         groups = self._groups
         share = groups.size(groups.of_tokens(groups.owners))
         if groups.of_tokens(groups.width):
@@ -88,7 +94,7 @@ class _Transfers:
         self.add(name, "all-gather", groups.of_tokens(groups.slots), columns)
 
     def sums_to_tokens(self, name: str, array_bytes: float) -> None:
-        """Sums (T_g, d) of each owner's rows and columns, to the devices of their tokens."""
+        """Adds a transfer of sums (T_g, d) of each owner's rows and columns to the devices of the tokens."""
         groups = self._groups
         columns = array_bytes / groups.size(groups.width)
         self._sum(name, groups.slots, columns)
@@ -99,14 +105,15 @@ class _Transfers:
             self.add(name, "all-gather", groups.width, array_bytes)
 
     def _sum(self, name: str, axes: tuple[str, ...], array_bytes: float) -> None:
+        """Adds a sum over `axes`: a reduce-scatter if they split tokens, else an all-reduce."""
         kind = "reduce-scatter" if self._groups.of_tokens(axes) else "all-reduce"
         self.add(name, kind, axes, array_bytes)
 
 
 def step_transfers(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Transfer, ...]:
-    """The collectives of one training step.
+    """Returns the collectives of one training step.
 
-    Per memory and micro-batch, of arrays of T_g tokens:
+    Every memory has these in every micro-batch, on arrays of T_g tokens:
 
         slots, blocks      all-gather over G         T_g·R·(4 + 1), without blocks where there is one
         scores             all-gather over G         T_g·R·h·b
@@ -116,26 +123,27 @@ def step_transfers(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Transfe
                            all-gather over P_s       T_g·E·d_v/P_w·b
         score gradients    reduce-scatter over G     T_g·R·h·b
 
-    With pre-values also vectors and their gradient, as pooled sums with d_p in place of E·d_v, and products
-    and their cotangent, as score gradients and scores with 1 in place of h.
+    With pre-values, vectors and their gradient are also sent, like pooled sums with d_p in place of E·d_v.
+    Products and their cotangent are sent like score gradients and scores with 1 in place of h.
 
-    Scores of ones (Engram's) are constants, which nobody sends; nor have they gradients.
+    Scores that are all ones (Engram's) are constants. They are not sent, and they have no gradients.
 
-    Per memory and step, an all-gather over the axes that split tokens and not tables, to the devices that
-    have the same part of a table: slots, blocks, scores and cotangents of all tokens, with d_v/P_w columns.
-    With `batch_over_memory` off, tokens are on all devices of a group: nothing is gathered within it, and
-    sums are all-reduces. A mean over each row (one second moment, or Adagrad's sum per row), with columns
-    split, adds an all-reduce of 4 bytes a row.
+    Every memory has an all-gather in every step, over the axes that split tokens but not tables, to the
+    devices that hold the same part of a table: slots, blocks, scores and cotangents of all tokens, with
+    d_v/P_w columns. With `batch_over_memory` off, all devices of a group have the same tokens. Then nothing
+    is gathered within the group, and sums are all-reduces. A mean over each row (one second moment, or
+    Adagrad's sum per row) adds an all-reduce of 4 bytes per row if columns are split.
 
-    Dense parameters: an all-reduce of 4 bytes each (8 for a tied embedding, and for keys with a balance
-    loss), once per micro-batch, over all axes that split tokens; with `fsdp` an all-gather before that.
-    (Compilers for accelerators can make a reduce-scatter of that all-reduce, which sends less.) Experts:
-    `ultramem_jax.layers.expert_parallel`. With `tensor`, sums of T·D·b over it, T a device's tokens: two per
-    layer forward, three and one for each map into the MLP backward.
+    Dense parameters have an all-reduce of 4 bytes each (8 for a tied embedding, and for keys with a balance
+    loss), once per micro-batch, over all axes that split tokens. With `fsdp` an all-gather precedes it.
+    (Compilers for accelerators can replace that all-reduce by a reduce-scatter, which sends less.) For
+    experts see `ultramem_jax.layers.expert_parallel`. With `tensor` there are sums of T·D·b over that axis,
+    where T is the tokens of a device: two per layer in the forward pass; in the backward pass three, and one
+    for each map into the MLP.
 
     Args:
-        config: of the run.
-        sizes: devices along each axis of the mesh; axes not named have one.
+        config: the run.
+        sizes: devices along each axis of the mesh. An axis that is not named has one device.
     """
     groups = _Groups.of(config, sizes)
     transfers = _Transfers(groups)
@@ -154,27 +162,30 @@ def step_transfers(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Transfe
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a device sends in one memory's lookup, forward, by four ways; bytes."""
+    """Compares the bytes that a device sends in one memory's forward lookup under four partitions."""
 
     slots: float
-    """Ours: (P-1)·(t·R·(4 + 1 + h·b) + t·E·d_v·b), t the device's own tokens."""
+    """Bytes with our partition `slots`: (P-1)·(t·R·(4 + 1 + h·b) + t·E·d_v·b), where t is the device's own
+    tokens."""
     width: float
-    """Ours: (P-1)·t·R·(4 + 1 + h·b) + (P-1)/P·t·E·d_v·b."""
+    """Bytes with our partition `width`: (P-1)·t·R·(4 + 1 + h·b) + (P-1)/P·t·E·d_v·b."""
     paper_number_wise: float
-    """(P-1)/P·t·R·(4 + b·d_v): addresses to the owners, their rows back (UltraMem, appendix)."""
+    """Bytes with the paper's number-wise partition (UltraMem, appendix): (P-1)/P·t·R·(4 + b·d_v), for
+    addresses to the owners and rows back."""
     paper_dimension_wise: float
-    """(P-1)·t·R·(4 + b) + (P-1)/P·t·d_v·b: addresses and scores to all, pooled slices back."""
+    """Bytes with the paper's dimension-wise partition: (P-1)·t·R·(4 + b) + (P-1)/P·t·d_v·b, for addresses and
+    scores to all devices and pooled slices back."""
 
 
 def exchange_bytes(site: MemorySite, tokens: int, parts: int) -> Exchange:
-    """Returns what a device with its own tokens sends in a lookup, forward, with tables in P parts.
+    """Returns the bytes that a device with its own tokens sends in a forward lookup of a table in P parts.
 
     Args:
         site: a memory of a model.
-        tokens: t, of one device.
+        tokens: t, tokens of one device.
         parts: P.
     """
-    memory, size = site.config, DTYPE_BYTES[site.around.dtype]
+    memory, size = site.config, DTYPE_BYTES[site.context.dtype]
     reads, others = tokens * memory.reads_per_token, parts - 1
     addresses = others * reads * _address_bytes(memory)
     scores = others * reads * memory.varying_weights * size
@@ -189,13 +200,13 @@ def exchange_bytes(site: MemorySite, tokens: int, parts: int) -> Exchange:
 
 
 def _address_bytes(memory: MemoryConfig) -> int:
-    """Of a slot and, if there are several, its block."""
+    """Returns the bytes of a read's slot and, if there are several blocks, of its block."""
     return _INT32_BYTES + block_bytes(memory.num_blocks)
 
 
 def _lookup(transfers: _Transfers, site: MemorySite, tokens: int) -> None:
-    """Forward and backward of one memory, for T_g tokens."""
-    memory, size = site.config, DTYPE_BYTES[site.around.dtype]
+    """Adds the transfers of one memory's forward and backward pass for T_g tokens."""
+    memory, size = site.config, DTYPE_BYTES[site.context.dtype]
     reads = tokens * memory.reads_per_token
     scores = reads * memory.varying_weights * size
     pooled = tokens * memory.num_blocks * memory.table.value_dim * size
@@ -215,8 +226,8 @@ def _lookup(transfers: _Transfers, site: MemorySite, tokens: int) -> None:
 def _row_updates(
     transfers: _Transfers, groups: _Groups, config: RunConfig, site: MemorySite, tokens: int
 ) -> None:
-    """What one memory's table needs of the tokens of other groups, in a step."""
-    memory, table, size = site.config, site.config.table, DTYPE_BYTES[site.around.dtype]
+    """Adds the transfers that bring tokens of other groups to the owners of one memory's table, in a step."""
+    memory, table, size = site.config, site.config.table, DTYPE_BYTES[site.context.dtype]
     if config.train.table_gradient != "row_sparse":
         _dense_table(transfers, groups, config, site)
         return
@@ -228,13 +239,13 @@ def _row_updates(
         gathered += tokens * table.pre_value_dim // parts * size + reads * size
     transfers.add(purposes.READS_AND_COTANGENTS_TO_REPLICAS, "all-gather", groups.replicas, gathered)
     if takes_means(config.train.row_arrays):
-        # For every place in the chunks of reads that owners work on, of values and of pre-values.
+        # One mean for every position in the chunks of reads that owners process, of values and of pre-values.
         means = reads / groups.size(groups.slots) * FLOAT32_BYTES * len(table.arrays)
         transfers.add(purposes.MEANS_OVER_COLUMNS, "all-reduce", groups.width, means)
 
 
 def _dense_table(transfers: _Transfers, groups: _Groups, config: RunConfig, site: MemorySite) -> None:
-    """The dense way: from each memory the gradient of its table's part, for the replicas of that."""
+    """Adds the transfers of dense table gradients: each memory's part, summed over the part's replicas."""
     table = site.num_slots * site.config.table.row_dim * FLOAT32_BYTES / groups.size(groups.owners)
     for _ in range(config.train.grad_accumulation):
         transfers.add(purposes.GRADIENTS_OF_TABLES, "all-reduce", groups.replicas, table)
@@ -243,9 +254,9 @@ def _dense_table(transfers: _Transfers, groups: _Groups, config: RunConfig, site
 
 
 def _parameters(transfers: _Transfers, groups: _Groups, model: ModelConfig) -> None:
-    """Dense parameters, and experts that are on every device of a token axis."""
+    """Adds the transfers of dense parameters."""
     count = count_parameters(model)
-    # Tied, the embedding has a gradient as an input and one as an output, summed over devices one by one.
+    # A tied embedding has one gradient as input and one as output. Devices sum the two separately.
     twice = count.embedding if model.tie_embeddings else 0
     in_parts = count.attention + count.feed_forward
     whole = count.dense + twice - in_parts
@@ -261,7 +272,7 @@ def _parameters(transfers: _Transfers, groups: _Groups, model: ModelConfig) -> N
 
 
 def _tensor(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens: int) -> None:
-    """The partial sums of attention and MLPs, forward and backward, for a device's own tokens."""
+    """Adds the sums over `tensor` in attention and MLPs, forward and backward, for a device's own tokens."""
     if groups.sizes.get("tensor", 1) == 1:
         return
     sums = model.num_layers * (1 + 3)  # attention: its output; the inputs of query, key and value
@@ -272,7 +283,7 @@ def _tensor(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens: 
 
 
 def _experts(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens: int) -> None:
-    """Of all layers, for a device's own tokens."""
+    """Adds the transfers of the experts of all layers, for a device's own tokens."""
     moe, size = model.moe, DTYPE_BYTES[model.dtype]
     if moe is None:
         return
@@ -297,7 +308,7 @@ def _experts(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens:
 
 
 def _summed(found: list[Transfer]) -> tuple[Transfer, ...]:
-    """One transfer for each name, kind and group of axes."""
+    """Merges the transfers of the same name, kind and axes."""
     total: dict[tuple[str, str, tuple[str, ...]], float] = {}
     for transfer in found:
         key = transfer.name, transfer.kind, transfer.axes

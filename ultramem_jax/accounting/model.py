@@ -1,11 +1,12 @@
-"""What a model costs, from its config alone: parameters, FLOPs, bytes touched and kept. No array is built.
+"""Counts parameters, FLOPs, and bytes read and stored of a model, given only its config. It builds no array.
 
-Two ways of counting stand side by side. The *papers'* (UltraMem, arXiv 2411.12364, tables 1 and 2) leaves out
-embeddings, norm gains, attention scores and value lookups, and takes two FLOPs per weight that a token is
-multiplied by; use it to stand beside published numbers. The *whole* count holds every parameter of the
+There are two ways of counting. The *papers'* count (UltraMem, arXiv 2411.12364, tables 1 and 2) leaves out
+embeddings, norm gains, attention scores and value lookups. It takes two FLOPs per weight that a token is
+multiplied by. Use it to compare with published numbers. The *whole* count includes every parameter of the
 parameter tree and every term of the forward pass that grows with a width. The letters are those of the axis
-legend in `ultramem_jax`; c is the number of matrices in an MLP, 2 for `gelu` and 3 for `swiglu`; d_p is the
-width of a pre-value. What a memory costs, its parts say (`ultramem_jax.config.memory_parts`).
+legend in `ultramem_jax`. In addition, c is the number of matrices in an MLP, 2 for `gelu` and 3 for `swiglu`;
+d_p is the width of a pre-value. The parts of a memory declare its costs
+(`ultramem_jax.config.memory_parts`).
 """
 
 from collections import Counter
@@ -17,214 +18,225 @@ from ultramem_jax.config.memory_parts import TableConfig
 from ultramem_jax.errors import require
 
 MLP_MATRICES = {"gelu": 2, "swiglu": 3}
-"""c: in and out; a gated MLP (arXiv 2002.05202) has a second matrix in."""
+"""Number c of matrices in an MLP: one in and one out; a gated MLP (arXiv 2002.05202) has a second one in."""
 _FLOPS_PER_WEIGHT = 2
-"""One multiplication and one addition."""
+"""FLOPs per weight: one multiplication and one addition."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number, by dtype."""
 FLOAT32_BYTES = DTYPE_BYTES["float32"]
-"""Parameters and their moments are float32 whatever the computation's dtype; rows of tables: `row_bytes`."""
+"""Bytes of a dense parameter and of its moments, which are float32 whatever the dtype of the computation. For
+rows of tables see `row_bytes`."""
 _DEFAULT_TRAINING = TrainConfig()
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Number of parameters by component, over all layers and memories.
+    """Counts parameters by component, over all layers and memories.
 
     Buffers are not parameters: the stored permutation of a shuffle, and the singular vectors u and t.
     """
 
     embedding: int
-    """V·D."""
+    """Parameters of the embedding, V·D."""
     output: int
-    """D·V, or 0 when it is the embedding, transposed."""
+    """Parameters of the output projection: D·V, or 0 where it is the transposed embedding."""
     attention: int
-    """L·(2·D·D + 2·D·(kv heads)·D/A): query, output, key, value."""
+    """Parameters of attention: L·(2·D·D + 2·D·(kv heads)·D/A) for query, output, key and value."""
     feed_forward: int
-    """L·c·D·F, or 0 when experts take the MLPs' place."""
+    """Parameters of the MLPs: L·c·D·F, or 0 where experts replace them."""
     router: int
-    """L·D·X."""
+    """Parameters of the routers: L·D·X."""
     norms: int
-    """(2·L + 1)·D: a gain before attention, one before the feed-forward, one at the end. With
-    `attention_qk_norm` L·(D + (kv heads)·D/A) more: gains of the queries and of the keys of attention."""
+    """Gains of norms: (2·L + 1)·D, for one before attention, one before the feed-forward, and one at the end.
+    With `attention_qk_norm` there are L·(D + (kv heads)·D/A) more, for queries and keys of attention."""
     memory: Counter[str]
-    """Dense parameters of all memories, by the groups that their parts name (`memory_parts.Parameter`): of
-    product keys `queries`, `keys`, `norms`, `cores`, `conv`; of readouts `projection`, `gate`, ...; of
-    pre-values `pre_projection`. A group that no memory has counts 0."""
+    """Dense parameters of all memories by group (`memory_parts.Parameter.group`). Product keys have the
+    groups `queries`, `keys`, `norms`, `cores` and `conv`; readouts have `projection`, `gate`, ...; pre-values
+    have `pre_projection`. A group that no memory has counts 0."""
     memory_weights: int
-    """Those of `memory` that meet a token's vector."""
+    """Dense parameters of memories that a token's vector is multiplied by."""
     memory_matrices: int
-    """Those that are weights of matrix products."""
+    """Dense parameters of memories that are weights of matrix products."""
     memory_gains: int
-    """Those that papers do not count: gains of norms, and biases."""
+    """Dense parameters of memories that papers do not count: gains of norms, and biases."""
     memory_tables: int
-    """Per table N·(d_v + d_p); one table for every memory, or one for all. Sparse."""
+    """Sparse parameters of tables: N·(d_v + d_p) per table. There is one table for every memory, or one that
+    memories share."""
     experts: int
-    """L·X·c·D·F. Sparse."""
+    """Sparse parameters of all experts: L·X·c·D·F."""
     active_experts: int
-    """L·k·c·D·F: the part of `experts` that one token is multiplied by. Not in any sum of parameters."""
+    """Parameters of the k experts of a token: L·k·c·D·F. No sum of all parameters includes this field,
+    because it is a part of `experts`."""
 
     @property
     def dense(self) -> int:
-        """Every parameter that is neither a table's nor an expert's."""
+        """Counts all parameters except for tables and experts."""
         return self.paper_dense + self.embedding + self.output + self.norms + self.memory_gains
 
     @property
     def sparse(self) -> int:
-        """Value tables and all experts' weights: "sparse params" of table 2."""
+        """Counts the parameters of tables and of all experts: the "sparse params" of table 2."""
         return self.memory_tables + self.experts
 
     @property
     def total(self) -> int:
-        """Every parameter."""
+        """Counts all parameters."""
         return self.dense + self.sparse
 
     @property
     def paper_dense(self) -> int:
-        """The "dense params" of table 2: no embeddings, no gains. 12·L·D² for dense models."""
+        """Counts the "dense params" of table 2: no embeddings and no gains. Dense models have 12·L·D²."""
         return self._token_weights + self.memory_dense - self.memory_weights - self.memory_gains
 
     @property
     def paper_total(self) -> int:
-        """The "params" of table 1: without embeddings and gains."""
+        """Counts the "params" of table 1: all parameters without embeddings and gains."""
         return self.paper_dense + self.sparse
 
     @property
     def active(self) -> int:
-        """Weights of the matrices that one token's vector is multiplied by, k experts among them.
+        """Counts the weights of the matrices that a token's vector is multiplied by, including k experts.
 
-        Stored weights, each once: keys that the heads share are used once per head, which `Flops` counts.
-        Cores are left out: they meet scores, never a token's vector (16 numbers a memory; see
-        `Flops.memory_scoring` for what they cost).
+        Every stored weight counts once. Keys that the heads share are used once per head, which `Flops`
+        counts. Cores are left out because they multiply scores and never a token's vector. They are 16
+        numbers per memory; `Flops.memory_scoring` has their cost.
         """
         return self._token_weights + self.active_experts
 
     @property
     def active_total(self) -> int:
-        """The "active parameters" of OLMoE (arXiv 2409.02060) and UltraMemV2: embeddings and gains count.
+        """Counts the "active parameters" of OLMoE (arXiv 2409.02060) and UltraMemV2.
 
-        Every parameter but the tables and the experts that a token does not visit. The rows that a token
-        reads are left out as well; in the published models they are 0.2 % of this or less.
+        These are all parameters, including embeddings and gains, except for tables and the experts that a
+        token does not visit. The rows that a token reads are also left out. In the published models they are
+        at most 0.2 % of this count.
         """
         return self.dense + self.active_experts
 
     @property
     def matrices(self) -> int:
-        """Counts the weights of matrix products, experts' among them, which Muon orthogonalizes.
+        """Counts the weights of matrix products, including those of experts, which Muon orthogonalizes.
 
-        Not the embedding and the output, nor what memories do not call a matrix: keys and cores, which meet
-        scores, and convolutions.
+        It leaves out the embedding, the output, and the parameters of memories that are not matrices: keys
+        and cores, which give or multiply scores, and convolutions.
         """
         return self.attention + self.feed_forward + self.router + self.experts + self.memory_matrices
 
     @property
     def memory_dense(self) -> int:
-        """All of `memory`."""
+        """Counts all dense parameters of memories."""
         return self.memory.total()
 
     @property
     def _token_weights(self) -> int:
+        """Counts the weights, without experts, that a token's vector is multiplied by."""
         return self.attention + self.feed_forward + self.router + self.memory_weights
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one token's forward pass; a multiplication and an addition are two.
+    """Counts the floating-point operations (FLOPs) of a token's forward pass.
 
-    Left out of every field, because no width multiplies them: norms, activations, softmaxes, residual sums,
-    the gate's products, the comparisons of a top-k, and the integer arithmetic of addresses. Auxiliary losses
-    belong to training and are left out too.
+    A multiplication and an addition are two. Every field leaves out operations that no width multiplies:
+    norms, activations, softmaxes, residual sums, the gate's products, the comparisons of a top-k, and the
+    integer arithmetic of addresses. Auxiliary losses belong to training and are also left out.
     """
 
     attention: int
-    """Query, key, value and output projections."""
+    """FLOPs of the query, key, value and output projections."""
     feed_forward: int
-    """The MLPs, or the k experts of a token."""
+    """FLOPs of the MLPs, or of the k experts of a token."""
     router: int
+    """FLOPs of the routers."""
     memory: Counter[str]
-    """Products with the parameters of memories, two per weight and use, by their groups. Keys that heads
-    share are used by each of them."""
+    """FLOPs of products with the dense parameters of memories by group, two per weight and use. Each head
+    counts as one use of the keys that heads share."""
     memory_scoring: int
-    """What addressers compute beside that, from scores to rows (`AddressConfig.scoring_flops`)."""
+    """FLOPs of addressers from scores to rows (`AddressConfig.scoring_flops`), and those of readouts
+    beside products with parameters (`ReadoutConfig.extra_flops`)."""
     memory_lookup: int
-    """Per memory 2·R·(d_v + d_p): the weighted sum of the values read, and the products with their
-    pre-values. 0 where rows are neither weighed nor summed (Engram)."""
+    """FLOPs of lookups, 2·R·(d_v + d_p) per memory: the weighted sum of the values read, and the products
+    with their pre-values. 0 where nothing weighs or sums rows (Engram)."""
     attention_scores: int
-    """2·D·(S + 1) per layer: a token meets (S + 1)/2 positions on average, 2·D for the scores and 2·D for the
-    weighted sum each. 0 where no sequence length was given."""
+    """FLOPs of attention over the sequence: 2·D·(S + 1) per layer. A token attends to (S + 1)/2 positions on
+    average, with 2·D for the score and 2·D for the weighted sum of each. 0 if no sequence length is given."""
     logits: int
-    """2·D·V."""
+    """FLOPs of the logits, 2·D·V."""
 
     @property
     def paper(self) -> int:
-        """The papers' convention: 2 × `Parameters.active`, and shared keys once per head that uses them."""
+        """Counts FLOPs like the papers: 2 × `Parameters.active`, with shared keys once per head."""
         return self.attention + self.feed_forward + self.router + self.memory.total()
 
     @property
     def matched(self) -> int:
-        """`paper` plus scoring and lookup: all that differs between systems of one D, L, V and S."""
+        """Counts `paper` plus scoring and lookup: all that differs between systems of equal D, L, V and S."""
         return self.paper + self.memory_scoring + self.memory_lookup
 
     @property
     def total(self) -> int:
-        """Everything, the logits and (if a sequence length was given) the attention scores among it."""
+        """Counts all FLOPs, including the logits and, if a sequence length is given, the attention scores."""
         return self.matched + self.attention_scores + self.logits
 
 
 @dataclass(frozen=True)
 class RowBytes:
-    """Bytes that a slot occupies in training, its value and its pre-value together."""
+    """Counts the bytes that a slot occupies in training, its value and its pre-value together."""
 
     table: int
-    """b·(d_v + d_p), b the bytes of `TableConfig.dtype`."""
+    """Bytes of a slot in the table: b·(d_v + d_p), where b is the bytes of `TableConfig.dtype`."""
     moments: int
-    """Σ over `TrainConfig.row_arrays`. AdamW: 2·b·(d_v + d_p), b the bytes of `TrainConfig.row_moment_dtype`.
-    With one second moment per row b·(d_v + d_p), and 4 for each of a slot's rows: one, or two where there are
-    pre-values. The last step of `adamw_catch_up` is 4 bytes more for each of these. `adagrad` and
-    `sgd_momentum`: b·(d_v + d_p); `adagrad_row`: 4 for each row; `sgd`: 0."""
+    """Bytes of a slot's moments, the sum over `TrainConfig.row_arrays`. AdamW: 2·b·(d_v + d_p), where b is
+    the bytes of `TrainConfig.row_moment_dtype`. With one second moment per row b·(d_v + d_p), plus 4 for each
+    row of the slot: one, or two where there are pre-values. `adamw_catch_up` adds 4 bytes for each of these
+    rows, for the last step that read it. `adagrad` and `sgd_momentum`: b·(d_v + d_p); `adagrad_row`: 4 for
+    each row; `sgd`: 0."""
 
     @property
     def total(self) -> int:
-        """Table and moments."""
+        """Counts the bytes of table and moments."""
         return self.table + self.moments
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes that one step over `batch_tokens` tokens reads from parameters, each of them once.
+    """Counts the bytes of parameters that one step over `batch_tokens` tokens reads, each parameter once.
 
-    What all systems share is left out: activations and the cache of attention.
+    Activations and the cache of attention are left out, because all systems share them.
     """
 
     batch_tokens: int
+    """Number of tokens of the step."""
     dense: int
-    """Every dense parameter; of an embedding that is not also the output, the tokens' rows alone."""
+    """Bytes of all dense parameters. Of an embedding that is not also the output, only the tokens' rows."""
     experts: int
-    """Σ over layers of min(k·B, X) experts' weights, B the tokens of the step (UltraMem paper, figure 1c)."""
+    """Bytes of the weights of min(k·B, X) experts, summed over layers, where B is the tokens of the step
+    (UltraMem paper, figure 1c)."""
     memory: int
-    """Rows of width d_v + d_p: min(B·R, N) for every memory (ibid.); from a table that memories share, as
-    many as all of them read of it, up to the slots of their windows."""
+    """Bytes of rows of width d_v + d_p: min(B·R, N) rows for every memory (UltraMem paper, figure 1c). From a
+    table that memories share, all of them together read at most the slots of their windows."""
     optimizer: int
-    """Training only: the optimizer's state that a step reads and then writes. That of dense parameters and of
-    all experts, whose gradient is a dense array; of tables, that of the rows that were read."""
+    """Bytes of optimizer state that a training step reads and then writes: the state of dense parameters and
+    of all experts, whose gradients are dense arrays, and the state of the table rows that were read."""
 
     @property
     def sparse(self) -> int:
-        """Experts and values."""
+        """Counts the bytes of experts and table rows."""
         return self.experts + self.memory
 
     @property
     def step(self) -> int:
-        """Of a forward pass: dense and sparse."""
+        """Counts the bytes of a forward pass, dense and sparse."""
         return self.dense + self.sparse
 
     @property
     def per_token(self) -> float:
-        """`step`, shared out among the tokens."""
+        """Counts the bytes of a forward pass per token."""
         return self.step / self.batch_tokens
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
-    """Parameters of a model by component; the formulas stand with the fields of `Parameters`."""
+    """Returns the parameters of a model by component. The fields of `Parameters` document the formulas."""
     d, layers, moe = config.embed_dim, config.num_layers, config.moe
     kv_width = config.num_kv_heads * (d // config.num_heads)
     attention_gains = d + kv_width if config.attention_qk_norm else 0
@@ -251,11 +263,11 @@ def count_parameters(config: ModelConfig) -> Parameters:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int | None = None) -> Flops:
-    """FLOPs of one token's forward pass; a training step takes about three times as many.
+    """Returns the FLOPs of one token's forward pass; a training step takes about three times as many.
 
     Args:
         config: the model.
-        seq_len: S, for the attention scores of a causal sequence; None leaves them out.
+        seq_len: S, for the attention scores of a causal sequence. None leaves them out.
     """
     parameters, weight = count_parameters(config), _FLOPS_PER_WEIGHT
     memory: Counter[str] = Counter()
@@ -279,11 +291,11 @@ def flops_per_token(config: ModelConfig, seq_len: int | None = None) -> Flops:
 
 
 def row_bytes(table: TableConfig, train: TrainConfig = _DEFAULT_TRAINING) -> RowBytes:
-    """Bytes of a slot in the table and in the optimizer's state; the formulas stand with `RowBytes`.
+    """Returns the bytes of a slot in the table and in the optimizer's state, by the formulas of `RowBytes`.
 
     Args:
-        table: widths of a row, and what it is stored in.
-        train: which moments of it are kept, and in what.
+        table: widths and dtype of a row.
+        train: moments of a row that are kept, and their dtype.
     """
     moments = sum(array.bytes(width) for array in train.row_arrays for width in table.arrays.values())
     return RowBytes(DTYPE_BYTES[table.dtype] * table.row_dim, moments)
@@ -295,17 +307,20 @@ def bytes_per_token(
     dtype_bytes: int | None = None,
     train: TrainConfig = _DEFAULT_TRAINING,
 ) -> Bytes:
-    """Bytes of parameters that a step over `batch_tokens` tokens reads; `.per_token` shares them out.
+    """Returns the bytes of parameters that a step over `batch_tokens` tokens reads; see `Bytes.per_token`.
 
-    Experts and values are counted as if no two tokens chose the same one until all are chosen, as the paper
-    does; choices that coincide read less.
+    Experts and rows are counted like in the paper, as if no two tokens chose the same one until all are
+    chosen. Choices that coincide read less.
 
     Args:
         config: the model.
         batch_tokens: tokens of the step: B·S in training and prefill, B in decoding.
-        dtype_bytes: bytes of every stored parameter, 2 for weights served in bfloat16; None as they are
-            trained, float32 and tables in their own `dtype`.
-        train: which moments of a table's rows there are.
+        dtype_bytes: bytes of every stored number, such as 2 for weights served in bfloat16. None means as in
+            training: float32, and tables in their own `dtype`.
+        train: moments of a table's rows that are kept.
+
+    Raises:
+        UserError: no tokens.
     """
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "must be at least 1")
     parameters, moe = count_parameters(config), config.moe
@@ -332,7 +347,7 @@ def bytes_per_token(
 
 
 def optimizer_bytes(config: ModelConfig, train: TrainConfig = _DEFAULT_TRAINING) -> int:
-    """Bytes that the optimizers' moments of all parameters, tables included, occupy; see `moments_kept`."""
+    """Returns the bytes of the optimizers' moments of all parameters and tables; see `moments_kept`."""
     of_tables = sum(
         readers[0].num_slots * row_bytes(readers[0].config.table, train).moments
         for readers in table_readers(config)
@@ -341,26 +356,27 @@ def optimizer_bytes(config: ModelConfig, train: TrainConfig = _DEFAULT_TRAINING)
 
 
 def moments_kept(optimizer: str, matrices: int, others: int) -> int:
-    """Returns how many numbers an optimizer of dense parameters keeps: two moments of each, or a momentum.
+    """Returns the count of numbers that an optimizer of dense parameters keeps: moments, or a momentum.
 
-    AdamW keeps two, Lion one; Muon one of the matrices that it orthogonalizes, and two of all else.
+    AdamW keeps two numbers per parameter and Lion one. Muon keeps one for the matrices that it
+    orthogonalizes, and two for all other parameters.
 
     Args:
         optimizer: `TrainConfig.optimizer`.
-        matrices: parameters that are weights of matrix products (`Parameters.matrices`).
-        others: all other parameters whose gradient is a dense array.
+        matrices: number of parameters that are weights of matrix products (`Parameters.matrices`).
+        others: number of all other parameters whose gradient is a dense array.
     """
     return {"adamw": 2, "muon": 1, "lion": 1}[optimizer] * matrices + (1 + (optimizer != "lion")) * others
 
 
 def _moment_bytes(parameters: Parameters, train: TrainConfig) -> int:
-    """Of the parameters whose gradient is a dense array: all but the tables."""
+    """Returns the bytes of moments of parameters whose gradient is a dense array: all except for tables."""
     others = parameters.dense + parameters.experts - parameters.matrices
     return FLOAT32_BYTES * moments_kept(train.optimizer, parameters.matrices, others)
 
 
 def table_readers(config: ModelConfig) -> list[tuple[MemorySite, ...]]:
-    """Returns the memories that read each table."""
+    """Returns the memories that read each table, grouped by table."""
     readers: dict[str, tuple[MemorySite, ...]] = {}
     for site in config.sites:
         readers[site.table] = (*readers.get(site.table, ()), site)
@@ -368,7 +384,7 @@ def table_readers(config: ModelConfig) -> list[tuple[MemorySite, ...]]:
 
 
 def _groups(config: ModelConfig) -> dict[str, int]:
-    """Dense parameters of memories by group."""
+    """Counts the dense parameters of memories by group."""
     groups: Counter[str] = Counter()
     for site in config.sites:
         for parameter in site.parameters.values():
@@ -377,9 +393,10 @@ def _groups(config: ModelConfig) -> dict[str, int]:
 
 
 def _rows_read(readers: tuple[MemorySite, ...], batch_tokens: int) -> int:
-    """Slots that a step reads of a table, each once.
+    """Counts the slots that a step reads from a table, each once.
 
-    Memories with one window together read at most that window; windows that overlap, at most the table.
+    Memories with the same window together read at most that window. Windows that overlap together read at
+    most the table.
     """
     windows = Counter(site.window for site in readers)
     reads = batch_tokens * readers[0].config.reads_per_token

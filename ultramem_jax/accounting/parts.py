@@ -1,7 +1,7 @@
-"""What a part of a step costs at least, and how many rows and experts random choices find.
+"""Computes the least time of a part of a step, and the expected number of distinct rows and experts.
 
-Shared by the floors of training (`ultramem_jax.accounting.step_costs`) and of decoding
-(`accounting.decoding`). The letters are those of the axis legend in `ultramem_jax`.
+The floors of training (`ultramem_jax.accounting.step_costs`) and of decoding
+(`ultramem_jax.accounting.decoding`) use it. The letters are those of the axis legend in `ultramem_jax`.
 """
 
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PartCost:
-    """What one part of a step costs at least."""
+    """Holds the least FLOPs and bytes of one part of a step."""
 
     flops: int
-    """Two per multiplication and addition."""
+    """Floating-point operations; a multiplication with its addition counts two."""
     bytes: int
-    """Read and written."""
+    """Bytes read and written."""
 
     def __add__(self, other: "PartCost") -> "PartCost":
         return PartCost(self.flops + other.flops, self.bytes + other.bytes)
 
 
 def floor_seconds(cost: PartCost, flops_per_second: float, bytes_per_second: float) -> float:
-    """The least time that a part can take: computing and moving at once, it waits for the slower of the two.
+    """Returns the least seconds of a part, which computes and moves at once and waits for the slower one.
 
     Args:
-        cost: of the part, or of the whole step.
-        flops_per_second: the rate of matrix products.
-        bytes_per_second: the bandwidth of the memory, read and written.
+        cost: cost of the part, or of the whole step.
+        flops_per_second: rate of matrix products.
+        bytes_per_second: bandwidth of the device's memory, for reads and writes.
     """
     return max(cost.flops / flops_per_second, cost.bytes / bytes_per_second)
 
 
 def expected_rows(num_slots: int, reads: int) -> float:
-    """U: how many distinct rows that many reads find, uniformly at random: N·(1 - (1 - 1/N)^reads).
+    """Returns U, the expected number of distinct rows of uniform random reads: N·(1 - (1 - 1/N)^reads).
 
     Args:
         num_slots: N.
@@ -42,7 +42,9 @@ def expected_rows(num_slots: int, reads: int) -> float:
 
 
 def expected_experts(num_experts: int, top_k: int, tokens: int) -> float:
-    """How many distinct experts T tokens find, each of which draws k different ones: X·(1 - (1 - k/X)^T).
+    """Returns the expected number of distinct experts that T tokens choose: X·(1 - (1 - k/X)^T).
+
+    Each token draws k different experts uniformly at random.
 
     Args:
         num_experts: X.

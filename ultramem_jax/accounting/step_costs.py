@@ -1,13 +1,13 @@
-"""What a training step of one memory layer must compute and move, by part, from its config alone.
+"""Computes the least work and traffic of a training step of one memory layer, by part, given only its config.
 
-These are floors, for timings to stand beside: what a program could not do without, however it is written.
-FLOPs are those of products with a width, two per multiplication and addition, as in
-`ultramem_jax.accounting`; norms, comparisons, addresses and the arithmetic of optimizers, Muon's products of
-matrices among it, are left out. Bytes are those of parameters, rows and moments that have to come from memory
-or go there, each part by itself: activations, scores and gradients of rows among them, can stay in the cache,
-and so can weights and keys between the forward and the backward pass. The letters are those of the axis
-legend in `ultramem_jax`; T is tokens, R the reads of one, P the dense parameters of the layer, U the
-distinct rows of a step.
+These are floors to compare timings with: every program needs at least this much. FLOPs are those of products
+with a width, two per multiplication and addition, as in `ultramem_jax.accounting`. They leave out norms,
+comparisons, addresses and the arithmetic of optimizers, including Muon's products of matrices. Bytes are
+those of parameters, rows and moments that each part must read from the device's memory or write to it. They
+leave out activations, including scores and gradients of rows, because these can stay in the cache. Weights
+and keys can also stay there between the forward and the backward pass. The letters are those of the axis
+legend in `ultramem_jax`. In addition, P is the number of dense parameters of the layer, and U the distinct
+rows of a step; T is tokens and R the reads of one token.
 """
 
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ from ultramem_jax.errors import UserError, at_least
 
 _PARAMETER_BYTES = 4
 UPDATE_ARRAYS = 3
-"""Parameter and gradient are read, and the parameter is written. Each moment is read and written besides:
-seven arrays in all with AdamW, five with Lion."""
+"""Arrays that an update moves without its moments: it reads parameter and gradient, and writes the parameter.
+Each moment is also read and written. That makes seven arrays in all with AdamW, and five with Lion."""
 
 
 BESIDE_STAGES = (
@@ -37,28 +37,30 @@ BESIDE_STAGES = (
     "row_update",
     "dense_optimizer",
 )
-"""Parts of a step behind the addresser's stages, in the order in which they run; see `memory_step_costs`."""
+"""Parts of a step that follow the addresser's stages, in the order in which they run; see
+`memory_step_costs`."""
 
 
 def memory_step_costs(config: RunConfig, tokens: int) -> dict[str, PartCost]:
-    """Returns the cost of one training step of the model's memory, taken alone, by part.
+    """Returns the cost of one training step of the model's memory, without the rest of the model, by part.
 
-    First come the addresser's stages (`memory_parts.AddressConfig.stages`); then
+    The addresser's stages come first (`memory_parts.AddressConfig.stages`). Then follow:
 
     - `lookup`: FLOPs 2·T·R·d_v. Bytes: every distinct row, once.
     - `projection`: FLOPs 2·T·(its weights). Bytes: its weights.
     - `backward`: FLOPs: twice those of the projection and of the stages that are differentiated (by input
       and by weight), and once those of the lookup (by score). Bytes: the rows once more, and the gradient of
       every dense parameter: 4·P.
-    - `row_gradients`: FLOPs 2·T·R·d_v: what each read sends to its row, and its sum. No bytes: a row is
-      updated as soon as its gradient is complete. In the dense way 4·N·d_v, the gradient of the whole table.
-    - `row_update`: AdamW. Bytes: every distinct row and its moments, read and written. In the dense way all N
-      rows: table, gradient and two moments read, all but the gradient written, 7·4·N·d_v.
+    - `row_gradients`: FLOPs 2·T·R·d_v: the product that each read adds to the gradient of its row, and the
+      sum. No bytes, because a row is updated as soon as its gradient is complete. With dense gradients
+      4·N·d_v bytes, the gradient of the whole table.
+    - `row_update`: AdamW. Bytes: every distinct row and its moments, read and written. With dense gradients
+      all N rows: table, gradient and two moments read, all but the gradient written, 7·4·N·d_v.
     - `dense_optimizer`: AdamW. Bytes 7·4·P: parameter, gradient and two moments read, all but the gradient
       written.
 
     Args:
-        config: of a model with one memory, without pre-values and gate.
+        config: run of a model with one memory, without pre-values and gate.
         tokens: T.
 
     Raises:
@@ -102,13 +104,14 @@ def memory_step_costs(config: RunConfig, tokens: int) -> dict[str, PartCost]:
 
 
 def model_step_cost(config: RunConfig, tokens: int) -> PartCost:
-    """The cost of one training step of the whole model: its memory, and three forward passes of the rest.
+    """Returns the cost of one training step of the whole model.
 
-    Every other parameter is read, its gradient written, and updated by the optimizer.
+    It is the cost of the memory and of three forward passes of the rest. Every parameter outside the memory
+    is read, its gradient is written, and the optimizer updates it.
 
     Args:
-        config: of a model that `memory_step_costs` takes, with MLPs.
-        tokens: T, in sequences of `data.seq_len`.
+        config: run of a model that `memory_step_costs` accepts, with MLPs.
+        tokens: T, in sequences of length `data.seq_len`.
 
     Raises:
         UserError: another kind of model, or no tokens.
@@ -125,7 +128,7 @@ def model_step_cost(config: RunConfig, tokens: int) -> PartCost:
 
 
 def _update_bytes(config: RunConfig, matrices: int, others: int) -> int:
-    """Bytes that the optimizer moves for so many weights of matrix products and other dense parameters."""
+    """Returns the bytes that the optimizer moves for matrix-product weights and other dense parameters."""
     moments = moments_kept(config.train.optimizer, matrices, others)
     return _PARAMETER_BYTES * (UPDATE_ARRAYS * (matrices + others) + 2 * moments)
 

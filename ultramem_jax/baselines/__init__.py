@@ -1,1 +1,1 @@
-"""What memories are compared with, and the shapes that make such a comparison one of equal cost."""
+"""Provides the baselines of memories, and finds their shapes of equal cost."""

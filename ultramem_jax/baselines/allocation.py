@@ -1,7 +1,7 @@
-"""Shares the sparse parameters of a model out between what it has, experts or a memory, and an Engram table.
+"""Divides the sparse parameters of a model between its experts or memory and an Engram table.
 
-At equal parameters and compute, the Engram paper (arXiv 2601.07372, section 3) finds the best share of the
-table near 20 to 25 %, the rest in experts.
+At equal parameters and compute, the Engram paper (arXiv 2601.07372, section 3) finds that the best share of
+the table is near 20 to 25 %, with the rest in experts.
 """
 
 import dataclasses
@@ -12,29 +12,30 @@ from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError, require
 
 _READS = 32
-"""Reads of the table in a model without a memory: published are 2 layers of 2 orders with 8 heads."""
+"""Reads of the table in a model without a memory; the paper has 2 layers of 2 orders with 8 heads."""
 
 
 def with_table_share(base: ModelConfig, share: float, name: str = "engram") -> ModelConfig:
     """Returns the model with a share of its sparse parameters in an Engram table, at equal cost.
 
-    Experts become fewer, or the slots of its memory do. What the table's projections cost, the MLPs or the
-    experts give up in width.
+    The result has fewer experts than `base`, or fewer slots in its memory. Its MLPs or experts are narrower
+    by the cost of the table's projections.
 
     Args:
         base: a model with experts or one memory.
-        share: of the sparse parameters, in (0, 1).
-        name: of the table among `ModelConfig.memories`.
+        share: share of the table in the sparse parameters, in (0, 1).
+        name: name of the table in `ModelConfig.memories`.
 
     Raises:
-        UserError: a share out of range, a model without sparse parameters, or one that is too small for it.
+        UserError: a share out of range, a model without sparse parameters, a name that is already used,
+            several memories, or a model that is too small for the table.
     """
     require(0 < share < 1, "table_share", share, "must be between 0 and 1, without both")
     sparse, target = count_parameters(base).sparse, flops_per_token(base).matched
     if not sparse or name in base.memories:
         raise UserError(f"table_share = {share}: must be of a model with experts or a memory, and no {name}")
     table = engram_beside(base, reads_per_token(base) // 2 or _READS)
-    for _ in range(2):  # of small tables, memories differ in size
+    for _ in range(2):  # memories with small tables differ in size, so one estimate is not enough
         only = dataclasses.replace(base, memories={name: table}, moe=None)
         per_slot = count_parameters(only).sparse / table.address.own_slots
         table = table.resized(share * sparse / per_slot)
@@ -54,7 +55,7 @@ def with_table_share(base: ModelConfig, share: float, name: str = "engram") -> M
 
 
 def _of_equal_cost(model: ModelConfig, field: str, target: int) -> ModelConfig:
-    """Returns the model with the width that brings it nearest to the FLOPs, which are linear in it."""
+    """Returns the model with the width whose FLOPs are nearest to `target`. FLOPs are linear in the width."""
 
     def of_width(width: int) -> ModelConfig:
         if field == "mlp_dim":

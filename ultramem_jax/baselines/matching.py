@@ -1,17 +1,18 @@
-"""Fair counterparts of an UltraMem model: its baselines, at equal compute and equal sparse size.
+"""Finds fair baselines of an UltraMem model, with equal compute and equal sparse size.
 
-What is matched, each within a tolerance:
+A baseline matches the base in three counts:
 
-- FLOPs of a token, `Flops.matched`: the papers' count (two per weight that a token is multiplied by) plus the
-  scoring and lookup of memories. Attention scores and logits stay out: with D, L, V and S in common they are
-  the same for all systems, so they would only make a difference look smaller. Lookups are in, because a match
-  on the papers' count alone would give memories their reads for free.
-- Sparse parameters: all experts' weights against all tables, pre-values among them. A dense model has none.
-- Reads of a token over all memories, as far as heads and keys per side allow. They are what is left of
-  compute and traffic that a FLOP count hardly sees, so they are set beforehand and no tolerance applies.
+- FLOPs of a token within a tolerance, `Flops.matched`: the papers' count (two per weight that a token is
+  multiplied by) plus the scoring and lookup of memories. Attention scores and logits are left out. They are
+  the same for all systems of equal D, L, V and S, so they would only make a difference look smaller. Lookups
+  are included, because a match of only the papers' count would give memories their reads for free.
+- Sparse parameters within a tolerance: the weights of all experts against all tables, including pre-values. A
+  dense model has none.
+- Reads of a token over all memories, as far as heads and keys per side allow. A FLOP count hardly shows their
+  compute and traffic. They are set before the search, so no tolerance applies.
 
-Everything that is not part of a system (D, L, attention, vocabulary, dropout) is taken from the base. What
-the systems are is in `ultramem_jax.baselines.systems`.
+Everything that is not part of a system (D, L, attention, vocabulary, dropout) comes from the base.
+`ultramem_jax.baselines.systems` defines the systems.
 """
 
 from collections.abc import Mapping
@@ -23,33 +24,34 @@ from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError, unknown
 
 SYSTEMS = ("ultramem", *BASELINES)
-"""What `match` can build; `ultramem` is the base itself."""
+"""Names of the systems that `match` can build; `ultramem` is the base itself."""
 
 COMBINED = ("ultramem-engram", "moe-engram")
-"""Systems of two kinds of sparse parameters: the first gives up a share of its own to an Engram table."""
+"""Names of combined systems, in which an Engram table takes a share of the sparse parameters."""
 
 TABLE_SHARE = 0.25
-"""The share of the table in a combination: 20 to 25 % was best in the Engram paper (arXiv 2601.07372)."""
+"""Share of the table in a combined system; 20 to 25 % was best in the Engram paper (arXiv 2601.07372)."""
 
 TOLERANCE = 0.02
 """Largest relative difference in FLOPs and in sparse parameters."""
 
 _STEPS = (8, 1)
-"""Widths are multiples of 8 where that matches well, any integer where not."""
+"""Steps of widths, in the order in which they are tried: multiples of 8, or any integer if no multiple of 8
+matches well."""
 _GOOD_SHARE = 0.25
-"""A match is good, and the search for rounder numbers ends, within this share of the tolerance."""
+"""Share of the tolerance within which a match is good; a good match ends the search."""
 
 
 def match(
     base: ModelConfig, system: str, *, tolerance: float = TOLERANCE, table_share: float = TABLE_SHARE
 ) -> ModelConfig:
-    """Returns the counterpart of an UltraMem model; `baselines.systems.BASELINES` says what each system is.
+    """Returns the baseline of an UltraMem model; `baselines.systems.BASELINES` describes each system.
 
     Args:
         base: a model with a memory.
         system: one of `SYSTEMS` or `COMBINED`.
         tolerance: largest relative difference of either count.
-        table_share: of a combined system, the share of sparse parameters in its Engram table.
+        table_share: share of the Engram table in the sparse parameters of a combined system.
 
     Raises:
         UserError: an unknown system, a base without a memory, or no shape that matches.
@@ -61,8 +63,8 @@ def match(
     if system == "ultramem":
         return base
     if system in COMBINED:
-        alone = match(base, system.removesuffix("-engram"), tolerance=tolerance)
-        combined = with_table_share(alone, table_share)
+        without_table = match(base, system.removesuffix("-engram"), tolerance=tolerance)
+        combined = with_table_share(without_table, table_share)
         verify_match({"ultramem": base, system: combined}, tolerance)
         return combined
     best, least = None, float("inf")
@@ -85,19 +87,20 @@ def match(
 
 
 def match_all(base: ModelConfig, *, tolerance: float = TOLERANCE) -> dict[str, ModelConfig]:
-    """The base and its counterparts, by system.
+    """Returns the base and all its baselines, by system.
 
     Raises:
-        UserError: as `match`.
+        UserError: as in `match`.
     """
     return {system: match(base, system, tolerance=tolerance) for system in SYSTEMS}
 
 
 def differences(base: ModelConfig, other: ModelConfig) -> dict[str, float]:
-    """Relative differences of `other` from `base`, as shares of the base's.
+    """Returns the relative differences of `other` from `base`, as shares of the base's counts.
 
     Returns:
-        `FLOPs per token`, and `sparse parameters` if both models have any.
+        name of a count -> difference, for `FLOPs per token`, and for `sparse parameters` if both models have
+        any.
     """
     flops, target = flops_per_token(other).matched, flops_per_token(base).matched
     off = {"FLOPs per token": abs(flops - target) / target}
@@ -108,16 +111,16 @@ def differences(base: ModelConfig, other: ModelConfig) -> dict[str, float]:
 
 
 def verify_match(configs: Mapping[str, ModelConfig], tolerance: float = TOLERANCE) -> None:
-    """Checks that models may be compared: all match the first one.
+    """Checks that a comparison of models is fair: all match the first one.
 
     Args:
-        configs: models by name, the one that the others were matched to first. Where that one has no sparse
-            parameters, the first that has some stands for them.
-        tolerance: largest relative difference of either count; models without sparse parameters are compared
-            by FLOPs alone.
+        configs: models by name. The first one is the model that the others were matched to. If it has no
+            sparse parameters, sparse sizes are compared with the first model that has some.
+        tolerance: largest relative difference of either count. Models without sparse parameters are compared
+            only by FLOPs.
 
     Raises:
-        UserError: names the two models, what differs and by how much.
+        UserError: a model does not match; the message names both models, the count and the difference.
     """
     sparse = [name for name, config in configs.items() if count_parameters(config).sparse]
     for reference in dict.fromkeys([*list(configs)[:1], *sparse[:1]]):
@@ -131,5 +134,6 @@ def verify_match(configs: Mapping[str, ModelConfig], tolerance: float = TOLERANC
 
 
 def _describe(config: ModelConfig) -> str:
+    """Returns the two matched counts of a model, for messages."""
     flops, sparse = flops_per_token(config).matched, count_parameters(config).sparse
     return f"{flops:,} FLOPs per token, {sparse:,} sparse parameters"

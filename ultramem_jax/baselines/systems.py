@@ -1,66 +1,68 @@
-"""The systems that an UltraMem model is compared with: for each, the shapes that could match a base.
+"""Defines the baselines of an UltraMem model: for each system, the shapes that could match a base.
 
-`BASELINES` has one generator per system. Given a base and a step of widths, it yields the few models nearest
-to the base's FLOPs per token and sparse parameters; `ultramem_jax.baselines.matching` picks among them. There
-are two searches, over experts (number and width) and over memories (n, the width of keys or that of the MLP),
-and a system with memories is a `MemoryConfig` that says everything else.
+`BASELINES` has one generator per system. Given a base and a step of widths, it yields the few models that are
+nearest to the base in FLOPs per token and sparse parameters. `ultramem_jax.baselines.matching` chooses among
+them. There are two searches: one over experts (their number and width), and one over memories (n, and the
+width of keys or of the MLP). The `MemoryConfig` of a system with memories fixes everything else.
 
-What all of them take from the base: D, L, attention, vocabulary, dropout, and with memories the kind of MLP.
+All systems take D, L, attention, vocabulary and dropout from the base. Systems with memories also take its
+kind of MLP.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 from ultramem_jax.accounting import count_parameters, flops_per_token
 from ultramem_jax.config import MemoryConfig, ModelConfig, MoEConfig
+from ultramem_jax.config.field_types import FieldValue
 from ultramem_jax.config.memory_parts import AddressConfig
 from ultramem_jax.presets import families
 
 Candidates = Callable[[ModelConfig, int], Iterator[ModelConfig]]
-"""(base, step) -> models near the base; MLPs, experts and keys are multiples of `step` wide."""
+"""Generator (base, step) -> models near the base; the widths of MLPs, experts and keys are multiples of
+`step`."""
 
 _TOP_K = 2
-"""Experts of a token in the UltraMem paper's baseline."""
+"""Experts per token in the UltraMem paper's baseline."""
 _FINE_TOP_K = 8
-"""Experts of a token in OLMoE, 8 of 64."""
+"""Experts per token in OLMoE, 8 of 64."""
 _PKM_HEADS = 2
-"""Heads of the paper's PKM, each with its own query (from the counts of table 2); Memory+ has as many in the
-UltraMemV2 paper."""
+"""Heads of the paper's PKM, each with its own query (from the counts of table 2). Memory+ has the same number
+in the UltraMemV2 paper."""
 _PEER_HEADS = range(8, 3, -1)
-"""Heads of PEER: 8 as published, or else the most that divide the base's reads."""
+"""Heads of PEER: 8 as published, or else the largest number that divides the base's reads."""
 _V2_PAPER_LR_MULTIPLE = 4.0
-"""The multiple that values start at in the UltraMemV2 authors' runs of all memory models, Memory+ among them;
-here also of the improved PKM."""
+"""Initial learning-rate multiple of values in the UltraMemV2 authors' runs of all memory models, including
+Memory+. The improved PKM also has it here."""
 _V2_SHARE_RATIO = 0.5
-"""The part of the ring that one memory of UltraMemV2 reads."""
+"""Part of the ring that one memory of UltraMemV2 reads."""
 _V2_WIDTHS = 4
-"""UltraMemV2's keys, values and pre-values are D/4 wide (192 at D = 768)."""
+"""Quotient of D and the width of UltraMemV2's keys, values and pre-values (192 at D = 768)."""
 _SOME_SLOTS = 10_000
-"""Where the parameters of a slot are counted first."""
+"""Number of slots at which the parameters of a slot are first counted."""
 _ROW_MULTIPLE = 64
-"""Of a hashed table's rows, so that up to so many owners divide them."""
+"""Multiple that the rows of a hashed table are rounded up to, so that up to 64 owners can divide them."""
 _MIN_KEY_DIM = 8
-"""Narrower keys hardly tell slots apart; below, the MLP gives way instead."""
+"""Smallest width of keys. Narrower keys hardly distinguish slots; then the MLP becomes narrower instead."""
 _MAX_KEY_DIM_MULTIPLE = 4
-"""Keys at most this many times D wide (the paper's PKM: 2.4); beyond, the MLP takes the rest."""
+"""Largest width of keys in multiples of D (the paper's PKM has 2.4). Beyond it, the MLP takes the rest."""
 
 
 def reads_per_token(config: ModelConfig) -> int:
-    """Returns the rows that a token reads, over all memories of a model."""
+    """Returns the number of rows that a token reads, over all memories of a model."""
     return sum(site.config.reads_per_token for site in config.sites)
 
 
 def _around(value: float, step: int, low: int) -> list[int]:
-    """The multiples of `step` next to `value`, below and above, that are at least `low`."""
+    """Returns the multiples of `step` next to `value`, below and above, that are at least `low`."""
     below = int(value // step) * step
     return [multiple for multiple in (below, below + step) if multiple >= low]
 
 
 def _mlp_widths(config: ModelConfig, target: int, step: int) -> Iterator[ModelConfig]:
-    """`config` with the MLP widths that bring it nearest to `target` FLOPs."""
-    # FLOPs are linear in the width of the MLP, so two points say everything.
+    """Yields the model with the MLP widths whose FLOPs are nearest to `target`."""
+    # FLOPs are linear in the width of the MLP, so two widths determine them.
     fixed = flops_per_token(dataclasses.replace(config, mlp_dim=1)).matched
     slope = flops_per_token(dataclasses.replace(config, mlp_dim=2)).matched - fixed
     for mlp_dim in _around(1 + (target - fixed) / slope, step, low=step):
@@ -68,12 +70,13 @@ def _mlp_widths(config: ModelConfig, target: int, step: int) -> Iterator[ModelCo
 
 
 def _dense(base: ModelConfig, step: int) -> Iterator[ModelConfig]:
+    """Yields dense models whose MLPs take the compute of the base's memories."""
     plain = dataclasses.replace(base, memories={})
     yield from _mlp_widths(plain, flops_per_token(base).matched, step)
 
 
 def _experts(kind: Callable[[ModelConfig], MoEConfig]) -> Candidates:
-    """The search over experts: `kind` gives everything but their number and width."""
+    """Returns the search over experts; `kind` fixes everything except for their number and width."""
 
     def candidates(base: ModelConfig, step: int) -> Iterator[ModelConfig]:
         target, sparse, moe = flops_per_token(base).matched, count_parameters(base).sparse, kind(base)
@@ -83,8 +86,8 @@ def _experts(kind: Callable[[ModelConfig], MoEConfig]) -> Candidates:
             return dataclasses.replace(base, memories={}, moe=experts)
 
         one = count_parameters(model(moe.top_k, 1)).experts // moe.top_k
-        # Equal sparse size fixes number × width, and compute picks the pair. The widest experts tried have
-        # all the FLOPs of the base.
+        # Equal sparse size fixes number × width, and compute selects the pair. The widest experts of the
+        # search would use all FLOPs of the base.
         for expert_dim in range(step, target // (moe.top_k * one) + step, step):
             for num_experts in _around(sparse / (one * expert_dim), 1, low=moe.top_k):
                 yield model(num_experts, expert_dim)
@@ -95,11 +98,12 @@ def _experts(kind: Callable[[ModelConfig], MoEConfig]) -> Candidates:
 def _memories(
     name: str, kind: Callable[[ModelConfig], MemoryConfig], *, free_widths: bool = True
 ) -> Candidates:
-    """The search over memories: `kind` gives everything but slots and reads, and a width where it is free.
+    """Returns the search over memories; `kind` fixes everything except for slots, reads and one width.
 
-    Sparse size fixes the slots. Compute fixes the width that the addresser has for it (of product keys d_k),
-    or, where there is none, or it is not free, or would be too narrow or too wide, the width of the MLP.
-    Reads are those of the base, shared out among the memories, as far as their addressers can.
+    Sparse size fixes the slots. Compute fixes the width that sets the addresser's cost, which is d_k for
+    product keys. If the addresser has no such width, if `free_widths` is False, or if the width would be too
+    small or too large, compute fixes the width of the MLP instead. The reads of the base are divided among
+    the memories, as far as their addressers allow.
     """
 
     def candidates(base: ModelConfig, step: int) -> Iterator[ModelConfig]:
@@ -116,10 +120,10 @@ def _memories(
             return model(address.with_reads(min(wanted, address.most_reads(site))))
 
         def per_slot(address: AddressConfig) -> float:
-            """Sparse parameters of the model over the slots of one memory."""
+            """Returns the sparse parameters of the model divided by the slots of one memory."""
             return count_parameters(model(address.with_reads(1))).sparse / address.own_slots
 
-        # Of small hashed tables, memories differ in size.
+        # Memories with small hashed tables differ in size, so the estimate is repeated near the result.
         about = memory.address.near_slots(sparse / per_slot(memory.address.near_slots(_SOME_SLOTS)[0]))[0]
         for address in memory.address.near_slots(sparse / per_slot(about)):
             width = address.widths() if free_widths else None
@@ -128,7 +132,7 @@ def _memories(
                 continue
             of_width = width[1]
             narrowest, widest = _MIN_KEY_DIM, _MAX_KEY_DIM_MULTIPLE * base.embed_dim
-            # FLOPs are linear in that width as well.
+            # FLOPs are also linear in this width.
             fixed = flops_per_token(with_reads(of_width(1))).matched
             slope = flops_per_token(with_reads(of_width(2))).matched - fixed
             wanted = 1 + (target - fixed) / slope
@@ -143,21 +147,23 @@ def _memories(
 
 
 def _spread(base: ModelConfig, memories: int) -> str:
-    """A placement of memories at a regular interval, each landing in its own layer.
+    """Returns a placement of memories at a regular interval, each of which reads and adds in the same layer.
 
-    Each is in the middle of its share of the layers, so that a single one is in the middle layer.
+    Each memory is in the middle of its share of the layers, so a single memory is in the middle layer.
     """
     layers = (-(-(2 * i + 1) * base.num_layers // (2 * memories)) for i in range(memories))
     return "/".join(f"{layer}:{layer}" for layer in layers)
 
 
-def _pkm(base: ModelConfig, **improved: Any) -> MemoryConfig:
+def _pkm(base: ModelConfig, **improved: FieldValue) -> MemoryConfig:
+    """Returns the PKM of a base, with some fields changed."""
     return families.pkm(
         placement=_spread(base, 1), num_heads=_PKM_HEADS, value_dim=base.embed_dim, **improved
     )
 
 
 def _memory_plus(base: ModelConfig) -> MemoryConfig:
+    """Returns the Memory+ of a base."""
     placement = _spread(base, len(base.sites))
     return families.memory_plus(
         placement=placement,
@@ -168,6 +174,7 @@ def _memory_plus(base: ModelConfig) -> MemoryConfig:
 
 
 def _peer(base: ModelConfig) -> MemoryConfig:
+    """Returns the PEER memory of a base."""
     divisors = (heads for heads in _PEER_HEADS if reads_per_token(base) % heads == 0)
     return families.peer(
         placement=_spread(base, 1),
@@ -178,26 +185,27 @@ def _peer(base: ModelConfig) -> MemoryConfig:
 
 
 def _ultramem_v2(base: ModelConfig) -> MemoryConfig:
-    # Even, because two cores share a value.
+    """Returns the UltraMemV2 memory of a base."""
+    # The width is even, because two cores share a value.
     width = max(base.embed_dim // (2 * _V2_WIDTHS), 1) * 2
     return families.ultramem_v2(
         key_dim=max(base.embed_dim // _V2_WIDTHS, _MIN_KEY_DIM),
         value_dim=width,
         pre_value_dim=width,
-        # The only memory of a model would leave half of its table unread.
+        # A single memory with a share of a half would leave half of its table unread.
         share_ratio=_V2_SHARE_RATIO if base.num_layers > 1 else 1.0,
     )
 
 
 def engram_beside(base: ModelConfig, reads: int) -> MemoryConfig:
-    """Returns an Engram memory for a model: where, how many reads, how wide; its rows are the smallest.
+    """Returns an Engram memory for a model, with its places, reads and widths, and the default rows per head.
 
-    It sits before layer 2 and the middle one, as published (2 and 15 of 30). The rows that a token reads of
-    one order are D/2 wide together (1,280 at D 2,560 in the paper).
+    It reads before layer 2 and before the middle layer, as published (2 and 15 of 30). The rows that a token
+    reads of one order are together D/2 wide (1,280 at D 2,560 in the paper).
 
     Args:
         base: the model.
-        reads: rows that a token reads, over all memories, or the next fewer that orders and heads allow.
+        reads: most rows that a token reads over all memories; orders and heads may allow only fewer.
     """
     layers = sorted({min(2, base.num_layers), min(max(round(base.num_layers / 2), 3), base.num_layers)})
     heads = max(reads // (2 * len(layers)), 1)
@@ -226,20 +234,20 @@ BASELINES: dict[str, Candidates] = {
     "ultramem-v2": _memories("ultramem_v2", _ultramem_v2, free_widths=False),
     "engram": _memories("engram", lambda base: engram_beside(base, reads_per_token(base))),
 }
-"""By system, what `matching.match` chooses from:
+"""Generators of candidates for `matching.match`, by system:
 
 - `dense`: an MLP wide enough for the compute of the memories.
 - `moe`: top-2 experts of the base's kind of MLP (the UltraMem paper's baseline).
 - `moe-fine`: top-8 SwiGLU experts, gates not normalised, losses that are means over the layers (OLMoE, arXiv
   2409.02060).
 - `pkm`: Product-Key Memory as published: one memory in the middle layer, 2 heads, values D wide.
-- `pkm-improved`: the same with norms of queries and keys, and values that learn at 4 times the rate at first.
-- `memory-plus`: Memory+, as many memories as the base at a regular interval; 2 heads, values D wide, which
-  learn at 4 times the rate at first.
-- `peer`: PEER, one memory in the middle layer, 8 heads (fewer, down to 4, if that divides the reads), values
-  and pre-values D wide.
+- `pkm-improved`: PKM with norms of queries and keys, and values that initially learn at 4 times the rate.
+- `memory-plus`: Memory+ with the number of memories of the base, at a regular interval; 2 heads, values D
+  wide, which initially learn at 4 times the rate.
+- `peer`: PEER, one memory in the middle layer, 8 heads (or fewer, down to 4, if 8 do not divide the reads),
+  values and pre-values D wide.
 - `ultramem-v2`: UltraMemV2, a memory in every layer, each reading half a ring; 1 head, and keys, values and
   pre-values D/4 wide, so that the MLP takes the rest of the compute.
-- `engram`: Engram before layer 2 and the middle one; bigrams and trigrams, whose rows are D/2 wide per order,
-  and learn at 5 times the rate; the MLP takes the rest of the compute.
+- `engram`: Engram before layer 2 and before the middle layer; bigrams and trigrams, whose rows are D/2 wide
+  per order and learn at 5 times the rate; the MLP takes the rest of the compute.
 """

@@ -1,8 +1,8 @@
-"""Every choice of a run, as frozen dataclasses with the source of each default.
+"""Configures every choice of a run, in frozen dataclasses that name the source of each default.
 
 A `RunConfig` holds a `ModelConfig` (with its `MemoryConfig`s or `MoEConfig`), a `DataConfig`, a
-`TrainConfig` and a `MeshConfig`. They check themselves when they are made: whatever exists is valid. The
-letters are those of the axis legend in `ultramem_jax`.
+`TrainConfig` and a `MeshConfig`. They check themselves when they are made, so every config that exists is
+valid. The letters are those of the axis legend in `ultramem_jax`.
 """
 
 from ultramem_jax.config.data import DataConfig

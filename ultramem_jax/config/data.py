@@ -1,4 +1,4 @@
-"""Configures what a model is trained on: corpus, tokenizer and sequence length."""
+"""Configures the training data: corpus, tokenizer and sequence length."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,22 +10,24 @@ from ultramem_jax.errors import at_least, require
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    """What is read. Splits, tokenizers and files are described in `ultramem_jax.data`."""
+    """Configures the data that a run reads. `ultramem_jax.data` describes splits, tokenizers and files."""
 
     PREFIX = "data."
 
     dataset: str = "stdlib"
-    """`stdlib` (this Python's own sources), `enwik8` or `text` (both by `path`), or `tfds:NAME`."""
+    """Corpus: `stdlib` (the sources of Python's standard library), `enwik8` or `text` (both read from
+    `path`), or `tfds:NAME`."""
     path: FilePath = ""
-    """A file or folder for `enwik8` (plain or .gz) and `text`; for `tfds:NAME` TFDS' own, or empty."""
+    """File or folder of `enwik8` (plain or .gz) or `text`; for `tfds:NAME` the data folder of TFDS, or empty
+    for its default."""
     tokenizer: Literal["bytes", "bpe"] = "bytes"
-    """`bytes`, or `bpe`: byte-pair encoding trained on the corpus' training split."""
+    """Tokenizer: `bytes`, or `bpe`, byte-pair encoding trained on the training split of the corpus."""
     bpe_vocab_size: int = 8192
-    """Vocabulary of `bpe`, end-of-document token included."""
+    """Vocabulary size of `bpe`, with the end-of-document token."""
     seq_len: int = 256
-    """S, tokens that a sequence predicts."""
+    """S, tokens that the model predicts in a sequence."""
     cache_dir: FilePath = ""
-    """Where prepared corpora are kept; empty: $ULTRAMEM_CACHE, else ~/.cache/ultramem_jax."""
+    """Folder of prepared corpora; if empty, $ULTRAMEM_CACHE, or else ~/.cache/ultramem_jax."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

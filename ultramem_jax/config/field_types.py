@@ -1,7 +1,8 @@
-"""Makes config dataclasses hold what their annotations say.
+"""Makes the fields of config dataclasses have the types of their annotations.
 
-Values come from Python code, config files, the command line and JSON. A number of another type would only
-show much later, far from its cause: `steps=2.5` trains three steps, and a NumPy integer cannot be saved.
+Values come from Python code, config files, the command line and JSON. Without this check, a value of a wrong
+type would cause an error much later, far from its cause: `steps=2.5` trains three steps, and a NumPy integer
+cannot be saved.
 """
 
 import contextlib
@@ -13,23 +14,29 @@ import types
 import typing
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
 from ultramem_jax.errors import choice, require
 
 FilePath = Annotated[str, os.PathLike]
-"""A string; anything that names a file, such as `pathlib.Path`, is taken and becomes one."""
+"""Type of a field that names a file: a string. Any `os.PathLike`, such as `pathlib.Path`, is converted."""
+
+FieldValue: TypeAlias = bool | int | float | str | tuple[int, ...] | None
+"""Value of a config field that is not a config itself."""
+
+Fields: TypeAlias = dict[str, Any]
+"""Keyword arguments of a config dataclass, which checks their types itself."""
 
 _PATH: ContextVar[str | None] = ContextVar("path", default=None)
 
 
 @contextlib.contextmanager
 def built_at(path: str) -> Iterator[None]:
-    """Makes errors of configs that are made within it name their fields `path.field`.
+    """Makes the errors of configs that are built within it name their fields `path.field`.
 
-    Where a part of a config sits is known to whoever builds the whole; the part alone knows its `PREFIX`.
+    Only the code that builds a whole config knows the path of each part. A part knows only its `PREFIX`.
     """
     token = _PATH.set(path)
     try:
@@ -43,47 +50,52 @@ _EXAMPLES = {bool: "True or False", int: "a whole number", float: "a number", st
 
 
 class Checked:
-    """Checks each field of a config dataclass, its subclass, against the annotation when one is made.
+    """Checks every field of a config dataclass against its annotation when an instance is made.
 
-    Whole numbers may be of any integer type and become `int`. Numbers may be any `numbers.Real` and become
-    `float`, unless they are an `int` already. Only booleans are booleans. Every float is finite, also as
-    float32, in which models compute. Choices are `Literal`. A subclass that has checks of its own calls
-    `super().__post_init__()` before them.
+    Config dataclasses are subclasses of it. Whole numbers may have any integer type and become `int`. Numbers
+    may be any `numbers.Real` and become `float`, unless they are already an `int`. Only booleans count as
+    booleans. Every float must be finite, also as float32, because models compute in float32. Choices are
+    annotated as `Literal`. A subclass with further checks calls `super().__post_init__()` before them.
     """
 
     PREFIX: ClassVar[str] = ""
-    """Errors put this before the name of a field: `train.`."""
+    """Prefix of a field's name in errors, such as `train.`."""
 
     def __post_init__(self) -> None:
         for name, kind in _kinds(type(self)).items():  # type: ignore[arg-type]
             value = _converted(self.named(name), getattr(self, name), kind)
-            object.__setattr__(self, name, value)  # frozen for everybody else
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def named(self, field: str) -> str:
-        """Returns the name of a field for an error."""
+        """Returns the full name of a field, for an error."""
         path = _PATH.get()
         return f"{path}.{field}" if path else self.PREFIX + field
 
     def require(self, condition: bool, field: str, allowed: str) -> None:
-        """Raises `UserError` about a field, which may be one of a part, `part.field`, unless it is right."""
+        """Raises `UserError` about a field unless `condition` holds; the field may be `part.field`."""
         if not condition:
             value = functools.reduce(getattr, field.split("."), self)
             require(False, self.named(field), value, allowed)
 
     def at_least(self, low: float, *fields: str) -> None:
-        """Raises `UserError` unless all these fields are at least `low`."""
+        """Raises `UserError` unless all the named fields are at least `low`."""
         for field in fields:
             self.require(getattr(self, field) >= low, field, f"must be at least {low}")
 
 
 @functools.cache
 def _kinds(cls: Any) -> dict[str, Any]:
+    """Returns the annotation of every field of a dataclass."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def _converted(name: str, value: Any, kind: Any) -> Any:
-    """Returns the value as its annotation has it; a `UserError` names one that cannot be."""
+    """Returns the value in the type of its annotation.
+
+    Raises:
+        UserError: the annotation does not allow the value.
+    """
     if isinstance(kind, types.UnionType):
         (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
         return None if value is None else _converted(name, value, kind)
@@ -109,11 +121,11 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
         require(abs(value) < 2**32, name, value, "must be below 2**32: nothing here has more bits")
     if kind is float:
         try:
-            # A whole number stays one, so that messages show what was written.
+            # A whole number stays an `int`, so that messages show what the user wrote.
             value = value if type(value) is int else float(value)
             finite = abs(value) <= _FLOAT32_MAX
         except OverflowError:  # a fraction
             finite = False
         require(finite, name, value, "must be a finite number, also as float32")
-    # An enumeration of strings is written as its value.
+    # A member of an enumeration of strings becomes its value.
     return str.__str__(value) if kind is str else value

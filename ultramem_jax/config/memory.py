@@ -1,7 +1,7 @@
-"""Puts a memory together: its addresser, its table and its readout, and where it sits in a model.
+"""Configures a memory: its addresser, its table, its readout, and its places in a model.
 
-`MemoryConfig` is part of `ultramem_jax.config`; it has a file of its own because it is the subject of this
-project. What its parts must answer is in `ultramem_jax.config.memory_parts`.
+`MemoryConfig` is the central config of this project, so it has a file of its own. The contract of its parts
+is in `ultramem_jax.config.memory_parts`.
 """
 
 import dataclasses
@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from ultramem_jax.config.field_types import Checked
+from ultramem_jax.config.field_types import Checked, Fields, FieldValue
 from ultramem_jax.config.memory_kinds import ADDRESSERS, READOUTS
 from ultramem_jax.config.memory_parts import (
     AddressConfig,
-    Around,
     MemoryInit,
+    ModelContext,
     Parameter,
     ReadoutConfig,
     TableConfig,
@@ -28,33 +28,35 @@ from ultramem_jax.errors import unknown
 T = TypeVar("T")
 
 PARTS = ("address", "table", "readout")
-"""Fields of `MemoryConfig` that are configs of their own."""
+"""Names of the fields of `MemoryConfig` that are configs themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig(Checked):
-    """Configures one or several memories of a model, which differ only in where they sit.
+    """Configures one or several memories of a model, which differ only in their places.
 
-    `presets.families` has a function for each published member: `ultramem`, `pkm`, `engram`, ...
+    `presets.families` has a function for each published memory: `ultramem`, `pkm`, `engram`, ...
     """
 
     PREFIX: ClassVar[str] = "memory."
 
     placement: str = "full"
-    """Where the memories sit (`config.placement`). UltraMem's change 4, "split big memory & skip"."""
+    """Places of the memories (`config.placement`). UltraMem's change 4, "split big memory & skip"."""
     address: AddressConfig
-    """How rows are found; of a kind in `memory_kinds.ADDRESSERS`."""
+    """Config of the addresser, which finds rows; its kind is in `memory_kinds.ADDRESSERS`."""
     table: TableConfig = field(default_factory=TableConfig)
-    """The rows."""
+    """Config of the table, which holds the rows."""
     readout: ReadoutConfig = field(default_factory=lambda: READOUTS["projection"]())
-    """What is made of the rows; of a kind in `memory_kinds.READOUTS`."""
+    """Config of the readout, which makes the output from pooled rows; its kind is in
+    `memory_kinds.READOUTS`."""
     value_lr_multiple: float = 10.0
-    """The learning rate of the table's rows starts at this multiple of the dense one (UltraMem's change 10:
-    10; the authors' code and UltraMemV2: 4; Engram: 5) ..."""
+    """Multiple of the dense learning rate at which the rate of the table's rows starts (UltraMem's change 10:
+    10; the authors' code and UltraMemV2: 4; Engram: 5)."""
     value_lr_final_multiple: float = 1.0
-    """... and falls linearly to this one at the last step. Engram keeps its 5."""
+    """Multiple of the dense learning rate to which the rate of the table's rows falls, linearly, until the
+    last step. Engram keeps its 5."""
     decay_values: bool = True
-    """Whether rows that were read decay, by `TrainConfig.weight_decay`; Engram's do not."""
+    """True if rows that were read decay, by `TrainConfig.weight_decay`. Engram's rows do not decay."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,46 +76,49 @@ class MemoryConfig(Checked):
 
     @property
     def reads_per_token(self) -> int:
-        """R."""
+        """Returns R, the rows that a token reads in one memory."""
         return self.address.reads_per_token
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that are pooled apart from each other: E, or 1 if they are summed."""
+        """Returns the number of blocks that are pooled separately: E, or 1 if the readout sums the blocks."""
         return 1 if self.readout.sums_blocks else self.address.num_blocks
 
     @property
     def reads_apart(self) -> bool:
-        """Whether every read is pooled alone: read j is block j."""
+        """Tells whether every read is pooled by itself: read j is block j."""
         return self.address.reads_apart and not self.readout.sums_blocks
 
     @property
     def varying_weights(self) -> int:
-        """h, weights of a read, from the addresser or products with pre-values; 0 where all are ones."""
+        """Returns h, the weights of a read, or 0 if all weights are ones.
+
+        Weights come from the addresser or from products with pre-values.
+        """
         varies = self.address.weighs_reads or self.table.pre_value_dim > 0
         return self.address.weights_per_read if varies else 0
 
     def resized(self, num_slots: float) -> "MemoryConfig":
-        """Returns the memory whose own slots are nearest to that many."""
+        """Returns the memory with the number of own slots that is nearest to `num_slots`."""
         near = self.address.near_slots(num_slots)
         best = min(near, key=lambda address: abs(address.own_slots - num_slots))
         return dataclasses.replace(self, address=best)
 
     def in_words(self) -> list[str]:
-        """Returns what tells the memory from others, in a few words."""
+        """Returns short phrases that distinguish the memory from others, such as sizes and reads."""
         widths = {"d_v": self.table.value_dim, "d_p": self.table.pre_value_dim}
         words = [f"{name} {width}" for name, width in widths.items() if width]
         found, norms = self.address.in_words()
         return [*found, *words, f"{self.address.reads_in_words} reads", *norms, *self.readout.in_words()]
 
-    def changed(self, **fields: Any) -> "MemoryConfig":
-        """Returns the config with fields changed, each by its name alone, whichever part has it.
+    def changed(self, **fields: FieldValue) -> "MemoryConfig":
+        """Returns the config with some fields changed; a field of a part needs only its own name.
 
         Raises:
             UserError: no part has such a field, or a value is not allowed.
         """
-        own: dict[str, Any] = {}
-        of_parts: dict[str, dict[str, Any]] = {}
+        own: Fields = {}
+        of_parts: dict[str, Fields] = {}
         for name, value in fields.items():
             *part, _ = self.find(name)
             (of_parts.setdefault(part[0], {}) if part else own)[name] = value
@@ -121,11 +126,11 @@ class MemoryConfig(Checked):
         return dataclasses.replace(self, **own, **parts)
 
     def value_of(self, name: str) -> Any:
-        """Returns the value of a field, whichever part has it."""
+        """Returns the value of a field of the memory or of one of its parts."""
         return functools.reduce(getattr, self.find(name), self)
 
     def find(self, name: str) -> tuple[str, ...]:
-        """Returns the path of a field, `("address", name)` or `(name,)`, from its name alone.
+        """Returns the path of a field, such as `("address", name)` or `(name,)`, given only its name.
 
         Raises:
             UserError: no part has such a field.
@@ -140,21 +145,24 @@ class MemoryConfig(Checked):
         raise unknown("field of a memory", name, own.union(*of_parts.values()) - {"kind"})
 
 
-def memory_of(address: str, readout: str = "projection", **fields: Any) -> MemoryConfig:
-    """Returns a memory of the kinds named, with fields of its parts given by their names alone.
+def memory_of(address: str, readout: str = "projection", **fields: FieldValue) -> MemoryConfig:
+    """Returns a memory of two kinds; a field of one of its parts needs only its own name.
 
     Args:
-        address: kind, of `memory_kinds.ADDRESSERS`.
-        readout: kind, of `memory_kinds.READOUTS`.
-        fields: of `MemoryConfig`, of the table, and of these two kinds; others are as by default.
+        address: kind of the addresser, in `memory_kinds.ADDRESSERS`.
+        readout: kind of the readout, in `memory_kinds.READOUTS`.
+        fields: values for fields of `MemoryConfig`, of its table, and of these two kinds. All other fields
+            have their defaults.
 
     Raises:
         UserError: an unknown kind or field, or a value that is not allowed.
     """
     kinds = {"address": ADDRESSERS[address], "table": TableConfig, "readout": READOUTS[readout]}
-    values: dict[str, dict[str, Any]] = {part: {} for part in kinds}
+    values: dict[str, Fields] = {part: {} for part in kinds}
     known = {part: {one.name for one in dataclasses.fields(cls)} - {"kind"} for part, cls in kinds.items()}
-    own = {one.name: fields.pop(one.name) for one in dataclasses.fields(MemoryConfig) if one.name in fields}
+    own: Fields = {
+        one.name: fields.pop(one.name) for one in dataclasses.fields(MemoryConfig) if one.name in fields
+    }
     for name, value in fields.items():
         part = next((part for part, names in known.items() if name in names), None)
         if part is None:
@@ -165,16 +173,20 @@ def memory_of(address: str, readout: str = "projection", **fields: Any) -> Memor
 
 @dataclass(frozen=True)
 class MemorySite:
-    """Stands for one memory of a model (`ModelConfig.sites`): all that counts, shards or makes it asks it."""
+    """Describes one memory of a model (`ModelConfig.sites`), for code that counts, shards or builds it."""
 
     group: str
-    """Its name in `ModelConfig.memories`; memories of one group have one config."""
+    """Name of the memory in `ModelConfig.memories`. All memories of a group have the same config."""
     index: int
-    """Its number within the group, from 0."""
+    """Number of the memory within its group, from 0."""
     span: Span
+    """Place of the memory among the layers."""
     config: MemoryConfig
-    around: Around
+    """Config of the memory."""
+    context: ModelContext
+    """Facts about the model that the memory depends on."""
     layout: TableLayout
+    """Tables of the memories of the group, and the rows that each memory reads."""
 
     @classmethod
     def alone(
@@ -185,81 +197,81 @@ class MemorySite:
         index: int = 0,
         num_memories: int = 1,
         group: str = "memory",
-        **around: Any,
+        **context: FieldValue,
     ) -> "MemorySite":
-        """Returns a memory that is in no model, to be applied by itself.
+        """Returns a memory that belongs to no model, to be applied by itself.
 
         Args:
-            config: of the memory.
+            config: config of the memory.
             embed_dim: D.
-            index: its number, of
-            num_memories: M, memories that the tables are made for. They read in layers 1 to M.
-            group: its name.
-            around: fields of `Around`: `num_layers` (M), `vocab_size` (257), `inner_ratio` (4), `dtype`
-                (float32) and `norm_eps` (1e-5), with what they are by default.
+            index: number of the memory in its group, from 0.
+            num_memories: M, memories of the group, for which the tables are made. They read in layers 1 to M.
+            group: name of the group.
+            context: other fields of `ModelContext`. The defaults are `num_layers` M, `vocab_size` 257,
+                `inner_ratio` 4, `dtype` float32 and `norm_eps` 1e-5.
 
         Raises:
             UserError: the parts do not fit each other.
         """
-        plain: dict[str, Any] = dict(
+        plain: Fields = dict(
             num_layers=num_memories, vocab_size=257, inner_ratio=4.0, dtype="float32", norm_eps=1e-5
         )
         starts = tuple(range(1, num_memories + 1))
-        facts = Around(embed_dim=embed_dim, starts=starts, **plain | around)
+        facts = ModelContext(embed_dim=embed_dim, starts=starts, **plain | context)
         span = Span(index + 1, index + 1)
         return cls(group, index, span, config, facts, config.address.layout(config, facts))
 
     @property
     def name(self) -> str:
-        """The name of its module, and of what it sows."""
+        """Returns the name of the memory's module, under which it also sows its metrics."""
         return f"{self.group}_{self.index}"
 
     @property
     def table(self) -> str:
-        """The name of the module whose table it reads: its own, or one that the group shares."""
+        """Returns the name of the module that holds its table: its own, or one that the group shares."""
         return f"{self.group}_tables" if self.config.table.is_shared else self.name
 
     @property
     def window(self) -> Window:
-        """The rows that it can reach."""
+        """Returns the window of table rows that the memory can read."""
         return self.layout.windows[self.index]
 
     @property
     def num_slots(self) -> int:
-        """N of its table."""
+        """Returns N, the rows of the memory's table."""
         return self.layout.num_slots[self.window.table]
 
     @property
     def parameters(self) -> dict[str, Parameter]:
-        """Its dense parameters by name."""
+        """Returns the memory's dense parameters by name."""
         config = self.config
         return _distinct(part.parameters(self) for part in (config.address, config.table, config.readout))
 
     @property
     def flops(self) -> int:
-        """FLOPs of a token in products with its parameters, two per weight and use."""
+        """Returns the FLOPs of a token in products with dense parameters, two per weight and use."""
         return sum(parameter.flops for parameter in self.parameters.values())
 
     @property
     def lookup_flops(self) -> int:
-        """FLOPs of a token's lookup: 2·R·(d_v + d_p), or 0 where rows are taken as they are."""
+        """Returns the FLOPs of a token's lookup: 2·R·(d_v + d_p), or 0 where nothing weighs or sums rows."""
         sums = self.config.varying_weights > 0 or self.config.readout.sums_blocks
         reads = self.config.reads_per_token if sums else 0
         return 2 * reads * self.config.table.row_dim
 
     @property
     def cache(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """What decoding remembers of a sequence: name -> shape behind B, and dtype."""
+        """Returns the arrays that decoding keeps of each sequence: name -> shape without B, and dtype."""
         return _distinct((self.config.address.cache(self), self.config.readout.cache(self)))
 
     @property
     def initial(self) -> MemoryInit:
-        """How its table and readout start."""
+        """Returns the initialisation of the memory's table and readout."""
         return self.config.address.initial(self)
 
 
 def _distinct(of_parts: Iterable[dict[str, T]]) -> dict[str, T]:
-    """Returns the dicts of all parts as one; names must differ, as the parts of a memory share a scope."""
+    """Merges the dicts of all parts. Names must differ, because the parts of a memory share a Flax scope."""
     found: dict[str, T] = {}
     for of_part in of_parts:
         for name in of_part.keys() & found.keys():

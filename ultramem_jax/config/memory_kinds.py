@@ -1,4 +1,4 @@
-"""Holds the registries of what a memory is made of: how it finds rows, and what it makes of them."""
+"""Holds the registries of a memory's parts: addressers, which find rows, and readouts, which use them."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ ADDRESSERS: "Registry[AddressConfig]" = Registry(
         "hashed_ngrams": "ultramem_jax.layers.memory.hashed_ngrams",
     },
 )
-"""Kind of `MemoryConfig.address` -> its config, which makes the addresser."""
+"""Registry of the kinds of `MemoryConfig.address`: kind -> config class, which makes the addresser."""
 
 READOUTS: "Registry[ReadoutConfig]" = Registry(
     "readout kind",
@@ -23,4 +23,4 @@ READOUTS: "Registry[ReadoutConfig]" = Registry(
         "context_gate": "ultramem_jax.layers.memory.context_gate",
     },
 )
-"""Kind of `MemoryConfig.readout` -> its config, which makes the readout."""
+"""Registry of the kinds of `MemoryConfig.readout`: kind -> config class, which makes the readout."""

@@ -1,201 +1,213 @@
-"""Declares the contract of a memory: what its parts answer about themselves, from their configs alone.
+"""Declares the contract of a memory's parts: the questions that their configs answer about them.
 
-A memory is an *addresser* (tokens -> which rows, with what weights), a *table* (the rows) and a *readout*
-(pooled rows -> (B, S, D)). Whoever counts, shards, caches, serves or compares memories asks the parts, and
-knows none of their fields: `AddressConfig` and `ReadoutConfig` are the questions. What runs is in
-`ultramem_jax.layers.memory`. The letters are those of the axis legend in `ultramem_jax`.
+A memory has an *addresser* (tokens -> rows and their weights), a *table* (the rows) and a *readout*
+(pooled rows -> (B, S, D)). Code that counts, shards, caches, serves or compares memories asks these parts and
+knows none of their fields. `AddressConfig` and `ReadoutConfig` declare the questions. The layers that run are
+in `ultramem_jax.layers.memory`. The letters are those of the axis legend in `ultramem_jax`.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from ultramem_jax.config.field_types import Checked
+from ultramem_jax.tree_types import ArrayTree
 
 if TYPE_CHECKING:
+    import jax
     import numpy as np
+    from flax import linen as nn
 
     from ultramem_jax.config.memory import MemoryConfig, MemorySite
 
 MAX_SLOTS = 2**31 - 2**26
-"""Bound of a table's rows. Slots are int32, and the top 2²⁶ are reserved as padding of the rows of a step."""
+"""Upper bound of a table's rows. Slots are int32, and the top 2²⁶ ids are reserved as padding of the rows of
+a step."""
 
 Role = Literal["matrix", "weights", "gain", "core"]
+"""Use of a dense parameter, see `Parameter.role`."""
 
 
 class Parameter(NamedTuple):
-    """Describes one dense parameter of a memory: what counting, sharding and serving must know of it."""
+    """Describes one dense parameter of a memory, for counting, sharding and serving."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    """Logical axes, `parallel.rules.MESH_AXES` has their mesh axes; None is never split."""
+    """Logical axis of every dimension, which `parallel.rules.MESH_AXES` maps to mesh axes. None is never
+    split."""
     group: str
-    """What `accounting.Parameters.memory` counts it under."""
+    """Key under which `accounting.Parameters.memory` counts the parameter."""
     role: Role = "matrix"
-    """`matrix`: (in, out) of a product with a token's vector, served by output. `weights`: numbers that meet
-    a token's vector in another way. `gain`: a vector of a norm or a bias, which papers do not count. `core`:
-    a weight that papers count, and that meets scores and never a token's vector."""
+    """Use of the parameter. `matrix`: the (in, out) matrix of a product with a token's vector, served by
+    output. `weights`: numbers that multiply a token's vector in another way. `gain`: a vector of a norm or a
+    bias, which papers do not count. `core`: a weight that papers count, and that multiplies scores and never
+    a token's vector."""
     uses: int = 1
-    """How often a token meets each number."""
+    """Number of times that each number is used for a token."""
 
     @property
     def size(self) -> int:
-        """Numbers in it."""
+        """Returns the number of elements."""
         return math.prod(self.shape)
 
     @property
     def flops(self) -> int:
-        """Of a token: a multiplication and an addition for each weight and use."""
+        """Returns the FLOPs of a token: a multiplication and an addition for each weight and use."""
         return 2 * self.size * self.uses if self.role in ("matrix", "weights") else 0
 
 
 class Window(NamedTuple):
-    """Names the rows of a table that one memory reads; past the end of the table they go on at its start."""
+    """Names the rows of a table that one memory reads; past the end of the table they wrap to its start."""
 
     table: int
-    """Which of the tables."""
+    """Index of the table."""
     first: int
-    """Row."""
+    """First row of the window."""
     size: int
-    """Rows."""
+    """Number of rows."""
 
 
 @dataclass(frozen=True)
 class TableLayout:
-    """Lists the tables of the memories that have one config, and which rows of them each memory reads."""
+    """Lists the tables of the memories that have one config, and the rows that each memory reads."""
 
     num_slots: tuple[int, ...]
-    """N of each table."""
+    """Rows N of each table."""
     windows: tuple[Window, ...]
-    """Of each memory."""
+    """Window of each memory."""
 
 
 class Stage(NamedTuple):
-    """Describes a stage of addressing in a training step, for floors of its time."""
+    """Describes a stage of addressing in a training step, to compute a floor of its time."""
 
     flops: int
-    """Of a token, forward."""
+    """FLOPs of a token in the forward pass."""
     weights: int
-    """Parameters that it reads."""
+    """Number of parameters that the stage reads."""
     backward: bool
-    """Whether the backward pass does it twice more, by input and by weight."""
+    """True if the backward pass repeats the products of the stage twice, by input and by weight."""
 
 
 class MemoryInit(NamedTuple):
-    """Says how the parts around an addresser start, so that its scores and their values fit each other."""
+    """Gives the initialisation of table and readout, so that scores and values fit each other."""
 
     values_std: float
     """Standard deviation of the values of a table."""
     pre_values_std: float = 1.0
-    """Of its pre-values."""
-    projection: Callable[..., Any] | None = None
+    """Standard deviation of the pre-values of a table."""
+    projection: "Callable[..., jax.Array] | None" = None
     """Initialiser of the map from pooled values to D."""
-    input: Callable[..., Any] | None = None
-    """Initialiser of maps that meet x beside the query: of pre-values, and of a gate."""
+    input: "Callable[..., jax.Array] | None" = None
+    """Initialiser of the other maps of x beside the query: those of pre-values and of a gate."""
 
 
 @dataclass(frozen=True)
-class Around:
-    """Says what a memory must know of the model that it is in."""
+class ModelContext:
+    """Holds the facts about its model that a memory needs."""
 
     embed_dim: int
-    """D."""
+    """D, width of the residual stream."""
     num_layers: int
-    """L."""
+    """L, layers of the model."""
     vocab_size: int
-    """V."""
+    """V, size of the vocabulary."""
     inner_ratio: float
-    """Inner width of the feed-forward over D; of a Mixture of Experts, of the k that a token visits."""
+    """Inner width of the feed-forward divided by D. For a Mixture of Experts, the inner width of the k
+    experts of a token together."""
     dtype: str
-    """Of the computation."""
+    """Dtype of the computation."""
     norm_eps: float
+    """Epsilon of RMS norms."""
     starts: tuple[int, ...]
-    """The layers, from 1, at which the memories of this config read. Their number is M."""
+    """Layers, from 1, in which the memories of this config read. There are M of them."""
 
 
 @dataclass(frozen=True)
 class AddressConfig(Checked):
-    """Says how a memory finds the rows that a token reads. Subclasses are kinds, `memory_kinds.ADDRESSERS`.
+    """Configures how a memory finds the rows that a token reads. Subclasses are `memory_kinds.ADDRESSERS`.
 
-    A subclass has the field `kind: Literal["its_name"] = "its_name"` and answers below. `site` is the memory
-    in its model (`MemorySite`): its config, its number, and what is around it.
+    A subclass has the field `kind: Literal["its_name"] = "its_name"` and overrides the answers below. `site`
+    describes the memory in its model (`MemorySite`): its config, its number, and the context of its model.
     """
 
     PREFIX: ClassVar[str] = "address."
 
     kind: str = ""
+    """Name of the kind in `memory_kinds.ADDRESSERS`."""
 
     @property
     def reads_per_token(self) -> int:
-        """R."""
+        """Returns R, the rows that a token reads."""
         raise NotImplementedError
 
     @property
     def num_blocks(self) -> int:
-        """E, blocks in which the reads of a token are summed apart from each other."""
+        """Returns E, the number of blocks; the reads of each block are summed separately."""
         return 1
 
     @property
     def weights_per_read(self) -> int:
-        """h, weights of a read; each weighs a slice of d_v/h values."""
+        """Returns h, the weights of a read; each weighs a slice of d_v/h values."""
         return 1
 
     @property
     def reads_apart(self) -> bool:
-        """Whether every read is a block of its own: read j is in block j of R."""
+        """Tells whether every read is a block of its own: read j is in block j of R."""
         return False
 
     @property
     def weighs_reads(self) -> bool:
-        """Whether reads have weights; else they are all one, and a lookup has no sums."""
+        """Tells whether the addresser weighs reads; if not, all weights are one and a lookup has no sums."""
         return True
 
     def check(self, memory: "MemoryConfig") -> None:
-        """Raises `UserError` where the address does not go with table and readout, by `memory.require`."""
+        """Raises `UserError`, by `memory.require`, if the address does not fit table and readout."""
 
     def check_beside(self, others: "Sequence[AddressConfig]") -> None:
-        """Raises `UserError` where other memories of the model would address rows in the same way."""
+        """Raises `UserError` if another memory of the model would address rows in the same way."""
 
-    def layout(self, memory: "MemoryConfig", around: Around) -> TableLayout:
-        """Returns the tables of all memories of a config, and who reads what.
+    def layout(self, memory: "MemoryConfig", context: ModelContext) -> TableLayout:
+        """Returns the tables of all memories of a config, and the rows that each memory reads.
 
         Raises:
-            UserError: more slots than an int32 counts, or sharing that the memories do not divide into.
+            UserError: more slots than int32 can count, or memories that the chosen sharing cannot divide.
         """
         raise NotImplementedError
 
     def parameters(self, site: "MemorySite") -> dict[str, Parameter]:
-        """Returns the addresser's dense parameters by name; names are its own among all of the memory."""
+        """Returns the addresser's dense parameters by name. No other part of the memory may use a name."""
         return {}
 
     def scoring_flops(self, site: "MemorySite") -> int:
-        """Returns the FLOPs of a token beside those of the parameters: choosing rows among scores."""
+        """Returns the FLOPs of a token that choose rows from scores, beside products with parameters."""
         return 0
 
     def stages(self, site: "MemorySite") -> dict[str, Stage]:
-        """Returns the stages of a training step by name, in their order."""
+        """Returns the stages of addressing in a training step by name, in their order."""
         return {}
 
     def cache(self, site: "MemorySite") -> dict[str, tuple[tuple[int, ...], str]]:
-        """Returns what decoding remembers of a sequence: name -> shape behind B, and dtype."""
+        """Returns the arrays that decoding keeps of each sequence: name -> shape without B, and dtype."""
         return {}
 
-    def served(self, site: "MemorySite", params: dict[str, Any], buffers: dict[str, Any]) -> dict[str, Any]:
-        """Returns what stands in place of parameters in a model that is served, beside its matrices."""
+    def served(
+        self, site: "MemorySite", params: dict[str, ArrayTree], buffers: dict[str, ArrayTree]
+    ) -> dict[str, ArrayTree]:
+        """Returns the arrays that replace parameters in a served model, except for its matrices."""
         return {}
 
     def initial(self, site: "MemorySite") -> MemoryInit:
-        """Returns how table and readout start."""
+        """Returns the initialisation of table and readout."""
         raise NotImplementedError
 
-    def addresser(self, site: "MemorySite", name: str | None = None) -> Any:
+    def addresser(self, site: "MemorySite", name: str | None = None) -> "nn.Module":
         """Returns the module (h (B, S, D), token_ids (B, S), chunk) -> `layers.memory.addresser.Reads`."""
         raise NotImplementedError
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether rows depend on the tokens themselves, and so on the tokenizer."""
+        """Tells whether rows depend on the token ids themselves, and therefore on the tokenizer."""
         return False
 
     def with_token_map(self, canonical_ids: "np.ndarray") -> "AddressConfig":
@@ -203,127 +215,128 @@ class AddressConfig(Checked):
         return self
 
     def token_buffers(self, site: "MemorySite", canonical_ids: "np.ndarray") -> "dict[str, np.ndarray]":
-        """Returns the buffers that depend on the tokenizer, by their names in the memory."""
+        """Returns the memory's buffers that depend on the tokenizer, by name."""
         return {}
 
     def balance_numbers(self, site: "MemorySite") -> int:
-        """Returns how many float32 numbers a micro-batch all-reduces for balance losses."""
+        """Returns the count of float32 numbers that a micro-batch all-reduces for balance losses."""
         return 0
 
     def near_slots(self, num_slots: float) -> "Sequence[AddressConfig]":
-        """Returns the configs whose own slots are nearest to that many, one or several to choose from."""
+        """Returns the configs whose own slots are nearest to `num_slots`: one, or several to choose from."""
         raise NotImplementedError
 
     def most_reads(self, site: "MemorySite") -> int:
-        """Returns the most reads of a token that there can be with these slots."""
+        """Returns the largest number of reads per token that these slots allow."""
         return self.reads_per_token
 
     def with_reads(self, reads: int) -> "AddressConfig":
-        """Returns the config with at most that many reads per token, as near to it as can be."""
+        """Returns the config with the reads per token that are nearest to `reads`, and not more."""
         return self
 
     def widths(self) -> "tuple[int, Callable[[int], AddressConfig]] | None":
-        """Returns the width that sets the cost of addressing and what changes it; None if nothing does."""
+        """Returns the width that sets the cost of addressing and a function that changes it, or None."""
         return None
 
     @property
     def own_slots(self) -> int:
-        """Slots that one memory adds to a model."""
+        """Returns the number of slots that one memory adds to a model."""
         raise NotImplementedError
 
     @property
     def slots_hint(self) -> str:
-        """The field that makes the slots divisible by their owners, in parentheses; empty where none does."""
+        """Returns the field that makes owners divide slots, in parentheses, or an empty text if none does."""
         return ""
 
     @property
     def reads_in_words(self) -> str:
-        """R, as a product where it is one."""
+        """Returns R as text, as a product of its factors where it has some."""
         return str(self.reads_per_token)
 
     def in_words(self) -> tuple[list[str], list[str]]:
-        """Returns what tells the config from others of its kind in a few words: sizes, and what else."""
+        """Returns short phrases that distinguish configs of one kind: first sizes, then other fields."""
         return [], []
 
 
 @dataclass(frozen=True)
 class ReadoutConfig(Checked):
-    """Says what a memory makes of the rows it read. Subclasses are the kinds, `memory_kinds.READOUTS`."""
+    """Configures how a memory makes its output from pooled rows. Subclasses are `memory_kinds.READOUTS`."""
 
     PREFIX: ClassVar[str] = "readout."
 
     kind: str = ""
+    """Name of the kind in `memory_kinds.READOUTS`."""
 
     @property
     def sums_blocks(self) -> bool:
-        """Whether the blocks are summed before the readout sees them."""
+        """Tells whether the blocks are summed before the readout receives them."""
         return False
 
     @property
     def power(self) -> float:
-        """Mean square of what the readout multiplies pooled values by."""
+        """Returns the mean square of the factor by which the readout multiplies pooled values."""
         return 1.0
 
     def check(self, memory: "MemoryConfig") -> None:
-        """Raises `UserError` where the readout does not go with address and table."""
+        """Raises `UserError`, by `memory.require`, if the readout does not fit address and table."""
 
-    def check_model(self, memory: "MemoryConfig", around: Around) -> None:
-        """Raises `UserError` where the memory does not fit into the model, by `memory.require`."""
+    def check_model(self, memory: "MemoryConfig", context: ModelContext) -> None:
+        """Raises `UserError`, by `memory.require`, if the memory does not fit into the model."""
 
     def parameters(self, site: "MemorySite") -> dict[str, Parameter]:
         """Returns the readout's dense parameters by name."""
         return {}
 
     def extra_flops(self, site: "MemorySite") -> int:
-        """Returns the FLOPs of a token beside those of the parameters that grow with a width."""
+        """Returns the FLOPs of a token that grow with a width, beside products with parameters."""
         return 0
 
     def cache(self, site: "MemorySite") -> dict[str, tuple[tuple[int, ...], str]]:
-        """Returns what decoding remembers of a sequence: name -> shape behind B, and dtype."""
+        """Returns the arrays that decoding keeps of each sequence: name -> shape without B, and dtype."""
         return {}
 
-    def readout(self, site: "MemorySite", name: str | None = None) -> Any:
+    def readout(self, site: "MemorySite", name: str | None = None) -> "nn.Module":
         """Returns the module (pooled (T, E, d_v), h (B, S, D), chunk) -> (B, S, D)."""
         raise NotImplementedError
 
     def in_words(self) -> list[str]:
-        """Returns what tells the config from others of its kind, in a few words."""
+        """Returns short phrases that distinguish configs of one kind."""
         return []
 
 
 @dataclass(frozen=True)
 class TableConfig(Checked):
-    """Describes the rows of a memory: what they hold, who shares them, where they lie, how they are split."""
+    """Configures the rows of a memory: their contents, sharing, storage, and partition over devices."""
 
     PREFIX: ClassVar[str] = "table."
 
     value_dim: int = 128
     """d_v, width of a stored value. UltraMem's change 2, "half vdim + proj", is D/2 with a projection."""
     pre_value_dim: int = 0
-    """d_p, width of a second vector per slot, the pre-value u (PEER, UltraMemV2): a slot is then an expert of
-    inner width 1, whose weight is multiplied by act(u·p), p a projection of x. 0 is off."""
+    """d_p, width of a second vector per slot, the pre-value u (PEER, UltraMemV2). A slot is then an expert of
+    inner width 1: its weight is multiplied by act(u·p), where p is a projection of x. 0 switches this off."""
     project_pre_values: bool = True
-    """p is a linear map (D -> d_p) of x; else x itself, and d_p must equal D (PEER)."""
+    """True if p is a linear map (D -> d_p) of x; if False, p is x itself and d_p must equal D (PEER)."""
     pre_value_activation: Literal["none", "gelu"] = "none"
-    """act."""
+    """Activation act of the product u·p."""
     sharing: Literal["none", "all", "ring", "blocks"] = "none"
-    """`none`: a table for every memory. `all`: one table, read whole by all memories (Memory+). `ring`: one
-    table of the slots of all M memories; memory i reads the window of `share_ratio` of them that starts at
-    its own slots and wraps around (UltraMemV2). `blocks`: the same table in 1/`share_ratio` windows, each
-    read by neighbouring memories."""
+    """Sharing of tables between memories. `none`: every memory has its own table. `all`: all memories read
+    one table as a whole (Memory+). `ring`: one table holds the slots of all M memories; memory i reads a
+    window of the share `share_ratio` that starts at its own slots and wraps around (UltraMemV2). `blocks`:
+    the same table has 1/`share_ratio` windows, and neighbouring memories read the same window."""
     share_ratio: float = 1.0
-    """The part of a `ring` or `blocks` table that one memory reads. In a ring of M memories less than 1/M
-    leaves slots that no memory reaches."""
+    """Part of a `ring` or `blocks` table that one memory reads. In a ring of M memories, a part below 1/M
+    leaves slots that no memory reads."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the stored values and pre-values; rows in bfloat16 are trained with stochastic rounding
-    (`TrainConfig.row_rounding`). Sums over rows are made in the model's dtype either way."""
+    """Dtype of the stored values and pre-values. Rows in bfloat16 are trained with stochastic rounding
+    (`TrainConfig.row_rounding`). Sums over rows always have the model's dtype."""
     memory_kind: Literal["device", "pinned_host"] = "device"
-    """Where tables and their moments lie: `device`, or `pinned_host`, the memory of the host, from which
-    the rows of a step are fetched. For tables larger than an accelerator; the numbers are the same."""
+    """Storage of tables and their moments: `device`, or `pinned_host`, host memory, from which each step
+    fetches its rows. Use `pinned_host` for tables larger than an accelerator; the results are the same."""
     partition: Literal["slots", "width", "both"] = "slots"
-    """How tables are split over the devices of a mesh (`MeshConfig`): `slots`, rows over its axis `memory`;
-    `width`, columns over `memory`; `both`, rows over `memory` and columns over `width`. The numbers are the
-    same, up to the rounding of sums, which travel in the model's dtype."""
+    """Partition of tables over the devices of a mesh (`MeshConfig`): `slots`, rows over the mesh axis
+    `memory`; `width`, columns over `memory`; `both`, rows over `memory` and columns over `width`. The results
+    are the same up to the rounding of sums, which devices exchange in the model's dtype."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -343,23 +356,23 @@ class TableConfig(Checked):
 
     @property
     def row_dim(self) -> int:
-        """d_v + d_p, numbers stored per slot."""
+        """Returns d_v + d_p, the numbers stored per slot."""
         return self.value_dim + self.pre_value_dim
 
     @property
     def arrays(self) -> dict[str, int]:
-        """The arrays of a table by name, and how wide their rows are."""
+        """Returns the arrays of a table: name -> width of its rows."""
         widths = {"values": self.value_dim, "pre_values": self.pre_value_dim}
         return {name: width for name, width in widths.items() if width}
 
     @property
     def is_shared(self) -> bool:
-        """Whether all memories of a config read one table."""
+        """Tells whether all memories of a config read one table."""
         return self.sharing != "none"
 
     def parameters(self, site: "MemorySite") -> dict[str, Parameter]:
-        """Returns the dense parameters that products with pre-values need."""
+        """Returns the dense parameters by name that products with pre-values need."""
         if not (self.pre_value_dim and self.project_pre_values):
             return {}
-        shape = (site.around.embed_dim, self.pre_value_dim)
+        shape = (site.context.embed_dim, self.pre_value_dim)
         return {"pre_projection": Parameter(shape, ("embed", None), "pre_projection")}

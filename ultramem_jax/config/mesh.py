@@ -8,28 +8,29 @@ from ultramem_jax.errors import at_least
 
 @dataclass(frozen=True)
 class MeshConfig(Checked):
-    """Devices along named axes; the product of all is their number. A run may go on on another mesh.
+    """Arranges devices along named axes; the product of all sizes is the number of devices.
 
-    Sequences of a batch are split over `data` and `fsdp` and, unless `batch_over_memory` is off, over
-    `memory` and `width`. Devices along `tensor` work on the same sequences.
+    A run may continue on another mesh. The sequences of a batch are split over `data` and `fsdp` and, unless
+    `batch_over_memory` is off, over `memory` and `width`. Devices along `tensor` work on the same sequences.
     """
 
     PREFIX = "mesh."
 
     data: int = 0
-    """Data parallelism: every device along it has all parameters. 0: the devices that the others leave."""
+    """Devices of data parallelism, each with all parameters. 0 takes the devices that other axes leave."""
     fsdp: int = 1
-    """Fully sharded data parallelism: dense parameters and their optimizer state are split over it, by their
-    axis of width D, and keys by their number."""
+    """Devices of fully sharded data parallelism. Dense parameters and their optimizer state are split over
+    this axis along their dimension of width D, and keys along the axis that counts them."""
     tensor: int = 1
-    """Tensor parallelism: attention heads, the inner width of MLPs and, if it divides, the vocabulary."""
+    """Devices of tensor parallelism. Attention heads, the inner width of MLPs and, if the axis divides it,
+    the vocabulary are split over this axis."""
     memory: int = 1
-    """Sparse parameters: tables are split over it, as `TableConfig.partition` says, and experts."""
+    """Devices that share the sparse parameters: experts, and tables as `TableConfig.partition` says."""
     width: int = 1
-    """Columns of tables, where `TableConfig.partition` is `both`."""
+    """Devices over which the columns of tables are split where `TableConfig.partition` is `both`."""
     batch_over_memory: bool = True
-    """Whether devices along `memory` and `width` have sequences of their own, or all the same ones: for
-    batches smaller than the number of devices."""
+    """True if each device along `memory` and `width` has its own sequences; False if they all have the same
+    sequences, for batches smaller than the number of devices."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

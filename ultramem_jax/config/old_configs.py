@@ -1,8 +1,8 @@
-"""Brings configs that earlier versions wrote into today's parts."""
+"""Upgrades configs that earlier versions saved to the current fields."""
 
-from typing import Any
+from ultramem_jax.tree_types import JsonDict
 
-_TABLE = {
+_TABLE_FIELDS = {
     "value_dim": "value_dim",
     "pre_value_dim": "pre_value_dim",
     "project_pre_values": "project_pre_values",
@@ -13,17 +13,19 @@ _TABLE = {
     "memory_kind": "memory_kind",
     "partition": "partition",
 }
-_READOUT = ("project_values", "sum_blocks", "gate")
-_OWN = ("placement", "value_lr_multiple")
+"""Old name of a field -> its name in `TableConfig`."""
+_READOUT_FIELDS = ("project_values", "sum_blocks", "gate")
+_OWN_FIELDS = ("placement", "value_lr_multiple")
 
 
-def in_todays_parts(tree: Any) -> Any:
-    """Returns the tree of a `RunConfig` with its one memory, if it has one, in today's parts.
+def upgrade_tree(tree: JsonDict) -> JsonDict:
+    """Returns the saved tree of a `RunConfig` in the current fields, whichever version saved it.
 
-    Up to version 0.2 a model had one memory, `model.memory`, of product keys, whose fields were all in one
-    dict. It is called `memory` here, as its parameters are in the checkpoints of then.
+    Up to version 0.2 a model had at most one memory, `model.memory`, of product keys, and all its fields were
+    in one dict. The upgraded tree names that memory `memory`, as its parameters are named in the checkpoints
+    of these versions.
     """
-    if not is_of_before(tree):
+    if not is_old_tree(tree):
         return tree
     model = dict(tree["model"])
     memory = model.pop("memory")
@@ -32,9 +34,9 @@ def in_todays_parts(tree: Any) -> Any:
     rest = dict(memory)
     if "norm_query_key" in rest:  # before version 0.2
         rest["norm_query"] = rest["norm_keys"] = rest.pop("norm_query_key")
-    table = {name: rest.pop(old) for old, name in _TABLE.items() if old in rest}
-    readout = {name: rest.pop(name) for name in _READOUT if name in rest}
-    own = {name: rest.pop(name) for name in _OWN if name in rest}
+    table = {name: rest.pop(old) for old, name in _TABLE_FIELDS.items() if old in rest}
+    readout = {name: rest.pop(name) for name in _READOUT_FIELDS if name in rest}
+    own = {name: rest.pop(name) for name in _OWN_FIELDS if name in rest}
     parts = {
         "address": {"kind": "product_keys"} | rest,
         "table": table,
@@ -43,8 +45,8 @@ def in_todays_parts(tree: Any) -> Any:
     return tree | {"model": model | {"memories": {"memory": own | parts}}}
 
 
-def is_of_before(tree: Any) -> bool:
-    """Returns whether an earlier version wrote the tree of a `RunConfig`."""
+def is_old_tree(tree: object) -> bool:
+    """Tells whether version 0.2 or an earlier one saved the tree of a `RunConfig`."""
     model = tree.get("model") if isinstance(tree, dict) else None
     if not isinstance(model, dict) or "memory" not in model or "memories" in model:
         return False

@@ -1,14 +1,14 @@
-"""Reads placements: which layer feeds a memory, and where its output lands.
+"""Parses placements, which say which layer feeds a memory and where its output is added.
 
-A placement lists memories, joined by `/`, of three kinds:
+A placement lists memories, joined by `/`. There are three kinds:
 
-- `3:7` beside: takes the normalised feed-forward input of layer 3 and adds its output to the residual stream
-  after layer 7. Between the two, nothing waits for it (UltraMem).
-- `instead@6`: stands in place of the feed-forward of layer 6 (as PKM and Memory+ were published).
-- `before@2`: takes the residual stream before attention of layer 2, and adds to it there (Engram).
+- `3:7`, beside the layers: the memory takes the normalised feed-forward input of layer 3 and adds its output
+  to the residual stream after layer 7. No layer in between waits for it (UltraMem).
+- `instead@6`: the memory replaces the feed-forward of layer 6 (as PKM and Memory+ were published).
+- `before@2`: the memory takes the residual stream before attention of layer 2, and adds to it there (Engram).
 
-Layers count from 1, as in the UltraMem paper. `full` puts one memory beside every layer (`1:1/2:2/...`),
-`none` puts none anywhere.
+Layers count from 1, as in the UltraMem paper. `full` puts one memory beside every layer (`1:1/2:2/...`).
+`none` places no memory.
 """
 
 from typing import Literal, NamedTuple
@@ -20,24 +20,27 @@ _ALLOWED = "allowed are 'full', 'none' or spans like '3:7', 'instead@6' and 'bef
 
 
 class Span(NamedTuple):
-    """One memory: reads in layer `start`, lands in or after layer `end` (both count from 1)."""
+    """Places one memory, which reads in layer `start` and adds its output in or after layer `end`, from 1."""
 
     start: int
+    """Layer, from 1, in which the memory reads."""
     end: int
+    """Layer, from 1, in or after which the memory adds its output."""
     place: Literal["beside", "instead", "before"] = "beside"
+    """Kind of the place: beside the layers, instead of a feed-forward, or before attention."""
 
 
 def parse_placement(placement: str, num_layers: int, field: str = "placement") -> tuple[Span, ...]:
-    """Returns the memories of a placement string, in the order written.
+    """Returns the places of all memories in a placement string, in their order.
 
     Args:
         placement: `full`, `none`, or memories joined by `/`.
         num_layers: L, the layers of the Transformer.
-        field: the name to use in an error.
+        field: the name of the field, for errors.
 
     Raises:
-        UserError: malformed, a span that lands before it starts, one outside layers 1..L, or two memories in
-            place of one feed-forward.
+        UserError: a malformed string, a span that ends before it starts, a span outside layers 1..L, or two
+            memories in place of one feed-forward.
     """
     if placement == "none":
         return ()
@@ -63,7 +66,7 @@ def parse_placement(placement: str, num_layers: int, field: str = "placement") -
 
 
 def _span(part: str) -> Span | None:
-    """Returns one memory of a placement, or None for any other text."""
+    """Returns the place of one memory from its text in a placement, or None for any other text."""
     point, at, layer = part.partition("@")
     if at:
         number = whole_number(layer)

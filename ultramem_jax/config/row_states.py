@@ -1,7 +1,7 @@
-"""Declares what each optimizer of rows keeps for a row of a table: arrays, their dtypes and their bytes.
+"""Declares the arrays that each optimizer of rows keeps for a table, with their dtypes and bytes.
 
 `ultramem_jax.training.row_rules` makes these arrays, `ultramem_jax.accounting` counts them, and the configs
-refuse options that change none of them.
+refuse options that do not change them.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -14,12 +14,12 @@ class RowArray(NamedTuple):
 
     name: str
     per: str
-    """`value`: (N, d), a number for each value of a row; `row`: (N, 1), one for all of them."""
+    """Shape: `value` is (N, d), a number for each value of a row; `row` is (N, 1), one number per row."""
     dtype: str
-    """`float32`, `bfloat16` (rounded as the table is) or `int32` (never rounded)."""
+    """Stored dtype: `float32`, `bfloat16` (rounded as the table is) or `int32` (never rounded)."""
 
     def bytes(self, width: int) -> int:
-        """Returns the bytes that a row with `width` columns occupies in it."""
+        """Returns the bytes that a row with `width` columns occupies in this array."""
         return _ITEM_BYTES[self.dtype] * (width if self.per == "value" else 1)
 
 
@@ -31,10 +31,10 @@ ROW_OPTIMIZERS: tuple[str, ...] = get_args(RowOptimizer)
 def row_arrays(
     optimizer: str, second_moment: str = "element", moment_dtype: str = "float32"
 ) -> tuple[RowArray, ...]:
-    """Returns what an optimizer keeps for a row, in the order of its state.
+    """Returns the arrays that an optimizer keeps for the rows of a table, in the order of its state.
 
     Args:
-        optimizer: of `ROW_OPTIMIZERS`.
+        optimizer: one of `ROW_OPTIMIZERS`.
         second_moment: `TrainConfig.row_second_moment`.
         moment_dtype: `TrainConfig.row_moment_dtype`.
     """
@@ -54,5 +54,5 @@ def row_arrays(
 
 
 def takes_means(arrays: tuple[RowArray, ...]) -> bool:
-    """Tells whether a step takes a mean over the columns of each row: it keeps one as a float."""
+    """Tells whether a step takes a mean over the columns of each row, that is, keeps a float per row."""
     return any(array.per == "row" and array.dtype == "float32" for array in arrays)

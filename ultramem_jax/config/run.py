@@ -1,4 +1,4 @@
-"""Configures a whole run, and checks what its parts ask of each other."""
+"""Configures a whole run, and checks that its parts fit each other."""
 
 from dataclasses import dataclass, field
 
@@ -13,12 +13,16 @@ from ultramem_jax.errors import require
 
 @dataclass(frozen=True)
 class RunConfig(Checked):
-    """One run: what the command `train` needs to know."""
+    """Configures one run of the command `train`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Training data."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """Training of the model."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Mesh of devices."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,7 +38,7 @@ class RunConfig(Checked):
                 )
 
     def _check_mesh(self) -> None:
-        """What is split over an axis of the mesh must divide."""
+        """Checks that every mesh axis divides the sizes that are split over it."""
         mesh, model = self.mesh, self.model
         divisible = [
             ("fsdp", "model.embed_dim", model.embed_dim),
@@ -72,7 +76,11 @@ class RunConfig(Checked):
             )
 
     def _check_table(self, group: str, memory: MemoryConfig) -> list[tuple[str, str, int]]:
-        """Checks a memory against mesh and batch; returns (mesh axis, name, size) of what must divide."""
+        """Checks a memory against mesh and batch.
+
+        Returns:
+            (mesh axis, name, size) of each size that the axis must divide.
+        """
         mesh, table, path = self.mesh, memory.table, f"model.memories.{group}"
         divisible = []
         sites = [site for site in self.model.sites if site.group == group]
@@ -86,14 +94,14 @@ class RunConfig(Checked):
         if table.partition != "width":
             name = "num_slots of a table" + memory.address.slots_hint
             divisible += [("memory", name, size) for size in sorted(slots)]
-        of_width = {"slots": None, "width": "memory", "both": "width"}[table.partition]
-        if of_width:
-            divisible.append((of_width, f"{path}.table.value_dim", table.value_dim))
-            divisible.append((of_width, f"{path}.table.pre_value_dim", table.pre_value_dim))
-            parts, weights = getattr(mesh, of_width), memory.address.weights_per_read
+        width_axis = {"slots": None, "width": "memory", "both": "width"}[table.partition]
+        if width_axis:
+            divisible.append((width_axis, f"{path}.table.value_dim", table.value_dim))
+            divisible.append((width_axis, f"{path}.table.pre_value_dim", table.pre_value_dim))
+            parts, weights = getattr(mesh, width_axis), memory.address.weights_per_read
             require(
                 parts % weights == 0 or weights % parts == 0,
-                f"mesh.{of_width}",
+                f"mesh.{width_axis}",
                 parts,
                 f"must divide the {weights} weights of a read of {path} or be a multiple of them: each "
                 "weighs its own slice of a value",

@@ -1,4 +1,4 @@
-"""Configures how a model is trained: steps, optimizers, evaluations and checkpoints."""
+"""Configures the training of a model: steps, optimizers, evaluations and checkpoints."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,67 +10,71 @@ from ultramem_jax.errors import at_least, fraction, guards_a_denominator, requir
 
 @dataclass(frozen=True)
 class TrainConfig(Checked):
-    """How it is trained. Defaults that have a source are the UltraMem paper's (its training of table 1)."""
+    """Configures the training. Defaults with a source are the UltraMem paper's (its training of table 1)."""
 
     PREFIX = "train."
 
     steps: int = 1000
+    """Number of optimizer steps."""
     batch_size: int = 16
     """Sequences per step, over all devices and accumulated micro-batches."""
     grad_accumulation: int = 1
-    """Micro-batches that a step is cut into. Gradients and losses are their means; the loads that balance
-    losses spread, of experts and of UltraMemV2's keys, are each micro-batch's own."""
+    """Number of micro-batches in a step. Gradients and losses are their means. The loads in balance losses,
+    of experts and of UltraMemV2's keys, are counted within each micro-batch."""
     learning_rate: float = 1e-3
-    """Peak, reached after warm-up."""
+    """Peak of the learning rate, reached after warm-up."""
     warmup_fraction: float = 0.01
-    """Share of the steps that the learning rate rises over, linearly from 0."""
+    """Share of the steps in which the learning rate rises linearly from 0."""
     final_lr_fraction: float = 0.1
-    """The cosine ends at this share of the peak."""
+    """Share of the peak learning rate at which the cosine decay ends."""
     optimizer: Literal["adamw", "muon", "lion"] = "adamw"
-    """Of the dense parameters: `adamw`; `muon` (Jordan et al., 2024) on the weights of matrix products, each
-    expert's by themselves, and AdamW on the rest; or `lion` (arXiv 2302.06675)."""
+    """Optimizer of the dense parameters: `adamw`; `muon` (Jordan et al., 2024) on the weights of matrix
+    products, separately for each expert, and AdamW on the rest; or `lion` (arXiv 2302.06675)."""
     b1: float = 0.9
-    """Of AdamW, the decay of the first moment; of Lion, the weight of its momentum in a step."""
+    """Decay of AdamW's first moment; for Lion, the weight of its momentum in a step."""
     b2: float = 0.95
-    """Of AdamW, the decay of the second moment; of Lion, that of its momentum."""
+    """Decay of AdamW's second moment; for Lion, the decay of its momentum."""
     eps: float = 1e-8
-    """The least root of squared gradients that AdamW and Adagrad divide by."""
+    """Number that keeps the denominators of AdamW and Adagrad, roots of squared gradients, from zero."""
     weight_decay: float = 0.1
-    """Decoupled, times the learning rate, for every optimizer; on matrices, and on the rows of a table that
-    were read. Not on gains and biases."""
+    """Decoupled weight decay, times the learning rate, for every optimizer. It applies to matrices and to the
+    rows of a table that were read, but not to gains and biases."""
     clip_norm: float = 1.0
-    """Global norm that the gradient of the dense parameters is clipped to. 0 is off."""
+    """Global norm to which the gradient of the dense parameters is clipped. 0 switches clipping off."""
     table_gradient: Literal["row_sparse", "dense"] = "row_sparse"
-    """`row_sparse` touches the rows that were read; `dense` is the plain way, linear in slots: the oracle."""
+    """Form of a table's gradient: `row_sparse` touches only the rows that were read; `dense` is the plain
+    reference, linear in slots, against which tests compare it."""
     row_optimizer: RowOptimizer = "adamw"
-    """Of the rows of tables, see `ultramem_jax.training.row_rules`: `adamw`; `adamw_catch_up`, whose moments
-    first decay by the steps that did not read the row; `adagrad`; `adagrad_row`, which keeps one number per
-    row; `sgd`; `sgd_momentum`."""
+    """Optimizer of the rows of tables, see `ultramem_jax.training.row_rules`: `adamw`; `adamw_catch_up`,
+    whose moments first decay by the steps that did not read the row; `adagrad`; `adagrad_row`, which keeps
+    one number per row; `sgd`; `sgd_momentum`."""
     momentum: float = 0.9
     """Decay of the trace of `sgd_momentum`."""
     row_second_moment: Literal["element", "row"] = "element"
-    """Of Adam on a table's rows: `element` keeps one for every value, `row` one for all values of a row."""
+    """Second moments of Adam on a table's rows: `element` keeps one for every value, `row` one per row."""
     row_moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the moments of a row's values, `float32` or `bfloat16`; also of Adagrad's sums and the trace of SGD.
-    What is kept once per row is float32."""
+    """Dtype of the moments of a row's values, `float32` or `bfloat16`; also of Adagrad's sums and the trace
+    of SGD. Numbers that are kept once per row are float32."""
     row_rounding: Literal["stochastic", "nearest"] = "stochastic"
-    """Of what is kept in bfloat16: `stochastic`, right on average however small an update, or `nearest`."""
+    """Rounding of bfloat16 rows and moments: `stochastic`, unbiased however small the update, or
+    `nearest`."""
     seed: int = 0
-    """Of initialisation, dropout and the order of the data."""
+    """Seed of initialisation, dropout and the order of the data."""
     log_every: int = 10
     """Steps between training records, whose losses are means over these steps. The last step is recorded."""
     eval_every: int = 250
-    """Steps between evaluations. The last step always evaluates. 0 is the last step alone."""
+    """Steps between evaluations. The last step always evaluates. 0 evaluates only at the last step."""
     eval_batches: int = 32
-    """Batches of the validation split per evaluation, the same ones each time. 0 is all."""
+    """Batches of the validation split per evaluation, always the same ones. 0 takes all."""
     checkpoint_every: int = 250
-    """Steps between checkpoints. The last step always saves. 0 is the last step alone."""
+    """Steps between checkpoints. The last step always saves. 0 saves only at the last step."""
     keep_last: int = 2
+    """Number of newest checkpoints that are kept."""
     keep_best: int = 1
-    """Checkpoints kept: the newest ones, and the best by validation loss. Only a checkpoint of a step that
-    also evaluates can be among the best: make `checkpoint_every` a multiple of `eval_every`."""
+    """Number of checkpoints with the best validation loss that are kept. Only a checkpoint of a step that
+    also evaluates can be among the best, so make `checkpoint_every` a multiple of `eval_every`."""
     tensorboard: bool = False
-    """Also write TensorBoard event files."""
+    """True to write TensorBoard event files as well."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,7 +118,7 @@ class TrainConfig(Checked):
         )
 
     def _check_row_options(self) -> None:
-        """Refuses options that the optimizer of rows does not have."""
+        """Raises `UserError` for options that the optimizer of rows does not have."""
         without = f"while train.row_optimizer is {self.row_optimizer!r}"
         options = {"second_moment": "element", "moment_dtype": "float32"}
         for name, plain in options.items():
@@ -131,5 +135,5 @@ class TrainConfig(Checked):
 
     @property
     def row_arrays(self) -> tuple[RowArray, ...]:
-        """Lists what the optimizer of rows keeps for each row of a table."""
+        """Returns the arrays that the optimizer of rows keeps for a table."""
         return row_arrays(self.row_optimizer, self.row_second_moment, self.row_moment_dtype)

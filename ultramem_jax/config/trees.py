@@ -1,4 +1,4 @@
-"""Turns configs into nested dicts, as JSON keeps them, and back."""
+"""Converts configs to nested dicts, as JSON stores them, and back."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,14 +11,16 @@ from ultramem_jax.config.memory_kinds import ADDRESSERS, READOUTS
 from ultramem_jax.config.memory_parts import TableConfig
 from ultramem_jax.config.mesh import MeshConfig
 from ultramem_jax.config.model import ModelConfig, MoEConfig
-from ultramem_jax.config.old_configs import in_todays_parts
+from ultramem_jax.config.old_configs import upgrade_tree
 from ultramem_jax.config.run import RunConfig
 from ultramem_jax.config.train import TrainConfig
 from ultramem_jax.errors import UserError, unknown
+from ultramem_jax.registry import Registry
+from ultramem_jax.tree_types import JsonDict
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Returns a config as nested plain dicts, for JSON; `None` for an absent part."""
+def to_dict(config: Any) -> JsonDict:
+    """Returns a config as nested plain dicts, for JSON. An absent part is `None`."""
     if isinstance(config, Mapping):
         return {name: to_dict(value) for name, value in config.items()}
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -26,18 +28,19 @@ def to_dict(config: Any) -> dict[str, Any]:
     return config
 
 
-def run_config_from_dict(tree: dict[str, Any]) -> RunConfig:
-    """Returns the `RunConfig` of which `to_dict` made the tree, also where an earlier version did.
+def run_config_from_dict(tree: JsonDict) -> RunConfig:
+    """Returns the `RunConfig` that `to_dict` of this version or an earlier one converted to a tree.
 
     Raises:
         UserError: an unknown key (with the nearest known one), or a value that is not allowed.
     """
-    return _build(RunConfig, in_todays_parts(tree), "")
+    config: RunConfig = _build(RunConfig, upgrade_tree(tree), "")
+    return config
 
 
-def _part(cls: type, field: str, tree: Any, path: str) -> Any:
-    """Returns the config that a field holds, or the value itself where it is not one."""
-    parts: dict[tuple[type, str], Any] = {
+def _part(cls: type, field: str, tree: object, path: str) -> object:
+    """Returns the value of a field: the config that its tree describes, or the tree itself for a value."""
+    parts: dict[tuple[type, str], type | Registry] = {
         (RunConfig, "model"): ModelConfig,
         (RunConfig, "data"): DataConfig,
         (RunConfig, "train"): TrainConfig,
@@ -48,29 +51,31 @@ def _part(cls: type, field: str, tree: Any, path: str) -> Any:
         (MemoryConfig, "readout"): READOUTS,
     }
     if (cls, field) == (ModelConfig, "memories"):
-        _require_dict(tree, path, "memories by name")
-        return {name: _build(MemoryConfig, of, f"{path}.{name}") for name, of in tree.items()}
+        memories = _checked_dict(tree, path, "memories by name")
+        return {name: _build(MemoryConfig, memory, f"{path}.{name}") for name, memory in memories.items()}
     part = parts.get((cls, field))
     if part is None or tree is None:
         return tree
-    if part in (ADDRESSERS, READOUTS):
-        _require_dict(tree, path, "the fields of a kind")
-        if "kind" not in tree:
+    if isinstance(part, Registry):
+        fields = _checked_dict(tree, path, "the fields of a kind")
+        if "kind" not in fields:
             raise UserError(f"{path}: must have the field 'kind', one of {', '.join(part.kinds())}")
-        part = part[str(tree["kind"])]
+        part = part[str(fields["kind"])]
     return _build(part, tree, path)
 
 
-def _require_dict(tree: Any, path: str, of: str) -> None:
+def _checked_dict(tree: object, path: str, contents: str) -> Mapping[str, object]:
+    """Returns the tree, which must be a dict; the error of any other value names the path."""
     if not isinstance(tree, Mapping):
-        raise UserError(f"{path or 'config'} = {tree!r}: must be a dict of {of}")
+        raise UserError(f"{path or 'config'} = {tree!r}: must be a dict of {contents}")
+    return tree
 
 
-def _build(cls: type, tree: Any, path: str) -> Any:
-    _require_dict(tree, path, f"the fields of {cls.__name__}")
+def _build(cls: type, tree: object, path: str) -> Any:
+    """Returns the instance of a config class that its tree describes; errors name fields `path.field`."""
     known = {f.name for f in dataclasses.fields(cls)}
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
+    values: dict[str, object] = {}
+    for key, value in _checked_dict(tree, path, f"the fields of {cls.__name__}").items():
         where = f"{path}.{key}" if path else key
         if key not in known:
             raise unknown(f"config key {where!r}:", str(key), known)

@@ -1,8 +1,8 @@
-"""Text in, batches of token ids out.
+"""Turns text into batches of token ids.
 
-`sources` says where documents come from and which split each belongs to, `tokenizers` turns them into ids,
-`builder` writes a corpus once as a TFDS dataset of fixed-length records into a cache, and `pipeline` reads it
-as sequences of S + 1 tokens: a shuffled, endless, resumable stream for training and a fixed order for
+`sources` says where documents come from and which split each belongs to. `tokenizers` turns them into ids.
+`builder` writes a corpus once, as files of tokens in a cache (`token_files`). `pipeline` reads it as
+sequences of S + 1 tokens: a shuffled, endless, resumable stream for training, and a fixed order for
 evaluation.
 """
 

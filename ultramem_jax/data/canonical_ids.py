@@ -1,4 +1,4 @@
-"""A map of the vocabulary onto fewer ids, on which tokens that read the same agree."""
+"""Maps the vocabulary onto fewer ids, so that tokens that read the same share an id."""
 
 from collections.abc import Hashable
 
@@ -22,11 +22,11 @@ _STRIP = normalizers.Strip()
 def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
     """Returns the canonical id of every token (Engram, arXiv 2601.07372, section 2.2).
 
-    Tokens share an id where their texts are equal once normalised: NFKC, then NFD without combining marks,
-    lower case, runs of blanks and line ends as one space, no space at either end. A text of only space
-    becomes one space, and a text of which nothing would be left stays as it is. Special tokens share their id
-    with no other token, nor do tokens whose bytes are not UTF-8 or hold U+FFFD. The map of a `ByteTokenizer`
-    is the identity.
+    Tokens share an id if their texts are equal once normalised: NFKC, then NFD without combining marks, lower
+    case, runs of blanks and line ends as one space, no space at either end. A text of only space becomes one
+    space. A text of which nothing would be left stays as it is. These tokens share their id with no other:
+    special tokens, and tokens whose bytes are not UTF-8 or hold U+FFFD. The map of a `ByteTokenizer` is the
+    identity.
 
     Returns:
         (V,) int32 in [0, V_c), numbered in the order of each id's first token; V_c is the largest plus one.
@@ -38,7 +38,7 @@ def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
     canonical = np.empty(tokenizer.vocab_size, np.int32)
     for i in range(tokenizer.vocab_size):
         text = None if i in special else _text(tokenizer.decode([i]))
-        # A token without text is its own key: no text equals a number.
+        # A token without text uses its id as its key, because no text equals a number.
         key = i if text is None else normalised(text)
         canonical[i] = found.setdefault(key, len(found))
     return canonical

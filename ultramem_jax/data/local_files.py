@@ -1,4 +1,4 @@
-"""Finds and reads text files of this machine. Only regular files are ever opened."""
+"""Finds and reads text files of this machine. It opens only regular files."""
 
 import gzip
 import os
@@ -9,25 +9,25 @@ from pathlib import Path
 from ultramem_jax.errors import UserError
 
 _SNIFFED_BYTES = 8192
-"""A file with a zero byte among its first ones is not text; the rule of git."""
+"""Number of first bytes that are examined. A file with a zero byte among them is not text, as in git."""
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
-"""UTF-16 begins with these and, with zeros, UTF-32. No text in UTF-8 has them."""
+"""First bytes of UTF-16 and, followed by zeros, of UTF-32. No text in UTF-8 begins with them."""
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"PK\x03\x04", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
-"""Files of gzip, bzip2, zip, xz and Zstandard begin with these."""
+"""First bytes of files of gzip, bzip2, zip, xz and Zstandard."""
 
 
 def is_regular(path: str | Path) -> bool:
     """Returns whether a path leads to a regular file, also through symbolic links.
 
-    Reading anything else may never end: a pipe waits for a writer, /dev/zero has no last byte.
+    Reading anything else may never end: a pipe waits for a writer, and /dev/zero has no last byte.
     """
     return os.path.isfile(path)
 
 
 def regular_files(root: Path) -> Iterator[Path]:
-    """Yields the regular files below a folder, but for hidden ones and those of hidden folders.
+    """Yields the regular files below a folder, except hidden ones and those in hidden folders.
 
-    Links to files count, links to folders do not: they may lead back.
+    Links to files count. Links to folders do not, because they may lead back.
 
     Raises:
         UserError: a folder below cannot be read.
@@ -58,8 +58,8 @@ def read(path: Path) -> bytes:
 def other_than_text(path: Path) -> str | None:
     """Returns what a regular file seems to be if it is not text, to follow "it is"; None for text.
 
-    Text is not empty, has no zero byte near its beginning and does not begin as UTF-16; of a .gz file what is
-    inside counts.
+    Text is not empty, has no zero byte near its beginning, and does not begin as UTF-16. For a .gz file, the
+    contents decide.
 
     Raises:
         UserError: it is unreadable, cut off or damaged.
@@ -78,7 +78,7 @@ def other_than_text(path: Path) -> str | None:
         return "compressed: decompress it, or give a gzip file a name that ends in .gz"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it and name the folder"
-    # Of the two bytes of a character in UTF-16, most texts have one that is zero, always on the same side.
+    # In UTF-16, one of the two bytes of most characters is zero, always on the same side.
     one_sided = len(head) % 2 == 0 and (0 in head[::2]) != (0 in head[1::2])
     mostly = one_sided and head.count(0) > len(head) // 4
     if mostly or head.startswith((*_BYTE_ORDER_MARKS, b"\0\0\xfe\xff")):

@@ -1,18 +1,19 @@
-"""Sequences and batches of a corpus: random access, a resumable shuffled stream, a fixed order to evaluate.
+"""Reads sequences and batches of a corpus.
 
-Sequence i of a split begins at token i·stride and has S + 1 tokens, so that S inputs have S targets. In
-training the stride is S: the last token of a sequence is the first of the next, and every token but the first
-is a target once. An evaluation may take less. Then sequences are a window that slides over the split; all
-targets of the first one are new, of every other the last `stride`, and only new ones count: every target once
-again, but with at least S - stride tokens before it in its sequence. What remains at the end, fewer targets
-than the stride, is in no sequence.
+It offers random access, a resumable shuffled stream for training, and a fixed order for evaluation. Sequence
+i of a split begins at token i·stride and has S + 1 tokens, so that S inputs have S targets. In training the
+stride is S: the last token of a sequence is the first of the next, and every token but the first is a target
+once.
+
+An evaluation may use a smaller stride. Then sequences are a window that slides over the split. All targets of
+the first sequence are new, and the last `stride` targets of every other one. Only new targets count. So again
+every target counts once, but with at least S - stride tokens before it in its sequence. What remains at the
+end, fewer targets than the stride, is in no sequence.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grain
 import numpy as np
@@ -20,37 +21,28 @@ import numpy as np
 from ultramem_jax.config import DataConfig
 from ultramem_jax.data import builder
 from ultramem_jax.data.sources import SPLITS
+from ultramem_jax.data.token_files import open_tokens, read_description
 from ultramem_jax.data.tokenizers import Tokenizer
 from ultramem_jax.errors import UserError, require, unknown
 from ultramem_jax.parallel.distributed import first_before_others
 
-_RECORD_CACHE_BYTES = 1 << 28
-"""Decoded records that a split keeps in memory. All of `stdlib` and `enwik8` fit."""
 _READ_THREADS = 2
 _BATCHES_AHEAD = 8
 
 
 class SequenceSource:
-    """Random access to the sequences of one split, each (S + 1,) int32."""
+    """Gives random access to the sequences of one split, each (S + 1,) int32."""
 
-    def __init__(self, records: Any, num_tokens: int, seq_len: int, stride: int):
-        """Of a split that has at least one; made by `Corpus.source`, which checks that."""
-        self._records = records  # a TFDS data source of {"tokens": (C,)}
-        self._num_sequences = 1 + (num_tokens - 1 - seq_len) // stride
-        self.seq_len = seq_len
-        self._stride = stride
-        record_bytes = records[0]["tokens"].nbytes
-        self._record_tokens = len(records[0]["tokens"])
-        self._record = functools.lru_cache(max(1, _RECORD_CACHE_BYTES // record_bytes))(self._read_record)
-
-    def _read_record(self, c: int) -> np.ndarray:
-        return self._records[c]["tokens"]
+    def __init__(self, tokens: np.ndarray, seq_len: int, stride: int):
+        """Reads a split (num_tokens,) that has at least one sequence. `Corpus.source` makes and checks it."""
+        self._tokens, self.seq_len, self._stride = tokens, seq_len, stride
+        self._num_sequences = 1 + (len(tokens) - 1 - seq_len) // stride
 
     def __len__(self) -> int:
         return self._num_sequences
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """Sequence i.
+        """Returns sequence i.
 
         Raises:
             IndexError: i is not in [0, len(self)).
@@ -60,47 +52,45 @@ class SequenceSource:
         return self.read([i])[0]
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The sequences `indices`, (len(indices), S + 1) int32."""
+        """Returns the sequences `indices`, (len(indices), S + 1) int32."""
         length = self.seq_len + 1
-        tokens = np.empty((len(indices), length), np.int32)
-        for row, i in zip(tokens, indices, strict=True):
+        sequences = np.empty((len(indices), length), np.int32)
+        for row, i in zip(sequences, indices, strict=True):
             start = int(i) * self._stride
-            filled = 0
-            while filled < length:
-                c, offset = divmod(start + filled, self._record_tokens)
-                piece = self._record(c)[offset : offset + length - filled]
-                row[filled : filled + len(piece)] = piece
-                filled += len(piece)
-        return tokens
+            row[:] = self._tokens[start : start + length]
+        return sequences
 
     def new_targets(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Which targets of the sequences `indices` are in none before them, (len(indices), S) bool."""
+        """Returns which targets of the sequences `indices` are new, (len(indices), S) bool.
+
+        A target is new if no sequence before has it.
+        """
         first = np.asarray(indices)[:, None] == 0
         return first | (np.arange(self.seq_len) >= self.seq_len - self._stride)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus in the cache. Made by `load_corpus`."""
+    """Describes a tokenized corpus in the cache, and opens its splits. `load_corpus` makes it."""
 
     tokenizer: Tokenizer
     seq_len: int
-    """S."""
+    """S, the length of a sequence in targets."""
     corpus_hash: str
-    """sha256 over split, name and bytes of every document; says which data a result was measured on."""
+    """The sha256 over split, name and bytes of every document. It says which data a result was measured
+    on."""
     num_tokens: dict[str, int]
-    """Per split, one end-of-document token per document included."""
+    """Tokens per split, one end-of-document token per document included."""
     num_bytes: dict[str, int]
-    """Per split, of the documents."""
+    """Bytes of the documents, per split."""
     folder: Path
-    """Where it lies in the cache."""
-    _parts: dict[str, list[str]]
+    """Folder of the corpus in the cache."""
 
     def source(self, split: str, stride: int | None = None) -> SequenceSource:
-        """The sequences of `train`, `validation` or `test`.
+        """Returns the sequences of `train`, `validation` or `test`.
 
         Args:
-            split: which one.
+            split: the name of the split.
             stride: tokens from the beginning of a sequence to that of the next, in [1, S]; None is S.
 
         Raises:
@@ -108,14 +98,13 @@ class Corpus:
         """
         stride = self.checked_stride(stride)
         self.require_sequences(split)
-        records = builder.open_records(self.folder).as_data_source(split="+".join(self._parts[split]))
-        return SequenceSource(records, self.num_tokens[split], self.seq_len, stride)
+        return SequenceSource(open_tokens(self.folder, split), self.seq_len, stride)
 
     def checked_stride(self, stride: int | None) -> int:
-        """The stride meant; None is S.
+        """Returns the stride to use; None is S.
 
         Raises:
-            UserError: one that is not in [1, S].
+            UserError: the stride is not in [1, S].
         """
         if stride is None:
             return self.seq_len
@@ -142,41 +131,41 @@ class Corpus:
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """The corpus that `config` describes; tokenized into the cache first if it is not there yet.
+    """Returns the corpus that `config` describes, and tokenizes it into the cache first if needed.
 
-    Of processes that have joined the first one looks first, so that it is the one to show how far it is.
+    If several processes have joined, the first one looks first. So it is the one that shows the progress.
 
     Raises:
         UserError: see `builder.prepare`.
     """
     with first_before_others():
         folder = builder.prepare(config)
-    metadata = builder.open_records(folder).info.metadata
+    description = read_description(folder)
     return Corpus(
         tokenizer=builder.load_tokenizer(config, folder),
         seq_len=config.seq_len,
-        corpus_hash=metadata["corpus_hash"],
-        num_tokens=metadata["num_tokens"],
-        num_bytes=metadata["num_bytes"],
+        corpus_hash=description["corpus_hash"],
+        num_tokens=description["num_tokens"],
+        num_bytes=description["num_bytes"],
         folder=folder,
-        _parts=metadata["parts"],
     )
 
 
 def train_iterator(
     corpus: Corpus, batch_size: int, seed: int, rows: np.ndarray | None = None
 ) -> grain.DatasetIterator:
-    """Endless batches {"tokens": (len(rows), S + 1) int32} of the training split.
+    """Returns endless batches {"tokens": (len(rows), S + 1) int32} of the training split.
 
-    Every epoch is a new permutation of all sequences; a batch may span two. Batch t is a function of `seed`
-    and t alone, and the iterator's state is t: it means the same in every process, however many there are,
-    and whichever rows of the batches they read.
+    Every epoch is a new permutation of all sequences; a batch may span two. Batch t depends only on `seed`
+    and t, and the iterator's state is t. So the state means the same in every process, however many processes
+    there are and whichever rows of the batches they read.
 
     Args:
         corpus: see `load_corpus`.
         batch_size: sequences per batch, over all processes.
         seed: of the order; any non-negative integer.
-        rows: of each batch, those that this process needs, rising (`parallel.mesh.rows_here`); None is all.
+        rows: the rows of each batch that this process needs, increasing (`parallel.mesh.rows_here`); None is
+            all.
 
     Raises:
         UserError: a training split shorter than one sequence, or an empty batch.
@@ -188,11 +177,11 @@ def train_iterator(
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
         return {"tokens": source.read(indices[rows])}
 
-    # grain takes 32 bits and adds the epoch to them: neighbouring seeds would share their epochs, shifted by
-    # one.
+    # grain takes 32 bits and adds the epoch to them. Unspread, neighbouring seeds would share their epochs,
+    # shifted by one.
     spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    # Indices are batched, not sequences, so that a process reads its own rows alone.
-    # Nothing remains of an endless stream; drop_remainder only keeps grain from rounding its length
+    # Batches hold indices, not sequences, so that a process reads only its own rows.
+    # An endless stream has no remainder. drop_remainder only keeps grain from rounding its length
     # (sys.maxsize) up.
     order = grain.MapDataset.range(len(source)).shuffle(spread_seed).repeat()
     batches = order.batch(batch_size, drop_remainder=True).map(read)
@@ -202,17 +191,17 @@ def train_iterator(
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """Batches {"tokens": (rows, S + 1) int32, "mask": (rows, S) float32} in a fixed order, as often as asked.
+    """Yields batches in a fixed order, as often as asked. `eval_batches` makes it.
 
-    Made by `eval_batches`.
+    A batch is {"tokens": (rows, S + 1) int32, "mask": (rows, S) float32}.
     """
 
     source: SequenceSource
     indices: np.ndarray
-    """Of all sequences, in the order of the batches."""
+    """Indices of all sequences, in the order of the batches."""
     batch_size: int
     rows: np.ndarray
-    """Of each batch, those that are read here."""
+    """Rows of each batch that are read here."""
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
@@ -236,17 +225,17 @@ def eval_batches(
     rows: np.ndarray | None = None,
     stride: int | None = None,
 ) -> EvalBatches:
-    """Batches of a split to evaluate, the same ones each time.
+    """Returns batches of a split for evaluation, the same ones each time.
 
-    The mask is 1 for targets that count, those that no sequence of the split before has. It is 0 for the
-    others, and for the rows of zeros that fill up the last batch. With a `limit` the sequences are spread
-    evenly over the split, whose beginning may not be like the rest; the targets that count are the same.
+    The mask is 1 for targets that count: those that no earlier sequence of the split has. It is 0 for the
+    others, and for the rows of zeros that pad the last batch. With a `limit`, the sequences are spread evenly
+    over the split, whose beginning may not be like the rest. The targets that count are the same.
 
     Args:
         corpus: see `load_corpus`.
         split: `train`, `validation` or `test`.
         batch_size: rows per batch, over all processes.
-        limit: batches at most; 0 is the whole split, each sequence once.
+        limit: the most batches; 0 is the whole split, each sequence once.
         rows: as for `train_iterator`.
         stride: as for `Corpus.source`.
 

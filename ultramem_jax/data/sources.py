@@ -1,12 +1,12 @@
-"""Where documents come from: this Python's own sources, enwik8, text files and folders, or TFDS by name.
+"""Reads documents: from this Python's own sources, enwik8, text files and folders, or TFDS by name.
 
-A source yields the documents of each split in a fixed order. Split rules:
+A source yields the documents of each split in a fixed order. These rules decide the split:
 
 - folders (`stdlib`, `text`): by a hash of each file's path relative to the folder, 90 / 5 / 5, so that a file
-  stays in its split when others come or go;
+  stays in its split when other files are added or removed;
 - single files (`enwik8`, `text`): contiguous, the first 90 %, the next 5 %, the rest;
 - `tfds:NAME`: the splits that the dataset has; a missing validation or test split is the last part of
-`train`.
+  `train`.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _STDLIB_EXCLUDED = {"test", "site-packages", "dist-packages", "__pycache__"}
 
 @dataclass(frozen=True)
 class Document:
-    """One document; `name` is unique within its split."""
+    """Holds one document. Its `name` is unique within its split."""
 
     name: str
     data: bytes
@@ -44,47 +44,50 @@ class Document:
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of a source before it is tokenized."""
+    """Holds what is known of a source before it is tokenized."""
 
     key: str
-    """Changes whenever the documents change."""
+    """Key of the documents. It changes whenever they change."""
     num_bytes: int | None
-    """Over all splits; None where counting would mean reading everything."""
+    """Bytes over all splits; None where counting would mean reading everything."""
 
 
 class Source(Protocol):
-    """What the builder asks of a source."""
+    """Describes what the builder needs of a source."""
 
     def documents(self, split: str) -> Iterator[Document]:
-        """The documents of one of `SPLITS`, always in the same order."""
+        """Yields the documents of one of `SPLITS`, always in the same order."""
 
     def survey(self) -> Survey:
         """Identifies the documents."""
 
 
 class CorpusHash:
-    """sha256 over split, name and bytes of every document, in order."""
+    """Computes the sha256 over split, name and bytes of every document, in order."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
 
     def update(self, split: str, document: Document) -> None:
-        """Adds a document. Each part is preceded by its length: no two corpora give the same stream."""
+        """Adds a document.
+
+        Each part is preceded by its length, so that no two corpora give the same stream.
+        """
         for part in (split.encode(), document.name.encode("utf-8", "surrogateescape"), document.data):
             self._sha256.update(len(part).to_bytes(8, "little"))
             self._sha256.update(part)
 
     def hexdigest(self) -> str:
-        """64 hexadecimal digits."""
+        """Returns the hash as 64 hexadecimal digits."""
         return self._sha256.hexdigest()
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that `config` names.
+    """Returns the source that `config` names.
 
     Raises:
         UserError: an unknown dataset; a path that is missing, empty, unreadable or not what it is said to be;
-            a TFDS dataset that cannot be had.
+            a TFDS dataset that cannot be obtained.
     """
     dataset, path = config.dataset, os.path.expanduser(config.path)
     if dataset == "stdlib":
@@ -100,7 +103,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def split_of(name: str) -> str:
-    """The split of a file, from the sha256 of its relative path in POSIX form."""
+    """Returns the split of a file, from the sha256 of its relative path in POSIX form."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     percent = int.from_bytes(digest[:8], "big") % 100
     if percent < _TRAIN_PERCENT:
@@ -109,7 +112,7 @@ def split_of(name: str) -> str:
 
 
 class _LocalSource:
-    """A source that is read in full to identify it: what is on disk now counts, not its time stamps."""
+    """Identifies a source by reading it in full. What is on disk now counts, not its time stamps."""
 
     def documents(self, split: str) -> Iterator[Document]:
         raise NotImplementedError
@@ -124,21 +127,21 @@ class _LocalSource:
 
 
 class FolderSource(_LocalSource):
-    """Files below `root`, one document each, named by their relative path."""
+    """Reads the files below `root`, one document each, named by their relative path."""
 
     def __init__(self, root: Path, files: Iterable[Path]):
         self._root = root
         self._names = sorted(path.relative_to(root).as_posix() for path in files)
 
     def documents(self, split: str) -> Iterator[Document]:
-        """See `Source.documents`; in the order of the names."""
+        """Yields documents in the order of their names; see `Source.documents`."""
         for name in self._names:
             if split_of(name) == split:
                 yield Document(name, read(self._root / name))
 
 
 class FileSource(_LocalSource):
-    """One file cut into contiguous splits, one document each; empty splits have no document."""
+    """Cuts one file into contiguous splits, one document each. An empty split has no document."""
 
     def __init__(self, name: str, path: Path):
         self._name = name
@@ -146,11 +149,11 @@ class FileSource(_LocalSource):
 
     @cached_property
     def data(self) -> bytes:
-        """The whole file, decompressed."""
+        """The bytes of the whole file, decompressed."""
         return read(self._path)
 
     def documents(self, split: str) -> Iterator[Document]:
-        """See `Source.documents`."""
+        """Yields the document of a split; see `Source.documents`."""
         size = len(self.data)
         train_end = size * _TRAIN_PERCENT // 100
         validation_end = size * (_TRAIN_PERCENT + _VALIDATION_PERCENT) // 100
@@ -164,7 +167,11 @@ class FileSource(_LocalSource):
 
 
 def stdlib_source() -> FolderSource:
-    """The standard library of the running Python: its .py files, without its tests and installed packages."""
+    """Returns the standard library of the running Python: its .py files, without tests and site-packages.
+
+    Raises:
+        UserError: this Python has no such files.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     files = [
         path
@@ -177,11 +184,15 @@ def stdlib_source() -> FolderSource:
 
 
 def enwik8_source(path: str) -> FileSource:
-    """The first 10^8 bytes of the English Wikipedia dump of 2006-03-03, split 90 M / 5 M / 5 M."""
+    """Returns the first 10^8 bytes of the English Wikipedia dump of 2006-03-03, split 90 M / 5 M / 5 M.
+
+    Raises:
+        UserError: the path does not name this file.
+    """
     allowed = f"must name enwik8, plain or .gz: a file of {ENWIK8_BYTES:,} bytes with sha256 {ENWIK8_SHA256}"
     require(is_regular(path), "data.path", path, f"{allowed}; there is no such file")
     source = FileSource("enwik8", Path(path))
-    # A plain file is measured before it is read: it may be the whole dump.
+    # The size of a plain file is checked before reading, because it may be the whole dump.
     size = len(source.data) if path.endswith(".gz") else os.path.getsize(path)
     require(size == ENWIK8_BYTES, "data.path", path, f"{allowed}; this one has {size:,} bytes")
     digest = hashlib.sha256(source.data).hexdigest()
@@ -190,7 +201,7 @@ def enwik8_source(path: str) -> FileSource:
 
 
 def text_source(path: str) -> FolderSource | FileSource:
-    """Returns a file, or all text files below a folder except hidden ones; .gz files are decompressed.
+    """Returns a file, or all text files below a folder except hidden ones. Files in .gz are decompressed.
 
     Raises:
         UserError: a path that is neither; a file that is not text; a folder without text, or without any for
@@ -198,12 +209,12 @@ def text_source(path: str) -> FolderSource | FileSource:
     """
     allowed = "must name an existing file or folder of text"
     root = Path(path)
-    # Path("") would be the working directory, which nobody who left the field empty has asked for.
+    # Path("") would be the working directory, which an empty field does not ask for.
     if path and os.path.isdir(path):
         files = [file for file in regular_files(root) if other_than_text(file) is None]
         require(bool(files), "data.path", path, f"{allowed}; there is no text in this folder")
         splits = {split_of(file.relative_to(root).as_posix()) for file in files}
-        for split in ("train", "validation"):  # no run does without; a test split is only evaluated
+        for split in ("train", "validation"):  # every run needs both; a test split is only evaluated
             if split not in splits:
                 raise UserError(
                     f"data.path: no text of the folder {path!r} falls into its {split} split (a folder is "
@@ -219,10 +230,10 @@ def text_source(path: str) -> FolderSource | FileSource:
 
 
 class TfdsSource:
-    """A text dataset of TensorFlow Datasets: `NAME[/config][:version]`, prepared or downloaded by TFDS.
+    """Reads a text dataset of TensorFlow Datasets: `NAME[/config][:version]`, prepared or downloaded by TFDS.
 
-    `data_dir` is TFDS's folder; empty is its default ($TFDS_DATA_DIR, else ~/tensorflow_datasets). The text
-    is the feature `text`, or else the only text feature of the dataset.
+    `data_dir` is TFDS's folder. Empty, it is TFDS's default ($TFDS_DATA_DIR, else ~/tensorflow_datasets). The
+    text is the feature `text`, or else the only text feature of the dataset.
     """
 
     def __init__(self, name: str, data_dir: str = ""):
@@ -232,38 +243,45 @@ class TfdsSource:
         self._feature = _text_feature(name, self._info.features)
 
     def _range(self, split: str) -> tuple[Any, range]:
-        """The TFDS split that holds `split`, and the part of it that is meant."""
+        """Returns the TFDS split that holds `split`, and the part of it that is meant."""
         missing = [name for name in SPLITS[1:] if name not in self._records]
         if split != "train" and split not in missing:
             return self._records[split], range(len(self._records[split]))
         train = self._records["train"]
-        # Both missing: train ends at 90 % and validation at 95 %. One missing: train ends at 95 %.
+        # If both are missing, train ends at 90 % and validation at 95 %. If one is, train ends at 95 %.
         left = [100 - _VALIDATION_PERCENT * k for k in range(len(missing), -1, -1)]
         ends = [0, *(len(train) * percent // 100 for percent in left)]
         part = ["train", *missing].index(split)
         return train, range(ends[part], ends[part + 1])
 
     def documents(self, split: str) -> Iterator[Document]:
-        """See `Source.documents`; in the order of TFDS's records."""
+        """Yields documents in the order of TFDS's records; see `Source.documents`."""
         records, indices = self._range(split)
         for i in indices:
             yield Document(str(i), records[i][self._feature])
 
     def survey(self) -> Survey:
-        """From TFDS's own account of the dataset, which may be too large to read for this."""
+        """Identifies the documents by TFDS's own description of the dataset.
+
+        The dataset may be too large to be read for this.
+        """
         splits = sorted((name, s.num_examples, s.num_bytes) for name, s in self._info.splits.items())
         account = repr((self._info.full_name, str(self._info.data_dir), self._feature, splits))
         return Survey(hashlib.sha256(account.encode()).hexdigest(), None)
 
 
 def _tfds_records(name: str, data_dir: str) -> dict[str, Any]:
-    """TFDS split -> random-access records; prepared on the way if they are not yet."""
-    import tensorflow_datasets as tfds  # here, because every other source can do without its quarter second
+    """Returns TFDS split -> random-access records, and prepares them first if needed."""
+    try:
+        import tensorflow_datasets as tfds  # here, because no other source needs it
+    except ImportError as error:
+        needs = 'needs TensorFlow Datasets: pip install "ultramem_jax[tfds]"'
+        raise UserError(f"data.dataset = {'tfds:' + name!r}: {needs} ({error})") from error
 
     where = data_dir or None
     allowed = "must name a text dataset that TFDS has prepared as array_record in data.path, or can download"
     try:
-        # TFDS reports on stdout, which belongs to the program.
+        # TFDS prints to stdout, which belongs to the program.
         with contextlib.redirect_stdout(sys.stderr):
             builder = tfds.builder(name, data_dir=where)
             if not builder.is_prepared():
@@ -290,7 +308,7 @@ def _tfds_records(name: str, data_dir: str) -> dict[str, Any]:
 
 
 def _text_feature(name: str, features: Any) -> str:
-    """The key of the text among the features of a TFDS dataset."""
+    """Returns the key of the text among the features of a TFDS dataset."""
     import tensorflow_datasets as tfds
 
     texts = [key for key, feature in features.items() if isinstance(feature, tfds.features.Text)]

@@ -1,6 +1,6 @@
-"""Bytes to token ids and back: raw bytes, or byte-pair encoding trained on the corpus.
+"""Turns bytes into token ids and back: raw bytes, or byte-pair encoding trained on the corpus.
 
-Both are lossless for every byte string, text or not, and both hold one end-of-document token that no document
+Both are lossless for every byte string, text or not. Both have one end-of-document token, which no document
 can produce by itself.
 """
 
@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import tokenizers
@@ -21,24 +21,24 @@ from ultramem_jax.errors import UserError
 from ultramem_jax.files import replace_text
 
 EOS_TOKEN = "<|endoftext|>"
-"""Written form of the end-of-document token in the json of a BPE tokenizer."""
+"""Written form of the end-of-document token in the JSON of a BPE tokenizer."""
 
 _PIECE_BYTES = 1 << 16
-"""A document is cut (at a line end where there is one) into pieces of at most this many bytes."""
+"""Most bytes of a piece into which a document is cut (at a line end where there is one)."""
 _PIECES_PER_CALL = 64
-"""Pieces encoded in parallel at a time. The library needs about 100 bytes per token while it encodes."""
+"""Number of pieces encoded in parallel. The library needs about 100 bytes per token while it encodes."""
 
 
 class Tokenizer(Protocol):
-    """What the pipeline asks of a tokenizer."""
+    """Describes what the pipeline needs of a tokenizer."""
 
     @property
     def name(self) -> str:
-        """As in `DataConfig.tokenizer`."""
+        """Name of the tokenizer in `DataConfig.tokenizer`."""
 
     @property
     def vocab_size(self) -> int:
-        """V, the end-of-document token included."""
+        """V, the number of ids, including the end-of-document token."""
 
     @property
     def eos_id(self) -> int:
@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """The ids of tokens that are no text, the end-of-document token among them."""
+        """The ids of tokens that are not text, including the end-of-document token."""
 
     @property
     def id_bytes(self) -> np.ndarray:
@@ -54,13 +54,13 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the map from bytes to ids: 64 hexadecimal digits, equal for equal vocabularies."""
+        """Hash of the map from bytes to ids: 64 hexadecimal digits, equal for equal vocabularies."""
 
     def encode(self, data: bytes) -> np.ndarray:
-        """Ids of one document, (num_tokens,) int32, without an end-of-document token."""
+        """Returns the ids of one document, (num_tokens,) int32, without an end-of-document token."""
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes of `ids`; end-of-document tokens yield nothing.
+        """Returns the bytes of `ids`. End-of-document tokens yield nothing.
 
         Raises:
             ValueError: an id outside the vocabulary.
@@ -68,7 +68,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One token per byte: ids 0 to 255 are the bytes, 256 ends a document."""
+    """Makes one token of each byte: ids 0 to 255 are the bytes, and 256 ends a document."""
 
     name = "bytes"
     vocab_size = 257
@@ -78,7 +78,7 @@ class ByteTokenizer:
     fingerprint = hashlib.sha256(b"bytes").hexdigest()
 
     def encode(self, data: bytes) -> np.ndarray:
-        """See `Tokenizer.encode`.
+        """Returns the bytes as ids; see `Tokenizer.encode`.
 
         >>> ByteTokenizer().encode(b"hi").tolist()
         [104, 105]
@@ -86,7 +86,7 @@ class ByteTokenizer:
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """See `Tokenizer.decode`.
+        """Returns the ids as bytes; see `Tokenizer.decode`.
 
         >>> ByteTokenizer().decode([104, 105, 256])
         b'hi'
@@ -96,17 +96,17 @@ class ByteTokenizer:
 
 
 class BpeTokenizer:
-    """Byte-level byte-pair encoding (Radford et al. 2019, GPT-2), by the Hugging Face `tokenizers` library.
+    """Applies byte-level byte-pair encoding (Radford et al. 2019, GPT-2), with the library `tokenizers`.
 
-    Valid UTF-8 is split by GPT-2's regular expression and merged; bytes that are not UTF-8 become one token
-    each. The vocabulary is smaller than asked for when the corpus has fewer pairs to merge.
+    The library is by Hugging Face. Valid UTF-8 is split by GPT-2's regular expression and merged. Bytes that
+    are not UTF-8 become one token each. The vocabulary is smaller than asked for when the corpus has fewer
+    pairs to merge.
     """
 
     name = "bpe"
 
     def __init__(self, backend: tokenizers.Tokenizer):
-        # Without this a document that contains the written form of EOS_TOKEN would encode to eos_id and lose
-        # text.
+        # Without this, the written form of EOS_TOKEN in a document would encode to eos_id and lose text.
         backend.encode_special_tokens = True
         self._backend = backend
         self.vocab_size: int = backend.get_vocab_size()
@@ -125,7 +125,7 @@ class BpeTokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """See `Tokenizer.fingerprint`; of all that decides which ids a text becomes."""
+        """Hash of everything that decides which ids a text becomes; see `Tokenizer.fingerprint`."""
         tree = json.loads(self._backend.to_str())
         # Merges are pairs in newer versions of the library, and strings with a blank in older ones.
         merges = tree["model"]["merges"]
@@ -136,7 +136,7 @@ class BpeTokenizer:
 
     @classmethod
     def train(cls, documents: Iterable[bytes], vocab_size: int) -> "BpeTokenizer":
-        """Learns merges from `documents`; `vocab_size` counts the 256 bytes and the end-of-document token."""
+        """Learns merges from `documents`. `vocab_size` counts the 256 bytes and the end-of-document token."""
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = trainers.BpeTrainer(
@@ -164,16 +164,16 @@ class BpeTokenizer:
             raise
         except (
             BaseException
-        ) as error:  # the library raises a bare Exception or, where it panics, not even that
+        ) as error:  # the library raises Exception itself or, where it panics, a BaseException
             reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
             raise UserError(f"{path}: must be a tokenizer of byte-level BPE: {reason}") from None
 
     def save(self, path: Path) -> None:
-        """Writes the json of the `tokenizers` library; the file appears whole or not at all."""
+        """Writes the JSON of the `tokenizers` library. The file appears whole or not at all."""
         replace_text(path, self._backend.to_str(pretty=True))
 
     def encode(self, data: bytes) -> np.ndarray:
-        """See `Tokenizer.encode`."""
+        """Returns the ids of a document; see `Tokenizer.encode`."""
         ids: list[np.ndarray] = [np.empty(0, np.int32)]
         runs = _runs(data)
         while group := list(itertools.islice(runs, _PIECES_PER_CALL)):
@@ -187,12 +187,12 @@ class BpeTokenizer:
         return np.concatenate(ids)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """See `Tokenizer.decode`."""
+        """Returns the bytes of ids; see `Tokenizer.decode`."""
         return b"".join(self._bytes_of_id[i] for i in _check_ids(ids, self.vocab_size))
 
 
-def _without_nothing(tree: Any) -> Any:
-    """The tree without entries that are null or false, which a later version of the library may add."""
+def _without_nothing(tree: object) -> object:
+    """Returns the tree without null or false entries, which a later version of the library may add."""
     if isinstance(tree, dict):
         return {key: _without_nothing(value) for key, value in tree.items() if value not in (None, False)}
     return [_without_nothing(value) for value in tree] if isinstance(tree, list) else tree
@@ -206,9 +206,9 @@ def _check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def _byte_characters() -> dict[int, str]:
-    """Byte -> the printable character that byte-level BPE writes for it (GPT-2's table).
+    """Returns byte -> the printable character that byte-level BPE writes for it (GPT-2's table).
 
-    Printable Latin-1 characters stand for themselves, the other 68 bytes for the characters from 256 on.
+    Printable Latin-1 characters stand for themselves. The other 68 bytes use the characters from 256 on.
     """
     own = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     table = {byte: chr(byte) for byte in own}
@@ -217,7 +217,7 @@ def _byte_characters() -> dict[int, str]:
 
 
 def _pieces(data: bytes) -> Iterator[bytes]:
-    """Cuts a document so that no string grows with it: after a line end, else between two characters."""
+    """Cuts a document into pieces of limited size: after a line end, else between two characters."""
     start = 0
     while start < len(data):
         end = min(start + _PIECE_BYTES, len(data))
@@ -226,7 +226,7 @@ def _pieces(data: bytes) -> Iterator[bytes]:
             if line_end >= 0:
                 end = line_end + 1
             else:
-                # A character of UTF-8 has at most three continuation bytes, 10xxxxxx.
+                # A character in UTF-8 has at most three continuation bytes, 10xxxxxx.
                 back = next((i for i in range(4) if data[end - i] & 0xC0 != 0x80), 0)
                 end = max(end - back, start + 1)
         yield data[start:end]
@@ -234,7 +234,7 @@ def _pieces(data: bytes) -> Iterator[bytes]:
 
 
 def _runs(data: bytes) -> Iterator[str | bytes]:
-    """A document as runs of valid UTF-8 (str) and of bytes that are not (bytes), in order."""
+    """Yields a document as runs of valid UTF-8 (str) and of bytes that are not (bytes), in order."""
     for piece in _pieces(data):
         try:
             yield piece.decode("utf-8")

@@ -1,1 +1,1 @@
-"""Weights from and for other implementations of the layers."""
+"""Converts weights from and to other implementations of the layers."""

@@ -1,37 +1,36 @@
-"""An array that is a part of a tree of variables, but not one of its leaves."""
-
-from typing import Any
+"""Defines an array that is a part of a tree of variables, but not one of its leaves."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 
 @jax.tree_util.register_pytree_node_class
 class Constant:
-    """A NumPy array as a pytree node without leaves.
+    """Holds a NumPy array as a pytree node without leaves.
 
-    `jax.grad` refuses a tree with integer leaves. Where the variables hold a permutation as a `Constant`, the
+    `jax.grad` refuses a tree with integer leaves. If the variables hold a permutation as a `Constant`, the
     whole tree can be differentiated, and the tree of gradients holds the same `Constant` in its place. Under
-    `jax.jit` it is a part of the compiled function: another content is another compilation.
+    `jax.jit` it is a part of the compiled function: other contents cause another compilation.
     """
 
-    def __init__(self, value: Any):
+    def __init__(self, value: ArrayLike):
         self.value = np.array(value)
         self.value.setflags(write=False)
         self._hash: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the array."""
+        """Shape of the array."""
         return self.value.shape
 
     @property
     def dtype(self) -> np.dtype:
-        """That of the array."""
+        """Dtype of the array."""
         return self.value.dtype
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.value, dtype=dtype, copy=copy)
 
     def __jax_array__(self) -> jax.Array:
@@ -56,11 +55,11 @@ class Constant:
         return f"Constant(shape={self.shape}, dtype={self.dtype})"
 
     def tree_flatten(self) -> tuple[tuple[()], "Constant"]:
-        """No children; the node itself, compared by content, is the structure."""
+        """Returns no children. The node itself, compared by content, is the structure."""
         return (), self
 
     @classmethod
     def tree_unflatten(cls, structure: "Constant", children: tuple[()]) -> "Constant":
-        """The node that `tree_flatten` took apart."""
+        """Returns the node that `tree_flatten` took apart."""
         del children
         return structure

@@ -1,8 +1,8 @@
-"""The released demo's Engram layer (arXiv 2601.07372): its hyper-parameters, and its state dict's names.
+"""Describes the Engram layer of the released demo (arXiv 2601.07372): its hyper-parameters and state dict.
 
-The layer has one residual stream, so of the lists over streams the first entry alone. All heads' tables lie
-one behind the other in one embedding, orders first, then heads, as they do here. The convolution's taps are
-in the order of the sequence there, and in that of the look back here.
+The layer has one residual stream, so only the first entry of each list over streams is used. The tables of
+all heads lie one after the other in one embedding, orders first, then heads, as they do here. The demo keeps
+the convolution's taps in the order of the sequence, and this project by how far they look back.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from ultramem_jax.config.memory import MemoryConfig, MemorySite, memory_of
-from ultramem_jax.config.memory_parts import Around
+from ultramem_jax.config.memory_parts import ModelContext
 from ultramem_jax.config.placement import Span
 from ultramem_jax.errors import guards_a_denominator, require
-from ultramem_jax.interop.hyper_values import integer, number, of_hyper, value
+from ultramem_jax.interop.hyper_values import Hyper, integer, number, of_hyper, value
 from ultramem_jax.interop.names import Entry, transposed
 
 MODULE = "memory_0"
-"""The layer's name in trees of variables."""
+"""Name of the layer in trees of variables."""
 _CONV_EPS = 1e-5
 _MOST_LAYERS = 1024
 _MOST_SEED = 2**32 - 1
@@ -27,30 +27,29 @@ _MOST_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class EngramReference:
-    """The layer of one state dict."""
+    """Describes the layer of one state dict."""
 
     config: MemoryConfig
     site: MemorySite
-    """It among the model's layers: primes go on from layer to layer."""
+    """The layer among the model's layers. Its primes follow on those of earlier layers."""
 
     @property
     def embed_dim(self) -> int:
-        """D."""
-        return self.site.around.embed_dim
+        """D, the width of the residual stream."""
+        return self.site.context.embed_dim
 
     @classmethod
-    def of(cls, hyper: Mapping[str, Any]) -> "EngramReference":
-        """Reads the hyper-parameters under the demo's names; unknown ones are passed over.
+    def of(cls, hyper: Hyper) -> "EngramReference":
+        """Reads the hyper-parameters under the demo's names. Unknown ones are ignored.
 
-        Needed are `hidden_size` (D), `n_embed_per_ngram` (d_e of an order, all heads together),
-        `n_head_per_ngram` (K), `max_ngram_size` (n_max), `kernel_size`, `engram_vocab_size` (wished rows of a
-        head's table, one for each order from 2), `layer_ids` (all Engram layers of the model, in their
-        order), `layer_id` (which of these it is), `pad_id` (a token), `seed`, `vocab_size` (V) and
+        Required are `hidden_size` (D), `n_embed_per_ngram` (d_e of an order, all heads together),
+        `n_head_per_ngram` (K), `max_ngram_size` (n_max), `kernel_size`, `engram_vocab_size` (requested rows
+        of a head's table, one number for each order from 2), `layer_ids` (all Engram layers of the model, in
+        their order), `layer_id` (which of these it is), `pad_id` (a token), `seed`, `vocab_size` (V) and
         `canonical_vocab_size` (V_c).
 
-        These may be left out: `hc_mult` (1: no other is known) and `norm_eps`, {"gate": None or a number,
-        "conv": a number}; None, which is also what it is without, is the machine epsilon of float32, and
-        `conv` without a number 1e-5.
+        Optional are `hc_mult` (only 1 is known) and `norm_eps`, {"gate": None or a number, "conv": a number}.
+        Without a number, `gate` is the machine epsilon of float32, and `conv` is 1e-5.
 
         Raises:
             UserError: a field is missing, or has a value that the layer cannot have.
@@ -97,7 +96,7 @@ class EngramReference:
             )
 
         config = of_hyper(make)
-        around = Around(
+        context = ModelContext(
             embed_dim=integer(hyper, "hidden_size"),
             num_layers=len(layers),
             vocab_size=vocab,
@@ -106,8 +105,10 @@ class EngramReference:
             norm_eps=conv_eps,
             starts=layers,
         )
-        layout = of_hyper(lambda: config.address.layout(config, around))
-        site = MemorySite("memory", layers.index(layer), Span(layer, layer, "before"), config, around, layout)
+        layout = of_hyper(lambda: config.address.layout(config, context))
+        site = MemorySite(
+            "memory", layers.index(layer), Span(layer, layer, "before"), config, context, layout
+        )
         return cls(config, site)
 
     def entries(self) -> list[Entry]:
@@ -134,15 +135,18 @@ class EngramReference:
         tokens = Entry(
             ("buffers", MODULE, "canonical_ids"),
             ("lookup_table",),
-            (self.site.around.vocab_size,),
+            (self.site.context.vocab_size,),
             constant=True,
             limit=self.config.value_of("num_canonical_ids"),
         )
         return [*found, tokens]
 
 
-def _epsilons(hyper: Mapping[str, Any]) -> tuple[float, float]:
-    """Those of the gate's norms, 0 for the machine epsilon, and of the norm before the convolution."""
+def _epsilons(hyper: Hyper) -> tuple[float, float]:
+    """Returns the epsilon of the gate's norms, and that of the convolution's norm.
+
+    0 stands for the machine epsilon of float32.
+    """
     eps = hyper.get("norm_eps") or {}
     require(isinstance(eps, Mapping), "hyper.norm_eps", eps, "must be a dict of 'gate' and 'conv'")
     gate_eps = 0.0
@@ -155,7 +159,7 @@ def _epsilons(hyper: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _taps(kernel: np.ndarray) -> np.ndarray:
-    """(D, 1, width) in the order of the sequence to (width, D) by how far a tap looks back."""
+    """Turns (D, 1, width) in the order of the sequence into (width, D) by how far a tap looks back."""
     return kernel[:, 0].T[::-1]
 
 
@@ -163,7 +167,7 @@ def _kernel(taps: np.ndarray) -> np.ndarray:
     return taps[::-1].T[:, None]
 
 
-def _integers(hyper: Mapping[str, Any], name: str, low: int) -> tuple[int, ...]:
+def _integers(hyper: Hyper, name: str, low: int) -> tuple[int, ...]:
     found = value(hyper, name)
     listed = isinstance(found, Sequence | np.ndarray) and not isinstance(found, str) and len(found) > 0
     require(listed, f"hyper.{name}", found, "must be a list of integers")

@@ -1,82 +1,89 @@
-"""The authors' hyper-parameters and the `MemoryConfig` that they amount to."""
+"""Turns the authors' hyper-parameters into a `MemoryConfig`."""
 
 import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ultramem_jax.config.memory import MemoryConfig, MemorySite
 from ultramem_jax.errors import UserError, choice, guards_a_denominator, require
-from ultramem_jax.interop.hyper_values import integer, number, of_hyper, switch, value
+from ultramem_jax.interop.hyper_values import Hyper, integer, number, of_hyper, switch, value
 from ultramem_jax.layers.memory.product_keys import ProductKeys
 from ultramem_jax.presets import families
+from ultramem_jax.tree_types import JsonDict
 
 LAYERS = ("v1", "v2", "memory_plus", "engram")
 _NORM_EPS = 1e-5
-"""The default of OLMo, which the authors' code is built on, and of `ModelConfig`."""
+"""Default epsilon of OLMo, which the authors' code is built on, and of `ModelConfig`."""
 _MOST_PARTS = 1024
-"""Bounds layers, and Tucker cores of a layer: the state dict has arrays of its own for each."""
+"""Bounds layers, and Tucker cores of a layer: the state dict has separate arrays for each."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The layers of one state dict."""
+    """Describes the layers of one state dict."""
 
     layer: str
-    """`v1`: one UltraMem layer with a table of its own; `v2`, `memory_plus`: layers over one table."""
+    """Kind of layer. `v1` is one UltraMem layer with its own table; `v2` and `memory_plus` are layers over
+    one table."""
     config: MemoryConfig
     num_layers: int
-    """Layers in the state dict."""
+    """Number of layers in the state dict."""
     num_memories: int
-    """M, layers that the table is made for; more than `num_layers` if the state holds the first of them."""
+    """M, the number of layers that the table is made for. It exceeds `num_layers` if the state holds only the
+    first of them."""
     embed_dim: int
-    """D."""
+    """D, the width of the residual stream."""
     norm_eps: float
-    """Of the RMS norms."""
+    """Epsilon of the RMS norms."""
 
     @functools.cached_property
     def sites(self) -> tuple[MemorySite, ...]:
         """The memories that the table is made for, as if they were those of a model."""
-        of: dict[str, Any] = dict(num_memories=self.num_memories, norm_eps=self.norm_eps)
         return tuple(
-            MemorySite.alone(self.config, self.embed_dim, index=index, **of)
+            MemorySite.alone(
+                self.config,
+                self.embed_dim,
+                index=index,
+                num_memories=self.num_memories,
+                norm_eps=self.norm_eps,
+            )
             for index in range(self.num_memories)
         )
 
     @property
     def address(self) -> ProductKeys:
-        """How rows are found."""
+        """The addresser, which finds rows by product keys."""
         assert isinstance(self.config.address, ProductKeys)
         return self.config.address
 
     @property
     def stacked(self) -> bool:
-        """Whether arrays of tokens have a leading axis of layers."""
+        """True if arrays of tokens have a leading axis of layers."""
         return self.layer != "v1"
 
     def prefix(self, index: int) -> str:
-        """What the names of layer `index` start with."""
+        """Returns the prefix of the names of layer `index`."""
         return f"mem_blocks.{index}." if self.stacked else ""
 
     @property
     def table_prefix(self) -> str:
-        """What the names of the tables start with."""
+        """Prefix of the names of the tables."""
         return "full_memory_layer." if self.stacked else ""
 
     @classmethod
-    def of(cls, hyper: Mapping[str, Any]) -> "Reference":
-        """Reads the hyper-parameters; those that follow from others, and unknown ones, are passed over.
+    def of(cls, hyper: Hyper) -> "Reference":
+        """Reads the hyper-parameters. Those that follow from others, and unknown ones, are ignored.
 
-        Needed are `layer` ("v1", "v2" or "memory_plus"), `hidden_size` (D), `knum` (n), `kdim` (d_k), `vdim`
-        (d_v), `knn` (m) and `head` (H). V1 and V2 need also `tucker_rank` (r), `tucker_multihead` (h) and
-        `value_expand_time` (V1: E; V2: 1 where the blocks are summed, else E). V2 and Memory+ need `layers`
-        (those in the state dict), and V2 `pre_vdim` (d_p), `key_expand_time` (√E), `share_ratio`,
-        `use_glu_act`, `q_for_each_tucker_rank` and `key_balance_reg_coef`.
+        Required are `layer` ("v1", "v2" or "memory_plus"), `hidden_size` (D), `knum` (n), `kdim` (d_k),
+        `vdim` (d_v), `knn` (m) and `head` (H). V1 and V2 also require `tucker_rank` (r), `tucker_multihead`
+        (h) and `value_expand_time` (V1: E; V2: 1 where the blocks are summed, else E). V2 and Memory+ require
+        `layers` (those in the state dict). V2 requires `pre_vdim` (d_p), `key_expand_time` (√E),
+        `share_ratio`, `use_glu_act`, `q_for_each_tucker_rank` and `key_balance_reg_coef`.
 
-        These may be left out: `norm_eps` (1e-5), `norm` and `norm_affine` ("rms" and true: no others are
-        known), and of V2 `mem_layer_num` (`layers`), the layers that the table is made for, where the state
-        dict holds only the first of them.
+        Optional are `norm_eps` (1e-5), `norm` and `norm_affine` (only "rms" and true are known). V2 may also
+        have `mem_layer_num`, the number of layers that the table is made for, where the state dict holds only
+        the first of them. Its default is `layers`.
 
         Raises:
             UserError: `hyper` is no mapping; a field is missing, or has a value that the layer cannot have,
@@ -88,18 +95,18 @@ class Reference:
             )
         layer = value(hyper, "layer")
         choice("hyper.layer", str(layer), LAYERS)
-        # RMS norms with a gain are the only ones that the state dict of a fixture can come from.
+        # A state dict can only come from a layer with RMS norms that have a gain.
         norm = hyper.get("norm", "rms")
         require(isinstance(norm, str) and norm == "rms", "hyper.norm", norm, "must be 'rms'")
         affine = hyper.get("norm_affine", True)
         require(affine is True, "hyper.norm_affine", affine, "must be true: the norms have gains")
-        fields: dict[str, Any] = dict(
+        fields: JsonDict = dict(
             num_keys=integer(hyper, "knum"),
             key_dim=integer(hyper, "kdim"),
             value_dim=integer(hyper, "vdim"),
             top_m=integer(hyper, "knn"),
             num_heads=integer(hyper, "head"),
-            # How the layer starts does not matter here; of the ways to start, this one costs nothing.
+            # The initial values do not matter here, and this way to draw them costs nothing.
             init="reference",
         )
         num_layers = num_memories = 1 if layer == "v1" else integer(hyper, "layers", high=_MOST_PARTS)
@@ -129,14 +136,14 @@ class Reference:
         return reference
 
 
-def _v1_fields(hyper: Mapping[str, Any]) -> dict[str, Any]:
+def _v1_fields(hyper: Hyper) -> JsonDict:
     expansion = integer(hyper, "value_expand_time")
     square = math.isqrt(expansion) ** 2 == expansion
     require(square, "hyper.value_expand_time", expansion, "must be a square: 1, 4, 9, 16, ...")
     return dict(expansion=expansion)
 
 
-def _v2_fields(hyper: Mapping[str, Any]) -> dict[str, Any]:
+def _v2_fields(hyper: Hyper) -> JsonDict:
     expansion = integer(hyper, "key_expand_time") ** 2
     blocks = integer(hyper, "value_expand_time")
     require(

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -10,29 +10,42 @@ from ultramem_jax.errors import UserError, require
 
 T = TypeVar("T")
 
+Hyper: TypeAlias = Mapping[str, Any]
+"""The authors' hyper-parameters by name: numbers, strings, booleans, lists and dicts, unchecked."""
+
 _MOST = 2**31 - 1
-"""Bounds sizes: addresses are int32."""
+"""Bounds sizes, because addresses are int32."""
 
 
 def of_hyper(make: Callable[[], T]) -> T:
-    """What `make` returns; its errors name our fields, and so say where the values came from."""
+    """Returns what `make` returns. Its errors name this project's fields, and say where the values came from.
+
+    Raises:
+        UserError: `make` raises one.
+    """
     try:
         return make()
     except UserError as error:
         raise UserError(f"hyper amounts to {error}") from None
 
 
-def value(hyper: Mapping[str, Any], name: str) -> Any:
-    """Returns a hyper-parameter that the layer cannot do without."""
+def value(hyper: Hyper, name: str) -> Any:
+    """Returns a hyper-parameter that the layer requires.
+
+    Raises:
+        UserError: it is missing.
+    """
     if name not in hyper:
         raise UserError(f"hyper has no {name!r}, which the layer {hyper.get('layer')!r} needs")
     return hyper[name]
 
 
-def integer(
-    hyper: Mapping[str, Any], name: str, low: int = 1, high: int = _MOST, why: str | None = None
-) -> int:
-    """Returns an integer in [low, high]."""
+def integer(hyper: Hyper, name: str, low: int = 1, high: int = _MOST, why: str | None = None) -> int:
+    """Returns an integer in [low, high].
+
+    Raises:
+        UserError: it is missing, or not such an integer.
+    """
     found = value(hyper, name)
     whole = isinstance(found, int | np.integer) and not isinstance(found, bool) and low <= found <= high
     why = why or ("sizes are int32" if high == _MOST else "each has arrays of its own in the state dict")
@@ -42,8 +55,12 @@ def integer(
     return int(found)
 
 
-def number(hyper: Mapping[str, Any], name: str, path: str = "") -> float:
-    """Returns a finite number of at least 0; `path` is where it is within the hyper-parameters."""
+def number(hyper: Hyper, name: str, path: str = "") -> float:
+    """Returns a finite number of at least 0. `path` is where it is within the hyper-parameters.
+
+    Raises:
+        UserError: it is missing, or not such a number.
+    """
     found = value(hyper, name)
     right = (
         isinstance(found, int | float | np.integer | np.floating)
@@ -54,8 +71,12 @@ def number(hyper: Mapping[str, Any], name: str, path: str = "") -> float:
     return float(found)
 
 
-def switch(hyper: Mapping[str, Any], name: str) -> bool:
-    """Returns a boolean."""
+def switch(hyper: Hyper, name: str) -> bool:
+    """Returns a boolean.
+
+    Raises:
+        UserError: it is missing, or not a boolean.
+    """
     found = value(hyper, name)
     require(isinstance(found, bool), f"hyper.{name}", found, "must be true or false")
     return bool(found)

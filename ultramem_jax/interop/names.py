@@ -1,7 +1,7 @@
-"""Which entry of the authors' state dict is which variable of this project, and in which layout.
+"""Maps entries of the authors' state dict to variables of this project, and converts their layouts.
 
 The authors keep linear maps as (out, in), keys with their heads first and ranks last, and every Tucker core
-as an array of its own.
+as a separate array.
 """
 
 import math
@@ -16,9 +16,10 @@ from ultramem_jax.interop.hyper import Reference
 
 Path = tuple[str, ...]
 TABLES = "tables"
-"""The module that holds the tables."""
+"""Name of the module that holds the tables."""
 _MOST_NUMBERS = 2**48
-"""Bounds an array, at a petabyte in float32. NumPy would fail at larger shapes with errors of its own."""
+"""Bounds the size of an array: a petabyte in float32. At larger shapes NumPy would fail with its own
+errors."""
 
 
 def same(array: np.ndarray) -> np.ndarray:
@@ -33,28 +34,29 @@ def transposed(array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Entry:
-    """One variable and the array, or the arrays, of the state dict that it is made of."""
+    """Describes one variable, and the array or arrays of the state dict that it consists of."""
 
     path: Path
     """Collection, module and name of the variable."""
     names: tuple[str, ...]
-    """One name; for `cores` one of each core, the second axis of the variable."""
+    """Names in the state dict: one name, or for `cores` one per core, the second axis of the variable."""
     shape: tuple[int, ...]
-    """Of the array under each name."""
+    """Shape of the array under each name."""
     to_variable: Callable[[np.ndarray], np.ndarray] = same
     to_state: Callable[[np.ndarray], np.ndarray] = same
-    """The inverse."""
+    """Inverse of `to_variable`."""
     constant: bool = False
-    """An integer array, kept as a `Constant` with its dtype."""
+    """True for an integer array that is kept as a `Constant` with its dtype."""
     limit: int | None = None
-    """Of a constant: its numbers are below it; None for a permutation, in which each is there once."""
+    """Exclusive upper bound of a constant's numbers. None means a permutation, in which each number occurs
+    once."""
 
     def pack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The variable from the arrays under `names`, each of shape `shape`."""
+        """Returns the variable from the arrays under `names`, each of shape `shape`."""
         return np.stack(arrays, axis=1) if self._in_parts else self.to_variable(arrays[0])
 
     def unpack(self, variable: np.ndarray) -> list[np.ndarray]:
-        """The inverse of `pack`."""
+        """Returns the arrays under `names` from the variable. It is the inverse of `pack`."""
         parts = np.moveaxis(variable, 1, 0) if self._in_parts else [self.to_state(variable)]
         return [np.array(part, order="C") for part in parts]
 
@@ -63,7 +65,7 @@ class Entry:
         """Shape of the variable."""
         if self._in_parts:
             return (self.shape[0], len(self.names), *self.shape[1:])
-        # A view of a single number, which takes no memory whatever the shape.
+        # A view of a single number takes no memory, whatever the shape.
         return self.pack([np.broadcast_to(np.float32(0), self.shape)]).shape
 
     @property
@@ -72,7 +74,7 @@ class Entry:
 
 
 def entries(reference: Reference) -> list[Entry]:
-    """Returns all of them, in the order of the layers; the tables come last.
+    """Returns all entries, in the order of the layers; the tables come last.
 
     Raises:
         UserError: an array would have more numbers than any machine holds.
@@ -97,7 +99,7 @@ def _layer_entries(reference: Reference, index: int) -> list[Entry]:
     gain = (reference.address.key_dim,)
     found = [
         layer.entry("query_scale", "query_norm.weight", gain),
-        # Memory+ does not use it, and the layer does not declare it; kept so that it comes out again.
+        # Memory+ does not use this scale, and the layer does not declare it. It is kept for `dump`.
         layer.entry("key_scale", "keys_norm.weight", gain),
         layer.linear(
             "projection",
@@ -126,12 +128,12 @@ class _Layer:
         collection: str = "params",
         **how: Any,
     ) -> Entry:
-        """The variable `name` of the layer; `how` are fields of `Entry`."""
+        """Returns the entry of the variable `name` of the layer; `how` are fields of `Entry`."""
         names = (self.reference.prefix(self.index) + reference_name,)
         return Entry((collection, self.reference.sites[self.index].name, name), names, shape, **how)
 
     def linear(self, name: str, reference_name: str, width_out: int, width_in: int) -> Entry:
-        """A linear map without bias."""
+        """Returns the entry of a linear map without bias."""
         shape = (width_out, width_in)
         return self.entry(name, reference_name, shape, to_variable=transposed, to_state=transposed)
 
@@ -162,7 +164,7 @@ def _memory_plus_entries(layer: _Layer) -> list[Entry]:
 
 
 def _ultramem_entries(layer: _Layer) -> list[Entry]:
-    """Those of UltraMem and UltraMemV2."""
+    """Returns the entries of UltraMem and UltraMemV2 layers."""
     reference, table = layer.reference, layer.reference.config.table
     address, embed_dim = reference.address, reference.embed_dim
     heads, ranks, d_k = address.num_heads, address.num_ranks, address.key_dim

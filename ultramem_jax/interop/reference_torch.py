@@ -1,20 +1,22 @@
-"""The authors' PyTorch weights: their state dicts as a module and its variables, and the way back.
+"""Converts the authors' PyTorch weights: state dicts to a module and its variables, and back.
 
     module, variables = load("memory.safetensors", hyper)
     y = module.apply(variables, x)
     write_safetensors("again.safetensors", dump(variables, hyper))
 
 Four layers are known: `v1` (UltraMem), `v2` (UltraMemV2 layers over one table), `memory_plus` (Memory+ layers
-over one table), and `engram`, that of Engram's released demo, whose module also takes the ids of the tokens:
-`module.apply(variables, x, token_ids)`. `Reference.of` and `EngramReference.of` list the hyper-parameters
-that `hyper` must hold, under the authors' names. Where their code reads the leading singular vectors of the
-Tucker core from buffers, the layer computes them from the core and takes their sign from the buffers: the
-same, if the buffers belong to the core.
+over one table), and `engram`, the layer of Engram's released demo. The module of `engram` also takes the ids
+of the tokens: `module.apply(variables, x, token_ids)`. `Reference.of` and `EngramReference.of` list the
+hyper-parameters that `hyper` must hold, under the authors' names.
+
+The authors' code reads the leading singular vectors of the Tucker core from buffers. Here the layer computes
+them from the core, and takes their sign from the buffers. The results are the same if the buffers belong to
+the core.
 """
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -26,9 +28,11 @@ from ultramem_jax.errors import UserError, require
 from ultramem_jax.interop.constant import Constant
 from ultramem_jax.interop.engram import MODULE, EngramReference
 from ultramem_jax.interop.hyper import Reference
+from ultramem_jax.interop.hyper_values import Hyper
 from ultramem_jax.interop.names import TABLES, Entry, Path, entries
 from ultramem_jax.interop.safetensors_files import read_safetensors, write_safetensors
 from ultramem_jax.layers.memory.memory import Memory, SharedTables
+from ultramem_jax.tree_types import Variables
 
 __all__ = [
     "Constant",
@@ -40,31 +44,32 @@ __all__ = [
     "write_safetensors",
 ]
 
-Variables = dict[str, Any]
+Loaded: TypeAlias = dict[str, dict[str, dict[str, jax.Array | Constant]]]
+"""Variables of a module: collection -> module -> name -> array."""
 _LOSSES = "losses"
 _NAMED = 8
-"""Entries that an error names."""
+"""Number of entries that an error names."""
 
 
 class _EngramLayer(nn.Module):
-    """The layer under the name that its variables have."""
+    """Applies the layer under the name that its variables have."""
 
     site: MemorySite
 
     @nn.compact
     def __call__(self, x: jax.Array, token_ids: jax.Array) -> jax.Array:
-        """Output (B, S, D) for x of the same shape."""
+        """Returns the output (B, S, D) for x of the same shape."""
         return Memory(self.site, name=MODULE)(x, train=False, token_ids=token_ids)
 
 
 class _Layers(nn.Module):
-    """Layer i applied to x[i], all over the same tables."""
+    """Applies layer i to x[i], with all layers over the same tables."""
 
     reference: Reference
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Outputs (layers, B, S, D) for x of the same shape."""
+        """Returns the outputs (layers, B, S, D) for x of the same shape."""
         reference = self.reference
         tables = SharedTables(reference.sites[0], name=TABLES)()
         outputs = []
@@ -75,7 +80,7 @@ class _Layers(nn.Module):
 
 
 class EngramModule:
-    """What `load` returns for an Engram layer: `apply` as a Flax module has it."""
+    """Applies a loaded Engram layer. Its `apply` works like that of a Flax module."""
 
     def __init__(self, reference: EngramReference):
         self.reference = reference
@@ -92,14 +97,14 @@ class EngramModule:
         """Applies the layer.
 
         Args:
-            variables: those of `load`, or a tree of the same structure.
+            variables: from `load`, or a tree of the same structure.
             x: (B, S, D), the residual stream before attention.
             token_ids: (B, S) integers in [0, V), before they are mapped to canonical ids.
-            mutable: the collections to return beside the output, as for a Flax module: `reads` holds under
+            mutable: the collections to return beside the output, as for a Flax module. `reads` holds under
                 `memory_0` the `slots` (T, R), rows of the joint table.
 
         Returns:
-            What is added to the residual stream, (B, S, D) float32; with `mutable` also a dict of the
+            The term to add to the residual stream, (B, S, D) float32; with `mutable` also a dict of the
             collections.
 
         Raises:
@@ -107,7 +112,7 @@ class EngramModule:
         """
         size, shape = self.reference.embed_dim, np.shape(x)
         require(len(shape) == 3 and shape[2] == size, "x.shape", shape, f"must be (B, S, D) with D = {size}")
-        of_ids, vocab = np.shape(token_ids), self.reference.site.around.vocab_size
+        of_ids, vocab = np.shape(token_ids), self.reference.site.context.vocab_size
         require(of_ids == shape[:2], "token_ids.shape", of_ids, f"must be that of x's tokens, {shape[:2]}")
         if not isinstance(token_ids, jax.core.Tracer):
             given = np.asarray(token_ids)
@@ -122,11 +127,11 @@ class EngramModule:
 
 
 class ReferenceModule:
-    """What `load` returns: `apply` as a Flax module has it, with the gradients of the authors' code.
+    """Applies loaded layers. Its `apply` works like that of a Flax module, with the authors' gradients.
 
-    Their balance loss is no part of what they minimise. A hook on the layer's output adds its gradient,
-    whatever the cotangent of the output is. So does `apply` here: a loss that is made of its output must not
-    have the sown `losses` added once more.
+    In the authors' code the balance loss is not a part of what is minimised. Instead a hook on the layer's
+    output adds its gradient, whatever the cotangent of the output is. `apply` does the same. So a loss that
+    is made of its output must not add the sown `losses` once more.
     """
 
     def __init__(self, reference: Reference):
@@ -139,8 +144,8 @@ class ReferenceModule:
         """Applies the layers.
 
         Args:
-            variables: those of `load`, or a tree of the same structure.
-            x: (B, S, D) for `v1`; (layers, B, S, D) for the others, layer i applied to x[i].
+            variables: from `load`, or a tree of the same structure.
+            x: (B, S, D) for `v1`; (layers, B, S, D) for the others, with layer i applied to x[i].
             mutable: the collections to return beside the output, as for a Flax module: `reads` holds what was
                 read, `losses` the balance loss, `buffers` the updated singular vectors. Each has one
                 `memory_{i}` for every layer.
@@ -159,7 +164,7 @@ class ReferenceModule:
         require(fits, "x.shape", x.shape, f"must be {axes} with {sizes}")
         x = x.astype(jnp.float32)
         asked = [mutable] if isinstance(mutable, str) else mutable
-        # Also where nobody asked for it: the layer tells its loss only where `losses` is mutable.
+        # `losses` is always mutable, because only then does the layer sow its loss.
         opened = True if asked is True else [*(asked or ()), _LOSSES]
         y, sown = self._layers.apply(variables, x if reference.stacked else x[None], mutable=opened)
         y = y if reference.stacked else y[0]
@@ -173,22 +178,21 @@ class ReferenceModule:
 
 
 def load(
-    state: Mapping[str, Any] | str | os.PathLike[str],
-    hyper: Mapping[str, Any],
+    state: Mapping[str, object] | str | os.PathLike[str],
+    hyper: Hyper,
     *,
     allow_nonfinite: bool = False,
-) -> tuple[Any, Variables]:
-    """Makes the module and the variables that a state dict of the authors' code amounts to.
+) -> tuple[ReferenceModule | EngramModule, Loaded]:
+    """Makes the module and the variables from a state dict of the authors' code.
 
     Args:
         state: arrays by name, or the path of a `.safetensors` file. Floats of any width become float32.
         hyper: the hyper-parameters, see `Reference.of`.
-        allow_nonfinite: takes weights that are NaN or infinite as they are, say to look into a run that
-            diverged.
+        allow_nonfinite: accepts weights that are NaN or infinite, for example to examine a run that diverged.
 
     Returns:
         The module, a `ReferenceModule` or `EngramModule`, and its variables: `params`, `memory` (the tables)
-        and `buffers`. All leaves are float32, so that `jax.grad` takes the whole tree; permutations and maps
+        and `buffers`. All leaves are float32, so that `jax.grad` takes the whole tree. Permutations and maps
         of tokens are a `Constant`.
 
     Raises:
@@ -200,7 +204,7 @@ def load(
     _require_mapping("state", state, "a dict of arrays by name, or the path of a .safetensors file")
     reference, expected = _of(hyper)
     _compare_names(state, [name for entry in expected for name in entry.names], "the state dict")
-    variables: Variables = {}
+    variables: Loaded = {}
     for entry in expected:
         arrays = [_checked(name, state[name], entry, allow_nonfinite) for name in entry.names]
         value = Constant(arrays[0]) if entry.constant else jnp.asarray(entry.pack(arrays))
@@ -211,12 +215,12 @@ def load(
     return ReferenceModule(reference), variables
 
 
-def dump(variables: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def dump(variables: Variables, hyper: Hyper) -> dict[str, np.ndarray]:
     """Returns the authors' state dict for variables of `load`, or for a tree of gradients by them.
 
     Args:
-        variables: with the collections `params`, `memory` and, but for Memory+, `buffers`. Others are passed
-            over.
+        variables: with the collections `params`, `memory` and, except for Memory+, `buffers`. Other
+            collections are ignored.
         hyper: the hyper-parameters that they were loaded with.
 
     Returns:
@@ -250,8 +254,8 @@ def dump(variables: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, np
     return state
 
 
-def _of(hyper: Mapping[str, Any]) -> tuple[Reference | EngramReference, list[Entry]]:
-    """The layers of the hyper-parameters, and which entry of their state dict is which variable."""
+def _of(hyper: Hyper) -> tuple[Reference | EngramReference, list[Entry]]:
+    """Returns the layers of the hyper-parameters, and which entry of their state dict is which variable."""
     if isinstance(hyper, Mapping) and hyper.get("layer") == "engram":
         engram = EngramReference.of(hyper)
         return engram, engram.entries()
@@ -261,24 +265,24 @@ def _of(hyper: Mapping[str, Any]) -> tuple[Reference | EngramReference, list[Ent
 
 @jax.custom_vjp
 def _with_gradient_of(y: jax.Array, loss: jax.Array) -> jax.Array:
-    """`y` itself; the backward pass adds the gradient of `loss`, whatever the cotangent of `y`."""
+    """Returns `y` itself. The backward pass adds the gradient of `loss`, whatever the cotangent of `y`."""
     del loss
     return y
 
 
-def _hook_forward(y, loss):
+def _hook_forward(y: jax.Array, loss: jax.Array) -> tuple[jax.Array, jax.Array]:
     return y, jnp.ones_like(loss)
 
 
-def _hook_backward(ones, cotangent):
+def _hook_backward(ones: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     return cotangent, ones
 
 
 _with_gradient_of.defvjp(_hook_forward, _hook_backward)
 
 
-def _compare_names(given: Mapping[str, Any], expected: Sequence[str], what: str) -> None:
-    """Raises an error that names the entries that are missing from, or too many in, `given`."""
+def _compare_names(given: Mapping[str, object], expected: Sequence[str], what: str) -> None:
+    """Raises an error that names the entries that are missing from `given`, or that it should not have."""
     missing = [name for name in expected if name not in given]
     extra = sorted(set(given) - set(expected), key=str)
     complaints = [f"has no {_some(missing)}"] if missing else []
@@ -288,7 +292,7 @@ def _compare_names(given: Mapping[str, Any], expected: Sequence[str], what: str)
 
 
 def _some(names: Sequence[str]) -> str:
-    """The names, or the first of many: a file of another model lacks thousands."""
+    """Returns the names, or only the first of many: a file of another model lacks thousands."""
     more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
     return ", ".join(map(repr, names[:_NAMED])) + more
 
@@ -298,21 +302,21 @@ def _require_mapping(field: str, value: object, allowed: str) -> None:
         raise UserError(f"{field}: must be {allowed}, not a {type(value).__name__}")
 
 
-def _array(name: str, value: Any) -> np.ndarray:
+def _array(name: str, value: object) -> np.ndarray:
     try:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"{name}: must be an array of numbers, not a {type(value).__name__}") from None
 
 
-def _checked(name: str, value: Any, entry: Entry, allow_nonfinite: bool) -> np.ndarray:
-    """The array under `name`, float32 unless the entry is a constant."""
+def _checked(name: str, value: object, entry: Entry, allow_nonfinite: bool) -> np.ndarray:
+    """Returns the array under `name`, as float32 unless the entry is a constant."""
     array = _array(name, value)
     require(array.shape == entry.shape, f"{name}.shape", array.shape, f"must be {entry.shape}")
     if entry.constant:
         whole = np.issubdtype(array.dtype, np.integer)
         require(whole, f"{name}.dtype", array.dtype.name, "must be one of integers")
-        # The layer reads through these addresses without a check of its own.
+        # The layer reads at these addresses without checking them.
         limit = array.size if entry.limit is None else entry.limit
         inside = array.min() >= 0 and array.max() < limit
         require(inside, name, (array.min(), array.max()), f"its range must be within [0, {limit})")
@@ -320,7 +324,7 @@ def _checked(name: str, value: Any, entry: Entry, allow_nonfinite: bool) -> np.n
             distinct = np.unique(array).size
             require(distinct == array.size, name, f"{distinct} distinct addresses", f"must be {array.size}")
         return array
-    # Of other dtypes NumPy would make floats too: it drops imaginary parts, reads strings, counts booleans.
+    # NumPy would convert other dtypes too: it drops imaginary parts, parses strings and counts booleans.
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise UserError(f"{name}: must be an array of numbers of a float dtype, not {array.dtype.name!r}")
     with np.errstate(over="ignore"):
@@ -335,7 +339,7 @@ def _checked(name: str, value: Any, entry: Entry, allow_nonfinite: bool) -> np.n
     return numbers
 
 
-def _flatten(tree: Mapping[str, Any], path: Path = ()) -> list[tuple[Path, Any]]:
+def _flatten(tree: Mapping[str, object], path: Path = ()) -> list[tuple[Path, object]]:
     flat = []
     for name, value in tree.items():
         if isinstance(value, Mapping):

@@ -1,11 +1,10 @@
-"""State dicts as `.safetensors` files."""
+"""Reads and writes state dicts as `.safetensors` files."""
 
 import json
 import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,9 +32,10 @@ _DTYPES: dict[str, np.dtype] = {
         "C64": np.complex64,
     }.items()
 }
-"""Those of the format that NumPy can hold. It has more, of floats of 4 to 8 bits, which need scales too."""
+"""Dtypes of the format that NumPy can hold. The format has others, of floats of 4 to 8 bits, which need
+scales too."""
 _LONGEST_HEADER = 100_000_000
-"""Bytes; that of the format's own reader."""
+"""Most bytes of a header, as in the format's own reader."""
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -45,12 +45,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         UserError: the file is missing, not a regular one, cannot be opened, or is broken; NumPy has no dtype
             for an array.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for somebody to write
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for a writer
         raise UserError(f"{path}: cannot be read: not a regular file")
     _require_dtypes(path)
     try:
         return safetensors.numpy.load_file(path)
-    except (FileNotFoundError, ValueError):  # no path has a zero byte
+    except (FileNotFoundError, ValueError):  # ValueError: a path with a zero byte
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
@@ -58,8 +58,8 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: not a whole .safetensors file: {_one_line(error)}") from None
 
 
-def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Writes the arrays of `state` with their names and dtypes; its folder is made where it is missing.
+def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, object]) -> None:
+    """Writes the arrays of `state` with their names and dtypes. The folder is created if it is missing.
 
     The file appears whole or not at all: another of the same name stays until the new one is complete.
 
@@ -78,7 +78,7 @@ def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, Any]) ->
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(descriptor)
         safetensors.numpy.save_file(arrays, temporary)
-        # A temporary file is its owner's alone; the finished one has the rights of any new file.
+        # Only the owner may read a temporary file. The finished one gets the rights of any new file.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
@@ -89,7 +89,7 @@ def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, Any]) ->
 
 
 def _require_dtypes(path: str | os.PathLike[str]) -> None:
-    """Refuses arrays that NumPy cannot hold. Of a header that is broken the format's reader says how."""
+    """Refuses arrays that NumPy cannot hold. The format's own reader reports a broken header."""
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -101,7 +101,7 @@ def _require_dtypes(path: str | os.PathLike[str]) -> None:
         require(dtype in _DTYPES, f"{path}: {name}.dtype", dtype, f"must be one of {', '.join(_DTYPES)}")
 
 
-def _storable(name: str, value: Any) -> np.ndarray:
+def _storable(name: str, value: object) -> np.ndarray:
     if not isinstance(name, str):
         raise UserError(f"state: names must be strings, {name!r} is not")
     try:

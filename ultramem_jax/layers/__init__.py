@@ -1,15 +1,15 @@
-"""Layers. Each answers the call `(x (B, S, D), *, train) -> y (B, S, D)` and sows its metrics and losses.
+"""Contains the layers, which map `(x (B, S, D), *, train) -> y (B, S, D)` and sow their metrics and losses.
 
-Those that look back, attention and memories whose parts do, also take a `chunk`: in decoding, x follows on
-what they have in the collection `cache` (`layers.caching`). Matrices may be served ones
-(`layers.parameters`). One contract suite, tests/layers/test_contract.py, runs over all of them.
+Layers that look back at earlier tokens (attention, and memories with such parts) also take a `chunk`: in
+decoding, x continues what they have in the collection `cache` (`layers.caching`). Matrices may be those of a
+served model (`layers.parameters`). One contract suite, tests/layers/test_contract.py, tests all layers.
 
-They are imported when they are asked for: the configs of memories lie in this package, and whoever counts
-parameters from a config alone does not wait for JAX.
+Layers are imported when they are first used. The configs of memories are in this package, and counting
+parameters from a config must not wait for JAX.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ultramem_jax.layers.attention import Attention
@@ -31,7 +31,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,10 +1,10 @@
-"""Causal self-attention with rotary positions and grouped key/value heads.
+"""Implements causal self-attention with rotary positions and grouped key/value heads.
 
 In decoding, the keys and values of earlier positions come from a cache (`ultramem_jax.layers.caching`), and
-those of new ones go there.
+those of new positions are written to it.
 
-In the shapes: d = D/A is the width of a head, A_kv the heads of keys and values, U the keys attended to, and
-G = A/A_kv the query heads that share one of them.
+In the shapes: d = D/A is the width of a head, A_kv the number of key/value heads, U the number of keys
+attended to, and G = A/A_kv the number of query heads that share a key/value head.
 """
 
 import flax.linen as nn
@@ -20,22 +20,22 @@ from ultramem_jax.layers.parameters import matrix
 from ultramem_jax.ops.linear import project
 
 CAUSAL_CHUNKS = 4
-"""Parts that the queries of a causal pass are cut into; each leaves out the keys behind its end, 3/8 of the
-scores in all. Forward and backward at B 16, S 256, A 4, d 32 on 2 CPU cores, float32: 21 ms with 4 parts,
-29 with 2, 40 with 1; `jax.nn.dot_product_attention` takes 63."""
+"""Number of parts that the queries of a causal pass are cut into. A part leaves out the keys after its end,
+3/8 of the scores in all. Forward and backward at B 16, S 256, A 4, d 32 on 2 CPU cores, float32: 21 ms with 4
+parts, 29 with 2, 40 with 1; `jax.nn.dot_product_attention` takes 63."""
 
 MIN_CHUNK = 32
-"""Queries below which a part is not worth its own products."""
+"""Fewest queries of a part: a smaller one is not worth its own products."""
 
 MASKED = -1e30
-"""Added to the score of a key that must not be seen. Finite, so that a row without any key stays finite."""
+"""Number added to the score of a masked key. It is finite, so that a row without any key stays finite."""
 
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     """Rotates the features of each head by angles that grow with the position (arXiv 2104.09864, eq. 34).
 
-    Feature i < d/2 is paired with i + d/2 and turned by position·theta^(-2i/d) radians; the paper pairs 2i
-    with 2i + 1, the same up to a fixed order of the features. The angles are in float32.
+    Feature i < d/2 is paired with i + d/2 and turned by position·theta^(-2i/d) radians. The paper pairs 2i
+    with 2i + 1, which differs only in the order of the features. The angles are in float32.
 
     Args:
         x: (B, S, heads, d), d even.
@@ -43,7 +43,8 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
         theta: base of the frequencies.
 
     Returns:
-        As x in shape and dtype. Products of a rotated query and key depend on their distance alone.
+        An array of the shape and dtype of x. Products of a rotated query and key depend only on their
+        distance.
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-np.arange(half, dtype=np.float32) / np.float32(half))
@@ -57,17 +58,19 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """softmax(q·kᵀ/√d)·v per head, then the output projection. No biases; dropout on the weights.
+    """Computes softmax(q·kᵀ/√d)·v per head, then the output projection, without biases.
+
+    Dropout applies to the attention weights.
 
     Parameters, float32: `w_query` (D, A·d), `w_key` and `w_value` (D, A_kv·d), `w_out` (A·d, D). With
-    `attention_qk_norm` also the gains of an RMS norm over the queries of all heads together, `query_norm`
-    (A·d,), and of one over the keys, `key_norm` (A_kv·d,), both before the rotation.
+    `attention_qk_norm` also the gains of two RMS norms before the rotation: `query_norm` (A·d,) over the
+    queries of all heads together, and `key_norm` (A_kv·d,) over the keys.
     """
 
     config: ModelConfig
 
     def setup(self) -> None:
-        """Parameters and dropout."""
+        """Declares the parameters and the dropout."""
         config = self.config
         width = config.embed_dim
         kv_width = width // config.num_heads * config.num_kv_heads
@@ -86,7 +89,7 @@ class Attention(nn.Module):
         Args:
             x: (B, S, D).
             train: apply dropout to the attention weights (rng `dropout`).
-            chunk: if given, x follows on what is in the collection `cache`, which must be mutable and has
+            chunk: if given, x continues what is in the collection `cache`, which must be mutable and hold
                 `keys` and `values` of this layer.
         """
         if chunk is not None:
@@ -129,14 +132,14 @@ class Attention(nn.Module):
         return project(pooled.reshape(*pooled.shape[:2], -1), self.w_out)
 
     def _pool(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
-        """Queries read the values of the keys that their mask shows. The softmax is in float32.
+        """Pools, for every query, the values of the keys that its mask allows, with a softmax in float32.
 
         Args:
             q: (B, S, A, d).
-            k: (B, U, A_kv, d), or (B·A_kv, U, d) as a cache has them.
-            v: as k.
+            k: (B, U, A_kv, d), or (B·A_kv, U, d) as in a cache.
+            v: same shape as k.
             mask: (S, U) or (B, S, U) bool, True where query s may see key u. A query that sees no key gets
-                the mean of all of them.
+                the mean of all values.
             train: apply dropout.
 
         Returns:
@@ -145,7 +148,7 @@ class Attention(nn.Module):
         batch, length, heads, head_dim = q.shape
         kv_heads = self.config.num_kv_heads
         group = heads // kv_heads
-        # The query heads of a group become more rows of one product with their key head: (B, A_kv, G·S, d).
+        # The query heads of a group are stacked as rows (B, A_kv, G·S, d) of one product with their key head.
         # Query head a reads key head a // G.
         q = q.reshape(batch, length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
         q = q.reshape(batch, kv_heads, group * length, head_dim) * jnp.asarray(head_dim**-0.5, q.dtype)
@@ -157,8 +160,8 @@ class Attention(nn.Module):
             bias = jnp.broadcast_to(bias, (batch, kv_heads, *bias.shape[2:])).reshape(-1, *bias.shape[2:])
             q = q.reshape(-1, *q.shape[2:])
         scores = jnp.einsum(f"{of}qd,{keys}->{of}qk", q, k, preferred_element_type=jnp.float32) + bias
-        # The softmax divides the pooled values instead of the weights: U/d times fewer divisions. The
-        # maximum cancels, so it needs no derivative.
+        # Dividing the pooled values instead of the weights takes U/d times fewer divisions. The maximum
+        # cancels, so it needs no derivative.
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = self.dropout(weights, deterministic=not train).astype(v.dtype)

@@ -1,14 +1,15 @@
-"""What layers know of the tokens at hand when earlier ones are in a cache.
+"""Describes new tokens to layers that have earlier tokens in a cache.
 
-A cache has U places per sequence, which all sequences of a batch fill together: a chunk of C tokens takes the
-next C places of every sequence, so it is written as one block. Where a sequence has fewer tokens than the
-chunk, the places left over are hidden from its attention for good. So a place says when a token came, and not
-its position, which each sequence counts for itself.
+A cache has U cache positions per sequence. All sequences of a batch fill them together: a chunk of C tokens
+takes the next C cache positions of every sequence, so it is written at once. If a sequence has fewer tokens
+than the chunk, the remaining cache positions stay hidden from its attention for good. So a cache position
+tells when a token came. It is not the token's position, which each sequence counts for itself.
 
-The layers keep their parts in the collection `cache`: attention its `keys` and `values` (B·A_kv, U, d) of
-the cache's dtype, a memory with a query convolution of w taps the last w - 1 `query_inputs` (B, w - 1, D) of
-the computation's dtype. Sequences and heads are one axis, in products with keys and values too: for a write
-and a product of unlike shapes, if only by an axis B of one, XLA on CPU copies the cache four times.
+The layers keep their parts in the collection `cache`. Attention keeps its `keys` and `values` (B·A_kv, U, d)
+in the cache's dtype. A memory with a query convolution of w taps keeps the last w - 1 `query_inputs`
+(B, w - 1, D) in the computation's dtype. Sequences and heads are one axis, also in products with keys and
+values: if the shapes of a write and a product differ, even by an axis B of size one, XLA on CPU copies the
+cache four times.
 """
 
 from typing import NamedTuple
@@ -17,36 +18,38 @@ import jax
 import jax.numpy as jnp
 
 CACHE = "cache"
-"""Name of the collection."""
+"""Name of the collection in which layers keep what they need of earlier tokens."""
 
 
 class Chunk(NamedTuple):
-    """The new tokens (B, C) of a batch. Of a sequence the first `counts` are tokens, the rest is filling."""
+    """Describes the new tokens (B, C) of a batch: `counts` tokens per sequence, then padding."""
 
     counts: jax.Array
-    """(B,) int32 in [0, C]."""
+    """(B,) int32 in [0, C], number of tokens of each sequence; the rest of the chunk is padding."""
     positions: jax.Array
-    """(B, C) int32, of each token in its sequence."""
+    """(B, C) int32, position of each token in its sequence."""
     first: jax.Array
-    """() int32, the place of the first one in the cache."""
+    """() int32, cache position of the chunk's first token."""
     visible: jax.Array
-    """(B, C, U) bool: the places that each token sees, its own among them."""
+    """(B, C, U) bool, True at the cache positions that each token sees, its own included."""
 
 
 def next_chunk(
     visible: jax.Array, lengths: jax.Array, used: jax.Array, counts: jax.Array, size: int
 ) -> tuple[Chunk, jax.Array]:
-    """The chunk of `size` places that follows, and which places hold a token once it is written.
+    """Returns the next chunk of `size` cache positions, and the cache positions that then hold a token.
+
+    The caller must ensure used + size <= U.
 
     Args:
-        visible: (B, U) bool, places that hold a token so far.
-        lengths: (B,) int32, tokens of each sequence so far.
-        used: () int32, places taken so far; used + size <= U is the caller's to see to.
-        counts: (B,) int32 in [0, size], tokens of each sequence in the chunk.
+        visible: (B, U) bool, cache positions that hold a token so far.
+        lengths: (B,) int32, number of tokens of each sequence so far.
+        used: () int32, number of cache positions taken so far.
+        counts: (B,) int32 in [0, size], number of tokens of each sequence in the chunk.
         size: C.
 
     Returns:
-        The chunk and (B, U) bool.
+        The chunk, and (B, U) bool, True at the cache positions that hold a token once it is written.
     """
     offsets = jnp.arange(size, dtype=jnp.int32)[None]
     places = jnp.arange(visible.shape[1], dtype=jnp.int32)[None, None]
@@ -57,18 +60,21 @@ def next_chunk(
 
 
 def append(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    """Cached keys or values (B·A_kv, U, d) with new ones (B, C, A_kv, d) written from place `first` on."""
+    """Writes new keys or values (B, C, A_kv, d) to cached ones (B·A_kv, U, d), at cache position `first`."""
     new = new.swapaxes(1, 2).reshape(cached.shape[0], -1, cached.shape[2])
     return jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), (0, first, 0))
 
 
 def last_tokens(sequence: jax.Array, counts: jax.Array, kept: int) -> jax.Array:
-    """The `kept` tokens up to each sequence's own end: (B, kept + C, D) -> (B, kept, D).
+    """Returns each sequence's last `kept` tokens, without the chunk's padding.
 
     Args:
-        sequence: the tokens kept before and the chunk, one after the other.
-        counts: (B,) int32, tokens in the chunk.
-        kept: how many.
+        sequence: (B, kept + C, D), the tokens kept before, followed by the chunk.
+        counts: (B,) int32, number of tokens of each sequence in the chunk.
+        kept: number of tokens to keep.
+
+    Returns:
+        (B, kept, D).
     """
     index = counts[:, None] + jnp.arange(kept, dtype=jnp.int32)[None]
     return jnp.take_along_axis(sequence, index[:, :, None], axis=1, mode="promise_in_bounds")

@@ -1,31 +1,33 @@
-"""Mixture of Experts on a mesh: every device routes its own tokens, and owners compute their experts.
+"""Computes a Mixture of Experts on a mesh: every device routes its own tokens, owners compute their experts.
 
-Experts are split over the P devices of a group along `MeshAxes.experts`; each owns X/P neighbours. Of the
-T·k assignments of its own T tokens, a device sends to every owner up to C in one all-to-all of rows (P·C, D).
-Owners compute their experts on what they received, a second all-to-all returns the results, and gates are
-applied where the tokens are. What exceeds C goes through further, smaller rounds of the same exchange, as
-many as the busiest pair of the group needs, which only the running program knows: nothing is dropped at any
-imbalance.
+Experts are split over the P devices of a group along `MeshAxes.experts`. Each device owns X/P consecutive
+experts. Of the T·k assignments of its own T tokens, a device sends up to C to every owner, in one all-to-all
+of rows (P·C, D). Owners compute their experts on the rows that they received. A second all-to-all returns the
+results, and gates are applied where the tokens are. Assignments beyond C go through further, smaller rounds
+of the same exchange. The busiest pair of the group decides how many, which is known only at run time. Nothing
+is dropped at any imbalance.
 
-Sent by each device to others in a layer, with b bytes per value of `ModelConfig.dtype`, and received:
+In a layer, each device sends these bytes to others, and receives as many; b is the number of bytes per value
+of `ModelConfig.dtype`:
 
-- forward 2·(P−1)·C·D·b, and 4·X·(P−1)/P for the loads, by which an owner knows the expert of every row;
+- forward 2·(P−1)·C·D·b, and 4·X·(P−1)/P for the loads, which tell an owner the expert of every row;
 - backward 2·(P−1)·C·D·b: the derivatives of the results go to the owners, those of the rows come back;
-- in a further round of C' = ⌈C/4⌉ rows per pair, forward 2·(P−1)·C'·D·b; backward, which computes the round
-  again, 4·(P−1)·C'·D·b.
+- in a further round of C' = ⌈C/4⌉ rows per pair, forward 2·(P−1)·C'·D·b; backward 4·(P−1)·C'·D·b, because it
+  computes the round again.
 
 Weights do not travel along the axis that splits them. Their gradients are all-reduced over the axes that
 split tokens and not experts: 4 bytes for each weight of the device's own X/P experts.
 
-Experts that are not split are on every device, and serve its tokens. Where devices along the axis of the
-experts have the same tokens (`MeshConfig.batch_over_memory` off), nothing is exchanged: each owner adds its
-experts' share. Over that axis, and over "tensor", which splits the inner width of each expert, outputs are
-partial sums: all-reduces of T·D·b bytes forward, and of T·D·b and 4·T·k (the gates) backward.
+Experts that are not split are on every device, which computes them for its own tokens. If devices along the
+axis of the experts have the same tokens (`MeshConfig.batch_over_memory` off), nothing is exchanged: each
+owner adds its experts' share. Outputs are then partial sums over that axis. They are also partial sums over
+`tensor`, which splits the inner width of each expert. This takes all-reduces of T·D·b bytes forward, and of
+T·D·b and 4·T·k (the gates) backward.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +48,12 @@ from ultramem_jax.layers.experts import (
 )
 from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.on_mesh import MeshAxes, island
+from ultramem_jax.tree_types import ArrayTree
+
+_Gradients = tuple[jax.Array, jax.Array, ExpertWeights]
+"""Derivatives by x, gates and weights."""
+_Residuals = tuple[ArrayTree, jax.Array, jax.Array, ExpertWeights]
+"""What the devices keep, x, gates and weights."""
 
 
 def experts_on_mesh(
@@ -56,14 +64,14 @@ def experts_on_mesh(
     weights: ExpertWeights,
     experts: jax.Array,
 ) -> jax.Array:
-    """Σ over a token's k experts of gate·expert(x), on a mesh; differentiable once, in reverse.
+    """Sums gate·expert(x) over a token's k experts, on a mesh; differentiable once, in reverse.
 
     Args:
-        axes: the mesh. T divides over its devices that split tokens.
+        axes: the mesh. The number of its devices that split tokens must divide T.
         implementation: `MoEConfig.implementation`.
         x: (T, D).
         gates: (T, k) float32.
-        weights: of all experts. X divides over the devices that split experts.
+        weights: of all experts. The number of devices that split experts must divide X.
         experts: (T, k) int32.
 
     Returns:
@@ -73,59 +81,63 @@ def experts_on_mesh(
 
 
 class _Layout(NamedTuple):
-    """What is known when the program is compiled: the mesh, and `MoEConfig.implementation`."""
+    """Holds what is known when the program is compiled: the mesh, and `MoEConfig.implementation`."""
 
     axes: MeshAxes
     implementation: str
 
     @property
     def owners(self) -> int:
-        """P."""
+        """Returns P, the number of devices that experts are split over."""
         return self.axes.size(self.axes.experts)
 
     @property
     def tokens_differ(self) -> bool:
-        """Whether owners of different experts have different tokens: only then is anything exchanged."""
+        """Tells whether owners of different experts have different tokens, so that rows must be exchanged."""
         return bool(self.axes.of_tokens(self.axes.experts))
 
     @property
     def inner(self) -> tuple[str, ...]:
-        """Axes that split the inner width of every expert."""
+        """Returns the mesh axes that split the inner width of every expert."""
         return ("tensor",) if self.axes.mesh.shape["tensor"] > 1 else ()
 
     @property
     def partial_sums(self) -> tuple[str, ...]:
-        """Axes along which devices have parts of the sums for the same tokens."""
+        """Returns the mesh axes along which devices have parts of the sums for the same tokens."""
         return (() if self.tokens_differ else self.axes.experts) + self.inner
 
     @property
     def replicas(self) -> tuple[str, ...]:
-        """Axes that split tokens and not experts."""
+        """Returns the mesh axes that split tokens and not experts."""
         return tuple(name for name in self.axes.tokens if name not in self.axes.experts)
 
     @property
     def tokens(self) -> P:
-        """How x, gates and outputs lie."""
+        """Returns the partition spec of x, gates and outputs."""
         return P(self.axes.tokens)
 
     @property
     def everywhere(self) -> P:
-        """How what each device keeps for itself lies: stacked along a new first axis."""
+        """Returns the partition spec of what each device keeps for itself, stacked along a new first axis."""
         return P(self.axes.mesh.axis_names)
 
     def weights(self, weights: ExpertWeights) -> ExpertWeights:
-        """How the experts lie; what "fsdp" splits is gathered."""
-        into: Any = P(self.axes.experts, None, self.inner)
-        out_of: Any = P(self.axes.experts, self.inner, None)
+        """Returns the partition specs of the experts' weights, gathered along `fsdp`."""
+        into: ArrayTree = P(self.axes.experts, None, self.inner)
+        out_of: ArrayTree = P(self.axes.experts, self.inner, None)
         return ExpertWeights(into, out_of, None if weights.w_gate is None else into)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts_on_mesh(layout, x, gates, weights, experts):
+def _experts_on_mesh(
+    layout: _Layout, x: jax.Array, gates: jax.Array, weights: ExpertWeights, experts: jax.Array
+) -> jax.Array:
     return _experts_on_mesh_fwd(layout, x, gates, weights, experts)[0]
 
 
-def _experts_on_mesh_fwd(layout, x, gates, weights, experts):
+def _experts_on_mesh_fwd(
+    layout: _Layout, x: jax.Array, gates: jax.Array, weights: ExpertWeights, experts: jax.Array
+) -> tuple[jax.Array, _Residuals]:
     tokens = layout.tokens
     forward = island(
         layout.axes,
@@ -137,7 +149,9 @@ def _experts_on_mesh_fwd(layout, x, gates, weights, experts):
     return y, (kept, x, gates, weights)
 
 
-def _experts_on_mesh_bwd(layout, residuals, d_y):
+def _experts_on_mesh_bwd(
+    layout: _Layout, residuals: _Residuals, d_y: jax.Array
+) -> tuple[jax.Array, jax.Array, ExpertWeights, None]:
     tokens, of_weights = layout.tokens, layout.weights(residuals[-1])
     backward = island(
         layout.axes,
@@ -151,13 +165,15 @@ def _experts_on_mesh_bwd(layout, residuals, d_y):
 _experts_on_mesh.defvjp(_experts_on_mesh_fwd, _experts_on_mesh_bwd)
 
 
-def _forward(layout: _Layout, x: jax.Array, gates: jax.Array, weights: ExpertWeights, experts: jax.Array):
-    """On one device: its outputs (T, D), and what it keeps for the derivative."""
+def _forward(
+    layout: _Layout, x: jax.Array, gates: jax.Array, weights: ExpertWeights, experts: jax.Array
+) -> tuple[jax.Array, ArrayTree]:
+    """Computes one device's outputs (T, D), and what it keeps for the derivative."""
     if layout.tokens_differ:
         exchange = _prepare(layout, experts, weights.w_in.shape[0])
         y, pullback = jax.vjp(_round(layout, exchange), x, gates, weights)
 
-        def further(number, y):
+        def further(number: jax.Array, y: jax.Array) -> jax.Array:
             return y + _round(layout, exchange, number)(x, gates, weights)
 
         if exchange.rounds is not None:
@@ -171,15 +187,16 @@ def _forward(layout: _Layout, x: jax.Array, gates: jax.Array, weights: ExpertWei
 
 
 def _backward(
-    layout: _Layout, kept: Any, x: jax.Array, gates: jax.Array, weights: ExpertWeights, d_y: jax.Array
-):
-    """On one device: the derivatives by x (T, D), gates (T, k) and its experts' weights."""
+    layout: _Layout, kept: ArrayTree, x: jax.Array, gates: jax.Array, weights: ExpertWeights, d_y: jax.Array
+) -> _Gradients:
+    """Computes one device's derivatives by x (T, D), gates (T, k) and its experts' weights."""
     pullback, exchange = jax.tree.map(lambda leaf: leaf[0], kept)
     d_y = d_y.astype(jnp.float32)
     gradients = pullback(d_y)
     if exchange is not None and exchange.rounds is not None:
-        # Computed again: what a further round needs of the forward pass has no size known beforehand.
-        def further(number, gradients):
+        # Further rounds are computed again: the size of what they need of the forward pass is not known when
+        # the program is compiled.
+        def further(number: jax.Array, gradients: _Gradients) -> _Gradients:
             _, pullback = jax.vjp(_round(layout, exchange, number), x, gates, weights)
             return jax.tree.map(jnp.add, gradients, pullback(d_y))
 
@@ -194,7 +211,7 @@ def _backward(
 def _own_share(
     layout: _Layout, experts: jax.Array, x: jax.Array, gates: jax.Array, weights: ExpertWeights
 ) -> jax.Array:
-    """What this device's experts add to its tokens' outputs, (T, D) float32."""
+    """Returns what this device's experts add to its tokens' outputs, (T, D) float32."""
     num_own, size = weights.w_in.shape[0], experts.size
     first = lax.axis_index(layout.axes.experts) * num_own if layout.axes.experts else 0
     inside = (experts >= first) & (experts < first + num_own)
@@ -212,18 +229,18 @@ def _own_share(
 
 
 class _Exchange(NamedTuple):
-    """What a device knows of a group's exchange before the first row is sent. All int32."""
+    """Holds what a device knows of a group's exchange before the first row is sent, all int32."""
 
     plan: Dispatch
-    """Of its own assignments to all X experts."""
+    """The device's own assignments to all X experts, sorted."""
     received: jax.Array
-    """(P, X/P): assignments of each device of the group to each of this device's experts."""
+    """(P, X/P): number of assignments of each device of the group to each of this device's experts."""
     rounds: jax.Array | None
-    """(), rounds after the first, the same for the whole group; None where the first has room for all."""
+    """(), number of rounds after the first, equal in the whole group; None if the first has room for all."""
 
 
 def _prepare(layout: _Layout, experts: jax.Array, num_own: int) -> _Exchange:
-    """Sorts the assignments (T, k) to experts, and tells their owners how many there are."""
+    """Sorts the assignments (T, k) to experts, and tells the owners how many they will receive."""
     plan = dispatch_plan(experts, num_own * layout.owners)
     load = plan.load.reshape(layout.owners, num_own)
     received = _all_to_all(layout, load, purposes.LOADS_OF_EXPERTS)
@@ -238,7 +255,7 @@ def _prepare(layout: _Layout, experts: jax.Array, num_own: int) -> _Exchange:
 
 
 def _all_to_all(layout: _Layout, x: jax.Array, purpose: str) -> jax.Array:
-    """P parts of the first axis: part p goes to device p, and what device p sent becomes part p."""
+    """Exchanges P parts of the first axis: part p goes to device p, and becomes what device p sent."""
     with named_exchange(purpose):
         return lax.all_to_all(x, layout.axes.experts, split_axis=0, concat_axis=0, tiled=True)
 
@@ -246,9 +263,9 @@ def _all_to_all(layout: _Layout, x: jax.Array, purpose: str) -> jax.Array:
 def _round(
     layout: _Layout, exchange: _Exchange, number: jax.Array | None = None
 ) -> Callable[[jax.Array, jax.Array, ExpertWeights], jax.Array]:
-    """One round: the function (x, gates, weights) -> (T, D) float32, what it adds to this device's outputs.
+    """Returns the function that computes one round: what it adds to this device's outputs, (T, D) float32.
 
-    The first if `number` is None, else the further round of that number, from 0 on.
+    The round is the first if `number` is None, else the further round of that number, counted from 0.
     """
     plan, owners = exchange.plan, layout.owners
     (_, k), num_own = plan.expert.shape, exchange.received.shape[1]
@@ -269,7 +286,7 @@ def _round(
 
     def add(x: jax.Array, gates: jax.Array, weights: ExpertWeights) -> jax.Array:
         sent = _all_to_all(layout, spread(x, assignment // k, place), purpose)
-        # In x's dtype nothing is rounded: with one expert per row, y is a product in that dtype times one.
+        # The cast to x's dtype rounds nothing: with one expert per row, y is a product in that dtype times 1.
         y = compute_experts(layout.implementation, sent, ones, weights, arrived, shape).astype(x.dtype)
         return combine(_all_to_all(layout, y, purpose), gates, assignment, place)
 
@@ -277,12 +294,13 @@ def _round(
 
 
 def _arrived(received: jax.Array, first: int | jax.Array, rows: int) -> Dispatch:
-    """The P·rows rows that a round brings to an owner, sorted by its own experts.
+    """Sorts the P·rows rows that a round brings to an owner by the owner's experts.
 
     Args:
-        received: (P, X/P) int32, assignments of each device to each expert. It sends them in this order.
-        first: number of the first that this round brings, of each device's.
-        rows: of each device.
+        received: (P, X/P) int32, number of assignments of each device to each expert. A device sends its
+            assignments in the order of the experts.
+        first: index of the first assignment that this round brings, among those of each device.
+        rows: number of rows that each device sends.
     """
     devices, num_own = received.shape
     size = devices * rows
@@ -294,7 +312,8 @@ def _arrived(received: jax.Array, first: int | jax.Array, rows: int) -> Dispatch
     rank = first + jnp.arange(rows, dtype=jnp.int32)
     expert = jnp.sum(end[:, None, :] <= rank[None, :, None], axis=2, dtype=jnp.int32)
     own = jnp.minimum(expert, num_own - 1)
-    # No sort: each device's rows are sorted, and those before them of other devices are counted.
+    # No sort is needed: each device's rows are sorted already, so it is enough to count the rows of other
+    # devices that come before them.
     earlier = jnp.cumsum(here, axis=0, dtype=jnp.int32) - here
     ahead = jnp.take_along_axis(start[None, :] + earlier - begin, own, axis=1)
     row = jnp.where(expert < num_own, ahead + rank[None, :], size).reshape(-1)

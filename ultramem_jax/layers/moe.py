@@ -1,7 +1,8 @@
-"""Mixture of Experts: dropless top-k routing, the baseline that memory layers are measured against.
+"""Implements Mixture of Experts (MoE) with dropless top-k routing, the baseline of memory layers.
 
-`experts` computes the experts on one device, `expert_parallel` on a mesh, `served_experts` in decoding on a
-CPU. Routing is here, with its losses and metrics, which are of all tokens on any.
+This module routes tokens and computes the losses and metrics of routing, over all tokens of all devices.
+`experts` computes the experts on one device, `expert_parallel` on a mesh, `served_experts` in decoding on
+CPU.
 """
 
 from typing import NamedTuple
@@ -40,34 +41,36 @@ __all__ = [
 
 
 class Router(NamedTuple):
-    """What the router says of T tokens; all but `experts` and `load` float32."""
+    """Holds the router's choices for T tokens; all but `experts` and `load` are float32."""
 
     gates: jax.Array
-    """(T, k)."""
+    """(T, k), weight of each chosen expert."""
     experts: jax.Array
     """(T, k) int32, k different experts per token, best first."""
     load: jax.Array
     """(X,) int32, number of assignments of each expert."""
     load_balance: jax.Array
-    """(), X·Σ f_i·p_i, f the shares of the T·k assignments, p the mean probabilities. 1 if uniform."""
+    """(), load-balance loss X·Σ f_i·p_i: f the shares of the T·k assignments, p the mean probabilities. 1 if
+    uniform."""
     router_z: jax.Array
-    """(), mean of logsumexp(logits)²."""
+    """(), z-loss, the mean of logsumexp(logits)²."""
     entropy: jax.Array
-    """(), mean entropy of a token's distribution over the experts, nats."""
+    """(), mean entropy of a token's distribution over the experts, in nats."""
 
 
 def route(logits: jax.Array, top_k: int, normalize_gates: bool) -> Router:
-    """The k most probable experts of each token, by logits (T, X) float32.
+    """Routes each token to its k most probable experts, by logits (T, X) float32.
 
     The gates are the softmax probabilities over all X experts, divided by their sum if `normalize_gates`.
     The load-balance loss is that of Switch Transformer (arXiv 2101.03961, equation 4) with f over all k
-    choices; the z-loss that of ST-MoE (arXiv 2202.08906, equation 5). Their weights are the caller's.
+    choices. The z-loss is that of ST-MoE (arXiv 2202.08906, equation 5). The caller weighs both losses.
     """
     num_tokens, num_experts = logits.shape
     log_z = jax.nn.logsumexp(logits, axis=-1)
     log_p = logits - log_z[:, None]
     p = jnp.exp(log_p)
-    # On a mesh, the compiler would give all tokens to every device for this; the losses it splits by itself.
+    # On a mesh, the compiler would give all tokens to every device to compute this top-k. It splits the
+    # losses by itself.
     experts = per_token(lambda p: lax.top_k(p, top_k)[1].astype(jnp.int32), (lax.stop_gradient(p),))
     gates = jnp.take_along_axis(p, experts, axis=-1)
     if normalize_gates:
@@ -86,21 +89,25 @@ def route(logits: jax.Array, top_k: int, normalize_gates: bool) -> Router:
 
 
 class MoE(nn.Module):
-    """Σ over the k experts that a token's router chose of gate·expert(x), in place of an MLP.
+    """Sums gate·expert(x) over the k experts that the router chose for a token, in place of an MLP.
 
-    Sows into `losses`, already weighted: `load_balance`, `router_z`; into `metrics`: `load_max_over_mean`
-    (assignments of the busiest expert over the mean), `experts_chosen` (how many have any), `router_entropy`
-    (nats). All float32 scalars.
+    It sows float32 scalars. `losses` gets `load_balance` and `router_z`, already weighted. `metrics` gets
+    `load_max_over_mean` (assignments of the busiest expert over the mean), `experts_chosen` (number of
+    experts with an assignment) and `router_entropy` (nats).
 
-    Parameters, float32: `router` (D, X), `w_in` (X, D, F), `w_out` (X, F, D), for SwiGLU `w_gate` (X, D, F);
-    served on CPU, each but the router a tuple of X `OutputMajor`.
+    Parameters, float32: `router` (D, X), `w_in` (X, D, F), `w_out` (X, F, D), for SwiGLU `w_gate` (X, D, F).
+    In a model served on CPU each but the router is a tuple of X `OutputMajor`.
     """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps x (B, S, D) -> (B, S, D) in `config.dtype`, the same whatever `train` says."""
+        """Maps x (B, S, D) -> (B, S, D) in `config.dtype`; `train` has no effect.
+
+        Raises:
+            ValueError: the config has no `moe`.
+        """
         del train
         moe, dtype = self.config.moe, jnp.dtype(self.config.dtype)
         if moe is None:

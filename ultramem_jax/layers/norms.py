@@ -1,4 +1,4 @@
-"""RMS normalisation, the only norm of this project."""
+"""Implements RMS normalisation, the only norm of this project."""
 
 import flax.linen as nn
 import jax
@@ -7,21 +7,25 @@ from jax.typing import DTypeLike
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · gain over the last axis (arXiv 1910.07467, equation 4), without a bias.
+    """Computes x / sqrt(mean(x²) + eps) · gain over the last axis (arXiv 1910.07467, equation 4).
 
-    The mean square and the division are in float32 whatever the computation's dtype: the square of a
-    bfloat16 has too few bits to be averaged.
+    There is no bias. The mean square and the division are always in float32: the square of a bfloat16 has too
+    few bits to be averaged.
     """
 
     eps: float = 1e-5
+    """Number added to the mean square."""
     dtype: DTypeLike = jnp.float32
-    """Of the output."""
+    """Dtype of the output."""
     gain_init: float = 1.0
-    """Value that every entry of the gain starts at."""
+    """Initial value of every entry of the gain."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x (..., d) of any float dtype -> (..., d) in `dtype`. Parameter `scale` (d,), float32."""
+        """Maps x (..., d) of any float dtype to (..., d) in `dtype`.
+
+        The gain is the parameter `scale` (d,), float32.
+        """
         gain = self.param("scale", nn.initializers.constant(self.gain_init), (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)

@@ -1,4 +1,4 @@
-"""Models: the decoder around the layers, and sampling from it."""
+"""Provides the models: the decoder around the layers, and sampling from it."""
 
 from ultramem_jax.models.transformer import Transformer
 

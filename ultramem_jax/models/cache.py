@@ -1,32 +1,35 @@
-"""The cache of a model that decodes: what its layers remember of the tokens so far."""
+"""Makes the cache of a model that decodes: what its layers keep of the tokens so far."""
 
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import at_least, choice
+from ultramem_jax.tree_types import ArrayTree
 
-Cache = dict[str, Any]
+Cache: TypeAlias = dict[str, ArrayTree]
+"""The collection `cache`, as `empty_cache` makes it."""
 
 CACHE_DTYPES = ("float32", "bfloat16")
-"""Of the keys and values in a cache."""
+"""Allowed dtypes of the keys and values in a cache."""
 
 
 def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: str = "float32") -> Cache:
-    """The collection `cache` before the first token.
+    """Returns the collection `cache` before the first token.
 
     Args:
         config: of the model.
         batch_size: B, sequences.
-        length: U, places for tokens of a sequence. Whoever fills the cache sees to it that no chunk ends
-            beyond it: a chunk of C tokens must start at a place up to U - C.
+        length: U, cache positions per sequence. The caller must ensure that no chunk ends beyond it: a chunk
+            of C tokens must start at a position up to U - C.
         dtype: of keys and values, one of `CACHE_DTYPES`. On CPU float32 is several times as fast.
 
     Returns:
-        `visible` (B, U) bool, places that hold a token; `lengths` (B,) int32, tokens of each sequence; `used`
-        () int32, places taken; and the layers' parts, which `ultramem_jax.layers.caching` describes.
+        `visible` (B, U) bool, cache positions that hold a token; `lengths` (B,) int32, tokens of each
+        sequence; `used` () int32, cache positions taken; and the layers' parts, which
+        `ultramem_jax.layers.caching` describes.
 
     Raises:
         UserError: an empty batch or cache, or another dtype.
@@ -41,7 +44,7 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: str = 
         "used": jnp.zeros((), jnp.int32),
     }
     for layer in range(1, config.num_layers + 1):
-        # Arrays of their own: each is changed in place.
+        # Each layer has its own arrays, because they are updated in place.
         cached = {name: jnp.zeros(shape, jnp.dtype(dtype)) for name in ("keys", "values")}
         cache[f"layer_{layer}"] = {"attention": cached}
     for site in config.sites:
@@ -53,6 +56,6 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: str = 
 
 
 def cache_bytes(config: ModelConfig, batch_size: int, length: int, dtype: str = "float32") -> int:
-    """Bytes that such a cache takes."""
+    """Returns the bytes that such a cache takes."""
     shapes = jax.eval_shape(lambda: empty_cache(config, batch_size, length, dtype))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

@@ -1,8 +1,8 @@
-"""Text from a model: prompts are read in chunks into a cache, and then it is one token after another.
+"""Generates text from a model: it reads prompts in chunks into a cache, then adds one token after another.
 
-Two programs of the model are compiled for a batch: one reads a chunk of every prompt, one takes a token of
-every sequence and samples the next. Both change the cache in place. A third, small one samples the first
-token after the prompts.
+Two programs of the model are compiled for a batch. One reads a chunk of every prompt. The other takes a token
+of every sequence and samples the next one. Both update the cache in place. A third, small program samples the
+first token after the prompts.
 """
 
 import codecs
@@ -20,22 +20,23 @@ from ultramem_jax.models.cache import CACHE_DTYPES, Cache, empty_cache
 from ultramem_jax.models.sampling import Sampling, sample
 from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.models.transformer import Transformer
+from ultramem_jax.tree_types import ArrayTree
 
 ENDED = -1
-"""In place of the token of a sequence that has ended."""
+"""Stands in place of the token of a sequence that has ended."""
 
 
 class Generator:
     """Continues batches of prompts, of any lengths, with one model.
 
-    What a sequence gets does not depend on the others in its batch, but for the rounding of sums, as long as
-    `window` holds all of them.
+    A sequence's continuation does not depend on the others in its batch, except for the rounding of sums, as
+    long as `window` holds all of them.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        variables: dict[str, Any],
+        variables: dict[str, ArrayTree],
         *,
         window: int,
         sampling: Sampling | None = None,
@@ -49,10 +50,10 @@ class Generator:
         Args:
             config: of the model.
             variables: `params`, `memory` and `buffers`, prepared (`prepare_for_decoding`) or not.
-            window: tokens of context at most, the length that the model was trained on. Where they are used
-                up, the newer half of them is read again, and positions start anew.
+            window: the most tokens of context, which is the length that the model was trained on. When they
+                are used up, the newer half of them is read again, and positions start anew.
             sampling: how a token is chosen; by default at temperature 1.
-            stop_id: ends a sequence, and is not part of it. None: none does.
+            stop_id: ends a sequence, and is not part of it. None means that no token does.
             num_ids: only ids below it are sampled, those that the tokenizer has; None is all of the model's.
             cache_dtype: of keys and values, see `empty_cache`.
             prefill_chunk: tokens of each prompt that are read at a time.
@@ -70,13 +71,19 @@ class Generator:
         self._variables = prepare_for_decoding(config, variables)
         model, sampling = Transformer(config), sampling or Sampling()
 
-        def apply(variables: Any, cache: Cache, tokens: jax.Array, counts: jax.Array) -> Any:
+        def apply(
+            variables: dict[str, ArrayTree], cache: Cache, tokens: jax.Array, counts: jax.Array
+        ) -> tuple[Cache, jax.Array]:
             logits, left = model.apply(variables | {"cache": cache}, tokens, counts=counts, mutable=["cache"])
             return left["cache"], logits
 
         def read(
-            variables: Any, cache: Cache, logits: jax.Array, tokens: jax.Array, counts: jax.Array
-        ) -> Any:
+            variables: dict[str, ArrayTree],
+            cache: Cache,
+            logits: jax.Array,
+            tokens: jax.Array,
+            counts: jax.Array,
+        ) -> tuple[Cache, jax.Array]:
             cache, new = apply(variables, cache, tokens, counts)
             return cache, jnp.where(counts[:, None] > 0, new, logits)
 
@@ -86,8 +93,12 @@ class Generator:
             return sample(logits[:, :num_ids], keys, sampling)
 
         def step(
-            variables: Any, cache: Cache, tokens: jax.Array, counts: jax.Array, *which: jax.Array
-        ) -> Any:
+            variables: dict[str, ArrayTree],
+            cache: Cache,
+            tokens: jax.Array,
+            counts: jax.Array,
+            *which: jax.Array,
+        ) -> tuple[Cache, jax.Array]:
             cache, logits = apply(variables, cache, tokens[:, None], counts)
             return cache, choose(logits, *which)
 
@@ -98,17 +109,17 @@ class Generator:
     def stream(
         self, prompts: Sequence[Sequence[int] | np.ndarray], num_tokens: int, seed: int = 0
     ) -> Iterator[np.ndarray]:
-        """Tokens as they come.
+        """Yields tokens as they are sampled.
 
         Args:
-            prompts: B of them, ids in [0, V), one at least in each; of a longer one its last `window`
-                tokens are seen.
-            num_tokens: how many to add to each at most.
-            seed: of the sampling, in [0, 2³²). A draw is a function of it, the sequence's place in the batch
+            prompts: B prompts of ids in [0, V), with at least one id each. Of a longer prompt only the last
+                `window` tokens are read.
+            num_tokens: the most tokens to add to each prompt.
+            seed: of the sampling, in [0, 2³²). A draw depends only on it, the sequence's index in the batch
                 and the number of the token.
 
         Yields:
-            (B,) int32, `ENDED` for a sequence that has. It stops when all have.
+            (B,) int32, with `ENDED` for a sequence that has ended. It stops when all have ended.
 
         Raises:
             UserError: no prompt, an empty one, an id that the model does not have, or another number that
@@ -122,7 +133,10 @@ class Generator:
     def generate(
         self, prompts: Sequence[Sequence[int] | np.ndarray], num_tokens: int, seed: int = 0
     ) -> list[np.ndarray]:
-        """The continuation of each prompt, (<= num_tokens,) int32; arguments and errors as for `stream`."""
+        """Returns the continuation of each prompt, (<= num_tokens,) int32.
+
+        Arguments and errors are those of `stream`.
+        """
         columns = np.stack(list(self.stream(prompts, num_tokens, seed)), axis=1)
         return [row[row != ENDED] for row in columns]
 
@@ -143,7 +157,7 @@ class Generator:
                     sequence.append(token)
             which = seed, np.uint32(number)
             if used == self._window:
-                del cache  # before there is a second one
+                del cache  # frees it before a second one is made
                 cache, logits, used = self._read(sequences, max(self._window // 2, 1))
                 tokens = self._choose(logits, *which)
             else:
@@ -152,15 +166,19 @@ class Generator:
                 used += 1
 
     def _read(self, sequences: list[list[int]], most: int) -> tuple[Cache, jax.Array, int]:
-        """Reads the last `most` tokens of each: the cache, logits (B, V) of the next, and places used."""
+        """Reads the last `most` tokens of each sequence into a new cache.
+
+        Returns:
+            The cache, logits (B, V) of the next token, and the number of cache positions used.
+        """
         seen = [sequence[-most:] for sequence in sequences]
         lengths = np.array([len(sequence) for sequence in seen], np.int32)
         chunks = -(-int(lengths.max()) // self._chunk)
         tokens = np.zeros((len(seen), chunks * self._chunk), np.int32)
         for row, sequence in zip(tokens, seen, strict=True):
             row[: len(sequence)] = sequence
-        places = -(-self._window // self._chunk) * self._chunk
-        cache = empty_cache(self._config, len(seen), places, self._cache_dtype)
+        positions = -(-self._window // self._chunk) * self._chunk
+        cache = empty_cache(self._config, len(seen), positions, self._cache_dtype)
         logits = jnp.zeros((len(seen), self._config.vocab_size), jnp.float32)
         for first in range(0, tokens.shape[1], self._chunk):
             counts = np.clip(lengths - first, 0, self._chunk)
@@ -178,23 +196,23 @@ class Generator:
 
 
 class TokenStream(Protocol):
-    """What `stream_texts` asks of a generator."""
+    """Describes what `stream_texts` needs of a generator."""
 
     def stream(
         self, prompts: Sequence[Sequence[int] | np.ndarray], num_tokens: int, seed: int = 0
     ) -> Iterator[np.ndarray]:
-        """See `Generator.stream`."""
+        """Yields tokens as `Generator.stream` does."""
 
 
 def text_generator(
-    config: ModelConfig, variables: dict[str, Any], tokenizer: Tokenizer, **options: Any
+    config: ModelConfig, variables: dict[str, ArrayTree], tokenizer: Tokenizer, **options: Any
 ) -> Generator:
-    """A `Generator` of what the tokenizer has ids for, which stops at the end of a document.
+    """Returns a `Generator` for a tokenizer's ids, which stops at the end of a document.
 
     Args:
         config: of the model.
         variables: as for `Generator`.
-        tokenizer: that the model was trained with.
+        tokenizer: the one that the model was trained with.
         **options: further arguments of `Generator`; `window` must be among them.
     """
     return Generator(config, variables, stop_id=tokenizer.eos_id, num_ids=tokenizer.vocab_size, **options)
@@ -203,21 +221,21 @@ def text_generator(
 def stream_texts(
     generator: TokenStream, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
 ) -> Iterator[list[str]]:
-    """Continuations of texts, piece by piece.
+    """Yields continuations of texts, piece by piece.
 
-    The end-of-document token goes before each prompt, which therefore may be empty: it is what documents
-    follow in training.
+    The end-of-document token goes before each prompt, because documents follow it in training. So a prompt
+    may be empty.
 
     Args:
-        generator: of `text_generator`.
+        generator: from `text_generator`.
         tokenizer: the same.
-        prompts: texts; a byte that is no UTF-8 as the lone surrogate that Python reads it as.
-        num_tokens: for each at most.
+        prompts: texts. A byte that is not UTF-8 is the lone surrogate that Python reads it as.
+        num_tokens: the most tokens for each.
         seed: of the sampling.
 
     Yields:
-        What comes next of each text. A character that several tokens make up comes with the last of them,
-        and what is no UTF-8 as U+FFFD.
+        The next piece of each text. If several tokens make up a character, it comes with the last of them.
+        What is not UTF-8 comes as U+FFFD.
     """
     texts = [prompt.encode(errors="surrogateescape") for prompt in prompts]
     ids = [[tokenizer.eos_id, *tokenizer.encode(text).tolist()] for text in texts]
@@ -233,6 +251,6 @@ def stream_texts(
 def continue_texts(
     generator: TokenStream, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
 ) -> list[str]:
-    """The whole continuations; arguments as for `stream_texts`."""
+    """Returns the whole continuations; arguments as for `stream_texts`."""
     pieces = stream_texts(generator, tokenizer, prompts, num_tokens, seed)
     return ["".join(of_text) for of_text in zip(*pieces, strict=True)]

@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, or a draw by temperature, top-k and top-p."""
+"""Chooses the next token from logits: greedily, or by a draw with temperature, top-k and top-p."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,22 +11,23 @@ from ultramem_jax.errors import at_least, require
 from ultramem_jax.ops.topk import top_k as largest
 
 _FEW = 1024
-"""Tokens among which the nucleus of top-p is sought first."""
+"""Number of tokens among which the nucleus of top-p is searched first."""
 _COLDEST = 1e-30
-"""A temperature that float32 divides by safely, and that already leaves the likeliest token alone."""
+"""Lowest temperature that logits are divided by. It is safe in float32, and already leaves only the likeliest
+token."""
 
 
 @dataclass(frozen=True)
 class Sampling(Checked):
-    """How a token is chosen; in the order of the fields, each of what the one before it leaves."""
+    """Says how a token is chosen. The fields apply in their order, each to what the one before it leaves."""
 
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the likeliest token, whatever the other fields say."""
+    """Divisor of the logits. 0 takes the likeliest token, whatever the other fields say."""
     top_k: int = 0
-    """Only the k likeliest tokens are drawn (arXiv 1805.04833, section 5.4). 0: all."""
+    """Number of likeliest tokens that may be drawn (arXiv 1805.04833, section 5.4). 0 allows all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability are drawn, the one that reaches it among
-    them (nucleus sampling, arXiv 1904.09751, section 3.1). 1: all."""
+    """Only the likeliest tokens that together have this probability are drawn, including the one that reaches
+    it (nucleus sampling, arXiv 1904.09751, section 3.1). 1 allows all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,19 +36,19 @@ class Sampling(Checked):
 
 
 def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """A token for each sequence.
+    """Returns a token for each sequence.
 
     Args:
         logits: (B, V) float32.
-        keys: (B,) keys of random numbers, one for each sequence, whose draw then is its own.
-        sampling: how.
+        keys: (B,) random keys, one for each sequence, so that its draw is its own.
+        sampling: how a token is chosen.
 
     Returns:
         (B,) int32.
     """
     if sampling.temperature == 0:
         return likeliest(logits)
-    # Of the largest as zero: divided by a small temperature, the others may overflow, but never it.
+    # The largest logit becomes zero. Divided by a small temperature, the others may overflow, but it cannot.
     logits = (logits - logits.max(-1, keepdims=True)) / max(sampling.temperature, _COLDEST)
     if sampling.top_k == 0 and sampling.top_p == 1:
         return likeliest(logits + _noise(keys, logits.shape[1]))
@@ -56,7 +57,7 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.top_k or vocabulary <= _FEW:
         values, ids = largest(logits, min(sampling.top_k or vocabulary, vocabulary))
         return draw(values, ids, total=jnp.exp(values).sum(-1, keepdims=True))
-    # The likeliest of all, in order, take 650 ms for 64 rows of 50,432. Mostly few of them are enough.
+    # Sorting all tokens takes 650 ms for 64 rows of 50,432. Mostly the few likeliest are enough.
     total = jnp.exp(logits).sum(-1, keepdims=True)
     values, ids = largest(logits, _FEW)
     enough = (jnp.exp(values).sum(-1, keepdims=True) >= sampling.top_p * total).all()
@@ -68,20 +69,20 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def likeliest(logits: jax.Array) -> jax.Array:
-    """The first of the largest logits (B, V) of each sequence: (B,) int32."""
-    # XLA on CPU takes 16 ms for the argmax of 64 rows of 50,432, one value after the other; this is 0.7 ms.
+    """Returns the index of the largest logit (B, V) of each sequence, the first of equals: (B,) int32."""
+    # XLA on CPU takes 16 ms for the argmax of 64 rows of 50,432, one value at a time. This takes 0.7 ms.
     return largest(logits, 1)[1][:, 0].astype(jnp.int32)
 
 
 def _draw_likely(
     values: jax.Array, ids: jax.Array, *, total: jax.Array, keys: jax.Array, top_p: float
 ) -> jax.Array:
-    """Draws among logits (B, n), likeliest first, of which the exponentials of all add up to `total`."""
+    """Draws among logits (B, n), likeliest first. The exponentials of all logits add up to `total`."""
     probabilities = jnp.exp(values) / total
     likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The likeliest stays in any case: nothing is likelier.
+    # The likeliest always stays, because nothing is likelier.
     values = jnp.where(likelier < top_p, values, -jnp.inf)
-    # The noise of the first few is the same however many follow: a draw knows nothing of other sequences.
+    # The first few get the same noise however many follow, so that a draw does not depend on other sequences.
     noise = _noise(keys, min(values.shape[1], _FEW))
     if more := values.shape[1] - noise.shape[1]:
         others = _noise(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), more)
@@ -90,5 +91,5 @@ def _draw_likely(
 
 
 def _noise(keys: jax.Array, count: int) -> jax.Array:
-    """(B, count), with which the largest sum is a draw from the softmax (the Gumbel-max trick)."""
+    """Returns noise (B, count). The largest sum with it is a draw from the softmax (the Gumbel-max trick)."""
     return jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32))(keys)

@@ -1,11 +1,10 @@
-"""Variables of a model as decoding wants them: what depends on parameters alone is computed once.
+"""Prepares the variables of a model for decoding: what depends only on parameters is computed once.
 
-A step of training may well norm all keys: there are a thousand tokens that use them. A step of decoding has
-one token per sequence and is over when the weights have been read, so nothing is left in it that could
-have been done before.
+A training step may norm all keys, because a thousand tokens use them. A decoding step has one token per
+sequence, and ends when the weights have been read. So nothing is left in it that could be done before.
 """
 
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +13,41 @@ from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import require
 from ultramem_jax.ops.linear import OutputMajor
+from ultramem_jax.tree_types import ArrayTree
 
 _AS_THEY_ARE = ("router",)
 """Two-dimensional parameters of layers that are not multiplied in the computation's dtype."""
 
 
-def prepare_for_decoding(config: ModelConfig, variables: dict[str, Any]) -> dict[str, Any]:
-    """Variables that `Transformer(config)` decodes with, with the same numbers up to the rounding of sums.
+def prepare_for_decoding(config: ModelConfig, variables: dict[str, ArrayTree]) -> dict[str, ArrayTree]:
+    """Returns the variables that `Transformer(config)` decodes with.
 
-    - Matrices are in the dtype of the computation and kept by output (`OutputMajor`), experts on CPU each
-      by itself: in bfloat16 half the bytes are read.
-    - What depends on a memory's parameters alone is computed, as its addresser says: product keys are normed,
-      and the singular vectors u and t of the Tucker cores found (`ServedKeys`).
-    - Tables stay what they are, the same arrays. No step does anything with a table but read rows.
+    The results are the same up to the rounding of sums.
 
-    Nothing can be trained on what comes out, on a mesh it is not supported, and both share what was not
-    changed. Drop the given variables to free the rest.
+    - Matrices are in the dtype of the computation and kept by output (`OutputMajor`). On CPU each expert is
+      kept by itself. In bfloat16 half the bytes are read.
+    - What depends only on a memory's parameters is computed, as its addresser says: product keys are normed,
+      and the singular vectors u and t of the Tucker cores are found (`ServedKeys`).
+    - Tables stay the same arrays. A step only reads rows of a table.
+
+    The result cannot be trained, is not supported on a mesh, and shares with the input what was not changed.
+    Drop the given variables to free the rest.
 
     Args:
         config: of the model.
-        variables: `params`, `memory` and `buffers`, as `training.restore.load_model` has them; or what
-            came out here before, which comes back.
+        variables: `params`, `memory` and `buffers`, as `training.restore.load_model` returns them. Variables
+            that are prepared already are returned as they are.
 
     Raises:
         UserError: they lie on several devices.
     """
     params = dict(variables["params"])
-    if isinstance(params.get("output"), OutputMajor):  # which every prepared model has
+    if isinstance(params.get("output"), OutputMajor):  # every prepared model has one
         return variables
     _check_on_one_device(variables)
     dtype = jnp.dtype(config.dtype)
     served = {name: value for name, value in params.items() if not isinstance(value, dict)}
-    # The rows that tokens look up and the matrix of the logits are one array.
+    # The rows that tokens look up and the tied matrix of the logits are one array.
     served["embedding"] = jnp.asarray(params["embedding"], dtype)
     if config.tie_embeddings:
         served["output"] = OutputMajor(served["embedding"])
@@ -64,7 +66,7 @@ def prepare_for_decoding(config: ModelConfig, variables: dict[str, Any]) -> dict
     return variables | {"params": served}
 
 
-def _check_on_one_device(variables: dict[str, Any]) -> None:
+def _check_on_one_device(variables: dict[str, ArrayTree]) -> None:
     arrays = [leaf for leaf in jax.tree.leaves(variables) if isinstance(leaf, jax.Array)]
     shardings = [array.sharding for array in arrays if not isinstance(array, jax.core.Tracer)]
     count = len({device for sharding in shardings for device in sharding.device_set})
@@ -72,9 +74,12 @@ def _check_on_one_device(variables: dict[str, Any]) -> None:
     require(count <= 1, "variables", f"on {count} devices", allowed)
 
 
-def _served(layer: dict[str, Any], dtype: jnp.dtype, one_by_one: bool) -> dict[str, Any]:
-    """Parameters of a layer and of the layers in it; experts `one_by_one` or stacked, as they were."""
-    served: dict[str, Any] = {}
+def _served(layer: Mapping[str, ArrayTree], dtype: jnp.dtype, one_by_one: bool) -> dict[str, ArrayTree]:
+    """Returns the served parameters of a layer and of the layers in it.
+
+    Experts are `one_by_one` or stacked as before.
+    """
+    served: dict[str, ArrayTree] = {}
     for name, value in layer.items():
         if isinstance(value, dict):
             served[name] = _served(value, dtype, one_by_one)
@@ -92,9 +97,9 @@ def _matrix(weights: jax.Array, dtype: jnp.dtype) -> OutputMajor:
 
 
 def _served_memory(
-    site: MemorySite, params: dict[str, Any], buffers: dict[str, Any], dtype: jnp.dtype
-) -> dict[str, Any]:
-    """Parameters of a memory: its matrices, and what its addresser makes of others."""
+    site: MemorySite, params: dict[str, jax.Array], buffers: dict[str, jax.Array], dtype: jnp.dtype
+) -> dict[str, ArrayTree]:
+    """Returns the served parameters of a memory: its matrices, and what its addresser makes of the others."""
     known = site.parameters
     matrices = {name: _matrix(w, dtype) for name, w in params.items() if known[name].role == "matrix"}
     return params | matrices | site.config.address.served(site, params, buffers)

@@ -1,4 +1,4 @@
-"""The pre-norm decoder: blocks of attention and feed-forward, and memories that skip over them."""
+"""Defines the pre-norm decoder: layers of attention and feed-forward, and memories that skip over them."""
 
 import math
 
@@ -29,11 +29,12 @@ def layer_name(number: int) -> str:
 
 
 class Block(nn.Module):
-    """One layer: x += Attention(norm(x)); h = norm(x); x += FeedForward(h)."""
+    """Applies one layer: x += Attention(norm(x)); h = norm(x); x += FeedForward(h)."""
 
     config: ModelConfig
     feeds_forward: bool = True
-    """Whether it has a feed-forward, or a memory stands in its place, which is added by whoever calls."""
+    """True if the layer has a feed-forward. Otherwise a memory stands in its place, and the caller adds
+    it."""
 
     @nn.compact
     def __call__(
@@ -44,7 +45,7 @@ class Block(nn.Module):
         Args:
             x: (B, S, D), the residual stream.
             train: whether dropout is on.
-            chunk: of tokens that follow on those in the cache, if there is one.
+            chunk: of tokens that follow those in the cache, if there is one.
 
         Returns:
             x after the layer, and h, the normalised input of its feed-forward, which memories read.
@@ -60,15 +61,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model: token ids -> logits of the next token.
+    """Maps token ids to logits of the next token, as a decoder-only language model.
 
-    A memory whose placement reads `start:end` takes h of layer `start` and is added to the residual stream
-    after layer `end`; between the two, nothing waits for it. One that reads `before@layer` takes the residual
-    stream before the layer, and adds to it there; one that reads `instead@layer` takes h and stands in place
-    of the feed-forward.
+    The placement of a memory says what it reads and where its output is added:
 
-    With the collection `cache` (`models.cache.empty_cache`), which must be mutable, tokens follow on those
-    that are in it, and are put there: first the prompt in chunks, then token by token.
+    - `start:end` reads h of layer `start`, and adds to the residual stream after layer `end`. Between the
+      two, nothing waits for it.
+    - `before@layer` reads the residual stream before the layer, and adds to it there.
+    - `instead@layer` reads h, and takes the place of the feed-forward.
+
+    With the collection `cache` (`models.cache.empty_cache`), which must be mutable, tokens follow those in
+    the cache, and are added to it: first the prompt in chunks, then token by token.
     """
 
     config: ModelConfig
@@ -81,13 +84,13 @@ class Transformer(nn.Module):
 
         Args:
             tokens: (B, S) integer ids in [0, V).
-            train: whether dropout is on; needs the `dropout` stream of random numbers then.
-            counts: (B,) int32 in [0, S], with a cache alone: the first so many are a sequence's tokens, and
-                the rest is filling, which nothing sees. None: all of them.
+            train: whether dropout is on. It then needs the `dropout` stream of random numbers.
+            counts: (B,) int32 in [0, S], only with a cache. It gives the number of a sequence's tokens, which
+                come first. The rest is padding, which nothing sees. None means S for all.
 
         Returns:
-            (B, S, V) float32 logits; with `counts` those after each sequence's last token, (B, V), which of
-            a sequence without a token mean nothing.
+            (B, S, V) float32 logits. With `counts` only those after each sequence's last token, (B, V); those
+            of a sequence without a token have no meaning.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         dropout = nn.Dropout(config.dropout, deterministic=not train)
@@ -132,12 +135,15 @@ class Transformer(nn.Module):
         if not config.tie_embeddings:
             output = matrix(self, "output", nn.initializers.lecun_normal(), embedding.shape[::-1])
         else:
-            # What is served has the embedding once more, as the matrix that it is here.
+            # Served variables hold the embedding once more, as the matrix that is needed here.
             output = served_parameter(self, "output") or embedding.T
         return project(x, output, result_dtype=jnp.float32)
 
     def _chunk(self, tokens: jax.Array, counts: jax.Array | None) -> Chunk | None:
-        """What the layers must know of tokens that follow on a cache, whose counters go on; None without."""
+        """Returns what the layers must know of tokens that follow a cache, and advances the cache's counters.
+
+        It returns None without a cache.
+        """
         if not self.has_variable(CACHE, "visible"):
             return None
         batch, size = tokens.shape
@@ -147,6 +153,6 @@ class Transformer(nn.Module):
         chunk, visible = next_chunk(visible, lengths, used, counts, size)
         self.put_variable(CACHE, "visible", visible)
         self.put_variable(CACHE, "lengths", lengths + counts)
-        # The filling that all sequences end with is written over.
+        # The padding at the end of all sequences will be overwritten.
         self.put_variable(CACHE, "used", used + counts.max())
         return chunk

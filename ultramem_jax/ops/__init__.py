@@ -1,1 +1,1 @@
-"""Pure functions of arrays, without Flax: retrieval, addressing, lookup and the sums of row gradients."""
+"""Contains pure functions of arrays, without Flax: retrieval, addressing, lookup, sums of row gradients."""

@@ -1,22 +1,27 @@
-"""Work on tokens chunk by chunk, so that what it needs in between does not grow with their number."""
+"""Works on tokens chunk by chunk, so that temporary arrays do not grow with the number of tokens."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 _CHUNK_VALUES = 1 << 22
-"""Values in flight at a time (16 MB of float32). On CPU they stay in the cache and are paged in once; on an
+"""Temporary values of a chunk (16 MB of float32). On CPU they stay in the cache and are paged in once. On an
 accelerator they are still enough to fill it."""
 
+Result = TypeVar("Result")
+"""A pytree of arrays."""
 
-def map_chunks(function: Callable[..., Any], values_per_token: int, *arrays: jax.Array) -> Any:
-    """`function(*arrays)`, whose result for a token depends on that token alone, by chunks of tokens.
+
+def map_chunks(function: Callable[..., Result], values_per_token: int, *arrays: jax.Array) -> Result:
+    """Computes `function(*arrays)` by chunks of tokens.
+
+    A token's result must depend only on that token.
 
     Args:
-        function: of arrays (T, ...) to a tree of arrays (T, ...), for any T.
-        values_per_token: how much it holds for a token while it works.
+        function: maps arrays (T, ...) to a tree of arrays (T, ...), for any T.
+        values_per_token: number of temporary values that `function` holds for a token.
         *arrays: (T, ...) each.
     """
     tokens = arrays[0].shape[0]
@@ -35,20 +40,21 @@ def map_chunks(function: Callable[..., Any], values_per_token: int, *arrays: jax
 
 
 def fold_chunks(
-    function: Callable[..., Any],
-    start: Any,
+    function: Callable[..., Result],
+    start: Result,
     values_per_token: int,
     *arrays: jax.Array,
     up_to: jax.Array | None = None,
-) -> Any:
-    """`function(start, *arrays)`, which adds something of every token to `start`, by chunks of tokens.
+) -> Result:
+    """Computes `function(start, *arrays)` by chunks of tokens; `function` adds each token's part to `start`.
 
     Args:
-        function: of what there is so far and arrays (T, ...), for any T, to what there is then.
+        function: maps the total so far and arrays (T, ...), for any T, to the new total.
         start: a tree of arrays; changed in place.
-        values_per_token: how much `function` holds for a token while it works.
+        values_per_token: number of temporary values that `function` holds for a token.
         *arrays: (T, ...) each.
-        up_to: () int32, tokens from this one on need not be worked on, but may be; None for all.
+        up_to: () int32, number of tokens that are needed. Later tokens may be left out, but need not be. None
+            for all.
     """
     tokens = arrays[0].shape[0]
     chunk = chunk_tokens(values_per_token)
@@ -63,10 +69,11 @@ def fold_chunks(
 
 
 def chunk_tokens(values_per_token: int) -> int:
-    """Tokens of a chunk."""
+    """Returns the number of tokens of a chunk."""
     return max(_CHUNK_VALUES // values_per_token, 1)
 
 
 def _chunk(arrays: tuple[jax.Array, ...], first: jax.Array, size: int) -> tuple[jax.Array, ...]:
-    # Cut out inside the loop: cutting the arrays into chunks beforehand would copy those with a rest.
+    # The loop cuts chunks out of the arrays. Arrays that are no multiple of a chunk would have to be copied
+    # if all chunks were cut beforehand.
     return tuple(jax.lax.dynamic_slice_in_dim(a, first, size) for a in arrays)

@@ -1,4 +1,4 @@
-"""A hash of 32-bit words: numbers that look random, in a few integer operations and without a state."""
+"""Hashes 32-bit words to numbers that look random, in a few integer operations and without a state."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,14 @@ import numpy as np
 
 
 def mix(x: jax.Array, key: jax.Array | np.uint32) -> jax.Array:
-    """A bijection of uint32 for every key: the finaliser of MurmurHash3 with other multipliers, keyed twice.
+    """Hashes `x`, one-to-one for every key: MurmurHash3's finaliser, keyed twice, with other multipliers.
 
     Args:
         x: uint32, any shape.
         key: uint32, () or of a shape that broadcasts.
+
+    Returns:
+        uint32, of the broadcast shape.
     """
     key = jnp.asarray(key, jnp.uint32)
     x = (x + key) * jnp.uint32(0x9E3779B1)

@@ -1,14 +1,14 @@
-"""Scores of keys: of all keys to choose candidates, and of the candidates, which is where gradients flow.
+"""Scores keys: all keys to choose candidates, and then the candidates, through which gradients flow.
 
-Queries are laid out (T, 2, H, q, d) and keys (2, S, r, K, d): two sides (rows, columns), H heads, r ranks.
-There is a query for every rank (q = r), each of which scores with its own d of the d_k dimensions or with
-d_k of its own, or one that all ranks share (q = 1). The heads have keys of their own (S = H) or share them
-(S = 1).
+Queries have the shape (T, 2, H, q, d) and keys (2, S, r, K, d): two sides (rows, columns), H heads, r ranks.
+Either every rank has a query (q = r), or all ranks share one (q = 1). A rank's query scores with its own d of
+the d_k dimensions, or with d_k dimensions of its own. Either every head has keys of its own (S = H), or all
+heads share them (S = 1).
 
-The scores of all 2·H·K keys of a token are the only part of a memory that grows with its slots, as their
-square root. They are made in one pass, combined over the ranks as the choice of candidates needs them, chunk
-by chunk of tokens, and forgotten once the m best are known. The r scores of a candidate are computed again
-from its key; so the derivative is that of T·2·H·m products and does not know of the other keys.
+The scores of all 2·H·K keys of a token are the only part of a memory's computation that grows with its slots,
+as their square root. One pass computes them chunk by chunk of tokens, combined over the ranks as the choice
+of candidates needs them. They are dropped once the m best keys are known. The r scores of a candidate are
+computed again from its key. So the derivative is that of T·2·H·m products, and involves no other key.
 """
 
 from functools import partial
@@ -20,9 +20,14 @@ from ultramem_jax.ops.chunks import fold_chunks, map_chunks
 from ultramem_jax.ops.on_mesh import per_token, sum_over_tokens
 from ultramem_jax.ops.topk import top_k
 
+_Saved = tuple[jax.Array, jax.Array, jax.Array]
+"""Queries, keys and index, which `key_scores` keeps for its backward pass."""
+
 
 def combined_scores(queries: jax.Array, keys: jax.Array, directions: jax.Array) -> jax.Array:
-    """Scores of all keys, ranks weighted: Σ_r directions_r · (query_r · key_r), one product a side and head.
+    """Returns the scores of all keys, summed over ranks: Σ_r directions_r · (query_r · key_r).
+
+    There is one matrix product for each side and head.
 
     Args:
         queries: (T, 2, H, q, d).
@@ -35,13 +40,13 @@ def combined_scores(queries: jax.Array, keys: jax.Array, directions: jax.Array) 
     keys = jnp.broadcast_to(keys, (2, queries.shape[2], *keys.shape[2:]))
     if queries.shape[3] == keys.shape[2]:
         queries = _weighted(queries, directions[None, ..., None])
-    else:  # one query meets the sum of the keys, which is r times less to multiply
+    else:  # Multiplying one query with the weighted sum of the keys takes r times fewer operations.
         keys = _weighted(keys, directions[..., None, None]).sum(2, keepdims=True)
     return jnp.einsum("tahqd,ahqkd->ahtk", queries, keys, preferred_element_type=jnp.float32)
 
 
 def best_keys(queries: jax.Array, keys: jax.Array, directions: jax.Array, top_m: int) -> jax.Array:
-    """The `top_m` keys of every side and head with the largest `combined_scores`, best first.
+    """Returns the `top_m` keys of every side and head with the largest `combined_scores`, best first.
 
     Args:
         queries: (T, 2, H, q, d).
@@ -67,7 +72,7 @@ def best_keys(queries: jax.Array, keys: jax.Array, directions: jax.Array, top_m:
 
 @jax.custom_vjp
 def key_scores(queries: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Array:
-    """Scores of given keys under every rank: query_r · key_r.
+    """Returns the scores of chosen keys under every rank: query_r · key_r.
 
     Args:
         queries: (T, 2, H, q, d).
@@ -75,7 +80,7 @@ def key_scores(queries: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Arr
         index: (T, 2, H, m) int32 in [0, K).
 
     Returns:
-        (T, 2, H, r, m) float32. Differentiable in queries and keys; the keys are gathered again for it.
+        (T, 2, H, r, m) float32. Differentiable in queries and keys; the backward pass gathers the keys again.
     """
 
     def score(queries: jax.Array, index: jax.Array, keys: jax.Array) -> jax.Array:
@@ -89,15 +94,15 @@ def key_scores(queries: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Arr
     return per_token(score_all, (queries, index), (keys,))
 
 
-def _forward(queries, keys, index):
+def _forward(queries: jax.Array, keys: jax.Array, index: jax.Array) -> tuple[jax.Array, _Saved]:
     return key_scores(queries, keys, index), (queries, keys, index)
 
 
-def _backward(saved, cotangent):
+def _backward(saved: _Saved, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     queries, keys, index = saved
     shared = queries.shape[3] < keys.shape[2]
 
-    def query_gradient(cotangent, index, keys):
+    def query_gradient(cotangent: jax.Array, index: jax.Array, keys: jax.Array) -> jax.Array:
         by_rank = jnp.einsum(
             "tahrj,tahrjd->tahrd",
             cotangent.astype(keys.dtype),
@@ -106,16 +111,18 @@ def _backward(saved, cotangent):
         )
         return (by_rank.sum(3, keepdims=True) if shared else by_rank).astype(queries.dtype)
 
-    def add_key_gradient(total, cotangent, queries, index):
+    def add_key_gradient(
+        total: jax.Array, cotangent: jax.Array, queries: jax.Array, index: jax.Array
+    ) -> jax.Array:
         products = cotangent[..., None] * queries[..., None, :].astype(jnp.float32)
         return total.at[_flat(keys, index)].add(products, mode="promise_in_bounds")
 
     width = _gathered(keys, index)
 
-    def query_gradients(cotangent, index, keys):
+    def query_gradients(cotangent: jax.Array, index: jax.Array, keys: jax.Array) -> jax.Array:
         return map_chunks(partial(query_gradient, keys=keys), width, cotangent, index)
 
-    def key_gradient(cotangent, queries, index):
+    def key_gradient(cotangent: jax.Array, queries: jax.Array, index: jax.Array) -> jax.Array:
         zeros = jnp.zeros((keys.size // keys.shape[-1], keys.shape[-1]), jnp.float32)
         return fold_chunks(add_key_gradient, zeros, width, cotangent, queries, index)
 
@@ -132,18 +139,18 @@ def _weighted(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _rows(keys: jax.Array, index: jax.Array) -> jax.Array:
-    """The keys (T, 2, H, r, m, d) of every rank."""
+    """Gathers the chosen keys of every rank: (T, 2, H, r, m, d)."""
     flat = keys.reshape(-1, keys.shape[-1])
     return flat.at[_flat(keys, index)].get(mode="promise_in_bounds")
 
 
 def _flat(keys: jax.Array, index: jax.Array) -> jax.Array:
-    """Where the keys (T, 2, H, r, m) lie among those of all sides, sets and ranks."""
+    """Returns the positions (T, 2, H, r, m) of the chosen keys among those of all sides, sets and ranks."""
     sides, sets, ranks, num_keys = keys.shape[:4]
     first = jnp.arange(sides * sets * ranks, dtype=jnp.int32).reshape(sides, sets, ranks, 1) * num_keys
     return index[:, :, :, None] + first[None]
 
 
 def _gathered(keys: jax.Array, index: jax.Array) -> int:
-    """Values of the keys that a token gathers."""
+    """Returns the number of values in the keys that a token gathers."""
     return index[0].size * keys.shape[2] * keys.shape[4]

@@ -1,51 +1,51 @@
-"""Matrix products of arrays over tokens."""
+"""Multiplies arrays over tokens with matrices of weights."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 LEAST_ROWS = 4
-"""Rows of a product in bfloat16 on CPU, at least: a single one does not reach the matrix unit. 1 token
-against 100 MB of weights on 2 cores: 63 ms, as 4 rows 8 ms."""
+"""Fewest rows of a bfloat16 product on CPU: a single row does not reach the matrix unit. 1 token against
+100 MB of weights on 2 CPU cores takes 63 ms, padded to 4 rows 8 ms."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class OutputMajor:
-    """A matrix (D, F) that is served: kept as its transpose, in the dtype of the computation.
+    """Holds a matrix (D, F) of a served model as its transpose, in the dtype of the computation.
 
-    A product of few rows takes the time of reading the matrix, and reads it as it lies if the axis that is
-    summed over is the last one, in float32 if it is the left operand, too. 8 tokens against the MLPs of a
-    model of D 1,024, L 12 on 2 CPU cores (AMD EPYC), this way and as trained: in float32 15 and 26 ms, in
-    bfloat16 16 and 20 ms.
+    The time of a product of few rows is that of reading the matrix. The product reads the matrix in place if
+    the axis that is summed over is the last one; in float32 the matrix must be the left operand, too. 8
+    tokens against the MLPs of a model of D 1,024, L 12 on 2 CPU cores (AMD EPYC), this way and as trained: in
+    float32 15 and 26 ms, in bfloat16 16 and 20 ms.
     """
 
     rows: jax.Array
-    """(F, D)."""
+    """The transposed matrix, (F, D)."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """That of the matrix, (D, F)."""
+        """Returns the shape of the matrix, (D, F)."""
         return self.rows.shape[1], self.rows.shape[0]
 
 
 Matrix = jax.Array | OutputMajor
-"""Weights (D, F): trained ones, float32, or served ones."""
+"""Weights (D, F): trained ones, in float32, or served ones."""
 
 
-def project(x: jax.Array, weights: Matrix, result_dtype: Any = None) -> jax.Array:
-    """X (..., D) times weights (D, F) -> (..., F), as one product of two matrices.
+def project(x: jax.Array, weights: Matrix, result_dtype: DTypeLike | None = None) -> jax.Array:
+    """Multiplies x (..., D) with weights (D, F) -> (..., F), as one product of two matrices.
 
-    The leading axes are flattened because the gradient of the weights sums over them: XLA on CPU takes 2.3
+    The leading axes are flattened because the gradient of the weights sums over them. XLA on CPU takes 2.3
     times as long for a sum over two axes as for one over their product (MLP of 4096 tokens, D 128, F 768,
     forward and backward: 100 ms against 43 ms).
 
     Args:
         x: in the dtype of the computation.
-        weights: cast to that dtype; of `OutputMajor` the products are summed in float32.
-        result_dtype: of the sums; that of x if None.
+        weights: cast to that dtype. Products with an `OutputMajor` are summed in float32.
+        result_dtype: dtype of the sums; that of x if None.
     """
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weights, OutputMajor):
@@ -56,13 +56,13 @@ def project(x: jax.Array, weights: Matrix, result_dtype: Any = None) -> jax.Arra
 
 
 def _by_output(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """X (T, D) times the transpose of weights (F, D) -> (T, F) float32."""
+    """Multiplies x (T, D) with the transpose of weights (F, D) -> (T, F) float32."""
     tokens, contract_last = x.shape[0], (((1,), (1,)), ((), ()))
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu and x.dtype == jnp.float32:
-        # XLA's kernel packs its right operand before it starts, so that had better not be the weights.
-        # Without the barrier, XLA swaps the operands to have the result as it is asked for. In bfloat16 it
-        # would convert the weights to float32 (docs/performance.md, "Decoding").
+        # XLA's kernel packs its right operand before it starts, so the weights are the left one. Without the
+        # barrier, XLA would swap the operands to produce the transposed result directly. In bfloat16 this
+        # order would convert the weights to float32 (docs/performance.md, "Decoding").
         by_output = jax.lax.dot_general(weights, x, contract_last, preferred_element_type=jnp.float32)
         return jax.lax.optimization_barrier(by_output).T
     if on_cpu and tokens < LEAST_ROWS:

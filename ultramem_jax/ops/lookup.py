@@ -1,12 +1,14 @@
-"""The pooled lookup, the products with rows, their derivatives, and the row gradients of a sparse optimizer.
+"""Computes the pooled lookup, products with rows, their derivatives, and row gradients for sparse training.
 
 pooled[t, p, c]  = Σ_j [blocks[t, j] = p] · scores[t, j, c] · table[slots[t, j], slice c]
 products[t, j]   = table[slots[t, j]] · vectors[t]
 
-Each is the other's derivative: that of `pooled` by its scores is a product of rows and cotangents, that of
-`products` by its vectors is a pooled lookup. Rows are gathered again in the backward pass instead of being
-kept. The E·N expanded table of Implicit Value Expansion is never built: rows are summed within each virtual
-block first and projected afterwards.
+Each is the other's derivative: the derivative of `pooled` by its scores is a product of rows and cotangents,
+that of `products` by its vectors is a pooled lookup. The backward pass gathers rows again instead of keeping
+them. The E·N expanded table of Implicit Value Expansion (IVE) is never built: rows are first summed within
+each virtual block and then projected.
+
+Score c of a read weighs slice c of its row: this is Multi-Core Scoring (MCS).
 """
 
 from functools import partial
@@ -19,41 +21,46 @@ from ultramem_jax.ops.chunks import map_chunks
 from ultramem_jax.ops.rows import is_on_host, take_rows
 from ultramem_jax.ops.sorting import sort_with_order
 
+_PoolingSaved = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Table, slots, blocks and scores, which `pooled_lookup` keeps for its backward pass."""
+_ProductsSaved = tuple[jax.Array, jax.Array, jax.Array]
+"""Table, slots and vectors, which `row_products` keeps for its backward pass."""
+
 
 class RowsRead(NamedTuple):
-    """The rows that T·R reads touch, each row once and sorted, and which read belongs to which row."""
+    """Lists the rows that T·R reads touch, each once and sorted, and maps reads to these rows."""
 
     slots: jax.Array
-    """(U,) int32, strictly increasing; the entries past the last row read are N and more, out of range on
-    purpose: a scatter with `mode="drop"` passes them over."""
+    """(U,) int32, slots of the rows read, strictly increasing. Entries past the last row read are padding, N
+    and more: a scatter with `mode="drop"` skips them."""
     counts: jax.Array
-    """(U,) int32, reads of each row; zero past the last row read."""
+    """(U,) int32, number of reads of each row; zero past the last row read."""
     order: jax.Array
-    """(T·R,) int32, the reads sorted by slot."""
+    """(T·R,) int32, indices of the reads, sorted by slot."""
     row_of_read: jax.Array
-    """(T·R,) int32 in [0, U), the row of each read in that order; increasing."""
+    """(T·R,) int32 in [0, U), row of each read in sorted order; never decreasing."""
 
 
 class RowGradients(NamedTuple):
-    """The gradient of a table where it is not zero."""
+    """Holds the gradient of a table for the rows that were read; it is zero for all others."""
 
     slots: jax.Array
-    """(U,) int32, as in `RowsRead`."""
+    """(U,) int32, slots of the rows, as in `RowsRead`."""
     values: jax.Array
-    """(U, d_v) float32; zero past the last row read."""
+    """(U, d_v) float32, gradients of the rows; zero past the last row read."""
 
 
 def score_products(
     table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, cores: int, apart: bool = False
 ) -> jax.Array:
-    """Products of rows read with the vectors of their blocks: the derivative of `pooled_lookup` by scores.
+    """Returns products of rows read with the vectors of their blocks: `pooled_lookup`'s derivative by scores.
 
     Args:
         table: (N, d_v), as `ultramem_jax.ops.rows` stores it.
         slots: (T, R) int32 in [0, N).
         blocks: (T, R) int32 in [0, E).
-        vectors: (T, E, d_v). Its dtype is that of the computation and of the result.
-        cores: h, slices of d_v/h values.
+        vectors: (T, E, d_v). Their dtype is that of the computation and of the result.
+        cores: h, number of slices, of d_v/h values each.
         apart: as for `pooled_lookup`.
 
     Returns:
@@ -73,8 +80,8 @@ def score_products(
 
 
 def slice_sums(products: jax.Array, cores: int) -> jax.Array:
-    """Sums of (..., d) over each of h slices -> (..., h)."""
-    # As a product with zeros and ones: XLA on CPU is slow at short sums.
+    """Sums products (..., d) over each of h slices -> (..., h)."""
+    # The sum is a matrix product with zeros and ones, because XLA on CPU is slow at short sums.
     slices = jnp.repeat(jnp.eye(cores, dtype=products.dtype), products.shape[-1] // cores, axis=0)
     sums = jnp.matmul(products.reshape(-1, len(slices)), slices, precision=jax.lax.Precision.HIGHEST)
     return sums.reshape(*products.shape[:-1], cores)
@@ -89,27 +96,27 @@ def pooled_lookup(
     expansion: int,
     apart: bool = False,
 ) -> jax.Array:
-    """Score-weighted sums of table rows, one per virtual block.
+    """Returns score-weighted sums of table rows, one per virtual block.
 
     Args:
         table: (N, d_v), as `ultramem_jax.ops.rows` stores it.
         slots: (T, R) int32 in [0, N).
         blocks: (T, R) int32 in [0, E).
-        scores: (T, R, h); score c weighs the c-th slice of d_v/h values of a row. Its dtype is that of the
+        scores: (T, R, h); score c weighs the c-th slice of d_v/h values of a row. Their dtype is that of the
             computation and of the result.
         expansion: E.
-        apart: whether E is R and read j is in block j: nothing is summed then, and no R² work done.
+        apart: True if E is R and read j is in block j. Then nothing is summed, which saves the R² work.
 
     Returns:
-        (T, E, d_v). Differentiable in `table` (a dense gradient, for the dense way of training) and `scores`.
+        (T, E, d_v). Differentiable in `table` (with a dense gradient, for dense training) and `scores`.
     """
 
     def pool(slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
         rows = take_rows(table, slots).astype(scores.dtype)
         if apart:
             return weighed_rows(rows, scores)
-        # Every core weighs whole rows, though but a slice of each counts: to cut the rows into slices, XLA on
-        # CPU would gather them in the order of the slices, three times as slowly.
+        # Every core weighs whole rows, although only one slice of each is kept. If the rows were cut into
+        # slices, XLA on CPU would gather them in the order of the slices, three times as slowly.
         tokens, width, cores = len(slots), rows.shape[-1], scores.shape[-1]
         weights = _block_weights(blocks, scores, expansion).reshape(tokens, -1, expansion * cores)
         by_core = jnp.einsum("tjq,tjd->tqd", weights, rows).reshape(
@@ -121,11 +128,15 @@ def pooled_lookup(
     return pooled.reshape(slots.shape[0], expansion, table.shape[1])
 
 
-def _forward(table, slots, blocks, scores, expansion, apart):
+def _forward(
+    table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, expansion: int, apart: bool
+) -> tuple[jax.Array, _PoolingSaved]:
     return pooled_lookup(table, slots, blocks, scores, expansion, apart), (table, slots, blocks, scores)
 
 
-def _backward(expansion, apart, saved, cotangent):
+def _backward(
+    expansion: int, apart: bool, saved: _PoolingSaved, cotangent: jax.Array
+) -> tuple[jax.Array | None, None, None, jax.Array]:
     table, slots, blocks, scores = saved
 
     d_scores = score_products(table, slots, blocks, cotangent, scores.shape[-1], apart)
@@ -139,15 +150,15 @@ pooled_lookup.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def row_products(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.Array:
-    """Inner products of every token's vector with the rows that it reads.
+    """Returns the inner products of every token's vector with the rows that it reads.
 
     Args:
         table: (N, d), as `ultramem_jax.ops.rows` stores it.
         slots: (T, R) int32 in [0, N).
-        vectors: (T, d). Its dtype is that of the computation and of the result.
+        vectors: (T, d). Their dtype is that of the computation and of the result.
 
     Returns:
-        (T, R). Differentiable in `table` (a dense gradient) and `vectors`.
+        (T, R). Differentiable in `table` (with a dense gradient) and `vectors`.
     """
 
     def multiply(slots: jax.Array, vectors: jax.Array) -> jax.Array:
@@ -157,11 +168,15 @@ def row_products(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.
     return map_chunks(multiply, slots.shape[1] * table.shape[1], slots, vectors)
 
 
-def _products_forward(table, slots, vectors):
+def _products_forward(
+    table: jax.Array, slots: jax.Array, vectors: jax.Array
+) -> tuple[jax.Array, _ProductsSaved]:
     return row_products(table, slots, vectors), (table, slots, vectors)
 
 
-def _products_backward(saved, cotangent):
+def _products_backward(
+    saved: _ProductsSaved, cotangent: jax.Array
+) -> tuple[jax.Array | None, None, jax.Array]:
     table, slots, vectors = saved
     one_block = jnp.zeros_like(slots)
     d_vectors = pooled_lookup(table, slots, one_block, cotangent[..., None], 1)[:, 0]
@@ -174,14 +189,14 @@ row_products.defvjp(_products_forward, _products_backward)
 
 
 def rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
-    """Sorts the reads by slot and counts them. Nothing here is of the table's size.
+    """Sorts the reads by slot and counts them, without an array of the table's size.
 
     Args:
         slots: int32 in [0, N), any shape, T·R in all.
         num_slots: N.
 
     Returns:
-        U = min(T·R, N) rows.
+        U = min(T·R, N) rows, padding included.
     """
     num_reads = slots.size
     num_rows = min(num_reads, num_slots)
@@ -198,19 +213,19 @@ def rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
 
 
 def row_gradients(rows: RowsRead, blocks: jax.Array, scores: jax.Array, cotangent: jax.Array) -> RowGradients:
-    """The gradient of every row that was read, summed over its reads.
+    """Returns the gradient of every row that was read, summed over its reads.
 
-    The gradient of a table of `row_products` is this too, with blocks of zeros, the products' cotangent
-    (T, R, 1) as scores and the vectors (T, 1, d) as cotangent.
+    For a table of `row_products`, pass zeros as blocks, the products' cotangent (T, R, 1) as scores and the
+    vectors (T, 1, d) as cotangent.
 
     Args:
-        rows: of the slots (T, R) that were read.
+        rows: `rows_read` of the slots (T, R).
         blocks: (T, R) int32 in [0, E).
         scores: (T, R, h).
         cotangent: (T, E, d_v), of `pooled_lookup`'s result.
     """
-    # Reads are put in the order of their slots before their gradients are formed: the largest array here,
-    # (T·R, d_v), is then written once and summed in the order in which it lies.
+    # Reads are sorted by slot before their gradients are formed. The largest array here, (T·R, d_v), is then
+    # written once and summed in the order in which it lies.
     per_read = read_gradients(
         cotangent[rows.order // blocks.shape[1], blocks.reshape(-1)[rows.order]],
         scores.reshape(-1, scores.shape[-1])[rows.order],
@@ -223,20 +238,23 @@ def _sum_by_row(reads: jax.Array, row_of_read: jax.Array, num_rows: int) -> jax.
 
 
 def read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:
-    """What each read sends to its row, float32: scores (T·R, h) times the cotangents (T·R, d_v)."""
+    """Returns what each read adds to its row's gradient, (T·R, d_v) float32.
+
+    This is its scores (T·R, h) times its cotangent (T·R, d_v).
+    """
     return weighed_rows(cotangents.astype(jnp.float32), scores.astype(jnp.float32))
 
 
 def weighed_rows(rows: jax.Array, scores: jax.Array) -> jax.Array:
-    """Rows (..., d) with each of their h slices times its score (..., h)."""
+    """Multiplies each of the h slices of rows (..., d) with its score (..., h)."""
     slices = rows.reshape(*scores.shape, -1)
     return (slices * scores[..., None]).reshape(rows.shape)
 
 
 def _table_gradient(table: jax.Array, slots: jax.Array, per_read: jax.Array) -> jax.Array | None:
-    """The dense gradient of a table; dead code, removed by the compiler, unless the table is differentiated.
+    """Returns the dense gradient of a table, or None for a table without one.
 
-    None for a table without one.
+    The compiler removes this as dead code unless the table is differentiated.
     """
     if not has_dense_gradient(table):
         return None
@@ -244,18 +262,18 @@ def _table_gradient(table: jax.Array, slots: jax.Array, per_read: jax.Array) -> 
 
 
 def has_dense_gradient(table: jax.Array) -> bool:
-    """Whether a table can be differentiated.
+    """Tells whether a table can be differentiated.
 
-    One that is stored as words or in the memory of the host counts as a constant, and is trained by rows.
+    A table that is stored as words, or in host memory, counts as a constant and is trained by rows.
     """
     return jnp.issubdtype(table.dtype, jnp.floating) and not is_on_host(table)
 
 
 def _one_hot(blocks: jax.Array, expansion: int, dtype: jnp.dtype) -> jax.Array:
-    """(T, R, E): which block a read belongs to."""
+    """Returns (T, R, E): one at the block of each read, else zero."""
     return jax.nn.one_hot(blocks, expansion, dtype=dtype)
 
 
 def _block_weights(blocks: jax.Array, scores: jax.Array, expansion: int) -> jax.Array:
-    """(T, R, E, h): the score of a read in its own block, zero in the others."""
+    """Returns (T, R, E, h): the scores of each read at its own block, else zero."""
     return _one_hot(blocks, expansion, scores.dtype)[..., None] * scores[:, :, None]

@@ -1,9 +1,9 @@
-"""Computation on a mesh of devices: what its axes are for, and functions of tokens computed where they lie.
+"""Describes the axes of a mesh of devices, and computes functions of tokens where the tokens are.
 
 The compiler splits dense layers over devices by itself. It cannot split a loop over chunks of tokens, a sort,
-or a lookup in a table that is in parts: left alone, it would first give every device all tokens. Such
-functions run under `jax.shard_map`, each device on its own tokens. Which mesh that is, they learn from
-`current_axes()` while they are traced; outside of `on_mesh`, or on one device, they are the plain functions.
+or a lookup in a table that is split: without help, it would first give every device all tokens. Such
+functions run under `jax.shard_map`, each device on its own tokens. While they are traced, they get the mesh
+from `current_axes()`. Outside of `on_mesh`, or on one device, they are the plain functions.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -20,33 +20,38 @@ from jax.sharding import PartitionSpec as P
 from ultramem_jax.config.exchange_purposes import GRADIENTS_OF_PARAMETERS
 from ultramem_jax.config.exchange_shapes import AxisRoles
 from ultramem_jax.ops.exchanges import named_exchange
+from ultramem_jax.tree_types import ArrayTree
+
+Result = TypeVar("Result")
+"""A pytree of arrays."""
 
 
 @dataclass(frozen=True)
 class MeshAxes(AxisRoles):
-    """A mesh, and which of its axes split tokens, tables and experts. Axes of one device are left out."""
+    """Names a mesh's axes that split tokens, tables and experts; axes of size 1 are left out."""
 
     mesh: Mesh
+    """The mesh of devices."""
     tokens: tuple[str, ...] = ()
-    """Of every array over sequences or tokens, major to minor; those of `owners` come last."""
+    """Mesh axes that split sequences or tokens, major to minor; those of `owners` come last."""
     slots: tuple[str, ...] = ()
-    """Of the rows of a table."""
+    """Mesh axes that split the rows of a table."""
     width: tuple[str, ...] = ()
-    """Of the columns of a table."""
+    """Mesh axes that split the columns of a table."""
     experts: tuple[str, ...] = ()
-    """Of the experts of a Mixture of Experts."""
+    """Mesh axes that split the experts of a Mixture of Experts."""
 
     def size(self, axes: tuple[str, ...]) -> int:
-        """Devices along these axes, counted as one axis."""
+        """Returns the number of devices along these axes, counted as one axis."""
         return math.prod(self.mesh.shape[name] for name in axes)
 
     @property
     def table(self) -> P:
-        """How a table (N, d) lies on the mesh."""
+        """Returns the partition spec of a table (N, d)."""
         return P(self.slots, self.width)
 
     def sharding(self, spec: P | None = None) -> NamedSharding:
-        """On this mesh; the same array on every device if no spec is given."""
+        """Returns the sharding of a partition spec on this mesh; None replicates an array on every device."""
         return NamedSharding(self.mesh, P() if spec is None else spec)
 
 
@@ -55,7 +60,10 @@ _AXES: ContextVar[MeshAxes | None] = ContextVar("axes", default=None)
 
 @contextlib.contextmanager
 def on_mesh(axes: MeshAxes | None) -> Iterator[None]:
-    """Within it functions are traced for that mesh; None, or a mesh of one device, is none."""
+    """Makes functions that are traced within it compute on that mesh.
+
+    None, or a mesh of one device, makes them plain functions.
+    """
     token = _AXES.set(axes if axes is not None and axes.mesh.size > 1 else None)
     try:
         yield
@@ -64,18 +72,26 @@ def on_mesh(axes: MeshAxes | None) -> Iterator[None]:
 
 
 def current_axes() -> MeshAxes | None:
-    """The axes of the innermost `on_mesh`; None on one device."""
+    """Returns the axes of the innermost `on_mesh`; None on one device."""
     return _AXES.get()
 
 
-def island(axes: MeshAxes, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """The function computed by each device on its parts of the arguments, with its own collectives.
+def island(
+    axes: MeshAxes, function: Callable[..., Result], in_specs: ArrayTree, out_specs: ArrayTree
+) -> Callable[..., Result]:
+    """Returns a function that every device computes on its shards of the arguments.
 
-    Nothing differentiates through it: what has a derivative defines one around its islands, so that every
-    collective stands where it is written.
+    The function writes its own collectives. JAX never differentiates through an island: code that has a
+    derivative defines it around its islands, so that no collective is added to those that are written.
+
+    Args:
+        axes: the mesh.
+        function: maps shards of the arguments to shards of the results.
+        in_specs: partition specs of the arguments.
+        out_specs: partition specs of the results.
     """
 
-    def local(*arguments: Any) -> Any:
+    def local(*arguments: ArrayTree) -> Result:
         with on_mesh(None):
             return function(*arguments)
 
@@ -83,14 +99,14 @@ def island(axes: MeshAxes, function: Callable[..., Any], in_specs: Any, out_spec
 
 
 def per_token(
-    function: Callable[..., Any], tokens: tuple[jax.Array, ...], shared: tuple[jax.Array, ...] = ()
-) -> Any:
-    """`function(*tokens, *shared)`, each device on its own tokens.
+    function: Callable[..., Result], tokens: tuple[jax.Array, ...], shared: tuple[jax.Array, ...] = ()
+) -> Result:
+    """Computes `function(*tokens, *shared)`, each device on its own tokens.
 
     Args:
-        function: to a tree of arrays (T, ...), for any T; a token's result depends on that token alone.
+        function: returns a tree of arrays (T, ...), for any T. A token's result must depend only on it.
         tokens: (T, ...) each.
-        shared: on every device.
+        shared: arrays that every device has whole.
     """
     axes = current_axes()
     if axes is None or not axes.tokens:
@@ -101,21 +117,27 @@ def per_token(
 
 
 def sum_over_tokens(
-    function: Callable[..., Any],
+    function: Callable[..., Result],
     tokens: tuple[jax.Array, ...],
     shared: tuple[jax.Array, ...] = (),
     purpose: str = GRADIENTS_OF_PARAMETERS,
-) -> Any:
-    """The same for a function to a sum over tokens: each device sums over its own, then all of theirs.
+) -> Result:
+    """Computes `function(*tokens, *shared)`, a sum over tokens: per device first, then over all devices.
 
-    The result is on every device: an all-reduce of its size, for the purpose that is named.
+    The result is on every device. This takes an all-reduce of its size.
+
+    Args:
+        function: returns a tree of arrays, each a sum over tokens.
+        tokens: (T, ...) each.
+        shared: arrays that every device has whole.
+        purpose: names the all-reduce, one of `ultramem_jax.config.exchange_purposes`.
     """
     axes = current_axes()
     if axes is None or not axes.tokens:
         return function(*tokens, *shared)
     specs = (P(axes.tokens),) * len(tokens) + (P(),) * len(shared)
 
-    def summed(*arguments: jax.Array) -> Any:
+    def summed(*arguments: jax.Array) -> Result:
         own = function(*arguments)
         with named_exchange(purpose):
             return jax.lax.psum(own, axes.tokens)
@@ -124,7 +146,7 @@ def sum_over_tokens(
 
 
 def constrain_tokens(x: jax.Array, axis: int = 0) -> jax.Array:
-    """X, with its axis of sequences or tokens split as tokens are, and the others not at all."""
+    """Constrains x to be split as tokens are along `axis`, and along no other axis."""
     axes = current_axes()
     if axes is None or not axes.tokens:
         return x

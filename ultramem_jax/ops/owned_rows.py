@@ -1,10 +1,10 @@
-"""Lookups by a device that owns some rows of a table, in the reads of all tokens of its group.
+"""Looks up the rows that a device owns, for the reads of all tokens of its group.
 
-Of T·R reads a device with N/P rows owns T·R/P, if they are spread evenly. Those are listed first, which takes
-a few operations on integers per read; rows are then gathered and multiplied for the reads on the list, chunk
-by chunk, as many chunks as there turn out to be. So what a device does with rows falls with P; what does not
-is the list, and the array of sums, which has room for every token of the group. Nothing is dropped if all
-reads fall to one device, which then takes longer.
+Of T·R reads a device with N/P rows owns T·R/P, if they are spread evenly. The device first lists these, which
+takes a few integer operations per read. It then gathers and multiplies rows for the reads on the list, chunk
+by chunk; the number of chunks depends on the reads. So a device's work on rows falls with P. The list does
+not get shorter with P, nor does the array of sums, which has room for every token of the group. If all reads
+fall to one device, nothing is dropped, but that device takes longer.
 """
 
 from typing import NamedTuple
@@ -18,18 +18,18 @@ from ultramem_jax.ops.rows import take_rows
 
 
 class OwnedReads(NamedTuple):
-    """The reads that fall into rows [first, first + N/P) of a table."""
+    """Lists the reads that fall into rows [first, first + N/P) of a table."""
 
     places: jax.Array
-    """(T·R,) int32: places of these reads among all, rising; behind the last, zeros."""
+    """(T·R,) int32: indices of the owned reads among all reads, rising; then zeros as padding."""
     num_owned: jax.Array
-    """() int32."""
+    """() int32: number of owned reads."""
     slots: jax.Array
-    """(T·R,) int32: row of each read among the owned ones, where it is one of them."""
+    """(T·R,) int32: row of each read, counted from `first`; outside [0, N/P) for reads that are not owned."""
 
 
 def owned_reads(slots: jax.Array, first: jax.Array, num_rows: int) -> OwnedReads:
-    """Lists the reads of slots (T, R) int32 that fall into `num_rows` rows from `first` on."""
+    """Lists the reads of slots (T, R) int32 that fall into the `num_rows` rows from `first` on."""
     slots = slots.reshape(-1) - first
     owned = (slots >= 0) & (slots < num_rows)
     place = jnp.where(owned, jnp.cumsum(owned, dtype=jnp.int32) - 1, slots.size)
@@ -41,24 +41,24 @@ def owned_reads(slots: jax.Array, first: jax.Array, num_rows: int) -> OwnedReads
 def pool_owned(
     table: jax.Array, owned: OwnedReads, blocks: jax.Array, scores: jax.Array, expansion: int
 ) -> jax.Array:
-    """The part of `lookup.pooled_lookup` that owned rows contribute.
+    """Returns the part of `lookup.pooled_lookup`'s sums that owned rows contribute.
 
     Args:
-        table: (N/P, d_v), the rows owned.
-        owned: of T·R reads.
+        table: (N/P, d_v), the owned rows.
+        owned: the owned ones of T·R reads.
         blocks: (T, R) int32 in [0, E).
         scores: (T, R, h).
         expansion: E.
 
     Returns:
-        (T, E, d_v) in the dtype of the scores, summed in float32; zeros where a token reads no owned row.
+        (T, E, d_v) in the dtype of the scores, summed in float32. Zeros where a token reads no owned row.
     """
     tokens, reads, cores = scores.shape
     blocks, flat = blocks.reshape(-1), scores.reshape(-1, cores)
 
     def add(pooled: jax.Array, number: jax.Array, index: jax.Array) -> jax.Array:
         rows = _owned_rows(table, owned, index).astype(scores.dtype)
-        # A chunk can reach beyond the last owned read; what it finds there goes nowhere.
+        # A chunk can reach beyond the last owned read. The scatter drops what it finds there.
         target = jnp.where(number < owned.num_owned, index // reads * expansion + blocks[index], len(pooled))
         weighed = weighed_rows(rows, flat[index])
         return pooled.at[target].add(weighed, mode="drop", indices_are_sorted=expansion == 1)
@@ -72,11 +72,11 @@ def pool_owned(
 def score_products_owned(
     table: jax.Array, owned: OwnedReads, blocks: jax.Array, vectors: jax.Array, cores: int
 ) -> jax.Array:
-    """`lookup.score_products` (T, R, h) of owned reads, zero for the others.
+    """Returns `lookup.score_products` (T, R, h) of the owned reads, and zeros for the others.
 
     Args:
-        table: (N/P, d_v), the rows owned.
-        owned: of T·R reads.
+        table: (N/P, d_v), the owned rows.
+        owned: the owned ones of T·R reads.
         blocks: (T, R) int32 in [0, E).
         vectors: (T, E, d_v), whose dtype is that of the result.
         cores: h.

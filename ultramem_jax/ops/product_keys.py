@@ -1,11 +1,15 @@
-"""Retrieval: from queries and keys to the m best cells of the virtual grid.
+"""Retrieves the m best cells of the virtual grid: product keys, TDQKR and Multi-Core Scoring (MCS).
 
-A grid of K·K cells is never built. Each side is cut to its m best keys, and the best cells are sought among
-the m·m pairs of those. For a sum of two scores (Product-Key Memory) this finds the m best of all K·K cells;
-for a Tucker core it is the approximation of the UltraMem paper (section 3, TDQKR).
+`retrieve_product_keys` adds the scores of a row key and a column key (Product-Key Memory, PKM).
+`retrieve_tucker` is Tucker decomposed query-key retrieval (TDQKR) with Multi-Core Scoring (MCS) of the
+UltraMem paper, section 3.
 
-Queries (T, 2, H, q, d) and keys (2, S, r, K, d) are laid out as `ultramem_jax.ops.key_scores` says: rows are
-side 0, columns side 1. In place of the keys there can be `ServedKeys`, which nothing is differentiated by.
+The grid of K·K cells is never built. Each side is cut to its m best keys, its candidates. The best cells are
+chosen among the m·m pairs of candidates. For a sum of two scores (PKM) this finds the m best of all K·K
+cells; for a Tucker core it is the approximation of TDQKR.
+
+Queries (T, 2, H, q, d) and keys (2, S, r, K, d) have the layout of `ultramem_jax.ops.key_scores`: rows are
+side 0, columns side 1. `ServedKeys` can take the place of the keys; they have no derivative.
 """
 
 from functools import partial
@@ -20,23 +24,24 @@ from ultramem_jax.ops.on_mesh import per_token
 from ultramem_jax.ops.served_keys import ServedKeys, served_candidates
 
 Keys = jax.Array | ServedKeys
+"""Keys (2, S, r, K, d), or those of a served model."""
 
 
 class Retrieved(NamedTuple):
-    """The m cells of every token and head, best first."""
+    """Holds the m best cells of every token and head, best first."""
 
     rows: jax.Array
-    """(T, H, m) int32 in [0, K)."""
+    """(T, H, m) int32 in [0, K), rows of the cells."""
     columns: jax.Array
-    """(T, H, m) int32 in [0, K)."""
+    """(T, H, m) int32 in [0, K), columns of the cells."""
     scores: jax.Array
-    """(T, H, m, h) float32, differentiable; one score per core, a single one without cores."""
+    """(T, H, m, h) float32, scores of the cells, one per core or one without cores; differentiable."""
     candidates: jax.Array
     """(T, 2, H, m) int32, the keys of both sides whose cells were compared, best first."""
 
 
 def retrieve_product_keys(queries: jax.Array, keys: Keys, top_m: int) -> Retrieved:
-    """The `top_m` cells with the largest row score + column score (PKM, arXiv 1907.05242, section 3.2).
+    """Returns the `top_m` cells of largest row score + column score (PKM, arXiv 1907.05242, section 3.2).
 
     Args:
         queries: (T, 2, H, 1, d).
@@ -47,7 +52,7 @@ def retrieve_product_keys(queries: jax.Array, keys: Keys, top_m: int) -> Retriev
         The m best of all K² cells, with h = 1.
     """
     heads = queries.shape[2]
-    # A single rank is its own best combination.
+    # With a single rank there is nothing to combine.
     candidates, scores = _candidates(queries, keys, jnp.ones((2, heads, 1), jnp.float32), top_m)
     row, column = jnp.unstack(scores[:, :, :, 0], axis=1)
 
@@ -65,16 +70,16 @@ def retrieve_product_keys(queries: jax.Array, keys: Keys, top_m: int) -> Retriev
 def retrieve_tucker(
     queries: jax.Array, keys: Keys, cores: jax.Array, directions: jax.Array, top_m: int
 ) -> Retrieved:
-    """Tucker-decomposed query-key retrieval with multi-core scoring (UltraMem paper, section 3).
+    """Retrieves by Tucker decomposed query-key retrieval (TDQKR) with Multi-Core Scoring (MCS).
 
-    The grid is S_rowᵀ·C·S_col with C the sum of the cores. Candidates are the m best rows of uᵀS_row and the
-    m best columns of tᵀS_col; the exact grid over those m·m cells decides. Gradients reach the scores of the
-    chosen cells alone, and neither u nor t.
+    Both are from the UltraMem paper, section 3. The grid is S_rowᵀ·C·S_col with C the sum of the cores.
+    Candidates are the m best rows of uᵀS_row and the m best columns of tᵀS_col. The exact grid over those m·m
+    cells decides. Gradients reach only the scores of the chosen cells, and neither u nor t.
 
     Args:
         queries: (T, 2, H, q, d).
         keys: (2, S, r, K, d).
-        cores: (H, h, r, r), the C⁽ⁱ⁾; first r is the row side.
+        cores: (H, h, r, r), the C⁽ⁱ⁾ of Multi-Core Scoring; the first r is the row side.
         directions: (2, H, r), u and t, the leading left and right singular vectors of C.
         top_m: m <= K.
 
@@ -102,15 +107,15 @@ def retrieve_tucker(
 
 
 def tucker_scores(row_scores: jax.Array, column_scores: jax.Array, cores: jax.Array) -> jax.Array:
-    """Scores of given cells under every core: Σ_qs row_q · C⁽ⁱ⁾_qs · column_s.
+    """Scores given cells under every core, as Multi-Core Scoring (MCS) does: Σ_qs row_q · C⁽ⁱ⁾_qs · column_s.
 
     Args:
-        row_scores: (T, H, r, m), of the cells' rows.
-        column_scores: (T, H, r, m), of the cells' columns.
-        cores: (H, h, r, r).
+        row_scores: (T, H, r, m), scores of the cells' rows.
+        column_scores: (T, H, r, m), scores of the cells' columns.
+        cores: (H, h, r, r), the C⁽ⁱ⁾.
 
     Returns:
-        (T, H, m, h).
+        (T, H, m, h), core i's score at [..., i].
     """
     num_cores, rank = cores.shape[1], cores.shape[-1]
     per_core = []
@@ -126,11 +131,11 @@ def tucker_scores(row_scores: jax.Array, column_scores: jax.Array, cores: jax.Ar
 def leading_singular_vectors(
     core: jax.Array, last_u: jax.Array, last_t: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Leading singular vectors of the summed core, with a sign that does not jump.
+    """Returns the leading singular vectors of the summed core, with a sign that does not jump.
 
-    A pair (u, t) is defined up to a joint sign, and the sign decides which keys become candidates. It is
-    chosen to be closer to the last pair in the sum of absolute differences, as in the authors' code; from
-    zeros, and where both are equally close, it is that of the singular value decomposition.
+    A pair (u, t) is defined up to a joint sign, and the sign decides which keys become candidates. The sign
+    is the one that brings the pair closer to the last one, in the sum of absolute differences, as in the
+    authors' code. If both signs are equally close, as to zeros, the singular value decomposition decides.
 
     Args:
         core: (H, r, r), C.
@@ -153,9 +158,10 @@ def _distance(vector: jax.Array, last: jax.Array) -> jax.Array:
 
 
 def core_loss(cores: jax.Array, margin: float) -> jax.Array:
-    """Mean over heads of Σ_{i>=2} max(0, λ_i - τ)² / (r - 1), λ the singular values of C (paper, section 3).
+    """Returns TDQKR's core loss: the mean over heads of Σ_{i>=2} max(0, λ_i - τ)² / (r - 1).
 
-    It keeps C near rank 1, where the candidates of `retrieve_tucker` are the right ones. Zero for r = 1.
+    λ are the singular values of C (UltraMem paper, section 3). The loss keeps C near rank 1, where the
+    candidates of `retrieve_tucker` are the right ones. It is zero for r = 1.
 
     Args:
         cores: (H, h, r, r).
@@ -172,10 +178,10 @@ def core_loss(cores: jax.Array, margin: float) -> jax.Array:
 
 
 def balance_loss(scores: jax.Array, candidates: jax.Array) -> jax.Array:
-    """K·Σ_i f_i·p_i over one side's keys: how unevenly they become candidates (UltraMemV2, arXiv 2508.18756).
+    """Measures how unevenly one side's keys become candidates: K·Σ_i f_i·p_i (UltraMemV2, arXiv 2508.18756).
 
-    f_i is the share of key i in all candidates, p_i its mean probability under a softmax of the scores; heads
-    count together. 1 if either is uniform. The gradient flows through p.
+    f_i is the share of key i in all candidates of all heads, p_i its mean probability under a softmax of the
+    scores. The loss is 1 if either is uniform. The gradient flows through p.
 
     Args:
         scores: (H, T, K), by which candidates are chosen: one side of `key_scores.combined_scores`.
@@ -191,14 +197,14 @@ def balance_loss(scores: jax.Array, candidates: jax.Array) -> jax.Array:
 
 
 def singular_values(cores: jax.Array) -> jax.Array:
-    """(H, r) float32 singular values of the summed core of `cores` (H, h, r, r), largest first."""
+    """Returns the (H, r) float32 singular values of the sum of `cores` (H, h, r, r), largest first."""
     return jnp.linalg.svd(cores.astype(jnp.float32).sum(1), compute_uv=False)
 
 
 def _candidates(
     queries: jax.Array, keys: Keys, directions: jax.Array, top_m: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The keys (T, 2, H, m) whose cells are compared, and their scores (T, 2, H, r, m)."""
+    """Returns the keys (T, 2, H, m) whose cells are compared, and their scores (T, 2, H, r, m)."""
     if isinstance(keys, ServedKeys):
         return served_candidates(queries, keys, top_m)
     candidates = best_keys(queries, keys, directions, top_m)
@@ -206,23 +212,26 @@ def _candidates(
 
 
 def _combine_ranks(weights: jax.Array, scores: jax.Array) -> jax.Array:
-    """Σ_r weights (H, r) · scores (T, H, r, m) -> (T, H, m)."""
+    """Sums scores (T, H, r, m) over ranks, weighted by (H, r) -> (T, H, m)."""
     terms = [weights[None, :, rank, None] * scores[:, :, rank] for rank in range(scores.shape[2])]
     return sum(terms[1:], terms[0])
 
 
 def _best_cells(grid: jax.Array, top_m: int) -> tuple[jax.Array, jax.Array]:
-    """Rows and columns (T, H, m) of the m best cells within a grid (T, H, m, m)."""
+    """Returns rows and columns (T, H, m) of the m best cells within a grid (T, H, m, m)."""
     cell = jax.lax.top_k(grid.reshape(*grid.shape[:-2], -1), top_m)[1]
     return cell // top_m, cell % top_m
 
 
 def _index(values: jax.Array, position: jax.Array) -> jax.Array:
-    """Entries along the last axis; every position is known to be in bounds."""
+    """Takes entries along the last axis; every position is known to be in bounds."""
     return jnp.take_along_axis(values, position, axis=-1, mode="promise_in_bounds")
 
 
 def _pick(values: jax.Array, position: jax.Array) -> jax.Array:
-    """The same for values with a gradient. Comparing with all m is quicker than scattering that gradient."""
+    """Takes entries of values (..., m) with a gradient along the last axis.
+
+    Comparing with all m is quicker than scattering that gradient.
+    """
     chosen = jax.nn.one_hot(position, values.shape[-1], dtype=bool)
     return jnp.where(chosen, values[..., None, :], 0).sum(-1)

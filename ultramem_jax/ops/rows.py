@@ -1,87 +1,99 @@
-"""Rows of tables: how they are stored, taken and put back.
+"""Stores rows of tables, takes them and puts them back.
 
-A table is float32, or bfloat16 kept as its 16 bits in uint16. Scattering into a bfloat16 array, XLA on CPU
-first converts all of it to float32 and afterwards back; words are scattered as they are, in place.
+A table is float32, or bfloat16 kept as its 16 bits in uint16. To scatter into a bfloat16 array, XLA on CPU
+converts all of it to float32 and back afterwards. It scatters words as they are, in place.
 
-A table can also lie in the memory of the host, beside an accelerator that is too small for it. Then the host
-gathers the rows, which travel to the device, and new rows travel back.
+A table can also be in host memory, if it is too large for the accelerator. Then the host gathers the rows and
+sends them to the device, and the device sends new rows back.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import compute_on as _compute_on
 
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
-# Its name from jax 0.12 on, and before.
+# Before jax 0.12 the function is called `compute_on2`, from 0.12 on `compute_on`.
 _run_on: Any = getattr(_compute_on, "compute_on2", None) or _compute_on.compute_on
+
+Result = TypeVar("Result")
+"""A pytree of arrays."""
 
 
 def stored_dtype(dtype: str) -> jnp.dtype:
-    """The dtype of the array that holds rows of `dtype`, `float32` or `bfloat16`."""
+    """Returns the dtype of the array that stores rows of `dtype`, `float32` or `bfloat16`."""
     return jnp.dtype({"float32": jnp.float32, "bfloat16": jnp.uint16}[dtype])
 
 
 def to_stored(rows: jax.Array, stored: jnp.dtype) -> jax.Array:
-    """Rows, float32 or bfloat16, as a table of dtype `stored` holds them; rounded to nearest if need be."""
+    """Encodes rows, float32 or bfloat16, as a table of dtype `stored` holds them.
+
+    float32 rows are rounded to nearest if the table is bfloat16.
+    """
     if stored == jnp.uint16:
         return jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
     return rows.astype(stored)
 
 
 def from_stored(rows: jax.Array) -> jax.Array:
-    """The numbers in rows of a table; the bits as bfloat16."""
+    """Decodes rows of a table: stored bits (uint16) become bfloat16, float32 rows stay as they are."""
     return jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
 
 
 def is_on_host(table: jax.Array) -> bool:
-    """Whether a table, in a function that is being compiled, lies in the host's memory."""
+    """Tells whether a table, in a function that is being traced, is in host memory."""
     return jax.typeof(table).memory_space == _HOST
 
 
-def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, computed by the host on arguments in its memory; its result stays there."""
+def on_host(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Makes the host compute a function on arguments in host memory; its result stays there."""
     return _run_on(function, compute_type="device_host", out_memory_spaces=_HOST)
 
 
 def take_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
-    """Rows (..., d) of a table (N, d), float32 or bfloat16, on the device.
+    """Takes rows (..., d) of a table (N, d) to the device, decoded to float32 or bfloat16.
 
     Args:
-        table: (N, d).
+        table: (N, d), as this module stores it, on the device or in host memory.
         slots: int32 in [0, N), any shape.
     """
     return _take(table, slots, mode="promise_in_bounds")
 
 
 def take_sorted_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
-    """Rows (U, d) at rising slots; those of slots past the end are copies of the last row."""
+    """Takes rows (U, d) of a table at rising slots; slots past the end give copies of the last row."""
     return _take(table, slots, mode="clip", indices_are_sorted=True)
 
 
 def put_sorted_rows(table: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
-    """The table with new rows (U, d) at strictly rising slots; those of slots past the end are dropped."""
+    """Returns the table with new rows (U, d) at strictly rising slots.
+
+    Rows of slots past the end are dropped.
+    """
     return put_stored_rows(table, slots, to_stored(rows, table.dtype))
 
 
 def put_stored_rows(table: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
-    """The same for rows (U, ...) as the table (N, ...) stores them."""
+    """Returns the table (N, ...) with new rows (U, ...), already encoded, at strictly rising slots.
+
+    Rows of slots past the end are dropped.
+    """
 
     def put(table: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
         return table.at[slots].set(rows, mode="drop", unique_indices=True, indices_are_sorted=True)
 
-    # A GPU writes into the host's memory by itself. Were the host to do it, XLA would give it a copy of the
-    # table; the TPU's compiler, on the other hand, knows no other way and makes no copy.
+    # A GPU writes into host memory by itself. If the host wrote, XLA would give it a copy of the table. The
+    # TPU's compiler has no other way than the host, and makes no copy.
     if is_on_host(table) and jax.default_backend() == "tpu":
         return on_host(put)(table, *jax.device_put((slots, rows), _HOST))
     return put(table, slots, rows)
 
 
-def _take(table: jax.Array, slots: jax.Array, **how: Any) -> jax.Array:
+def _take(table: jax.Array, slots: jax.Array, mode: str, indices_are_sorted: bool = False) -> jax.Array:
     def get(table: jax.Array, slots: jax.Array) -> jax.Array:
-        return table.at[slots].get(**how)
+        return table.at[slots].get(mode=mode, indices_are_sorted=indices_are_sorted)
 
     if is_on_host(table):
         get = _run_on(get, compute_type="device_host", out_memory_spaces=_DEVICE)

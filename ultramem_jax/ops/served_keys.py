@@ -1,8 +1,8 @@
-"""Keys of a model that is served: what depends on parameters alone has been computed, the rest is read once.
+"""Scores the keys of a served model: what depends only on parameters is precomputed, each key is read once.
 
-In training, the choice of candidates forgets the scores of all keys and computes those of the candidates
-again, from m·r gathered keys a side and head. For the few tokens of a decoding step it is cheaper to keep
-the scores of each rank: the candidates' are among them, and no key is read twice.
+In training, the choice of candidates drops the scores of all keys. It computes those of the candidates again,
+from m·r gathered keys a side and head. For the few tokens of a decoding step it is cheaper to keep the scores
+of each rank: they include the candidates' scores, and no key is read twice.
 """
 
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ from ultramem_jax.ops.topk import top_k
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ServedKeys:
-    """Both sides' keys, normed and in the dtype of the computation, and how their ranks are weighed."""
+    """Holds both sides' keys, normed and in the dtype of the computation, and the weights of their ranks."""
 
     matrices: tuple[tuple[tuple[OutputMajor, ...], ...], ...]
-    """[side][set][rank]: (d, K), each apart from the others, so that its product reads it where it lies."""
+    """Keys `[side][set][rank]`, (d, K) each: an array of its own, so that its product reads it in place."""
     directions: jax.Array
-    """(2, H, r) float32, u and t."""
+    """(2, H, r) float32, u and t, which weigh the ranks."""
 
 
 def serve_keys(keys: jax.Array, directions: jax.Array) -> ServedKeys:
-    """The keys (2, S, r, K, d) and directions (2, H, r) of `product_keys.retrieve_tucker`, to be served."""
+    """Prepares the keys (2, S, r, K, d) and directions (2, H, r) of `retrieve_tucker` for serving."""
     matrices = tuple(tuple(tuple(OutputMajor(rank) for rank in each) for each in side) for side in keys)
     return ServedKeys(matrices, directions)
 
 
 def served_candidates(queries: jax.Array, keys: ServedKeys, top_m: int) -> tuple[jax.Array, jax.Array]:
-    """What `key_scores.best_keys` chooses, and the `key_scores.key_scores` of it.
+    """Returns what `key_scores.best_keys` would choose, and the `key_scores.key_scores` of it.
 
     Args:
         queries: (T, 2, H, q, d).
-        keys: those of H heads or of all together.
+        keys: one set per head, or one set for all heads.
         top_m: m <= K.
 
     Returns:

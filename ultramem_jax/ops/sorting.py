@@ -1,9 +1,9 @@
-"""The order of small integers, as sorts of single 32-bit words.
+"""Sorts small integers together with their positions, as single 32-bit words.
 
-XLA sorts pairs of keys and positions with a comparator that it calls for each comparison. One array of words
-takes a quarter of that time on CPU (docs/performance.md), so a key and its position share a word here. What
-does not fit is sorted digit by digit, least significant first; the positions in the low bits keep each pass
-stable.
+XLA sorts pairs of keys and positions with a comparator that it calls for each comparison. A sort of one array
+of words takes a quarter of that time on CPU (docs/performance.md). So a key and its position share a word
+here. Keys that do not fit are sorted digit by digit, least significant first. The positions in the low bits
+keep each pass stable.
 """
 
 import jax
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 _WORD_BITS = 32
 _LEAST_DIGIT_BITS = 8
-"""With fewer bits left for keys, the passes would outnumber what they save."""
+"""Fewest bits of a digit. With fewer, there would be so many passes that they save nothing."""
 
 
 def sort_with_order(keys: jax.Array, num_values: int) -> tuple[jax.Array, jax.Array]:
-    """Integers in rising order, and where each of them was; equal ones keep their order.
+    """Sorts integers in rising order, and returns where each of them was; equal ones keep their order.
 
     Args:
         keys: (n,) int32 in [0, num_values).
@@ -34,7 +34,7 @@ def sort_with_order(keys: jax.Array, num_values: int) -> tuple[jax.Array, jax.Ar
     order = positions.astype(jnp.int32)
     for shift in range(0, max((num_values - 1).bit_length(), 1), digit_bits):
         digit = _entries(keys, order).astype(jnp.uint32) >> jnp.uint32(shift)
-        # Shifted to the left, a digit loses the bits above it.
+        # The shift to the left drops the bits above the digit.
         words = jax.lax.sort((digit << jnp.uint32(position_bits)) | positions, is_stable=False)
         order = _entries(order, (words & jnp.uint32((1 << position_bits) - 1)).astype(jnp.int32))
     return _entries(keys, order), order

@@ -1,9 +1,9 @@
-"""Exact top-k that stays fast on long rows.
+"""Finds the exact top-k, and stays fast on long rows.
 
-`jax.lax.top_k` passes a whole row by a heap of the k best, one value at a time. Here a long row is cut into
-blocks. The k blocks with the largest maxima hold the k largest values, since each of these k maxima is at
-least as large as anything in another block. So the heap sees K/b maxima and then k blocks of b values. The
-maxima are a plain reduction, vectorised and on all cores.
+`jax.lax.top_k` passes a whole row through a heap of the k best, one value at a time. Here a long row is cut
+into tiles. The k tiles with the largest maxima hold the k largest values, because each of these k maxima is
+at least as large as anything in another tile. So the heap sees K/b maxima and then k tiles of b values. The
+maxima are a plain reduction, vectorised and on all CPU cores.
 """
 
 import math
@@ -12,39 +12,39 @@ import jax
 import jax.numpy as jnp
 
 _SHORT_ROW = 4095
-"""Rows up to here go to `jax.lax.top_k` whole: a second heap would cost more than it saves."""
+"""Longest row that goes to `jax.lax.top_k` whole: for these a second heap would cost more than it saves."""
 
 
 def top_k(x: jax.Array, k: int, block: int | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the k largest values of every row and their indices.
 
-    They are those of `jax.lax.top_k`, also for ties, in every row of integers and every row whose k-th
+    The result is that of `jax.lax.top_k`, also for ties, for every row of integers and every row whose k-th
     largest value is neither zero nor subnormal. Other rows agree with it in all values of at least the
-    smallest normal number and in their indices. What follows these may be any of the row's zeros and
+    smallest normal number, and in their indices. The remaining values may be any of the row's zeros and
     subnormals, in the order of `jax.lax.top_k`.
 
     Args:
         x: (..., K), floats or integers, without NaN.
         k: at most K.
-        block: b, values per block, a divisor of K; None chooses.
+        block: b, values per tile, a divisor of K; None chooses one.
 
     Returns:
-        Values (..., k) of the dtype of x, largest first and of equal ones that of the lower index first; and
-        their indices, int32 and distinct.
+        Values (..., k) of the dtype of x, largest first, equal ones by rising index; and their indices, int32
+        and distinct.
     """
     length = x.shape[-1]
     block = _block(length, k) if block is None else block
     num_blocks = length // block
-    if block == 1 or num_blocks <= k:  # every block would be taken
+    if block == 1 or num_blocks <= k:  # every tile would be taken
         values, index = jax.lax.top_k(x, k)
         return values, index
     blocks = x.reshape(*x.shape[:-1], num_blocks, block)
-    # `lax.top_k` sorts -0 below 0 and subnormals by value. To the maximum they may be one number: XLA's CPU
-    # code takes subnormals for zero. A maximum of the bits as integers would tell them apart, but rows
-    # (512, 2, 65536) take 276 ms with it against 65, on two CPU cores.
+    # `lax.top_k` sorts -0 below 0 and subnormals by value. The maximum may treat them as one number, because
+    # XLA's CPU code takes subnormals for zero. A maximum of the bits as integers would tell them apart, but
+    # rows (512, 2, 65536) take 276 ms with it against 65 ms, on two CPU cores.
     #
-    # In the order of the row again, so that of equal values the first is found first. Of blocks with equal
-    # maxima, too, the first ones have been taken.
+    # The chosen tiles are put back in the order of the row, so that the first of equal values is found first.
+    # Of tiles with equal maxima, too, the first ones have been taken.
     best = jnp.sort(jax.lax.top_k(blocks.max(-1), k)[1], axis=-1)
     values = jnp.take_along_axis(blocks, best[..., None], axis=-2, mode="promise_in_bounds")
     values, position = jax.lax.top_k(values.reshape(*x.shape[:-1], k * block), k)
@@ -53,7 +53,7 @@ def top_k(x: jax.Array, k: int, block: int | None = None) -> tuple[jax.Array, ja
 
 
 def _block(length: int, k: int) -> int:
-    """The divisor of K closest to √(K/k), where the two heaps see least; 1 if there is none near it."""
+    """Returns the divisor of K nearest √(K/k), where the two heaps see fewest values; 1 if none is near."""
     if length <= _SHORT_ROW:
         return 1
     ideal = math.sqrt(length / k)

@@ -1,1 +1,1 @@
-"""Devices: the mesh that a run is laid over."""
+"""Sets up the devices and processes of a run: its mesh, how parameters are sharded, what devices exchange."""

@@ -1,7 +1,7 @@
-"""The collectives of a compiled program, read from its HLO text: what moves, along which axes, how often.
+"""Reads the collectives of a compiled program from its HLO text: what moves, along which axes, how often.
 
 The text is that of `jax.jit(f).lower(...).compile().as_text()`, on CPU, GPU or TPU. It is the program of one
-device, so all shapes in it are those of one device's part.
+device, so all shapes in it are those of one device's shards.
 """
 
 import itertools
@@ -22,7 +22,7 @@ KINDS = (
     "collective-permute",
     "ragged-all-to-all",
 )
-"""Everything that is looked for."""
+"""Kinds of collectives that are recognised."""
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
@@ -37,7 +37,7 @@ _CALLED = re.compile(
 )
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TRIPS = re.compile(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)')
-"""Older text has the backend's config as one string, with its quotes escaped."""
+"""Pattern of a loop's trip count. Older text has the backend's config as one string with escaped quotes."""
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _LISTED_GROUPS = re.compile(r"replica_groups=\{((?:\{[\d, ]*\}[, ]*)*)\}")
 _IOTA_GROUPS = re.compile(rf"replica_groups=\[([\d,]+)\]<={_IOTA}")
@@ -50,35 +50,40 @@ _PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d, ]*\}[, ]*)*)\}")
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a program, at one place where it is called. Bytes are of one device and one run."""
+    """Describes one collective of a program, at one place where it is called.
+
+    Bytes are those of one device and one run of the collective.
+    """
 
     kind: str
-    """One of `KINDS`."""
+    """Kind of the collective, one of `KINDS`."""
     axes: tuple[str, ...]
-    """Axes of the mesh that its groups run along, in the mesh's order; () if there are none that fit. Axes of
-    size 1 never count. Those of a permutation are the ones along which a source and its target differ."""
+    """Mesh axes that its groups run along, in the mesh's order; () if none fit. Axes of size 1 never count.
+    Those of a permutation are the axes along which a source and its target differ."""
     group_size: int
-    """P, devices of a group; of a permutation, devices that its pairs connect. The largest if they differ."""
+    """P, number of devices of a group; for a permutation, of devices that its pairs connect. The largest if
+    groups differ."""
     operand_bytes: int
-    """What a device puts in, all operands together; of a ragged all-to-all the buffer that is sent from."""
+    """Bytes that a device puts in, all operands together; for a ragged all-to-all, bytes of the buffer that
+    is sent from."""
     result_bytes: int
-    """What a device has of it afterwards."""
+    """Bytes that a device has as the result."""
     op_name: str
     """JAX's path to the operation that it comes from; "" if the text has none."""
     loop_trip_count: int
-    """How often it runs for every run of the program: the product over the loops around it. A loop whose
-    count the compiler did not find counts as one pass."""
+    """Number of runs of the collective in one run of the program: the product over the loops around it. A
+    loop whose count the compiler did not find counts as one pass."""
     in_loop: bool
-    """Whether a loop is around it."""
+    """Whether the collective is in a loop."""
     trips_known: bool
     """Whether the compiler found the count of every loop around it; True outside loops."""
 
     @property
     def moved_bytes(self) -> int:
-        """What a device sends in one run under the algorithm that sends least.
+        """Returns the bytes that a device sends in one run, with the algorithm that sends least.
 
-        Of a ragged all-to-all, whose sizes are data, it is what a full and balanced one would send. A device
-        that a permutation leaves out sends nothing; this is what the others send.
+        The sizes of a ragged all-to-all are data, so this is what a full and balanced one would send. A
+        device that a permutation leaves out sends nothing; this is what the others send.
         """
         others = self.group_size - 1
         match self.kind:
@@ -92,23 +97,23 @@ class Collective:
 
     @property
     def total_bytes(self) -> int:
-        """`moved_bytes` of all its runs in one run of the program."""
+        """Returns `moved_bytes` of all its runs in one run of the program."""
         return self.moved_bytes * self.loop_trip_count
 
 
 def collectives_of(compiled_text: str, mesh: Mesh | None) -> list[Collective]:
-    """The collectives of a program, those of called computations where they are called.
+    """Lists the collectives of a program; those of called computations are listed where they are called.
 
-    A computation that is called from two places has its collectives listed twice. All branches of a
-    conditional are listed, although one of them runs. An asynchronous pair is listed once. Collectives of
-    groups of one device are left out, for they move nothing.
+    If a computation is called from two places, its collectives are listed twice. All branches of a
+    conditional are listed, although only one of them runs. An asynchronous pair is listed once. Collectives
+    of groups of one device are left out, because they move nothing.
 
     Args:
         compiled_text: HLO text after partitioning.
-        mesh: the mesh that the program was compiled for, to name axes by; None names none.
+        mesh: the mesh that the program was compiled for, which names axes; None names none.
 
     Raises:
-        ValueError: groups in a format that is not known here.
+        ValueError: the text has no entry computation, or groups in an unknown format.
     """
     header = re.search(r"^HloModule .*", compiled_text, re.MULTILINE)
     sizes = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header[0] if header else "")
@@ -134,7 +139,7 @@ def collectives_of(compiled_text: str, mesh: Mesh | None) -> list[Collective]:
                         kind=kind,
                         axes=axes,
                         group_size=group_size,
-                        # A ragged one is also given the buffer to write to, and offsets and sizes.
+                        # The other operands of a ragged one are the buffer to write to, offsets and sizes.
                         operand_bytes=put_in[0] if kind == "ragged-all-to-all" else sum(put_in),
                         result_bytes=_bytes(result),
                         op_name=name[1] if (name := _OP_NAME.search(attributes)) else "",
@@ -142,7 +147,7 @@ def collectives_of(compiled_text: str, mesh: Mesh | None) -> list[Collective]:
                         in_loop=False,
                         trips_known=True,
                     )
-            elif not opcode.endswith(("-done", "-update")):  # those name the computation of their start
+            elif not opcode.endswith(("-done", "-update")):  # these name the computation of their start
                 count = _TRIPS.search(attributes)
                 for role, called in _called(attributes):
                     for inner in walk(called):
@@ -152,7 +157,7 @@ def collectives_of(compiled_text: str, mesh: Mesh | None) -> list[Collective]:
 
 
 def summary(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
-    """Bytes that a device sends in one run of the program, by kind and axes."""
+    """Sums the bytes that a device sends in one run of the program, by kind and axes."""
     total: Counter[tuple[str, tuple[str, ...]]] = Counter()
     for collective in collectives:
         total[collective.kind, collective.axes] += collective.total_bytes
@@ -160,7 +165,10 @@ def summary(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...
 
 
 def _looped(inner: Collective, count: re.Match[str] | None, role: str) -> Collective:
-    """What is in a loop's body or condition; the condition is asked once more than it holds."""
+    """Returns a collective of a loop's body or condition, with the loop's count.
+
+    The condition runs once more than the body.
+    """
     passes = int(count[1]) + (role == "condition") if count else 1
     return replace(
         inner,
@@ -171,7 +179,11 @@ def _looped(inner: Collective, count: re.Match[str] | None, role: str) -> Collec
 
 
 def _computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
-    """What stands right of the equals sign, by computation and name; and the name of the entry."""
+    """Returns each computation's instructions by name, without the name, and the name of the entry.
+
+    Raises:
+        ValueError: the text has no entry computation.
+    """
     computations: dict[str, dict[str, str]] = {}
     entry = ""
     inside: dict[str, str] | None = None
@@ -191,7 +203,7 @@ def _computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
 
 
 def _split(instruction: str) -> tuple[str, str, str, str]:
-    """An instruction's type, opcode, operands and attributes."""
+    """Splits an instruction into type, opcode, operands and attributes."""
     end = _closing(instruction, 0) + 1 if instruction.startswith("(") else instruction.index(" ")
     start = instruction.index("(", end)
     close = _closing(instruction, start)
@@ -200,7 +212,11 @@ def _split(instruction: str) -> tuple[str, str, str, str]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Returns the index at which the parenthesis that opens at `start` closes.
+
+    Raises:
+        ValueError: it does not close.
+    """
     depth = 0
     for match in _PARENTHESIS.finditer(text, start):
         depth += 1 if match[0] == "(" else -1
@@ -210,7 +226,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _parts(text: str) -> list[str]:
-    """What commas outside of all brackets separate."""
+    """Splits a text at commas outside of all brackets."""
     parts, depth, start = [], 0, 0
     for position, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
@@ -221,23 +237,26 @@ def _parts(text: str) -> list[str]:
 
 
 def _operand_bytes(operand: str, instructions: dict[str, str]) -> int:
-    """Bytes of an operand, which is printed as a name with or without its shape before it."""
+    """Returns the bytes of an operand, which is printed as a name, with or without its shape before it."""
     return _bytes(operand if "[" in operand else _split(instructions[operand.lstrip("%")])[0])
 
 
 def _bytes(shape: str) -> int:
-    """Bytes of all arrays in a type, those of less than a byte packed; padding by tiles is not counted."""
+    """Returns the bytes of all arrays in a type.
+
+    Values of less than a byte count as packed. Padding by tiles is not counted.
+    """
     total = 0
     for dtype, sizes in _ARRAY.findall(shape):
         digits = re.search(r"\d+", dtype)
-        bits = int(digits[0]) if digits else 8 if dtype == "pred" else 0  # a token is nothing
+        bits = int(digits[0]) if digits else 8 if dtype == "pred" else 0  # a token has no bytes
         numbers = [int(size.removeprefix("<=")) for size in sizes.split(",") if size]
         total += _divide_up(math.prod(numbers) * bits, 8)
     return total
 
 
 def _called(attributes: str) -> Iterator[tuple[str, str]]:
-    """The computations that an instruction names, and what as."""
+    """Yields the computations that an instruction calls, each with its role, as (role, name)."""
     for role, names in _CALLED.findall(_STRING.sub("", attributes)):
         for name in names.strip("{}").split(","):
             if name:
@@ -245,7 +264,7 @@ def _called(attributes: str) -> Iterator[tuple[str, str]]:
 
 
 def _axes_and_size(attributes: str, num_devices: int, mesh: Mesh | None) -> tuple[tuple[str, ...], int]:
-    """Axes of a mesh that a collective's groups run along, and the size of its largest group.
+    """Returns the mesh axes that a collective's groups run along, and the size of its largest group.
 
     The devices of a program are numbered in the order of its mesh, whatever their ids.
     """
@@ -266,7 +285,11 @@ def _axes_and_size(attributes: str, num_devices: int, mesh: Mesh | None) -> tupl
 
 
 def _replica_groups(attributes: str, num_devices: int) -> list[list[int]]:
-    """The groups of a collective, of which there are three notations."""
+    """Parses the groups of a collective, for which HLO has three notations.
+
+    Raises:
+        ValueError: the format is unknown.
+    """
     if match := _LISTED_GROUPS.search(attributes):
         return _listed(match[1]) or [list(range(num_devices))]
     if match := _IOTA_GROUPS.search(attributes):
@@ -281,10 +304,10 @@ def _replica_groups(attributes: str, num_devices: int) -> list[list[int]]:
 
 
 def _along(devices: np.ndarray, axes: list[tuple[str, int]], references: list[tuple[str, ...]]) -> np.ndarray:
-    """Groups (number, size) along the axes, or parts of axes, of XLA's own mesh that are referred to.
+    """Returns groups (number, size) along the referenced axes, or parts of axes, of XLA's own mesh.
 
-    `'a':(p)s` is a part of the axis a: were the axis reshaped to (p, s, rest), that of size s. The order of a
-    group's devices is not kept.
+    `'a':(p)s` is a part of the axis a: if the axis is reshaped to (p, s, rest), it is the axis of size s. The
+    order of a group's devices is not kept.
     """
     shape: list[int] = []
     within: list[bool] = []
@@ -294,13 +317,13 @@ def _along(devices: np.ndarray, axes: list[tuple[str, int]], references: list[tu
         for low, high in itertools.pairwise(cuts):
             shape.append(high // low)
             within.append(any(start <= low and high <= end for start, end in parts))
-    order = sorted(range(len(shape)), key=within.__getitem__)  # stable: the others first
+    order = sorted(range(len(shape)), key=within.__getitem__)  # stable sort: the other axes come first
     size = math.prod(itertools.compress(shape, within))
     return devices.reshape(shape).transpose(order).reshape(-1, size)
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    """XLA's `[4,2]T(1,0)`: numbers counted up in the given shape and transposed, as one row."""
+    """Expands XLA's `[4,2]T(1,0)`: numbers counted up in the given shape and transposed, as one row."""
     shape = _numbers(dims)
     numbers = np.arange(math.prod(shape)).reshape(shape)
     return (numbers.transpose(_numbers(order)) if order else numbers).ravel()
@@ -315,7 +338,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _connected(pairs: list[list[int]]) -> list[set[int]]:
-    """The sets of devices that pairs join."""
+    """Returns the sets of devices that pairs connect."""
     sets: dict[int, set[int]] = {}
     for source, target in pairs:
         joined = sets.get(source, {source}) | sets.get(target, {target})

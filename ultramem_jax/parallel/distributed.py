@@ -1,12 +1,12 @@
-"""Several processes that train one model: how they find each other, and what they agree on.
+"""Connects the processes that train one model, and lets them agree.
 
-Each process is started with the same command and its number. They join before any of them looks at its
-devices; from then on `jax.devices()` are those of all. Whatever is computed on a mesh of them, and every
-function here that says so, all processes call in the same order. The first one, number 0, writes and speaks
-for all.
+Each process is started with the same command and its number. They join before any of them uses its devices;
+from then on `jax.devices()` lists the devices of all. All processes must call computations on a mesh of these
+devices in the same order, and also every function here that says so. The first process, number 0, writes
+files and logs for all.
 
-A process that dies is missed when its heartbeats stop: the others then end with an error, instead of waiting
-for it forever. For the same reason one that fails does not wait for the others (`end_at_once`).
+If a process dies, its heartbeats stop, and the others end with an error instead of waiting for it forever.
+For the same reason a process that fails does not wait for the others (`end_at_once`).
 """
 
 import contextlib
@@ -27,35 +27,40 @@ from jax.experimental import multihost_utils
 
 from ultramem_jax.config.field_types import Checked
 from ultramem_jax.errors import UserError, require, whole_number
+from ultramem_jax.tree_types import JsonDict
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+"""Coordinator address that stands for what the cluster's environment says."""
 INITIALIZATION_TIMEOUT = 300
+"""Seconds to wait for the other processes, by default."""
 HEARTBEAT_TIMEOUT = 60
-"""Seconds. A machine that swaps, or a network that hiccups, is not taken for dead sooner."""
+"""Seconds until a silent process counts as dead, by default: long enough for a swapping machine or a short
+network failure."""
 
 _WAIT_AT_THE_END_SECONDS = 24 * 3600
-"""Those that are done wait for the first one, which draws and samples alone; and for it to prepare data."""
+"""Longest wait for the first process, in seconds: only it draws figures, samples text and prepares data."""
 _PADDING = 1024
-"""Of messages, so that a few compiled programs carry all of them."""
+"""Messages are padded to a multiple of so many bytes, so that a few compiled programs carry all of them."""
 
 
 @dataclass(frozen=True)
 class Membership(Checked):
-    """The place of this process among those of a run."""
+    """Describes this process's membership in a run of several processes."""
 
     PREFIX = "--"
 
     coordinator_address: str
-    """HOST:PORT on the machine of process 0, free there; or `auto`: what the cluster's environment says."""
+    """HOST:PORT, a free port on the machine of process 0; or `auto`, what the cluster's environment says."""
     num_processes: int | None = None
+    """Number of processes of the run; None with `auto`."""
     process_id: int | None = None
-    """From 0 to `num_processes` - 1. Both None with `auto`."""
+    """Number of this process, from 0 to `num_processes` - 1; None with `auto`."""
     initialization_timeout: int = INITIALIZATION_TIMEOUT
-    """Seconds to wait for the others."""
+    """Seconds to wait for the other processes."""
     heartbeat_timeout: int = HEARTBEAT_TIMEOUT
-    """Seconds without a sign of life after which a process counts as dead, and the others end."""
+    """Seconds without a heartbeat after which a process counts as dead, and the others end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,13 +89,14 @@ class Membership(Checked):
 
 
 def join(member: Membership) -> None:
-    """Makes this process one of those of a run. Before any use of a device.
+    """Joins this process to a run; it must be called before any use of a device.
+
+    If other processes do not come, JAX ends this process itself.
 
     Raises:
-        UserError: `auto` where no cluster is recognised, or nobody at the address. If others do not come,
-            JAX ends the process itself.
+        UserError: the address is `auto` but no cluster is recognised, or nobody answers at the address.
     """
-    # Else JAX would catch SIGTERM from here on, and only its own preemption service would hear of it.
+    # Otherwise JAX would catch SIGTERM from here on, and only its own preemption service would get it.
     jax.config.update("jax_enable_preemption_service", False)
     how: dict[str, Any] = {
         "initialization_timeout": member.initialization_timeout,
@@ -107,7 +113,7 @@ def join(member: Membership) -> None:
             ) from error
         return
     host = member.coordinator_address.rpartition(":")[0]
-    if host in ("127.0.0.1", "localhost"):  # no one else needs to come in
+    if host in ("127.0.0.1", "localhost"):  # no other machine needs to connect
         how["coordinator_bind_address"] = member.coordinator_address
     if member.process_id:
         _wait_for_coordinator(member)
@@ -128,7 +134,11 @@ def join(member: Membership) -> None:
 
 
 def _wait_for_coordinator(member: Membership) -> None:
-    """Until somebody listens at the address. JAX itself would abort, with a trace of C++."""
+    """Waits until process 0 listens at the address, because JAX itself would abort with a C++ trace.
+
+    Raises:
+        UserError: process 0 does not answer within the initialization timeout.
+    """
     host, _, port = member.coordinator_address.rpartition(":")
     give_up = time.monotonic() + member.initialization_timeout
     while True:
@@ -145,53 +155,64 @@ def _wait_for_coordinator(member: Membership) -> None:
 
 
 def is_joined() -> bool:
-    """Whether this process has joined others. Asks no device."""
+    """Tells whether this process has joined others; does not initialise devices."""
     return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
-    """Whether this process writes and speaks for all."""
+    """Tells whether this process is the first, which writes files and logs for all."""
     return jax.process_index() == 0
 
 
 def end_at_once(status: int) -> NoReturn:
-    """Ends a process that failed. An orderly end would wait for others, which wait for this one."""
+    """Ends a process that failed, at once: an orderly end would wait for others, which wait for this one."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def any_process(flag: bool) -> bool:
-    """Whether it is true in one of the processes. All call it."""
+    """Tells whether the flag is True in any process; all processes must call it."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, each something that JSON knows, in their order. All call it."""
+    """Returns the values of all processes, in their order; all processes must call it.
+
+    Args:
+        value: anything that JSON can represent.
+    """
     text = json.dumps(value)
     if jax.process_count() == 1:
         return [json.loads(text)]
     data = np.frombuffer(text.encode(), np.uint8)
     longest = int(multihost_utils.process_allgather(np.int32(len(data))).max())
-    # Blanks at the end mean nothing to JSON.
+    # JSON ignores the blanks at the end.
     padded = np.full(-(-longest // _PADDING) * _PADDING, ord(" "), np.uint8)
     padded[: len(data)] = data
     return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
 
 
 def from_first(value: Any) -> Any:
-    """The first process's value, something that JSON knows. All call it."""
+    """Returns the first process's value; all processes must call it.
+
+    Args:
+        value: anything that JSON can represent.
+    """
     return gather(value if is_first() else None)[0]
 
 
 def look_in_first(look: Callable[[], Any]) -> Any:
-    """Returns what `look` gives in the first process, something that JSON knows. All call it.
+    """Returns what `look` returns in the first process; all processes must call it.
+
+    Args:
+        look: returns anything that JSON can represent. Only the first process calls it.
 
     Raises:
-        UserError: in all processes, where `look` raises one.
-        OSError: in all of several processes, with the words of anything else that `look` raises.
+        UserError: in all processes, if `look` raises one.
+        OSError: in all of several processes, with the message of any other error that `look` raises.
     """
     if jax.process_count() == 1:
         return look()
@@ -199,7 +220,7 @@ def look_in_first(look: Callable[[], Any]) -> Any:
     if is_first():
         try:
             found = look()
-        except Exception as error:  # the others wait for an answer, whatever it is
+        except Exception as error:  # any error is an answer, for which the others wait
             failure = f"{type(error).__name__}: {error}"
     found, failure = from_first([found, failure])
     if failure is not None:
@@ -208,14 +229,14 @@ def look_in_first(look: Callable[[], Any]) -> Any:
     return found
 
 
-def require_same(what: dict[str, Any]) -> None:
-    """Refuses processes that differ in what they are about to do. All call it.
+def require_same(what: JsonDict) -> None:
+    """Refuses processes that differ in what they are about to do; all processes must call it.
 
     Args:
-        what: by name, something that JSON knows.
+        what: values that must be equal, by name; anything that JSON can represent.
 
     Raises:
-        UserError: names the first thing that differs, and from which process on.
+        UserError: values differ. The message names the first one, and the first process that differs.
     """
     of_all = gather(what)
     for index, other in enumerate(of_all):
@@ -225,11 +246,11 @@ def require_same(what: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def first_before_others() -> Iterator[None]:
-    """Lets the first process do what is within, then the others. All call it."""
+    """Lets the first process run the block first, then the others; all processes must call it."""
     if not is_joined():
         yield
         return
-    # Not one of the collectives above: on CPUs these give up after half a minute.
+    # The collectives above would not do: on CPU they give up after half a minute.
     wait = ocp.multihost.get_barrier_sync_fn()
     if not is_first():
         wait(key="first_before_others", timeout_ms=_WAIT_AT_THE_END_SECONDS * 1000)

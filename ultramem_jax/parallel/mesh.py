@@ -1,9 +1,8 @@
-"""The mesh of a run: devices along named axes, checked against the model before anything is compiled."""
+"""Makes the mesh of a run, devices along named axes, and checks it before anything is compiled."""
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,14 +15,14 @@ from ultramem_jax.errors import require
 from ultramem_jax.ops.on_mesh import MeshAxes
 
 AXES = ("data", "fsdp", "tensor", "memory", "width")
-"""The axes of every mesh; those of `MeshConfig`, where they are explained."""
+"""Axes of every mesh; `MeshConfig` explains them."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of the devices, all of them if None.
+    """Makes a mesh of the devices, or of all devices if None.
 
     Raises:
-        UserError: their number is not the product of the axes.
+        UserError: the number of devices is not the product of the axes.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in AXES}
@@ -48,10 +47,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def mesh_axes(config: RunConfig, mesh: Mesh) -> MeshAxes:
-    """What the axes of a mesh are for in a run.
+    """Returns which axes of a mesh split tokens, tables and experts in a run.
 
     Raises:
-        UserError: a micro-batch that does not divide over the devices that share it out.
+        UserError: a micro-batch does not divide over the devices that split it.
     """
     axes = MeshAxes(mesh, **axis_roles(config, mesh.shape))
     micro_batch = config.train.batch_size // config.train.grad_accumulation
@@ -67,15 +66,15 @@ def mesh_axes(config: RunConfig, mesh: Mesh) -> MeshAxes:
 
 
 def one_device(device: jax.Device | None = None) -> MeshAxes:
-    """A mesh of one device, the first of this process if None."""
+    """Makes a mesh of one device, the first of this process if None."""
     return MeshAxes(make_mesh(MeshConfig(), [jax.local_devices()[0] if device is None else device]))
 
 
 @functools.lru_cache(maxsize=8)
 def rows_here(axes: MeshAxes, batch_size: int) -> np.ndarray:
-    """Rows of a batch that devices of this process work on, rising.
+    """Returns the rows of a batch that devices of this process work on, rising.
 
-    Two processes may need the same ones: devices along `tensor` work on the same sequences.
+    Two processes may need the same rows: devices along `tensor` work on the same sequences.
     """
     rows = np.arange(batch_size)
     parts = axes.sharding(P(axes.tokens)).addressable_devices_indices_map((batch_size,)).values()
@@ -83,17 +82,18 @@ def rows_here(axes: MeshAxes, batch_size: int) -> np.ndarray:
 
 
 def shard_batch(batch: np.ndarray, axes: MeshAxes, batch_size: int | None = None) -> jax.Array:
-    """A batch (B, ...) with its sequences split over the devices.
+    """Returns a batch (B, ...) with its sequences split over the devices.
 
     Args:
-        batch: the rows of it that this process needs, those of `rows_here`.
+        batch: the rows of the batch that this process needs, those of `rows_here`.
         axes: of the mesh.
-        batch_size: B; None where `batch` is all of it.
+        batch_size: B; None if `batch` is the whole batch.
     """
     size = len(batch) if batch_size is None else batch_size
     rows = rows_here(axes, size)
 
-    def part(index: Any) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # every device gets a slice
         first, last, _ = index[0].indices(size)
         return batch[slice(*np.searchsorted(rows, [first, last]))]
 
@@ -101,6 +101,6 @@ def shard_batch(batch: np.ndarray, axes: MeshAxes, batch_size: int | None = None
 
 
 def in_words(sizes: dict[str, int]) -> str:
-    """Sizes of axes as `--mesh` takes them: `data:16,memory:64`."""
+    """Formats sizes of axes as `--mesh` takes them: `data:16,memory:64`."""
     named = [f"{name}:{size}" for name, size in sizes.items() if size != 1]
     return ",".join(named) or "data:1"

@@ -1,11 +1,10 @@
-"""How parameters lie on the mesh: the logical axes of every parameter, and the mesh axes of these.
+"""Decides how parameters are sharded: the logical axes of every parameter, and the mesh axes of these.
 
-A parameter is known by its name and that of the module around it; the trees of optimizers repeat these names,
-so that moments lie as their parameters do.
+A parameter is identified by its name and that of the module around it. The trees of optimizers repeat these
+names, so moments are sharded like their parameters.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -13,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.ops.on_mesh import MeshAxes
+from ultramem_jax.tree_types import ArrayTree
 
 LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     "embedding": ("vocab", "embed"),
@@ -30,9 +30,9 @@ LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     "experts/w_out": ("expert", "mlp", "embed"),
     "scale": (None,),
 }
-"""Of the parameters of layers, by their names or, where several modules use one, the module's and its own.
-The experts of a Mixture of Experts stand apart from the MLP, which has the same names. Memories say theirs
-themselves: `logical_axes`."""
+"""Logical axes of the parameters of layers, by name, or by module and name if several modules use the name.
+`experts` are those of a Mixture of Experts, whose names are otherwise those of the MLP. The function
+`logical_axes` adds the parameters of memories."""
 
 MESH_AXES = {
     "embed": "fsdp",
@@ -42,14 +42,15 @@ MESH_AXES = {
     "mlp": "tensor",
     "expert": "memory",
 }
-"""Logical axis -> mesh axis. What the mesh axis does not divide stays whole (a vocabulary of 257, say)."""
+"""Logical axis -> mesh axis. An axis that the mesh axis does not divide stays whole (a vocabulary of 257)."""
 
 
 LogicalAxes = dict[str, tuple[str | None, ...]]
+"""Logical axes of parameters, by name or by `module/name`; None for an axis that is never split."""
 
 
 def logical_axes(config: ModelConfig) -> LogicalAxes:
-    """Returns the logical axes of every parameter of a model, as `LOGICAL_AXES` has them."""
+    """Returns the logical axes of every parameter of a model, keyed like `LOGICAL_AXES`."""
     of_memories = {
         f"{site.name}/{name}": parameter.axes
         for site in config.sites
@@ -58,8 +59,10 @@ def logical_axes(config: ModelConfig) -> LogicalAxes:
     return LOGICAL_AXES | of_memories
 
 
-def parameter_spec(path: Any, shape: tuple[int, ...], axes: MeshAxes, logical_axes: LogicalAxes) -> P:
-    """How an array lies on the mesh, by its place in a tree of parameters or of an optimizer's state.
+def parameter_spec(
+    path: jax.tree_util.KeyPath, shape: tuple[int, ...], axes: MeshAxes, logical_axes: LogicalAxes
+) -> P:
+    """Returns the partition spec of an array, by its path in a tree of parameters or of an optimizer's state.
 
     Args:
         path: keys of the leaf, as JAX gives them.
@@ -68,33 +71,33 @@ def parameter_spec(path: Any, shape: tuple[int, ...], axes: MeshAxes, logical_ax
         logical_axes: of the model's parameters.
 
     Raises:
-        KeyError: a parameter of unknown name.
+        KeyError: the parameter's name is unknown.
     """
     names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
     if not isinstance(path[-1], jax.tree_util.DictKey) or not shape:
-        return P()  # a count of the optimizer's, or constants of its own
+        return P()  # the optimizer's count, or its constants
     module = "experts" if len(shape) == 3 and names[-2:-1] == ["feed_forward"] else "/".join(names[-2:-1])
     name = names[-1]
     logical = logical_axes.get(f"{module}/{name}") or logical_axes[name]
     return P(*(_mesh_axis(axis, size, axes) for axis, size in zip(logical, shape, strict=True)))
 
 
-def parameter_specs(tree: Any, axes: MeshAxes, logical_axes: LogicalAxes) -> Any:
-    """`parameter_spec` of every leaf."""
+def parameter_specs(tree: ArrayTree, axes: MeshAxes, logical_axes: LogicalAxes) -> ArrayTree:
+    """Returns the `parameter_spec` of every leaf."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: parameter_spec(path, leaf.shape, axes, logical_axes), tree
     )
 
 
-def gathered(params: Any, axes: MeshAxes | None, logical_axes: LogicalAxes) -> Any:
-    """Parameters as a step uses them: those split over `fsdp` whole, and their gradients split again.
+def gathered(params: ArrayTree, axes: MeshAxes | None, logical_axes: LogicalAxes) -> ArrayTree:
+    """Gathers the parameters that are split over `fsdp`, and makes their gradients split again.
 
-    Left to itself, the compiler may split activations by the width of the weights instead.
+    Without this, the compiler may split activations by the width of the weights instead.
     """
     if axes is None or axes.mesh.shape["fsdp"] == 1:
         return params
 
-    def gather(path: Any, leaf: jax.Array) -> jax.Array:
+    def gather(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
         stored = parameter_spec(path, leaf.shape, axes, logical_axes)
         used = P(*(None if name == "fsdp" else name for name in stored))
         return leaf if used == stored else _between(leaf, axes.sharding(stored), axes.sharding(used))
@@ -107,13 +110,15 @@ def _between(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Ar
     return jax.lax.with_sharding_constraint(x, used)
 
 
-def _between_forward(x, stored, used):
+def _between_forward(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> tuple[jax.Array, None]:
     return _between(x, stored, used), None
 
 
-def _between_backward(stored, used, saved, cotangent):
+def _between_backward(
+    stored: NamedSharding, used: NamedSharding, saved: None, cotangent: jax.Array
+) -> tuple[jax.Array]:
     del saved
-    # A sum over devices, then a part of it: compilers for accelerators make one step of the two.
+    # Compilers for accelerators make one step of the sum over devices and the split.
     whole = jax.lax.with_sharding_constraint(cotangent, used)
     return (jax.lax.with_sharding_constraint(whole, stored),)
 
@@ -121,13 +126,13 @@ def _between_backward(stored, used, saved, cotangent):
 _between.defvjp(_between_forward, _between_backward)
 
 
-def table_specs(tree: Any, axes: MeshAxes) -> Any:
-    """How tables, their moments and what is kept per slot lie on the mesh: split by rows and columns.
+def table_specs(tree: ArrayTree, axes: MeshAxes) -> ArrayTree:
+    """Returns the partition specs of tables, their moments and other arrays per slot: by rows and columns.
 
-    Columns of which there is one (a moment per row) are on every device that has some of the row.
+    An array with a single column (one moment per row) is on every device that owns a part of the row.
     """
 
-    def spec(leaf: Any) -> P:
+    def spec(leaf: jax.Array) -> P:
         if leaf.ndim == 0:
             return P()
         return P(axes.slots, *((axes.width if size > 1 else None) for size in leaf.shape[1:]))

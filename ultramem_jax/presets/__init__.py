@@ -1,9 +1,10 @@
-"""One named `ModelConfig` per published model, and tiny families to try things with.
+"""Names one `ModelConfig` for each published model, and families of tiny models for experiments.
 
-`NOTES` says of every preset what is published and what was inferred, `INFERRED` names those whose shape was,
-at least in part; `presets.published` holds the published numbers, and `tests/test_presets.py` the exact
-counts. The UltraMem paper's counts leave out embeddings and gains (`Parameters.paper_dense`,
-`Parameters.paper_total`), the UltraMemV2 paper's have them (`active_total`, `total`).
+`NOTES` says for every preset what is published and what is inferred. `INFERRED` names the presets whose shape
+is inferred, at least in part. `presets.published` holds the published numbers, and
+`tests/presets/test_presets.py` the exact counts. The counts of the UltraMem paper leave out embeddings and
+gains (`Parameters.paper_dense`, `Parameters.paper_total`). Those of the UltraMemV2 paper include them
+(`active_total`, `total`).
 """
 
 from ultramem_jax.config import ModelConfig
@@ -15,27 +16,28 @@ _PAPERS = (ultramem_paper, ladder, v2_paper, engram_paper)
 _FAMILIES = (tiny, *_PAPERS)
 
 PRESETS: dict[str, ModelConfig] = {name: model for part in _FAMILIES for name, model in part.PRESETS.items()}
-"""Every named model."""
+"""All presets by name."""
 
 INFERRED: frozenset[str] = frozenset(name for part in _PAPERS for name in part.PRESETS) - v2_paper.WHOLE
-"""Published models of whose shape something is not published."""
+"""Names of the presets of published models whose shape is not fully published."""
 
 
 def _results(name: str) -> str:
+    """Returns the published results of a preset in a sentence; empty if there are none."""
     return PUBLISHED[name].results() if name in PUBLISHED else ""
 
 
 NOTES: dict[str, str] = {
     name: f"{note} {_results(name)}".strip() for part in _FAMILIES for name, note in part.NOTES.items()
 }
-"""Where each preset comes from: what is published, what was inferred, and the published losses."""
+"""Source of each preset: what is published, what is inferred, and the published losses."""
 
 
 def preset(name: str) -> ModelConfig:
-    """The preset of that name.
+    """Returns the preset of a name.
 
     Raises:
-        UserError: unknown; it names the nearest one and lists all.
+        UserError: unknown name; the message names the nearest one and lists all.
     """
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)

@@ -1,7 +1,8 @@
-"""The table of Engram-27B (arXiv 2601.07372), in a decoder that is not the paper's.
+"""Defines a preset with the table of Engram-27B (arXiv 2601.07372), in a decoder that is not the paper's.
 
-The published model is a Mixture of Experts with another attention and several residual streams, of which not
-all sizes are published. So the preset is for counting the table and what reads it, beside plain layers.
+The published model is a Mixture of Experts with another attention and several residual streams. Not all of
+its sizes are published. So the preset serves to count the table and the layers that read it, beside plain
+layers.
 """
 
 from ultramem_jax.config import ModelConfig
@@ -20,7 +21,7 @@ PRESETS: dict[str, ModelConfig] = {
             "engram": families.engram(
                 placement="before@2/before@15",
                 heads_per_order=8,
-                # 5.7 B / (2 layers · 2 orders · 8 heads · 160 numbers of a row)
+                # 5.7 B / (2 layers · 2 orders · 8 heads · 160 numbers per row)
                 rows_per_head=(1_113_280,),
                 value_dim=160,
                 row_multiple=1024,

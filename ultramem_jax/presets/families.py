@@ -1,22 +1,18 @@
-"""The published kinds of memory as functions: `MemoryConfig`s with the switches of each, sizes left to you.
+"""Provides a function for each published kind of memory, which sets its switches and leaves sizes to you.
 
-`pkm` has every change of the UltraMem paper off, `ultramem` (numbers of the ablation in its table 2) every
-one on; the others switch on what their papers added. With the default placement every layer has a memory,
-also of the older systems, which were published with one (PKM, PEER) or a few. Fields are given by their names
-alone, whichever part of the memory has them.
+`pkm` switches every change of the UltraMem paper off. `ultramem` switches every one on, with the numbers of
+the ablation in its table 2. The other functions switch on the changes of their papers. With the default
+placement every layer has a memory. That includes the older systems, which were published with one memory
+(PKM, PEER) or a few. A field of any part of the memory needs only its own name.
 """
 
-from typing import Any
-
+from ultramem_jax.config.field_types import Fields, FieldValue
 from ultramem_jax.config.memory import MemoryConfig, memory_of
 
-_PRODUCT_KEYS = "product_keys"
-_NGRAMS = ("hashed_ngrams", "context_gate")
 
-
-def pkm(**fields: Any) -> MemoryConfig:
-    """Returns a Product-Key Memory (arXiv 1907.05242): every switch off. Give `value_dim` = D."""
-    off: dict[str, Any] = dict(
+def pkm(**fields: FieldValue) -> MemoryConfig:
+    """Returns a Product-Key Memory (arXiv 1907.05242), with every switch off. Give `value_dim` = D."""
+    off: dict[str, FieldValue] = dict(
         softmax=True,
         project_values=False,
         share_query=False,
@@ -29,21 +25,21 @@ def pkm(**fields: Any) -> MemoryConfig:
         value_lr_multiple=1.0,
         query_conv_width=0,
     )
-    return memory_of(_PRODUCT_KEYS, **off | fields)
+    return memory_of("product_keys", "projection", **off | fields)
 
 
-def ultramem(**fields: Any) -> MemoryConfig:
-    """Returns an UltraMem (arXiv 2411.12364): every switch on."""
-    return memory_of(_PRODUCT_KEYS, **fields)
+def ultramem(**fields: FieldValue) -> MemoryConfig:
+    """Returns an UltraMem memory (arXiv 2411.12364), with every switch on."""
+    return memory_of("product_keys", "projection", **fields)
 
 
-def memory_plus(**fields: Any) -> MemoryConfig:
+def memory_plus(**fields: FieldValue) -> MemoryConfig:
     """Returns a Memory+ (arXiv 2412.09764): PKM with norms, one table for all memories and a SiLU gate.
 
-    The norm of the keys is applied. (The UltraMemV2 authors' release computes it and uses the plain keys;
-    `norm_keys=False` is that.)
+    Here the norm of the keys is applied. The release of the UltraMemV2 authors computes this norm but scores
+    with the plain keys; `norm_keys=False` reproduces that.
     """
-    on: dict[str, Any] = dict(
+    on: dict[str, FieldValue] = dict(
         norm_query=True,
         norm_keys=True,
         project_values=True,
@@ -54,13 +50,13 @@ def memory_plus(**fields: Any) -> MemoryConfig:
     return pkm(**on | fields)
 
 
-def peer(**fields: Any) -> MemoryConfig:
-    """Returns a PEER (arXiv 2407.04153): experts of inner width 1, heads with own queries and common keys.
+def peer(**fields: FieldValue) -> MemoryConfig:
+    """Returns a PEER memory (arXiv 2407.04153): experts of inner width 1, found by heads with common keys.
 
-    Give `value_dim` = `pre_value_dim` = D. Queries pass an RMS norm where PEER has a batch norm, which would
-    make a token's output depend on its batch.
+    Every head has its own query. Give `value_dim` = `pre_value_dim` = D. Queries pass an RMS norm where PEER
+    has a batch norm. A batch norm would make the output of a token depend on the other tokens of its batch.
     """
-    on: dict[str, Any] = dict(
+    on: dict[str, FieldValue] = dict(
         share_keys=True,
         norm_query=True,
         project_pre_values=False,
@@ -69,9 +65,12 @@ def peer(**fields: Any) -> MemoryConfig:
     return pkm(**on | fields)
 
 
-def ultramem_v2(**fields: Any) -> MemoryConfig:
-    """Returns an UltraMemV2 (arXiv 2508.18756): give `pre_value_dim`, and `share_ratio` below the ring."""
-    on: dict[str, Any] = dict(
+def ultramem_v2(**fields: FieldValue) -> MemoryConfig:
+    """Returns an UltraMemV2 memory (arXiv 2508.18756).
+
+    Give `pre_value_dim`, and `share_ratio` if a memory reads only a part of the ring.
+    """
+    on: dict[str, FieldValue] = dict(
         placement="full",
         num_heads=1,
         expansion=1,
@@ -83,17 +82,17 @@ def ultramem_v2(**fields: Any) -> MemoryConfig:
         value_lr_multiple=4.0,
         query_conv_width=0,
     )
-    return memory_of(_PRODUCT_KEYS, **on | fields)
+    return memory_of("product_keys", "projection", **on | fields)
 
 
-def engram(max_order: int = 3, **fields: Any) -> MemoryConfig:
-    """Returns an Engram (arXiv 2601.07372): hashed n-grams of orders 2 to n_max, before attention.
+def engram(max_order: int = 3, **fields: FieldValue) -> MemoryConfig:
+    """Returns an Engram memory (arXiv 2601.07372): hashed n-grams of orders 2 to n_max, before attention.
 
-    Published are layers 2 and 15 of 30, 8 heads an order, rows that learn at 5 times the rate and do not
-    decay, and a convolution whose dilation is n_max. Give `placement`, `rows_per_head` and `value_dim`, which
-    is d_e/K.
+    The paper has memories in layers 2 and 15 of 30, 8 heads per order, rows that learn at 5 times the rate
+    and do not decay, and a convolution whose dilation is n_max. Give `placement`, `rows_per_head`, and
+    `value_dim`, which is d_e/K.
     """
-    on: dict[str, Any] = dict(
+    on: dict[str, FieldValue] = dict(
         placement="before@2",
         max_order=max_order,
         conv_dilation=max_order,
@@ -101,13 +100,13 @@ def engram(max_order: int = 3, **fields: Any) -> MemoryConfig:
         value_lr_final_multiple=5.0,
         decay_values=False,
     )
-    return memory_of(*_NGRAMS, **on | fields)
+    return memory_of("hashed_ngrams", "context_gate", **on | fields)
 
 
-def per_layer_embedding(**fields: Any) -> MemoryConfig:
+def per_layer_embedding(**fields: FieldValue) -> MemoryConfig:
     """Returns a per-layer embedding (STEM, arXiv 2601.10639): a row for each token, gated by the context.
 
     Give `placement` and `value_dim`.
     """
-    on: dict[str, Any] = dict(min_order=1, max_order=1, heads_per_order=1, exact=True, conv_width=0)
+    on: Fields = dict(min_order=1, max_order=1, heads_per_order=1, exact=True, conv_width=0)
     return engram(**on | dict(conv_dilation=1) | fields)

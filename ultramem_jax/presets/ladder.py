@@ -1,16 +1,16 @@
-"""The ablation of the UltraMem paper (arXiv 2411.12364, table 2): Product-Key Memory to UltraMem in 11 steps.
+"""Builds the ablation of the UltraMem paper (arXiv 2411.12364, table 2): from PKM to UltraMem in 11 steps.
 
-Each rung is the one before it with one change. The same mechanism builds the ladder at two scales, `151m`
-(the paper's shapes, whose counts agree with the published ones) and `tiny` (shapes in proportion, for the CPU
-of a laptop), and the grids of table 3, which vary one number of a change. What was published of the rungs and
-of the grids is in `presets.published`.
+Each rung makes one change to the rung before it. The same code builds the ladder at two scales: `151m` (the
+paper's shapes, whose counts agree with the published ones) and `tiny` (shapes in proportion, for the CPU of a
+laptop). It also builds the grids of table 3, which vary one number of a change. The published results of the
+rungs and of the grids are in `presets.published`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.config.field_types import FieldValue
 from ultramem_jax.errors import choice
 from ultramem_jax.presets import families, tiny, ultramem_paper
 from ultramem_jax.presets.published import PUBLISHED
@@ -18,15 +18,17 @@ from ultramem_jax.presets.published import PUBLISHED
 
 @dataclass(frozen=True)
 class Rung:
-    """One row of table 2: what it changes of the rung before."""
+    """Describes one row of table 2 by its change to the rung before."""
 
     name: str
+    """Name of the rung's preset."""
     change: str
-    """The paper's name of it."""
-    switches: Mapping[str, Any]
-    """Fields of `MemoryConfig` that it sets at any scale. Sizes that change with them are in `_SHAPES`."""
+    """Name of the change in the paper."""
+    switches: Mapping[str, FieldValue]
+    """Fields of `MemoryConfig` that the change sets at every scale. Sizes that change with them are in
+    `_SHAPES`."""
     inferred: str = ""
-    """What the paper does not say of the change, beside the sizes."""
+    """Details of the change that the paper does not give, besides the sizes."""
 
 
 LADDER = (
@@ -58,23 +60,26 @@ LADDER = (
         "depthwise and 4 wide: 3·4·1024 weights are the 0.01 M that it adds",
     ),
 )
-"""Table 2 of the paper, in its order."""
+"""Rungs of the ladder, in the order of table 2 of the paper."""
 
 RUNGS = tuple(rung.name for rung in LADDER)
+"""Names of the rungs, in the order of `LADDER`."""
 
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One config of a grid: its base with one field changed."""
+    """Describes one config of a grid: its base with one field changed."""
 
     name: str
+    """Name of the config."""
     part: str
-    """The grid that it belongs to."""
+    """Name of the grid that the config belongs to."""
     base: str
-    """The rung, or the point, that it changes and is compared with."""
+    """Name of the rung or grid point that the config changes and is compared with."""
     field: str
-    """Of `MemoryConfig`."""
+    """Name of the changed field of `MemoryConfig`."""
     value: int
+    """New value of the field."""
 
 
 GRID = (
@@ -91,27 +96,28 @@ GRID = (
     GridPoint("tdqkr-alone", "alone", "ladder-06-query-key-ln", "tucker_rank", 2),
     GridPoint("mcs-alone", "alone", "tdqkr-alone", "num_cores", 2),
 )
-"""Table 3 of the paper (`ive`, `tdqkr`, `mcs`), and what its reviewers missed (`alone`).
+"""Points of table 3 of the paper (`ive`, `tdqkr`, `mcs`), and those that its reviewers missed (`alone`).
 
 The bases of table 3 are inferred: its changes for E 4, r 2 and h 2, -0.017, -0.008 and -0.003, are those of
 table 2 from rung 6 to 7, 7 to 8 and 8 to 9.
 
-Alone means: on the sixth rung, without the changes that the ladder makes after it. Multi-Core Scoring adds
-up Tucker cores and so needs one: `mcs-alone` has TDQKR but no IVE, and is compared with `tdqkr-alone`.
-`ive-alone` is the seventh rung.
+The points of `alone` change the sixth rung, without the changes that the ladder makes after it. Multi-Core
+Scoring adds up Tucker cores, so it needs one: `mcs-alone` has TDQKR but no IVE, and is compared with
+`tdqkr-alone`. `ive-alone` is the seventh rung.
 """
 
 GRID_PARTS = tuple(dict.fromkeys(point.part for point in GRID))
+"""Names of the grids."""
 
 
 @dataclass(frozen=True)
 class _Shapes:
-    """The sizes of one scale."""
+    """Holds the sizes of one scale."""
 
     first: ModelConfig
-    """The first rung: one memory, its values as wide as the model."""
-    sizes: Mapping[str, Mapping[str, Any]]
-    """Fields of `MemoryConfig` that a rung sets beside its switches, by its name."""
+    """Model of the first rung: it has one memory, with values as wide as the model."""
+    sizes: Mapping[str, Mapping[str, FieldValue]]
+    """Fields of `MemoryConfig` that a rung sets besides its switches, by the name of the rung."""
 
 
 _SHAPES = {
@@ -130,12 +136,12 @@ _SHAPES = {
                     placement="2:2",
                     # Tables 10 times the layers' 12·L·D² weights, as published.
                     num_keys=248,
-                    # About 1 key in 24 of a side, as in the paper's shapes.
+                    # About 1/24 of the keys of a side, as in the paper's shapes.
                     top_m=10,
                     num_heads=2,
-                    # 4.9 times the width after the split, as published. With these widths the memory's part
-                    # of the dense weights (18 % in rungs 1 and 12, 9 % in rungs 5 and 6) is near the
-                    # published one (13 %, 7 %).
+                    # Keys are 4.9 times as wide as after the split, as published. With these widths the share
+                    # of the memory in the dense weights (18 % in rungs 1 and 12, 9 % in rungs 5 and 6) is
+                    # near the published share (13 %, 7 %).
                     key_dim=118,
                     value_dim=128,
                 )
@@ -150,13 +156,14 @@ _SHAPES = {
 }
 
 SCALES = tuple(_SHAPES)
+"""Names of the scales."""
 
 
 def ladder(scale: str) -> dict[str, ModelConfig]:
-    """The twelve rungs by name, in order.
+    """Returns the models of the twelve rungs by name, in order.
 
     Args:
-        scale: `151m`, the paper's, or `tiny`.
+        scale: `151m`, the scale of the paper, or `tiny`.
 
     Raises:
         UserError: another scale.
@@ -172,7 +179,7 @@ def ladder(scale: str) -> dict[str, ModelConfig]:
 
 
 def grid(scale: str) -> dict[str, ModelConfig]:
-    """The configs of `GRID` by name. Some are a rung of the ladder under another name (`ive-e4`).
+    """Returns the models of `GRID` by name. Some equal a rung of the ladder, such as `ive-e4`.
 
     Args:
         scale: `151m` or `tiny`.
@@ -184,15 +191,16 @@ def grid(scale: str) -> dict[str, ModelConfig]:
     for point in GRID:
         base = models[point.base]
         assert base.memory is not None
-        change: dict[str, Any] = {point.field: point.value}
+        change: dict[str, FieldValue] = {point.field: point.value}
         if point.field == "tucker_rank":
-            # The ranks split a key: 3 does not divide 500, so that this one is 501 wide.
+            # The ranks split a key. 3 does not divide 500, so the keys of that point are 501 wide.
             change["key_dim"] = -(-base.memory.value_of("key_dim") // point.value) * point.value
         models[point.name] = replace(base, memories={"ultramem": base.memory.changed(**change)})
     return {point.name: models[point.name] for point in GRID}
 
 
 PRESETS: dict[str, ModelConfig] = ladder("151m")
+"""Rungs at the scale of the paper, by name."""
 
 _LAYERS_NOTE = (
     "Inferred of all rungs: the layers, as in `dense-151m`, with 150.99 M weights; 2 heads; 42 reads a head, "
@@ -218,6 +226,7 @@ _FLOPS_NOTE = (
 
 
 def _note(number: int, rung: Rung) -> str:
+    """Returns the text of `NOTES` for a rung; numbers count from 1."""
     published = PUBLISHED[rung.name]
     return (
         f"UltraMem paper, table 2, rung {number}, {rung.change!r}. Published: {published.dense_params} dense "

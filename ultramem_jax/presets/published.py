@@ -1,8 +1,8 @@
-"""What is published of the presets and of the grids of the ladder: size, compute, quality.
+"""Holds the published size, compute and quality of the presets and of the grids of the ladder.
 
-Numbers keep the digits and the unit that they are printed with: a difference smaller than half a unit of the
-last digit says nothing. Sources are tables 1, 2 and 3 of UltraMem (arXiv 2411.12364), the open models of
-UltraMemV2 (arXiv 2508.18756), and OLMoE (arXiv 2409.02060).
+Numbers keep the digits and the unit of their source, because a difference below half a unit of the last digit
+is rounding. Sources are tables 1, 2 and 3 of UltraMem (arXiv 2411.12364), the open models of UltraMemV2
+(arXiv 2508.18756), and OLMoE (arXiv 2409.02060).
 """
 
 from dataclasses import dataclass
@@ -13,28 +13,29 @@ _UNITS = {"M": 10**6, "B": 10**9, "G": 10**9}
 
 @dataclass(frozen=True)
 class Printed:
-    """A count as its source prints it: 0.15 B has a digit less than 150 M."""
+    """Holds a count as its source prints it: 0.15 B has one digit less than 150 M."""
 
     digits: str
+    """Digits of the count, as printed."""
     unit: str
-    """`M`, `B` or `G`; a billion of parameters is a B in some tables and a G in others."""
+    """Unit of the count: `M`, `B` or `G`. A billion parameters is a B in some tables and a G in others."""
 
     def __str__(self) -> str:
         return f"{self.digits} {self.unit}"
 
     @property
     def scale(self) -> int:
-        """How many make one of the unit."""
+        """Returns the value of one unit, such as 10⁶ for M."""
         return _UNITS[self.unit]
 
     @property
     def value(self) -> float:
-        """The count itself."""
+        """Returns the count as a number."""
         return float(Decimal(self.digits) * self.scale)
 
     @property
     def rounding(self) -> float:
-        """Half a unit of the last digit: by how much the true count may differ from `value`."""
+        """Returns half a unit of the last digit, by which the true count may differ from `value`."""
         exponent = Decimal(self.digits).as_tuple().exponent
         assert isinstance(exponent, int), "a published count is finite"
         return float(Decimal(5).scaleb(exponent - 1) * self.scale)
@@ -42,31 +43,34 @@ class Printed:
 
 @dataclass(frozen=True)
 class Published:
-    """What is printed of one model; None where nothing is."""
+    """Holds the published numbers of one model. A number that is not published is None."""
 
     source: str
     """Paper and table."""
     counts_embeddings: bool = False
-    """Whether counts of parameters hold embeddings and gains: in the UltraMem paper no, with OLMoE yes."""
+    """True if counts of parameters include embeddings and gains: False for the UltraMem paper, True for
+    OLMoE."""
     total_params: Printed | None = None
+    """All parameters."""
     dense_params: Printed | None = None
+    """Dense parameters: all but the sparse ones."""
     sparse_params: Printed | None = None
-    """Tables, or all experts."""
+    """Sparse parameters: tables, or all experts."""
     active_params: Printed | None = None
-    """Parameters that a token meets: all but the tables and the experts it does not visit."""
+    """Active parameters of a token: all but the tables and the experts that it does not visit."""
     flops: Printed | None = None
-    """Of a token's forward pass, embeddings left out: two per dense weight."""
+    """FLOPs of a token's forward pass without embeddings: two per dense weight."""
     train_loss: Decimal | None = None
-    """Nats per token; so are the others."""
+    """Training loss, nats per token."""
     val_loss: Decimal | None = None
-    """On C4."""
+    """Validation loss on C4, nats per token."""
     eval_loss: Decimal | None = None
-    """On the UltraMemV2 paper's evaluation set."""
+    """Loss on the evaluation set of the UltraMemV2 paper, nats per token."""
     tasks_average: Decimal | None = None
     """Mean score of the ten tasks of table 1, percent."""
 
     def results(self) -> str:
-        """The losses and the score in a sentence; empty if there are none."""
+        """Returns the losses and the score in a sentence; empty if there are none."""
         losses = {
             "training": self.train_loss,
             "C4 validation": self.val_loss,
@@ -80,7 +84,7 @@ class Published:
 
 
 def _table_1(params: str, flops: str, val_loss: str, tasks_average: str) -> Published:
-    """A row of table 1: B parameters, GFLOPs."""
+    """Returns a row of table 1, given billions (B) of parameters and GFLOPs."""
     return Published(
         source="UltraMem, table 1",
         total_params=Printed(params, "B"),
@@ -91,7 +95,7 @@ def _table_1(params: str, flops: str, val_loss: str, tasks_average: str) -> Publ
 
 
 def _table_2(train_loss: str, val_loss: str, dense: str, sparse: str, flops: str) -> Published:
-    """A row of table 2: M dense and G sparse parameters, MFLOPs."""
+    """Returns a row of table 2, given millions (M) of dense and G of sparse parameters, and MFLOPs."""
     return Published(
         source="UltraMem, table 2",
         dense_params=Printed(dense, "M"),
@@ -103,7 +107,7 @@ def _table_2(train_loss: str, val_loss: str, dense: str, sparse: str, flops: str
 
 
 def _open_model(eval_loss: str) -> Published:
-    """An open model of the UltraMemV2 paper: its name gives its two counts."""
+    """Returns an open model of the UltraMemV2 paper; its name gives its two counts."""
     return Published(
         source="UltraMemV2, open models",
         counts_embeddings=True,
@@ -153,7 +157,7 @@ PUBLISHED: dict[str, Published] = {
         total_params=Printed("6.92", "B"),
     ),
 }
-"""By preset. The memory models at 1B/7B have no entry: we found none."""
+"""Published numbers by preset. The memory models at 1B/7B have no entry, because we found no numbers."""
 
 TABLE_3 = {
     "ive-e4": Decimal("-0.017"),
@@ -166,4 +170,4 @@ TABLE_3 = {
     "mcs-h4": Decimal("0.001"),
     "mcs-h8": Decimal("0.006"),
 }
-"""Change of the C4 validation loss to the base of a grid, nats per token; by `ladder.GridPoint.name`."""
+"""Change of the C4 validation loss from the base of a grid, nats per token, by `ladder.GridPoint.name`."""

@@ -1,16 +1,17 @@
-"""Models small enough for the CPU of a laptop, of equal FLOPs per token and equal sparse parameters."""
+"""Defines models for the CPU of a laptop, with equal FLOPs per token and equal sparse parameters."""
 
 from dataclasses import replace
 
 from ultramem_jax.config import ModelConfig, MoEConfig
 from ultramem_jax.presets import families
 
-# The tiny family: bytes, 4 layers, width 128. `ultramem-tiny` is the base: its MLP keeps the usual 4·D, and
-# two tables of 320² values of width 64 hold 16.7 times the 12·L·D² weights of its layers; a token reads 64 of
-# them. The others are what `ultramem_jax.baselines.matching.match` finds for it, with equal FLOPs per token,
-# equal sparse parameters and, where there are memories, equal reads; a test holds them to that.
+# The tiny family has bytes as tokens, 4 layers and width 128. Its base is `ultramem-tiny`. The MLP of the
+# base has the usual width 4·D. Its two tables of 320² values of width 64 hold 16.7 times the 12·L·D² weights
+# of the layers, and a token reads 64 values. The other models are those that
+# `ultramem_jax.baselines.matching.match` finds for the base, with equal FLOPs per token, equal sparse
+# parameters and, where there are memories, equal reads. A test checks that.
 LAYERS = ModelConfig(embed_dim=128, num_layers=4, num_heads=4, num_kv_heads=4, mlp_dim=512)
-"""The dense part of `ultramem-tiny`, and of the ladder at the scale `tiny`."""
+"""Dense layers of `ultramem-tiny`, and of the ladder at the scale `tiny`."""
 
 _PKM = families.pkm(placement="2:2", num_keys=320, top_m=32, num_heads=2, key_dim=144, value_dim=128)
 

@@ -1,4 +1,4 @@
-"""The models of the UltraMem paper (arXiv 2411.12364), table 1, and the first rung of its table 2."""
+"""Defines the models of table 1 of the UltraMem paper (arXiv 2411.12364), and the first rung of table 2."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from ultramem_jax.presets import families
 
 
 def _layers(embed_dim: int, num_layers: int, num_heads: int) -> ModelConfig:
-    """The dense model of that size: 12·L·D² weights, which is its published count."""
+    """Returns the dense model of a size. It has 12·L·D² weights, which is its published count."""
     return ModelConfig(
         vocab_size=50_432,
         embed_dim=embed_dim,
@@ -20,6 +20,7 @@ def _layers(embed_dim: int, num_layers: int, num_heads: int) -> ModelConfig:
 
 
 def _ultramem(layers: ModelConfig, placement: str, num_keys: int, key_dim: int) -> ModelConfig:
+    """Returns the dense model with UltraMem memories."""
     memory = families.ultramem(
         placement=placement,
         num_keys=num_keys,
@@ -31,7 +32,7 @@ def _ultramem(layers: ModelConfig, placement: str, num_keys: int, key_dim: int) 
     return replace(layers, memories={"ultramem": memory})
 
 
-# Attention heads, which are not published, are 64, 96, 128 and 128 wide.
+# Attention heads are 64, 96, 128 and 128 wide. Their widths are not published.
 _LAYERS_151M = _layers(1024, 12, 16)
 _LAYERS_680M = _layers(1536, 24, 16)
 _LAYERS_1_6B = _layers(2048, 32, 16)
@@ -48,7 +49,8 @@ PRESETS: dict[str, ModelConfig] = {
                 num_keys=1224,
                 top_m=42,
                 num_heads=2,
-                # Unshared, 2 heads: D·2·2·d_k + 2·2·n·d_k weights are the published 173.01 - 150.99 M.
+                # With 2 heads that do not share a query, D·2·2·d_k + 2·2·n·d_k weights are the published
+                # 173.01 - 150.99 M.
                 key_dim=2448,
                 value_dim=1024,
             )
@@ -68,6 +70,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def _layers_note(size: str, heads: str) -> str:
+    """Returns the note on the layers of a size, which all presets of this size share."""
     return (
         f"Inferred of the layers: {size}, with a GELU MLP four times as wide (12·L·D² is the published count "
         f"of weights); {heads}; rotary positions; tied embeddings; a vocabulary of 50,432 (the tokenizer is "

@@ -1,12 +1,13 @@
-"""The open models of the UltraMemV2 paper (arXiv 2508.18756): a MoE and three memories of equal cost, twice.
+"""Defines the open models of the UltraMemV2 paper (arXiv 2508.18756): a MoE and three memories at two scales.
 
-At 227M/1.2B the shapes of the memory models are those of the commands that the authors released in
+The four models of a scale have equal cost. At 227M/1.2B, the shapes of the memory models come from the
+commands that the authors released in
 https://github.com/ZihaoHuang-notabot/Ultra-Sparse-Memory-Network: run_memory_plus.sh, run_ultramem_v1.sh, and
-for UltraMemV2 README.md; run_ultramem_v2.sh has a larger UltraMemV2 in OLMoE-1B-7B. (Their places of memories
-count layers from 0, their `mlp_hidden_size` is twice the inner width of a SwiGLU.) At 1B/7B only the MoE,
-OLMoE, is published (arXiv 2409.02060); the memory models are fitted to it. Counts of active and of all
-parameters include the embeddings here (`Parameters.active_total`, `Parameters.total`), unlike those of the
-UltraMem paper.
+README.md for UltraMemV2. The script run_ultramem_v2.sh has a larger UltraMemV2 in OLMoE-1B-7B. (Their places
+of memories count layers from 0, and their `mlp_hidden_size` is twice the inner width of a SwiGLU.) At 1B/7B
+only the MoE, OLMoE, is published (arXiv 2409.02060), and the memory models are fitted to it. Here counts of
+active and of all parameters include the embeddings (`Parameters.active_total`, `Parameters.total`), unlike
+those of the UltraMem paper.
 """
 
 from dataclasses import replace
@@ -38,7 +39,7 @@ _LAYERS_1B = ModelConfig(
 
 
 def _olmoe(expert_dim: int) -> MoEConfig:
-    """Returns OLMoE's experts: a softmax over 64, the best 8 weighted as it gave them, losses averaged."""
+    """Returns OLMoE's experts: the best 8 of 64 keep their softmax weights; losses are means over layers."""
     return MoEConfig(
         num_experts=64,
         top_k=8,
@@ -52,6 +53,7 @@ def _olmoe(expert_dim: int) -> MoEConfig:
 
 
 def _memory_plus(placement: str, num_keys: int, key_dim: int, value_dim: int) -> MemoryConfig:
+    """Returns Memory+ with the settings that both scales share."""
     return families.memory_plus(
         placement=placement,
         num_keys=num_keys,
@@ -64,7 +66,7 @@ def _memory_plus(placement: str, num_keys: int, key_dim: int, value_dim: int) ->
 
 
 def _ultramem(placement: str, num_keys: int, key_dim: int, value_dim: int) -> MemoryConfig:
-    """UltraMem as the release of UltraMemV2 has it: no convolution, no loss on the cores."""
+    """Returns UltraMem as in the release of UltraMemV2: without a convolution and without a core loss."""
     return families.ultramem(
         placement=placement,
         num_keys=num_keys,
@@ -135,7 +137,7 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 WHOLE = frozenset({"ultramem-227m-1.2b", "ultramem-v2-227m-1.2b", "olmoe-1b-7b"})
-"""Those whose whole shape is published; the notes on the others say what was inferred."""
+"""Names of the presets whose shape is fully published. The notes on the others say what is inferred."""
 
 _LAYERS_227M_NOTE = (
     "Published: 20 layers of width 768, 12 heads, norms of queries and keys in attention, SwiGLU, tied "

@@ -1,4 +1,4 @@
-"""Whole runs that come with the library: `--config=NAME` takes one by its name."""
+"""Provides complete runs that come with the library; `--config=NAME` selects one by its name."""
 
 import importlib
 
@@ -6,14 +6,14 @@ from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import unknown
 
 RECIPES = ("demo",)
-"""Modules of this package with a `get_config()`."""
+"""Names of the recipes: modules of this package with a `get_config()`."""
 
 
 def recipe(name: str) -> RunConfig:
-    """Returns the run of a name in `RECIPES`.
+    """Returns the run config of a name in `RECIPES`.
 
     Raises:
-        UserError: unknown; it names the nearest one and lists all.
+        UserError: unknown name; the message names the nearest one and lists all.
     """
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)

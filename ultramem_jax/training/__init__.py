@@ -1,1 +1,1 @@
-"""Training: dense parameters by optax, value tables by rows, checkpoints, metrics and the loop."""
+"""Trains models: dense parameters by optax, value tables by rows, with checkpoints, metrics and the loop."""

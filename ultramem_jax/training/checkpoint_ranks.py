@@ -14,8 +14,9 @@ from ultramem_jax.files import replace_text
 log = logging.getLogger(__name__)
 
 LOSSES_FILE = "validation_losses.json"
-"""Lies beside the checkpoints and holds validation losses by step. A run saves first and then evaluates, so
-that an evaluation that fails loses no step; the loss is not known yet when the checkpoint is written."""
+"""Name of the file beside the checkpoints that holds validation losses by step. A run saves first and then
+evaluates, so that a failed evaluation loses no step. When the checkpoint is written, its loss is not known
+yet."""
 
 
 def read_losses(directory: Path) -> dict[int, float] | None:
@@ -31,7 +32,7 @@ def read_losses(directory: Path) -> dict[int, float] | None:
 
 
 def write_losses(directory: Path, losses: dict[int, float], steps: Iterable[int]) -> None:
-    """Writes the validation losses of `steps`, those that are known.
+    """Writes the validation losses of those `steps` whose loss is known.
 
     Raises:
         OSError: the system refuses.
@@ -41,25 +42,26 @@ def write_losses(directory: Path, losses: dict[int, float], steps: Iterable[int]
 
 
 def by_loss(losses: dict[int, float], steps: Sequence[int]) -> list[int]:
-    """Returns the steps that have a finite loss, best first, the newer of equals first."""
+    """Returns the steps that have a finite loss, best first, and the newer of equals first."""
     ranked = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
     return sorted(ranked, key=lambda step: (losses[step], -step))
 
 
 @dataclass
 class NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
-    """Orbax's `AnyPreservationPolicy` of `LatestN` and `BestN`, but for two points.
+    """Keeps the newest and the best checkpoints.
 
-    `BestN` keeps everything while there are no more than n checkpoints in all, ranked or not, and its order
-    is undefined when a loss is NaN.
+    It works like Orbax's `AnyPreservationPolicy` of `LatestN` and `BestN`, except in two points. `BestN`
+    keeps everything while there are no more than n checkpoints in all, ranked or not. And its order is
+    undefined when a loss is NaN.
     """
 
     keep_last: int
     keep_best: int
     losses: dict[int, float]
-    """Validation loss by step; shared with `Checkpoints`, which fills it."""
+    """Validation losses by step. `Checkpoints` shares this dict and fills it."""
     unknown: frozenset[int] = frozenset()
-    """Steps whose losses are lost. They are kept: the best may be among them."""
+    """Steps whose losses are lost. They are kept, because the best may be among them."""
 
     def should_preserve(
         self,
@@ -67,7 +69,7 @@ class NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         *,
         context: ocp.checkpoint_managers.PreservationContext,
     ) -> list[bool]:
-        """Tells of each checkpoint whether it is kept."""
+        """Returns for each checkpoint whether it is kept."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = self.kept(steps)
         return [step in kept for step in steps]

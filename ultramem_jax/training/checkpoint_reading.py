@@ -1,6 +1,6 @@
-"""Reading one checkpoint: its state onto any devices, and the comparison with what is to be read.
+"""Reads one checkpoint: restores its state onto any devices, and compares it with what the reader expects.
 
-`checkpoints.py` says what a checkpoint is made of, and chooses which one is read.
+`checkpoints.py` says what a checkpoint consists of, and chooses which one is read.
 """
 
 import dataclasses
@@ -8,43 +8,46 @@ import functools
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.tree_util import KeyPath
 
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
 from ultramem_jax.errors import UserError
 from ultramem_jax.training.large_arrays import LARGE_BYTES, array_name, read_large_array
 from ultramem_jax.training.undo_log import UndoRows, put_back
+from ultramem_jax.tree_types import ArrayTree, JsonDict
 
-PyTree = Any
+Differences: TypeAlias = dict[str, tuple[Any, Any]]
+"""Fields in which two configurations differ: dotted name -> (value there, value here)."""
 
 UNDO_LOG = "undo.npz"
 _MESSAGE_ENTRIES = 8
-"""Differences that an error message spells out; the rest are counted."""
+"""Number of differences that an error message spells out. The rest are only counted."""
 
 
 @dataclass(frozen=True)
 class Meta:
-    """What a checkpoint says about itself."""
+    """Holds what a checkpoint says about itself."""
 
     step: int
-    config: dict[str, Any]
-    """The run's configuration as `ultramem_jax.config.to_dict` gives it, after a trip through JSON."""
-    corpus: dict[str, Any]
+    config: JsonDict
+    """The run's configuration as `ultramem_jax.config.to_dict` gives it, read back from JSON."""
+    corpus: JsonDict
     """Hashes and sizes of the text, and the hash of the tokenizer (`continuing.corpus_identity`)."""
     versions: dict[str, str]
-    """Of Python and the libraries that wrote it."""
+    """Versions of Python and of the libraries that wrote the checkpoint."""
     validation_loss: float | None = None
     """The loss that `Checkpoints.mark` was given; None where the run did not evaluate at that step."""
     since_record: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Sums over the steps since the last training record, which the next one is made of: `steps`, `nats`,
-    `bytes` (`training.window`)."""
+    """Sums over the steps since the last training record: `steps`, `nats`, `bytes` (`training.window`). The
+    next record is made from them."""
 
     def __post_init__(self) -> None:
-        # JSON has no types; whoever reads on may rely on these.
+        # JSON has no types. After this check, readers may rely on them.
         for name, kinds in _META_KINDS.items():
             value = getattr(self, name)
             if not isinstance(value, kinds) or isinstance(value, bool):
@@ -54,7 +57,7 @@ class Meta:
                 raise ValueError(f"meta: since_record.{name} is a {type(value).__name__}")
 
 
-_META_KINDS: dict[str, Any] = {
+_META_KINDS: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "config": dict,
     "corpus": dict,
@@ -65,16 +68,18 @@ _META_KINDS: dict[str, Any] = {
 
 
 def load_meta(directory: Path) -> Meta:
-    """Returns what the checkpoint at `directory` says about itself; raises whatever its damage leads to.
+    """Returns what the checkpoint at `directory` says about itself.
+
+    A damaged one raises whatever error results.
 
     Raises:
-        UserError: it says more than this version knows.
+        UserError: it holds fields that this version does not know.
     """
     found = ocp.JsonCheckpointHandler().restore(epath.Path(directory / "meta"))
     if not isinstance(found, dict):
         raise ValueError(f"meta is a {type(found).__name__}")
     if more := found.keys() - {field.name for field in dataclasses.fields(Meta)}:
-        # Whole, for all we know: a run must not go on from an older one and delete it.
+        # The checkpoint may well be whole: a run must not resume from an older one and delete it.
         known = f"checkpoint at {directory} has {', '.join(sorted(more))} in its meta"
         raise UserError(f"{known}: a later version of this program wrote it")
     meta = Meta(**found)
@@ -83,10 +88,10 @@ def load_meta(directory: Path) -> Meta:
     return meta
 
 
-def saved_config(directory: Path, config: dict[str, Any]) -> RunConfig:
+def saved_config(directory: Path, config: JsonDict) -> RunConfig:
     """Returns the configuration that a checkpoint holds, also where an older version wrote it.
 
-    Fields that did not exist then are as by default.
+    Fields that did not exist then get their defaults.
 
     Args:
         directory: of the checkpoint.
@@ -101,15 +106,19 @@ def saved_config(directory: Path, config: dict[str, Any]) -> RunConfig:
         raise UserError(f"checkpoint at {directory} has no valid config: {error}") from None
 
 
-def read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTree:
-    """The state of one checkpoint; with `partial`, the top-level entries of `abstract_state` alone."""
+def read_state(directory: Path, abstract_state: ArrayTree, partial: bool) -> ArrayTree:
+    """Returns the state of one checkpoint; with `partial`, only the top-level entries of `abstract_state`.
+
+    Raises:
+        UserError: the checkpoint holds other entries, shapes or dtypes.
+    """
     handler = ocp.PyTreeCheckpointHandler()
     path = epath.Path(directory / "state")
     _require_same_tree(directory, handler.metadata(path).tree, abstract_state, partial)
     target = jax.tree.map(_with_sharding, abstract_state)
     undo, large = UndoRows(directory / UNDO_LOG), {}
 
-    def leave_out_large(key: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
+    def leave_out_large(key: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
         name = array_name(key)
         if name not in undo and leaf.size * leaf.dtype.itemsize <= LARGE_BYTES:
             return leaf
@@ -119,13 +128,13 @@ def read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTree
     small = jax.tree_util.tree_map_with_path(leave_out_large, target)
     restore_args = ocp.checkpoint_utils.construct_restore_args(small)
     args = ocp.args.PyTreeRestore(item=small, restore_args=restore_args, partial_restore=True)
-    # By the handler itself: a `Checkpointer` would wait for other processes, which may fail or not be here.
+    # The handler reads directly. A `Checkpointer` would wait for processes that may fail or be absent.
     small = handler.restore(path, args=args)
     handler.close()
-    # Orbax leaves the host buffers that it read into in reference cycles; they cannot wait there.
+    # Orbax leaves the host buffers that it read into in reference cycles, and they must be freed now.
     gc.collect()
 
-    def filled(key: Any, _: Any, restored: jax.Array | None) -> jax.Array:
+    def filled(key: KeyPath, _: jax.ShapeDtypeStruct, restored: jax.Array | None) -> jax.Array:
         if restored is not None:
             return restored
         name = array_name(key)
@@ -136,12 +145,12 @@ def read_state(directory: Path, abstract_state: PyTree, partial: bool) -> PyTree
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    # Left without one, Orbax takes the sharding of the run that saved, which this machine may not have.
+    # Without one, Orbax takes the sharding of the run that saved, which this machine may not have.
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _require_same_tree(directory: Path, saved_tree: PyTree, wanted_tree: PyTree, partial: bool) -> None:
+def _require_same_tree(directory: Path, saved_tree: ArrayTree, wanted_tree: ArrayTree, partial: bool) -> None:
     saved, wanted = _entries(saved_tree), _entries(wanted_tree)
     if partial:
         roots = {name.split(".")[0] for name in wanted}
@@ -156,15 +165,15 @@ def _require_same_tree(directory: Path, saved_tree: PyTree, wanted_tree: PyTree,
         raise UserError(f"checkpoint at {directory} holds another state: {_listed(differences)}")
 
 
-def _entries(tree: PyTree) -> dict[str, str]:
-    """Dotted names of the leaves, with dtype and shape: {"params.w": "float32[3,4]"}."""
+def _entries(tree: ArrayTree) -> dict[str, str]:
+    """Returns the dotted names of the leaves, with dtype and shape: {"params.w": "float32[3,4]"}."""
     return {
         ".".join(map(str, path)): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
         for path, leaf in ocp.tree.to_flat_dict(tree).items()
     }
 
 
-def require_same_model(directory: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+def require_same_model(directory: Path, there: JsonDict, here: JsonDict) -> None:
     """Refuses a checkpoint whose model, or tokenizer, is not that of this run.
 
     Args:
@@ -173,7 +182,7 @@ def require_same_model(directory: Path, there: dict[str, Any], here: dict[str, A
         here: that of this run, from `ultramem_jax.config.to_dict`.
 
     Raises:
-        UserError: with the fields that differ.
+        UserError: a field differs; the message names all that do.
     """
     there, here = (_of_model(to_dict(saved_config(directory, config))) for config in (there, here))
     differing = differences(there, here)
@@ -182,8 +191,8 @@ def require_same_model(directory: Path, there: dict[str, Any], here: dict[str, A
         raise UserError(f"checkpoint at {directory} is of another model: {_listed(clauses)}")
 
 
-def _of_model(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns what makes a model: all but where its tables lie, which a run may change."""
+def _of_model(config: JsonDict) -> JsonDict:
+    """Returns the fields that define a model: all except where its tables lie, which a run may change."""
     model, memories = config["model"], {}
     for group, memory in model["memories"].items():
         where = ("memory_kind", "partition")
@@ -193,10 +202,10 @@ def _of_model(config: dict[str, Any]) -> dict[str, Any]:
     return {"model": model, "data": {"tokenizer": config["data"]["tokenizer"]}}
 
 
-def differences(there: Any, here: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(there: Any, here: Any, name: str = "") -> Differences:
     """Returns the fields in which two nested dicts differ: dotted names to both values, None where absent."""
     if isinstance(there, dict) and isinstance(here, dict):
-        found: dict[str, tuple[Any, Any]] = {}
+        found: Differences = {}
         for field in [*there, *(field for field in here if field not in there)]:
             inner = f"{name}.{field}" if name else field
             found |= differences(there.get(field), here.get(field), inner)
@@ -204,8 +213,8 @@ def differences(there: Any, here: Any, name: str = "") -> dict[str, tuple[Any, A
     return {} if there == here else {name: (there, here)}
 
 
-def shown(value: Any) -> str:
-    """Returns a value of a configuration as a message shows it; a whole part of one only as `given`."""
+def shown(value: object) -> str:
+    """Returns a value of a configuration as a message shows it. A dict of fields is shown only as `given`."""
     return "given" if isinstance(value, dict) else repr(value)
 
 

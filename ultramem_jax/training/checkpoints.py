@@ -1,6 +1,7 @@
-"""Checkpoints of a run. Of their format only this file, `checkpoint_reading.py` and `large_arrays.py` know.
+"""Saves and restores the checkpoints of a run.
 
-A checkpoint of step 250 is the directory `<workdir>/checkpoints/250`:
+Only this file, `checkpoint_reading.py` and `large_arrays.py` know their format. A checkpoint of step 250 is
+the directory `<workdir>/checkpoints/250`:
 
     state/          the train state, arrays cut into chunks (Orbax's own format)
     undo.npz        rows of large tables to be put back, where steps ran during the save (`undo_log.py`)
@@ -8,16 +9,17 @@ A checkpoint of step 250 is the directory `<workdir>/checkpoints/250`:
     meta/           JSON: the run's configuration, its corpus and tokenizer, library versions
     manifest.json   the size and a checksum of every file above
 
-Beside them `validation_losses.json` ranks the checkpoints that were evaluated: a run saves first and then
-evaluates, so that an evaluation that fails loses no step.
+Beside them `validation_losses.json` ranks the checkpoints that were evaluated. A run saves first and then
+evaluates, so that a failed evaluation loses no step.
 
-It is written in `250.orbax-checkpoint-tmp` and renamed when all of it is there, manifest included, so a
-process that is killed while it saves leaves a directory that nothing reads and the next run removes. Damage
-that comes later (a truncated or deleted file, a kill while an old checkpoint is being deleted) shows when the
-files are compared with the manifest. That comparison is needed: TensorStore reads a missing chunk as zeros.
+A checkpoint is written in `250.orbax-checkpoint-tmp`, and renamed when all of it is there, manifest included.
+So a process that is killed while it saves leaves a directory that nothing reads, and the next run removes it.
+Later damage (a truncated or deleted file, a kill while an old checkpoint is being deleted) shows when the
+files are compared with the manifest. The comparison is needed, because TensorStore reads a missing chunk as
+zeros.
 
-Several processes save and restore together, into one folder that all reach, each its own parts of the arrays;
-the first one writes the rest, says what is there and whether it is whole.
+Several processes save and restore together, into one folder that all reach. Each handles its own parts of the
+arrays. The first process writes the rest, lists the checkpoints, and checks that they are whole.
 """
 
 import contextlib
@@ -33,8 +35,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -53,33 +56,33 @@ from ultramem_jax.training.checkpoint_reading import (
 from ultramem_jax.training.manifest import find_damage, write_manifest
 from ultramem_jax.training.refusals import refusal
 from ultramem_jax.training.undo_log import LiveView, UndoLog
+from ultramem_jax.tree_types import ArrayTree, JsonDict
 
 log = logging.getLogger(__name__)
 
-PyTree = Any
 T = TypeVar("T")
 
 CHUNK_BYTES = 8 * 2**20
-"""Size that arrays are cut into. Chunks are written in parallel, and a restore onto another mesh reads only
-the chunks of its own shards; by default Orbax writes one chunk per shard, however large."""
+"""Size of the chunks into which arrays are cut. Chunks are written in parallel, and a restore onto another
+mesh reads only the chunks of its own shards. By default Orbax writes one chunk per shard, however large."""
 
 POSITION = "process_0-of-1.json"
-"""Of the data. Grain's name for it in a run of one process."""
+"""Name of the file with the position in the data. It is Grain's name in a run of one process."""
 _TIMEOUT_SECONDS = 24 * 3600
-"""Orbax gives up a save after ten minutes, which 16 GB take on a slow disk."""
+"""Timeout of a save. Orbax's own is ten minutes, which 16 GB take on a slow disk."""
 
 _REASON_CHARACTERS = 200
-"""TensorStore appends its whole specification of an array to every error."""
+"""Longest reason in a message. TensorStore appends its whole specification of an array to every error."""
 
 _ABANDONED: list[UndoLog] = []
-"""Of failed saves: what keeps the buffers alive that a writer may be reading still."""
+"""Logs of failed saves. They keep alive the buffers that a writer may still be reading."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A state that was read back."""
+    """Holds a state that was restored."""
 
-    state: PyTree
+    state: ArrayTree
     step: int
     meta: Meta
     skipped: tuple[tuple[int, str], ...] = ()
@@ -87,14 +90,15 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run; saves in the background. Use as a context manager: leaving it waits.
+    """Manages the checkpoints of one run, and saves in the background.
 
-    Kept are the newest `keep_last` and the `keep_best` of lowest validation loss (`mark`). A checkpoint
-    without a validation loss, or with one that is not finite, is kept by recency only. One that a later mark
-    surpasses goes with the next save, or when the checkpoints are closed.
+    Use it as a context manager: leaving it waits. It keeps the newest `keep_last` checkpoints, and the
+    `keep_best` of lowest validation loss (`mark`). A checkpoint without a validation loss, or with one that
+    is not finite, is kept only by recency. A checkpoint that a later mark surpasses is deleted by the next
+    save, or when the checkpoints are closed.
 
-    Only the first save deletes what killed saves left behind. Whoever saves must own the run's folder
-    (`workdir.owned`); whoever only reads need not, and deletes nothing.
+    Only the first save deletes what killed saves left behind. A process that saves must own the run's folder
+    (`workdir.owned`). A process that only reads need not own it, and deletes nothing.
     """
 
     def __init__(
@@ -107,21 +111,21 @@ class Checkpoints:
         """Opens `directory`, creating it unless `read_only`.
 
         Raises:
-            UserError: `read_only`, and there is no such directory.
-            OSError: it cannot be made.
+            UserError: `read_only` is set, and there is no such directory.
+            OSError: the directory cannot be created.
         """
         self.directory = Path(os.path.abspath(directory))
         if read_only and not self.directory.is_dir():
             raise UserError(f"no checkpoints: there is no directory {self.directory}")
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
-        # Whoever reads alone may do so while other processes are at something else.
+        # A process may read on its own while the others do something else.
         self._together = not read_only
         losses, unknown = self._agreed(self._losses_on_disk)
         self._losses = {step: loss for step, loss in losses}
         self._position: int | None = None  # the step that this object last restored or saved
         self._saving = -1
-        self._log: UndoLog | None = None  # of the save in flight, if training may go on in what it reads
+        self._log: UndoLog | None = None  # of the save in flight, if training may write into what it reads
         policy = NewestAndBest(keep_last, keep_best, self._losses, frozenset(unknown))
         self._policy = None if read_only else policy
         self._marked = False
@@ -131,8 +135,8 @@ class Checkpoints:
         return ocp.CheckpointManager(
             epath.Path(self.directory),
             item_handlers={
-                # Compression takes ten times the CPU time of all else and saves 8 % of random numbers. It may
-                # also spoil rows that nobody wrote to, if others that it refers to change under its hands.
+                # Compression takes ten times the CPU time of all else, and saves 8 % of random numbers. It
+                # may also spoil rows that no step wrote: it refers to other rows, which may change meanwhile.
                 "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                 "meta": ocp.JsonCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(filename=POSITION),
@@ -140,8 +144,8 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 cleanup_tmp_directories=True,
-                # Its own reading of metadata and metrics would fail on a damaged checkpoint, so that a run
-                # could not even start; `_losses` above is read with patience instead.
+                # Orbax's own reading of metadata and metrics fails on a damaged checkpoint, so that a run
+                # could not even start. `_losses` above is read instead, and tolerates damage.
                 lightweight_initialize=True,
                 async_options=ocp.AsyncOptions(
                     timeout_secs=_TIMEOUT_SECONDS, post_finalization_callback=self._finish
@@ -156,16 +160,16 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and jax.process_count() > 1:
-            return  # the others may be elsewhere, and closing waits for them
+            return  # closing waits for the other processes, which may be elsewhere
         try:
             self.close()
         except Exception as failure:
             if error is None:
                 raise
-            log.error("the save in flight failed: %s", failure)  # most likely of what is under way already
+            log.error("the save in flight failed: %s", failure)  # most likely caused by `error`
 
     def close(self) -> None:
-        """Waits for the save in flight, deletes what need not be kept and ends the background threads."""
+        """Waits for the save in flight, deletes what need not be kept, and ends the background threads."""
         if self._policy is not None and (self._manager is not None or self._marked):
             self.wait()
             manager = self._manager or self._open_manager(self._policy)
@@ -180,7 +184,7 @@ class Checkpoints:
 
         Raises:
             OSError: the system refused to write it (a full disk, say).
-            Exception: whatever else it failed with.
+            Exception: any other failure of the save.
         """
         if self._manager is None:
             return
@@ -189,7 +193,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _failing_in_a_line(self, step: int) -> Iterator[None]:
-        """Makes an `OSError` in one line of what the system refused to a save."""
+        """Turns what the system refused to a save into an `OSError` of one line."""
         try:
             yield
         except Exception as error:
@@ -206,7 +210,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def recorded_step(self) -> Iterator[UndoLog | None]:
-        """Around each step after a save with `recorded`: gives the log to record it in, or None.
+        """Surrounds each step after a save with `recorded`. It gives the log to record the step in, or None.
 
         Leaving it waits for the writer where the log has grown too long.
         """
@@ -220,17 +224,17 @@ class Checkpoints:
             self.wait()
 
     def all_steps(self) -> list[int]:
-        """Steps with a committed checkpoint, rising. A save in flight counts after `wait`."""
+        """Returns the steps with a committed checkpoint, increasing. A save in flight counts after `wait`."""
         if not self.directory.is_dir():
             return []
         return sorted(n for path in self.directory.iterdir() if (n := whole_number(path.name)) is not None)
 
     def latest_step(self) -> int | None:
-        """The newest of `all_steps`, or None. It is not checked for damage."""
+        """Returns the newest of `all_steps`, or None. It is not checked for damage."""
         return self._agreed(lambda: max(self.all_steps(), default=None))
 
     def best_step(self) -> int | None:
-        """The step of lowest validation loss among `all_steps`, the newest of equals, or None."""
+        """Returns the step of lowest validation loss among `all_steps`, the newest of equals, or None."""
         ranking = by_loss(self._losses, self.all_steps())
         return ranking[0] if ranking else None
 
@@ -239,44 +243,44 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: PyTree,
-        data_iterator: Any,
-        config: dict[str, Any],
-        corpus: dict[str, Any],
+        state: ArrayTree,
+        data_iterator: grain.DatasetIterator | None,
+        config: JsonDict,
+        corpus: JsonDict,
         validation_loss: float | None = None,
         *,
         since_record: dict[str, float] | None = None,
         recorded: bool = False,
     ) -> None:
-        """Saves in the background; waits first for a save that is still in flight.
+        """Saves in the background. It waits first for a save that is still in flight.
 
         The state's buffers may be donated as soon as this returns. On an accelerator they have been copied to
-        the host by then. On CPU Orbax reads them in place, and XLA, which knows of its readers, gives the
-        computation that they are donated to a copy: the first step after a save needs that much more memory.
-        Not so for tables if `recorded`: these may be updated in place, in a `recorded_step`.
+        the host by then. On CPU Orbax reads them in place. XLA knows that they are being read, and gives the
+        computation to which they are donated a copy: the first step after a save needs that much more memory.
+        With `recorded`, this does not hold for tables: they may be updated in place, in a `recorded_step`.
 
         Args:
-            step: must be above every step in the directory, except those of a later part of the run that this
-                object was restored before (damaged ones that were skipped, say): these are deleted.
+            step: must be above every step in the directory. Exempt are steps of a later part of the run that
+                this object was restored before (damaged ones that were skipped, say): these are deleted.
             state: nested dicts, dataclasses of `flax.struct`, named tuples of optax; leaves are arrays.
             data_iterator: a `grain.DatasetIterator`, whose position is saved; or None.
             config: the run's configuration, from `ultramem_jax.config.to_dict`.
             corpus: what identifies the data (its hash and the like), for JSON.
             validation_loss: for `mark`, where it is known already.
-            since_record: sums that the run's next record goes on from, see `Meta.since_record`.
+            since_record: sums with which the run's next record begins, see `Meta.since_record`.
             recorded: `state` is a `TrainState` whose tables lie on one CPU (`undo_log.is_worth_it`), and
-                whoever donates it does so in a `recorded_step`.
+                every step to which it is donated is a `recorded_step`.
 
         Raises:
             UserError: there is a checkpoint of this step or a later one, of a run that was not restored.
             OSError: the system refused to write this save or the one before it, or the directory was deleted.
-            Exception: whatever else the save before this one failed with.
+            Exception: any other failure of the save before this one.
         """
         if self._policy is None:
             raise RuntimeError("these checkpoints are closed, or open only for reading")
         self.wait()
         with self._failing_in_a_line(step):
-            os.stat(self.directory)  # Orbax would make it again, without what the run has written
+            os.stat(self.directory)  # Orbax would create it again, without what the run has written
             if self._manager is None:
                 self._manager = self._open_manager(self._policy)
         self._drop_later_than_position(self._manager, step)
@@ -287,7 +291,7 @@ class Checkpoints:
             live = jax.tree.map(LiveView.of, {"tables": state.tables, "table_state": state.table_state})
             state = state.replace(**live)
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
-        items: dict[str, Any] = {
+        items: dict[str, ocp.args.CheckpointArgs] = {
             "state": ocp.args.PyTreeSave(state, save_args=save_args),
             "meta": ocp.args.JsonSave(dataclasses.asdict(meta)),
         }
@@ -297,7 +301,7 @@ class Checkpoints:
         self._saving = self._position = step
         self._log = undo_log
         with self._failing_in_a_line(step):
-            # Without `force` Orbax skips, silently, a step that is not above all those it knows.
+            # Without `force`, Orbax silently skips a step that is not above all steps it knows.
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         if validation_loss is not None:
             self.mark(step, validation_loss)
@@ -306,7 +310,7 @@ class Checkpoints:
         """Ranks the checkpoint of `step`, which may still be in flight, by its validation loss.
 
         Raises:
-            OSError: it cannot be written down.
+            OSError: the loss cannot be written down.
         """
         self._losses[step] = float(validation_loss)
         self._marked = True
@@ -325,7 +329,7 @@ class Checkpoints:
             write_losses(self.directory, self._losses, [*self.all_steps(), self._saving])
 
     def is_marked(self, step: int) -> bool:
-        """Tells whether the validation loss of the checkpoint of `step` is known."""
+        """Returns whether the validation loss of the checkpoint of `step` is known."""
         return step in self._losses
 
     def _drop_later_than_position(self, manager: ocp.CheckpointManager, step: int) -> None:
@@ -344,7 +348,10 @@ class Checkpoints:
             manager.delete(old)
 
     def _finish(self) -> None:
-        """Called by Orbax, in its thread and one process alone, when all is written and not yet renamed."""
+        """Finishes a checkpoint that is written and not yet renamed.
+
+        Orbax calls it in its thread, in only one process.
+        """
         target = self.directory / str(self._saving)
         if not target.is_dir():
             (target,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
@@ -355,22 +362,22 @@ class Checkpoints:
         write_manifest(target)
 
     def _abandon_log(self) -> None:
-        if self._log is not None:  # one array could not be written; others may be read still
+        if self._log is not None:  # one array could not be written, but others may still be read
             _ABANDONED.append(self._log)
             self._log = None
 
     # ---- reading
 
     def read_meta(self, step: int | None = None) -> Meta:
-        """The `Meta` of `step`, or of the newest whole checkpoint. Errors as in `restore`."""
+        """Returns the `Meta` of `step`, or of the newest whole checkpoint. Errors are those of `restore`."""
         return self._read(step, lambda directory, meta: meta)[1]
 
     def restore(
         self,
-        abstract_state: PyTree,
-        data_iterator: Any = None,
+        abstract_state: ArrayTree,
+        data_iterator: grain.DatasetIterator | None = None,
         step: int | None = None,
-        expect_config: dict[str, Any] | None = None,
+        expect_config: JsonDict | None = None,
     ) -> Restored:
         """Reads the state of `step`, or of the newest whole checkpoint.
 
@@ -378,9 +385,10 @@ class Checkpoints:
 
         Args:
             abstract_state: the state's structure with `jax.ShapeDtypeStruct` leaves. A leaf with a sharding
-                is restored onto it, whatever mesh it was saved from; one without, onto the first device.
+                is restored onto it, whatever mesh it was saved from. A leaf without one goes to the first
+                device.
             data_iterator: set to the saved position, if given.
-            step: this one and no other.
+            step: reads only this step.
             expect_config: a run's configuration; the checkpoint's `model` and `data.tokenizer` must equal it.
 
         Raises:
@@ -388,7 +396,7 @@ class Checkpoints:
                 shapes or dtypes than `abstract_state`.
         """
 
-        def read(directory: Path, meta: Meta) -> PyTree:
+        def read(directory: Path, meta: Meta) -> ArrayTree:
             if expect_config is not None:
                 require_same_model(directory, meta.config, expect_config)
             state = read_state(directory, abstract_state, partial=False)
@@ -401,16 +409,16 @@ class Checkpoints:
         self._position = restored.step
         return restored
 
-    def restore_subtree(self, abstract_subtree: dict[str, PyTree], step: int | None = None) -> Restored:
-        """Reads some top-level entries of the state, `{"params": ...}`, and nothing else of it.
+    def restore_subtree(self, abstract_subtree: dict[str, ArrayTree], step: int | None = None) -> Restored:
+        """Reads only some top-level entries of the state, such as `{"params": ...}`.
 
-        Arguments and errors are those of `restore`; `Restored.state` is a dict of the same entries.
+        Arguments and errors are those of `restore`. `Restored.state` is a dict of the same entries.
         """
         return self._restored(
             step, lambda directory, meta: read_state(directory, abstract_subtree, partial=True)
         )
 
-    def _restored(self, step: int | None, read: Callable[[Path, Meta], PyTree]) -> Restored:
+    def _restored(self, step: int | None, read: Callable[[Path, Meta], ArrayTree]) -> Restored:
         state, meta, skipped = self._read(step, read)
         return Restored(state, meta.step, meta, skipped)
 
@@ -419,7 +427,7 @@ class Checkpoints:
     ) -> tuple[T, Meta, tuple[tuple[int, str], ...]]:
         """Applies `read` to the newest checkpoint that is whole and that it can read.
 
-        What one process cannot read, none of them uses.
+        If one process cannot read a checkpoint, none of them uses it.
         """
         self.wait()
         skipped: list[tuple[int, str]] = []
@@ -433,9 +441,9 @@ class Checkpoints:
                 meta = dataclasses.replace(load_meta(directory), validation_loss=self._losses.get(candidate))
                 result = read(directory, meta), meta, tuple(skipped)
             except (UserError, MemoryError, jax.errors.JaxRuntimeError):
-                raise  # not the checkpoint's fault, and an older one would meet the same
+                raise  # this is not the checkpoint's fault, and an older one would fail in the same way
             except Exception as error:
-                # So broad because Orbax and TensorStore raise bare Exception, ValueError, KeyError, OSError.
+                # It is so broad because Orbax and TensorStore raise Exception, ValueError, KeyError, OSError.
                 cause = error
                 failure = textwrap.shorten(str(error) or type(error).__name__, _REASON_CHARACTERS)
             failures = distributed.gather(failure) if self._together else [failure]
@@ -459,8 +467,11 @@ class Checkpoints:
             raise UserError(f"no checkpoint of step {step} in {self.directory}: it holds {_steps(steps)}")
         return [step]
 
-    def _agreed(self, look: Callable[[], Any]) -> Any:
-        """What the first process sees, where several look together: a disk may show them two states."""
+    def _agreed(self, look: Callable[[], T]) -> T:
+        """Returns what the first process sees, where several look together.
+
+        A disk may show two processes different states.
+        """
         return distributed.look_in_first(look) if self._together else look()
 
     def _losses_on_disk(self) -> tuple[list[tuple[int, float]], list[int]]:
@@ -473,7 +484,7 @@ class Checkpoints:
         for step in steps:
             try:
                 loss = load_meta(self.directory / str(step)).validation_loss
-            except Exception:  # damaged: it has no rank, and `restore` will say what is wrong with it
+            except Exception:  # a damaged one has no rank, and `restore` will say what is wrong with it
                 continue
             if loss is not None:
                 losses[step] = loss
@@ -483,7 +494,7 @@ class Checkpoints:
 
 
 class _Damaged(Exception):
-    """A checkpoint that differs from its manifest."""
+    """Reports a checkpoint that differs from its manifest."""
 
 
 def _steps(steps: Sequence[int]) -> str:

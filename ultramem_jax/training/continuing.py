@@ -1,16 +1,16 @@
-"""Compares a run that goes on with its checkpoint: some things must be the same, and others are said."""
+"""Compares a resumed run with its checkpoint: some settings must not change, and other changes are logged."""
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from ultramem_jax.config import RunConfig, to_dict
-from ultramem_jax.config.old_configs import is_of_before
+from ultramem_jax.config.old_configs import is_old_tree
 from ultramem_jax.data import Corpus, Tokenizer
 from ultramem_jax.errors import UserError, require
-from ultramem_jax.training.checkpoint_reading import Meta, differences, saved_config, shown
+from ultramem_jax.training.checkpoint_reading import Differences, Meta, differences, saved_config, shown
 from ultramem_jax.training.dense_optimizer import table_learning_rates
 from ultramem_jax.training.schedules import learning_rate
+from ultramem_jax.tree_types import JsonDict
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +22,11 @@ _FIXED = (
     "train.optimizer",
     "train.row_optimizer",
 )
-"""A position in the data, or the state of the optimizer, has no meaning without these."""
+"""Settings that must not change. Without them a position in the data, or the optimizer's state, has no
+meaning."""
 
 
-def corpus_identity(corpus: Corpus) -> dict[str, Any]:
+def corpus_identity(corpus: Corpus) -> JsonDict:
     """Returns what a checkpoint says of its data, for JSON: hashes of text and tokenizer, and sizes."""
     return {
         "corpus_hash": corpus.corpus_hash,
@@ -35,8 +36,8 @@ def corpus_identity(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the part of `corpus_identity` that is the tokenizer's."""
+def tokenizer_identity(tokenizer: Tokenizer) -> JsonDict:
+    """Returns the part of `corpus_identity` that describes the tokenizer."""
     return {
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
@@ -44,16 +45,16 @@ def tokenizer_identity(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def check_corpus(of_checkpoint: dict[str, Any], corpus: Corpus, workdir: str | Path) -> None:
+def check_corpus(of_checkpoint: JsonDict, corpus: Corpus, workdir: str | Path) -> None:
     """Refuses a corpus whose text, tokenizer or tokens are not those that a checkpoint was trained on.
 
     Args:
         of_checkpoint: `Meta.corpus`. What an older version did not write is not compared.
-        corpus: to be read now.
+        corpus: the one to read now.
         workdir: of the run.
 
     Raises:
-        UserError: with both hashes, or both numbers of tokens.
+        UserError: they differ; the message gives both hashes, or both numbers of tokens.
     """
     then, now = of_checkpoint, corpus_identity(corpus)
     if then.get("corpus_hash") != now["corpus_hash"]:
@@ -71,19 +72,19 @@ def check_corpus(of_checkpoint: dict[str, Any], corpus: Corpus, workdir: str | P
 
 
 def check_tokenizer(
-    of_checkpoint: dict[str, Any], tokenizer: Tokenizer, where: str, workdir: str | Path, advice: str
+    of_checkpoint: JsonDict, tokenizer: Tokenizer, where: str, workdir: str | Path, advice: str
 ) -> None:
     """Refuses a tokenizer that is not the one that a checkpoint was trained with.
 
     Args:
         of_checkpoint: as for `check_corpus`.
-        tokenizer: to be used now.
+        tokenizer: the one to use now.
         where: the place that it comes from, for the message.
         workdir: of the run.
         advice: what to do, for the message.
 
     Raises:
-        UserError: with names, sizes and hashes of both.
+        UserError: they differ; the message gives names, sizes and hashes of both.
     """
     then, now = of_checkpoint.get("tokenizer_hash", tokenizer.fingerprint), tokenizer.fingerprint
     if then == now:
@@ -97,12 +98,12 @@ def check_tokenizer(
 
 
 def check_same_run(meta: Meta, config: RunConfig, corpus: Corpus, workdir: Path) -> None:
-    """Refuses to go on with a run under settings, or on data, that would make it another one.
+    """Refuses to resume a run with settings, or on data, that would make it another run.
 
     Raises:
-        UserError: names the first thing that must stay as it was.
+        UserError: names the first thing that must not change.
     """
-    if is_of_before(meta.config) and meta.config["model"]["memory"] is not None:
+    if is_old_tree(meta.config) and meta.config["model"]["memory"] is not None:
         raise UserError(
             f"{workdir} was begun by an earlier version, whose memories had another config: load_model reads "
             "it, and to train give another --workdir"
@@ -122,7 +123,7 @@ def check_same_run(meta: Meta, config: RunConfig, corpus: Corpus, workdir: Path)
 
 
 def say_what_changed(meta: Meta, config: RunConfig, workdir: Path) -> None:
-    """Logs each setting that differs from the checkpoint's, and how learning rates jump if they do."""
+    """Logs each setting that differs from the checkpoint's, and how learning rates jump because of it."""
     before, changed = _changes(meta, config, workdir)
     for name, (then, now) in changed.items():
         log.info("%s = %s from step %d on, %s before", name, shown(now), meta.step + 1, shown(then))
@@ -130,7 +131,7 @@ def say_what_changed(meta: Meta, config: RunConfig, workdir: Path) -> None:
         log.info("%s", line)
 
 
-def _changes(meta: Meta, config: RunConfig, workdir: Path) -> tuple[RunConfig, dict[str, tuple[Any, Any]]]:
+def _changes(meta: Meta, config: RunConfig, workdir: Path) -> tuple[RunConfig, Differences]:
     """Returns the checkpoint's config, and the fields in which this one differs from it."""
     before = saved_config(workdir / "checkpoints" / str(meta.step), meta.config)
     return before, differences(to_dict(before), to_dict(config))

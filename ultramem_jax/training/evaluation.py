@@ -1,9 +1,8 @@
-"""The loss of a model over a split of a corpus, token by token or through a sliding window."""
+"""Computes the loss of a model over a split of a corpus, in disjoint sequences or in a sliding window."""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,31 +16,32 @@ from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.distributed import is_first
 from ultramem_jax.parallel.mesh import one_device, rows_here, shard_batch
 from ultramem_jax.training.step import make_eval_step
+from ultramem_jax.tree_types import Variables
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of the text that was evaluated."""
+    """Holds how well a model predicts the text that was evaluated."""
 
     loss: float
-    """Mean over targets, in nats per token."""
+    """Mean loss over targets, in nats per token."""
     bits_per_byte: float
-    """The bits that all targets take, over the bytes of text that they stand for."""
+    """Bits that all targets take, divided by the bytes of text that they stand for."""
     tokens: int
-    """Targets that the loss is the mean of."""
+    """Number of targets that the loss averages."""
 
     @property
     def perplexity(self) -> float:
-        """Per token, so that only models of one tokenizer compare by it; infinite where float64 ends."""
+        """Perplexity per token. It compares only models of one tokenizer, and is infinite beyond float64."""
         return math.inf if self.loss > 709 else math.exp(self.loss)
 
 
 class TargetBytes:
     """Counts the bytes of text that the targets of a batch stand for.
 
-    Tokens differ in length from one part of a text to another, so losses per byte need the bytes of the very
-    targets that were scored. End-of-document tokens stand for none: what a model spends on them is charged to
-    the text.
+    Tokens differ in length from one part of a text to another. So losses per byte need the bytes of exactly
+    those targets that were scored. End-of-document tokens stand for no bytes: what a model spends on them is
+    charged to the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, axes: MeshAxes):
@@ -49,7 +49,7 @@ class TargetBytes:
         self._lengths = jax.make_array_from_callback(lengths.shape, axes.sharding(P()), lengths.__getitem__)
 
         def count(lengths: jax.Array, tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
-            # Targets are ids of the tokenizer, or padding that the mask leaves out.
+            # Targets are ids of the tokenizer, or padding, which the mask leaves out.
             of_targets = lengths.at[tokens[:, 1:]].get(mode="clip")
             return of_targets.sum() if mask is None else jnp.where(mask > 0, of_targets, 0).sum()
 
@@ -68,12 +68,12 @@ class TargetBytes:
 class Evaluator:
     """Computes the mean loss over a split, on the same sequences each time.
 
-    It takes as many sequences at a time as a micro-batch of training has, and so needs no more memory. On a
-    mesh each batch is split over the devices as those of training are; all processes call it together.
+    It takes as many sequences at a time as a micro-batch of training, and so needs no more memory. On a mesh,
+    each batch is split over the devices as in training. All processes call it together.
     """
 
     def __init__(self, config: RunConfig, corpus: Corpus, axes: MeshAxes | None = None):
-        """Evaluates variables that lie on the mesh of `axes`; None is the first device of this process."""
+        """Prepares to evaluate variables on the mesh of `axes`; None is the first device of this process."""
         self._corpus, self._train = corpus, config.train
         self._axes = one_device() if axes is None else axes
         step = make_eval_step(config, self._axes)
@@ -82,7 +82,7 @@ class Evaluator:
 
     def __call__(
         self,
-        variables: dict[str, Any],
+        variables: Variables,
         split: str = "validation",
         batches: int | None = None,
         *,
@@ -95,13 +95,14 @@ class Evaluator:
         Args:
             variables: of the model.
             split: `train`, `validation` or `test`.
-            batches: how many of `train.batch_size` sequences; 0 is all of the split, None is
+            batches: number of batches of `train.batch_size` sequences; 0 is the whole split, None is
                 `train.eval_batches`. Their sequences are spread evenly over the split.
-            stride: tokens from the beginning of a sequence to that of the next, in [1, S]; None is S,
-                disjoint sequences as in training. Below S they overlap: of each but the first only the last
-                `stride` targets count, with at least S - `stride` tokens of context, and none counts twice.
+            stride: tokens from the beginning of a sequence to that of the next, in [1, S]. None is S:
+                disjoint sequences as in training. Below S, sequences overlap. Then only the last `stride`
+                targets of each sequence but the first count. They have at least S - `stride` tokens of
+                context, and none counts twice.
             progress: whether to draw a progress bar on standard error.
-            before_batch: called before each micro-batch; what it raises ends the evaluation.
+            before_batch: called before each micro-batch. What it raises ends the evaluation.
 
         Raises:
             UserError: see `eval_batches`.
@@ -131,7 +132,7 @@ class Evaluator:
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
-    """Returns a loss, summed over targets in nats, as bits per byte of the text that these stand for.
+    """Converts a loss, summed over targets in nats, into bits per byte of the text that they stand for.
 
     It is infinite where there is no byte: a batch may hold nothing but ends of documents.
     """

@@ -1,42 +1,42 @@
-"""Large arrays of a checkpoint, read piece by piece into the buffers where they stay.
+"""Reads large arrays of a checkpoint piece by piece, into the buffers where they stay.
 
 Orbax reads a whole array into host memory and has JAX copy it, for all arrays at once: a restore would need
-every table twice. Here TensorStore reads the same files, and a piece is all that exists beside the array. Of
-an array that is split over devices, a process reads what its own devices have of it.
+every table twice. Here TensorStore reads the same files, and only one piece exists beside the array. If an
+array is split over devices, a process reads only the parts of its own devices.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
+from jax.tree_util import KeyPath
 
 from ultramem_jax.ops.rows import put_stored_rows
 
 LARGE_BYTES = 64 * 2**20
-"""Arrays above it are read in pieces."""
+"""Size above which an array is read in pieces."""
 _PIECE_BYTES = 8 * 2**20
-"""About what is read at a time; at least a chunk, as it was written."""
+"""Approximate size of a piece. A piece is at least one chunk, as it was written."""
 
 Place = tuple[slice, ...]
-"""Of a part in its array."""
+"""Position of a part in its array, as one slice per axis."""
 Change = Callable[[np.ndarray, Place], None]
-"""Is given a piece and its place in the array, to change it before use."""
+"""Function of a piece and its place in the array, which may change the piece before use."""
 
 
 def read_large_array(state: Path, name: str, leaf: jax.ShapeDtypeStruct, change: Change) -> jax.Array:
-    """One array of Orbax's folder `state`.
+    """Returns one array of Orbax's folder `state`.
 
     Args:
         state: folder of the checkpoint's state.
         name: dotted name of the leaf.
-        leaf: shape and dtype of it, which must be those that were saved, and the sharding that it is to have.
-        change: of the pieces.
+        leaf: shape and dtype, which must be those that were saved, and the sharding for the result.
+        change: applied to each piece.
     """
     store = _open(state, name)
     read: dict[jax.Device, jax.Array] = {}
@@ -46,15 +46,15 @@ def read_large_array(state: Path, name: str, leaf: jax.ShapeDtypeStruct, change:
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, [read[d] for d in devices])
 
 
-def array_name(path: Any) -> str:
-    """The dotted name of a leaf, as Orbax has it."""
+def array_name(path: KeyPath) -> str:
+    """Returns the dotted name of a leaf, in Orbax's form."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _by_rows(leaf: jax.ShapeDtypeStruct) -> Iterable[dict[jax.Device, Place]]:
-    """Where in the array the parts of this process's devices are; together those of the same rows.
+    """Returns where the parts of this process's devices lie in the array. Parts of the same rows are grouped.
 
-    A chunk of the checkpoint has whole rows, so that columns for several devices come out of one reading.
+    A chunk of the checkpoint has whole rows, so one reading gives the columns for several devices.
     """
     groups: dict[tuple[int, int], dict[jax.Device, Place]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -64,19 +64,21 @@ def _by_rows(leaf: jax.ShapeDtypeStruct) -> Iterable[dict[jax.Device, Place]]:
 
 
 def _read_parts(
-    store: Any, parts: dict[jax.Device, Place], leaf: jax.ShapeDtypeStruct, change: Change
+    store: tensorstore.TensorStore, parts: dict[jax.Device, Place], leaf: jax.ShapeDtypeStruct, change: Change
 ) -> dict[jax.Device, jax.Array]:
-    """The parts, which are of the same rows, each on its device."""
+    """Returns the parts, all of the same rows, each on its device."""
     places = list(parts.values())
     dimensions = list(zip(*places, strict=True))
     hull = [slice(min(s.start for s in d), max(s.stop for s in d)) for d in dimensions]
     buffers = {device: _Buffer(device, place, leaf) for device, place in parts.items()}
-    chunk_rows = store.chunk_layout.read_chunk.shape[0]
+    chunk_shape = store.chunk_layout.read_chunk.shape
+    assert chunk_shape is not None and chunk_shape[0] is not None
+    chunk_rows = chunk_shape[0]
     chunk_bytes = chunk_rows * math.prod(s.stop - s.start for s in hull[1:]) * leaf.dtype.itemsize
     rows = chunk_rows * max(1, _PIECE_BYTES // chunk_bytes)
     start, end = hull[0].start, hull[0].stop
     while start < end:
-        stop = min(start - start % chunk_rows + rows, end)  # from chunk to chunk, but for the first piece
+        stop = min(start - start % chunk_rows + rows, end)  # pieces end at chunk limits
         here = (slice(start, stop), *hull[1:])
         piece = store[here].read().result()
         change(piece, here)
@@ -87,7 +89,7 @@ def _read_parts(
 
 
 class _Buffer:
-    """The part of an array that one device has, filled by and by."""
+    """Holds the part of an array that one device has, and is filled piece by piece."""
 
     def __init__(self, device: jax.Device, place: Place, leaf: jax.ShapeDtypeStruct):
         self._place = place
@@ -103,11 +105,11 @@ class _Buffer:
         )
 
     def put(self, piece: np.ndarray, place: Place) -> None:
-        """Takes its columns from a piece of some of its rows."""
+        """Copies its own columns from a piece of some of its rows."""
         rows, *columns = zip(self._place, place, strict=True)
         own = piece[:, *(slice(s.start - p.start, s.stop - p.start) for s, p in columns)]
         start = np.int32(place[0].start - rows[0].start)
-        # Waits, because pieces that nobody has taken in yet would add up to another array.
+        # It waits, because pieces that are not copied yet would add up to another array.
         self.array = jax.block_until_ready(self._put(self.array, own, start))
 
 
@@ -117,11 +119,11 @@ def _put(array: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def _scatter(array: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
-    """`_put` for an array in the memory of the host, where a slice cannot be updated from the device."""
+    """Does what `_put` does for an array in host memory, where the device cannot update a slice."""
     return put_stored_rows(array, start + jnp.arange(piece.shape[0], dtype=jnp.int32), piece)
 
 
-def _open(state: Path, name: str) -> Any:
+def _open(state: Path, name: str) -> tensorstore.TensorStore:
     files = {"driver": "file", "path": f"{state}/"}
     return tensorstore.open(
         {

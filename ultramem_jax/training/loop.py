@@ -1,4 +1,4 @@
-"""The run: build or resume, step, evaluate, save, and stop in good order."""
+"""Runs training: it builds or resumes a run, steps, evaluates, saves, and stops in good order."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -44,33 +43,36 @@ from ultramem_jax.training.state import (
     fresh_state,
     model_variables,
 )
-from ultramem_jax.training.step import make_train_step
+from ultramem_jax.training.step import Metrics, make_train_step
 from ultramem_jax.training.token_maps import for_tokenizer, with_token_maps
 from ultramem_jax.training.undo_log import is_worth_it
 from ultramem_jax.training.window import LossWindow
 from ultramem_jax.training.workdir import owned
+from ultramem_jax.tree_types import JsonDict
 
 log = logging.getLogger(__name__)
 
 _NONE = Evaluation(loss=math.nan, bits_per_byte=math.nan, tokens=0)
 
 _TIMED_STEPS = 1000
-"""Steps that the speed at the end is the median of."""
+"""Number of last steps that the median speed of a run covers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a run ended."""
+    """Describes how a run ended."""
 
     step: int
-    """Steps done."""
+    """Number of steps done."""
     finished: bool
-    """False if a signal stopped it early; the same command goes on from there."""
+    """False if a signal stopped the run early. The same command then resumes it."""
     validation_loss: float
-    """Nats per token at the last evaluation; NaN if there was none."""
+    """Loss of the last evaluation, in nats per token; NaN if there was none."""
     validation_bits_per_byte: float
+    """Loss of the last evaluation, in bits per byte of text; NaN if there was none."""
     tokens_per_second: float
-    """Median over the last steps of this process, without evaluations and checkpoints; NaN after one step."""
+    """Median speed over the last steps of this process, without evaluations and checkpoints. It is NaN after
+    one step."""
     state: TrainState
 
 
@@ -81,19 +83,22 @@ def train(
     progress: bool = True,
     corpus: Corpus | None = None,
 ) -> TrainResult:
-    """Trains, or goes on with the run that `workdir` holds; processes that have joined, all together.
+    """Trains a new run, or resumes the run that `workdir` holds.
 
-    Writes `metrics.jsonl` and `checkpoints/` into `workdir`, which no other run may use meanwhile. The same
-    config and workdir resume bit for bit: a run that was cut off ends on the same numbers as one that was
-    not. Training records hold the mean `loss` and `bits_per_byte` of the steps since the record before.
+    All processes that have joined call it together.
 
-    SIGTERM stops the run after the step in hand, or between two batches of an evaluation, and saves.
+    It writes `metrics.jsonl` and `checkpoints/` into `workdir`, which no other run may use meanwhile. The
+    same config and workdir resume bit for bit: an interrupted run ends on the same numbers as an
+    uninterrupted one. Each training record holds the mean `loss` and `bits_per_byte` of the steps since the
+    record before it.
+
+    SIGTERM stops the run after the current step, or between two batches of an evaluation, and saves it.
 
     Args:
         config: of the run.
-        workdir: folder of this run; made if it is missing. Several processes share it.
+        workdir: folder of this run, created if it is missing. Several processes share it.
         progress: whether to draw a progress bar on standard error.
-        corpus: prepared data, if it is at hand already; else it is made from `config.data`.
+        corpus: prepared data, if it is at hand already. Otherwise it is made from `config.data`.
 
     Raises:
         UserError: bad input; a checkpoint of another model, text or tokenizer; a workdir that is in use; a
@@ -113,12 +118,11 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
     _require_together(config, corpus, workdir)
     size = config.train.batch_size
     data = train_iterator(corpus, size, config.train.seed, rows_here(axes, size))
-    corpus.require_sequences("validation")  # now, not after hours of training
+    corpus.require_sequences("validation")  # fails now, not after hours of training
     optimizers = make_optimizers(config)
     abstract = abstract_state(config, optimizers, axes)
     require_room(abstract, count_parameters(config.model).total)
     evaluate = Evaluator(config, corpus, axes)
-    meta: dict[str, Any] = {"config": to_dict(config), "corpus": corpus_identity(corpus)}
     train = config.train
     with (
         owned(workdir) as require_owned,
@@ -129,7 +133,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
         if checkpoints.latest_step() is None:
             if is_first():
                 save_tokenizer(corpus.tokenizer, workdir)
-            # The seed is an argument, so that a cache of compiled programs has one for all seeds.
+            # The seed is an argument, so that a compilation cache needs only one program for all seeds.
             seed = np.uint32(config.train.seed)
             state, start = fresh_state(config, optimizers, axes, seed, abstract), 0
             if token_map is not None:
@@ -147,7 +151,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
                 say_what_changed(restored.meta, config, workdir)
                 log.info("resumed from step %d of %s", start, workdir)
         log.info("corpus %s (%s) in %s", corpus.corpus_hash[:12], config.data.dataset, corpus.folder)
-        # Cut off after a save and before its evaluation: that is made up for.
+        # A run that stopped between a save and its evaluation evaluates that checkpoint now.
         unmarked = start > 0 and _due(start, train.eval_every, start == train.steps)
         unmarked = unmarked and not checkpoints.is_marked(start)
         step_function = _StepFunction(config, optimizers, axes, state, checkpoints)
@@ -158,14 +162,27 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
         ) as writer:
             target_bytes = TargetBytes(corpus.tokenizer, axes)
             run = _Run(
-                config, checkpoints, require_owned, writer, evaluate, target_bytes, data, meta, stop, window
+                config=config,
+                checkpoints=checkpoints,
+                require_owned=require_owned,
+                writer=writer,
+                evaluator=evaluate,
+                target_bytes=target_bytes,
+                data=data,
+                corpus=corpus_identity(corpus),
+                stop=stop,
+                window=window,
             )
             shard = functools.partial(shard_batch, axes=axes, batch_size=size)
             return run.steps(state, start, unmarked, step_function, shard, progress and is_first())
 
 
 def check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
-    """Refuses a tokenizer that produces ids which the model does not have."""
+    """Refuses a tokenizer that produces ids which the model does not have.
+
+    Raises:
+        UserError: the tokenizer has more ids than `model.vocab_size`.
+    """
     size = corpus.tokenizer.vocab_size
     require(
         size <= config.model.vocab_size,
@@ -176,7 +193,7 @@ def check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
 
 
 def _require_together(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) -> None:
-    """Refuses processes with different settings or data, or without a folder in common."""
+    """Refuses processes that have different settings or data, or that do not share one folder."""
     if jax.process_count() == 1:
         return
     parts = {f"the config's {name}": part for name, part in to_dict(config).items() if name != "data"}
@@ -185,7 +202,7 @@ def _require_together(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) 
     if is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         token.touch()
-    from_first(None)  # it is there
+    from_first(None)  # waits until the file exists
     seen = gather(token.exists())
     if is_first():
         token.unlink()
@@ -193,10 +210,12 @@ def _require_together(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) 
 
 
 class _StepFunction:
-    """The compiled step; where a save may read tables meanwhile, one that tells the save what it overwrites.
+    """Holds the compiled step.
 
-    Such a step is used whether a save is in flight or not: another program would round in other places, and a
-    run would depend on how long its saves take.
+    Where a save may read tables meanwhile, the step also tells it what it overwrites.
+
+    Such a step is used whether a save is in flight or not. Another program would round in other places, and
+    then a run's numbers would depend on how long its saves take.
     """
 
     def __init__(
@@ -207,7 +226,7 @@ class _StepFunction:
         state: TrainState,
         checkpoints: Checkpoints,
     ):
-        """The step for arrays that lie where those of `state` do."""
+        """Prepares the step for arrays that are placed as those of `state` are."""
         row_sparse = config.train.table_gradient == "row_sparse"
         self.records = row_sparse and is_worth_it(state.tables, state.table_state)
         self._checkpoints = checkpoints
@@ -216,7 +235,7 @@ class _StepFunction:
         step = make_train_step(config, optimizers, self.records, axes)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, *beside))
 
-    def __call__(self, state: TrainState, tokens: Any) -> tuple[TrainState, Any]:
+    def __call__(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         if not self.records:
             return self._step(state, tokens)
         with self._checkpoints.recorded_step() as undo_log:
@@ -228,22 +247,23 @@ class _StepFunction:
 
 @dataclasses.dataclass
 class _Run:
-    """What the steps of a run share."""
+    """Holds what all steps of a run share."""
 
     config: RunConfig
     checkpoints: Checkpoints
     require_owned: Callable[[], None]
-    """Refuses to save into a folder that is another run's by now."""
+    """Refuses to save into a folder that belongs to another run by now."""
     writer: MetricWriter | None
-    """Of the first process."""
+    """Metric writer of the first process; None in the others."""
     evaluator: Evaluator
     target_bytes: TargetBytes
     data: Iterator[dict[str, np.ndarray]]
-    meta: dict[str, Any]
+    corpus: JsonDict
+    """Identity of the data, as a checkpoint holds it (`continuing.corpus_identity`)."""
     stop: "_StopOnSigterm"
     window: LossWindow
     validation: Evaluation = _NONE
-    """The newest one."""
+    """The newest evaluation."""
 
     def steps(
         self,
@@ -251,20 +271,23 @@ class _Run:
         start: int,
         unmarked: bool,
         step_function: "_StepFunction",
-        shard: Callable[[np.ndarray], Any],
+        shard: Callable[[np.ndarray], jax.Array],
         progress: bool,
     ) -> TrainResult:
-        """Runs steps `start` + 1 to the last of the config; if `unmarked`, it evaluates `start` before."""
+        """Runs the steps from `start` + 1 to the last one of the config.
+
+        If `unmarked`, it evaluates `start` first.
+        """
         train = self.config.train
         targets = train.batch_size * self.config.data.seq_len
         seconds: deque[float] = deque(maxlen=_TIMED_STEPS)
         step, stopping = start, False
         bar = tqdm(total=train.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
         with bar:
-            if unmarked or start == train.steps:  # of a finished run the numbers are still wanted
+            if unmarked or start == train.steps:  # a finished run still reports its numbers
                 bar.set_postfix_str("evaluating")
                 stopping = not self._evaluate(step, state, known=not unmarked)
-            # The first step takes up to a minute.
+            # Compiling makes the first step take up to a minute.
             bar.set_postfix_str("compiling" if step < train.steps else "")
             while step < train.steps and not stopping:
                 began = time.perf_counter()
@@ -284,7 +307,7 @@ class _Run:
                 if last or step % train.log_every == 0:
                     scalars = {name: float(value) for name, value in metrics.items()}
                     self._write(step, "train", scalars | self.window.take() | {"tokens_per_second": speed})
-                # The signal may have come to one process, or to all and not in the same step.
+                # The signal may reach only one process, or reach them in different steps.
                 stopping = any_process(self.stop.requested) and not last
                 saved = stopping or _due(step, train.checkpoint_every, last)
                 if saved:
@@ -298,16 +321,16 @@ class _Run:
         self.checkpoints.wait()
         if stopping:
             log.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", step)
-        # The first step of a process compiles.
+        # The first step of a process is left out, because it compiles.
         speed = targets / float(np.median(list(seconds)[1:])) if len(seconds) > 1 else math.nan
         found = self.validation
         return TrainResult(step, not stopping, found.loss, found.bits_per_byte, speed, state)
 
     def _evaluate(self, step: int, state: TrainState, known: bool = False) -> bool:
-        """Evaluates after `step` and, unless it is known, writes it down and ranks its checkpoint.
+        """Evaluates after `step`. Unless the result is known, writes it down and ranks the step's checkpoint.
 
         Returns:
-            False if SIGTERM cut it off.
+            False if SIGTERM interrupted it.
         """
         try:
             self.validation = self.evaluator(model_variables(state), before_batch=self._stop_if_wanted)
@@ -316,7 +339,7 @@ class _Run:
         found = self.validation
         if not known:
             self._write(step, "validation", {"loss": found.loss, "bits_per_byte": found.bits_per_byte})
-        # Not ranked, it is evaluated again when the run goes on, and stops it again.
+        # A checkpoint with such a loss is not ranked. So a resumed run evaluates it again, and stops again.
         self._require_finite({"validation loss": found.loss}, step)
         if not known:
             self.checkpoints.mark(step, found.loss)
@@ -336,16 +359,19 @@ class _Run:
             step,
             state,
             self.data,
-            config=self.meta["config"],
-            corpus=self.meta["corpus"],
+            config=to_dict(self.config),
+            corpus=self.corpus,
             since_record=dataclasses.asdict(self.window),
             recorded=recorded,
         )
 
-    def _finite(self, metrics: dict[str, Any], step: int) -> float:
-        """The loss of a step, which must be a number, as must its gradient and all that it wrote.
+    def _finite(self, metrics: Metrics, step: int) -> float:
+        """Returns the loss of a step, after checking that it, its gradient and all that it wrote are finite.
 
-        A state that fails this is not saved.
+        A state that fails this check is not saved.
+
+        Raises:
+            UserError: one of these numbers is not finite.
         """
         names = ["loss", "gradient_norm", "parameter_norm", *(n for n in metrics if n.endswith("/row_norm"))]
         self._require_finite({name: float(metrics[name]) for name in names}, step)
@@ -374,11 +400,11 @@ def _due(step: int, every: int, last: bool) -> bool:
 
 
 class _Stopped(Exception):
-    """Ends an evaluation in which SIGTERM came."""
+    """Ends an evaluation during which SIGTERM arrived."""
 
 
 class _StopOnSigterm:
-    """Turns SIGTERM into a wish that the loop reads after the step in hand."""
+    """Turns SIGTERM into a request that the loop reads after the current step."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -386,7 +412,7 @@ class _StopOnSigterm:
     def __enter__(self) -> "_StopOnSigterm":
         try:
             self._previous = signal.signal(signal.SIGTERM, self._request)
-        except ValueError:  # not in the main thread: signals are the caller's
+        except ValueError:  # only the main thread may handle signals; elsewhere they are the caller's
             self._previous = None
         return self
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: the size and a checksum of each of its files, written beside them."""
+"""Checks that a checkpoint is whole, by the size and a checksum of each of its files, written beside them."""
 
 import json
 import zlib
@@ -11,10 +11,12 @@ from ultramem_jax.files import replace_text
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 _NOT_IN_MANIFEST = frozenset({_MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"})
-"""The two of Orbax in a checkpoint's own directory are written last of all, and nothing here reads them."""
+"""Files that the manifest leaves out. Orbax writes its two files in a checkpoint's own directory last of all,
+and nothing here reads them."""
 
 _CHECKSUM_WHOLE_BYTES = 256 * 2**20
-"""A larger file is sampled: CRC-32 takes about half a second per GB here, and a read of the whole file."""
+"""Size above which a file is sampled: CRC-32 takes about half a second per GB, and a read of the whole
+file."""
 _CHECKSUM_BLOCKS, _CHECKSUM_BLOCK_BYTES = 256, 64 * 2**10
 
 
@@ -28,14 +30,14 @@ def write_manifest(directory: Path) -> None:
 
 
 def find_damage(directory: Path) -> str | None:
-    """Returns what is wrong with the checkpoint at `directory`, in one line; None if it equals its manifest.
+    """Returns in one line what is wrong with the checkpoint at `directory`; None if it matches its manifest.
 
-    Of a file above 256 MiB the size is checked and 256 blocks of 64 KiB, so that tables of many GB open at
-    once. That finds what was cut off, left out or never flushed, but not a few bytes that changed in between:
-    the chunks of arrays carry no checksum of their own.
+    For a file above 256 MiB it checks the size and 256 blocks of 64 KiB, so that tables of many GB open at
+    once. This finds what was cut off, left out or never flushed, but not a few bytes that changed in between.
+    The chunks of arrays carry no checksum of their own.
 
     Raises:
-        UserError: the manifest is of a format that is not known.
+        UserError: the manifest has an unknown format.
     """
     try:
         manifest = json.loads((directory / _MANIFEST).read_text())
@@ -44,7 +46,7 @@ def find_damage(directory: Path) -> str | None:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         return f"{_MANIFEST} has no format"
     if manifest["format"] != _FORMAT:
-        # Whole, for all we know: a run must not go on from an older one and delete it.
+        # The checkpoint may well be whole: a run must not resume from an older one and delete it.
         raise UserError(
             f"{directory / _MANIFEST} has the format {manifest['format']}, known is {_FORMAT}: another "
             "version of this program wrote it"
@@ -73,7 +75,10 @@ def _files(directory: Path) -> Iterator[Path]:
 
 
 def _checksum(path: Path) -> int:
-    """CRC-32 of a file, or of blocks spread evenly over a large one, its first and last bytes included."""
+    """Returns the CRC-32 of a file.
+
+    A large file is sampled in evenly spaced blocks, its first and last bytes included.
+    """
     size, checksum = path.stat().st_size, 0
     if size <= _CHECKSUM_WHOLE_BYTES:
         starts: Sequence[int] = range(0, size, _CHECKSUM_BLOCK_BYTES)

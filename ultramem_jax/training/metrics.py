@@ -1,13 +1,13 @@
-"""What a run measures: JSON lines on disk, TensorBoard beside them, and the loss curve drawn from them.
+"""Records what a run measures: JSON lines on disk, TensorBoard beside them, and a loss curve drawn from them.
 
 `metrics.jsonl` holds one object per line, strict JSON, flat:
 
     {"step": 250, "split": "train", "bits_per_byte": 3.12, "memory_0/slots_read_share": 0.41}
 
-A number that JSON has no word for is written as a string, "NaN", "Infinity" or "-Infinity", and
-`read_metrics` turns it back into the float: a diverged run shows as diverged and not as a gap.
+A number that JSON cannot express is written as a string, "NaN", "Infinity" or "-Infinity". `read_metrics`
+turns it back into a float, so that a diverged run shows as diverged and not as a gap.
 
-A log never stops a run: lines that are no records are passed over, and what cannot be written is said once.
+A log never stops a run. Lines that are no records are skipped, and a failed write is reported once.
 """
 
 import json
@@ -17,25 +17,45 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
+from ultramem_jax.errors import UserError
 from ultramem_jax.files import replace_text
+from ultramem_jax.tree_types import JsonDict
+
+if TYPE_CHECKING:  # both are slow to import, and most runs do not need them
+    import tensorboardX
+    from matplotlib.axes import Axes
 
 log = logging.getLogger(__name__)
 
+Scalars: TypeAlias = Mapping[str, object]
+"""Numbers, arrays of one element, or dicts of them in any nesting, by name."""
+
 METRICS_FILE = "metrics.jsonl"
 LOSS = "bits_per_byte"
-"""Name under which a loss comparable across tokenizers is written; the curve's default."""
+"""Name of the loss that is comparable across tokenizers, and the default of the curve."""
 
 _NOT_IN_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
-Record = dict[str, Any]
+Record: TypeAlias = JsonDict
+"""One line of `metrics.jsonl`: `step`, `split` and numbers by name."""
+
+
+def _summary_writer() -> "type[tensorboardX.SummaryWriter]":
+    """Returns the class that writes event files. It is slow to import, and most runs do not need it."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        needs = 'needs tensorboardX: pip install "ultramem_jax[tensorboard]"'
+        raise UserError(f"train.tensorboard = True: {needs} ({error})") from error
+    return SummaryWriter
 
 
 class MetricWriter:
-    """Appends records to `<workdir>/metrics.jsonl`, each on disk when `write` returns.
+    """Appends records to `<workdir>/metrics.jsonl`. Each is on disk when `write` returns.
 
-    A killed process loses at most the line it was writing. Use as a context manager.
+    A killed process loses at most the line that it was writing. Use it as a context manager.
     """
 
     def __init__(
@@ -50,13 +70,15 @@ class MetricWriter:
         Args:
             workdir: created if it does not exist.
             tensorboard: also write event files to `<workdir>/tensorboard`.
-            resume_step: the step that the run goes on from. Records of later steps, and a half-written last
-                line, are dropped, so that no step appears twice. None, a run from its start, drops all.
-            without_validation: also drop validation records of that step, which is evaluated again.
+            resume_step: the step from which the run resumes. Records of later steps, and a half-written last
+                line, are dropped, so that no step appears twice. None means a new run, and drops all records.
+            without_validation: also drop validation records of that step, because it is evaluated again.
 
         Raises:
             OSError: the file cannot be read or written.
+            UserError: event files are asked for, and the package that writes them is not installed.
         """
+        summary_writer = _summary_writer() if tensorboard else None
         Path(workdir).mkdir(parents=True, exist_ok=True)
         self.path = Path(workdir) / METRICS_FILE
         kept = [] if resume_step is None else _records_until(self.path, resume_step)
@@ -66,14 +88,11 @@ class MetricWriter:
         self._file = self.path.open("ab", buffering=0)
         self._waiting = b""
         self._failed = False
-        self._events: Any = None
-        if tensorboard:
-            # Heavy to import, and most runs do without.
-            from tensorboardX import SummaryWriter
-
-            # TensorBoard hides what earlier event files say of steps from `purge_step` on.
+        self._events: tensorboardX.SummaryWriter | None = None
+        if summary_writer:
+            # TensorBoard hides what earlier event files say about steps from `purge_step` on.
             purge_step = None if resume_step is None else resume_step + 1
-            self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=purge_step)
+            self._events = summary_writer(str(Path(workdir) / "tensorboard"), purge_step=purge_step)
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -83,12 +102,12 @@ class MetricWriter:
     ) -> None:
         self.close()
 
-    def write(self, step: int, split: str, scalars: Mapping[str, Any]) -> None:
+    def write(self, step: int, split: str, scalars: Scalars) -> None:
         """Writes one record.
 
         Args:
             step: optimizer steps done.
-            split: `train`, `validation` or `test`; first part of the names in TensorBoard.
+            split: `train`, `validation` or `test`; the first part of the names in TensorBoard.
             scalars: numbers or arrays of one element, in any nesting of dicts; see `flatten`.
 
         Raises:
@@ -111,7 +130,7 @@ class MetricWriter:
             self._events.close()
 
     def _write_what_waits(self) -> None:
-        """Writes what it can. What the system refuses is said once, and waits for the next record."""
+        """Writes what it can. A failure is reported once, and the rest waits for the next record."""
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) or 0 :]
@@ -121,8 +140,8 @@ class MetricWriter:
             self._failed = True
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
-    """Nested dicts of scalars as one dict: {"memory_0": {"usage": 0.5}} is {"memory_0/usage": 0.5}.
+def flatten(tree: Scalars, prefix: str = "") -> dict[str, int | float]:
+    """Flattens nested dicts of scalars: {"memory_0": {"usage": 0.5}} becomes {"memory_0/usage": 0.5}.
 
     A tuple or list of one element, as Flax's `sow` leaves it, counts as its element.
 
@@ -140,8 +159,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]
 def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
     """Returns the records of a `metrics.jsonl`, in the order written.
 
-    A line that is no record (cut off by a kill, or zeros after a loss of power) is passed over. If it is not
-    the last one, half-written, the log says so once.
+    A line that is no record (cut off by a kill, or zeros after a power loss) is skipped. Unless it is a
+    half-written last line, the log says so once.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -160,21 +179,21 @@ def plot_loss_curve(
     metric: str = LOSS,
     unit: str = "bits per byte",
 ) -> None:
-    """Draws `metric` over steps, training as a line and validation as points: a PNG of 1200 × 750.
+    """Draws `metric` over steps, training as a line and validation as points: a PNG of 1200 × 750 pixels.
 
     A training record without the metric, or with one that is not finite, breaks the line.
 
     Args:
         metrics_path: a `metrics.jsonl`.
-        out_png: written, with its folders.
-        title: above the axes.
+        out_png: the file to write; its folders are created.
+        title: shown above the axes.
         metric: its name in the records.
         unit: shown on the vertical axis after the word loss.
 
     Raises:
         ValueError: no record has the metric.
     """
-    # Not `pyplot`: it would keep the figure, and a backend, for the whole process.
+    # `pyplot` would keep the figure, and a backend, for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -198,14 +217,17 @@ def _line(record: Record) -> str:
     return json.dumps({name: _to_json(value) for name, value in record.items()}, allow_nan=False) + "\n"
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: object) -> object:
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
 
 
 def _parse(line: str) -> Record | None:
-    """Returns the record of a line, an object with a whole `step`, a name `split` and numbers; else None."""
+    """Returns the record of a line: an object with an integer `step`, a name `split` and numbers.
+
+    Else None.
+    """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -227,7 +249,7 @@ def _records_until(path: Path, step: int) -> list[Record]:
     return [record for record in read_metrics(path) if record["step"] <= step]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Scalars, prefix: str) -> Iterator[tuple[str, object]]:
     for key, value in tree.items():
         name = f"{prefix}/{key}" if prefix else str(key)
         if isinstance(value, Mapping):
@@ -236,7 +258,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _scalar(name: str, value: Any) -> int | float:
+def _scalar(name: str, value: object) -> int | float:
     while isinstance(value, tuple | list) and len(value) == 1:
         value = value[0]
     if getattr(value, "size", 1) == 1 and hasattr(value, "item"):
@@ -250,9 +272,9 @@ def _scalar(name: str, value: Any) -> int | float:
 
 _TRAIN_COLOUR, _VALIDATION_COLOUR, _TEXT_COLOUR = "#4c78a8", "#e4572e", "#333333"
 _MANY_POINTS = 200
-"""From here on the raw training loss is drawn pale, under its running mean."""
+"""Number of points from which the raw training loss is drawn pale, under its running mean."""
 _MEAN_SHARE = 50
-"""The running mean spans this fraction (1/50) of the points before it."""
+"""Divisor of the number of points that gives the span of the running mean: 1/50 of them."""
 
 
 def _curve(records: list[Record], split: str, metric: str) -> tuple[list[int], list[float]]:
@@ -265,7 +287,7 @@ def _curve(records: list[Record], split: str, metric: str) -> tuple[list[int], l
     return [step for step, _ in finite], [value for _, value in finite]
 
 
-def _draw_training(axes: Any, steps: list[int], losses: list[float]) -> None:
+def _draw_training(axes: "Axes", steps: list[int], losses: list[float]) -> None:
     many = len(steps) >= _MANY_POINTS
     if steps:
         axes.plot(
@@ -288,7 +310,7 @@ def _draw_training(axes: Any, steps: list[int], losses: list[float]) -> None:
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:
-    """Mean of the last `window` values, fewer at the start; NaNs do not count."""
+    """Returns the mean of the last `window` values, or of fewer at the start. NaNs do not count."""
     means = []
     for end in range(1, len(values) + 1):
         recent = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
@@ -296,7 +318,7 @@ def _running_mean(values: list[float], window: int) -> list[float]:
     return means
 
 
-def _draw_validation(axes: Any, steps: list[int], losses: list[float], unit: str) -> None:
+def _draw_validation(axes: "Axes", steps: list[int], losses: list[float], unit: str) -> None:
     if not steps:
         return
     finite = [loss for loss in losses if not math.isnan(loss)]
@@ -311,7 +333,7 @@ def _draw_validation(axes: Any, steps: list[int], losses: list[float], unit: str
     )
 
 
-def _dress(axes: Any, title: str, unit: str) -> None:
+def _dress(axes: "Axes", title: str, unit: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     axes.set_title(title, loc="left", color=_TEXT_COLOUR, fontweight="bold")

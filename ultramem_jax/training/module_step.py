@@ -9,7 +9,7 @@ size exists in the compiled step besides the donated tables and moments themselv
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,13 @@ from ultramem_jax.config import RunConfig
 from ultramem_jax.ops.on_mesh import MeshAxes, constrain_tokens, on_mesh
 from ultramem_jax.training.dense_optimizer import Optimizers
 from ultramem_jax.training.state import TrainState, model_variables
-from ultramem_jax.training.table_gradients import perturbations
+from ultramem_jax.training.table_gradients import ArraysOfMemories, perturbations
 from ultramem_jax.training.table_updates import record_usage, update_tables
+from ultramem_jax.training.undo_log import RowsOverwritten
 from ultramem_jax.tree_types import ArrayTree, Variables
 
-Metrics = dict[str, Any]
+Metrics: TypeAlias = dict[str, jax.Array]
+"""Float32 scalars () by name."""
 
 
 class Objective(NamedTuple):
@@ -44,7 +46,7 @@ class StepOutcome(NamedTuple):
 
     state: TrainState
     metrics: Metrics
-    before: Any
+    before: RowsOverwritten | None
     """`TableUpdate.before`; None unless it was asked for."""
     input_gradients: ArrayTree
     """Gradients by `Objective.inputs`."""
@@ -55,9 +57,9 @@ class Pass(NamedTuple):
 
     gradients: dict[str, ArrayTree]
     """By `params`, in the dense way `memory`, and `inputs`."""
-    cotangents: ArrayTree
+    cotangents: ArraysOfMemories
     """Gradients by the pooled reads; of the whole batch, behind an axis of micro-batches."""
-    reads: ArrayTree
+    reads: ArraysOfMemories
     """What the memories sowed into `reads`, likewise."""
     buffers: ArrayTree
     metrics: Metrics
@@ -134,7 +136,11 @@ class ModuleStep:
             reads, cotangents = jax.tree.map(lambda a: a[None], (one.reads, one.cotangents))
             return one._replace(reads=reads, cotangents=cotangents)
 
-        def body(carry: Any, batch_and_key: Any) -> Any:
+        def body(
+            carry: tuple[dict[str, ArrayTree], ArrayTree], batch_and_key: tuple[ArrayTree, jax.Array]
+        ) -> tuple[
+            tuple[dict[str, ArrayTree], ArrayTree], tuple[ArraysOfMemories, ArraysOfMemories, Metrics]
+        ]:
             total, buffers = carry
             one = self.differentiate(state, buffers, *batch_and_key)
             total = jax.tree.map(jnp.add, total, one.gradients)
@@ -170,7 +176,7 @@ class ModuleStep:
         tables, table_state = state.tables, state.table_state
         metrics["gradient_norm"] = optax.tree.norm(gradients["params"])
 
-        before: Any = None
+        before: RowsOverwritten | None = None
         if self._is_dense:
             usage, usage_metrics = record_usage(model, state.usage, found.reads)
             change, table_state = self._optimizers.tables.update(gradients["memory"], table_state, tables)

@@ -1,4 +1,4 @@
-"""Says in a line what the system refused: a full disk, a file without rights, a path that is too long."""
+"""Reports in one line what the system refused: a full disk, missing permissions, a path that is too long."""
 
 import contextlib
 import errno
@@ -10,8 +10,9 @@ from pathlib import Path
 from ultramem_jax.errors import UserError
 
 _STATUS = re.compile(r"([A-Z_]+): ")
+"""TensorStore begins an error with this status."""
 _OS_ERROR_CODE = re.compile(r"\[os_error_code='(\d+)'")
-"""TensorStore begins an error with a status, and gives the system's number of it where there is one."""
+"""TensorStore gives the system's error number in this form, where there is one."""
 
 
 @contextlib.contextmanager
@@ -31,10 +32,12 @@ def refusals_in_a_line(path: Path) -> Iterator[None]:
 
 
 def refusal(error: Exception) -> tuple[int, str] | None:
-    """Returns number and reason of what the system refused to a save; None if something else failed.
+    """Returns number and reason of what the system refused to a save.
+
+    It returns None if something else failed.
 
     Args:
-        error: an `OSError`, or what Orbax and TensorStore make of one, a `ValueError`.
+        error: an `OSError`, or the `ValueError` that Orbax and TensorStore make of one.
     """
     if isinstance(error, OSError):
         named = f" ({error.filename})" if error.filename else ""

@@ -1,9 +1,8 @@
-"""A trained model from its run's folder, for evaluation, sampling and notebooks."""
+"""Loads a trained model from its run's folder, for evaluation, sampling and notebooks."""
 
 import dataclasses
 import logging
 import pathlib
-from typing import Any
 
 import jax
 
@@ -16,6 +15,7 @@ from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.continuing import check_tokenizer, tokenizer_identity
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state, reaches
+from ultramem_jax.tree_types import ArrayTree, JsonDict
 
 log = logging.getLogger(__name__)
 
@@ -25,20 +25,20 @@ _AGAIN = "remove it if it is there, and the run's training, started again, write
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """What a checkpoint makes of a run: `Transformer(config.model).apply(variables, tokens)` works."""
+    """Holds a trained model: `Transformer(config.model).apply(variables, tokens)` works."""
 
     config: RunConfig
-    variables: dict[str, Any]
+    variables: dict[str, ArrayTree]
     """`params`, `memory` and `buffers`; moments are not read. Tables are as `ultramem_jax.ops.rows` stores
-    them: of bfloat16 ones, `from_stored` makes numbers."""
+    them: `from_stored(table)` decodes the stored bits to bfloat16."""
     tokenizer: Tokenizer
     step: int
-    corpus: dict[str, Any]
-    """What the checkpoint says of its data: `corpus_hash` and sizes."""
+    corpus: JsonDict
+    """Identity of its data, as the checkpoint holds it: `corpus_hash` and sizes."""
 
 
 def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> LoadedModel:
-    """Reads a run's model; its config comes from the checkpoint itself.
+    """Loads a run's model. Its config comes from the checkpoint itself.
 
     Args:
         workdir: folder of the run.
@@ -53,7 +53,7 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
         step = _step(checkpoints, checkpoint)
         meta = checkpoints.read_meta(step)
         config = saved_config(folder / str(meta.step), meta.config)
-        # On the first device alone, whatever the run was trained on.
+        # The model goes only to the first device, whatever the run was trained on.
         one = one_device()
         memories = {
             name: memory if reaches(memory.table.memory_kind) else memory.changed(memory_kind="device")
@@ -79,7 +79,7 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
 
 
 def save_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
-    """Keeps a trained tokenizer with the run, which then needs no corpus to be read back.
+    """Keeps a trained tokenizer with the run, so that the model loads without its corpus.
 
     Raises:
         OSError: it cannot be written.
@@ -110,7 +110,7 @@ def mend_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
         check_tokenizer(identity, there, str(path), workdir, _AGAIN)
 
 
-def _tokenizer(config: RunConfig, workdir: pathlib.Path, corpus: dict[str, Any]) -> Tokenizer:
+def _tokenizer(config: RunConfig, workdir: pathlib.Path, corpus: JsonDict) -> Tokenizer:
     if config.data.tokenizer == "bytes":
         return ByteTokenizer()
     path = workdir / _TOKENIZER_FILE
@@ -123,7 +123,7 @@ def _tokenizer(config: RunConfig, workdir: pathlib.Path, corpus: dict[str, Any])
 
 
 def _step(checkpoints: Checkpoints, checkpoint: str | int) -> int | None:
-    """The step meant; None for the newest whole one."""
+    """Returns the requested step; None for the newest whole checkpoint."""
     if checkpoint == "last":
         return None
     if checkpoint == "best":

@@ -1,29 +1,29 @@
-"""Says in a line that a model does not fit into memory, and checks that its state does before it is drawn.
+"""Says in one line that a model does not fit into memory, and checks this for its state before drawing it.
 
-Without that check too large a state ends in the middle of a compilation, is killed by the system, or waits
-forever for memory that will not come.
+Without this check, a state that is too large fails in the middle of a compilation, is killed by the system,
+or waits forever for memory that will not come.
 """
 
 import contextlib
 import math
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
 from ultramem_jax.errors import UserError
+from ultramem_jax.tree_types import ArrayTree
 
 
-def require_room(abstract: Any, num_parameters: int) -> None:
+def require_room(abstract: ArrayTree, num_parameters: int) -> None:
     """Refuses a state that is larger than the memory of this process's devices.
 
     Args:
-        abstract: of `abstract_state`: shapes, dtypes and shardings.
+        abstract: from `abstract_state`: shapes, dtypes and shardings.
         num_parameters: for the message.
 
     Raises:
-        UserError: with both sizes.
+        UserError: the state is too large; the message gives both sizes.
     """
     wanted = sum(_bytes_here(leaf) for leaf in jax.tree.leaves(abstract))
     there_is = _memory_bytes()
@@ -33,7 +33,7 @@ def require_room(abstract: Any, num_parameters: int) -> None:
 
 @contextlib.contextmanager
 def running_out_in_a_line(num_parameters: int) -> Iterator[None]:
-    """Words the error of a device that has no memory left.
+    """Turns the error of a device that has no memory left into one line.
 
     Args:
         num_parameters: of the model, for the message.
@@ -57,8 +57,9 @@ def _not_enough(num_parameters: int, why: str) -> UserError:
 
 
 def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array on all devices of this process; 0 where it lies in another memory of theirs."""
-    sharding: Any = leaf.sharding
+    """Returns the bytes of an array on all devices of this process; 0 where it lies in their other memory."""
+    sharding = leaf.sharding
+    assert sharding is not None
     device = jax.local_devices()[0]
     if device.platform != "cpu" and sharding.memory_kind not in (None, device.default_memory().kind):
         return 0
@@ -67,7 +68,10 @@ def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
 
 
 def _memory_bytes() -> int | None:
-    """Memory of all devices of this process; on CPUs that of the machine. None if it is not known."""
+    """Returns the memory of all devices of this process, in bytes.
+
+    On CPUs it is host memory; None if unknown.
+    """
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

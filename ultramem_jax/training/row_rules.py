@@ -1,17 +1,17 @@
-"""Defines what each optimizer does to a row of a table that was read, in small pure functions.
+"""Defines what each optimizer does to a row of a table that was read, as small pure functions.
 
 A rule is a pair (init, apply) with the list of arrays that it keeps (`ultramem_jax.config.row_states`). It
-knows of rows and their gradients only; `row_sparse` reads the rows, rounds what it makes of them and writes
-them back.
+knows only rows and their gradients. `row_sparse` reads the rows, rounds the results and writes them back.
 
-Every rule decays weights alike, decoupled as in AdamW (arXiv 1711.05101): a row that is read loses
-rate·weight_decay of itself, besides its step. A row that is not read keeps every bit, its state included.
+Every rule decays weights in the same way, decoupled as in AdamW (arXiv 1711.05101): a row that is read loses
+rate·weight_decay of itself, in addition to its step. A row that is not read keeps every bit, its state
+included.
 
-State starts as zeros, whatever the rule. That is what lets a state in the memory of the host be made there.
+State starts as zeros, whatever the rule. So a state in host memory can be created there.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,64 +20,67 @@ import optax
 from ultramem_jax.config import TrainConfig
 from ultramem_jax.config.row_states import RowArray, row_arrays
 from ultramem_jax.ops.rows import stored_dtype
+from ultramem_jax.tree_types import ArrayTree
+
+S = TypeVar("S")
 
 
 class RowMoments(NamedTuple):
-    """Adam's moments of a table."""
+    """Holds Adam's moments of a table."""
 
     first: jax.Array
-    """(N, d), float32 or bfloat16 as `ultramem_jax.ops.rows` stores it."""
+    """First moment: (N, d), float32 or bfloat16 as `ultramem_jax.ops.rows` stores it."""
     second: jax.Array
-    """(N, d) like the first, or (N, 1) float32: the mean over a row's values."""
+    """Second moment: (N, d) like the first, or (N, 1) float32, the mean over a row's values."""
 
 
 class DatedMoments(NamedTuple):
-    """Holds Adam's moments of a table, and the step that each row's are of."""
+    """Holds Adam's moments of a table, and the step at which each row was last read."""
 
     first: jax.Array
-    """(N, d), as in `RowMoments`."""
+    """First moment, (N, d), as in `RowMoments`."""
     second: jax.Array
-    """(N, d) or (N, 1), as in `RowMoments`."""
+    """Second moment, (N, d) or (N, 1), as in `RowMoments`."""
     last: jax.Array
-    """(N, 1) int32, the last step that read the row, counted from 1; 0 before the first one."""
+    """(N, 1) int32, the last step that read the row, counted from 1; 0 if no step has read it."""
 
 
 class SquareSums(NamedTuple):
-    """Holds Adagrad's accumulator."""
+    """Holds Adagrad's accumulator of squared gradients."""
 
     squares: jax.Array
-    """(N, d), float32 or bfloat16 as stored, the sum of the squares of a value's gradients; or (N, 1)
-    float32, the sum of the means of these squares over a row."""
+    """Sums of squared gradients. Per value: (N, d), float32 or bfloat16 as stored. Per row: (N, 1) float32,
+    the sum of the means of these squares over a row."""
 
 
 class Trace(NamedTuple):
     """Holds the momentum of SGD."""
 
     trace: jax.Array
-    """(N, d), float32 or bfloat16 as stored."""
+    """Momentum: (N, d), float32 or bfloat16 as stored."""
 
 
 class RowStep(NamedTuple):
-    """Describes the step that a rule is applied in."""
+    """Describes the step in which a rule is applied."""
 
     step: jax.Array
-    """() int32, from 0."""
-    rate: Any
+    """() int32, the step, counted from 0."""
+    rate: jax.Array
     """() float32, the learning rate."""
     mean_over_row: Callable[[jax.Array], jax.Array]
-    """(U, d) -> (U, 1), the mean over all columns of a row, also where other devices have some of them."""
+    """(U, d) -> (U, 1), the mean over all columns of a row, including columns on other devices."""
 
 
 class RowRule(NamedTuple):
     """Says what an optimizer keeps of a row and does to it."""
 
     kept: tuple[RowArray, ...]
-    """The arrays of the state, in the order of its leaves; their bytes are what the rule keeps per row."""
-    init: Callable[[jax.Array], Any]
+    """The arrays of the state, in the order of its leaves. Their bytes are what the rule keeps per row."""
+    init: Callable[[jax.Array], ArrayTree]
     """table (N, d) -> state, a tree of arrays (N, ...) of zeros."""
-    apply: Callable[[RowStep, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
+    apply: Callable[[RowStep, jax.Array, ArrayTree, jax.Array], tuple[jax.Array, ArrayTree]]
     """(step, rows (U, d), their state, gradients (U, d)) -> (rows, state) after the step. All are float32,
-    except state that is stored as integers, which stays so."""
+    except state that is stored as integers, which stays integer."""
 
 
 def row_rule(train: TrainConfig) -> RowRule:
@@ -110,10 +113,10 @@ def adamw(
     moment_dtype: str = "float32",
     second_moment: str = "element",
 ) -> RowRule:
-    """Returns AdamW (arXiv 1711.05101) on the rows read, whose moments rest while a row is not read.
+    """Returns AdamW (arXiv 1711.05101) on the rows read. The moments of a row rest while it is not read.
 
     Bias correction counts the optimizer's steps, not the reads of a row, as in lazy Adam. On batches that
-    read every row it is `optax.adamw`.
+    read every row it equals `optax.adamw`.
 
     Args:
         b1: decay of the first moment.
@@ -152,13 +155,13 @@ def adamw_catch_up(
 ) -> RowRule:
     """Returns AdamW in which a row that is read first catches up on the decay of its moments.
 
-    Of a row that the last j steps did not read, the first moment is multiplied by b1^j and the second by
-    b2^j: what j steps of AdamW with a gradient of zero make of them. Then the row takes the step of `adamw`,
-    whose bias correction is meant for moments that decay in every step. Only moments are caught up on. The
-    row itself is moved by no missed step: neither by its momentum nor by weight decay.
+    If the last j steps did not read a row, its first moment is multiplied by b1^j and its second by b2^j.
+    That is what j steps of AdamW with a gradient of zero do to the moments. Then the row takes the step of
+    `adamw`, whose bias correction assumes that moments decay in every step. Only moments catch up. No missed
+    step changes the row itself, neither by its momentum nor by weight decay.
 
-    It has no dense equal, since which rows move depends on which were read and not on the gradient. Where
-    every row is read at every step, it is `adamw`. Arguments are those of `adamw`.
+    This rule has no dense equivalent: which rows change depends on which were read, and not on the gradient.
+    Where every step reads every row, it equals `adamw`. The arguments are those of `adamw`.
     """
     kept = row_arrays("adamw_catch_up", second_moment, moment_dtype)
     step = adamw(b1, b2, eps, weight_decay, second_moment=second_moment).apply
@@ -166,7 +169,7 @@ def adamw_catch_up(
     def apply(
         at: RowStep, rows: jax.Array, moments: DatedMoments, gradients: jax.Array
     ) -> tuple[jax.Array, DatedMoments]:
-        # Before its first read a row has moments of zero, which no power changes.
+        # A row that was never read has moments of zero, which no power changes.
         missed = (at.step - moments.last).astype(jnp.float32)
         decayed = RowMoments(b1**missed * moments.first, b2**missed * moments.second)
         rows, (first, second) = step(at, rows, decayed, gradients)
@@ -178,13 +181,13 @@ def adamw_catch_up(
 def adagrad(eps: float, weight_decay: float, *, moment_dtype: str = "float32") -> RowRule:
     """Returns Adagrad with diagonal matrices (Duchi et al., JMLR 12, 2011).
 
-    The direction is g / sqrt(s + eps²), s the sum of the squares of a value's gradients, this one included.
-    It starts at 0, so that a value's first step is as long as the learning rate; where s is 0 the step is 0.
-    Without weight decay it is `optax.adagrad(rate, initial_accumulator_value=0, eps=eps**2)` on any batch,
-    as a row that is not read has a gradient of zero.
+    The direction is g / sqrt(s + eps²). Here s is the sum of the squares of a value's gradients, this one
+    included. It starts at 0, so that a value's first step is as long as the learning rate. Where s is 0, the
+    step is 0. Without weight decay it equals `optax.adagrad(rate, initial_accumulator_value=0, eps=eps**2)`
+    on any batch, because a row that is not read has a gradient of zero.
 
     Args:
-        eps: the least root that is divided by, as in `adamw`; optax adds its `eps` below the root.
+        eps: the smallest root to divide by, as in `adamw`. optax adds its own `eps` inside the root.
         weight_decay: times the learning rate.
         moment_dtype: of s, `float32` or `bfloat16`. Rounded to nearest, a bfloat16 stops growing once a
             square is below a 512th of it.
@@ -204,11 +207,11 @@ def adagrad(eps: float, weight_decay: float, *, moment_dtype: str = "float32") -
 def adagrad_row(eps: float, weight_decay: float) -> RowRule:
     """Returns row-wise Adagrad: one sum for all values of a row, of the means of their squared gradients.
 
-    Embedding tables of recommenders are trained so (DLRM, arXiv 1906.00091; `EXACT_ROWWISE_ADAGRAD` of
+    Embedding tables of recommenders are trained this way (DLRM, arXiv 1906.00091; `EXACT_ROWWISE_ADAGRAD` of
     FBGEMM). The direction is g / sqrt(s + eps²), with s starting at 0 as in `adagrad`.
 
     Args:
-        eps: the least root that is divided by.
+        eps: the smallest root to divide by.
         weight_decay: times the learning rate.
     """
     kept = row_arrays("adagrad_row")
@@ -224,22 +227,24 @@ def adagrad_row(eps: float, weight_decay: float) -> RowRule:
 
 
 def sgd(weight_decay: float) -> RowRule:
-    """Returns plain SGD, which keeps nothing. Without weight decay it is `optax.sgd` on any batch.
+    """Returns plain SGD, which keeps no state. Without weight decay it equals `optax.sgd` on any batch.
 
     Args:
         weight_decay: times the learning rate.
     """
 
-    def apply(at: RowStep, rows: jax.Array, state: Any, gradients: jax.Array) -> tuple[jax.Array, Any]:
+    def apply(
+        at: RowStep, rows: jax.Array, state: optax.EmptyState, gradients: jax.Array
+    ) -> tuple[jax.Array, optax.EmptyState]:
         return _stepped(rows, at.rate, gradients, weight_decay), state
 
     return RowRule((), lambda table: optax.EmptyState(), apply)
 
 
 def sgd_momentum(momentum: float, weight_decay: float, *, moment_dtype: str = "float32") -> RowRule:
-    """Returns SGD with momentum, whose trace rests while a row is not read.
+    """Returns SGD with momentum. The trace of a row rests while the row is not read.
 
-    The trace is g + momentum·trace, without Nesterov's correction. On batches that read every row it is
+    The trace is g + momentum·trace, without Nesterov's correction. On batches that read every row it equals
     `optax.sgd` with momentum.
 
     Args:
@@ -257,24 +262,24 @@ def sgd_momentum(momentum: float, weight_decay: float, *, moment_dtype: str = "f
 
 
 def inverse_root(squares: jax.Array, eps: float) -> jax.Array:
-    """Returns 1 / sqrt(squares + eps²), and 0 where nothing has been summed: as `optax.scale_by_rss`.
+    """Returns 1 / sqrt(squares + eps²), and 0 where nothing has been summed, like `optax.scale_by_rss`.
 
     Args:
         squares: any shape, float32, sums of squares.
-        eps: its square may be below the least float32.
+        eps: its square may be below the smallest float32.
     """
     return jnp.where(squares > 0, jax.lax.rsqrt(squares + eps**2), 0.0)
 
 
-def _stepped(rows: jax.Array, rate: Any, direction: jax.Array, weight_decay: float) -> jax.Array:
-    """Takes a step against the direction, with decoupled weight decay; (U, d) each."""
+def _stepped(rows: jax.Array, rate: jax.Array, direction: jax.Array, weight_decay: float) -> jax.Array:
+    """Returns rows after a step against the direction, with decoupled weight decay; (U, d) each."""
     return rows - rate * (direction + weight_decay * rows)
 
 
-def _zeros(state: Callable[..., Any], kept: tuple[RowArray, ...]) -> Callable[[jax.Array], Any]:
+def _zeros(state: Callable[..., S], kept: tuple[RowArray, ...]) -> Callable[[jax.Array], S]:
     """Returns `RowRule.init` for a named tuple of the arrays kept."""
 
-    def init(table: jax.Array) -> Any:
+    def init(table: jax.Array) -> S:
         num_rows, width = table.shape
         return state(
             *(

@@ -1,17 +1,17 @@
-"""Applies a rule to the rows of a table that were read, in place, in optax's manner.
+"""Applies a rule to the rows of a table that were read, in place, behind an interface like optax's.
 
-optax has no notion of a gradient that is zero almost everywhere. This pair (init, update) takes the gradient
-as `RowGradients` and touches those rows of the table and of its state, and nothing else: rows that were
-not read keep their values and state to the bit. What becomes of a row is the business of a `RowRule`; here
-rows are read, chunk by chunk, recorded, rounded and written, the same for every rule.
+optax cannot express a gradient that is zero almost everywhere. This pair (init, update) takes the gradient as
+`RowGradients`. It touches only those rows of the table and of its state: rows that were not read keep their
+values and state to the bit. A `RowRule` decides how a row changes. This module reads the rows chunk by chunk,
+records, rounds and writes them, in the same way for every rule.
 
-Twenty million rows make the state as much of a matter as the table. It can be kept in bfloat16, as the
-table can, rounded stochastically.
+With twenty million rows, the state matters as much as the table. It can be kept in bfloat16 like the table,
+rounded stochastically.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,49 +25,61 @@ from ultramem_jax.ops.lookup import RowGradients
 from ultramem_jax.ops.rounding import stochastic_round
 from ultramem_jax.ops.rows import put_sorted_rows, stored_dtype, take_sorted_rows, to_stored
 from ultramem_jax.training.row_rules import RowRule, RowStep
+from ultramem_jax.tree_types import ArrayTree
 
 
 class RowUpdate(NamedTuple):
-    """What a step makes of a table."""
+    """Holds what a step makes of a table."""
 
     table: jax.Array
-    moments: Any
-    """The state of the rule, as `RowRule.init` makes it."""
+    moments: ArrayTree
+    """State of the rule, structured as `RowRule.init` makes it."""
     norm: jax.Array
-    """() float32, of the new rows before they are rounded: not finite if any value written is not."""
-    before: tuple[jax.Array, Any] | None
-    """The rows (U, ...) of the table and of its state that were overwritten, if that was asked for."""
+    """() float32, the norm of the new rows before rounding. It is not finite if any value written is not."""
+    before: tuple[jax.Array, ArrayTree] | None
+    """The overwritten rows (U, ...) of the table and of its state; None unless `record` was set."""
 
 
 class TablePart(NamedTuple):
-    """Which part of a table an update is given."""
+    """Says which part of a table an update works on."""
 
     first_slot: jax.Array | int = 0
     first_column: jax.Array | int = 0
     width_axes: tuple[str, ...] = ()
-    """Axes of the mesh over which the other columns of these rows are, within a `jax.shard_map`."""
+    """Mesh axes over which the other columns of these rows are split, within a `jax.shard_map`."""
+
+
+class _Carry(NamedTuple):
+    """Holds what goes from one chunk of rows to the next."""
+
+    arrays: tuple[jax.Array, ArrayTree]
+    """The table and the state of its rule."""
+    norm: jax.Array
+    """() float32, the sum of the squares of the rows written so far."""
+    log: tuple[jax.Array, ArrayTree] | None
+    """The rows overwritten so far, (U, ...) each; None unless they are recorded."""
 
 
 class RowSparseTransformation(NamedTuple):
-    """What `optax.GradientTransformation` is for arrays, for tables whose gradient comes by rows."""
+    """Plays the role of `optax.GradientTransformation` for tables whose gradient comes by rows."""
 
-    init: Callable[[jax.Array], Any]
-    """table (N, d_v) -> moments: the rule's state."""
+    init: Callable[[jax.Array], ArrayTree]
+    """table (N, d_v) -> moments, the state of the rule."""
     update: Callable[..., RowUpdate]
-    """(gradients, moments, table, step from 0, seed () uint32, record=False, part=TablePart()). To be
-    compiled with table and moments donated. The seed is for rounding, another one for every array and step.
-    With `record`, the rows that it overwrites are part of the result. Of a part of a table, slots count from
-    the part's first."""
+    """(gradients, moments, table, step from 0, seed () uint32, record=False, part=TablePart()) ->
+    `RowUpdate`. Compile it with table and moments donated. The seed is for rounding, and differs for every
+    array and step. With `record`, the result includes the rows that were overwritten. For a part of a table,
+    slots count from the first slot of the part."""
 
 
 def row_sparse(
     rule: RowRule, learning_rate: optax.Schedule, *, rounding: str = "stochastic"
 ) -> RowSparseTransformation:
-    """Returns the optimizer that applies a rule to the rows read.
+    """Returns the optimizer that applies a rule to the rows that were read.
 
     Args:
-        rule: of `row_rules`.
-        learning_rate: of the step.
+        rule: from `row_rules`.
+        learning_rate: as a function of the step.
         rounding: of what is kept in bfloat16, `stochastic` or `nearest`.
     """
 
@@ -80,7 +92,7 @@ def row_sparse(
 
     def update(
         gradients: RowGradients,
-        moments: Any,
+        moments: ArrayTree,
         table: jax.Array,
         step: jax.Array,
         seed: jax.Array,
@@ -90,7 +102,7 @@ def row_sparse(
         num_rows = gradients.slots.shape[0]
         at = RowStep(step, learning_rate(step), functools.partial(_mean_over_row, axes=part.width_axes))
 
-        def update_rows(carry: Any, place: jax.Array, slots: jax.Array, gradients: jax.Array) -> Any:
+        def update_rows(carry: _Carry, place: jax.Array, slots: jax.Array, gradients: jax.Array) -> _Carry:
             arrays, norm, log = carry
             before = jax.tree.map(lambda a: take_sorted_rows(a, slots), arrays)
             if record:
@@ -112,16 +124,16 @@ def row_sparse(
             ]
             padding = slots[:, None] >= table.shape[0]
             norm = norm + jnp.sum(jnp.where(padding, 0.0, after[0] ** 2))
-            return jax.tree.unflatten(structure, written), norm, log
+            return _Carry(jax.tree.unflatten(structure, written), norm, log)
 
-        # Chunk by chunk, so that a row's three visits to the memory, read, updated, written, find it in the
-        # cache, and nothing of the size of all rows is made in between.
+        # Chunk by chunk, so that a row stays in the CPU's cache while it is read, updated and written, and no
+        # temporary array has the size of all rows.
         arrays, log = (table, moments), None
         if record:
             log = jax.tree.map(lambda a: jnp.zeros((num_rows, *a.shape[1:]), a.dtype), arrays)
         places = jnp.arange(num_rows, dtype=jnp.int32)
-        start = arrays, jnp.zeros((), jnp.float32), log
-        # The padding is last. Where tokens read the same rows, as in a trained model, there is much of it.
+        start = _Carry(arrays, jnp.zeros((), jnp.float32), log)
+        # Padding comes last. Where tokens read the same rows, as in a trained model, there is much padding.
         num_read = jnp.sum(gradients.slots < table.shape[0], dtype=jnp.int32)
         (table, moments), norm, log = fold_chunks(
             update_rows, start, ROW_ARRAYS * table.shape[1], places, *gradients, up_to=num_read
@@ -132,17 +144,20 @@ def row_sparse(
 
 
 def _mean_over_row(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Returns the means (U, 1) of x (U, d) over all columns of a row, d of which are here."""
+    """Returns the means (U, 1) of x (U, d) over all columns of a row, of which d are on this device."""
     mean = x.mean(1, keepdims=True)
     with named_exchange(MEANS_OVER_COLUMNS):
         return jax.lax.pmean(mean, axes) if axes else mean
 
 
 def _in_float32(rows: jax.Array) -> jax.Array:
-    """Returns rows to compute with; integers are counts, which float32 cannot hold beyond 2²⁴."""
+    """Returns rows in float32.
+
+    Integers stay as they are: they are counts, and float32 cannot hold them beyond 2²⁴.
+    """
     return rows if jnp.issubdtype(rows.dtype, jnp.integer) else rows.astype(jnp.float32)
 
 
 ROW_ARRAYS = 16
-"""Arrays as wide as the rows that an update holds at a time: twice the eight that it needs, which makes
-chunks of 2,048 rows of 128. Larger ones are no faster."""
+"""Number of arrays as wide as the rows that an update may hold at a time. It is twice the eight that are
+needed, and makes chunks of 2,048 rows of 128. Larger chunks are no faster."""

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step, which counts from 0."""
+"""Defines learning rates as functions of the step, which counts from 0."""
 
 import math
 
@@ -9,9 +9,9 @@ from ultramem_jax.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up to the peak, then a cosine to `final_lr_fraction` of it at the last step.
+    """Returns a linear warm-up to the peak, then a cosine to `final_lr_fraction` of the peak.
 
-    Step s takes the rate of s + 1, so that the first step already learns.
+    The cosine ends at the last step. Step s takes the rate of s + 1, so that the first step already learns.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -24,15 +24,15 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def warmup_steps(config: TrainConfig) -> int:
-    """Returns the share of the steps that warm-up takes, rounded up."""
-    # As floats, 7 % of 100 is a little more than 7.
+    """Returns the number of warm-up steps, rounded up."""
+    # Rounding comes first, because 7 % of 100 in floats is a little more than 7.
     return math.ceil(round(config.warmup_fraction * config.steps, 6))
 
 
 def value_learning_rate(config: TrainConfig, multiple: float, final: float = 1.0) -> optax.Schedule:
-    """Returns the tables' rate: the dense one times a factor that goes linearly from `multiple` to `final`.
+    """Returns the tables' rate: the dense rate times a factor that goes linearly from `multiple` to `final`.
 
-    UltraMem paper, section 4 ("value lr decay"). The factor is `final` at the last step.
+    The source is the UltraMem paper, section 4 ("value lr decay"). The factor is `final` at the last step.
     """
     base = learning_rate(config)
     span = max(config.steps - 1, 1)

@@ -1,4 +1,4 @@
-"""Which slots of a table have been read, and how evenly: counted from the rows that were read, not from N."""
+"""Counts which slots of a table have been read, and how evenly, from the rows read and not from all N."""
 
 from typing import NamedTuple
 
@@ -11,16 +11,16 @@ from ultramem_jax.ops.lookup import RowsRead
 
 
 class SlotUsage(NamedTuple):
-    """The record of one table since the start of training."""
+    """Records which slots of one table have been read since the start of training."""
 
     seen: jax.Array
-    """(N,) bool: read at least once."""
+    """(N,) bool, true for slots that were read at least once."""
     num_seen: jax.Array
-    """() int32: how many are."""
+    """() int32, the number of slots that were read at least once."""
 
 
 def init_usage(num_slots: int) -> SlotUsage:
-    """Nothing has been read."""
+    """Returns the record in which no slot has been read."""
     return SlotUsage(jnp.zeros((num_slots,), bool), jnp.zeros((), jnp.int32))
 
 
@@ -31,9 +31,9 @@ def record_reads(
 
     Args:
         usage: before the step; of this device's rows if the table is split over devices.
-        rows: what was read of them.
+        rows: what was read of these rows.
         num_reads: reads of the whole table.
-        axes: of the mesh, over which its rows are split, within a `jax.shard_map`.
+        axes: mesh axes over which the table's rows are split, within a `jax.shard_map`.
 
     Returns:
         The usage, and metrics: `slots_read_share` in [0, 1], the share of the N slots read so far, and

@@ -1,11 +1,10 @@
-"""Everything that changes during training, as one tree: what a checkpoint holds."""
-
-from typing import Any
+"""Holds everything that changes during training in one tree, which is what a checkpoint stores."""
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.config import RunConfig
@@ -15,43 +14,46 @@ from ultramem_jax.models import Transformer
 from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, on_mesh
 from ultramem_jax.parallel.rules import logical_axes, parameter_specs, table_specs
 from ultramem_jax.training.dense_optimizer import Optimizers
-from ultramem_jax.training.slot_usage import init_usage
-from ultramem_jax.tree_types import Variables
+from ultramem_jax.training.slot_usage import SlotUsage, init_usage
+from ultramem_jax.tree_types import ArrayTree, Variables
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The state of a run between two steps."""
+    """Holds the state of a run between two steps."""
 
     step: jax.Array
-    """() int32, steps done."""
-    params: Any
-    """Dense parameters."""
-    opt_state: Any
-    tables: Any
-    """The `memory` collection: per table `values` (N, d_v) and, if any, `pre_values` (N, d_p)."""
-    table_state: Any
-    """State of the tables' optimizer: per array of a table that of its `RowRule`, which is empty for plain
-    SGD; or optax's state in the dense way."""
-    usage: Any
-    """`SlotUsage` per table."""
-    buffers: Any
-    """The `buffers` collection: last rank-1 vectors, stored permutations."""
+    """() int32, the number of steps done."""
+    params: ArrayTree
+    """Dense parameters: the `params` collection."""
+    opt_state: optax.OptState
+    """State of the optimizer of the dense parameters, as optax keeps it."""
+    tables: dict[str, dict[str, jax.Array]]
+    """The `memory` collection: per table `values` (N, d_v) and, if there are any, `pre_values` (N, d_p)."""
+    table_state: ArrayTree
+    """State of the tables' optimizer. In the row-sparse way it is, per array of a table, the state of its
+    `RowRule`, which is empty for plain SGD. In the dense way it is optax's state."""
+    usage: dict[str, SlotUsage]
+    """`SlotUsage` of each table, by the name of the table."""
+    buffers: ArrayTree
+    """The `buffers` collection: the last rank-1 vectors and the stored permutations."""
     seed: jax.Array
-    """() uint32; with the step, it determines every random number of the run."""
+    """() uint32. Together with the step, it determines every random number of the run."""
 
 
 def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None = None) -> TrainState:
-    """The state at step 0. Traceable: compile it, or ask `jax.eval_shape` for its shapes.
+    """Returns the state at step 0.
+
+    The function is traceable: compile it, or ask `jax.eval_shape` for its shapes.
 
     Args:
         config: of the run.
-        optimizers: of `make_optimizers`.
+        optimizers: from `make_optimizers`.
         seed: () uint32; `train.seed` if None.
     """
     seed = jnp.asarray(config.train.seed, jnp.uint32) if seed is None else seed
     model = Transformer(config.model)
     axes = current_axes()
-    # As few as there can be: a sequence for every device that has its own.
+    # The fewest tokens that the mesh allows: one sequence for every device that has its own tokens.
     tokens = jnp.zeros((1 if axes is None else axes.size(axes.tokens), 2), jnp.int32)
     return state_of(config, optimizers, model.init(jax.random.key(seed), tokens), seed)
 
@@ -67,7 +69,7 @@ def state_of(config: RunConfig, optimizers: Optimizers, variables: Variables, se
     """
     params, tables = variables["params"], variables.get("memory", {})
     if config.train.table_gradient == "dense":
-        table_state: Any = optimizers.tables.init(tables)
+        table_state: ArrayTree = optimizers.tables.init(tables)
     else:
         table_state = {
             name: {part: optimizers.rows[name].init(rows) for part, rows in table.items()}
@@ -92,16 +94,18 @@ def fresh_state(
     seed: np.uint32,
     abstract: TrainState | None = None,
 ) -> TrainState:
-    """The state at step 0, each array where `abstract_state` says: the same numbers on every mesh.
+    """Returns the state at step 0, each array placed as `abstract_state` says.
 
-    Drawing tables for the memory of the host takes room on the device for one of them at a time.
+    The numbers are the same on every mesh.
+
+    Tables for host memory are drawn one at a time, so that the device needs room for only one of them.
 
     Args:
         config: of the run.
-        optimizers: of `make_optimizers`.
+        optimizers: from `make_optimizers`.
         axes: of the mesh.
         seed: of all draws.
-        abstract: of `abstract_state`, where it is at hand: the model need not be traced for it again.
+        abstract: from `abstract_state`, where it is at hand. Otherwise the model is traced once more for it.
     """
 
     def init(seed: jax.Array) -> TrainState:
@@ -112,7 +116,7 @@ def fresh_state(
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     if all(memory.table.memory_kind == "device" for memory in config.model.memories.values()):
         return jax.jit(init, out_shardings=shardings)(seed)
-    # Of each program the compiler keeps what its result needs.
+    # The compiler keeps only what a program's result needs, so each program below draws only its own arrays.
     small = shardings.replace(tables={}, table_state={})
     rest = jax.jit(lambda seed: init(seed).replace(tables={}, table_state={}), out_shardings=small)(seed)
     tables: dict[str, dict[str, jax.Array]] = {name: {} for name in abstract.tables}
@@ -127,30 +131,30 @@ def fresh_state(
 
 
 def abstract_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) -> TrainState:
-    """Shapes, dtypes and shardings of the state.
+    """Returns shapes, dtypes and shardings of the state.
 
-    Tables and their moments are split by rows and columns, parameters and their moments by the rules of
-    `ultramem_jax.parallel.rules`; all else is on every device.
+    Tables and their moments are split by rows and columns. Parameters and their moments are split by the
+    rules of `ultramem_jax.parallel.rules`. Everything else is on every device.
 
     Args:
         config: of the run.
-        optimizers: of `make_optimizers`.
+        optimizers: from `make_optimizers`.
         axes: of the mesh.
     """
     with on_mesh(axes):
         state = jax.eval_shape(lambda: init_state(config, optimizers))
     kinds = {site.table: _memory_kind(site) for site in config.model.sites}
 
-    def placed(tree: Any, specs: Any, kind: str | None = None) -> Any:
-        def place(leaf: Any, spec: Any) -> jax.ShapeDtypeStruct:
+    def placed(tree: ArrayTree, specs: ArrayTree, kind: str | None = None) -> ArrayTree:
+        def place(leaf: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
             sharding = axes.sharding(spec)
             sharding = sharding if kind is None else sharding.with_memory_kind(kind)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         return jax.tree.map(place, tree, specs)
 
-    def of_tables(tree: Any) -> Any:
-        """Per table; the dense way's state is optax's own, and on the device."""
+    def of_tables(tree: ArrayTree) -> ArrayTree:
+        """Places the state of each table. The dense way's state is optax's own, and stays on the device."""
         if config.train.table_gradient == "dense":
             return placed(tree, table_specs(tree, axes))
         return {name: placed(of, table_specs(of, axes), kinds[name]) for name, of in tree.items()}
@@ -167,10 +171,10 @@ def abstract_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) ->
 
 
 def _memory_kind(site: MemorySite) -> str:
-    """The kind of memory that a table is for.
+    """Returns the kind of device memory or host memory that a table is meant for.
 
     Raises:
-        UserError: the devices at hand do not reach such a memory.
+        UserError: the devices at hand cannot reach such a memory.
     """
     kind, device = site.config.table.memory_kind, jax.local_devices()[0]
     if kind == "device":
@@ -185,7 +189,7 @@ def _memory_kind(site: MemorySite) -> str:
 
 
 def reaches(memory_kind: str) -> bool:
-    """Whether the devices at hand reach a memory of this kind."""
+    """Returns whether the devices at hand can reach a memory of this kind."""
     return memory_kind == "device" or memory_kind in _memories(jax.local_devices()[0])
 
 
@@ -193,6 +197,6 @@ def _memories(device: jax.Device) -> list[str]:
     return [memory.kind for memory in device.addressable_memories()]
 
 
-def model_variables(state: TrainState) -> dict[str, Any]:
-    """The variables that `Transformer.apply` takes."""
+def model_variables(state: TrainState) -> dict[str, ArrayTree]:
+    """Returns the variables that `Transformer.apply` takes."""
     return {"params": state.params, "memory": state.tables, "buffers": state.buffers}

@@ -1,7 +1,7 @@
-"""Defines one training step of a language model, and the loss of one batch of evaluation."""
+"""Makes the training step of a language model, and the step that sums the losses of an evaluation batch."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,11 @@ from ultramem_jax.training.dense_optimizer import Optimizers, table_learning_rat
 from ultramem_jax.training.module_step import Metrics, ModuleStep, Objective, flat_metrics
 from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.state import TrainState
+from ultramem_jax.training.undo_log import RowsOverwritten
 from ultramem_jax.tree_types import ArrayTree, Variables
+
+StepResult: TypeAlias = tuple[TrainState, Metrics] | tuple[TrainState, Metrics, RowsOverwritten]
+"""Result of a training step: the state after it, its metrics and, if asked for, the rows overwritten."""
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -59,58 +63,69 @@ def make_train_step(
     optimizers: Optimizers,
     record_before: bool = False,
     axes: MeshAxes | None = None,
-) -> Callable[[TrainState, jax.Array], tuple[Any, ...]]:
-    """Returns the step (state, tokens (B, S + 1) int32) -> (state, metrics), to compile with a donated state.
+) -> Callable[[TrainState, jax.Array], StepResult]:
+    """Returns the step (state, tokens (B, S + 1) int32) -> (state, metrics).
 
-    Metrics are float32 scalars: `loss` (nats per token, without auxiliary losses), `auxiliary_loss`,
-    `gradient_norm` (of the dense parameters, before clipping), `parameter_norm`, `learning_rate`, with
-    memories `value_learning_rate`, per memory those of the layer, and per table those of `record_reads` and
-    `row_norm`, the norm of the rows that the step wrote (of the whole table in the dense way).
+    Compile it with the state donated.
+
+    Metrics are float32 scalars:
+
+    - `loss`: nats per token, without auxiliary losses;
+    - `auxiliary_loss`;
+    - `gradient_norm`: of the dense parameters, before clipping;
+    - `parameter_norm` and `learning_rate`;
+    - with memories `value_learning_rate`, and per memory the metrics of the layer;
+    - per table the metrics of `record_reads`, and `row_norm`: the norm of the rows that the step wrote, or of
+      the whole table in the dense way.
 
     Args:
         config: of the run.
-        optimizers: of `make_optimizers`.
-        record_before: whether the step returns (state, metrics, before): per table and array of it
-            `RowsBefore`, the rows that the step wrote as they were before it. Only on one device, and not in
-            the dense way.
-        axes: of the mesh, for a state that lies there as `abstract_state` says, and tokens split over
-            `axes.tokens`; None for one device.
+        optimizers: from `make_optimizers`.
+        record_before: whether the step returns (state, metrics, before). `before` holds, per table and array
+            of it, `RowsBefore`: the rows that the step wrote, as they were before it. The dense way does not
+            have this, and it works only on one device.
+        axes: of the mesh, for a step on a mesh. Its state is placed as `abstract_state` says, and its tokens
+            are split over `axes.tokens`. None is one device.
     """
     step = ModuleStep(config, optimizers, language_model_objective(config, axes), record_before, axes)
     rate, value_rates = learning_rate(config.train), table_learning_rates(config)
 
-    def train_step(state: TrainState, tokens: jax.Array) -> tuple[Any, ...]:
+    def train_step(state: TrainState, tokens: jax.Array) -> StepResult:
         rates = {"learning_rate": rate(state.step)}
         for group, value_rate in value_rates.items():
             name = "value_learning_rate" if len(value_rates) == 1 else f"{group}/value_learning_rate"
             rates[name] = value_rate(state.step)
         after = step(state, tokens)
         metrics = after.metrics | rates
-        return (after.state, metrics, after.before) if record_before else (after.state, metrics)
+        if not record_before:
+            return after.state, metrics
+        assert after.before is not None
+        return after.state, metrics, after.before
 
     return train_step
 
 
 def make_eval_step(
     config: RunConfig, axes: MeshAxes | None = None
-) -> Callable[[dict[str, Any], jax.Array, jax.Array], jax.Array]:
-    """Returns the function (variables, tokens (B, S + 1), mask (B, S)) -> [sum of losses, number of targets].
+) -> Callable[[Variables, jax.Array, jax.Array], jax.Array]:
+    """Returns a function that sums the losses of a batch in nats, and counts its targets.
 
-    Both are in one array (2,) float32, the losses in nats; targets whose mask is 0 do not count.
+    The function is (variables, tokens (B, S + 1), mask (B, S)) -> (2,) float32: the sum of losses and the
+    number of targets. Targets whose mask is 0 do not count.
 
     Args:
         config: of the run.
-        axes: as for a training step.
+        axes: of the mesh, as for `make_train_step`.
     """
     model, logical = Transformer(config.model), logical_axes(config.model)
 
-    def eval_step(variables: dict[str, Any], tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def eval_step(variables: Variables, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         with on_mesh(axes):
-            whole = variables | {"params": gathered(variables["params"], axes, logical)}
+            whole = dict(variables) | {"params": gathered(variables["params"], axes, logical)}
             logits: Any = model.apply(whole, tokens[:, :-1])
         of_sequences = (token_losses(logits, tokens[:, 1:]) * mask).sum(1)
-        # Times 1, or 0 where nothing counts: of two sums that follow each other directly the compiler makes
-        # one, and a sum over all targets is longer, and rounds more, than sums of sequences.
+        # The factor is 1, or 0 for a sequence without counted targets. It keeps the two sums apart: the
+        # compiler would merge them into one sum over all targets, which is longer and rounds more.
         return jnp.stack([(of_sequences * mask.max(1)).sum(), mask.sum()])
 
     return eval_step

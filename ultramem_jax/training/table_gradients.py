@@ -1,6 +1,7 @@
-"""From what the memories read, and the cotangents of that, to the gradients of the rows of every table."""
+"""Computes the gradients of the rows of every table, from what the memories read and its cotangents."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,16 @@ from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.ops.lookup import RowGradients, RowsRead, row_gradients, rows_read
 from ultramem_jax.ops.sharded_lookup import pooled_shape, products_shape
 
+ArraysOfMemories: TypeAlias = Mapping[str, Mapping[str, jax.Array]]
+"""Arrays by memory and kind: what memories sow into `reads`, or the cotangents of `perturbations`."""
+
 
 def perturbations(config: ModelConfig, num_tokens: int) -> dict[str, dict[str, jax.Array]]:
-    """The point at which reads are perturbed: zeros, whose gradients are the cotangents of the reads.
+    """Returns the zeros that are added to the reads. Their gradients are the cotangents of the reads.
 
     Returns:
-        Per memory `pooled` (T, blocks, d_v) and, with pre-values, `products` (T, R), of the model's dtype; on
-        a mesh as `ops.sharded_lookup` has them at the owners of the tables.
+        Per memory `pooled` (T, blocks, d_v) and, with pre-values, `products` (T, R), in the model's dtype. On
+        a mesh they have the shapes that `ops.sharded_lookup` uses at the owners of the tables.
     """
     dtype = jnp.dtype(config.dtype)
     found = {}
@@ -30,8 +34,8 @@ def perturbations(config: ModelConfig, num_tokens: int) -> dict[str, dict[str, j
     return found
 
 
-def rows_of_tables(config: ModelConfig, reads: Any) -> dict[str, RowsRead]:
-    """The rows of every table that a step read, over all memories that read it.
+def rows_of_tables(config: ModelConfig, reads: ArraysOfMemories) -> dict[str, RowsRead]:
+    """Returns the rows of every table that a step read, over all memories that read the table.
 
     Args:
         config: of the model.
@@ -44,32 +48,37 @@ def rows_of_tables(config: ModelConfig, reads: Any) -> dict[str, RowsRead]:
 
 
 def rows_if(finite: jax.Array, rows: RowsRead) -> RowsRead:
-    """The rows, or none of them: where a step's loss or gradients are not finite, it writes no row.
+    """Returns the rows, or none of them where a step's loss or gradients are not finite.
 
-    Tables are written in place, so whoever still reads them has to come first. The compiler does not know
-    that. It drops barriers on CPU, and would copy a table for a reader that nothing written depends on. So
-    `finite` is to depend on every gradient that is made of rows.
+    Such a step writes no row.
+
+    Tables are written in place, so every other reader of them must come first. The compiler does not know
+    this. It drops barriers on CPU, and would copy a table for a reader that no write depends on. So `finite`
+    must depend on every gradient that is computed from rows.
     """
     return rows._replace(slots=slots_if(finite, rows.slots))
 
 
 def slots_if(finite: jax.Array, slots: jax.Array) -> jax.Array:
-    """The slots (U,) of `rows_if`."""
+    """Returns the slots (U,) of `rows_if`."""
     last = jnp.iinfo(jnp.int32).max
     nowhere = last - jnp.arange(slots.shape[0], 0, -1, dtype=jnp.int32)
     return jnp.where(finite, slots, nowhere)
 
 
 def table_gradients(
-    config: ModelConfig, rows: dict[str, RowsRead], reads: Any, cotangents: Any
+    config: ModelConfig, rows: dict[str, RowsRead], reads: ArraysOfMemories, cotangents: ArraysOfMemories
 ) -> dict[str, dict[str, RowGradients]]:
-    """The gradients of the rows that were read: per table those of `values` and, if any, of `pre_values`.
+    """Returns the gradients of the rows that were read.
 
     Args:
         config: of the model.
-        rows: of `rows_of_tables`.
+        rows: from `rows_of_tables`.
         reads: what the memories sowed into `reads`.
         cotangents: gradients with respect to `perturbations`.
+
+    Returns:
+        Per table the gradients of `values` and, if it has them, of `pre_values`.
     """
     gradients: dict[str, dict[str, RowGradients]] = {}
     for table, sites in table_readers(config).items():
@@ -92,5 +101,5 @@ def table_gradients(
 
 
 def _together(of_memories: list[jax.Array]) -> jax.Array:
-    """Arrays over tokens, one behind the other: to a table, M memories are M times as many tokens."""
+    """Returns arrays over tokens, concatenated. To a table, M memories are M times as many tokens."""
     return of_memories[0] if len(of_memories) == 1 else jnp.concatenate(of_memories)

@@ -1,7 +1,6 @@
 """Fits memories that are addressed by tokens to the tokenizer of a run."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 from ultramem_jax.config import ModelConfig, RunConfig
 from ultramem_jax.data import Tokenizer
 from ultramem_jax.data.canonical_ids import canonical_ids
+from ultramem_jax.tree_types import ArrayTree
 
 
 def for_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, np.ndarray | None]:
@@ -19,7 +19,7 @@ def for_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, n
         tokenizer: of its corpus.
 
     Returns:
-        The config, and (V,) int32, token -> canonical id; None where no memory asks for it.
+        The config, and the map token -> canonical id, (V,) int32; None where no memory asks for it.
     """
     if not any(memory.address.reads_tokens for memory in config.model.memories.values()):
         return config, None
@@ -31,13 +31,13 @@ def for_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, n
     return dataclasses.replace(config, model=dataclasses.replace(config.model, memories=memories)), canonical
 
 
-def with_token_maps(config: ModelConfig, buffers: Any, canonical: np.ndarray) -> Any:
-    """Returns the buffers of a model with the maps of its tokenizer's tokens, each where it lies now.
+def with_token_maps(config: ModelConfig, buffers: ArrayTree, canonical: np.ndarray) -> ArrayTree:
+    """Returns the buffers of a model with the token maps of its tokenizer, each placed as it is now.
 
     Args:
         config: of the model, from `for_tokenizer`.
-        buffers: its collection `buffers`.
-        canonical: of `for_tokenizer`.
+        buffers: the model's collection `buffers`.
+        canonical: from `for_tokenizer`.
     """
     buffers = dict(buffers)
     for site in config.sites:

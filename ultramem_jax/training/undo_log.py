@@ -1,61 +1,71 @@
-"""Saving tables while training writes into them, without a copy: a fuzzy checkpoint and its undo log.
+"""Saves tables while training writes into them, without a copy: a fuzzy checkpoint and its undo log.
 
-While a save is in flight the background writer reads tables and moments where they are (`LiveView`). What it
-writes mixes rows from before and after the steps that run meanwhile; each of these steps hands over the rows
-that it overwrites, as they were (`RowsBefore`). Of a row that several steps wrote the first record counts:
-that is the row at the step of the save. Once all arrays are read, the log goes into the checkpoint, before it
-is committed, and whoever restores puts its rows back (`UndoRows`).
+While a save is in flight, the background writer reads tables and moments in place (`LiveView`). So it writes
+a mix of rows from before and after the steps that run meanwhile. Each of these steps hands over the rows that
+it overwrites, as they were (`RowsBefore`). If several steps wrote a row, the first record counts: it is the
+row at the step of the save. Once all arrays are read, the log goes into the checkpoint, before that is
+committed. A restore puts the rows of the log back (`UndoRows`).
 
-XLA knows nothing of such a reader. Otherwise it would not let the tables be donated, and the next step would
-write into a copy of all of them. So it is on the log to keep their buffers alive: it refers to the newest
-state, and holds Ctrl-C back between a step and its record.
+XLA does not know of this reader. If it did, it would not let the tables be donated, and the next step would
+write into a copy of all of them. So the log must keep their buffers alive: it refers to the newest state, and
+holds Ctrl-C back between a step and its record.
 """
 
 import contextlib
 import ctypes
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
 from ultramem_jax.training.large_arrays import array_name
-
-PyTree = Any
+from ultramem_jax.tree_types import ArrayTree
 
 LIVE_BYTES = 256 * 2**20
-"""Tables and moments that are smaller than this in all are saved without a log: XLA's copy is cheap."""
+"""Total bytes of tables and moments below which a save needs no log, because XLA's copy is cheap."""
 _LOG_SHARE = 0.2
-"""Of the bytes of tables and moments; with a larger log, training waits for the writer."""
+"""Largest size of a log, as a share of the bytes of tables and moments. Beyond it, training waits for the
+writer."""
 
 
 class RowsBefore(NamedTuple):
-    """The rows that a step writes into one array of a table, as they were before it."""
+    """Holds the rows that a step writes into one array of a table, as they were before the step."""
 
     slots: jax.Array
-    """(U,) int32, rising, each once; those not below N are padding."""
-    rows: tuple[jax.Array, PyTree]
-    """(U, ...) each: of the array and of its moments."""
+    """(U,) int32, increasing, without repeats. Slots of N and above are padding."""
+    rows: tuple[jax.Array, ArrayTree]
+    """Rows (U, ...) of the array, and of its moments."""
+
+
+RowsOverwritten: TypeAlias = Mapping[str, Mapping[str, RowsBefore]]
+"""Rows that a step overwrote, per table and array of it."""
 
 
 class LiveView(np.ndarray):
-    """An array's own memory, valid while the buffer lives, whichever `jax.Array` it is donated to."""
+    """Views an array's own memory.
+
+    It is valid while the buffer lives, whichever `jax.Array` it is donated to.
+    """
 
     @classmethod
     def of(cls, array: jax.Array) -> "LiveView":
-        """The view of an array (any shape) on a CPU."""
+        """Returns the view of an array (any shape) on a CPU."""
         memory: Any = (ctypes.c_ubyte * array.nbytes).from_address(array.unsafe_buffer_pointer())
         return np.frombuffer(memory, np.uint8).view(array.dtype).reshape(array.shape).view(cls)
 
-    def __deepcopy__(self, memo: Any) -> "LiveView":
-        return self  # Orbax makes a deep copy of what it is given, to be safe from what is wanted here
+    def __deepcopy__(self, memo: dict[int, object] | None) -> "LiveView":
+        return self  # Orbax deep-copies its input to protect it from changes; here the changes are wanted
 
 
-def is_worth_it(tables: PyTree, moments: PyTree) -> bool:
-    """Whether these are large, and on a CPU in one piece. From an accelerator Orbax copies them anyway."""
+def is_worth_it(tables: ArrayTree, moments: ArrayTree) -> bool:
+    """Returns whether a log is worth it: the arrays are large, and each is whole on one CPU device.
+
+    From an accelerator Orbax copies them anyway.
+    """
     arrays = jax.tree.leaves((tables, moments))
     alone = all(a.is_fully_addressable and len(a.devices()) == 1 for a in arrays)
     on_cpu = all(d.platform == "cpu" for a in arrays for d in a.devices())
@@ -63,11 +73,14 @@ def is_worth_it(tables: PyTree, moments: PyTree) -> bool:
 
 
 class UndoLog:
-    """The undo log of one save. The training thread records, the writer's thread closes and writes it."""
+    """Holds the undo log of one save.
 
-    def __init__(self, tables: PyTree, moments: PyTree):
+    The training thread records; the writer's thread closes and writes it.
+    """
+
+    def __init__(self, tables: ArrayTree, moments: ArrayTree):
         self._arrays = _by_name(tables, moments)
-        jax.block_until_ready(self._arrays)  # what a step still writes would be in no record
+        jax.block_until_ready(self._arrays)  # no record would cover what an earlier step still writes
         self._addresses = {name: a.unsafe_buffer_pointer() for name, a in self._arrays.items()}
         self._limit = _LOG_SHARE * sum(a.nbytes for a in self._arrays.values())
         parts = [(name, part, a) for name, table in tables.items() for part, a in table.items()]
@@ -79,12 +92,15 @@ class UndoLog:
 
     @property
     def full(self) -> bool:
-        """Whether training is to wait for the writer."""
+        """True if training must wait for the writer."""
         return self._num_bytes > self._limit
 
     @contextlib.contextmanager
     def step(self) -> Iterator["UndoLog | None"]:
-        """Around a step that calls `record`; it is given None if all is read and no record needed."""
+        """Surrounds a step that calls `record`.
+
+        It gives None if all arrays are read and no record is needed.
+        """
         with _interrupts_held_back():
             with self._changed:
                 self._in_step = not self._closed
@@ -100,11 +116,11 @@ class UndoLog:
                     self._broken |= self._num_steps == steps
                     self._changed.notify_all()
 
-    def record(self, tables: PyTree, moments: PyTree, before: dict[str, dict[str, RowsBefore]]) -> None:
-        """Takes note of a step: the state after it, and the rows before it.
+    def record(self, tables: ArrayTree, moments: ArrayTree, before: RowsOverwritten) -> None:
+        """Records a step: the state after it, and the rows before it.
 
         Raises:
-            RuntimeError: tables are in another place than they were; something kept them from being donated.
+            RuntimeError: the tables have moved in memory, because something kept them from being donated.
         """
         self._arrays = jax.block_until_ready(_by_name(tables, moments))
         moved = [
@@ -126,13 +142,15 @@ class UndoLog:
         recorded[slots[new]] = True
         entries = {f"{name}.{part}": slots[new]}
         for leaf, values in rows.items():
-            # As bytes, because files of NumPy do not know bfloat16.
+            # As bytes, because NumPy's files do not support bfloat16.
             entries[leaf] = np.ascontiguousarray(np.asarray(values)[new]).reshape(len(new), -1).view(np.uint8)
         self._entries |= {f"{self._num_steps}/{entry}": array for entry, array in entries.items()}
         self._num_bytes += sum(array.nbytes for array in entries.values())
 
     def close(self) -> None:
-        """By the writer, when it has read all arrays: waits for the step in hand, the last to be recorded.
+        """Waits for the current step, the last to be recorded.
+
+        The writer calls it once it has read all arrays.
 
         Raises:
             RuntimeError: a step failed, and what it overwrote is lost.
@@ -144,13 +162,16 @@ class UndoLog:
             raise RuntimeError("a step failed while the checkpoint was written")
 
     def write(self, file: Path) -> None:
-        """Writes the log, an `.npz` that `UndoRows` reads; nothing if no step was recorded."""
+        """Writes the log as an `.npz` that `UndoRows` reads. It writes nothing if no step was recorded."""
         if self._entries:
             np.savez(file, **self._entries)  # type: ignore[arg-type]
 
 
 class UndoRows:
-    """The log of a checkpoint, to be put back; empty if it has none."""
+    """Reads the log of a checkpoint, whose rows a restore puts back.
+
+    It is empty if the checkpoint has no log.
+    """
 
     def __init__(self, file: Path):
         self._file = file
@@ -164,10 +185,14 @@ class UndoRows:
         return name in self._steps
 
     def read(self, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of the array of this dotted name in the state: per step, slots (U,), rising, and rows as bytes."""
+        """Returns the recorded rows of an array: per step, slots (U,), increasing, and rows as bytes.
+
+        Args:
+            name: the dotted name of the array in the train state.
+        """
         if name not in self:
             return []
-        slots = ".".join(name.split(".")[1:3])  # table and part
+        slots = ".".join(name.split(".")[1:3])  # the table and the array of it
         with np.load(self._file) as log:
             return [(log[f"{step}/{slots}"], log[f"{step}/{name}"]) for step in self._steps[name]]
 
@@ -178,22 +203,32 @@ def put_back(
     shape: tuple[int, ...],
     undo: list[tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """Writes rows of `UndoRows.read` into `piece`, the part at `place` of the array of this shape."""
+    """Writes rows from `UndoRows.read` into `piece`.
+
+    Args:
+        piece: a part of an array, changed in place.
+        place: where the part lies in the array.
+        shape: of the whole array.
+        undo: the rows.
+    """
     for slots, rows in undo:
         first, last = np.searchsorted(slots, [place[0].start, place[0].stop])
         whole = rows[first:last].view(piece.dtype).reshape(last - first, *shape[1:])
         piece[slots[first:last] - place[0].start] = whole[:, *place[1:]]
 
 
-def _by_name(tables: PyTree, moments: PyTree) -> dict[str, Any]:
-    """The arrays under their dotted names in the train state, which are those in a checkpoint."""
+def _by_name(tables: ArrayTree, moments: ArrayTree) -> dict[str, jax.Array]:
+    """Returns the arrays by their dotted names in the train state. A checkpoint uses the same names."""
     tree = {"tables": tables, "table_state": moments}
     return {array_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @contextlib.contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C comes after the block. It would drop a step's result, the only owner of buffers being read."""
+    """Delays Ctrl-C until the end of the block.
+
+    An interrupt would drop a step's result, which is the only owner of buffers that are being read.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -202,7 +237,7 @@ def _interrupts_held_back() -> Iterator[None]:
     try:
         yield
     finally:
-        if previous is not None:  # None: a handler that Python does not know
+        if previous is not None:  # None stands for a handler that Python does not know
             signal.signal(signal.SIGINT, previous)
         if held:
             signal.raise_signal(signal.SIGINT)

@@ -19,18 +19,18 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def owned(workdir: Path) -> Iterator[Callable[[], None]]:
-    """Holds `workdir` for this run until the block ends; the folder is made if it is missing.
+    """Holds `workdir` for this run until the block ends. The folder is created if it is missing.
 
-    It gives a function that raises a `UserError` if the folder was deleted meanwhile, or made again by
-    another run. All processes call it together.
+    It gives a function that raises a `UserError` if the folder was deleted meanwhile, or created again by
+    another run. All processes call that function together.
 
     The lock belongs to an open file, so the system takes it back when a process dies, however that happens.
-    Where the file system has no locks, this is said in the log and nothing is held. Of several processes the
-    first one holds it for all; all call it together.
+    Where the file system has no locks, the log says so and nothing is held. Of several processes the first
+    one holds the lock for all; all call `owned` together.
 
     Raises:
-        UserError: another process holds it; its number and host are named. Or the folder cannot be made or
-            written.
+        UserError: another process holds the folder; the message names its number and host. Or the folder
+            cannot be created or written.
     """
     with contextlib.ExitStack() as stack:
 
@@ -50,7 +50,7 @@ def owned(workdir: Path) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[int]:
-    """Holds the lock and gives the number of its file."""
+    """Holds the lock, and gives the number of its file."""
     try:
         str(workdir).encode()
     except UnicodeEncodeError:
@@ -60,7 +60,7 @@ def _locked(workdir: Path) -> Iterator[int]:
     except OSError as error:
         allowed = "must be a folder that can be written"
         raise UserError(f"--workdir = {str(workdir)!r}: {allowed}: {error.strerror}") from None
-    # Not emptied before it is held: whoever comes second reads in it who was first.
+    # The file is emptied only once it is held: a second process reads in it who the owner is.
     with open(workdir / _LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,1 +1,1 @@
-"""Memory layers: `memory` puts an addresser, a table and a readout together."""
+"""Contains the memory layers; `memory` combines an addresser, a table and a readout."""

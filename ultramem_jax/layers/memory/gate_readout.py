@@ -1,4 +1,4 @@
-"""The module of the readout `ContextGate`."""
+"""Implements the readout of Engram, whose config is `ContextGate`."""
 
 import math
 
@@ -14,11 +14,11 @@ from ultramem_jax.layers.sowing import sow
 from ultramem_jax.ops.linear import project
 
 _LEAST_SQUARE = 1e-6
-"""Below it |g| counts as this, so that the root has a derivative."""
+"""Smallest |g| under the root: smaller ones count as this, so that the root has a derivative."""
 
 
 class ContextGateReadout(nn.Module):
-    """Makes (B, S, D) of rows (T, R, d_v) and the hidden states (B, S, D).
+    """Maps rows (T, R, d_v) and hidden states (B, S, D) to the output (B, S, D).
 
     It sows the metric `gate`, the mean of α.
     """
@@ -28,7 +28,16 @@ class ContextGateReadout(nn.Module):
 
     @nn.compact
     def __call__(self, pooled: jax.Array, x: jax.Array, chunk: Chunk | None) -> jax.Array:
-        """Applies gate and convolution; `chunk` says how x follows on `conv_inputs` in the cache."""
+        """Applies gate and convolution to the rows of every token.
+
+        Args:
+            pooled: (T, R, d_v), a token's rows.
+            x: (B, S, D), hidden states.
+            chunk: in decoding, how x continues `conv_inputs` in the collection `cache`.
+
+        Returns:
+            (B, S, D).
+        """
         config, tokens = self.config, x.reshape(-1, x.shape[2])
         rows = pooled.reshape(pooled.shape[0], -1)
         values, keys = self._projected("value", rows), self._projected("key", rows)
@@ -40,7 +49,7 @@ class ContextGateReadout(nn.Module):
         u = (values * gate.astype(values.dtype)).reshape(x.shape)
         if config.conv_width == 0:
             return u
-        inputs = self._norm("conv_scale", u, self.site.around.norm_eps).astype(x.dtype)
+        inputs = self._norm("conv_scale", u, self.site.context.norm_eps).astype(x.dtype)
         return u + nn.silu(self._convolved(inputs, chunk))
 
     def _projected(self, name: str, rows: jax.Array) -> jax.Array:
@@ -51,14 +60,14 @@ class ContextGateReadout(nn.Module):
         return project(rows, kernel) + bias.astype(rows.dtype)[None]
 
     def _norm(self, name: str, x: jax.Array, eps: float) -> jax.Array:
-        """An RMS norm over the last axis, float32."""
+        """Applies an RMS norm over the last axis, in float32."""
         scale = self.param(name, nn.initializers.ones, x.shape[-1:], jnp.float32)
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(mean_square + jnp.float32(eps)) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
 
     def _convolved(self, x: jax.Array, chunk: Chunk | None) -> jax.Array:
-        """Causal depthwise convolution; tap i looks i·dilation back."""
+        """Applies the causal depthwise convolution; tap i looks i·dilation positions back."""
         config, length, back = self.config, x.shape[1], self.config.look_back
         taps = self.param("conv", nn.initializers.zeros, (config.conv_width, x.shape[2]), jnp.float32)
         taps = taps.astype(x.dtype)[:, None, None]

@@ -1,4 +1,4 @@
-"""How a memory starts: as in the UltraMem paper, the authors' code, Product-Key Memory, or UltraMemV2."""
+"""Initialises a memory as in the UltraMem paper, the authors' code, Product-Key Memory, or UltraMemV2."""
 
 import functools
 import math
@@ -18,46 +18,52 @@ if TYPE_CHECKING:
 Initializer = Callable[..., jax.Array]
 
 _SAMPLED_TOKENS = 128
-"""Draws that `chosen_scores` averages over."""
+"""Number of draws that `chosen_scores` averages over."""
 _SMALL_INIT = 2 / 5
-"""D times the variance of weights in the "small init" of N(0, 2/(5·D)), which UltraMemV2's models start from
+"""D times the variance of weights in the "small init" of N(0, 2/(5·D)), with which UltraMemV2's models start
 (their initial standard deviation at D = 768 is 0.0228)."""
 _V2_SCALE = 0.2
-"""The constant of UltraMemV2's value initialisation (paper, appendix A.3, equation 26)."""
+"""Constant of UltraMemV2's value initialisation (paper, appendix A.3, equation 26)."""
 
 
 class RetrievalInit(NamedTuple):
-    """How queries and keys start; gains are constants."""
+    """Holds the initialisers of queries and keys, and the initial gains of their norms."""
 
     query: Initializer
+    """Initialiser of the query projection."""
     keys: Initializer
+    """Initialiser of the keys."""
     query_gain: float
+    """Initial gain of the norm of queries."""
     key_gain: float
+    """Initial gain of the norm of keys."""
 
 
 class ChosenScores(NamedTuple):
-    """Moments of the m chosen scores of a token at a query gain of one."""
+    """Holds moments of the m chosen scores of a token, at a query gain of one."""
 
     mean: float
+    """Mean of the chosen scores."""
     mean_square: float
+    """Mean square of the chosen scores."""
 
 
 def memory_init(site: MemorySite) -> MemoryInit:
-    """Returns how table and readout start, as `ProductKeys.init` names it."""
+    """Returns the initialisation of table and readout that `ProductKeys.init` names."""
     return _inits(site)[1]
 
 
 def retrieval_init(site: MemorySite) -> RetrievalInit:
-    """Returns how queries and keys start, as `ProductKeys.init` names it."""
+    """Returns the initialisation of queries and keys that `ProductKeys.init` names."""
     return _inits(site)[0]
 
 
 def _inits(site: MemorySite) -> tuple[RetrievalInit, MemoryInit]:
     config: ProductKeys = site.config.address  # type: ignore[assignment]
-    table, around = site.config.table, site.around
-    d_k, d_v, d_p, embed_dim = config.key_dim, table.value_dim, table.pre_value_dim, around.embed_dim
+    table, context = site.config.table, site.context
+    d_k, d_v, d_p, embed_dim = config.key_dim, table.value_dim, table.pre_value_dim, context.embed_dim
     normal = jax.nn.initializers.normal
-    # PKM has no norms. Where they are switched on, scores are to start at a variance of one.
+    # PKM has no norms. If they are switched on, scores should start with a variance of one.
     retrieval = RetrievalInit(
         query=normal(1 / math.sqrt(embed_dim)),
         keys=_symmetric_uniform(1 / math.sqrt(d_k)),
@@ -66,7 +72,7 @@ def _inits(site: MemorySite) -> tuple[RetrievalInit, MemoryInit]:
     )
     rest = MemoryInit(
         values_std=1 / math.sqrt(d_v),
-        # x has a mean square of one, and so have the products with pre-values.
+        # x has a mean square of one, so the products with pre-values have one, too.
         pre_values_std=1 / math.sqrt(max(d_p, 1)),
         projection=normal(1 / math.sqrt(site.config.num_blocks * d_v)),
         input=normal(1 / math.sqrt(embed_dim)),
@@ -81,9 +87,9 @@ def _inits(site: MemorySite) -> tuple[RetrievalInit, MemoryInit]:
     if config.init == "v2":
         gain = _gain(config, scores.mean)
         spread = scores.mean_square / scores.mean**2  # 1 + σ_s²
-        variance = _V2_SCALE * around.inner_ratio * embed_dim
-        variance /= config.reads_per_token * spread * max(d_p, 1) * d_v * around.num_layers
-        # With pre-values it is the variance of a product of two, drawn with the same standard deviation.
+        variance = _V2_SCALE * context.inner_ratio * embed_dim
+        variance /= config.reads_per_token * spread * max(d_p, 1) * d_v * context.num_layers
+        # With pre-values, this is the variance of a product of two factors with the same standard deviation.
         std = variance ** (1 / 4 if d_p else 1 / 2)
         projection = normal(math.sqrt(_SMALL_INIT / embed_dim))
         rest = rest._replace(values_std=std, pre_values_std=std, projection=projection)
@@ -91,15 +97,15 @@ def _inits(site: MemorySite) -> tuple[RetrievalInit, MemoryInit]:
         gain = _gain(config, math.sqrt(scores.mean_square))
         power = second_moment("gelu") if table.pre_value_activation == "gelu" else 1.0
         power *= site.config.readout.power
-        spread_over = 2 * config.reads_per_token * around.num_layers * power
+        spread_over = 2 * config.reads_per_token * context.num_layers * power
         rest = rest._replace(values_std=math.sqrt(site.config.num_blocks / spread_over))
-    # Without norms the gain has no parameter of its own and goes into the weights of the query.
+    # Without a norm the gain has no parameter of its own, so it scales the weights of the query.
     query = normal((1.0 if config.norm_query else gain) / math.sqrt(embed_dim))
     return normed._replace(query=query, query_gain=gain), rest
 
 
 def _gain(config: "ProductKeys", chosen: float) -> float:
-    """The query gain that brings scores of size `chosen` to one; of a softmax, it is one.
+    """Returns the query gain that scales scores of size `chosen` to one; with a softmax, it is one.
 
     A Tucker score is bilinear in the query, a product-key score linear.
     """
@@ -110,12 +116,12 @@ def _gain(config: "ProductKeys", chosen: float) -> float:
 
 @functools.lru_cache(maxsize=64)
 def chosen_scores(config: "ProductKeys", num_virtual_keys: int) -> ChosenScores:
-    """What the retrieval chooses among random scores, by sampling it.
+    """Estimates, by sampling, moments of the scores that the retrieval chooses among random ones.
 
-    With keys of norm one, the score of a key is N(0, gain²) (per rank N(0, gain²/r) where the ranks split
-    d_k). Values drawn from N(0, E/(2·m·H·L)) give an output variance of 1/(2L) exactly if the m chosen scores
-    have mean square one; the paper writes the gain as 1/√E[Y] with Y their mean, and the two differ by the
-    spread of the m scores.
+    With keys of norm one, the score of a key is N(0, gain²) (per rank N(0, gain²/r) if the ranks split d_k).
+    Values drawn from N(0, E/(2·m·H·L)) give an output variance of exactly 1/(2L) if the m chosen scores have
+    mean square one. The paper writes the gain as 1/√E[Y] with Y their mean. The two differ by the spread of
+    the m scores.
 
     Args:
         config: of the memory.
@@ -146,7 +152,7 @@ def chosen_scores(config: "ProductKeys", num_virtual_keys: int) -> ChosenScores:
 
 
 def second_moment(activation: str) -> float:
-    """E[act(z)²] for z ~ N(0, 1), by Gauss-Hermite quadrature."""
+    """Returns E[act(z)²] for z ~ N(0, 1), by Gauss-Hermite quadrature; `activation` is `gelu` or `silu`."""
     z, weights = np.polynomial.hermite_e.hermegauss(64)
     if activation == "gelu":
         y = z * (1 + np.vectorize(math.erf)(z / math.sqrt(2))) / 2
@@ -156,7 +162,7 @@ def second_moment(activation: str) -> float:
 
 
 def _symmetric_uniform(bound: float) -> Initializer:
-    """U(-bound, bound)."""
+    """Returns the initialiser U(-bound, bound)."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -11,29 +11,29 @@ from ultramem_jax.layers.sowing import sow
 
 
 class SharedTables(nn.Module):
-    """Holds the one table that all memories of a config read, in its collection `memory`."""
+    """Holds the table that all memories of a config share, in its collection `memory`."""
 
     site: MemorySite
-    """Of any of them."""
+    """Site of any of these memories."""
 
     @nn.compact
     def __call__(self) -> Tables:
-        """Returns the tables."""
+        """Returns the shared arrays: `values` and, if slots are experts, `pre_values`."""
         return declare_tables(self, self.site)
 
 
 class Memory(nn.Module):
-    """Reads R rows of a table of N for every token; (x, *, train) -> y like every layer.
+    """Reads R of a table's N rows for every token; maps (x, *, train) to y like every layer.
 
     Collections besides `params`:
         memory: `values` (N, d_v) and `pre_values` (N, d_p), unless the caller gives the tables.
-        buffers: what the addresser keeps that is not trained.
-        reads (sown): `slots`, `blocks` (T, R), what was read, and `weights` (T, R, h), what it was summed
-            with; with pre-values also `inputs` (T, d_p).
+        buffers: what the addresser keeps and is not trained.
+        reads (sown): `slots` and `blocks` (T, R), the rows read and the blocks they are summed into;
+            `weights` (T, R, h), with which they are summed; with pre-values also `inputs` (T, d_p).
         perturbations: `pooled` (T, blocks, d_v) and, with pre-values, `products` (T, R), whose gradients are
             the cotangents of the pooled reads and of the products.
-            On a mesh they are what `ultramem_jax.ops.sharded_lookup` has at the owners of the tables, and so
-            are the reads.
+            On a mesh, perturbations and reads are those that `ultramem_jax.ops.sharded_lookup` has at the
+            owners of the tables.
         losses, metrics (sown): auxiliary losses; scores, output and others.
     """
 
@@ -49,21 +49,21 @@ class Memory(nn.Module):
         tables: Tables | None = None,
         chunk: Chunk | None = None,
     ) -> jax.Array:
-        """Reads the memory.
+        """Maps x (B, S, D) to (B, S, D), by reading the memory for every token.
 
         Args:
             x: (B, S, D).
-            train: unused, part of the call that all layers share.
-            token_ids: (B, S) int32, the tokens at these positions, for addressers that ask for them.
+            train: unused, but part of the call that all layers share.
+            token_ids: (B, S) int32, the tokens at these positions, for addressers that need them.
             tables: those of `SharedTables`; None if the layer has its own.
-            chunk: if given, x follows on what is in the collection `cache`, which must be mutable.
+            chunk: if given, x continues what is in the collection `cache`, which must be mutable.
 
         Returns:
             (B, S, D) in the computation's dtype.
         """
         del train
         site = self.site
-        x = x.astype(site.around.dtype)
+        x = x.astype(site.context.dtype)
         addresser = site.config.address.addresser(site, name="address")
         table = Table(site, name="table")
         readout = site.config.readout.readout(site, name="readout")

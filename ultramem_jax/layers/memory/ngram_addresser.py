@@ -1,4 +1,4 @@
-"""The module of the addresser `HashedNgrams`."""
+"""Implements the addresser of Engram, whose config is `HashedNgrams`."""
 
 import itertools
 
@@ -20,7 +20,7 @@ class NgramAddresser(nn.Module):
     """Hashes the n-grams that end at every token.
 
     Collections:
-        buffers: with canonical ids `canonical_ids` (V,) int32, token -> canonical id.
+        buffers: with canonical ids, `canonical_ids` (V,) int32, token -> canonical id.
         cache: `token_ids` (B, n_max - 1) int32, the last canonical ids.
     """
 
@@ -29,7 +29,7 @@ class NgramAddresser(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, token_ids: jax.Array | None, chunk: Chunk | None) -> Reads:
-        """Finds rows for token_ids (B, S); of x (B, S, D) only the dtype matters.
+        """Finds the rows for token_ids (B, S); of x (B, S, D) only the dtype matters.
 
         Raises:
             UserError: there are no token ids.
@@ -39,7 +39,7 @@ class NgramAddresser(nn.Module):
         config, site, padding = self.config, self.site, jnp.asarray(self.config.pad_id, jnp.int32)
         ids = token_ids.astype(jnp.int32)
         if config.num_canonical_ids:
-            size = site.around.vocab_size
+            size = site.context.vocab_size
             some = lambda: jnp.arange(size, dtype=jnp.int32) % config.num_canonical_ids  # noqa: E731
             canonical = jnp.asarray(self.variable("buffers", "canonical_ids", some).value, jnp.int32)
             ids, padding = canonical.at[ids].get(mode="clip"), canonical[config.pad_id]
@@ -51,13 +51,13 @@ class NgramAddresser(nn.Module):
         return Reads(slots, blocks, jnp.ones((*slots.shape, 1), x.dtype))
 
     def _hashed(self, ids: jax.Array, padding: jax.Array, chunk: Chunk | None) -> jax.Array:
-        """(B, S, R), rows of each head's own table."""
+        """Returns (B, S, R), the row of each head's own table."""
         config, site = self.config, self.site
         back = config.max_order - 1
         previous = jnp.broadcast_to(padding[None, None], (ids.shape[0], back))
         if chunk is not None and back:
             cached = jnp.asarray(self.get_variable(CACHE, "token_ids"))
-            # Of a sequence that has just begun there are fewer.
+            # A sequence that has just begun has fewer earlier tokens. The rest is padding.
             there = jnp.arange(back)[None] >= back - chunk.positions[:, :1]
             previous = jnp.where(there, cached, previous)
             sequence = jnp.concatenate([previous, ids], axis=1)
@@ -66,7 +66,7 @@ class NgramAddresser(nn.Module):
         factors = multipliers(
             config.seed,
             site.span.start,
-            config.num_canonical_ids or site.around.vocab_size,
+            config.num_canonical_ids or site.context.vocab_size,
             config.max_order,
         )
         return ngram_slots(

@@ -1,10 +1,11 @@
-"""The addresser of product keys: x -> query -> scores of both sides' keys -> m cells a head -> slots.
+"""Implements the addresser of product keys: x -> query -> scores of keys -> m cells a head -> slots.
 
-The steps themselves are the pure functions of `ultramem_jax.ops`; which of them are taken is said by
-`product_keys.ProductKeys`.
+The steps are pure functions of `ultramem_jax.ops`: `product_keys` has TDQKR and Multi-Core Scoring,
+`addressing` has Implicit Value Expansion. The config `product_keys.ProductKeys` chooses the steps.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
@@ -29,9 +30,9 @@ class ProductKeyAddresser(nn.Module):
     """Finds the m best cells of every token and head, and their rows.
 
     Collections besides `params`:
-        buffers: `row_direction` and `column_direction` (H, r), the last u and t, for their sign; with the
-            explicit shuffle also `permutation` (E·n²,).
-        cache: `query_inputs` (B, w - 1, D), the last inputs of a convolution w wide.
+        buffers: `row_direction` and `column_direction` (H, r), the last u and t, which decide the sign of the
+            next ones; with the explicit shuffle also `permutation` (E·n²,).
+        cache: `query_inputs` (B, w - 1, D), the last inputs of a convolution of width w.
         losses, metrics (sown): the auxiliary losses; scores and singular values.
     """
 
@@ -40,7 +41,7 @@ class ProductKeyAddresser(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, token_ids: jax.Array | None, chunk: Chunk | None) -> Reads:
-        """Finds rows for x (B, S, D); `token_ids` are not asked for."""
+        """Finds the rows for x (B, S, D); `token_ids` are not used."""
         del token_ids
         config, init = self.config, retrieval_init(self.site)
         queries = self.queries(self._convolved(x, chunk), init.query, init.query_gain)
@@ -48,7 +49,7 @@ class ProductKeyAddresser(nn.Module):
         retrieved = self._retrieve(queries, keys)
         weights = nn.softmax(retrieved.scores, axis=2) if config.softmax else retrieved.scores
         self._record_scores(weights)
-        # The R = H·m reads of a token side by side.
+        # The R = H·m reads of a token become one axis.
         blocks, slots, weights = (
             a.reshape(a.shape[0], -1, *a.shape[3:])
             for a in (*self._addresses(retrieved.rows, retrieved.columns), weights.astype(x.dtype))
@@ -56,7 +57,10 @@ class ProductKeyAddresser(nn.Module):
         return Reads(slots, blocks, weights)
 
     def _convolved(self, x: jax.Array, chunk: Chunk | None) -> jax.Array:
-        """Causal depthwise convolution over the sequence; starts as the identity. Tap i looks i back."""
+        """Applies the causal depthwise convolution over the sequence, which starts as the identity.
+
+        Tap i looks i positions back.
+        """
         width = self.config.query_conv_width
         if width == 0:
             return x
@@ -77,12 +81,12 @@ class ProductKeyAddresser(nn.Module):
 
     @property
     def _eps(self) -> float:
-        return self.site.around.norm_eps
+        return self.site.context.norm_eps
 
     def queries(self, x: jax.Array, init: nn.initializers.Initializer, gain: float) -> jax.Array:
-        """(T, 2, H, q, d): both sides' queries of every head and rank, of the width d that a rank has.
+        """Returns (T, 2, H, q, d), both sides' queries of every head and rank, of a rank's width d.
 
-        q is r, or 1 where the ranks share a query of full width.
+        q is r, or 1 if the ranks share a query of full width.
         """
         config, ranks = self.config, self.config.num_ranks
         kernel = matrix(self, "query", init, (x.shape[-1], 2 * config.num_queries * config.key_dim))
@@ -98,7 +102,7 @@ class ProductKeyAddresser(nn.Module):
         return jnp.broadcast_to(queries, (*queries.shape[:2], config.num_heads, *queries.shape[3:]))
 
     def keys(self, init: nn.initializers.Initializer, gain: float) -> jax.Array | ServedKeys:
-        """(2, S, r, K, d): both sides' keys of every head (or of all, S = 1) and rank, normed."""
+        """Returns (2, S, r, K, d), both sides' normed keys of every head (S = 1 if shared) and rank."""
         config = self.config
         if served := served_parameter(self, "keys"):
             return served
@@ -106,10 +110,10 @@ class ProductKeyAddresser(nn.Module):
         keys, scale = self.param("keys", init, shape, jnp.float32), None
         if config.norm_keys:
             scale = self.param("key_scale", nn.initializers.constant(gain), (config.key_dim,), jnp.float32)
-        return normed_keys(config, keys, scale, self._eps).astype(self.site.around.dtype)
+        return normed_keys(config, keys, scale, self._eps).astype(self.site.context.dtype)
 
     def _retrieve(self, queries: jax.Array, keys: jax.Array | ServedKeys) -> product_keys.Retrieved:
-        """The m cells of every token and head."""
+        """Retrieves the m best cells of every token and head."""
         config = self.config
         if config.tucker_rank == 0:
             directions = jnp.ones((2, config.num_heads, 1), jnp.float32)
@@ -124,7 +128,10 @@ class ProductKeyAddresser(nn.Module):
         return retrieved
 
     def core(self, keys: jax.Array | ServedKeys) -> tuple[jax.Array, jax.Array]:
-        """The Tucker cores (H, h, r, r), and u and t (2, H, r) of their sum, which served keys know."""
+        """Returns the Tucker cores (H, h, r, r), and u and t (2, H, r) of their sum.
+
+        Served keys contain u and t already.
+        """
         config = self.config
         shape = (config.num_heads, config.num_cores, config.tucker_rank, config.tucker_rank)
         cores = self.param("cores", nn.initializers.uniform(1.0), shape, jnp.float32)
@@ -144,7 +151,7 @@ class ProductKeyAddresser(nn.Module):
         return cores, jnp.stack([u, t])
 
     def _addresses(self, rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Virtual blocks and physical slots of the cells, same shape."""
+        """Returns virtual blocks and physical slots of the cells, same shape."""
         config, site = self.config, self.site
         virtual_keys, window_keys = config.num_virtual_keys(site), config.window_keys(site)
         if config.shuffle == "explicit":
@@ -168,14 +175,14 @@ class ProductKeyAddresser(nn.Module):
         return blocks, addressing.windowed(slots, site.window.first, site.num_slots)
 
     def _record_scores(self, scores: jax.Array) -> None:
-        """Mean over tokens and heads of the best and of the last chosen score, summed over cores."""
+        """Sows the means over tokens and heads of the best and the last chosen score, summed over cores."""
         total = scores.sum(-1)
         sow(self, "metrics", "top_1_score", total[..., 0].mean())
         sow(self, "metrics", "top_m_score", total[..., -1].mean())
 
 
 def normed_keys(config: "ProductKeys", keys: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
-    """Keys (2, S, r, K, d) under the norm of the config, if it has one: float32, same shape.
+    """Applies the norm of the config, if it has one, to keys (2, S, r, K, d): float32, same shape.
 
     Args:
         config: of the memory.
@@ -185,16 +192,19 @@ def normed_keys(config: "ProductKeys", keys: jax.Array, scale: jax.Array | None,
     """
     if scale is None:
         return keys
-    # A key is d_k wide. Where the ranks split it, its norm is over all of its parts.
+    # A key has width d_k. If the ranks split it, its norm is over all of its parts.
     split = config.rank_keys == "split"
     gain = scale.reshape(config.num_ranks if split else 1, 1, config.rank_key_dim)
     return _rms_norm(keys, (2, 4) if split else (4,), gain, eps)
 
 
 def served_keys(
-    site: MemorySite, config: "ProductKeys", params: dict[str, Any], buffers: dict[str, Any]
+    site: MemorySite,
+    config: "ProductKeys",
+    params: Mapping[str, jax.Array],
+    buffers: Mapping[str, jax.Array],
 ) -> ServedKeys:
-    """Returns the keys of a memory as a model that is served has them.
+    """Returns the keys of a memory as a served model holds them.
 
     Args:
         site: the memory.
@@ -202,12 +212,12 @@ def served_keys(
         params: its parameters.
         buffers: its buffers, for the sign of the singular vectors.
     """
-    keys = normed_keys(config, params["keys"], params.get("key_scale"), site.around.norm_eps)
+    keys = normed_keys(config, params["keys"], params.get("key_scale"), site.context.norm_eps)
     directions = jnp.ones((2, config.num_heads, 1), jnp.float32)
     if config.tucker_rank:
         last = buffers["row_direction"], buffers["column_direction"]
         directions = jnp.stack(product_keys.leading_singular_vectors(params["cores"].sum(1), *last))
-    return serve_keys(keys.astype(site.around.dtype), directions)
+    return serve_keys(keys.astype(site.context.dtype), directions)
 
 
 def _rms_norm(x: jax.Array, axes: tuple[int, ...], scale: jax.Array, eps: float) -> jax.Array:

@@ -1,7 +1,6 @@
-"""The module of the readout `Projection`."""
+"""Implements the readout of product-key memories, whose config is `Projection`."""
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,17 +13,28 @@ from ultramem_jax.ops.linear import project
 
 
 class ProjectionReadout(nn.Module):
-    """Makes (B, S, D) of pooled values (T, E, d_v)."""
+    """Maps pooled values (T, E, d_v) to the output (B, S, D)."""
 
     site: MemorySite
     config: Projection
 
     @nn.compact
     def __call__(self, pooled: jax.Array, x: jax.Array, chunk: Chunk | None) -> jax.Array:
-        """Applies gate and projection; `chunk` is unused, as nothing here looks back."""
+        """Applies gate and projection; `chunk` is unused, because this readout does not look back.
+
+        Args:
+            pooled: (T, E, d_v), pooled values.
+            x: (B, S, D), hidden states, for the gate.
+            chunk: unused.
+
+        Returns:
+            (B, S, D).
+        """
         del chunk
         shapes, init = self.config.parameters(self.site), self.site.initial
-        default: Any = nn.initializers.normal(1 / math.sqrt(pooled.shape[1] * pooled.shape[2]))
+        default: nn.initializers.Initializer = nn.initializers.normal(
+            1 / math.sqrt(pooled.shape[1] * pooled.shape[2])
+        )
         y = pooled.reshape(pooled.shape[0], -1)
         if self.config.gate:
             kernel = matrix(self, "gate", init.input or nn.initializers.lecun_normal(), shapes["gate"].shape)

@@ -1,40 +1,47 @@
-"""The readout of product-key memories: pooled values, perhaps gated, and projected to the model's width."""
+"""Configures the readout of product-key memories: pooled values, optionally gated, projected to width D."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ultramem_jax.config.memory import MemoryConfig, MemorySite
 from ultramem_jax.config.memory_kinds import READOUTS
-from ultramem_jax.config.memory_parts import Around, Parameter, ReadoutConfig
+from ultramem_jax.config.memory_parts import ModelContext, Parameter, ReadoutConfig
+
+if TYPE_CHECKING:
+    from flax import linen as nn
 
 
 @READOUTS.add("projection")
 @dataclass(frozen=True)
 class Projection(ReadoutConfig):
-    """Projects the blocks of a token, side by side, to D. UltraMem's change 2 switches the projection on."""
+    """Projects the concatenated blocks of a token to width D; the projection is UltraMem's change 2."""
 
     kind: Literal["projection"] = "projection"
     project_values: bool = True
-    """A linear map (E·d_v -> D) after pooling; without it d_v must equal D and the blocks be one."""
+    """Whether a linear map (E·d_v -> D) follows the pooling; without it d_v must be D, and E one."""
     sum_blocks: bool = False
-    """The E blocks are summed before the projection, which is then one of d_v -> D (UltraMemV2)."""
+    """Whether the E blocks are summed before the projection, which then maps d_v -> D (UltraMemV2)."""
     gate: bool = False
-    """The pooled values are multiplied by SiLU(W·x) before the projection (Memory+)."""
+    """Whether the pooled values are multiplied by SiLU(W·x) before the projection (Memory+)."""
 
     @property
     def sums_blocks(self) -> bool:
-        """See `sum_blocks`."""
+        """Tells whether the E blocks are summed before the projection."""
         return self.sum_blocks
 
     @property
     def power(self) -> float:
-        """E[SiLU(z)²] for z ~ N(0, 1) with a gate, else 1."""
+        """Returns the gate's mean square, E[SiLU(z)²] for z ~ N(0, 1), or 1 without a gate."""
         from ultramem_jax.layers.memory.initializers import second_moment
 
         return second_moment("silu") if self.gate else 1.0
 
     def check(self, memory: MemoryConfig) -> None:
-        """Refuses blocks that nothing projects or that a gate does not fit."""
+        """Refuses several blocks without a projection, or with a gate.
+
+        Raises:
+            UserError: there are several blocks, and `project_values` is False or `gate` is True.
+        """
         blocks = memory.num_blocks
         memory.require(
             blocks == 1 or self.project_values,
@@ -47,17 +54,21 @@ class Projection(ReadoutConfig):
             f"must be False while {blocks} blocks of the address are not summed: it gates d_v values",
         )
 
-    def check_model(self, memory: MemoryConfig, around: Around) -> None:
-        """Refuses values that are not as wide as the model where nothing projects them."""
+    def check_model(self, memory: MemoryConfig, context: ModelContext) -> None:
+        """Refuses values that are not as wide as the model if nothing projects them.
+
+        Raises:
+            UserError: `project_values` is False and `value_dim` is not `embed_dim`.
+        """
         memory.require(
-            self.project_values or memory.table.value_dim == around.embed_dim,
+            self.project_values or memory.table.value_dim == context.embed_dim,
             "table.value_dim",
-            f"must equal embed_dim = {around.embed_dim} while project_values is False",
+            f"must equal embed_dim = {context.embed_dim} while project_values is False",
         )
 
     def parameters(self, site: MemorySite) -> dict[str, Parameter]:
         """Returns the gate (D, d_v) and the projection (E·d_v, D)."""
-        d, width = site.around.embed_dim, site.config.table.value_dim
+        d, width = site.context.embed_dim, site.config.table.value_dim
         found = {}
         if self.gate:
             found["gate"] = Parameter((d, width), ("embed", None), "gate")
@@ -66,12 +77,12 @@ class Projection(ReadoutConfig):
             found["projection"] = Parameter(shape, (None, "embed"), "projection")
         return found
 
-    def readout(self, site: MemorySite, name: str | None = None) -> Any:
-        """Returns the module."""
+    def readout(self, site: MemorySite, name: str | None = None) -> "nn.Module":
+        """Returns the Flax module of this readout, `ProjectionReadout`."""
         from ultramem_jax.layers.memory.projection import ProjectionReadout
 
         return ProjectionReadout(site, self, name=name)
 
     def in_words(self) -> list[str]:
-        """Returns whether there is a gate."""
+        """Describes the gate in words, if there is one."""
         return ["gate"] if self.gate else []

@@ -1,4 +1,4 @@
-"""Declares and looks up the rows that memories read: values and, where slots are experts, pre-values."""
+"""Declares and looks up the rows that memories read: values and, if slots are experts, pre-values."""
 
 import flax.linen as nn
 import jax
@@ -16,20 +16,20 @@ from ultramem_jax.ops.rows import stored_dtype, to_stored
 from ultramem_jax.ops.sharded_lookup import first_slot
 
 Tables = dict[str, jax.Array]
-"""`values` (N, d_v) and, if d_p > 0, `pre_values` (N, d_p), as `ultramem_jax.ops.rows` stores them."""
+"""Arrays `values` (N, d_v) and, if d_p > 0, `pre_values` (N, d_p), as `ultramem_jax.ops.rows` stores them."""
 
 _BLOCK_VALUES = 1 << 20
-"""Values of a table drawn at a time."""
+"""Number of values of a table that are drawn at a time."""
 
 
 def declare_tables(module: nn.Module, site: MemorySite) -> Tables:
-    """Declares the table of a memory in the module's collection `memory`, apart from `params`.
+    """Declares the table of a memory in the module's collection `memory`.
 
-    Tables are trained by rows.
+    It is not in `params`, because tables are trained by rows.
     """
     config, tables = site.config.table, {}
     for name, width in config.arrays.items():
-        # Default arguments, because the loop goes on before a lambda is called.
+        # The lambda has default arguments, because the loop may change the variables before it is called.
         draw = lambda name=name, width=width: draw_table(  # noqa: E731
             module.make_rng("params"),
             site.num_slots,
@@ -42,18 +42,21 @@ def declare_tables(module: nn.Module, site: MemorySite) -> Tables:
 
 
 class Table(nn.Module):
-    """Looks up what was read: (reads, x, tables) -> pooled sums (T, E, d_v), recorded for training."""
+    """Looks up the rows of reads, pools them to (T, E, d_v), and records what row updates need."""
 
     site: MemorySite
 
     @nn.compact
     def __call__(self, reads: Reads, x: jax.Array, tables: Tables | None) -> jax.Array:
-        """Looks up rows.
+        """Looks up the rows of reads and pools them to (T, E, d_v).
 
         Args:
-            reads: of every token.
-            x: (T, D), which pre-values are multiplied with.
+            reads: the reads of every token.
+            x: (T, D), with which pre-values are multiplied.
             tables: those that memories share; None for the memory's own.
+
+        Returns:
+            The pooled sums, (T, E, d_v).
         """
         config, num_blocks = self.site.config, self.site.config.num_blocks
         blocks = jnp.zeros_like(reads.blocks) if config.readout.sums_blocks else reads.blocks
@@ -78,7 +81,7 @@ class Table(nn.Module):
         return sharded_lookup.pooled_at_tokens(self._perturbed("pooled", sums))
 
     def _activations(self, pre_values: jax.Array, slots: jax.Array, x: jax.Array) -> jax.Array:
-        """(T, R): act(u·p) of every slot read, u its pre-value and p the token's projection of x."""
+        """Returns (T, R), act(u·p) of every slot read: u is its pre-value, p the token's projection of x."""
         config = self.site.config.table
         if config.project_pre_values:
             shape = (x.shape[-1], config.pre_value_dim)
@@ -90,20 +93,21 @@ class Table(nn.Module):
         return nn.gelu(products, approximate=False) if config.pre_value_activation == "gelu" else products
 
     def _perturbed(self, name: str, value: jax.Array) -> jax.Array:
-        # A perturbation has the shape of a batch: it is the training step's, not a variable of the layer.
+        # A perturbation has the shape of a batch, so it belongs to the training step. Initialisation must not
+        # make it a variable of the layer.
         return value if self.is_initializing() else self.perturb(name, value)
 
 
 def draw_table(key: jax.Array, num_slots: int, width: int, std: float, dtype: str = "float32") -> jax.Array:
-    """A table (N, width) of N(0, std²), drawn block by block, as `ultramem_jax.ops.rows` stores `dtype`.
+    """Draws a table (N, width) from N(0, std²), part by part, as `ultramem_jax.ops.rows` stores `dtype`.
 
-    The generator's bits for a whole table would take a multiple of the table; these take that of a block.
+    The generator's bits take several times the bytes of what is drawn, so only one part is drawn at a time.
     """
     rows = min(max(_BLOCK_VALUES // width, 1), num_slots)
     stored = stored_dtype(dtype)
 
     def block_of(key: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """A block's first row, and the block. The last one starts early enough to fit in."""
+        """Returns a part's first row, and the part; the last part starts early enough to fit in."""
         start = jnp.minimum(block * rows, num_slots - rows)
         drawn = std * jax.random.normal(jax.random.fold_in(key, block), (rows, width), jnp.float32)
         return start, to_stored(drawn, stored)
@@ -116,9 +120,9 @@ def draw_table(key: jax.Array, num_slots: int, width: int, std: float, dtype: st
         return jax.lax.fori_loop(0, -(-num_slots // rows), fill, jnp.zeros((num_slots, width), stored))
 
     def draw_part(key: jax.Array) -> jax.Array:
-        """Rows and columns of the same table that a device owns, from the blocks that they are in.
+        """Draws the rows and columns of the same table that a device owns.
 
-        Blocks have whole rows: devices that own columns all draw the same ones, and keep their part.
+        Parts have whole rows. So devices that own columns all draw the same parts, and keep their columns.
         """
         assert axes is not None
         own_rows, own_width = num_slots // axes.size(axes.slots), width // axes.size(axes.width)

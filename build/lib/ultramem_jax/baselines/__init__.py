@@ -1,0 +1,1 @@
+"""Provides the baselines of memories, and finds their shapes of equal cost."""

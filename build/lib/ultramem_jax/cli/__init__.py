@@ -1,0 +1,1 @@
+"""Provides the command line that all commands and experiments share."""

@@ -1,0 +1,27 @@
+"""Lists the commands that `ultramem` and `python launch.py` run; each is a module with a `main()`."""
+
+from ultramem_jax.cli.launcher import Command
+
+COMMANDS = {
+    "train": Command(
+        "ultramem_jax.commands.train",
+        "train a language model, or resume an interrupted run",
+        in_several_processes=True,
+    ),
+    "evaluate": Command(
+        "ultramem_jax.commands.evaluate",
+        "validation and test bits per byte of a checkpoint, optionally with a sliding window",
+    ),
+    "generate": Command(
+        "ultramem_jax.commands.generate", "continue a prompt, or a batch of prompts, with a checkpoint"
+    ),
+    "count": Command(
+        "ultramem_jax.commands.count",
+        "parameters, FLOPs and bytes read per token of the presets, without building them",
+    ),
+    "plan": Command(
+        "ultramem_jax.commands.plan",
+        "bytes, collectives and time of a step on any mesh, without its devices",
+    ),
+}
+"""Commands by their names on the command line, in the order in which they are listed."""

@@ -1,0 +1,67 @@
+"""Continues a prompt, or a batch of prompts, with a run's checkpoint, and writes the text as it is generated.
+
+The text goes to standard output. At the end, a line on standard error says how long it took.
+
+    python launch.py generate --workdir=runs/demo --prompt='import ' --num_tokens=100
+"""
+
+import sys
+
+from absl import flags
+
+from ultramem_jax.commands.continuations import write_continuations
+from ultramem_jax.data import Tokenizer
+from ultramem_jax.models.cache import CACHE_DTYPES
+from ultramem_jax.models.generation import Generator, text_generator
+from ultramem_jax.models.sampling import Sampling
+from ultramem_jax.training.restore import load_model
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder of the run")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "`last`, `best` (validation loss), or a step")
+PROMPT = flags.DEFINE_multi_string(
+    "prompt",
+    ["def "],
+    "text to continue; several prompts are decoded as one batch, and each finished text is printed under its "
+    "prompt, in order",
+)
+NUM_TOKENS = flags.DEFINE_integer("num_tokens", 200, "tokens to add to each prompt, at most", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.7, "temperature of the sampling; 0: takes the likeliest token", lower_bound=0.0
+)
+TOP_K = flags.DEFINE_integer("top_k", 0, "samples from the k likeliest tokens; 0: from all", lower_bound=0)
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "samples from the likeliest tokens that together have this probability, in (0, 1]"
+)
+SEED = flags.DEFINE_integer("seed", 0, "seed of the sampling", lower_bound=0, upper_bound=2**32 - 1)
+CACHE_DTYPE = flags.DEFINE_enum(
+    "cache_dtype",
+    "float32",
+    CACHE_DTYPES,
+    "dtype of the cached keys and values",
+)
+WINDOW = flags.DEFINE_integer(
+    "window", 0, "maximum context length in tokens; 0: data.seq_len, the length in training", lower_bound=0
+)
+
+
+def main() -> None:
+    """Writes the prompts and their continuations."""
+    generator, tokenizer = _load()
+    summary = write_continuations(generator, tokenizer, PROMPT.value, NUM_TOKENS.value, SEED.value)
+    print(summary, file=sys.stderr)
+
+
+def _load() -> tuple[Generator, Tokenizer]:
+    """Returns the generator that the flags describe, and its tokenizer; keeps nothing else that it loads."""
+    # Made first: a value that is not allowed is reported before anything is read.
+    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+    loaded = load_model(WORKDIR.value, CHECKPOINT.value)
+    generator = text_generator(
+        loaded.config.model,
+        loaded.variables,
+        loaded.tokenizer,
+        window=WINDOW.value or loaded.config.data.seq_len,
+        sampling=sampling,
+        cache_dtype=CACHE_DTYPE.value,
+    )
+    return generator, loaded.tokenizer

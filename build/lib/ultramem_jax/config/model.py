@@ -1,0 +1,200 @@
+"""Configures the shape of a Transformer: its layers, its experts and its memories."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ultramem_jax.config.field_types import Checked, built_at
+from ultramem_jax.config.frozen_dict import FrozenDict
+from ultramem_jax.config.limits import LARGEST
+from ultramem_jax.config.memory import MemoryConfig, MemorySite
+from ultramem_jax.config.memory_parts import ModelContext
+from ultramem_jax.config.placement import parse_placement
+from ultramem_jax.errors import at_least, fraction, guards_a_denominator, require
+
+
+@dataclass(frozen=True)
+class MoEConfig(Checked):
+    """Configures a Mixture of Experts that replaces the MLP of every layer, with dropless top-k routing."""
+
+    PREFIX = "model.moe."
+
+    num_experts: int = 32
+    """X, experts of a layer."""
+    top_k: int = 2
+    """k, experts that a token visits."""
+    expert_dim: int = 256
+    """F, inner width of one expert."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Kind of the experts' MLPs: `gelu` (the UltraMem paper's baseline) or `swiglu` (OLMoE's)."""
+    normalize_gates: bool = True
+    """True if the k gates are divided by their sum (top-2 models); OLMoE keeps the values of the softmax."""
+    load_balance_weight: float = 0.01
+    """Weight of the loss X·Σ f_i·p_i (Switch Transformer, arXiv 2101.03961; OLMoE uses 0.01). f and p are
+    those of a micro-batch, over all devices of a mesh. With `TrainConfig.grad_accumulation` the loss is the
+    mean over the micro-batches, which differs slightly from the loss of the whole batch."""
+    router_z_weight: float = 1e-3
+    """Weight of the loss mean(logsumexp(router logits)²) (ST-MoE, arXiv 2202.08906)."""
+    auxiliary_over_layers: Literal["sum", "mean"] = "sum"
+    """Reduction of the two losses over all layers with experts: `sum` (Switch Transformer), or `mean`, as in
+    OLMoE's code (arXiv 2409.02060), so that their weight does not grow with depth."""
+    implementation: Literal["auto", "blocks", "ragged"] = "auto"
+    """Implementation of the experts. `blocks`: tokens sorted by expert into padded blocks. `ragged`:
+    `jax.lax.ragged_dot`. `auto` takes `ragged` on GPU and TPU, and `blocks` on CPU, where `ragged_dot`
+    multiplies by every expert."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, model__moe__num_experts=self.num_experts, model__moe__top_k=self.top_k)
+        require(
+            self.num_experts < 2**31, "model.moe.num_experts", self.num_experts, "must be below 2**31: int32"
+        )
+        at_least(1, model__moe__expert_dim=self.expert_dim)
+        at_least(0, model__moe__load_balance_weight=self.load_balance_weight)
+        at_least(0, model__moe__router_z_weight=self.router_z_weight)
+        require(
+            self.top_k <= self.num_experts,
+            "model.moe.top_k",
+            self.top_k,
+            f"must be at most num_experts = {self.num_experts}",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig(Checked):
+    """Configures a pre-norm decoder. `moe` replaces the MLPs and `memories` are added; both are optional."""
+
+    PREFIX = "model."
+
+    vocab_size: int = 257
+    """V, size of the vocabulary. The default has all bytes and one end-of-document token; see
+    `ultramem_jax.data.tokenizers`."""
+    embed_dim: int = 128
+    """D, width of the residual stream."""
+    num_layers: int = 4
+    """L, Transformer layers."""
+    num_heads: int = 4
+    """A, attention heads; each is D/A wide."""
+    num_kv_heads: int = 4
+    """Attention heads of keys and values; fewer than `num_heads` is grouped-query attention."""
+    attention_qk_norm: bool = False
+    """True for RMS norms with gain over the queries of all heads and over the keys of all heads (OLMoE, arXiv
+    2409.02060)."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """Kind of the MLPs: `gelu` or `swiglu`."""
+    mlp_dim: int = 512
+    """F, inner width of the MLPs."""
+    moe: MoEConfig | None = None
+    """Experts that replace the MLPs, or None."""
+    memories: Mapping[str, MemoryConfig] = field(default_factory=FrozenDict)
+    """Memories by name. A model may combine several kinds; each name has its own places and tables. Metrics
+    and parameters of memory `index` of a name are called `name_index`."""
+    tie_embeddings: bool = True
+    """True if the output projection is the transposed embedding."""
+    dropout: float = 0.0
+    """Probability of dropout after the embedding, attention, the feed-forward and the memory."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the computation, `float32` or `bfloat16`. Dense parameters and experts are always float32;
+    `TableConfig.dtype` sets the dtype of tables."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary position frequencies (RoFormer, arXiv 2104.09864)."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMS norms."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, model__vocab_size=self.vocab_size, model__embed_dim=self.embed_dim)
+        at_least(1, model__num_layers=self.num_layers, model__num_heads=self.num_heads)
+        at_least(1, model__num_kv_heads=self.num_kv_heads, model__mlp_dim=self.mlp_dim)
+        fraction(model__dropout=self.dropout)
+        require(
+            1 < self.rope_theta <= 1e12, "model.rope_theta", self.rope_theta, "must be above 1, at most 1e12"
+        )
+        guards_a_denominator("model.norm_eps", self.norm_eps)
+        for name, most in LARGEST.items():
+            allowed = f"must be at most {most:,}"
+            require(getattr(self, name) <= most, f"model.{name}", getattr(self, name), allowed)
+        require(
+            self.embed_dim % (2 * self.num_heads) == 0,
+            "model.num_heads",
+            self.num_heads,
+            f"embed_dim / num_heads must be an even number, embed_dim is {self.embed_dim}",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "model.num_kv_heads",
+            self.num_kv_heads,
+            f"must divide num_heads = {self.num_heads}",
+        )
+        object.__setattr__(self, "memories", FrozenDict(self.memories))
+        for name, memory in self.memories.items():
+            right = isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name) and name != "layer"
+            allowed = "must be lower-case letters, digits and underscores, and not 'layer'"
+            require(bool(right), "name in model.memories", name, allowed)
+            require(
+                isinstance(memory, MemoryConfig), f"model.memories.{name}", memory, "must be a MemoryConfig"
+            )
+        _ = self.sites  # reports a malformed placement now, not when the model is built
+
+    @functools.cached_property
+    def sites(self) -> tuple[MemorySite, ...]:
+        """Returns all memories, grouped by name; those of one name are in the order of its placement."""
+        found: list[MemorySite] = []
+        inner = self.moe.top_k * self.moe.expert_dim if self.moe else self.mlp_dim
+        for group, memory in self.memories.items():
+            path = f"model.memories.{group}"
+            spans = parse_placement(memory.placement, self.num_layers, f"{path}.placement")
+            context = ModelContext(
+                embed_dim=self.embed_dim,
+                num_layers=self.num_layers,
+                vocab_size=self.vocab_size,
+                inner_ratio=inner / self.embed_dim,
+                dtype=self.dtype,
+                norm_eps=self.norm_eps,
+                starts=tuple(span.start for span in spans),
+            )
+            with built_at(path):
+                memory.readout.check_model(memory, context)
+                memory.require(
+                    memory.table.project_pre_values or memory.table.pre_value_dim == self.embed_dim,
+                    "table.pre_value_dim",
+                    f"must equal embed_dim = {self.embed_dim} while project_pre_values is False",
+                )
+                layout = memory.address.layout(memory, context)
+            with built_at(f"{path}.address"):
+                others = [other.address for name, other in self.memories.items() if name != group]
+                memory.address.check_beside(others)
+            found += [MemorySite(group, i, span, memory, context, layout) for i, span in enumerate(spans)]
+        stood_in = [site.span.start for site in found if site.span.place == "instead"]
+        twice = next((layer for layer in stood_in if stood_in.count(layer) > 1), None)
+        require(twice is None, "model.memories", f"instead@{twice}, twice", "a layer has one feed-forward")
+        return tuple(found)
+
+    @property
+    def memory(self) -> MemoryConfig | None:
+        """Returns the only memory config of the model, or None.
+
+        Raises:
+            UserError: there are several.
+        """
+        require(
+            len(self.memories) <= 1,
+            "model.memories",
+            list(self.memories),
+            "must be one memory for this, or none",
+        )
+        return next(iter(self.memories.values()), None)
+
+    def with_memory(self, memory: MemoryConfig) -> "ModelConfig":
+        """Returns the model with another config of its only memory, which keeps its name."""
+        assert self.memory is not None
+        return dataclasses.replace(self, memories={name: memory for name in self.memories})
+
+    @property
+    def feed_forward_layers(self) -> tuple[int, ...]:
+        """Returns the layers, from 1, that have a feed-forward: those in which no memory replaces it."""
+        stood_in = {site.span.start for site in self.sites if site.span.place == "instead"}
+        return tuple(layer for layer in range(1, self.num_layers + 1) if layer not in stood_in)

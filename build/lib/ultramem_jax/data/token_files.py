@@ -1,0 +1,85 @@
+"""Keeps a tokenized corpus: one file of token ids per split, and a description of them.
+
+`SPLIT.tokens` holds the ids of a split end to end, little-endian, without a header; `corpus.json` says how
+many there are, and what they are. Files are mapped into memory, so that opening them reads nothing.
+"""
+
+import json
+from pathlib import Path
+from typing import BinaryIO, TypedDict, cast
+
+import numpy as np
+
+from ultramem_jax.errors import UserError, require
+
+_DESCRIPTION = "corpus.json"
+
+
+class Description(TypedDict):
+    """Describes the tokens of a corpus."""
+
+    corpus_hash: str
+    """The sha256 of `sources.CorpusHash`."""
+    dataset: str
+    tokenizer: str
+    tokenizer_hash: str
+    """The `Tokenizer.fingerprint`."""
+    vocab_size: int
+    num_tokens: dict[str, int]
+    """Tokens per split, end-of-document tokens included."""
+    num_bytes: dict[str, int]
+    """Bytes per split, only of the documents."""
+    num_documents: dict[str, int]
+
+
+def append_tokens(file: BinaryIO, ids: np.ndarray, vocab_size: int) -> None:
+    """Appends token ids (n,), all in [0, vocab_size), to the file of a split."""
+    file.write(ids.astype(_dtype(vocab_size)).tobytes())
+
+
+def tokens_path(folder: Path, split: str) -> Path:
+    """Returns the file that holds the tokens of a split."""
+    return folder / f"{split}.tokens"
+
+
+def write_description(folder: Path, description: Description) -> None:
+    """Writes the description of the tokens in `folder`."""
+    (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
+
+
+def read_description(folder: Path) -> Description:
+    """Returns the description of the tokens in `folder`.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = folder / _DESCRIPTION
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: must be what describes the tokens beside it; {_again(folder)}") from error
+    missing = not isinstance(found, dict) or Description.__required_keys__ - found.keys()
+    require(not missing, str(path), _DESCRIPTION, f"must describe the tokens beside it; {_again(folder)}")
+    return cast(Description, found)
+
+
+def open_tokens(folder: Path, split: str) -> np.ndarray:
+    """Returns the token ids of a split, (num_tokens,) uint16, or int32 for more than 65,536 ids; read-only.
+
+    Raises:
+        UserError: the file is missing, or longer or shorter than its description says.
+    """
+    description, path = read_description(folder), tokens_path(folder, split)
+    size, dtype = description["num_tokens"][split], _dtype(description["vocab_size"])
+    expected = size * dtype.itemsize
+    found = path.stat().st_size if path.is_file() else 0
+    require(found == expected, str(path), f"{found:,} bytes", f"must have {expected:,}; {_again(folder)}")
+    return np.memmap(path, dtype, "r", shape=(size,)) if size else np.empty(0, dtype)
+
+
+def _again(folder: Path) -> str:
+    return f"delete the folder {folder}, and it is made again"
+
+
+def _dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")

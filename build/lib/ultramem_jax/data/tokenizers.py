@@ -1,0 +1,247 @@
+"""Turns bytes into token ids and back: raw bytes, or byte-pair encoding trained on the corpus.
+
+Both are lossless for every byte string, text or not. Both have one end-of-document token, which no document
+can produce by itself.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+from ultramem_jax.errors import UserError
+from ultramem_jax.files import replace_text
+
+EOS_TOKEN = "<|endoftext|>"
+"""Written form of the end-of-document token in the JSON of a BPE tokenizer."""
+
+_PIECE_BYTES = 1 << 16
+"""Most bytes of a piece into which a document is cut (at a line end where there is one)."""
+_PIECES_PER_CALL = 64
+"""Number of pieces encoded in parallel. The library needs about 100 bytes per token while it encodes."""
+
+
+class Tokenizer(Protocol):
+    """Describes what the pipeline needs of a tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """Name of the tokenizer in `DataConfig.tokenizer`."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of ids, including the end-of-document token."""
+
+    @property
+    def eos_id(self) -> int:
+        """The id of the end-of-document token."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of tokens that are not text, including the end-of-document token."""
+
+    @property
+    def id_bytes(self) -> np.ndarray:
+        """The number of bytes that each id stands for, (V,) int32; 0 for the end-of-document token."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the map from bytes to ids: 64 hexadecimal digits, equal for equal vocabularies."""
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """Returns the ids of one document, (num_tokens,) int32, without an end-of-document token."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """Returns the bytes of `ids`. End-of-document tokens yield nothing.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+
+
+class ByteTokenizer:
+    """Makes one token of each byte: ids 0 to 255 are the bytes, and 256 ends a document."""
+
+    name = "bytes"
+    vocab_size = 257
+    eos_id = 256
+    special_ids = frozenset({256})
+    id_bytes = np.append(np.ones(256, np.int32), np.int32(0))
+    fingerprint = hashlib.sha256(b"bytes").hexdigest()
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """Returns the bytes as ids; see `Tokenizer.encode`.
+
+        >>> ByteTokenizer().encode(b"hi").tolist()
+        [104, 105]
+        """
+        return np.frombuffer(data, np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """Returns the ids as bytes; see `Tokenizer.decode`.
+
+        >>> ByteTokenizer().decode([104, 105, 256])
+        b'hi'
+        """
+        array = _check_ids(ids, self.vocab_size)
+        return array[array != self.eos_id].astype(np.uint8).tobytes()
+
+
+class BpeTokenizer:
+    """Applies byte-level byte-pair encoding (Radford et al. 2019, GPT-2), with the library `tokenizers`.
+
+    The library is by Hugging Face. Valid UTF-8 is split by GPT-2's regular expression and merged. Bytes that
+    are not UTF-8 become one token each. The vocabulary is smaller than asked for when the corpus has fewer
+    pairs to merge.
+    """
+
+    name = "bpe"
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        # Without this, the written form of EOS_TOKEN in a document would encode to eos_id and lose text.
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self.vocab_size: int = backend.get_vocab_size()
+        id_of = backend.get_vocab()
+        self.eos_id: int = id_of[EOS_TOKEN]
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset({self.eos_id, *(i for i, token in added.items() if token.special)})
+        characters = _byte_characters()
+        byte_of = {character: byte for byte, character in characters.items()}
+        self._bytes_of_id = [b""] * self.vocab_size
+        for token, i in id_of.items():
+            if i != self.eos_id:
+                self._bytes_of_id[i] = bytes(byte_of[character] for character in token)
+        self._id_of_byte = np.array([id_of[characters[byte]] for byte in range(256)], np.int32)
+        self.id_bytes = np.array([len(data) for data in self._bytes_of_id], np.int32)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides which ids a text becomes; see `Tokenizer.fingerprint`."""
+        tree = json.loads(self._backend.to_str())
+        # Merges are pairs in newer versions of the library, and strings with a blank in older ones.
+        merges = tree["model"]["merges"]
+        tree["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
+        del tree["version"]
+        content = json.dumps(_without_nothing(tree), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @classmethod
+    def train(cls, documents: Iterable[bytes], vocab_size: int) -> "BpeTokenizer":
+        """Learns merges from `documents`. `vocab_size` counts the 256 bytes and the end-of-document token."""
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOS_TOKEN],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        runs = (run for data in documents for run in _runs(data))
+        backend.train_from_iterator((run for run in runs if isinstance(run, str)), trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: Path) -> "BpeTokenizer":
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: there is no such file, or it holds no byte-level BPE tokenizer with `EOS_TOKEN`.
+        """
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: must be a file, the tokenizer of byte-level BPE")
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except (
+            BaseException
+        ) as error:  # the library raises Exception itself or, where it panics, a BaseException
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
+            raise UserError(f"{path}: must be a tokenizer of byte-level BPE: {reason}") from None
+
+    def save(self, path: Path) -> None:
+        """Writes the JSON of the `tokenizers` library. The file appears whole or not at all."""
+        replace_text(path, self._backend.to_str(pretty=True))
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """Returns the ids of a document; see `Tokenizer.encode`."""
+        ids: list[np.ndarray] = [np.empty(0, np.int32)]
+        runs = _runs(data)
+        while group := list(itertools.islice(runs, _PIECES_PER_CALL)):
+            texts = [run for run in group if isinstance(run, str)]
+            encoded = iter(self._backend.encode_batch_fast(texts, add_special_tokens=False))
+            for run in group:
+                if isinstance(run, str):
+                    ids.append(np.asarray(next(encoded).ids, np.int32))
+                else:
+                    ids.append(self._id_of_byte[np.frombuffer(run, np.uint8)])
+        return np.concatenate(ids)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """Returns the bytes of ids; see `Tokenizer.decode`."""
+        return b"".join(self._bytes_of_id[i] for i in _check_ids(ids, self.vocab_size))
+
+
+def _without_nothing(tree: object) -> object:
+    """Returns the tree without null or false entries, which a later version of the library may add."""
+    if isinstance(tree, dict):
+        return {key: _without_nothing(value) for key, value in tree.items() if value not in (None, False)}
+    return [_without_nothing(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+    array = np.asarray(ids, np.int64).reshape(-1)
+    if array.size and not (array.min() >= 0 and array.max() < vocab_size):
+        raise ValueError(f"ids must be in [0, {vocab_size}), got {array.min()} to {array.max()}")
+    return array
+
+
+def _byte_characters() -> dict[int, str]:
+    """Returns byte -> the printable character that byte-level BPE writes for it (GPT-2's table).
+
+    Printable Latin-1 characters stand for themselves. The other 68 bytes use the characters from 256 on.
+    """
+    own = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    table = {byte: chr(byte) for byte in own}
+    others = (byte for byte in range(256) if byte not in own)
+    return table | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _pieces(data: bytes) -> Iterator[bytes]:
+    """Cuts a document into pieces of limited size: after a line end, else between two characters."""
+    start = 0
+    while start < len(data):
+        end = min(start + _PIECE_BYTES, len(data))
+        if end < len(data):
+            line_end = data.rfind(b"\n", start, end)
+            if line_end >= 0:
+                end = line_end + 1
+            else:
+                # A character in UTF-8 has at most three continuation bytes, 10xxxxxx.
+                back = next((i for i in range(4) if data[end - i] & 0xC0 != 0x80), 0)
+                end = max(end - back, start + 1)
+        yield data[start:end]
+        start = end
+
+
+def _runs(data: bytes) -> Iterator[str | bytes]:
+    """Yields a document as runs of valid UTF-8 (str) and of bytes that are not (bytes), in order."""
+    for piece in _pieces(data):
+        try:
+            yield piece.decode("utf-8")
+            continue
+        except UnicodeDecodeError:
+            # "surrogateescape" turns each undecodable byte b into the lone surrogate 0xDC00 + b.
+            text = piece.decode("utf-8", "surrogateescape")
+        for i, run in enumerate(re.split("([\udc80-\udcff]+)", text)):
+            if run:
+                yield run.encode("utf-8", "surrogateescape") if i % 2 else run

@@ -1,0 +1,21 @@
+"""Writes files that appear whole or not at all."""
+
+from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file atomically, as UTF-8: if the process ends, the old file or the new one is there.
+
+    The caller must ensure that there is only one writer at a time.
+
+    Raises:
+        OSError: the system refuses; the error names the file, also when the disk is full.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)

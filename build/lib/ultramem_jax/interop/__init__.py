@@ -1,0 +1,1 @@
+"""Converts weights from and to other implementations of the layers."""

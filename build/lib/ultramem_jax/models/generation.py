@@ -1,0 +1,256 @@
+"""Generates text from a model: it reads prompts in chunks into a cache, then adds one token after another.
+
+Two programs of the model are compiled for a batch. One reads a chunk of every prompt. The other takes a token
+of every sequence and samples the next one. Both update the cache in place. A third, small program samples the
+first token after the prompts.
+"""
+
+import codecs
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.data.tokenizers import Tokenizer
+from ultramem_jax.errors import at_least, choice, require
+from ultramem_jax.models.cache import CACHE_DTYPES, Cache, empty_cache
+from ultramem_jax.models.sampling import Sampling, sample
+from ultramem_jax.models.serving import prepare_for_decoding
+from ultramem_jax.models.transformer import Transformer
+from ultramem_jax.tree_types import ArrayTree
+
+ENDED = -1
+"""Stands in place of the token of a sequence that has ended."""
+
+
+class Generator:
+    """Continues batches of prompts, of any lengths, with one model.
+
+    A sequence's continuation does not depend on the others in its batch, except for the rounding of sums, as
+    long as `window` holds all of them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        variables: dict[str, ArrayTree],
+        *,
+        window: int,
+        sampling: Sampling | None = None,
+        stop_id: int | None = None,
+        num_ids: int | None = None,
+        cache_dtype: str = "float32",
+        prefill_chunk: int = 64,
+    ):
+        """Prepares the model for decoding.
+
+        Args:
+            config: of the model.
+            variables: `params`, `memory` and `buffers`, prepared (`prepare_for_decoding`) or not.
+            window: the most tokens of context, which is the length that the model was trained on. When they
+                are used up, the newer half of them is read again, and positions start anew.
+            sampling: how a token is chosen; by default at temperature 1.
+            stop_id: ends a sequence, and is not part of it. None means that no token does.
+            num_ids: only ids below it are sampled, those that the tokenizer has; None is all of the model's.
+            cache_dtype: of keys and values, see `empty_cache`.
+            prefill_chunk: tokens of each prompt that are read at a time.
+
+        Raises:
+            UserError: a value that is not allowed.
+        """
+        at_least(1, window=window, prefill_chunk=prefill_chunk)
+        choice("cache_dtype", cache_dtype, CACHE_DTYPES)
+        if num_ids is not None:
+            allowed = f"must be in [1, {config.vocab_size}], the model's vocabulary"
+            require(1 <= num_ids <= config.vocab_size, "num_ids", num_ids, allowed)
+        self._config, self._window, self._stop_id = config, window, stop_id
+        self._cache_dtype, self._chunk = cache_dtype, min(prefill_chunk, window)
+        self._variables = prepare_for_decoding(config, variables)
+        model, sampling = Transformer(config), sampling or Sampling()
+
+        def apply(
+            variables: dict[str, ArrayTree], cache: Cache, tokens: jax.Array, counts: jax.Array
+        ) -> tuple[Cache, jax.Array]:
+            logits, left = model.apply(variables | {"cache": cache}, tokens, counts=counts, mutable=["cache"])
+            return left["cache"], logits
+
+        def read(
+            variables: dict[str, ArrayTree],
+            cache: Cache,
+            logits: jax.Array,
+            tokens: jax.Array,
+            counts: jax.Array,
+        ) -> tuple[Cache, jax.Array]:
+            cache, new = apply(variables, cache, tokens, counts)
+            return cache, jnp.where(counts[:, None] > 0, new, logits)
+
+        def choose(logits: jax.Array, seed: jax.Array, number: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits), dtype=jnp.uint32))
+            return sample(logits[:, :num_ids], keys, sampling)
+
+        def step(
+            variables: dict[str, ArrayTree],
+            cache: Cache,
+            tokens: jax.Array,
+            counts: jax.Array,
+            *which: jax.Array,
+        ) -> tuple[Cache, jax.Array]:
+            cache, logits = apply(variables, cache, tokens[:, None], counts)
+            return cache, choose(logits, *which)
+
+        self._read_chunk = jax.jit(read, donate_argnums=(1, 2))
+        self._choose = jax.jit(choose)
+        self._step = jax.jit(step, donate_argnums=1)
+
+    def stream(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], num_tokens: int, seed: int = 0
+    ) -> Iterator[np.ndarray]:
+        """Yields tokens as they are sampled.
+
+        Args:
+            prompts: B prompts of ids in [0, V), with at least one id each. Of a longer prompt only the last
+                `window` tokens are read.
+            num_tokens: the most tokens to add to each prompt.
+            seed: of the sampling, in [0, 2³²). A draw depends only on it, the sequence's index in the batch
+                and the number of the token.
+
+        Yields:
+            (B,) int32, with `ENDED` for a sequence that has ended. It stops when all have ended.
+
+        Raises:
+            UserError: no prompt, an empty one, an id that the model does not have, or another number that
+                is not allowed.
+        """
+        self._check(prompts)
+        at_least(1, num_tokens=num_tokens)
+        require(0 <= seed < 2**32, "seed", seed, "must be in [0, 2**32)")
+        return self._stream([[int(i) for i in prompt] for prompt in prompts], num_tokens, np.uint32(seed))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], num_tokens: int, seed: int = 0
+    ) -> list[np.ndarray]:
+        """Returns the continuation of each prompt, (<= num_tokens,) int32.
+
+        Arguments and errors are those of `stream`.
+        """
+        columns = np.stack(list(self.stream(prompts, num_tokens, seed)), axis=1)
+        return [row[row != ENDED] for row in columns]
+
+    def _stream(self, sequences: list[list[int]], num_tokens: int, seed: np.uint32) -> Iterator[np.ndarray]:
+        cache, logits, used = self._read(sequences, self._window)
+        tokens = self._choose(logits, seed, np.uint32(0))
+        ended = np.zeros(len(sequences), bool)
+        for number in range(1, num_tokens + 1):
+            ids = np.array(tokens)
+            if self._stop_id is not None:
+                ended |= ids == self._stop_id
+            ids[ended] = ENDED
+            yield ids
+            if number == num_tokens or ended.all():
+                return
+            for sequence, token in zip(sequences, ids.tolist(), strict=True):
+                if token != ENDED:
+                    sequence.append(token)
+            which = seed, np.uint32(number)
+            if used == self._window:
+                del cache  # frees it before a second one is made
+                cache, logits, used = self._read(sequences, max(self._window // 2, 1))
+                tokens = self._choose(logits, *which)
+            else:
+                counts = jnp.asarray(~ended, jnp.int32)
+                cache, tokens = self._step(self._variables, cache, tokens, counts, *which)
+                used += 1
+
+    def _read(self, sequences: list[list[int]], most: int) -> tuple[Cache, jax.Array, int]:
+        """Reads the last `most` tokens of each sequence into a new cache.
+
+        Returns:
+            The cache, logits (B, V) of the next token, and the number of cache positions used.
+        """
+        seen = [sequence[-most:] for sequence in sequences]
+        lengths = np.array([len(sequence) for sequence in seen], np.int32)
+        chunks = -(-int(lengths.max()) // self._chunk)
+        tokens = np.zeros((len(seen), chunks * self._chunk), np.int32)
+        for row, sequence in zip(tokens, seen, strict=True):
+            row[: len(sequence)] = sequence
+        positions = -(-self._window // self._chunk) * self._chunk
+        cache = empty_cache(self._config, len(seen), positions, self._cache_dtype)
+        logits = jnp.zeros((len(seen), self._config.vocab_size), jnp.float32)
+        for first in range(0, tokens.shape[1], self._chunk):
+            counts = np.clip(lengths - first, 0, self._chunk)
+            part = tokens[:, first : first + self._chunk]
+            cache, logits = self._read_chunk(self._variables, cache, logits, part, counts)
+        return cache, logits, int(lengths.max())
+
+    def _check(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
+        at_least(1, prompts=len(prompts))
+        for number, prompt in enumerate(prompts):
+            at_least(1, **{f"prompts[{number}], its tokens": len(prompt)})
+            allowed = f"ids must be in [0, {self._config.vocab_size})"
+            inside = min(prompt) >= 0 and max(prompt) < self._config.vocab_size
+            require(bool(inside), f"prompts[{number}]", f"{min(prompt)} to {max(prompt)}", allowed)
+
+
+class TokenStream(Protocol):
+    """Describes what `stream_texts` needs of a generator."""
+
+    def stream(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], num_tokens: int, seed: int = 0
+    ) -> Iterator[np.ndarray]:
+        """Yields tokens as `Generator.stream` does."""
+
+
+def text_generator(
+    config: ModelConfig, variables: dict[str, ArrayTree], tokenizer: Tokenizer, **options: Any
+) -> Generator:
+    """Returns a `Generator` for a tokenizer's ids, which stops at the end of a document.
+
+    Args:
+        config: of the model.
+        variables: as for `Generator`.
+        tokenizer: the one that the model was trained with.
+        **options: further arguments of `Generator`; `window` must be among them.
+    """
+    return Generator(config, variables, stop_id=tokenizer.eos_id, num_ids=tokenizer.vocab_size, **options)
+
+
+def stream_texts(
+    generator: TokenStream, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
+) -> Iterator[list[str]]:
+    """Yields continuations of texts, piece by piece.
+
+    The end-of-document token goes before each prompt, because documents follow it in training. So a prompt
+    may be empty.
+
+    Args:
+        generator: from `text_generator`.
+        tokenizer: the same.
+        prompts: texts. A byte that is not UTF-8 is the lone surrogate that Python reads it as.
+        num_tokens: the most tokens for each.
+        seed: of the sampling.
+
+    Yields:
+        The next piece of each text. If several tokens make up a character, it comes with the last of them.
+        What is not UTF-8 comes as U+FFFD.
+    """
+    texts = [prompt.encode(errors="surrogateescape") for prompt in prompts]
+    ids = [[tokenizer.eos_id, *tokenizer.encode(text).tolist()] for text in texts]
+    readers = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
+    for tokens in generator.stream(ids, num_tokens, seed):
+        yield [
+            "" if token == ENDED else reader.decode(tokenizer.decode([token]))
+            for token, reader in zip(tokens.tolist(), readers, strict=True)
+        ]
+    yield [reader.decode(b"", final=True) for reader in readers]
+
+
+def continue_texts(
+    generator: TokenStream, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
+) -> list[str]:
+    """Returns the whole continuations; arguments as for `stream_texts`."""
+    pieces = stream_texts(generator, tokenizer, prompts, num_tokens, seed)
+    return ["".join(of_text) for of_text in zip(*pieces, strict=True)]

@@ -1,0 +1,158 @@
+"""Defines the pre-norm decoder: layers of attention and feed-forward, and memories that skip over them."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.config.memory import MemorySite
+from ultramem_jax.layers import Attention, Memory, RMSNorm, SharedTables, feed_forward
+from ultramem_jax.layers.caching import CACHE, Chunk, next_chunk
+from ultramem_jax.layers.parameters import matrix, served_parameter
+from ultramem_jax.ops.linear import project
+from ultramem_jax.ops.on_mesh import constrain_tokens
+
+
+def table_readers(config: ModelConfig) -> dict[str, tuple[MemorySite, ...]]:
+    """Returns the memories that read each table, by its name in the collection `memory`."""
+    readers: dict[str, tuple[MemorySite, ...]] = {}
+    for site in config.sites:
+        readers[site.table] = (*readers.get(site.table, ()), site)
+    return readers
+
+
+def layer_name(number: int) -> str:
+    """Returns the name of a layer, counted from 1, among the parameters and in the cache."""
+    return f"layer_{number}"
+
+
+class Block(nn.Module):
+    """Applies one layer: x += Attention(norm(x)); h = norm(x); x += FeedForward(h)."""
+
+    config: ModelConfig
+    feeds_forward: bool = True
+    """True if the layer has a feed-forward. Otherwise a memory stands in its place, and the caller adds
+    it."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool, chunk: Chunk | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Applies the layer.
+
+        Args:
+            x: (B, S, D), the residual stream.
+            train: whether dropout is on.
+            chunk: of tokens that follow those in the cache, if there is one.
+
+        Returns:
+            x after the layer, and h, the normalised input of its feed-forward, which memories read.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        dropout = nn.Dropout(config.dropout, deterministic=not train)
+        h = RMSNorm(config.norm_eps, dtype, name="attention_norm")(x)
+        x = x + dropout(Attention(config, name="attention")(h, train=train, chunk=chunk))
+        h = RMSNorm(config.norm_eps, dtype, name="feed_forward_norm")(x)
+        if not self.feeds_forward:
+            return x, h
+        return x + dropout(feed_forward(config, name="feed_forward")(h, train=train)), h
+
+
+class Transformer(nn.Module):
+    """Maps token ids to logits of the next token, as a decoder-only language model.
+
+    The placement of a memory says what it reads and where its output is added:
+
+    - `start:end` reads h of layer `start`, and adds to the residual stream after layer `end`. Between the
+      two, nothing waits for it.
+    - `before@layer` reads the residual stream before the layer, and adds to it there.
+    - `instead@layer` reads h, and takes the place of the feed-forward.
+
+    With the collection `cache` (`models.cache.empty_cache`), which must be mutable, tokens follow those in
+    the cache, and are added to it: first the prompt in chunks, then token by token.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, *, train: bool = False, counts: jax.Array | None = None
+    ) -> jax.Array:
+        """Applies the model.
+
+        Args:
+            tokens: (B, S) integer ids in [0, V).
+            train: whether dropout is on. It then needs the `dropout` stream of random numbers.
+            counts: (B,) int32 in [0, S], only with a cache. It gives the number of a sequence's tokens, which
+                come first. The rest is padding, which nothing sees. None means S for all.
+
+        Returns:
+            (B, S, V) float32 logits. With `counts` only those after each sequence's last token, (B, V); those
+            of a sequence without a token have no meaning.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        dropout = nn.Dropout(config.dropout, deterministic=not train)
+        # The standard deviation 1/√D makes tied logits start with a variance of one.
+        embedding = self.param(
+            "embedding",
+            nn.initializers.normal(1 / math.sqrt(config.embed_dim)),
+            (config.vocab_size, config.embed_dim),
+            jnp.float32,
+        )
+        x = constrain_tokens(dropout(embedding.at[tokens].get(mode="clip").astype(dtype)))
+        chunk = self._chunk(tokens, counts)
+        shared = {
+            name: SharedTables(readers[0], name=name)()
+            for name, readers in table_readers(config).items()
+            if readers[0].config.table.is_shared
+        }
+
+        def read(site: MemorySite, x: jax.Array) -> jax.Array:
+            layer_memory = Memory(site, name=site.name)
+            tables = shared.get(site.table)
+            return dropout(layer_memory(x, train=train, token_ids=tokens, tables=tables, chunk=chunk))
+
+        landing: dict[int, list[jax.Array]] = {}
+        for layer in range(1, config.num_layers + 1):
+            here = [site for site in config.sites if site.span.start == layer]
+            for site in here:
+                if site.span.place == "before":
+                    x = x + read(site, x)
+            feeds_forward = layer in config.feed_forward_layers
+            x, h = Block(config, feeds_forward, name=layer_name(layer))(x, train=train, chunk=chunk)
+            for site in here:
+                if site.span.place != "before":
+                    landing.setdefault(site.span.end, []).append(read(site, h))
+            for y in landing.pop(layer, ()):
+                x = x + y
+            x = constrain_tokens(x)
+        if counts is not None:
+            last = jnp.maximum(counts - 1, 0)[:, None, None]
+            x = jnp.take_along_axis(x, last, axis=1, mode="promise_in_bounds")[:, 0]
+        x = RMSNorm(config.norm_eps, dtype, name="final_norm")(x)
+        if not config.tie_embeddings:
+            output = matrix(self, "output", nn.initializers.lecun_normal(), embedding.shape[::-1])
+        else:
+            # Served variables hold the embedding once more, as the matrix that is needed here.
+            output = served_parameter(self, "output") or embedding.T
+        return project(x, output, result_dtype=jnp.float32)
+
+    def _chunk(self, tokens: jax.Array, counts: jax.Array | None) -> Chunk | None:
+        """Returns what the layers must know of tokens that follow a cache, and advances the cache's counters.
+
+        It returns None without a cache.
+        """
+        if not self.has_variable(CACHE, "visible"):
+            return None
+        batch, size = tokens.shape
+        counts = jnp.full((batch,), size, jnp.int32) if counts is None else counts
+        names = ("visible", "lengths", "used")
+        visible, lengths, used = (jnp.asarray(self.get_variable(CACHE, name)) for name in names)
+        chunk, visible = next_chunk(visible, lengths, used, counts, size)
+        self.put_variable(CACHE, "visible", visible)
+        self.put_variable(CACHE, "lengths", lengths + counts)
+        # The padding at the end of all sequences will be overwritten.
+        self.put_variable(CACHE, "used", used + counts.max())
+        return chunk

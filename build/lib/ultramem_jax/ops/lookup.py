@@ -1,0 +1,279 @@
+"""Computes the pooled lookup, products with rows, their derivatives, and row gradients for sparse training.
+
+pooled[t, p, c]  = Σ_j [blocks[t, j] = p] · scores[t, j, c] · table[slots[t, j], slice c]
+products[t, j]   = table[slots[t, j]] · vectors[t]
+
+Each is the other's derivative: the derivative of `pooled` by its scores is a product of rows and cotangents,
+that of `products` by its vectors is a pooled lookup. The backward pass gathers rows again instead of keeping
+them. The E·N expanded table of Implicit Value Expansion (IVE) is never built: rows are first summed within
+each virtual block and then projected.
+
+Score c of a read weighs slice c of its row: this is Multi-Core Scoring (MCS).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ultramem_jax.ops.chunks import map_chunks
+from ultramem_jax.ops.rows import is_on_host, take_rows
+from ultramem_jax.ops.sorting import sort_with_order
+
+_PoolingSaved = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""Table, slots, blocks and scores, which `pooled_lookup` keeps for its backward pass."""
+_ProductsSaved = tuple[jax.Array, jax.Array, jax.Array]
+"""Table, slots and vectors, which `row_products` keeps for its backward pass."""
+
+
+class RowsRead(NamedTuple):
+    """Lists the rows that T·R reads touch, each once and sorted, and maps reads to these rows."""
+
+    slots: jax.Array
+    """(U,) int32, slots of the rows read, strictly increasing. Entries past the last row read are padding, N
+    and more: a scatter with `mode="drop"` skips them."""
+    counts: jax.Array
+    """(U,) int32, number of reads of each row; zero past the last row read."""
+    order: jax.Array
+    """(T·R,) int32, indices of the reads, sorted by slot."""
+    row_of_read: jax.Array
+    """(T·R,) int32 in [0, U), row of each read in sorted order; never decreasing."""
+
+
+class RowGradients(NamedTuple):
+    """Holds the gradient of a table for the rows that were read; it is zero for all others."""
+
+    slots: jax.Array
+    """(U,) int32, slots of the rows, as in `RowsRead`."""
+    values: jax.Array
+    """(U, d_v) float32, gradients of the rows; zero past the last row read."""
+
+
+def score_products(
+    table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, cores: int, apart: bool = False
+) -> jax.Array:
+    """Returns products of rows read with the vectors of their blocks: `pooled_lookup`'s derivative by scores.
+
+    Args:
+        table: (N, d_v), as `ultramem_jax.ops.rows` stores it.
+        slots: (T, R) int32 in [0, N).
+        blocks: (T, R) int32 in [0, E).
+        vectors: (T, E, d_v). Their dtype is that of the computation and of the result.
+        cores: h, number of slices, of d_v/h values each.
+        apart: as for `pooled_lookup`.
+
+    Returns:
+        (T, R, h).
+    """
+    expansion, dtype = vectors.shape[1], vectors.dtype
+
+    def multiply(slots: jax.Array, blocks: jax.Array, vectors: jax.Array) -> jax.Array:
+        of_reads = vectors
+        if not apart:
+            first = jnp.arange(0, blocks.shape[0] * expansion, expansion, dtype=blocks.dtype)[:, None]
+            of_blocks = vectors.reshape(-1, vectors.shape[-1])
+            of_reads = of_blocks.at[first + blocks].get(mode="promise_in_bounds")
+        return slice_sums(take_rows(table, slots).astype(dtype) * of_reads, cores)
+
+    return map_chunks(multiply, 2 * slots.shape[1] * table.shape[1], slots, blocks, vectors)
+
+
+def slice_sums(products: jax.Array, cores: int) -> jax.Array:
+    """Sums products (..., d) over each of h slices -> (..., h)."""
+    # The sum is a matrix product with zeros and ones, because XLA on CPU is slow at short sums.
+    slices = jnp.repeat(jnp.eye(cores, dtype=products.dtype), products.shape[-1] // cores, axis=0)
+    sums = jnp.matmul(products.reshape(-1, len(slices)), slices, precision=jax.lax.Precision.HIGHEST)
+    return sums.reshape(*products.shape[:-1], cores)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def pooled_lookup(
+    table: jax.Array,
+    slots: jax.Array,
+    blocks: jax.Array,
+    scores: jax.Array,
+    expansion: int,
+    apart: bool = False,
+) -> jax.Array:
+    """Returns score-weighted sums of table rows, one per virtual block.
+
+    Args:
+        table: (N, d_v), as `ultramem_jax.ops.rows` stores it.
+        slots: (T, R) int32 in [0, N).
+        blocks: (T, R) int32 in [0, E).
+        scores: (T, R, h); score c weighs the c-th slice of d_v/h values of a row. Their dtype is that of the
+            computation and of the result.
+        expansion: E.
+        apart: True if E is R and read j is in block j. Then nothing is summed, which saves the R² work.
+
+    Returns:
+        (T, E, d_v). Differentiable in `table` (with a dense gradient, for dense training) and `scores`.
+    """
+
+    def pool(slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
+        rows = take_rows(table, slots).astype(scores.dtype)
+        if apart:
+            return weighed_rows(rows, scores)
+        # Every core weighs whole rows, although only one slice of each is kept. If the rows were cut into
+        # slices, XLA on CPU would gather them in the order of the slices, three times as slowly.
+        tokens, width, cores = len(slots), rows.shape[-1], scores.shape[-1]
+        weights = _block_weights(blocks, scores, expansion).reshape(tokens, -1, expansion * cores)
+        by_core = jnp.einsum("tjq,tjd->tqd", weights, rows).reshape(
+            tokens, expansion, cores, cores, width // cores
+        )
+        return jnp.stack([by_core[:, :, core, core] for core in range(cores)], axis=2)
+
+    pooled = map_chunks(pool, slots.shape[1] * table.shape[1], slots, blocks, scores)
+    return pooled.reshape(slots.shape[0], expansion, table.shape[1])
+
+
+def _forward(
+    table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, expansion: int, apart: bool
+) -> tuple[jax.Array, _PoolingSaved]:
+    return pooled_lookup(table, slots, blocks, scores, expansion, apart), (table, slots, blocks, scores)
+
+
+def _backward(
+    expansion: int, apart: bool, saved: _PoolingSaved, cotangent: jax.Array
+) -> tuple[jax.Array | None, None, None, jax.Array]:
+    table, slots, blocks, scores = saved
+
+    d_scores = score_products(table, slots, blocks, cotangent, scores.shape[-1], apart)
+    tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
+    per_read = read_gradients(cotangent[tokens, blocks.reshape(-1)], scores.reshape(-1, scores.shape[-1]))
+    return _table_gradient(table, slots, per_read), None, None, d_scores
+
+
+pooled_lookup.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def row_products(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.Array:
+    """Returns the inner products of every token's vector with the rows that it reads.
+
+    Args:
+        table: (N, d), as `ultramem_jax.ops.rows` stores it.
+        slots: (T, R) int32 in [0, N).
+        vectors: (T, d). Their dtype is that of the computation and of the result.
+
+    Returns:
+        (T, R). Differentiable in `table` (with a dense gradient) and `vectors`.
+    """
+
+    def multiply(slots: jax.Array, vectors: jax.Array) -> jax.Array:
+        rows = take_rows(table, slots).astype(vectors.dtype)
+        return jnp.einsum("tjd,td->tj", rows, vectors)
+
+    return map_chunks(multiply, slots.shape[1] * table.shape[1], slots, vectors)
+
+
+def _products_forward(
+    table: jax.Array, slots: jax.Array, vectors: jax.Array
+) -> tuple[jax.Array, _ProductsSaved]:
+    return row_products(table, slots, vectors), (table, slots, vectors)
+
+
+def _products_backward(
+    saved: _ProductsSaved, cotangent: jax.Array
+) -> tuple[jax.Array | None, None, jax.Array]:
+    table, slots, vectors = saved
+    one_block = jnp.zeros_like(slots)
+    d_vectors = pooled_lookup(table, slots, one_block, cotangent[..., None], 1)[:, 0]
+    tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
+    per_read = read_gradients(vectors[tokens], cotangent.reshape(-1, 1))
+    return _table_gradient(table, slots, per_read), None, d_vectors
+
+
+row_products.defvjp(_products_forward, _products_backward)
+
+
+def rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
+    """Sorts the reads by slot and counts them, without an array of the table's size.
+
+    Args:
+        slots: int32 in [0, N), any shape, T·R in all.
+        num_slots: N.
+
+    Returns:
+        U = min(T·R, N) rows, padding included.
+    """
+    num_reads = slots.size
+    num_rows = min(num_reads, num_slots)
+    ordered, order = sort_with_order(slots.reshape(-1), num_slots)
+    first = jnp.concatenate([jnp.ones((1,), bool), ordered[1:] != ordered[:-1]])
+    row_of_read = jnp.cumsum(first.astype(jnp.int32)) - 1
+    past_the_end = num_slots + jnp.arange(num_rows, dtype=jnp.int32)
+    return RowsRead(
+        slots=past_the_end.at[row_of_read].set(ordered),
+        counts=_sum_by_row(jnp.ones_like(row_of_read), row_of_read, num_rows),
+        order=order,
+        row_of_read=row_of_read,
+    )
+
+
+def row_gradients(rows: RowsRead, blocks: jax.Array, scores: jax.Array, cotangent: jax.Array) -> RowGradients:
+    """Returns the gradient of every row that was read, summed over its reads.
+
+    For a table of `row_products`, pass zeros as blocks, the products' cotangent (T, R, 1) as scores and the
+    vectors (T, 1, d) as cotangent.
+
+    Args:
+        rows: `rows_read` of the slots (T, R).
+        blocks: (T, R) int32 in [0, E).
+        scores: (T, R, h).
+        cotangent: (T, E, d_v), of `pooled_lookup`'s result.
+    """
+    # Reads are sorted by slot before their gradients are formed. The largest array here, (T·R, d_v), is then
+    # written once and summed in the order in which it lies.
+    per_read = read_gradients(
+        cotangent[rows.order // blocks.shape[1], blocks.reshape(-1)[rows.order]],
+        scores.reshape(-1, scores.shape[-1])[rows.order],
+    )
+    return RowGradients(rows.slots, _sum_by_row(per_read, rows.row_of_read, rows.slots.shape[0]))
+
+
+def _sum_by_row(reads: jax.Array, row_of_read: jax.Array, num_rows: int) -> jax.Array:
+    return jax.ops.segment_sum(reads, row_of_read, num_rows, indices_are_sorted=True)
+
+
+def read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:
+    """Returns what each read adds to its row's gradient, (T·R, d_v) float32.
+
+    This is its scores (T·R, h) times its cotangent (T·R, d_v).
+    """
+    return weighed_rows(cotangents.astype(jnp.float32), scores.astype(jnp.float32))
+
+
+def weighed_rows(rows: jax.Array, scores: jax.Array) -> jax.Array:
+    """Multiplies each of the h slices of rows (..., d) with its score (..., h)."""
+    slices = rows.reshape(*scores.shape, -1)
+    return (slices * scores[..., None]).reshape(rows.shape)
+
+
+def _table_gradient(table: jax.Array, slots: jax.Array, per_read: jax.Array) -> jax.Array | None:
+    """Returns the dense gradient of a table, or None for a table without one.
+
+    The compiler removes this as dead code unless the table is differentiated.
+    """
+    if not has_dense_gradient(table):
+        return None
+    return jnp.zeros(table.shape, jnp.float32).at[slots.reshape(-1)].add(per_read).astype(table.dtype)
+
+
+def has_dense_gradient(table: jax.Array) -> bool:
+    """Tells whether a table can be differentiated.
+
+    A table that is stored as words, or in host memory, counts as a constant and is trained by rows.
+    """
+    return jnp.issubdtype(table.dtype, jnp.floating) and not is_on_host(table)
+
+
+def _one_hot(blocks: jax.Array, expansion: int, dtype: jnp.dtype) -> jax.Array:
+    """Returns (T, R, E): one at the block of each read, else zero."""
+    return jax.nn.one_hot(blocks, expansion, dtype=dtype)
+
+
+def _block_weights(blocks: jax.Array, scores: jax.Array, expansion: int) -> jax.Array:
+    """Returns (T, R, E, h): the scores of each read at its own block, else zero."""
+    return _one_hot(blocks, expansion, scores.dtype)[..., None] * scores[:, :, None]

@@ -1,0 +1,101 @@
+"""Looks up the rows that a device owns, for the reads of all tokens of its group.
+
+Of T·R reads a device with N/P rows owns T·R/P, if they are spread evenly. The device first lists these, which
+takes a few integer operations per read. It then gathers and multiplies rows for the reads on the list, chunk
+by chunk; the number of chunks depends on the reads. So a device's work on rows falls with P. The list does
+not get shorter with P, nor does the array of sums, which has room for every token of the group. If all reads
+fall to one device, nothing is dropped, but that device takes longer.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ultramem_jax.ops.chunks import fold_chunks
+from ultramem_jax.ops.lookup import slice_sums, weighed_rows
+from ultramem_jax.ops.rows import take_rows
+
+
+class OwnedReads(NamedTuple):
+    """Lists the reads that fall into rows [first, first + N/P) of a table."""
+
+    places: jax.Array
+    """(T·R,) int32: indices of the owned reads among all reads, rising; then zeros as padding."""
+    num_owned: jax.Array
+    """() int32: number of owned reads."""
+    slots: jax.Array
+    """(T·R,) int32: row of each read, counted from `first`; outside [0, N/P) for reads that are not owned."""
+
+
+def owned_reads(slots: jax.Array, first: jax.Array, num_rows: int) -> OwnedReads:
+    """Lists the reads of slots (T, R) int32 that fall into the `num_rows` rows from `first` on."""
+    slots = slots.reshape(-1) - first
+    owned = (slots >= 0) & (slots < num_rows)
+    place = jnp.where(owned, jnp.cumsum(owned, dtype=jnp.int32) - 1, slots.size)
+    reads = jnp.arange(slots.size, dtype=jnp.int32)
+    places = jnp.zeros_like(reads).at[place].set(reads, mode="drop")
+    return OwnedReads(places, owned.sum(dtype=jnp.int32), slots)
+
+
+def pool_owned(
+    table: jax.Array, owned: OwnedReads, blocks: jax.Array, scores: jax.Array, expansion: int
+) -> jax.Array:
+    """Returns the part of `lookup.pooled_lookup`'s sums that owned rows contribute.
+
+    Args:
+        table: (N/P, d_v), the owned rows.
+        owned: the owned ones of T·R reads.
+        blocks: (T, R) int32 in [0, E).
+        scores: (T, R, h).
+        expansion: E.
+
+    Returns:
+        (T, E, d_v) in the dtype of the scores, summed in float32. Zeros where a token reads no owned row.
+    """
+    tokens, reads, cores = scores.shape
+    blocks, flat = blocks.reshape(-1), scores.reshape(-1, cores)
+
+    def add(pooled: jax.Array, number: jax.Array, index: jax.Array) -> jax.Array:
+        rows = _owned_rows(table, owned, index).astype(scores.dtype)
+        # A chunk can reach beyond the last owned read. The scatter drops what it finds there.
+        target = jnp.where(number < owned.num_owned, index // reads * expansion + blocks[index], len(pooled))
+        weighed = weighed_rows(rows, flat[index])
+        return pooled.at[target].add(weighed, mode="drop", indices_are_sorted=expansion == 1)
+
+    zeros = jnp.zeros((tokens * expansion, table.shape[1]), jnp.float32)
+    numbers = jnp.arange(len(owned.places), dtype=jnp.int32)
+    pooled = fold_chunks(add, zeros, 2 * table.shape[1], numbers, owned.places, up_to=owned.num_owned)
+    return pooled.reshape(tokens, expansion, -1).astype(scores.dtype)
+
+
+def score_products_owned(
+    table: jax.Array, owned: OwnedReads, blocks: jax.Array, vectors: jax.Array, cores: int
+) -> jax.Array:
+    """Returns `lookup.score_products` (T, R, h) of the owned reads, and zeros for the others.
+
+    Args:
+        table: (N/P, d_v), the owned rows.
+        owned: the owned ones of T·R reads.
+        blocks: (T, R) int32 in [0, E).
+        vectors: (T, E, d_v), whose dtype is that of the result.
+        cores: h.
+    """
+    (tokens, reads), expansion = blocks.shape, vectors.shape[1]
+    blocks, of_blocks = blocks.reshape(-1), vectors.reshape(-1, vectors.shape[-1])
+
+    def put(products: jax.Array, number: jax.Array, index: jax.Array) -> jax.Array:
+        rows = _owned_rows(table, owned, index).astype(vectors.dtype)
+        of_reads = of_blocks.at[index // reads * expansion + blocks[index]].get(mode="promise_in_bounds")
+        target = jnp.where(number < owned.num_owned, index, len(products))
+        return products.at[target].set(slice_sums(rows * of_reads, cores), mode="drop")
+
+    zeros = jnp.zeros((tokens * reads, cores), vectors.dtype)
+    numbers = jnp.arange(len(owned.places), dtype=jnp.int32)
+    products = fold_chunks(put, zeros, 2 * table.shape[1], numbers, owned.places, up_to=owned.num_owned)
+    return products.reshape(tokens, reads, cores)
+
+
+def _owned_rows(table: jax.Array, owned: OwnedReads, index: jax.Array) -> jax.Array:
+    slots = jnp.clip(owned.slots[index], 0, table.shape[0] - 1)
+    return take_rows(table, slots)

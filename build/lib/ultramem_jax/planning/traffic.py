@@ -1,0 +1,136 @@
+"""What devices send each other in a compiled step, by purpose, beside what formulas say."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ultramem_jax.accounting import Transfer, step_transfers
+from ultramem_jax.accounting.model import FLOAT32_BYTES
+from ultramem_jax.config import RunConfig
+from ultramem_jax.config import exchange_purposes as purposes
+from ultramem_jax.ops.exchanges import purposes_of
+from ultramem_jax.ops.on_mesh import MeshAxes
+from ultramem_jax.parallel.collectives import Collective
+from ultramem_jax.planning.compiled_step import CompiledStep, mesh_sizes
+
+_FORMULAS_OF = {
+    "tokens to experts": purposes.TOKENS_TO_EXPERTS,
+    "results to tokens": purposes.TOKENS_TO_EXPERTS,
+}
+"""Formulas whose collectives share one purpose in the program."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one purpose, kind and group of axes. Bytes are what a device sends in a step."""
+
+    purpose: str
+    kind: str
+    axes: tuple[str, ...]
+    group_size: int | None
+    """Devices of a group; None if the program has no such collective."""
+    times: int | None
+    """Runs in a step; None where this is how often a loop's body runs, which depends on the data."""
+    compiled_bytes: int | None
+    """None if the program has no such collective; of loops, with the number of passes that is expected."""
+    formula_bytes: float | None
+    """None if there is no formula for it."""
+
+    @property
+    def sent_bytes(self) -> float:
+        """For estimates: the formula's, which is in the model's dtype, or else the program's."""
+        return self.formula_bytes if self.formula_bytes is not None else float(self.compiled_bytes or 0)
+
+
+def purpose(collective: Collective) -> str:
+    """Returns what a collective of a training step is for.
+
+    An exchange of ours carries its purpose in its name (`ultramem_jax.ops.exchanges`). The compiler adds the
+    others, for dense layers: their purpose follows from kind, axes and pass.
+
+    Args:
+        collective: of a program of `make_train_step`.
+    """
+    if named := purposes_of(collective.op_name):
+        # A few bytes of metrics may travel with what they are joined to.
+        return " and ".join(name for name in named if name != purposes.LOSSES_AND_METRICS) or named[0]
+    if "tensor" in collective.axes:
+        return purposes.SUMS_OVER_TENSOR
+    if collective.axes == ("fsdp",) and collective.kind == "all-gather":
+        return purposes.PARAMETERS_FOR_THE_STEP
+    # JAX names the operations of the backward pass so.
+    backward = "transpose(" in collective.op_name
+    return purposes.GRADIENTS_OF_PARAMETERS if backward else purposes.LOSSES_AND_METRICS
+
+
+def traffic(step: CompiledStep) -> list[Traffic]:
+    """The collectives of a compiled step beside their formulas, those that send most first."""
+    config = step.config
+    transfers = step_transfers(config, mesh_sizes(config.mesh))
+    reads = reads_at_owner(config, step.axes)
+    return grouped(step.collectives, transfers, reads)
+
+
+def grouped(
+    collectives: Iterable[Collective],
+    transfers: Iterable[Transfer],
+    reads: float = 0,
+) -> list[Traffic]:
+    """Collectives and transfers of the same purpose, kind and axes, put together.
+
+    Args:
+        collectives: of a program.
+        transfers: of `step_transfers`.
+        reads: of the tables in a step, of those rows that one device owns; for the length of loops over them.
+    """
+    found: dict[tuple[str, str, tuple[str, ...]], list[Collective]] = {}
+    for collective in collectives:
+        key = purpose(collective), collective.kind, collective.axes
+        found.setdefault(key, []).append(collective)
+    formulas: dict[tuple[str, str, tuple[str, ...]], float] = {}
+    for transfer in transfers:
+        key = _FORMULAS_OF.get(transfer.name, transfer.name), transfer.kind, transfer.axes
+        formulas[key] = formulas.get(key, 0) + transfer.moved_bytes
+    rows = [_row(key, found.get(key, []), formulas.get(key), reads) for key in found | formulas]
+    return sorted(rows, key=lambda row: -row.sent_bytes)
+
+
+def by_axes(rows: Iterable[Traffic]) -> Mapping[tuple[str, ...], float]:
+    """Bytes that a device sends along each group of axes, for estimates."""
+    total: dict[tuple[str, ...], float] = {}
+    for row in rows:
+        total[row.axes] = total.get(row.axes, 0) + row.sent_bytes
+    return total
+
+
+def reads_at_owner(config: RunConfig, axes: MeshAxes) -> float:
+    """Reads of a memory, on average, in a step that are of one device's rows, if they are spread evenly."""
+    sites = config.model.sites
+    if not sites:
+        return 0.0
+    tokens = config.train.batch_size * config.data.seq_len
+    reads = sum(site.config.reads_per_token for site in sites) / len(sites)
+    return tokens * reads / axes.size(axes.slots)
+
+
+def _row(
+    key: tuple[str, str, tuple[str, ...]], collectives: list[Collective], formula: float | None, reads: float
+) -> Traffic:
+    if not collectives:
+        return Traffic(*key, None, None, None, formula)
+    counted = all(collective.trips_known for collective in collectives)
+    return Traffic(
+        *key,
+        max(collective.group_size for collective in collectives),
+        sum(collective.loop_trip_count for collective in collectives) if counted else None,
+        round(sum(_sent(collective, key[0], reads) for collective in collectives)),
+        formula,
+    )
+
+
+def _sent(collective: Collective, name: str, reads: float) -> float:
+    if collective.trips_known:
+        return collective.total_bytes
+    if name == purposes.MEANS_OVER_COLUMNS:  # a float32 for every read of a chunk
+        return collective.moved_bytes * -(-reads // (collective.operand_bytes // FLOAT32_BYTES))
+    # Blocks beyond the room of an expert: none if the load is balanced.
+    return 0 if name == purposes.OVERFLOW_OF_EXPERTS else collective.total_bytes

@@ -1,0 +1,424 @@
+"""Runs training: it builds or resumes a run, steps, evaluates, saves, and stops in good order."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import pathlib
+import signal
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ultramem_jax.accounting import count_parameters
+from ultramem_jax.config import RunConfig, to_dict
+from ultramem_jax.data import Corpus, load_corpus, train_iterator
+from ultramem_jax.errors import UserError, require
+from ultramem_jax.ops.on_mesh import MeshAxes
+from ultramem_jax.parallel.distributed import (
+    any_process,
+    from_first,
+    gather,
+    is_first,
+    require_same,
+)
+from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, rows_here, shard_batch
+from ultramem_jax.training.checkpoints import Checkpoints
+from ultramem_jax.training.continuing import check_same_run, corpus_identity, say_what_changed
+from ultramem_jax.training.dense_optimizer import Optimizers, make_optimizers
+from ultramem_jax.training.evaluation import Evaluation, Evaluator, TargetBytes, bits_per_byte
+from ultramem_jax.training.metrics import MetricWriter
+from ultramem_jax.training.refusals import refusals_in_a_line
+from ultramem_jax.training.restore import mend_tokenizer, save_tokenizer
+from ultramem_jax.training.room import require_room, running_out_in_a_line
+from ultramem_jax.training.state import (
+    TrainState,
+    abstract_state,
+    fresh_state,
+    model_variables,
+)
+from ultramem_jax.training.step import Metrics, make_train_step
+from ultramem_jax.training.token_maps import for_tokenizer, with_token_maps
+from ultramem_jax.training.undo_log import is_worth_it
+from ultramem_jax.training.window import LossWindow
+from ultramem_jax.training.workdir import owned
+from ultramem_jax.tree_types import JsonDict
+
+log = logging.getLogger(__name__)
+
+_NONE = Evaluation(loss=math.nan, bits_per_byte=math.nan, tokens=0)
+
+_TIMED_STEPS = 1000
+"""Number of last steps that the median speed of a run covers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """Describes how a run ended."""
+
+    step: int
+    """Number of steps done."""
+    finished: bool
+    """False if a signal stopped the run early. The same command then resumes it."""
+    validation_loss: float
+    """Loss of the last evaluation, in nats per token; NaN if there was none."""
+    validation_bits_per_byte: float
+    """Loss of the last evaluation, in bits per byte of text; NaN if there was none."""
+    tokens_per_second: float
+    """Median speed over the last steps of this process, without evaluations and checkpoints. It is NaN after
+    one step."""
+    state: TrainState
+
+
+def train(
+    config: RunConfig,
+    workdir: str | pathlib.Path,
+    *,
+    progress: bool = True,
+    corpus: Corpus | None = None,
+) -> TrainResult:
+    """Trains a new run, or resumes the run that `workdir` holds.
+
+    All processes that have joined call it together.
+
+    It writes `metrics.jsonl` and `checkpoints/` into `workdir`, which no other run may use meanwhile. The
+    same config and workdir resume bit for bit: an interrupted run ends on the same numbers as an
+    uninterrupted one. Each training record holds the mean `loss` and `bits_per_byte` of the steps since the
+    record before it.
+
+    SIGTERM stops the run after the current step, or between two batches of an evaluation, and saves it.
+
+    Args:
+        config: of the run.
+        workdir: folder of this run, created if it is missing. Several processes share it.
+        progress: whether to draw a progress bar on standard error.
+        corpus: prepared data, if it is at hand already. Otherwise it is made from `config.data`.
+
+    Raises:
+        UserError: bad input; a checkpoint of another model, text or tokenizer; a workdir that is in use; a
+            file that the system cannot write or read; a loss that is not finite. The checkpoints before it
+            stay.
+    """
+    workdir = pathlib.Path(workdir)
+    with refusals_in_a_line(workdir), running_out_in_a_line(count_parameters(config.model).total):
+        return _train(config, workdir, progress, corpus)
+
+
+def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Corpus | None) -> TrainResult:
+    corpus = corpus if corpus is not None else load_corpus(config.data)
+    check_vocabulary(config, corpus)
+    config, token_map = for_tokenizer(config, corpus.tokenizer)
+    axes = mesh_axes(config, make_mesh(config.mesh))
+    _require_together(config, corpus, workdir)
+    size = config.train.batch_size
+    data = train_iterator(corpus, size, config.train.seed, rows_here(axes, size))
+    corpus.require_sequences("validation")  # fails now, not after hours of training
+    optimizers = make_optimizers(config)
+    abstract = abstract_state(config, optimizers, axes)
+    require_room(abstract, count_parameters(config.model).total)
+    evaluate = Evaluator(config, corpus, axes)
+    train = config.train
+    with (
+        owned(workdir) as require_owned,
+        Checkpoints(workdir / "checkpoints", train.keep_last, train.keep_best) as checkpoints,
+        _StopOnSigterm() as stop,
+    ):
+        window = LossWindow()
+        if checkpoints.latest_step() is None:
+            if is_first():
+                save_tokenizer(corpus.tokenizer, workdir)
+            # The seed is an argument, so that a compilation cache needs only one program for all seeds.
+            seed = np.uint32(config.train.seed)
+            state, start = fresh_state(config, optimizers, axes, seed, abstract), 0
+            if token_map is not None:
+                state = state.replace(buffers=with_token_maps(config.model, state.buffers, token_map))
+        else:
+            check_same_run(checkpoints.read_meta(), config, corpus, workdir)
+            restored = checkpoints.restore(abstract, data, expect_config=to_dict(config))
+            state, start = restored.state, restored.step
+            window = LossWindow.of(restored.meta.since_record)
+            if is_first():
+                mend_tokenizer(corpus.tokenizer, workdir)
+            if start == train.steps:
+                log.info("already finished: step %d of %s", start, workdir)
+            else:
+                say_what_changed(restored.meta, config, workdir)
+                log.info("resumed from step %d of %s", start, workdir)
+        log.info("corpus %s (%s) in %s", corpus.corpus_hash[:12], config.data.dataset, corpus.folder)
+        # A run that stopped between a save and its evaluation evaluates that checkpoint now.
+        unmarked = start > 0 and _due(start, train.eval_every, start == train.steps)
+        unmarked = unmarked and not checkpoints.is_marked(start)
+        step_function = _StepFunction(config, optimizers, axes, state, checkpoints)
+        with (
+            MetricWriter(workdir, train.tensorboard, start or None, without_validation=unmarked)
+            if is_first()
+            else contextlib.nullcontext()
+        ) as writer:
+            target_bytes = TargetBytes(corpus.tokenizer, axes)
+            run = _Run(
+                config=config,
+                checkpoints=checkpoints,
+                require_owned=require_owned,
+                writer=writer,
+                evaluator=evaluate,
+                target_bytes=target_bytes,
+                data=data,
+                corpus=corpus_identity(corpus),
+                stop=stop,
+                window=window,
+            )
+            shard = functools.partial(shard_batch, axes=axes, batch_size=size)
+            return run.steps(state, start, unmarked, step_function, shard, progress and is_first())
+
+
+def check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
+    """Refuses a tokenizer that produces ids which the model does not have.
+
+    Raises:
+        UserError: the tokenizer has more ids than `model.vocab_size`.
+    """
+    size = corpus.tokenizer.vocab_size
+    require(
+        size <= config.model.vocab_size,
+        "model.vocab_size",
+        config.model.vocab_size,
+        f"must be at least the {size} ids of the tokenizer {config.data.tokenizer!r}",
+    )
+
+
+def _require_together(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) -> None:
+    """Refuses processes that have different settings or data, or that do not share one folder."""
+    if jax.process_count() == 1:
+        return
+    parts = {f"the config's {name}": part for name, part in to_dict(config).items() if name != "data"}
+    require_same(parts | {"corpus": corpus.corpus_hash, "tokenizer": corpus.tokenizer.fingerprint})
+    token = workdir / f".{from_first(uuid.uuid4().hex)}"
+    if is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    from_first(None)  # waits until the file exists
+    seen = gather(token.exists())
+    if is_first():
+        token.unlink()
+    require(all(seen), "--workdir", str(workdir), "must be one folder that all processes share")
+
+
+class _StepFunction:
+    """Holds the compiled step.
+
+    Where a save may read tables meanwhile, the step also tells it what it overwrites.
+
+    Such a step is used whether a save is in flight or not. Another program would round in other places, and
+    then a run's numbers would depend on how long its saves take.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        optimizers: Optimizers,
+        axes: MeshAxes,
+        state: TrainState,
+        checkpoints: Checkpoints,
+    ):
+        """Prepares the step for arrays that are placed as those of `state` are."""
+        row_sparse = config.train.table_gradient == "row_sparse"
+        self.records = row_sparse and is_worth_it(state.tables, state.table_state)
+        self._checkpoints = checkpoints
+        shardings = jax.tree.map(lambda a: a.sharding, state)
+        beside = (state.step.sharding,) * (2 if self.records else 1)
+        step = make_train_step(config, optimizers, self.records, axes)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, *beside))
+
+    def __call__(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
+        if not self.records:
+            return self._step(state, tokens)
+        with self._checkpoints.recorded_step() as undo_log:
+            state, metrics, before = self._step(state, tokens)
+            if undo_log is not None:
+                undo_log.record(state.tables, state.table_state, before)
+            return state, metrics
+
+
+@dataclasses.dataclass
+class _Run:
+    """Holds what all steps of a run share."""
+
+    config: RunConfig
+    checkpoints: Checkpoints
+    require_owned: Callable[[], None]
+    """Refuses to save into a folder that belongs to another run by now."""
+    writer: MetricWriter | None
+    """Metric writer of the first process; None in the others."""
+    evaluator: Evaluator
+    target_bytes: TargetBytes
+    data: Iterator[dict[str, np.ndarray]]
+    corpus: JsonDict
+    """Identity of the data, as a checkpoint holds it (`continuing.corpus_identity`)."""
+    stop: "_StopOnSigterm"
+    window: LossWindow
+    validation: Evaluation = _NONE
+    """The newest evaluation."""
+
+    def steps(
+        self,
+        state: TrainState,
+        start: int,
+        unmarked: bool,
+        step_function: "_StepFunction",
+        shard: Callable[[np.ndarray], jax.Array],
+        progress: bool,
+    ) -> TrainResult:
+        """Runs the steps from `start` + 1 to the last one of the config.
+
+        If `unmarked`, it evaluates `start` first.
+        """
+        train = self.config.train
+        targets = train.batch_size * self.config.data.seq_len
+        seconds: deque[float] = deque(maxlen=_TIMED_STEPS)
+        step, stopping = start, False
+        bar = tqdm(total=train.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
+        with bar:
+            if unmarked or start == train.steps:  # a finished run still reports its numbers
+                bar.set_postfix_str("evaluating")
+                stopping = not self._evaluate(step, state, known=not unmarked)
+            # Compiling makes the first step take up to a minute.
+            bar.set_postfix_str("compiling" if step < train.steps else "")
+            while step < train.steps and not stopping:
+                began = time.perf_counter()
+                batch = shard(next(self.data)["tokens"])
+                num_bytes = self.target_bytes(batch)
+                state, metrics = step_function(state, batch)
+                loss = self._finite(metrics, step + 1)
+                seconds.append(time.perf_counter() - began)
+                step += 1
+                self.window.add(loss, int(num_bytes) / targets)
+                bits = bits_per_byte(loss, int(num_bytes) / targets)
+                speed = targets / float(np.median(list(seconds)[-20:]))
+                said = f"loss {loss:.3f} ({bits:.3f} bits/byte), {speed:,.0f} tokens/s"
+                bar.set_postfix_str(said)
+                bar.update()
+                last = step == train.steps
+                if last or step % train.log_every == 0:
+                    scalars = {name: float(value) for name, value in metrics.items()}
+                    self._write(step, "train", scalars | self.window.take() | {"tokens_per_second": speed})
+                # The signal may reach only one process, or reach them in different steps.
+                stopping = any_process(self.stop.requested) and not last
+                saved = stopping or _due(step, train.checkpoint_every, last)
+                if saved:
+                    self._save(step, state, step_function.records)
+                if not stopping and _due(step, train.eval_every, last):
+                    bar.set_postfix_str("evaluating")
+                    stopping = not self._evaluate(step, state)
+                    bar.set_postfix_str(said)
+                    if stopping and not saved:
+                        self._save(step, state, step_function.records)
+        self.checkpoints.wait()
+        if stopping:
+            log.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", step)
+        # The first step of a process is left out, because it compiles.
+        speed = targets / float(np.median(list(seconds)[1:])) if len(seconds) > 1 else math.nan
+        found = self.validation
+        return TrainResult(step, not stopping, found.loss, found.bits_per_byte, speed, state)
+
+    def _evaluate(self, step: int, state: TrainState, known: bool = False) -> bool:
+        """Evaluates after `step`. Unless the result is known, writes it down and ranks the step's checkpoint.
+
+        Returns:
+            False if SIGTERM interrupted it.
+        """
+        try:
+            self.validation = self.evaluator(model_variables(state), before_batch=self._stop_if_wanted)
+        except _Stopped:
+            return False
+        found = self.validation
+        if not known:
+            self._write(step, "validation", {"loss": found.loss, "bits_per_byte": found.bits_per_byte})
+        # A checkpoint with such a loss is not ranked. So a resumed run evaluates it again, and stops again.
+        self._require_finite({"validation loss": found.loss}, step)
+        if not known:
+            self.checkpoints.mark(step, found.loss)
+        return True
+
+    def _stop_if_wanted(self) -> None:
+        if any_process(self.stop.requested):
+            raise _Stopped
+
+    def _write(self, step: int, split: str, scalars: dict[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.write(step, split, scalars)
+
+    def _save(self, step: int, state: TrainState, recorded: bool) -> None:
+        self.require_owned()
+        self.checkpoints.save(
+            step,
+            state,
+            self.data,
+            config=to_dict(self.config),
+            corpus=self.corpus,
+            since_record=dataclasses.asdict(self.window),
+            recorded=recorded,
+        )
+
+    def _finite(self, metrics: Metrics, step: int) -> float:
+        """Returns the loss of a step, after checking that it, its gradient and all that it wrote are finite.
+
+        A state that fails this check is not saved.
+
+        Raises:
+            UserError: one of these numbers is not finite.
+        """
+        names = ["loss", "gradient_norm", "parameter_norm", *(n for n in metrics if n.endswith("/row_norm"))]
+        self._require_finite({name: float(metrics[name]) for name in names}, step)
+        return float(metrics["loss"])
+
+    def _require_finite(self, values: dict[str, float], step: int) -> None:
+        bad = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))
+        if not bad:
+            return
+        self.checkpoints.wait()
+        steps = self.checkpoints.all_steps()
+        good = max((kept for kept in steps if kept < step), default=None)
+        last = "there is no checkpoint yet"
+        if good is not None:
+            last = f"the last good checkpoint is that of step {good}"
+        if step in steps:
+            last += f", and that of step {step}, which is kept, cannot be gone on from"
+        raise UserError(
+            f"step {step}: {bad}: must be finite; {last}; lower train.learning_rate or raise "
+            "train.warmup_fraction"
+        )
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)
+
+
+class _Stopped(Exception):
+    """Ends an evaluation during which SIGTERM arrived."""
+
+
+class _StopOnSigterm:
+    """Turns SIGTERM into a request that the loop reads after the current step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "_StopOnSigterm":
+        try:
+            self._previous = signal.signal(signal.SIGTERM, self._request)
+        except ValueError:  # only the main thread may handle signals; elsewhere they are the caller's
+            self._previous = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True

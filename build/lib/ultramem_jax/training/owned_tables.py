@@ -1,0 +1,270 @@
+"""Updates a table on a mesh: each device updates only the rows and columns that it owns.
+
+Every device sees the reads of all tokens. It sorts the reads of its own rows to the front, and updates these
+rows chunk by chunk. So it sorts T·R integers, where T counts the tokens of all devices. But it forms only the
+gradients of its own reads, one chunk at a time. These are T·R/P reads if reads are spread evenly over the P
+parts into which rows are split. What it holds of all tokens is integers, scores, and cotangents of E·d_v
+values.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from ultramem_jax.config import exchange_purposes as purposes
+from ultramem_jax.ops.chunks import chunk_tokens
+from ultramem_jax.ops.exchanges import named_exchange
+from ultramem_jax.ops.lookup import RowGradients, RowsRead, read_gradients, rows_read
+from ultramem_jax.ops.on_mesh import MeshAxes, island
+from ultramem_jax.ops.sharded_lookup import first_slot, narrow_blocks, own_cores
+from ultramem_jax.parallel.rules import table_specs
+from ultramem_jax.training.row_sparse import ROW_ARRAYS, RowSparseTransformation, TablePart
+from ultramem_jax.training.slot_usage import SlotUsage, record_reads
+from ultramem_jax.training.table_gradients import ArraysOfMemories, slots_if
+from ultramem_jax.tree_types import ArrayTree
+
+_TOKEN_AXIS = {"slots": 1, "blocks": 1, "weights": 1, "inputs": 1, "pooled": 2, "products": 3}
+"""Axis of T in the arrays that memories leave, behind an axis of micro-batches; shapes:
+`ops.sharded_lookup`."""
+
+
+class OfStep(NamedTuple):
+    """Holds what the updates of all tables of a step have in common, and the seeds of one table."""
+
+    finite: jax.Array
+    """() bool, whether to write any row."""
+    step: jax.Array
+    """() int32, the step, counted from 0."""
+    seeds: dict[str, jax.Array]
+    """Seeds for rounding, () uint32, by array of the table."""
+
+
+class OwnedTableUpdate(NamedTuple):
+    """Holds one table after a step on a mesh."""
+
+    parts: dict[str, jax.Array]
+    """The table's arrays, by name."""
+    moments: dict[str, ArrayTree]
+    """State of the optimizer, by array of the table."""
+    usage: SlotUsage
+    metrics: dict[str, jax.Array]
+    """Metrics of the table: those of `record_reads`, and `row_norm`."""
+
+
+class _Carry(NamedTuple):
+    """Holds what one chunk of reads hands to the next."""
+
+    parts: dict[str, jax.Array]
+    moments: dict[str, ArrayTree]
+    squares: jax.Array
+    """() float32, the sum of the squares of the rows written so far."""
+    carried: dict[str, jax.Array]
+    """Sums of gradients (d,) float32, by array, for a last row that the next chunk continues; zeros if none
+    does."""
+
+
+class OwnedTable:
+    """Updates one table that is split over a mesh."""
+
+    def __init__(self, axes: MeshAxes):
+        self._axes = axes
+
+    def update(
+        self,
+        optimizer: RowSparseTransformation,
+        parts: dict[str, jax.Array],
+        moments: dict[str, ArrayTree],
+        usage: SlotUsage,
+        reads: ArraysOfMemories,
+        cotangents: ArraysOfMemories,
+        of_step: OfStep,
+    ) -> OwnedTableUpdate:
+        """Updates the rows that were read.
+
+        Args:
+            optimizer: of the rows.
+            parts: the table's arrays.
+            moments: state of the optimizer, per array.
+            usage: before the step.
+            reads: per memory that reads the table, what it sowed, with a leading axis of micro-batches.
+            cotangents: per memory, the cotangents of its perturbations, with the same axis.
+            of_step: whether to write at all, the step, and a seed for every array.
+
+        Returns:
+            Arrays, their moments, usage and metrics after the step.
+        """
+        axes = self._axes
+        num_blocks = next(iter(cotangents.values()))["pooled"].shape[3]
+        reads = {name: _narrow(of, num_blocks) for name, of in reads.items()}
+        in_parts = table_specs(parts, axes), table_specs(moments, axes), table_specs(usage, axes)
+
+        def local(
+            parts: dict[str, jax.Array],
+            moments: dict[str, ArrayTree],
+            usage: SlotUsage,
+            reads: ArraysOfMemories,
+            cotangents: ArraysOfMemories,
+            of_step: OfStep,
+        ) -> tuple[dict[str, jax.Array], dict[str, ArrayTree], SlotUsage, dict[str, jax.Array]]:
+            with named_exchange(purposes.READS_AND_COTANGENTS_TO_REPLICAS):
+                read, cotangent = self._of_all_tokens(reads), self._of_all_tokens(cotangents)
+            rows, usage, metrics = self._recorded(usage, read["slots"])
+            gradients = self._gradients_of_reads(read, cotangent)
+            parts, moments, squares = self._updated(optimizer, parts, moments, rows, gradients, of_step)
+            if axes.owners:
+                with named_exchange(purposes.LOSSES_AND_METRICS):
+                    squares = jax.lax.psum(squares, axes.owners)
+            return parts, moments, usage, metrics | {"row_norm": jnp.sqrt(squares)}
+
+        specs = (*in_parts, self._specs(reads), self._specs(cotangents), P())
+        update = island(axes, local, specs, (*in_parts, P()))
+        return OwnedTableUpdate(*update(parts, moments, usage, reads, cotangents, of_step))
+
+    def record(self, usage: SlotUsage, reads: ArraysOfMemories) -> tuple[SlotUsage, dict[str, jax.Array]]:
+        """Returns the usage of the table after the step, and its metrics.
+
+        The arguments are those of `update`.
+        """
+        slots = {name: {"slots": of["slots"]} for name, of in reads.items()}
+
+        def local(usage: SlotUsage, reads: ArraysOfMemories) -> tuple[SlotUsage, dict[str, jax.Array]]:
+            with named_exchange(purposes.READS_TO_REPLICAS):
+                read = self._of_all_tokens(reads)
+            return self._recorded(usage, read["slots"])[1:]
+
+        spec = table_specs(usage, self._axes)
+        return island(self._axes, local, (spec, self._specs(slots)), (spec, P()))(usage, slots)
+
+    def _specs(self, of_memories: ArraysOfMemories) -> dict[str, dict[str, P]]:
+        axes = self._axes
+        specs = {
+            "inputs": P(None, axes.replicas, axes.width),
+            "pooled": P(None, axes.slots, axes.replicas, None, axes.width),
+            "products": P(None, axes.slots, axes.width, axes.replicas),
+        }
+        plain = P(None, axes.replicas)
+        return {name: {kind: specs.get(kind, plain) for kind in of} for name, of in of_memories.items()}
+
+    def _of_all_tokens(self, of_memories: ArraysOfMemories) -> dict[str, jax.Array]:
+        """Returns arrays (T, ...) over all devices, micro-batches and memories, concatenated.
+
+        To a table, M memories are M times as many tokens.
+        """
+        together = {}
+        for kind in next(iter(of_memories.values())):
+            gathered = []
+            for of in of_memories.values():
+                x, place = of[kind], _TOKEN_AXIS[kind]
+                if self._axes.replicas:
+                    x = jax.lax.all_gather(x, self._axes.replicas, axis=place, tiled=True)
+                gathered.append(x.reshape(-1, *x.shape[place + 1 :]))
+            together[kind] = gathered[0] if len(gathered) == 1 else jnp.concatenate(gathered)
+        return together
+
+    def _recorded(
+        self, usage: SlotUsage, slots: jax.Array
+    ) -> tuple[RowsRead, SlotUsage, dict[str, jax.Array]]:
+        """Returns the rows of this device among all reads, and the table's usage and metrics.
+
+        Rows count from the first row of this device.
+        """
+        num_slots = usage.seen.shape[0]
+        slots = slots - first_slot(self._axes, num_slots)
+        # One extra row stands for all rows of other devices. It is sorted behind the rows of this device.
+        slots = jnp.where((slots >= 0) & (slots < num_slots), slots, num_slots)
+        rows = rows_read(slots, num_slots + 1)
+        rows = rows._replace(counts=jnp.where(rows.slots < num_slots, rows.counts, 0))
+        return rows, *record_reads(usage, rows, slots.size, self._axes.slots)
+
+    def _gradients_of_reads(
+        self, read: dict[str, jax.Array], cotangent: dict[str, jax.Array]
+    ) -> dict[str, Callable[[jax.Array], jax.Array]]:
+        """Returns, per array of the table, a function from indices of reads (C,) to gradients (C, d)."""
+        reads_of_token = read["slots"].shape[1]
+        blocks = read["blocks"].reshape(-1).astype(jnp.int32) if "blocks" in read else None
+        weights = own_cores(self._axes, read["weights"])
+        weights = weights.reshape(-1, weights.shape[-1])
+
+        def of_values(index: jax.Array) -> jax.Array:
+            block = 0 if blocks is None else blocks[index]
+            vectors = cotangent["pooled"][index // reads_of_token, block]
+            return read_gradients(vectors, weights[index])
+
+        def of_pre_values(index: jax.Array) -> jax.Array:
+            products = cotangent["products"].reshape(-1, 1)[index]
+            return read_gradients(read["inputs"][index // reads_of_token], products)
+
+        return {"values": of_values, "pre_values": of_pre_values}
+
+    def _updated(
+        self,
+        optimizer: RowSparseTransformation,
+        parts: dict[str, jax.Array],
+        moments: dict[str, ArrayTree],
+        rows: RowsRead,
+        gradients: dict[str, Callable[[jax.Array], jax.Array]],
+        of_step: OfStep,
+    ) -> tuple[dict[str, jax.Array], dict[str, ArrayTree], jax.Array]:
+        """Returns the table's arrays, their moments, and the sum of the squares of the rows written.
+
+        A chunk holds reads, in the order of their rows. The last row of a chunk may continue in the next one.
+        Then its sum so far is carried over, and the next chunk writes the row.
+        """
+        finite, step, seeds = of_step
+        num_slots = next(iter(parts.values())).shape[0]
+        num_reads = rows.counts.sum(dtype=jnp.int32)
+        size = min(chunk_tokens(ROW_ARRAYS * max(a.shape[1] for a in parts.values())), rows.order.size)
+        number = jnp.arange(size, dtype=jnp.int32)
+        nowhere = num_slots + 1 + number
+
+        def row_at(place: jax.Array) -> jax.Array:
+            return rows.row_of_read.at[place].get(mode="clip")
+
+        def body(chunk: jax.Array, carry: _Carry) -> _Carry:
+            parts, moments, squares, carried = carry
+            place = chunk * size + number
+            end = (chunk + 1) * size
+            here = place < num_reads
+            # Reads of other devices get a row past all rows, and are dropped.
+            row = jnp.where(here, row_at(place) - row_at(place[0]), size)
+            last = jnp.max(jnp.where(here, row, 0))
+            slots = nowhere.at[row].set(rows.slots.at[row_at(place)].get(mode="clip"), mode="drop")
+            goes_on = (end < num_reads) & (row_at(end) == row_at(end - 1))
+            slots = jnp.where(goes_on & (number == last), nowhere, slots)
+            index = rows.order.at[place].get(mode="clip")
+            after = _Carry({}, {}, squares, {})
+            for name, array in parts.items():
+                sums = jnp.zeros((size, array.shape[1]), jnp.float32)
+                sums = sums.at[row].add(gradients[name](index), mode="drop", indices_are_sorted=True)
+                sums = sums.at[0].add(carried[name])
+                update = optimizer.update(
+                    RowGradients(slots_if(finite, slots), sums),
+                    moments[name],
+                    array,
+                    step,
+                    seeds[name],
+                    part=self._part(array),
+                )
+                after.parts[name], after.moments[name] = update.table, update.moments
+                after.carried[name] = jnp.where(goes_on, sums[last], 0.0)
+                squares = squares + update.norm**2
+            return after._replace(squares=squares)
+
+        carried = {name: jnp.zeros((a.shape[1],), jnp.float32) for name, a in parts.items()}
+        start = _Carry(parts, moments, jnp.zeros((), jnp.float32), carried)
+        parts, moments, squares, _ = jax.lax.fori_loop(0, -(-num_reads // size), body, start)
+        return parts, moments, squares
+
+    def _part(self, array: jax.Array) -> TablePart:
+        axes, (num_rows, width) = self._axes, array.shape
+        column = jax.lax.axis_index(axes.width) * width if axes.width else 0
+        return TablePart(first_slot(axes, num_rows), column, axes.width)
+
+
+def _narrow(reads: Mapping[str, jax.Array], num_blocks: int) -> dict[str, jax.Array]:
+    """Returns the reads with blocks in the smallest dtype that holds them. A single block is left out."""
+    blocks = {"blocks": narrow_blocks(reads["blocks"], num_blocks)} if num_blocks > 1 else {}
+    return {name: x for name, x in reads.items() if name != "blocks"} | blocks

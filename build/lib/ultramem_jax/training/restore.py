@@ -1,0 +1,140 @@
+"""Loads a trained model from its run's folder, for evaluation, sampling and notebooks."""
+
+import dataclasses
+import logging
+import pathlib
+
+import jax
+
+from ultramem_jax.config import RunConfig
+from ultramem_jax.data import BpeTokenizer, ByteTokenizer, Tokenizer
+from ultramem_jax.errors import UserError, whole_number
+from ultramem_jax.parallel.mesh import one_device
+from ultramem_jax.training.checkpoint_reading import saved_config
+from ultramem_jax.training.checkpoints import Checkpoints
+from ultramem_jax.training.continuing import check_tokenizer, tokenizer_identity
+from ultramem_jax.training.dense_optimizer import make_optimizers
+from ultramem_jax.training.state import abstract_state, reaches
+from ultramem_jax.tree_types import ArrayTree, JsonDict
+
+log = logging.getLogger(__name__)
+
+_TOKENIZER_FILE = "tokenizer.json"
+_AGAIN = "remove it if it is there, and the run's training, started again, writes it anew"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """Holds a trained model: `Transformer(config.model).apply(variables, tokens)` works."""
+
+    config: RunConfig
+    variables: dict[str, ArrayTree]
+    """`params`, `memory` and `buffers`; moments are not read. Tables are as `ultramem_jax.ops.rows` stores
+    them: `from_stored(table)` decodes the stored bits to bfloat16."""
+    tokenizer: Tokenizer
+    step: int
+    corpus: JsonDict
+    """Identity of its data, as the checkpoint holds it: `corpus_hash` and sizes."""
+
+
+def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> LoadedModel:
+    """Loads a run's model. Its config comes from the checkpoint itself.
+
+    Args:
+        workdir: folder of the run.
+        checkpoint: `last`, `best` (by validation loss), or a step.
+
+    Raises:
+        UserError: no such folder, step or whole checkpoint, or a tokenizer that is lost, damaged or not the
+            run's own.
+    """
+    folder = pathlib.Path(workdir) / "checkpoints"
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        step = _step(checkpoints, checkpoint)
+        meta = checkpoints.read_meta(step)
+        config = saved_config(folder / str(meta.step), meta.config)
+        # The model goes only to the first device, whatever the run was trained on.
+        one = one_device()
+        memories = {
+            name: memory if reaches(memory.table.memory_kind) else memory.changed(memory_kind="device")
+            for name, memory in config.model.memories.items()
+        }
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, memories=memories))
+        abstract = abstract_state(config, make_optimizers(config), one)
+        parts = {"params": abstract.params, "tables": abstract.tables, "buffers": abstract.buffers}
+        # An empty collection (a model without memories) is not an entry of the checkpoint.
+        wanted = {name: tree for name, tree in parts.items() if jax.tree.leaves(tree)}
+        restored = checkpoints.restore_subtree(wanted, meta.step).state
+    return LoadedModel(
+        config=config,
+        variables={
+            "params": restored["params"],
+            "memory": restored.get("tables", {}),
+            "buffers": restored.get("buffers", {}),
+        },
+        tokenizer=_tokenizer(config, pathlib.Path(workdir), meta.corpus),
+        step=meta.step,
+        corpus=meta.corpus,
+    )
+
+
+def save_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
+    """Keeps a trained tokenizer with the run, so that the model loads without its corpus.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if isinstance(tokenizer, BpeTokenizer):
+        tokenizer.save(workdir / _TOKENIZER_FILE)
+
+
+def mend_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
+    """Writes the tokenizer of a run again where its file is lost or damaged, and says so in the log.
+
+    Raises:
+        UserError: the file holds another tokenizer.
+        OSError: it cannot be written.
+    """
+    path = workdir / _TOKENIZER_FILE
+    if not isinstance(tokenizer, BpeTokenizer):
+        return
+    try:
+        there = BpeTokenizer.load(path)
+    except UserError as error:
+        if path.is_dir():
+            raise UserError(f"{error}; {_AGAIN}") from None
+        log.warning("%s; it is written again", error)
+        save_tokenizer(tokenizer, workdir)
+    else:
+        identity = tokenizer_identity(tokenizer)
+        check_tokenizer(identity, there, str(path), workdir, _AGAIN)
+
+
+def _tokenizer(config: RunConfig, workdir: pathlib.Path, corpus: JsonDict) -> Tokenizer:
+    if config.data.tokenizer == "bytes":
+        return ByteTokenizer()
+    path = workdir / _TOKENIZER_FILE
+    try:
+        tokenizer = BpeTokenizer.load(path)
+    except UserError as error:
+        raise UserError(f"{error}; {_AGAIN}") from None
+    check_tokenizer(corpus, tokenizer, str(path), workdir, _AGAIN)
+    return tokenizer
+
+
+def _step(checkpoints: Checkpoints, checkpoint: str | int) -> int | None:
+    """Returns the requested step; None for the newest whole checkpoint."""
+    if checkpoint == "last":
+        return None
+    if checkpoint == "best":
+        best = checkpoints.best_step()
+        if best is None:
+            raise UserError(
+                "--checkpoint = 'best': no checkpoint here has a validation loss; allowed is 'last'"
+            )
+        return best
+    step = whole_number(str(checkpoint))
+    if step is None or step not in checkpoints.all_steps():
+        steps = ", ".join(map(str, checkpoints.all_steps()))
+        raise UserError(f"--checkpoint = {checkpoint!r}: allowed are 'last', 'best' and the steps {steps}")
+    return step

@@ -1,0 +1,163 @@
+"""Applies a rule to the rows of a table that were read, in place, behind an interface like optax's.
+
+optax cannot express a gradient that is zero almost everywhere. This pair (init, update) takes the gradient as
+`RowGradients`. It touches only those rows of the table and of its state: rows that were not read keep their
+values and state to the bit. A `RowRule` decides how a row changes. This module reads the rows chunk by chunk,
+records, rounds and writes them, in the same way for every rule.
+
+With twenty million rows, the state matters as much as the table. It can be kept in bfloat16 like the table,
+rounded stochastically.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ultramem_jax.config.exchange_purposes import MEANS_OVER_COLUMNS
+from ultramem_jax.ops.chunks import fold_chunks
+from ultramem_jax.ops.exchanges import named_exchange
+from ultramem_jax.ops.hashing import mix
+from ultramem_jax.ops.lookup import RowGradients
+from ultramem_jax.ops.rounding import stochastic_round
+from ultramem_jax.ops.rows import put_sorted_rows, stored_dtype, take_sorted_rows, to_stored
+from ultramem_jax.training.row_rules import RowRule, RowStep
+from ultramem_jax.tree_types import ArrayTree
+
+
+class RowUpdate(NamedTuple):
+    """Holds what a step makes of a table."""
+
+    table: jax.Array
+    moments: ArrayTree
+    """State of the rule, structured as `RowRule.init` makes it."""
+    norm: jax.Array
+    """() float32, the norm of the new rows before rounding. It is not finite if any value written is not."""
+    before: tuple[jax.Array, ArrayTree] | None
+    """The overwritten rows (U, ...) of the table and of its state; None unless `record` was set."""
+
+
+class TablePart(NamedTuple):
+    """Says which part of a table an update works on."""
+
+    first_slot: jax.Array | int = 0
+    first_column: jax.Array | int = 0
+    width_axes: tuple[str, ...] = ()
+    """Mesh axes over which the other columns of these rows are split, within a `jax.shard_map`."""
+
+
+class _Carry(NamedTuple):
+    """Holds what goes from one chunk of rows to the next."""
+
+    arrays: tuple[jax.Array, ArrayTree]
+    """The table and the state of its rule."""
+    norm: jax.Array
+    """() float32, the sum of the squares of the rows written so far."""
+    log: tuple[jax.Array, ArrayTree] | None
+    """The rows overwritten so far, (U, ...) each; None unless they are recorded."""
+
+
+class RowSparseTransformation(NamedTuple):
+    """Plays the role of `optax.GradientTransformation` for tables whose gradient comes by rows."""
+
+    init: Callable[[jax.Array], ArrayTree]
+    """table (N, d_v) -> moments, the state of the rule."""
+    update: Callable[..., RowUpdate]
+    """(gradients, moments, table, step from 0, seed () uint32, record=False, part=TablePart()) ->
+    `RowUpdate`. Compile it with table and moments donated. The seed is for rounding, and differs for every
+    array and step. With `record`, the result includes the rows that were overwritten. For a part of a table,
+    slots count from the first slot of the part."""
+
+
+def row_sparse(
+    rule: RowRule, learning_rate: optax.Schedule, *, rounding: str = "stochastic"
+) -> RowSparseTransformation:
+    """Returns the optimizer that applies a rule to the rows that were read.
+
+    Args:
+        rule: from `row_rules`.
+        learning_rate: as a function of the step.
+        rounding: of what is kept in bfloat16, `stochastic` or `nearest`.
+    """
+
+    def rounded(
+        x: jax.Array, stored: jnp.dtype, slots: jax.Array, seed: jax.Array, part: TablePart
+    ) -> jax.Array:
+        if stored == stored_dtype("bfloat16") and rounding == "stochastic":
+            return stochastic_round(x, slots + part.first_slot, seed, part.first_column)
+        return x
+
+    def update(
+        gradients: RowGradients,
+        moments: ArrayTree,
+        table: jax.Array,
+        step: jax.Array,
+        seed: jax.Array,
+        record: bool = False,
+        part: TablePart = TablePart(),  # noqa: B008
+    ) -> RowUpdate:
+        num_rows = gradients.slots.shape[0]
+        at = RowStep(step, learning_rate(step), functools.partial(_mean_over_row, axes=part.width_axes))
+
+        def update_rows(carry: _Carry, place: jax.Array, slots: jax.Array, gradients: jax.Array) -> _Carry:
+            arrays, norm, log = carry
+            before = jax.tree.map(lambda a: take_sorted_rows(a, slots), arrays)
+            if record:
+                log = jax.tree.map(
+                    lambda log, rows: jax.lax.dynamic_update_slice_in_dim(
+                        log, to_stored(rows, log.dtype), place[0], 0
+                    ),
+                    log,
+                    before,
+                )
+            rows, of_rows = jax.tree.map(_in_float32, before)
+            after = rule.apply(at, rows, of_rows, gradients)
+            leaves, structure = jax.tree.flatten(arrays)
+            written = [
+                put_sorted_rows(
+                    array, slots, rounded(new, array.dtype, slots, mix(jnp.uint32(i), seed), part)
+                )
+                for i, (array, new) in enumerate(zip(leaves, jax.tree.leaves(after), strict=True))
+            ]
+            padding = slots[:, None] >= table.shape[0]
+            norm = norm + jnp.sum(jnp.where(padding, 0.0, after[0] ** 2))
+            return _Carry(jax.tree.unflatten(structure, written), norm, log)
+
+        # Chunk by chunk, so that a row stays in the CPU's cache while it is read, updated and written, and no
+        # temporary array has the size of all rows.
+        arrays, log = (table, moments), None
+        if record:
+            log = jax.tree.map(lambda a: jnp.zeros((num_rows, *a.shape[1:]), a.dtype), arrays)
+        places = jnp.arange(num_rows, dtype=jnp.int32)
+        start = _Carry(arrays, jnp.zeros((), jnp.float32), log)
+        # Padding comes last. Where tokens read the same rows, as in a trained model, there is much padding.
+        num_read = jnp.sum(gradients.slots < table.shape[0], dtype=jnp.int32)
+        (table, moments), norm, log = fold_chunks(
+            update_rows, start, ROW_ARRAYS * table.shape[1], places, *gradients, up_to=num_read
+        )
+        return RowUpdate(table, moments, jnp.sqrt(norm), log)
+
+    return RowSparseTransformation(rule.init, update)
+
+
+def _mean_over_row(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns the means (U, 1) of x (U, d) over all columns of a row, of which d are on this device."""
+    mean = x.mean(1, keepdims=True)
+    with named_exchange(MEANS_OVER_COLUMNS):
+        return jax.lax.pmean(mean, axes) if axes else mean
+
+
+def _in_float32(rows: jax.Array) -> jax.Array:
+    """Returns rows in float32.
+
+    Integers stay as they are: they are counts, and float32 cannot hold them beyond 2²⁴.
+    """
+    return rows if jnp.issubdtype(rows.dtype, jnp.integer) else rows.astype(jnp.float32)
+
+
+ROW_ARRAYS = 16
+"""Number of arrays as wide as the rows that an update may hold at a time. It is twice the eight that are
+needed, and makes chunks of 2,048 rows of 128. Larger chunks are no faster."""

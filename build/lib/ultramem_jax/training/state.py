@@ -1,0 +1,202 @@
+"""Holds everything that changes during training in one tree, which is what a checkpoint stores."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+
+from ultramem_jax.config import RunConfig
+from ultramem_jax.config.memory import MemorySite
+from ultramem_jax.errors import require
+from ultramem_jax.models import Transformer
+from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, on_mesh
+from ultramem_jax.parallel.rules import logical_axes, parameter_specs, table_specs
+from ultramem_jax.training.dense_optimizer import Optimizers
+from ultramem_jax.training.slot_usage import SlotUsage, init_usage
+from ultramem_jax.tree_types import ArrayTree, Variables
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Holds the state of a run between two steps."""
+
+    step: jax.Array
+    """() int32, the number of steps done."""
+    params: ArrayTree
+    """Dense parameters: the `params` collection."""
+    opt_state: optax.OptState
+    """State of the optimizer of the dense parameters, as optax keeps it."""
+    tables: dict[str, dict[str, jax.Array]]
+    """The `memory` collection: per table `values` (N, d_v) and, if there are any, `pre_values` (N, d_p)."""
+    table_state: ArrayTree
+    """State of the tables' optimizer. In the row-sparse way it is, per array of a table, the state of its
+    `RowRule`, which is empty for plain SGD. In the dense way it is optax's state."""
+    usage: dict[str, SlotUsage]
+    """`SlotUsage` of each table, by the name of the table."""
+    buffers: ArrayTree
+    """The `buffers` collection: the last rank-1 vectors and the stored permutations."""
+    seed: jax.Array
+    """() uint32. Together with the step, it determines every random number of the run."""
+
+
+def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None = None) -> TrainState:
+    """Returns the state at step 0.
+
+    The function is traceable: compile it, or ask `jax.eval_shape` for its shapes.
+
+    Args:
+        config: of the run.
+        optimizers: from `make_optimizers`.
+        seed: () uint32; `train.seed` if None.
+    """
+    seed = jnp.asarray(config.train.seed, jnp.uint32) if seed is None else seed
+    model = Transformer(config.model)
+    axes = current_axes()
+    # The fewest tokens that the mesh allows: one sequence for every device that has its own tokens.
+    tokens = jnp.zeros((1 if axes is None else axes.size(axes.tokens), 2), jnp.int32)
+    return state_of(config, optimizers, model.init(jax.random.key(seed), tokens), seed)
+
+
+def state_of(config: RunConfig, optimizers: Optimizers, variables: Variables, seed: jax.Array) -> TrainState:
+    """Returns the state at step 0 of a module with these variables.
+
+    Args:
+        config: of the run; says how tables are trained.
+        optimizers: of `make_optimizers`.
+        variables: `params` and, with memories, `memory` and `buffers`, named as in the model of `config`.
+        seed: () uint32, of the random numbers of all steps.
+    """
+    params, tables = variables["params"], variables.get("memory", {})
+    if config.train.table_gradient == "dense":
+        table_state: ArrayTree = optimizers.tables.init(tables)
+    else:
+        table_state = {
+            name: {part: optimizers.rows[name].init(rows) for part, rows in table.items()}
+            for name, table in tables.items()
+        }
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizers.params.init(params),
+        tables=tables,
+        table_state=table_state,
+        usage={name: init_usage(table["values"].shape[0]) for name, table in tables.items()},
+        buffers=variables.get("buffers", {}),
+        seed=seed,
+    )
+
+
+def fresh_state(
+    config: RunConfig,
+    optimizers: Optimizers,
+    axes: MeshAxes,
+    seed: np.uint32,
+    abstract: TrainState | None = None,
+) -> TrainState:
+    """Returns the state at step 0, each array placed as `abstract_state` says.
+
+    The numbers are the same on every mesh.
+
+    Tables for host memory are drawn one at a time, so that the device needs room for only one of them.
+
+    Args:
+        config: of the run.
+        optimizers: from `make_optimizers`.
+        axes: of the mesh.
+        seed: of all draws.
+        abstract: from `abstract_state`, where it is at hand. Otherwise the model is traced once more for it.
+    """
+
+    def init(seed: jax.Array) -> TrainState:
+        with on_mesh(axes):
+            return init_state(config, optimizers, seed)
+
+    abstract = abstract or abstract_state(config, optimizers, axes)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    if all(memory.table.memory_kind == "device" for memory in config.model.memories.values()):
+        return jax.jit(init, out_shardings=shardings)(seed)
+    # The compiler keeps only what a program's result needs, so each program below draws only its own arrays.
+    small = shardings.replace(tables={}, table_state={})
+    rest = jax.jit(lambda seed: init(seed).replace(tables={}, table_state={}), out_shardings=small)(seed)
+    tables: dict[str, dict[str, jax.Array]] = {name: {} for name in abstract.tables}
+    for name, parts in abstract.tables.items():
+        for part, table in parts.items():
+            draw = jax.jit(lambda seed, n=name, p=part: init(seed).tables[n][p], out_shardings=table.sharding)
+            tables[name][part] = draw(seed)
+    zeros = jax.tree.map(
+        lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract.table_state
+    )
+    return rest.replace(tables=tables, table_state=zeros)
+
+
+def abstract_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) -> TrainState:
+    """Returns shapes, dtypes and shardings of the state.
+
+    Tables and their moments are split by rows and columns. Parameters and their moments are split by the
+    rules of `ultramem_jax.parallel.rules`. Everything else is on every device.
+
+    Args:
+        config: of the run.
+        optimizers: from `make_optimizers`.
+        axes: of the mesh.
+    """
+    with on_mesh(axes):
+        state = jax.eval_shape(lambda: init_state(config, optimizers))
+    kinds = {site.table: _memory_kind(site) for site in config.model.sites}
+
+    def placed(tree: ArrayTree, specs: ArrayTree, kind: str | None = None) -> ArrayTree:
+        def place(leaf: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
+            sharding = axes.sharding(spec)
+            sharding = sharding if kind is None else sharding.with_memory_kind(kind)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(place, tree, specs)
+
+    def of_tables(tree: ArrayTree) -> ArrayTree:
+        """Places the state of each table. The dense way's state is optax's own, and stays on the device."""
+        if config.train.table_gradient == "dense":
+            return placed(tree, table_specs(tree, axes))
+        return {name: placed(of, table_specs(of, axes), kinds[name]) for name, of in tree.items()}
+
+    everywhere = jax.tree.map(lambda _: P(), state)
+    rest, logical = placed(state, everywhere), logical_axes(config.model)
+    return rest.replace(
+        params=placed(state.params, parameter_specs(state.params, axes, logical)),
+        opt_state=placed(state.opt_state, parameter_specs(state.opt_state, axes, logical)),
+        tables={name: placed(of, table_specs(of, axes), kinds[name]) for name, of in state.tables.items()},
+        table_state=of_tables(state.table_state),
+        usage=placed(state.usage, table_specs(state.usage, axes)),
+    )
+
+
+def _memory_kind(site: MemorySite) -> str:
+    """Returns the kind of device memory or host memory that a table is meant for.
+
+    Raises:
+        UserError: the devices at hand cannot reach such a memory.
+    """
+    kind, device = site.config.table.memory_kind, jax.local_devices()[0]
+    if kind == "device":
+        return device.default_memory().kind
+    require(
+        reaches(kind),
+        f"model.memories.{site.group}.table.memory_kind",
+        kind,
+        f"must be 'device' here: {device.device_kind} has the memories {', '.join(_memories(device))}",
+    )
+    return kind
+
+
+def reaches(memory_kind: str) -> bool:
+    """Returns whether the devices at hand can reach a memory of this kind."""
+    return memory_kind == "device" or memory_kind in _memories(jax.local_devices()[0])
+
+
+def _memories(device: jax.Device) -> list[str]:
+    return [memory.kind for memory in device.addressable_memories()]
+
+
+def model_variables(state: TrainState) -> dict[str, ArrayTree]:
+    """Returns the variables that `Transformer.apply` takes."""
+    return {"params": state.params, "memory": state.tables, "buffers": state.buffers}

@@ -1,0 +1,131 @@
+"""Makes the training step of a language model, and the step that sums the losses of an evaluation batch."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ultramem_jax.config import RunConfig
+from ultramem_jax.models import Transformer
+from ultramem_jax.ops.on_mesh import MeshAxes, on_mesh
+from ultramem_jax.parallel.rules import gathered, logical_axes
+from ultramem_jax.training.dense_optimizer import Optimizers, table_learning_rates
+from ultramem_jax.training.module_step import Metrics, ModuleStep, Objective, flat_metrics
+from ultramem_jax.training.schedules import learning_rate
+from ultramem_jax.training.state import TrainState
+from ultramem_jax.training.undo_log import RowsOverwritten
+from ultramem_jax.tree_types import ArrayTree, Variables
+
+StepResult: TypeAlias = tuple[TrainState, Metrics] | tuple[TrainState, Metrics, RowsOverwritten]
+"""Result of a training step: the state after it, its metrics and, if asked for, the rows overwritten."""
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns the cross-entropies (B, S) in nats of logits (B, S, V) float32 for targets (B, S)."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def language_model_objective(config: RunConfig, axes: MeshAxes | None = None) -> Objective:
+    """Returns the mean cross-entropy of the next token, with the auxiliary losses of the layers.
+
+    Batches are tokens (B, S + 1) int32. Metrics are those of the layers, `loss` (nats per token, without
+    auxiliary losses) and `auxiliary_loss`.
+
+    Args:
+        config: of the run.
+        axes: of the mesh; None for one device.
+    """
+    model, logical = Transformer(config.model), logical_axes(config.model)
+
+    def loss(
+        variables: Variables, inputs: ArrayTree, tokens: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Variables, Metrics]]:
+        whole = {**variables, "params": gathered(variables["params"], axes, logical)}
+        logits, sown = model.apply(
+            whole,
+            tokens[:, :-1],
+            train=True,
+            rngs={"dropout": key},
+            mutable=["reads", "losses", "metrics", "buffers"],
+        )
+        cross_entropy = token_losses(logits, tokens[:, 1:]).mean()
+        auxiliary = sum(jax.tree.leaves(sown.get("losses", {})), jnp.zeros((), jnp.float32))
+        metrics = {"loss": cross_entropy, "auxiliary_loss": auxiliary} | flat_metrics(sown.get("metrics", {}))
+        return cross_entropy + auxiliary, (sown, metrics)
+
+    return Objective(loss, num_tokens=lambda tokens: tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+def make_train_step(
+    config: RunConfig,
+    optimizers: Optimizers,
+    record_before: bool = False,
+    axes: MeshAxes | None = None,
+) -> Callable[[TrainState, jax.Array], StepResult]:
+    """Returns the step (state, tokens (B, S + 1) int32) -> (state, metrics).
+
+    Compile it with the state donated.
+
+    Metrics are float32 scalars:
+
+    - `loss`: nats per token, without auxiliary losses;
+    - `auxiliary_loss`;
+    - `gradient_norm`: of the dense parameters, before clipping;
+    - `parameter_norm` and `learning_rate`;
+    - with memories `value_learning_rate`, and per memory the metrics of the layer;
+    - per table the metrics of `record_reads`, and `row_norm`: the norm of the rows that the step wrote, or of
+      the whole table in the dense way.
+
+    Args:
+        config: of the run.
+        optimizers: from `make_optimizers`.
+        record_before: whether the step returns (state, metrics, before). `before` holds, per table and array
+            of it, `RowsBefore`: the rows that the step wrote, as they were before it. The dense way does not
+            have this, and it works only on one device.
+        axes: of the mesh, for a step on a mesh. Its state is placed as `abstract_state` says, and its tokens
+            are split over `axes.tokens`. None is one device.
+    """
+    step = ModuleStep(config, optimizers, language_model_objective(config, axes), record_before, axes)
+    rate, value_rates = learning_rate(config.train), table_learning_rates(config)
+
+    def train_step(state: TrainState, tokens: jax.Array) -> StepResult:
+        rates = {"learning_rate": rate(state.step)}
+        for group, value_rate in value_rates.items():
+            name = "value_learning_rate" if len(value_rates) == 1 else f"{group}/value_learning_rate"
+            rates[name] = value_rate(state.step)
+        after = step(state, tokens)
+        metrics = after.metrics | rates
+        if not record_before:
+            return after.state, metrics
+        assert after.before is not None
+        return after.state, metrics, after.before
+
+    return train_step
+
+
+def make_eval_step(
+    config: RunConfig, axes: MeshAxes | None = None
+) -> Callable[[Variables, jax.Array, jax.Array], jax.Array]:
+    """Returns a function that sums the losses of a batch in nats, and counts its targets.
+
+    The function is (variables, tokens (B, S + 1), mask (B, S)) -> (2,) float32: the sum of losses and the
+    number of targets. Targets whose mask is 0 do not count.
+
+    Args:
+        config: of the run.
+        axes: of the mesh, as for `make_train_step`.
+    """
+    model, logical = Transformer(config.model), logical_axes(config.model)
+
+    def eval_step(variables: Variables, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        with on_mesh(axes):
+            whole = dict(variables) | {"params": gathered(variables["params"], axes, logical)}
+            logits: Any = model.apply(whole, tokens[:, :-1])
+        of_sequences = (token_losses(logits, tokens[:, 1:]) * mask).sum(1)
+        # The factor is 1, or 0 for a sequence without counted targets. It keeps the two sums apart: the
+        # compiler would merge them into one sum over all targets, which is longer and rounds more.
+        return jnp.stack([(of_sequences * mask.max(1)).sum(), mask.sum()])
+
+    return eval_step

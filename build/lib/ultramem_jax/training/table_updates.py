@@ -1,0 +1,161 @@
+"""Updates the tables, from what a step read and the cotangents of that.
+
+On one device, the rows of every table are sorted, and their gradients are summed and given to the optimizer.
+On a mesh, each device does this for the rows and columns that it owns, over the reads of all tokens
+(`owned_tables`). The forward and the backward pass bring reads and cotangents to the owners
+(`ops.sharded_lookup`). Here they are gathered once more, from the devices that hold the same part of a table.
+The gradient of a table is never summed over devices.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.models.transformer import table_readers
+from ultramem_jax.ops.hashing import mix
+from ultramem_jax.ops.lookup import RowsRead
+from ultramem_jax.ops.on_mesh import current_axes
+from ultramem_jax.training.owned_tables import OfStep, OwnedTable
+from ultramem_jax.training.row_sparse import RowSparseTransformation
+from ultramem_jax.training.slot_usage import SlotUsage, record_reads
+from ultramem_jax.training.state import TrainState
+from ultramem_jax.training.table_gradients import ArraysOfMemories, rows_if, rows_of_tables, table_gradients
+from ultramem_jax.training.undo_log import RowsBefore, RowsOverwritten
+from ultramem_jax.tree_types import ArrayTree
+
+
+class TableUpdate(NamedTuple):
+    """Holds what a step makes of all tables."""
+
+    tables: dict[str, dict[str, jax.Array]]
+    """Arrays of each table."""
+    table_state: dict[str, dict[str, ArrayTree]]
+    """State of the optimizer, per table and array of it."""
+    usage: dict[str, SlotUsage]
+    metrics: dict[str, dict[str, jax.Array]]
+    """Metrics per table: those of `record_reads`, and `row_norm`."""
+    before: RowsOverwritten | None
+    """`RowsBefore` per table and array of it; None unless `record_before` was set."""
+
+
+def update_tables(
+    config: ModelConfig,
+    optimizers: Mapping[str, RowSparseTransformation],
+    state: TrainState,
+    reads: ArraysOfMemories,
+    cotangents: ArraysOfMemories,
+    finite: jax.Array,
+    record_before: bool = False,
+) -> TableUpdate:
+    """Updates the rows that were read.
+
+    Args:
+        config: of the model.
+        optimizers: of the rows, by the name of their table.
+        state: before the step. Its tables and their moments are updated in place.
+        reads: what the memories sowed into `reads`, with a leading axis of micro-batches.
+        cotangents: gradients with respect to `perturbations`, with the same axis.
+        finite: () bool. Unless it holds, no row is written. It must depend on every gradient that is computed
+            from rows (see `rows_if`).
+        record_before: whether to return the rows as they were. This works only on one device.
+    """
+    axes = current_axes()
+    if axes is None:
+        return _update_on_one_device(config, optimizers, state, reads, cotangents, finite, record_before)
+    assert not record_before
+    after = TableUpdate({}, {}, {}, {}, None)
+    seeds = _seeds(state)
+    for table, readers in table_readers(config).items():
+        of_table = OwnedTable(axes).update(
+            optimizers[table],
+            state.tables[table],
+            state.table_state[table],
+            state.usage[table],
+            {site.name: reads[site.name] for site in readers},
+            {site.name: cotangents[site.name] for site in readers},
+            OfStep(finite, state.step, seeds[table]),
+        )
+        after.tables[table], after.table_state[table] = of_table.parts, of_table.moments
+        after.usage[table], after.metrics[table] = of_table.usage, of_table.metrics
+    return after
+
+
+def record_usage(
+    config: ModelConfig, usage: dict[str, SlotUsage], reads: ArraysOfMemories
+) -> tuple[dict[str, SlotUsage], dict[str, dict[str, jax.Array]]]:
+    """Returns the usage of every table after a step that trains tables the dense way, and its metrics."""
+    axes = current_axes()
+    if axes is None:
+        recorded = _record(usage, rows_of_tables(config, _side_by_side(reads)))
+    else:
+        recorded = {
+            table: OwnedTable(axes).record(usage[table], {site.name: reads[site.name] for site in readers})
+            for table, readers in table_readers(config).items()
+        }
+    return {t: u for t, (u, _) in recorded.items()}, {t: m for t, (_, m) in recorded.items()}
+
+
+# ---- one device
+
+
+def _update_on_one_device(
+    config: ModelConfig,
+    optimizers: Mapping[str, RowSparseTransformation],
+    state: TrainState,
+    reads: ArraysOfMemories,
+    cotangents: ArraysOfMemories,
+    finite: jax.Array,
+    record_before: bool,
+) -> TableUpdate:
+    reads, cotangents = _side_by_side(reads), _side_by_side(cotangents)
+    rows = rows_of_tables(config, reads)
+    recorded = _record(state.usage, rows)
+    rows = {name: rows_if(finite, rows[name]) for name in rows}
+    gradients = table_gradients(config, rows, reads, cotangents)
+    seeds = _seeds(state)
+    tables: dict[str, dict[str, jax.Array]] = {name: {} for name in state.tables}
+    table_state: dict[str, dict[str, ArrayTree]] = {name: {} for name in state.tables}
+    overwritten: dict[str, dict[str, RowsBefore]] = {name: {} for name in state.tables}
+    norms: dict[str, dict[str, jax.Array]] = {name: {} for name in state.tables}
+    for name, parts in state.tables.items():
+        for part, table in parts.items():
+            of_rows, moments = gradients[name][part], state.table_state[name][part]
+            seed = seeds[name][part]
+            update = optimizers[name].update(of_rows, moments, table, state.step, seed, record_before)
+            tables[name][part], table_state[name][part] = update.table, update.moments
+            norms[name][part] = update.norm
+            if update.before is not None:
+                overwritten[name][part] = RowsBefore(of_rows.slots, update.before)
+    return TableUpdate(
+        tables,
+        table_state,
+        {name: usage for name, (usage, _) in recorded.items()},
+        {name: of | {"row_norm": optax.tree.norm(norms[name])} for name, (_, of) in recorded.items()},
+        overwritten if record_before else None,
+    )
+
+
+def _record(
+    usage: dict[str, SlotUsage], rows: dict[str, RowsRead]
+) -> dict[str, tuple[SlotUsage, dict[str, jax.Array]]]:
+    return {name: record_reads(usage[name], of, of.order.size) for name, of in rows.items()}
+
+
+def _seeds(state: TrainState) -> dict[str, dict[str, jax.Array]]:
+    """Returns a seed for rounding, different for every array of a table and every step."""
+    of_step = mix(state.step.astype(jnp.uint32), state.seed)
+    numbers = itertools.count()
+    return {
+        name: {part: mix(jnp.uint32(next(numbers)), of_step) for part in parts}
+        for name, parts in state.tables.items()
+    }
+
+
+def _side_by_side(tree: ArraysOfMemories) -> ArraysOfMemories:
+    """Concatenates micro-batches: (micro-batches, T, ...) -> (micro-batches·T, ...)."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)

@@ -1,0 +1,72 @@
+"""The package: what it asks for is written once, and what is built of it runs by itself."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import ultramem_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def _listed(name):
+    lines = (ROOT / name).read_text().splitlines()
+    return sorted(line for line in lines if line and not line.startswith(("#", "-r")))
+
+
+def test_requirements_are_those_of_the_package_and_its_extras():
+    everything = PROJECT["dependencies"] + EXTRAS["tfds"] + EXTRAS["tensorboard"]
+    assert _listed("requirements.txt") == sorted(everything)
+    assert _listed("requirements-dev.txt") == sorted(EXTRAS["dev"])
+    assert _listed("requirements-docs.txt") == sorted(EXTRAS["docs"])
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with the wheel installed in it, and nothing of the repository."""
+    folder = tmp_path_factory.mktemp("package")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", f"--outdir={folder / 'dist'}"]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = (folder / "dist").iterdir()
+    site = folder / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", f"--target={site}"]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    return site
+
+
+def _run(site, folder, *command):
+    environment = os.environ | {"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_wheel_has_types_and_recipes(installed):
+    package = installed / "ultramem_jax"
+    assert (package / "py.typed").exists() and (package / "recipes" / "demo.py").exists()
+    assert not (installed / "experiments").exists() and not (installed / "tests").exists()
+
+
+def test_the_command_says_its_version_and_lists_its_commands(installed, tmp_path):
+    done = _run(installed, tmp_path, sys.executable, str(installed / "bin" / "ultramem"), "--version")
+    assert re.match(rf"ultramem_jax {re.escape(ultramem_jax.__version__)} \(jax \d", done.stdout), done.stderr
+    listed = _run(installed, tmp_path, sys.executable, "-m", "ultramem_jax").stdout
+    commands = re.findall(r"^  (\w+) ", listed, re.MULTILINE)
+    assert commands == ["train", "evaluate", "generate", "count", "plan"]
+
+
+def test_the_demo_trains_without_the_repository(installed, tmp_path):
+    (tmp_path / "text.txt").write_text("the slot of a key is read by a query\n" * 200)
+    short = ["--config.train.steps=2", "--config.train.eval_batches=1", "--config.data.seq_len=16"]
+    small = ["--config.model.memory.num_keys=32", "--config.model.num_layers=2"]
+    data = ["--config.data.dataset=text", "--config.data.path=text.txt", "--config.data.cache_dir=cache"]
+    flags = ["--config=demo", "--config.model.memory.placement=1:2", *short, *small, *data]
+    done = _run(installed, tmp_path, sys.executable, "-m", "ultramem_jax", "train", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "ultramem evaluate --workdir=runs/demo" in done.stdout
+    assert (tmp_path / "runs" / "demo" / "loss_curve.png").exists()
