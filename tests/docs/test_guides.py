@@ -15,7 +15,7 @@ import pytest
 from tests.support import engram_states as engram
 from tests.support import synthetic
 from tests.support.documents import GUIDES, local_links, python_blocks
-from tests.support.programs import standard_promotion  # noqa: F401
+from tests.support.fixtures import standard_promotion  # noqa: F401
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.interop.reference_torch import read_safetensors, write_safetensors
 from ultramem_jax.models import Transformer
