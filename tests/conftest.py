@@ -9,7 +9,7 @@ import jax
 from tests.support.users_compiler import OLDER_FUSIONS
 
 # Tests compile much and compute little. LLVM, which makes machine code of what XLA has optimized, may leave
-# out what pays for itself on long runs alone: a third of the time of a training step's tests. And fusions are
+# out what pays for itself only on long runs: a third of the time of a training step's tests. And fusions are
 # made in XLA's older way, where it has one.
 _FLAGS = (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", OLDER_FUSIONS)
 os.environ["XLA_FLAGS"] = " ".join(filter(None, _FLAGS))

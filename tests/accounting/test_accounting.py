@@ -6,36 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.support.counted import MEMORY, PLAIN
 from ultramem_jax import accounting
-from ultramem_jax.config import ModelConfig, MoEConfig
+from ultramem_jax.config import MoEConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.models.transformer import Transformer
 from ultramem_jax.presets import PRESETS, families, preset
 
-# Small enough to count by hand: V 10, D 8, L 2, A 4 (2 wide), 2 heads of keys and values, gated MLP, F 6.
-PLAIN = ModelConfig(
-    vocab_size=10,
-    embed_dim=8,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp="swiglu",
-    mlp_dim=6,
-    tie_embeddings=False,
-)
-# One memory: n 3 (N 9), m 2, H 2, d_k 4, d_v 4, E 4 (K 6), r 2, h 2, convolution 3 wide.
-MEMORY = families.ultramem(
-    placement="1:2",
-    num_keys=3,
-    top_m=2,
-    num_heads=2,
-    key_dim=4,
-    value_dim=4,
-    expansion=4,
-    tucker_rank=2,
-    num_cores=2,
-    query_conv_width=3,
-)
 ULTRAMEM = replace(PLAIN, memories={"memory": MEMORY})
 # Three Memory layers in the manner of UltraMemV2: n 4, d_k 4, d_v 4, d_p 6, m 2, H 1, r 2, h 2, a ring of
 # 3·4² = 48 slots, of which each memory reads half: the largest square within 24 is 4², so K is 4.
@@ -169,7 +146,7 @@ def test_parameters_of_experts_of_width_one_by_hand():
     p = accounting.count_parameters(PEER)
     assert p.memory["queries"] == 8 * (2 * 3 * 4)
     assert p.memory["keys"] == 2 * 3 * 4  # one set for three heads
-    assert p.memory["norms"] == 4  # of queries alone
+    assert p.memory["norms"] == 4  # only of queries
     assert p.memory["projection"] == p.memory["pre_projection"] == 0
     assert p.memory_tables == 9 * (8 + 8)
 
@@ -219,7 +196,7 @@ def test_parameters_of_experts_by_hand():
     ],
 )
 def test_the_count_is_that_of_the_model(config):
-    # Shapes alone: nothing of a model's size is built. Tables live in a collection of their own.
+    # Only shapes: nothing of a model's size is built. Tables live in a collection of their own.
     tokens = jnp.zeros((1, 8), jnp.int32)
     tree = jax.eval_shape(lambda: Transformer(config).init(jax.random.key(0), tokens))
     size = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in tree.items()}

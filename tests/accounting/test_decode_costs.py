@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.accounting import test_accounting
+from tests.support import counted
 from ultramem_jax.accounting import (
     PartCost,
     bytes_per_token,
@@ -23,10 +23,10 @@ from ultramem_jax.errors import UserError
 from ultramem_jax.presets import PRESETS, families, preset
 
 # V 10, D 8, L 2, A 4 (2 wide), 2 heads of keys and values (4 wide together), gated MLP, F 6; 3 sequences.
-PLAIN = replace(test_accounting.PLAIN, tie_embeddings=True)
+PLAIN = replace(counted.PLAIN, tie_embeddings=True)
 MOE = replace(PLAIN, moe=MoEConfig(num_experts=5, top_k=2, expert_dim=6, activation="swiglu"))
 # Two memories: n 3 (N 9), m 2, H 2, d_k 4, d_v 4, E 4 (K 6), r 2, h 2, convolution 3 wide.
-MEMORY = test_accounting.MEMORY.changed(placement="1:1/2:2")
+MEMORY = counted.MEMORY.changed(placement="1:1/2:2")
 ULTRAMEM = replace(PLAIN, memories={"memory": MEMORY})
 # Three memories with pre-values: n 4, m 2, H 1, a ring of 48 slots, windows of 4² at 0, 16 and 32.
 RING = families.ultramem_v2(num_keys=4, top_m=2, key_dim=4, value_dim=4, pre_value_dim=6, share_ratio=0.5)

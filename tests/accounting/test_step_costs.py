@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from tests.accounting import test_accounting
+from tests.support import counted
 from ultramem_jax.accounting import PartCost, count_parameters, expected_rows, floor_seconds
 from ultramem_jax.accounting.step_costs import memory_step_costs, model_step_cost, total
 from ultramem_jax.config import DataConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.errors import UserError
 
 # One memory: n 3 (N 9), m 2, H 2 (R 4), d_k 4, d_v 4, E 4 (K 6), r 2, h 2, convolution 3 wide; D 8, T 5.
-MEMORY = test_accounting.MEMORY.changed(placement="1:1")
+MEMORY = counted.MEMORY.changed(placement="1:1")
 MODEL = ModelConfig(
     vocab_size=10, embed_dim=8, num_layers=1, num_heads=4, mlp_dim=6, memories={"memory": MEMORY}
 )

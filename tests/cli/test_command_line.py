@@ -12,30 +12,13 @@ import numpy as np
 import pytest
 
 from experiments import EXPERIMENTS
+from tests.support.programs import TINY
 from ultramem_jax.commands import COMMANDS
 from ultramem_jax.config import MoEConfig, RunConfig
 from ultramem_jax.parallel.mesh import make_mesh
 from ultramem_jax.presets import PRESETS, preset
 from ultramem_jax.training import loop
 from ultramem_jax.training.metrics import MetricWriter, read_metrics
-
-TINY = [
-    "--preset=ultramem-tiny",
-    "--config.model.embed_dim=16",
-    "--config.model.num_layers=2",
-    "--config.model.num_heads=2",
-    "--config.model.num_kv_heads=2",
-    "--config.model.mlp_dim=16",
-    "--config.model.memory.placement=1:2",
-    "--config.model.memory.address.num_keys=16",
-    "--config.model.memory.address.top_m=4",
-    "--config.model.memory.address.key_dim=8",
-    "--config.model.memory.table.value_dim=8",
-    "--config.data.seq_len=16",
-    "--config.train.batch_size=8",
-    "--config.train.steps=2",
-    "--config.train.eval_batches=2",
-]
 
 
 def test_without_arguments_it_lists_commands_and_experiments(run):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 
@@ -50,7 +51,7 @@ def test_tokens_are_the_documents_each_followed_by_one_eos(tmp_path, fields):
     source = open_source(config)
     for split in SPLITS:
         found = open_tokens(folder, split)
-        np.testing.assert_array_equal(found, expected_stream(config, tokenizer, split))
+        chex.assert_trees_all_equal(found, expected_stream(config, tokenizer, split))
         documents = [d.data for d in source.documents(split)]
         assert tokenizer.decode(found) == b"".join(documents)
         assert description["num_documents"][split] == len(documents) == (found == tokenizer.eos_id).sum()
@@ -77,7 +78,7 @@ def test_damaged_files_get_one_line(config, damage):
 def test_a_split_without_documents_is_empty(tmp_path):
     (tmp_path / "x").write_bytes(b"a" * 10)  # 95 % of ten bytes are nine, as are 90 %
     config = DataConfig(dataset="text", path=str(tmp_path / "x"), cache_dir=str(tmp_path / "c"))
-    assert open_tokens(prepare(config), "validation").shape == (0,)
+    chex.assert_shape(open_tokens(prepare(config), "validation"), (0,))
 
 
 def test_training_on_text_needs_no_tfds(config):
@@ -104,7 +105,7 @@ def test_ids_beyond_16_bits(config, monkeypatch):
 
     monkeypatch.setattr(builder, "ByteTokenizer", WideTokenizer)
     folder = prepare(config)
-    np.testing.assert_array_equal(
+    chex.assert_trees_all_equal(
         open_tokens(folder, "train"), expected_stream(config, WideTokenizer(), "train")
     )
 
@@ -167,7 +168,7 @@ def test_a_killed_build_is_not_taken_for_whole(config, where):
     folder = prepare(config)
     tokenizer = builder.load_tokenizer(config, folder)
     for split in SPLITS:
-        np.testing.assert_array_equal(open_tokens(folder, split), expected_stream(config, tokenizer, split))
+        chex.assert_trees_all_equal(open_tokens(folder, split), expected_stream(config, tokenizer, split))
     assert {p.suffix for p in folder.parent.iterdir()} == {"", ".lock"}
 
 

@@ -3,6 +3,7 @@
 import re
 import unicodedata
 
+import chex
 import numpy as np
 import pytest
 import tokenizers as library
@@ -65,7 +66,8 @@ def test_other_tokens_do_not(tokens):
 
 def test_ids_are_numbered_by_first_appearance():
     ids = canonical_ids(_bpe([b"ab", b" AB", b"  ", b"\xe6\xbc", "é".encode(), b"cd"]))
-    assert ids.dtype == np.int32 and ids.shape == (263,)
+    chex.assert_type(ids, np.int32)
+    chex.assert_shape(ids, (263,))
     _, first = np.unique(ids, return_index=True)
     assert (np.diff(first) > 0).all() and ids.min() == 0 and ids.max() == len(first) - 1
     # Bytes: tab, line feed, carriage return and space are one, "A" to "Z" are "a" to "z".
@@ -103,7 +105,8 @@ def test_trained_bpe_against_the_standard_library():
 
 def test_bytes_keep_their_ids():
     ids = canonical_ids(ByteTokenizer())
-    assert ids.tolist() == list(range(257)) and ids.dtype == np.int32
+    assert ids.tolist() == list(range(257))
+    chex.assert_type(ids, np.int32)
 
 
 def test_texts_by_hand():

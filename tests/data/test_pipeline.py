@@ -4,6 +4,7 @@ positions survive a checkpoint."""
 import itertools
 import types
 
+import chex
 import grain.checkpoint
 import numpy as np
 import orbax.checkpoint as ocp
@@ -59,16 +60,17 @@ def test_sequences_tile_the_stream(folder, seq_len):
     targets = np.concatenate([source[i][1:] for i in range(len(source))])
     # Every token from the first on is an input once and its successor a target once; fewer than S targets
     # remain.
-    np.testing.assert_array_equal(inputs, tokens[: len(inputs)])
-    np.testing.assert_array_equal(targets, tokens[1 : len(targets) + 1])
+    chex.assert_trees_all_equal(inputs, tokens[: len(inputs)])
+    chex.assert_trees_all_equal(targets, tokens[1 : len(targets) + 1])
     assert len(tokens) - 1 - len(targets) < seq_len
-    assert source[0].dtype == np.int32 and source[0].shape == (seq_len + 1,)
+    chex.assert_type(source[0], np.int32)
+    chex.assert_shape(source[0], (seq_len + 1,))
 
 
 def test_a_split_of_exactly_one_sequence(folder):
     source = load(folder, 1000).source("test")
     assert len(source) == 1
-    np.testing.assert_array_equal(source[0], stream(folder, "test"))
+    chex.assert_trees_all_equal(source[0], stream(folder, "test"))
     for i in (-1, 1):
         with pytest.raises(IndexError, match=f"sequence {i} of 1"):
             source[i]
@@ -83,18 +85,18 @@ def test_every_epoch_is_another_permutation(corpus):
     for epoch in order:
         assert sorted(epoch) == list(range(n))
     for one, other in itertools.combinations([*order, np.arange(n)], 2):
-        # Two random permutations agree in one place on average.
+        # Two random permutations agree in one position on average.
         assert (one == other).sum() < 10
 
 
 def test_batches_run_on_over_the_end_of_an_epoch(corpus):
     one = batches(train_iterator(corpus, 1, seed=3), 600)[:, 0]
-    np.testing.assert_array_equal(batches(train_iterator(corpus, 100, seed=3), 6).reshape(600, S + 1), one)
+    chex.assert_trees_all_equal(batches(train_iterator(corpus, 100, seed=3), 6).reshape(600, S + 1), one)
 
 
-def test_order_depends_on_the_seed_alone(corpus, folder):
+def test_order_depends_only_on_the_seed(corpus, folder):
     first = batches(train_iterator(corpus, 4, seed=0), 5)
-    np.testing.assert_array_equal(batches(train_iterator(load(folder), 4, seed=0), 5), first)
+    chex.assert_trees_all_equal(batches(train_iterator(load(folder), 4, seed=0), 5), first)
     for seed in (1, 2**40):
         assert not (batches(train_iterator(corpus, 4, seed=seed), 5) == first).all()
 
@@ -117,14 +119,14 @@ def test_resume_equals_uninterrupted(corpus, folder, tmp_path, steps):
         resumed = train_iterator(load(folder), 4, seed=7)
         next(resumed)
         manager.restore(steps, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
-    np.testing.assert_array_equal(batches(resumed, 20), expected)
+    chex.assert_trees_all_equal(batches(resumed, 20), expected)
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [3, 4, 5], [5], [0, 2, 5]])
 def test_processes_share_every_batch(corpus, rows):
     whole = batches(train_iterator(corpus, 6, seed=5), 100)
     share = batches(train_iterator(corpus, 6, 5, np.array(rows)), 100)
-    np.testing.assert_array_equal(share, whole[:, rows])
+    chex.assert_trees_all_equal(share, whole[:, rows])
 
 
 def test_position_survives_other_processes(corpus):
@@ -132,10 +134,10 @@ def test_position_survives_other_processes(corpus):
     batches(second_half, 11)
     one = train_iterator(corpus, 6, 5)
     one.set_state(second_half.get_state())
-    np.testing.assert_array_equal(batches(one, 3)[:, 3:], batches(second_half, 3))
+    chex.assert_trees_all_equal(batches(one, 3)[:, 3:], batches(second_half, 3))
 
 
-def test_a_process_reads_its_own_rows_alone(corpus, monkeypatch):
+def test_a_process_reads_only_its_own_rows(corpus, monkeypatch):
     read = []
 
     class Counting:  # a source of its own: iterators of earlier tests may still be prefetching from theirs
@@ -165,7 +167,7 @@ def test_processes_share_every_batch_of_an_evaluation(corpus, rows):
     assert len(shares) == len(whole)
     for share, batch in zip(shares, whole, strict=True):
         for name in ("tokens", "mask"):
-            np.testing.assert_array_equal(share[name], batch[name][rows])
+            chex.assert_trees_all_equal(share[name], batch[name][rows])
 
 
 def test_fewer_sequences_than_a_batch(folder):
@@ -179,7 +181,7 @@ def test_fewer_sequences_than_a_batch(folder):
 def test_one_sequence(folder):
     corpus = load(folder, 18_000)
     batch = next(train_iterator(corpus, 3, seed=0))["tokens"]
-    np.testing.assert_array_equal(batch, np.tile(stream(folder, "train"), (3, 1)))
+    chex.assert_trees_all_equal(batch, np.tile(stream(folder, "train"), (3, 1)))
 
 
 @pytest.mark.parametrize(("batch_size", "masked"), [(1, 0), (8, 1), (31, 0), (40, 9)])
@@ -188,17 +190,18 @@ def test_evaluation_covers_every_sequence_once(corpus, batch_size, masked):
     found = list(eval_batches(corpus, "validation", batch_size))
     mask = np.concatenate([batch["mask"] for batch in found])
     tokens = np.concatenate([batch["tokens"] for batch in found])
-    assert mask.dtype == np.float32 and tokens.dtype == np.int32
-    assert all(batch["tokens"].shape == (batch_size, S + 1) for batch in found)
-    np.testing.assert_array_equal(mask, np.repeat([[1.0], [0.0]], [31, masked], axis=0) * np.ones(S))
-    np.testing.assert_array_equal(tokens[:31], corpus.source("validation").read(range(31)))
+    chex.assert_type(mask, np.float32)
+    chex.assert_type(tokens, np.int32)
+    chex.assert_shape([batch["tokens"] for batch in found], (batch_size, S + 1))
+    chex.assert_trees_all_equal(mask, np.repeat([[1.0], [0.0]], [31, masked], axis=0) * np.ones(S))
+    chex.assert_trees_all_equal(tokens[:31], corpus.source("validation").read(range(31)))
     assert not tokens[31:].any()
 
 
 def test_limited_evaluation_is_spread_over_the_split(corpus):
     found = np.concatenate([batch["tokens"] for batch in eval_batches(corpus, "validation", 2, limit=2)])
     # Four of 31 sequences: floor(k * 31 / 4).
-    np.testing.assert_array_equal(found, corpus.source("validation").read([0, 7, 15, 23]))
+    chex.assert_trees_all_equal(found, corpus.source("validation").read([0, 7, 15, 23]))
     everything = list(eval_batches(corpus, "validation", 8, limit=1000))
     assert sum(batch["mask"].sum() for batch in everything) == 31 * S
 
@@ -225,7 +228,7 @@ def test_a_sliding_window_counts_every_target_once():
                 if not mask.any():
                     assert not tokens.any()  # it fills up the last batch
                     continue
-                np.testing.assert_array_equal(tokens, np.arange(tokens[0], tokens[0] + seq_len + 1))
+                chex.assert_trees_all_equal(tokens, np.arange(tokens[0], tokens[0] + seq_len + 1))
                 targets = tokens[1:][mask == 1]
                 counted += targets.tolist()
                 # The token before a target is the last of its context.
@@ -238,16 +241,17 @@ def test_a_sliding_window_counts_every_target_once():
 def test_windows_by_hand():
     # Seven targets, windows of four that advance by two; the last target is in none.
     (batch,) = eval_batches(of_tokens(8, 4), "validation", 3, stride=2)
-    np.testing.assert_array_equal(batch["tokens"], [[0, 1, 2, 3, 4], [2, 3, 4, 5, 6], [0] * 5])
-    np.testing.assert_array_equal(batch["mask"], [[1, 1, 1, 1], [0, 0, 1, 1], [0] * 4])
+    chex.assert_trees_all_equal(batch["tokens"], np.array([[0, 1, 2, 3, 4], [2, 3, 4, 5, 6], [0] * 5]))
+    chex.assert_trees_all_equal(batch["mask"], np.array([[1, 1, 1, 1], [0, 0, 1, 1], [0] * 4]))
 
 
 def test_limited_windows_are_spread_over_the_split():
     found = list(eval_batches(of_tokens(50, 4), "validation", 2, limit=2, stride=3))
     # Four of 1 + (49 - 4) // 3 = 16 windows: every fourth.
-    np.testing.assert_array_equal(np.concatenate([b["tokens"] for b in found])[:, 0], [0, 12, 24, 36])
-    np.testing.assert_array_equal(
-        np.concatenate([b["mask"] for b in found]), [[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]
+    chex.assert_trees_all_equal(np.concatenate([b["tokens"] for b in found])[:, 0], np.array([0, 12, 24, 36]))
+    chex.assert_trees_all_equal(
+        np.concatenate([b["mask"] for b in found]),
+        np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]),
     )
 
 

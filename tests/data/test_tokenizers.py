@@ -1,5 +1,6 @@
 """Tokenizers lose no byte, whatever the document holds."""
 
+import chex
 import numpy as np
 import pytest
 
@@ -29,7 +30,8 @@ def bpe() -> BpeTokenizer:
 def test_byte_ids_are_the_bytes():
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(b"A\x00\xff")
-    assert ids.tolist() == [65, 0, 255] and ids.dtype == np.int32
+    assert ids.tolist() == [65, 0, 255]
+    chex.assert_type(ids, np.int32)
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
     assert tokenizer.decode([256, 65, 256, 255]) == b"A\xff"
 
@@ -38,7 +40,8 @@ def test_byte_ids_are_the_bytes():
 def test_round_trip(bpe, data):
     for tokenizer in (ByteTokenizer(), bpe):
         ids = tokenizer.encode(data)
-        assert ids.dtype == np.int32 and tokenizer.eos_id not in ids
+        chex.assert_type(ids, np.int32)
+        assert tokenizer.eos_id not in ids
         assert tokenizer.decode(ids) == data
         assert tokenizer.decode([*ids, tokenizer.eos_id]) == data
 
@@ -60,12 +63,12 @@ def test_bpe_survives_its_file(bpe, tmp_path):
     loaded = BpeTokenizer.load(tmp_path / "tokenizer.json")
     assert (loaded.vocab_size, loaded.eos_id) == (bpe.vocab_size, bpe.eos_id)
     for data in [PROSE, *AWKWARD]:
-        np.testing.assert_array_equal(loaded.encode(data), bpe.encode(data))
+        chex.assert_trees_all_equal(loaded.encode(data), bpe.encode(data))
 
 
 def test_bpe_training_is_deterministic(bpe):
     again = BpeTokenizer.train([PROSE, *AWKWARD], vocab_size=300)
-    np.testing.assert_array_equal(again.encode(PROSE), bpe.encode(PROSE))
+    chex.assert_trees_all_equal(again.encode(PROSE), bpe.encode(PROSE))
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 2, 5, 64])

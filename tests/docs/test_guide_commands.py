@@ -7,7 +7,8 @@ import re
 import pytest
 
 from tests.support.documents import GUIDES, python_blocks, shell_commands
-from tests.support.programs import one_device, standard_promotion  # noqa: F401
+from tests.support.fixtures import one_device, standard_promotion  # noqa: F401
+from tests.support.programs import on_one_device  # noqa: F401
 from ultramem_jax.cli import command_line, local_processes
 from ultramem_jax.commands import COMMANDS
 from ultramem_jax.parallel.mesh import AXES

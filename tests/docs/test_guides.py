@@ -5,16 +5,17 @@ What needs a trained run is in test_guide_commands.py.
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from tests.interop import synthetic
-from tests.interop import test_engram as engram
+from tests.support import engram_states as engram
+from tests.support import synthetic
 from tests.support.documents import GUIDES, local_links, python_blocks
-from tests.support.programs import standard_promotion  # noqa: F401
+from tests.support.fixtures import standard_promotion  # noqa: F401
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.interop.reference_torch import read_safetensors, write_safetensors
 from ultramem_jax.models import Transformer
@@ -37,9 +38,10 @@ def lion():
 def test_the_optimizer_of_the_guide_trains(lion):
     moved = np.ones((6, 2), np.float32)
     moved[1], moved[4] = (0.9, 1.1), (0.9, 1.0)
-    np.testing.assert_allclose(lion["after"].table, moved, rtol=1e-6)
+    chex.assert_trees_all_close(lion["after"].table, moved, rtol=1e-6)
     losses, state = lion["losses"], lion["state"]
-    assert np.isfinite(losses).all() and losses[-1] < losses[0] - 1
+    chex.assert_tree_all_finite(losses)
+    assert losses[-1] < losses[0] - 1
     # By rows: those that were read have a moment, and some were not.
     read = np.asarray(state.table_state["memory_0"]["values"].first).any(1)
     assert 0 < read.sum() < len(read)
@@ -58,7 +60,7 @@ def test_the_optimizer_of_the_guide_is_that_of_optax_where_every_row_is_read(lio
         table, state, *_ = optimizer.update(rows, state, table, jnp.int32(step), jnp.uint32(0))
         change, dense_state = dense.update(gradient, dense_state, expected)
         expected = optax.apply_updates(expected, change)
-        np.testing.assert_allclose(table, expected, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(table, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_places_exist_that_the_guide_names_an_optimizer_in():
@@ -80,7 +82,7 @@ def test_the_weights_of_the_authors_go_in_and_out(tmp_path, monkeypatch):
     write_safetensors("memory.safetensors", state)
     names = _run("read_the_authors_weights", x=x)
     assert names["hyper"].items() <= hyper.items()
-    np.testing.assert_allclose(names["y"], result.output, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(names["y"], result.output, rtol=1e-4, atol=1e-5)
     synthetic.equal_states(read_safetensors("again.safetensors"), state)
     # The layer's variables are those of the memory of the model.
     own = jax.eval_shape(Transformer(names["model"]).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
@@ -104,7 +106,7 @@ def test_the_weights_of_the_guide_to_engram(tmp_path, monkeypatch):
     names = {"hyper": hyper, "x": x, "token_ids": token_ids}
     exec(python_blocks(GUIDES / "engram.md")[1], names)
     expected = engram.expected_output(hyper, state, x, engram.expected_slots(hyper, state, token_ids))
-    np.testing.assert_allclose(names["y"], expected, rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(names["y"], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_links_lead_somewhere():

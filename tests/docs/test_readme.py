@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import pytest
 
@@ -17,7 +18,7 @@ def test_the_library_example_runs():
     names: dict = {}
     with jax.numpy_dtype_promotion("standard"):
         exec(BLOCKS[0], names)
-    assert names["logits"].shape == (2, 64, 257)
+    chex.assert_shape(names["logits"], (2, 64, 257))
     assert set(names["variables"]) == {"params", "memory", "buffers"}
 
 

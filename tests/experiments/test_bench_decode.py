@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +66,7 @@ def test_the_step_is_one_of_decoding_on_a_cache_that_stays_full():
         )
     )(variables, before | counters)
     kept, following, chosen = step_program(TINY)(variables, kept, counters, tokens)
-    np.testing.assert_array_equal(following, logits.argmax(-1))
+    chex.assert_trees_all_equal(following, logits.argmax(-1))
     assert float(chosen.experts) == 0
     reads = TINY.memory.address.num_heads * TINY.memory.address.top_m
     assert [slots.shape for slots in chosen.slots.values()] == [(3, reads)] * len(TINY.sites)
@@ -73,8 +74,8 @@ def test_the_step_is_one_of_decoding_on_a_cache_that_stays_full():
     assert chosen.distinct_rows() == sum(map(len, rows)) > len(TINY.sites) * TINY.memory.address.top_m
     # The place before the last holds what it held, the last one the token's own keys.
     keys, old = (tree["layer_1"]["attention"]["keys"] for tree in (kept, before))
-    np.testing.assert_array_equal(keys[:, :4], old[:, :4])
-    np.testing.assert_array_equal(keys, left["cache"]["layer_1"]["attention"]["keys"])
+    chex.assert_trees_all_equal(keys[:, :4], old[:, :4])
+    chex.assert_trees_all_equal(keys, left["cache"]["layer_1"]["attention"]["keys"])
     assert (keys[:, 4] != old[:, 4]).any()
 
 
@@ -87,8 +88,8 @@ def test_the_parts_are_those_of_the_model():
         for name, program in programs.items():
             kept, counters = full_cache(config, 2, 4, "float32")
             kept, y = program(variables, kept, counters, x)
-            assert y.shape == ((2,) if name == "logits" else x.shape), name
-            assert jnp.isfinite(y).all()
+            chex.assert_shape(y, (2,) if name == "logits" else x.shape, custom_message=name)
+            chex.assert_tree_all_finite(y)
 
 
 def test_chosen_experts_are_counted():

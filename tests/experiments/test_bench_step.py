@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -213,11 +214,7 @@ def test_both_ways_of_training_find_the_same_gradient():
         first = next(array for array in arrays if array.shape == table.shape)
         moments[name] = first, by_x, state.params
     assert np.abs(moments["dense"][0]).max() > 0
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
-        moments["row_sparse"],
-        moments["dense"],
-    )
+    chex.assert_trees_all_close(moments["row_sparse"], moments["dense"], rtol=1e-4, atol=1e-7)
 
 
 def test_rates_are_measured_and_memory_is_known():

@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 
+import chex
 import numpy as np
 import pytest
 
@@ -88,14 +89,6 @@ def test_rates_are_the_medians_of_their_measurements():
 def only(rows, **wanted):
     (found,) = (row for row in rows if all(row[name] == value for name, value in wanted.items()))
     return found
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were drawn, kept for a look at what is in them."""
-    kept, save = [], figures.save
-    monkeypatch.setattr(figures, "save", lambda figure, path: (kept.append(figure), save(figure, path))[1])
-    return kept
 
 
 def test_rows_by_batch_hold_ratios_bytes_and_floors():
@@ -320,10 +313,14 @@ def test_times_are_drawn_against_the_batch(tmp_path, drawn):
     assert [axes.get_title(loc="left") for axes in (left, right)] == ["float32", "bfloat16"]
     lines = {(line.get_color(), line.get_linestyle()): line for line in left.lines}
     ultramem = lines[figures.COLOURS["ultramem"], "-"]
-    np.testing.assert_array_equal(ultramem.get_xdata(), [1, 4, 64])
-    np.testing.assert_allclose(ultramem.get_ydata(), [15, 24, 25])
-    np.testing.assert_allclose(lines[figures.COLOURS["ultramem"], ":"].get_ydata(), [10, 10, 10.1])
-    np.testing.assert_allclose(lines[figures.COLOURS["moe"], "-"].get_ydata(), [30, 168])
+    chex.assert_trees_all_equal(ultramem.get_xdata(), np.array([1, 4, 64]))
+    chex.assert_trees_all_close(ultramem.get_ydata(), np.array([15, 24, 25]), rtol=1e-7)
+    chex.assert_trees_all_close(
+        lines[figures.COLOURS["ultramem"], ":"].get_ydata(), np.array([10, 10, 10.1]), rtol=1e-7
+    )
+    chex.assert_trees_all_close(
+        lines[figures.COLOURS["moe"], "-"].get_ydata(), np.array([30, 168]), rtol=1e-7
+    )
     assert len(left.lines) == 6 and len(right.lines) == 2  # no floors without a rate
     # Repeats of each system, and the published band, from 2 to 6 times our UltraMem.
     published = left.collections[-1].get_paths()[0].vertices
@@ -377,9 +374,9 @@ def test_times_are_drawn_against_sparsity(tmp_path, drawn):
     decode_figures.plot_sparsity(STUDY, tmp_path / "sparsity.png")
     (axes,) = drawn[0].axes
     moe, ultramem, dense = axes.lines
-    np.testing.assert_array_equal(ultramem.get_xdata(), [2.1, 8.0, 31.5])
-    np.testing.assert_allclose(ultramem.get_ydata(), [20, 22, 27])
-    np.testing.assert_allclose(moe.get_ydata(), [40, 160])
+    chex.assert_trees_all_equal(ultramem.get_xdata(), np.array([2.1, 8.0, 31.5]))
+    chex.assert_trees_all_close(ultramem.get_ydata(), np.array([20, 22, 27]), rtol=1e-7)
+    chex.assert_trees_all_close(moe.get_ydata(), np.array([40, 160]), rtol=1e-7)
     assert set(dense.get_ydata()) == {20}
     assert {text.get_text() for text in axes.texts} == {"1.35 × smallest", "4.00 × smallest"}
     assert list(axes.get_xticks()) == [2, 4, 8, 16, 32]

@@ -1,6 +1,6 @@
 """A model with Engram from the command line: trained, evaluated, continued, counted, compared."""
 
-from .test_cli import TINY
+from tests.support.programs import TINY
 
 ENGRAM = [
     "--preset=engram-tiny",

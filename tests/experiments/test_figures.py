@@ -2,19 +2,12 @@
 
 import statistics
 
+import chex
 import numpy as np
 import pytest
 
 from experiments.ablate.figures import plot_grids, plot_ladder
 from experiments.common import figures
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were drawn, kept for a look at what is in them."""
-    kept, save = [], figures.save
-    monkeypatch.setattr(figures, "save", lambda figure, path: (kept.append(figure), save(figure, path))[1])
-    return kept
 
 
 def test_curves_are_means_in_a_band(tmp_path, drawn):
@@ -30,9 +23,9 @@ def test_curves_are_means_in_a_band(tmp_path, drawn):
     (axes,) = drawn[0].axes
     ultramem, dense, other = axes.lines
     # The third seed ended after two points, so the others are read up to there.
-    np.testing.assert_array_equal(ultramem.get_xdata(), [0, 10])
-    np.testing.assert_array_equal(ultramem.get_ydata(), [4.0, 2.5])
-    np.testing.assert_array_equal(dense.get_ydata(), [6.0, 4.0])
+    chex.assert_trees_all_equal(ultramem.get_xdata(), np.array([0, 10]))
+    chex.assert_trees_all_equal(ultramem.get_ydata(), np.array([4.0, 2.5]))
+    chex.assert_trees_all_equal(dense.get_ydata(), np.array([6.0, 4.0]))
     (band,) = axes.collections  # one seed has no band
     corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
     assert {(0, 3.0), (0, 5.0), (10, 2.0), (10, 3.0)} <= corners
@@ -84,12 +77,16 @@ def test_ladder_shows_ours_and_the_published_side_by_side(tmp_path, drawn):
     seeds = [line.get_xdata() for line in ours.lines[:3]]
     assert [list(values) for values in seeds] == [values for _, values, _ in POINTS]
     (bars,) = ours.containers
-    np.testing.assert_allclose(bars.lines[0].get_xydata(), [[0, 0], [-0.15, 1], [0.2, 2]], atol=1e-12)
+    chex.assert_trees_all_close(
+        bars.lines[0].get_xydata(), np.array([[0, 0], [-0.15, 1], [0.2, 2]]), rtol=1e-7, atol=1e-12
+    )
     (segments,) = (lines.get_segments() for lines in bars.lines[2])
     widths = [segment[1, 0] - segment[0, 0] for segment in segments]
-    np.testing.assert_allclose(widths, [2 * statistics.stdev(values) for _, values, _ in POINTS], atol=1e-12)
+    chex.assert_trees_all_close(
+        widths, [2 * statistics.stdev(values) for _, values, _ in POINTS], rtol=1e-7, atol=1e-12
+    )
     published = paper.lines[0]
-    np.testing.assert_array_equal(published.get_xydata(), [[0.0, 0], [-0.006, 1], [-0.028, 2]])
+    chex.assert_trees_all_equal(published.get_xydata(), np.array([[0.0, 0], [-0.006, 1], [-0.028, 2]]))
     # The first rung is at the top.
     assert ours.get_ylim()[0] > ours.get_ylim()[1] and ours.get_ylim() == paper.get_ylim()
 
@@ -117,6 +114,6 @@ def test_grids_show_the_published_below_ours_where_there_is_any(tmp_path, drawn)
     ):
         assert [tick.get_text() for tick in axes.get_xticklabels()] == labels
         (bars,) = axes.containers
-        np.testing.assert_allclose(bars.lines[0].get_xydata(), list(enumerate(means)))
-    np.testing.assert_array_equal(ive_paper.lines[0].get_xydata(), [[0, -0.017], [1, -0.025]])
+        chex.assert_trees_all_close(bars.lines[0].get_xydata(), np.array([*enumerate(means)]), rtol=1e-7)
+    chex.assert_trees_all_equal(ive_paper.lines[0].get_xydata(), np.array([[0, -0.017], [1, -0.025]]))
     assert ive_paper.axison and not alone_paper.axison

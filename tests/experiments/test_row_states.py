@@ -13,14 +13,13 @@ from experiments.common import seeds
 from experiments.configs import row_states as default_config
 from experiments.row_states import tables as row_states_table
 from experiments.row_states.tables import CHOICES, REFERENCE, make_configs
+from tests.support.programs import TINY
 from ultramem_jax import ModelConfig, TrainConfig, UserError
 from ultramem_jax.accounting import bytes_per_token, optimizer_bytes, row_bytes
 from ultramem_jax.config.row_states import ROW_OPTIMIZERS
 from ultramem_jax.ops.rows import stored_dtype
 from ultramem_jax.presets import families
 from ultramem_jax.training.row_rules import row_rule
-
-from .test_cli import TINY
 
 # A value 6 wide, and a pre-value 4 wide.
 VALUES = families.ultramem(value_dim=6, num_keys=16)

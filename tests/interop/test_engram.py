@@ -2,95 +2,17 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.interop.test_reference_torch import FIXTURES, close
-from tests.support import engram_oracle as oracle
+from tests.support.assertions import assert_close_by_size
+from tests.support.engram_states import CASES, HYPER, case, expected_output, expected_slots
+from tests.support.paths import FIXTURES
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop.reference_torch import dump, load
-
-HYPER = {
-    "layer": "engram",
-    "hidden_size": 12,
-    "n_embed_per_ngram": 6,
-    "n_head_per_ngram": 3,
-    "max_ngram_size": 3,
-    "kernel_size": 4,
-    "engram_vocab_size": [61, 97],
-    "layer_ids": [1, 4],
-    "layer_id": 4,
-    "pad_id": 5,
-    "seed": 3,
-    "vocab_size": 50,
-    "canonical_vocab_size": 31,
-    "norm_eps": {"gate": None, "conv": 1e-5},
-}
-CASES = {
-    "two layers": {},
-    "the first layer": {"layer_id": 1},
-    "from layer zero": {"layer_ids": [0, 7, 15], "layer_id": 7},
-    "bigrams": {"max_ngram_size": 2, "engram_vocab_size": [11], "kernel_size": 3},
-    "orders to five": {"max_ngram_size": 5, "engram_vocab_size": [7, 31, 31, 100], "n_head_per_ngram": 2},
-    "a large vocabulary": {"vocab_size": 129_280, "canonical_vocab_size": 99_000, "pad_id": 2},
-    "another epsilon": {"norm_eps": {"gate": 1e-3, "conv": 1e-2}},
-}
-EPS = float(np.finfo(np.float32).eps)
-
-
-def case(name, seed=0):
-    """Hyper-parameters, a random state dict, x and token ids."""
-    hyper = HYPER | CASES[name]
-    rng = np.random.default_rng(seed)
-    d, order, heads = hyper["hidden_size"], hyper["max_ngram_size"], hyper["n_head_per_ngram"]
-    width = hyper["n_embed_per_ngram"]
-    sizes = oracle.table_sizes(hyper["engram_vocab_size"], heads, len(hyper["layer_ids"]))
-    rows = sum(sizes[hyper["layer_ids"].index(hyper["layer_id"])])
-    shapes = {
-        "multi_head_embedding.embedding.weight": (rows, width // heads),
-        "value_proj.weight": (d, width * (order - 1)),
-        "value_proj.bias": (d,),
-        "key_projs.0.weight": (d, width * (order - 1)),
-        "key_projs.0.bias": (d,),
-        "norm1.0.weight": (d,),
-        "norm2.0.weight": (d,),
-        "short_conv.conv.weight": (d, 1, hyper["kernel_size"]),
-        "short_conv.norms.0.weight": (d,),
-    }
-    state = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
-    canonical = rng.integers(0, hyper["canonical_vocab_size"], hyper["vocab_size"])
-    x = rng.normal(size=(2, 9, d)).astype(np.float32)
-    return hyper, state | {"lookup_table": canonical}, x, rng.integers(0, hyper["vocab_size"], (2, 9))
-
-
-def expected_slots(hyper, state, tokens):
-    heads, layers = hyper["n_head_per_ngram"], hyper["layer_ids"]
-    sizes = oracle.table_sizes(hyper["engram_vocab_size"], heads, len(layers))
-    sizes = sizes[layers.index(hyper["layer_id"])]
-    factors = oracle.multipliers(
-        hyper["seed"], hyper["layer_id"], hyper["canonical_vocab_size"], hyper["max_ngram_size"]
-    )
-    table = state["lookup_table"]
-    return oracle.slots(table[tokens], table[hyper["pad_id"]], factors, sizes, heads)
-
-
-def expected_output(hyper, state, x, slots):
-    eps = hyper["norm_eps"]
-    p = {
-        "value_projection": state["value_proj.weight"].T,
-        "value_bias": state["value_proj.bias"],
-        "key_projection": state["key_projs.0.weight"].T,
-        "key_bias": state["key_projs.0.bias"],
-        "gate_key_scale": state["norm1.0.weight"],
-        "gate_hidden_scale": state["norm2.0.weight"],
-        "conv_scale": state["short_conv.norms.0.weight"],
-        "conv": state["short_conv.conv.weight"][:, 0].T[::-1],
-    }
-    table = state["multi_head_embedding.embedding.weight"]
-    hidden = x.astype(np.float64)
-    return oracle.layer(p, table, slots, hidden, hyper["max_ngram_size"], eps["gate"] or EPS, eps["conv"])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -101,8 +23,8 @@ def test_rows_and_outputs_of_the_definition(name):
     y, sown = apply(variables, x, tokens)
     slots = expected_slots(hyper, state, tokens)
     found = np.asarray(sown["reads"]["memory_0"]["slots"]).reshape(slots.shape)
-    np.testing.assert_array_equal(found, slots)
-    close(y, expected_output(hyper, state, x, slots), name)
+    chex.assert_trees_all_equal(found, slots)
+    assert_close_by_size(y, expected_output(hyper, state, x, slots), name)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -111,8 +33,8 @@ def test_round_trip(name):
     again = dump(load(state, hyper)[1], hyper)
     assert set(again) == set(state)
     for key, value in state.items():
-        np.testing.assert_array_equal(again[key], value)
-        assert again[key].dtype == value.dtype
+        chex.assert_trees_all_equal(again[key], value)
+        chex.assert_type(again[key], value.dtype)
 
 
 @pytest.mark.skipif(not (FIXTURES / "engram_a.npz").exists(), reason=f"no reference vectors in {FIXTURES}")
@@ -124,19 +46,19 @@ def test_the_reference_vectors():
     state = {name: arrays[name] for name in [*names, "lookup_table"]}
     module, variables = load(state, hyper)
     y, sown = module.apply(variables, arrays["x"], arrays["token_ids"], mutable=["reads"])
-    close(y, arrays["f64.output"], "output")
+    assert_close_by_size(y, arrays["f64.output"], "output")
     first = np.concatenate([[0], np.cumsum(arrays["table_sizes"])[:-1]])
     slots = np.asarray(sown["reads"]["memory_0"]["slots"]).reshape(arrays["hash_ids"].shape)
-    np.testing.assert_array_equal(slots, arrays["hash_ids"] + first)
+    chex.assert_trees_all_equal(slots, arrays["hash_ids"] + first)
 
     def objective(variables, x):
         return (module.apply(variables, x, arrays["token_ids"]) * arrays["cotangent"]).sum()
 
     of_variables, of_x = jax.jit(jax.grad(objective, (0, 1)))(variables, jnp.asarray(arrays["x"]))
-    close(of_x, arrays["f64.grad.x"], "x")
+    assert_close_by_size(of_x, arrays["f64.grad.x"], "x")
     gradients = dump(of_variables, hyper)
     for name in names:
-        close(gradients[name], arrays[f"f64.grad.{name}"], name)
+        assert_close_by_size(gradients[name], arrays[f"f64.grad.{name}"], name)
 
 
 @pytest.mark.parametrize(

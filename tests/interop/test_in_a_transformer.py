@@ -1,11 +1,11 @@
 """Loaded layers fit into a model: same names, same shapes."""
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from tests.interop import synthetic
+from tests.support import synthetic
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.interop.reference_torch import load
 from ultramem_jax.models import Transformer
@@ -37,4 +37,5 @@ def test_loaded_layers_take_their_places_in_a_transformer(name):
     }
     assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, dict(own))
     logits = jax.jit(model.apply)(moved, tokens)
-    assert np.isfinite(logits).all() and (logits != jax.jit(model.apply)(own, tokens)).any()
+    chex.assert_tree_all_finite(logits)
+    assert (logits != jax.jit(model.apply)(own, tokens)).any()

@@ -3,11 +3,12 @@
 import json
 import os
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.interop import synthetic
+from tests.support import synthetic
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop.hyper import Reference
 from ultramem_jax.interop.reference_torch import dump, load, read_safetensors, write_safetensors
@@ -62,11 +63,13 @@ def test_a_file_of_any_other_dtype_is_read_and_written_again(tmp_path, dtype):
     size = np.dtype(KNOWN[dtype]).itemsize
     path = file_of(tmp_path / "m.safetensors", dtype, 8 * size)
     array = read_safetensors(path)["query_norm.weight"]
-    assert array.dtype.name == KNOWN[dtype] and array.shape == (2, 4)
+    assert array.dtype.name == KNOWN[dtype]
+    chex.assert_shape(array, (2, 4))
     assert dtype == "BOOL" or array.tobytes() == bytes(range(8 * size))
     write_safetensors(tmp_path / "again.safetensors", {"x": array})
     again = read_safetensors(tmp_path / "again.safetensors")["x"]
-    assert again.dtype == array.dtype and again.tobytes() == array.tobytes()
+    chex.assert_type(again, array.dtype)
+    assert again.tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,7 @@ def test_weights_are_finite_unless_asked_for(value, dtype, tmp_path):
         said = f"{name} = [{value}]: must be finite, 5 of 120 are not; allow_nonfinite=True takes them"
         refused(lambda given=given: load(given, hyper), said)
         _, variables = load(given, hyper, allow_nonfinite=True)
-        np.testing.assert_array_equal(dump(variables, hyper)[name], state[name].astype(np.float32))
+        chex.assert_trees_all_equal(dump(variables, hyper)[name], state[name].astype(np.float32))
 
 
 def test_a_weight_beyond_float32_is_no_infinity():

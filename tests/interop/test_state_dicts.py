@@ -1,11 +1,12 @@
 """What goes in and out of the authors' state dicts: dtypes, files, and the errors that name what is wrong."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.interop import synthetic
+from tests.support import synthetic
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop.constant import Constant
@@ -23,7 +24,7 @@ def test_other_floats_become_float32(dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
     back = dump(variables, hyper)
     for name, array in state.items():
-        np.testing.assert_array_equal(
+        chex.assert_trees_all_equal(
             back[name], array if array.dtype == np.int64 else array.astype(np.float32)
         )
 
@@ -35,7 +36,7 @@ def test_a_table_made_for_more_layers_than_the_state_has():
     whole, variables = load(state, synthetic.V2)
     first, of_first = load({k: v for k, v in state.items() if not k.startswith("mem_blocks.2.")}, hyper)
     expected = jax.jit(whole.apply)(variables, x)[:2]
-    np.testing.assert_allclose(jax.jit(first.apply)(of_first, x[:2]), expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(jax.jit(first.apply)(of_first, x[:2]), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_numbers_that_follow_from_others_are_passed_over():
@@ -165,20 +166,20 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
 
 def test_constant():
     constant, same = Constant(np.arange(3)), Constant(range(3))
-    assert constant == same and hash(constant) == hash(same) and constant.shape == (3,)
+    assert constant == same and hash(constant) == hash(same)
+    chex.assert_shape(constant, (3,))
     assert constant != Constant(np.arange(3, dtype=np.int32)) and constant != Constant([0, 1, 3])
     assert constant != "other" and repr(constant) == "Constant(shape=(3,), dtype=int64)"
     assert jax.tree.leaves(constant) == [] and jax.tree.map(jnp.sin, constant) is constant
-    assert jnp.asarray(constant).dtype == jnp.int32
+    chex.assert_type(jnp.asarray(constant), jnp.int32)
     with pytest.raises(ValueError, match="read-only"):
         constant.value[0] = 1
-    traces = []
+    chex.clear_trace_counter()
 
     @jax.jit
+    @chex.assert_max_traces(n=2)  # `same` does not compile again, the other numbers do
     def double(tree):
-        traces.append(tree)
         return tree | {"x": 2 * tree["x"]}
 
     for node in (constant, same, Constant([0, 1, 3])):
         assert double({"x": jnp.ones(()), "c": node})["c"] == node
-    assert len(traces) == 2

@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,10 +78,12 @@ def test_rotary_hand_worked():
     # (1, 0 | 0, 1): feature pair 0 is (1, 0) -> (cos 2, sin 2), pair 1 is (0, 1) -> (-sin 0.2, cos 0.2).
     x = jnp.asarray([1.0, 0.0, 0.0, 1.0], jnp.float32).reshape(1, 1, 1, 4)
     y = jax.jit(rotary, static_argnums=2)(x, jnp.asarray([2], jnp.int32), 100.0)
-    np.testing.assert_allclose(y.ravel(), [np.cos(2), -np.sin(0.2), np.sin(2), np.cos(0.2)], rtol=1e-6)
+    chex.assert_trees_all_close(
+        y.ravel(), np.array([np.cos(2), -np.sin(0.2), np.sin(2), np.cos(0.2)]), rtol=1e-6
+    )
 
 
-def test_rotary_products_depend_on_distance_alone():
+def test_rotary_products_depend_only_on_distance():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
 
     @jax.jit
@@ -97,8 +100,8 @@ def test_rotary_takes_positions_per_sequence():
     positions = jnp.asarray([[0, 1, 2], [5, 6, 7]], jnp.int32)
     turn = jax.jit(rotary, static_argnums=2)
     y = np.asarray(turn(x, positions, THETA))
-    np.testing.assert_allclose(y[0], np.asarray(turn(x, positions[0], THETA))[0], atol=1e-6)
-    np.testing.assert_allclose(y[1], np.asarray(turn(x, positions[1], THETA))[1], atol=1e-6)
+    chex.assert_trees_all_close(y[0], np.asarray(turn(x, positions[0], THETA))[0], rtol=1e-7, atol=1e-6)
+    chex.assert_trees_all_close(y[1], np.asarray(turn(x, positions[1], THETA))[1], rtol=1e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -111,12 +114,12 @@ def test_equals_float64(kv_heads, min_chunk, monkeypatch):
     layer = Attention(config(num_kv_heads=kv_heads))
     variables = variables_of(kv_heads)
     y = run(layer, variables, x, train=False)
-    np.testing.assert_allclose(y, attention64(x, variables["params"], 4, kv_heads), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(y, attention64(x, variables["params"], 4, kv_heads), rtol=1e-4, atol=1e-6)
 
 
 @functools.cache
 def normed_variables():
-    """Of an attention with norms, their gains drawn at random: they start at 1."""
+    """Draws the variables of an attention with norms, whose gains start at 1, at random."""
     params = dict(variables_of(attention_qk_norm=True)["params"])
     rng = np.random.default_rng(3)
     for name in ("query_norm", "key_norm"):
@@ -129,7 +132,7 @@ def test_norms_of_queries_and_keys_equal_float64():
     x, variables = inputs(7), normed_variables()
     y = run(Attention(config(attention_qk_norm=True)), variables, x, train=False)
     expected = attention64(x, variables["params"], 4, 2)
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(y, expected, rtol=1e-4, atol=1e-6)
     # Without the norms the result would be far from it.
     plain = {name: w for name, w in variables["params"].items() if not name.endswith("norm")}
     assert np.abs(attention64(x, plain, 4, 2) - expected).max() > 0.1
@@ -144,7 +147,7 @@ def test_norms_run_over_all_heads_at_once():
     layer, variables = Attention(config(attention_qk_norm=True)), variables_of(attention_qk_norm=True)
     q, k, _ = run(layer, variables, inputs(1), jnp.zeros(1, jnp.int32), method="heads")
     for turned in (np.asarray(q), np.asarray(k)):
-        np.testing.assert_allclose((turned**2).mean(axis=(1, 2, 3)), 1.0, rtol=1e-3)
+        chex.assert_trees_all_close((turned**2).mean(axis=(1, 2, 3)), 1.0, rtol=1e-3)
         assert np.abs((turned**2).mean(axis=-1) - 1).max() > 0.1  # but not that of a head
 
 
@@ -152,7 +155,7 @@ def test_norms_ignore_the_length_of_a_token_in_its_scores():
     # Queries and keys of 3·x are those of x, up to eps; the values are three times as large.
     layer, variables, x = Attention(config(attention_qk_norm=True)), normed_variables(), 10 * inputs(6)
     y, z = (run(layer, variables, a, train=False) for a in (x, 3 * x))
-    np.testing.assert_allclose(z, 3 * np.asarray(y), rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(z, 3 * np.asarray(y), rtol=1e-3, atol=1e-4)
 
 
 def test_later_tokens_do_not_matter():
@@ -164,12 +167,12 @@ def test_later_tokens_do_not_matter():
     changed[:, 40:] += 1.0
     z = run(layer, variables, changed, train=False)
     y, z = np.asarray(y), np.asarray(z)
-    np.testing.assert_array_equal(y[:, :40], z[:, :40])
+    chex.assert_trees_all_equal(y[:, :40], z[:, :40])
     assert np.all(np.abs(y[:, 40:] - z[:, 40:]).max(axis=-1) > 1e-4)
 
 
 def after_cached(layer, variables, x, cache, lengths, used, counts, visible):
-    """The layer on tokens that follow on a cache: the output, the cache and its visible places after it."""
+    """Applies the layer to tokens that follow on a cache; returns output, cache and visible positions."""
     chunk, visible = next_chunk(visible, lengths, used, counts, x.shape[1])
     y, left = layer.apply(variables | {"cache": cache}, x, train=False, chunk=chunk, mutable=["cache"])
     return y, left["cache"], visible
@@ -186,11 +189,11 @@ def test_one_token_at_a_time_equals_the_whole():
     for s in range(5):
         lengths = jnp.full((2,), s, jnp.int32)
         y, cache, visible = step(x[:, s : s + 1], cache, lengths, jnp.int32(s), counts, visible)
-        np.testing.assert_allclose(y, whole[:, s : s + 1], rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(y, whole[:, s : s + 1], rtol=1e-4, atol=1e-6)
 
 
 def test_a_query_without_keys_stays_finite():
-    # The filling of a sequence that has no token at all gets the mean of what the cache holds.
+    # The padding of a sequence that has no token at all gets the mean of what the cache holds.
     layer, x = Attention(config()), inputs(3)
     variables = variables_of()
     cache = {name: jnp.zeros((2 * 2, 3, 4), jnp.float32) for name in ("keys", "values")}
@@ -200,7 +203,7 @@ def test_a_query_without_keys_stays_finite():
     )
     mean = np.asarray(cache["values"]).reshape(2, 2, 3, 4).mean(axis=2, keepdims=True)
     mean = np.repeat(mean, 2, axis=1).reshape(2, 1, 16)  # each of two heads is read by two of queries
-    np.testing.assert_allclose(
+    chex.assert_trees_all_close(
         y, np.repeat(mean @ np.asarray(variables["params"]["w_out"]), 3, axis=1), rtol=1e-4, atol=1e-6
     )
 
@@ -216,11 +219,11 @@ def test_gradient_equals_finite_differences():
     )
 
 
-def test_dropout_acts_in_training_alone_and_keeps_the_mean():
+def test_dropout_acts_only_in_training_and_keeps_the_mean():
     layer, x = Attention(config(dropout=0.25)), inputs(6, batch=1)
     variables = variables_of()
     still = np.asarray(run(layer, variables, x, train=False))
-    np.testing.assert_array_equal(still, run(Attention(config()), variables, x, train=True))
+    chex.assert_trees_all_equal(still, run(Attention(config()), variables, x, train=True))
 
     def dropped(key):
         return layer.apply(variables, x, train=True, rngs={"dropout": key})
@@ -235,8 +238,8 @@ def test_computes_in_bfloat16_on_float32_parameters():
     x = inputs(6)
     variables = variables_of()
     y = run(Attention(config(dtype="bfloat16")), variables, x, train=False)
-    assert y.dtype == jnp.bfloat16
+    chex.assert_type(y, jnp.bfloat16)
     assert {w.dtype.name for w in jax.tree.leaves(variables)} == {"float32"}
-    np.testing.assert_allclose(
-        y.astype(np.float32), run(Attention(config()), variables, x, train=False), atol=0.02
+    chex.assert_trees_all_close(
+        y.astype(np.float32), run(Attention(config()), variables, x, train=False), rtol=1e-7, atol=0.02
     )

@@ -3,6 +3,7 @@ import re
 from dataclasses import replace
 from functools import cache
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,8 +93,7 @@ def check(moe, mesh, length=S, crowded=0):
         got = jax.jit(step(moe))(params, x)
     assert got[1][0].sharding.is_equivalent_to(axes.sharding(P(axes.tokens)), 3)
     want = on_one_device(moe, length, crowded)
-    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+    chex.assert_trees_all_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -236,5 +236,7 @@ def test_bfloat16_is_exchanged_as_it_is():
     assert sorted(exchanged) == ["48x4xbf16"] * 4 + ["4x2xi32"]
     want = jax.jit(gradient)(parameters(moe), tokens())
     for a, b in zip(jax.tree.leaves(lowered.compile()(params, x)), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.02, atol=0.02)
+        chex.assert_type(a, b.dtype)
+        chex.assert_trees_all_close(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.02, atol=0.02
+        )

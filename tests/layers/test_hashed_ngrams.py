@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,10 +60,10 @@ def test_equals_the_definition_in_float64(fields, order):
     )
     sizes = oracle.table_sizes(rows, 3, 2)[1]
     slots = oracle.slots(ids, pad, factors, sizes, 3)
-    np.testing.assert_array_equal(np.asarray(sown["reads"]["slots"]).reshape(slots.shape), slots)
-    assert variables["memory"]["values"].shape == (sum(sizes), 4)
+    chex.assert_trees_all_equal(np.asarray(sown["reads"]["slots"]).reshape(slots.shape), slots)
+    chex.assert_shape(variables["memory"]["values"], (sum(sizes), 4))
     expected = oracle.layer(variables["params"], variables["memory"]["values"], slots, x, order, EPS, 1e-5)
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5 * expected.std())
+    chex.assert_trees_all_close(y, expected, rtol=1e-4, atol=1e-5 * expected.std())
 
 
 def test_the_convolution_starts_at_zero_and_gains_at_one():
@@ -87,14 +88,14 @@ def test_a_row_for_each_token_is_a_per_layer_embedding():
     memory = families.per_layer_embedding(value_dim=6)
     module, variables, x, tokens = made(memory)
     _, sown = applied(module, variables, x, tokens)
-    assert variables["memory"]["values"].shape == (120, 6)
-    np.testing.assert_array_equal(sown["reads"]["slots"], tokens.reshape(-1, 1))
+    chex.assert_shape(variables["memory"]["values"], (120, 6))
+    chex.assert_trees_all_equal(sown["reads"]["slots"], tokens.reshape(-1, 1))
     mapped = memory.changed(num_canonical_ids=40)
     module, variables, x, tokens = made(mapped)
     _, sown = applied(module, variables, x, tokens)
-    assert variables["memory"]["values"].shape == (40, 6)
+    chex.assert_shape(variables["memory"]["values"], (40, 6))
     expected = np.asarray(variables["buffers"]["canonical_ids"])[tokens].reshape(-1, 1)
-    np.testing.assert_array_equal(sown["reads"]["slots"], expected)
+    chex.assert_trees_all_equal(sown["reads"]["slots"], expected)
 
 
 def test_an_exact_table_needs_no_seed_of_its_own():
@@ -119,7 +120,7 @@ def test_it_adds_to_the_residual_stream_before_attention():
     untied = replace(plain, tie_embeddings=False)
     params |= {"embedding": rows, "output": held["params"]["embedding"].T}
     expected = Transformer(untied).apply({"params": params}, tokens)
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_without_token_ids_it_says_so():

@@ -2,16 +2,16 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.support import oracle
+from tests.support.memory_cases import assert_close_to_float64, case, layer
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.presets import families
-
-from .test_product_key_memory import case, close, layer
 
 SMALL = dict(num_keys=6, top_m=4, key_dim=8)
 V2 = SMALL | dict(value_dim=8, pre_value_dim=6)
@@ -42,7 +42,7 @@ def member(name):
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_equals_the_definition_in_float64(name):
-    close(member(name).run(), member(name).expected())
+    assert_close_to_float64(member(name).run(), member(name).expected())
 
 
 def test_parameters_are_those_of_the_member():
@@ -84,7 +84,7 @@ def test_one_expert_of_inner_width_one_by_hand():
     tables = {"values": jnp.asarray([[3.0, 5.0]]), "pre_values": jnp.ones((1, 2))}
     module, x = layer(config, 2, num_layers=1), jnp.asarray([[[2.0, -1.0]]])
     y = jax.jit(lambda v, x: module.apply(v, x, train=False))({"params": params, "memory": tables}, x)
-    np.testing.assert_allclose(y, [[[3 * 0.8413447, 5 * 0.8413447]]], rtol=1e-6)
+    chex.assert_trees_all_close(y, np.array([[[3 * 0.8413447, 5 * 0.8413447]]]), rtol=1e-6)
 
 
 def test_a_gate_by_hand():
@@ -102,7 +102,7 @@ def test_a_gate_by_hand():
     tables = {"values": jnp.asarray([[3.0, 5.0]])}
     module, x = layer(config, 2, num_layers=1), jnp.asarray([[[2.0, -1.0]]])
     y = jax.jit(lambda p, x: module.apply({"params": p}, x, train=False, tables=tables))(params, x)
-    np.testing.assert_allclose(y, [[[0.0, -1.344707]]], rtol=1e-6)
+    chex.assert_trees_all_close(y, np.array([[[0.0, -1.344707]]]), rtol=1e-6)
 
 
 # What a memory may read, worked out by hand. A ring of 3 memories with 6 keys a side has 3·36 = 108 slots.
@@ -124,9 +124,9 @@ def test_windows_of_a_shared_table(name):
     config = families.ultramem_v2(**V2, **sharing)
     memory = case(config, num_memories, index)
     assert "memory" not in memory.variables
-    assert memory.tables["values"].shape == (num_slots, 8)
-    assert memory.tables["pre_values"].shape == (num_slots, 6)
-    close(memory.run(), memory.expected())
+    chex.assert_shape(memory.tables["values"], (num_slots, 8))
+    chex.assert_shape(memory.tables["pre_values"], (num_slots, 6))
+    assert_close_to_float64(memory.run(), memory.expected())
     # Many tokens read the whole window and nothing else.
     x = jax.random.normal(jax.random.key(9), (1, 1000, 16))
     slots = _slots_read(memory, x)
@@ -229,7 +229,7 @@ def test_balance_loss_equals_its_definition(name):
     )
 
 
-def test_balance_loss_reaches_queries_and_keys_through_the_probabilities_alone():
+def test_balance_loss_reaches_queries_and_keys_only_through_the_probabilities():
     memory = case(BALANCED["tucker"])
     losses = _sown_losses(memory)
     params = memory.variables["params"]

@@ -1,10 +1,12 @@
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.activations import gelu64, silu64
 from ultramem_jax import ModelConfig
 from ultramem_jax.layers.mlp import MLP, activated
 
@@ -15,14 +17,6 @@ def init(layer, x):
     return jax.jit(lambda x: layer.init_with_output(jax.random.key(0), x, train=False))(x)
 
 
-def gelu64(x):
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def silu64(x):
-    return x / (1 + np.exp(-x))
-
-
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 def test_equals_float64(kind):
     mlp = MLP(ModelConfig(embed_dim=8, mlp=kind, mlp_dim=12))
@@ -30,13 +24,15 @@ def test_equals_float64(kind):
     w = {name: np.asarray(value, np.float64) for name, value in variables["params"].items()}
     x = X.astype(np.float64)
     inner = gelu64(x @ w["w_in"]) if kind == "gelu" else silu64(x @ w["w_gate"]) * (x @ w["w_in"])
-    np.testing.assert_allclose(y, inner @ w["w_out"], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(y, inner @ w["w_out"], rtol=1e-5, atol=1e-6)
 
 
 def test_gelu_is_near_the_exact_one():
     x = np.linspace(-6, 6, 1001)
     exact = np.array([v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
-    np.testing.assert_allclose(jax.jit(activated)(jnp.asarray(x, jnp.float32), None), exact, atol=5e-4)
+    chex.assert_trees_all_close(
+        jax.jit(activated)(jnp.asarray(x, jnp.float32), None), exact, rtol=1e-7, atol=5e-4
+    )
 
 
 def test_initial_scales():
@@ -52,7 +48,7 @@ def test_initial_scales():
 def test_computes_in_bfloat16_on_float32_parameters():
     mlp = MLP(ModelConfig(embed_dim=8, mlp_dim=12, dtype="bfloat16"))
     y, variables = init(mlp, X)
-    assert y.dtype == jnp.bfloat16
+    chex.assert_type(y, jnp.bfloat16)
     assert {w.dtype.name for w in jax.tree.leaves(variables)} == {"float32"}
     full = jax.jit(lambda v: MLP(ModelConfig(embed_dim=8, mlp_dim=12)).apply(v, X, train=False))(variables)
-    np.testing.assert_allclose(y.astype(np.float32), full, atol=0.02)
+    chex.assert_trees_all_close(y.astype(np.float32), full, rtol=1e-7, atol=0.02)

@@ -1,8 +1,10 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.activations import gelu64, silu64
 from ultramem_jax import ModelConfig, MoEConfig
 from ultramem_jax.layers.moe import (
     ExpertWeights,
@@ -16,8 +18,6 @@ from ultramem_jax.layers.moe import (
 from ultramem_jax.layers.served_experts import block_rows, served_experts
 from ultramem_jax.models import Transformer
 from ultramem_jax.ops.linear import OutputMajor
-
-from .test_mlp import gelu64, silu64
 
 T, D, F, NUM_EXPERTS = 24, 6, 8, 4
 RNG = np.random.default_rng(0)
@@ -97,20 +97,19 @@ def test_outputs_and_gradients_at_every_load(name, activation):
         for loads in ("even", "skewed", "one"):
             experts = chosen(loads, k)
             (_, y), gradients = ours(TOKENS, gates, weights, experts)
-            np.testing.assert_allclose(y, moe64(TOKENS, gates, experts, weights), rtol=2e-5, atol=2e-5)
+            chex.assert_trees_all_close(y, moe64(TOKENS, gates, experts, weights), rtol=2e-5, atol=2e-5)
             expected = oracle(TOKENS, gates, weights, experts)
-            for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
-                np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-4)
+            chex.assert_trees_all_close(gradients, expected, rtol=2e-5, atol=1e-4)
 
 
 def test_plan_hand_worked():
     # Assignments 0..5 of three tokens go to experts 2 0 | 0 2 | 2 1: expert 0 has assignments 1 and 2,
     # expert 1 has 5, expert 2 has 0, 3, 4; expert 3 has none.
     plan = jax.jit(dispatch_plan, static_argnums=1)(jnp.asarray([[2, 0], [0, 2], [2, 1]], jnp.int32), 4)
-    np.testing.assert_array_equal(plan.order, [1, 2, 5, 0, 3, 4])
-    np.testing.assert_array_equal(plan.row, [[3, 0], [1, 4], [5, 2]])
-    np.testing.assert_array_equal(plan.start, [0, 2, 3, 6])
-    np.testing.assert_array_equal(plan.load, [2, 1, 3, 0])
+    chex.assert_trees_all_equal(plan.order, np.array([1, 2, 5, 0, 3, 4]))
+    chex.assert_trees_all_equal(plan.row, np.array([[3, 0], [1, 4], [5, 2]]))
+    chex.assert_trees_all_equal(plan.start, np.array([0, 2, 3, 6]))
+    chex.assert_trees_all_equal(plan.load, np.array([2, 1, 3, 0]))
 
 
 @pytest.mark.parametrize("assignments, experts", [(1, 32), (32, 32), (8192, 32), (7, 1), (4096, 1000)])
@@ -125,9 +124,9 @@ def test_router_hand_worked():
     # Softmax of ln(1, 2, 5) is (1, 2, 5)/8, of ln(4, 2, 2) it is (4, 2, 2)/8; logsumexp is ln 8 for both.
     logits = jnp.log(jnp.asarray([[1.0, 2.0, 5.0], [4.0, 2.0, 2.0]], jnp.float32))
     kept, normalized = (jax.jit(route, static_argnums=(1, 2))(logits, 2, flag) for flag in (False, True))
-    np.testing.assert_array_equal(kept.experts, [[2, 1], [0, 1]])
-    np.testing.assert_allclose(kept.gates, [[5 / 8, 2 / 8], [4 / 8, 2 / 8]], rtol=1e-6)
-    np.testing.assert_allclose(normalized.gates, [[5 / 7, 2 / 7], [4 / 6, 2 / 6]], rtol=1e-6)
+    chex.assert_trees_all_equal(kept.experts, np.array([[2, 1], [0, 1]]))
+    chex.assert_trees_all_close(kept.gates, np.array([[5 / 8, 2 / 8], [4 / 8, 2 / 8]]), rtol=1e-6)
+    chex.assert_trees_all_close(normalized.gates, np.array([[5 / 7, 2 / 7], [4 / 6, 2 / 6]]), rtol=1e-6)
     # f = (1, 2, 1)/4, p = (5, 4, 7)/16: 3·(5 + 8 + 7)/64 = 15/16.
     assert float(kept.load_balance) == pytest.approx(15 / 16)
     assert float(kept.router_z) == pytest.approx(np.log(8) ** 2)
@@ -172,7 +171,7 @@ def test_layer_equals_float64(implementation, activation, normalize, k):
     params, y, _ = layer_outputs(config)
     gates, experts, _, _ = router64(params, k, normalize)
     expected = moe64(TOKENS, gates, experts, (params["w_in"], params["w_out"], params.get("w_gate")))
-    np.testing.assert_allclose(np.asarray(y).reshape(T, D), expected, rtol=2e-5, atol=2e-6)
+    chex.assert_trees_all_close(np.asarray(y).reshape(T, D), expected, rtol=2e-5, atol=2e-6)
 
 
 def test_fine_grained_layer_and_its_losses_equal_float64():
@@ -189,7 +188,7 @@ def test_fine_grained_layer_and_its_losses_equal_float64():
     params, y, sown = layer_outputs(config)
     gates, experts, logits, p = router64(params, 3, normalize=False)
     expected = moe64(TOKENS, gates, experts, (params["w_in"], params["w_out"], params["w_gate"]))
-    np.testing.assert_allclose(np.asarray(y).reshape(T, D), expected, rtol=2e-5, atol=2e-6)
+    chex.assert_trees_all_close(np.asarray(y).reshape(T, D), expected, rtol=2e-5, atol=2e-6)
     f = np.bincount(experts.ravel(), minlength=8) / (3 * T)
     losses = {name: float(value) for name, value in sown["losses"].items()}
     assert losses == {
@@ -265,10 +264,10 @@ def test_computes_in_bfloat16_on_float32_parameters():
     # The router is float32 in both, so both choose the same experts.
     for implementation in ("blocks", "ragged"):
         params, y, sown = layer_outputs(model(implementation, dtype="bfloat16"))
-        assert y.dtype == jnp.bfloat16
+        chex.assert_type(y, jnp.bfloat16)
         assert {w.dtype.name for w in jax.tree.leaves((params, sown))} == {"float32"}
-        np.testing.assert_allclose(
-            np.asarray(y, np.float32), layer_outputs(model(implementation))[1], atol=0.02
+        chex.assert_trees_all_close(
+            np.asarray(y, np.float32), layer_outputs(model(implementation))[1], rtol=1e-7, atol=0.02
         )
 
 
@@ -293,10 +292,10 @@ def test_served_experts_equal_the_definition_whatever_their_loads(activation, dt
         gates = RNG.uniform(size=(tokens, k)).astype(np.float32)
         x = TOKENS[:tokens]
         y = jax.jit(served_experts)(jnp.asarray(x, jnp.dtype(dtype)), gates, experts, served)
-        assert y.dtype == jnp.float32
+        chex.assert_type(y, jnp.float32)
         expected = moe64(x, gates, experts, weights)
         if dtype == "float32":
-            np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-5)
+            chex.assert_trees_all_close(y, expected, rtol=2e-5, atol=2e-5)
         else:  # eight bits of x, of the weights and of what is between the two products
             assert np.abs(y - expected).max() < 0.03 * np.abs(expected).max()
 
@@ -309,7 +308,7 @@ def test_experts_that_nobody_chose_are_not_read():
     spoiled.w_in[idle], spoiled.w_out[idle] = np.nan, np.nan
     gates = np.full((3, 2), 0.5, np.float32)
     y = jax.jit(served_experts)(TOKENS[:3], gates, experts, _served(spoiled, "float32"))
-    np.testing.assert_allclose(y, moe64(TOKENS[:3], gates, experts, weights), rtol=2e-5, atol=2e-5)
+    chex.assert_trees_all_close(y, moe64(TOKENS[:3], gates, experts, weights), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(

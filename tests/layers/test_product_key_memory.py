@@ -1,17 +1,15 @@
 import math
-from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support import oracle
+from tests.support.memory_cases import assert_close_to_float64, case, layer
 from ultramem_jax.config.memory import MemorySite
-from ultramem_jax.layers import Memory, SharedTables
 from ultramem_jax.layers.memory.initializers import chosen_scores, memory_init, retrieval_init
 from ultramem_jax.layers.memory.table import draw_table
-from ultramem_jax.ops import addressing
 from ultramem_jax.presets import families
 
 SMALL = dict(num_keys=6, top_m=4, num_heads=2, key_dim=8, value_dim=8)
@@ -35,83 +33,10 @@ CONFIGS = {
 }
 
 
-class Case(NamedTuple):
-    module: Memory
-    variables: dict
-    x: jax.Array
-    tables: dict | None
-    """Of the model, if its memories share one."""
-
-    def run(self):
-        """The output, compiled as one program."""
-        apply = jax.jit(lambda *args: self.module.apply(*args[:2], train=False, tables=args[2]))
-        return apply(self.variables, self.x, self.tables)
-
-    def expected(self):
-        """The same in float64, from the definition."""
-        x = np.asarray(self.x, np.float64)
-        return oracle.memory_layer(self.module.site.config, self.variables, x, self.cell(), self.tables)
-
-    def cell(self):
-        """(row, column) -> (block, row of the table)."""
-        return addressing_of(self.module, self.variables)
-
-
-def layer(config, embed_dim, **context):
-    """A memory by itself, as in a model of four layers."""
-    return Memory(MemorySite.alone(config, embed_dim, **dict(num_layers=4) | context))
-
-
-def case(config, num_memories=2, index=1, seed=0, embed_dim=16):
-    """A memory in a model of several, with variables of no special values, and x (2, 5, D)."""
-    module = layer(config, embed_dim, index=index, num_memories=num_memories)
-    rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(2, 5, embed_dim)), jnp.float32)
-
-    def draw(path, a):
-        name = path[-1].key
-        if name == "permutation":
-            return jnp.asarray(rng.permutation(len(a)), jnp.int32)
-        if name in ("cores", "query_scale", "key_scale", "query_conv"):
-            return jnp.asarray(rng.uniform(0.5, 1.5, a.shape), jnp.float32)
-        return jnp.asarray(rng.normal(size=a.shape) * 0.4, jnp.float32)
-
-    key, tables = jax.random.key(0), None
-    if config.table.is_shared:
-        shared = SharedTables(module.site)
-        tables, _ = jax.eval_shape(lambda: shared.init_with_output(key))
-        tables = jax.tree.map_with_path(draw, tables)
-    # Shapes alone: to run the initialisation takes as long as to compile the layer.
-    made = jax.eval_shape(lambda: module.init(key, x, train=False, tables=tables))
-    return Case(module, jax.tree.map_with_path(draw, dict(made)), x, tables)
-
-
-def addressing_of(module, variables):
-    """(row, column) -> (block, row of the table) as the layer has it, each part tested on its own."""
-    site, config = module.site, module.site.config.address
-    keys, size = config.window_keys(site), config.num_virtual_keys(site)
-    cells = (jnp.asarray(a, jnp.int32) for a in np.divmod(np.arange(size * size), size))
-    if config.shuffle == "explicit":
-        address = np.asarray(variables["buffers"]["permutation"])
-        blocks, slots = np.divmod(address, keys * keys)
-    elif config.shuffle == "none" or (config.expansion == 1 and not site.config.table.is_shared):
-        blocks, slots = addressing.block_and_slot(*cells, keys, config.expansion)
-    else:
-        shuffled = jax.jit(addressing.shuffled_block_and_slot, static_argnums=(2, 3, 4))
-        blocks, slots = shuffled(*cells, keys, config.expansion, config.shuffle_seed + site.index)
-    blocks, slots = np.asarray(blocks), np.asarray(slots)
-    offset, rows = site.window.first, site.num_slots
-    return lambda i, j: (int(blocks[i * size + j]), (int(slots[i * size + j]) + offset) % rows)
-
-
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.std())
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_the_definition_in_float64(name):
     memory = case(CONFIGS[name])
-    close(memory.run(), memory.expected())
+    assert_close_to_float64(memory.run(), memory.expected())
 
 
 def test_all_switches_on_is_ultramem_and_all_off_is_pkm():
@@ -183,9 +108,9 @@ def test_initialisation_returns_what_apply_takes():
     assert set(made) == {"params", "memory", "buffers"}
     # Another batch than that of init.
     y = jax.eval_shape(lambda made: module.apply(made, x[:1], train=False), made)
-    assert y.shape == (1, 5, 16)
+    chex.assert_shape(y, (1, 5, 16))
     permutation = np.asarray(made["buffers"]["permutation"])
-    np.testing.assert_array_equal(np.sort(permutation), np.arange(4 * 36))
+    chex.assert_trees_all_equal(np.sort(permutation), np.arange(4 * 36))
     assert (permutation != np.arange(4 * 36)).mean() > 0.9
 
 
@@ -203,14 +128,15 @@ def test_reads_are_recorded_as_they_were_used():
     module, variables, x, _ = case(config)
     y, sown = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable=["reads"]))(variables, x)
     reads = jax.tree.map(np.asarray, sown["reads"])
-    assert reads["slots"].shape == reads["blocks"].shape == (10, 8) and reads["weights"].shape == (10, 8, 2)
+    chex.assert_shape([reads["slots"], reads["blocks"]], (10, 8))
+    chex.assert_shape(reads["weights"], (10, 8, 2))
     table, projection = np.asarray(variables["memory"]["values"]), variables["params"]["projection"]
     pooled = np.zeros((10, 4, 8))
     for t in range(10):
         for j in range(8):
             weight = np.repeat(reads["weights"][t, j], 4)
             pooled[t, reads["blocks"][t, j]] += table[reads["slots"][t, j]] * weight
-    np.testing.assert_allclose(y.reshape(10, -1), pooled.reshape(10, -1) @ projection, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(y.reshape(10, -1), pooled.reshape(10, -1) @ projection, rtol=1e-4, atol=1e-5)
 
 
 def test_rank_one_vectors_follow_the_core_in_training_only():
@@ -219,11 +145,11 @@ def test_rank_one_vectors_follow_the_core_in_training_only():
     assert not variables["buffers"]["row_direction"].any()  # from zeros, like the authors' buffers
     _, left = module.apply(variables, x, train=True, mutable=["buffers"])
     direction = left["buffers"]["row_direction"]
-    np.testing.assert_allclose((direction**2).sum(-1), 1.0, rtol=1e-5)
+    chex.assert_trees_all_close((direction**2).sum(-1), 1.0, rtol=1e-5)
     # With the other sign in the buffers, the layer keeps to the other sign and reads other cells.
     mirrored = variables | {"buffers": jax.tree.map(jnp.negative, left["buffers"])}
     _, again = module.apply(mirrored, x, train=True, mutable=["buffers"])
-    np.testing.assert_allclose(again["buffers"]["row_direction"], -direction, rtol=1e-5)
+    chex.assert_trees_all_close(again["buffers"]["row_direction"], -direction, rtol=1e-5)
     assert not jnp.array_equal(
         module.apply(mirrored, x, train=False), module.apply(variables, x, train=False)
     )
@@ -233,7 +159,7 @@ def test_auxiliary_loss_is_weighted_and_absent_when_off():
     module, variables, x, _ = case(families.ultramem(**SMALL, core_loss_weight=0.5, core_loss_margin=0.0))
     _, sown = module.apply(variables, x, train=True, mutable=["losses"])
     minor = np.linalg.svd(np.asarray(variables["params"]["cores"]).sum(1), compute_uv=False)[:, 1]
-    np.testing.assert_allclose(sown["losses"]["core"], 0.5 * (minor**2).mean(), rtol=1e-4)
+    chex.assert_trees_all_close(sown["losses"]["core"], 0.5 * (minor**2).mean(), rtol=1e-4)
     module, variables, x, _ = case(families.ultramem(**SMALL, core_loss_weight=0.0))
     assert "losses" not in module.apply(variables, x, train=True, mutable=["losses"])[1]
 
@@ -256,7 +182,7 @@ def test_memories_of_a_model_shuffle_differently():
     _, variables, x, _ = case(config)
     modules = [layer(config, 16, index=index, num_memories=2) for index in (0, 1)]
     reads = [m.apply(variables, x, train=False, mutable=["reads"])[1]["reads"] for m in modules]
-    np.testing.assert_array_equal(reads[0]["weights"], reads[1]["weights"])
+    chex.assert_trees_all_equal(reads[0]["weights"], reads[1]["weights"])
     assert (reads[0]["slots"] != reads[1]["slots"]).mean() > 0.8
 
 
@@ -268,11 +194,11 @@ def test_query_convolution_is_causal_and_starts_as_the_identity():
     without = {"params": {k: v for k, v in variables["params"].items() if k != "query_conv"}}
     y = module.apply(variables, x, train=False)
     plain = layer(off, 16, index=1, num_memories=2)
-    np.testing.assert_array_equal(y, plain.apply(dict(variables) | without, x, train=False))
+    chex.assert_trees_all_equal(y, plain.apply(dict(variables) | without, x, train=False))
     module, variables, x, _ = case(on)
     later = x.at[:, 3:].set(jax.random.normal(jax.random.key(9), (2, 2, 16)))
     before, after = module.apply(variables, x, train=False), module.apply(variables, later, train=False)
-    np.testing.assert_array_equal(before[:, :3], after[:, :3])
+    chex.assert_trees_all_equal(before[:, :3], after[:, :3])
     assert (before[:, 3:] != after[:, 3:]).any()
 
 

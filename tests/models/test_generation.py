@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.systems import variables_of
 from tests.support.users_compiler import memory_analysis
 from ultramem_jax.config import ModelConfig, MoEConfig
 from ultramem_jax.data import ByteTokenizer
@@ -74,10 +76,10 @@ OTHERS = {
 
 
 def _variables(config):
-    made = jax.jit(lambda: Transformer(config).init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32)))()
+    made = variables_of(config, seed=3)
     # Larger embeddings make confident predictions, so that greedy choices are no near ties.
     made["params"]["embedding"] = made["params"]["embedding"] * 5
-    return {name: made[name] for name in ("params", "memory", "buffers") if name in made}
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def greedy(variables):
 
 
 def _likeliest(variables, prompt, count, window):
-    """From the definition, with the whole context, unpadded, for every token.
+    """Continues a prompt by the definition: the whole context, unpadded, for every token.
 
     The context is what the cache holds: all tokens, until the window is full; then the newer half of it.
     """
@@ -109,7 +111,7 @@ def test_temperature_zero_takes_the_likeliest_token(variables, greedy, prompt):
     assert greedy.generate([prompt], 5)[0].tolist() == _likeliest(variables, prompt, 5, 16)
 
 
-def test_prompts_of_unequal_lengths_get_together_what_they_get_alone(greedy):
+def test_prompts_of_unequal_lengths_get_together_what_each_gets_by_itself(greedy):
     together = greedy.generate(PROMPTS, 5)
     for prompt, found in zip(PROMPTS, together, strict=True):
         assert found.tolist() == greedy.generate([prompt], 5)[0].tolist()
@@ -155,11 +157,11 @@ def test_a_step_changes_the_cache_in_place(batch, heads):
 def test_a_seed_gives_the_same_sample_again_and_another_seed_another(variables):
     generator = Generator(CONFIG, variables, window=16, sampling=Sampling(temperature=2.0))
     first, again, other = (generator.generate(PROMPTS[:1], 12, seed)[0] for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
+    chex.assert_trees_all_equal(first, again)
     assert (first != other).any()
-    # A sequence's draws are its own, and the same prompt draws something else in another place.
+    # A sequence's draws are its own, and the same prompt draws something else as another sequence.
     twice = generator.generate([PROMPTS[0], PROMPTS[0]], 12)
-    np.testing.assert_array_equal(first, twice[0])
+    chex.assert_trees_all_equal(first, twice[0])
     assert (first != twice[1]).any()
 
 

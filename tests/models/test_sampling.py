@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +14,12 @@ def _frequencies(sampling):
     keys = jax.random.split(jax.random.key(0), DRAWS)
     logits = jnp.tile(jnp.asarray(LOGITS, jnp.float32)[None], (DRAWS, 1))
     drawn = jax.jit(lambda logits, keys: sample(logits, keys, sampling))(logits, keys)
-    assert drawn.dtype == jnp.int32
+    chex.assert_type(drawn, jnp.int32)
     return np.bincount(np.asarray(drawn), minlength=5) / DRAWS
 
 
 def _expected(sampling):
-    """From the definition, in float64."""
+    """Returns the probabilities from the definition, in float64."""
     p = np.exp(LOGITS / sampling.temperature)
     order = np.argsort(-p)
     order = order[: sampling.top_k or 5]
@@ -47,7 +48,7 @@ def test_draws_have_the_distribution_of_the_definition(fields):
     found = _frequencies(sampling)
     assert (found[expected == 0] == 0).all()
     # Five standard deviations of a share of 4,000 draws.
-    np.testing.assert_allclose(found, expected, atol=5 * 0.5 / DRAWS**0.5)
+    chex.assert_trees_all_close(found, expected, rtol=1e-7, atol=5 * 0.5 / DRAWS**0.5)
 
 
 def test_a_nucleus_of_most_tokens_is_drawn_from_and_disturbs_no_other_sequence():
@@ -72,7 +73,7 @@ def test_a_nucleus_of_most_tokens_is_drawn_from_and_disturbs_no_other_sequence()
         spread = np.sqrt((share * (rank - mean) ** 2).sum())
         assert abs(ranks.mean() - mean) < 5 * spread / 300**0.5
     alone = np.stack([draw(both[1:], pair[1:]) for pair in keys[:50]])
-    np.testing.assert_array_equal(alone[:, 0], drawn[:50, 1])
+    chex.assert_trees_all_equal(alone[:, 0], drawn[:50, 1])
 
 
 def test_temperature_zero_is_the_likeliest_token_and_needs_no_luck():

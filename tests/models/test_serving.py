@@ -1,4 +1,4 @@
-"""What `prepare_for_decoding` promises: the numbers of the model, and no work that could be done before."""
+"""`prepare_for_decoding` keeps the numbers of the model, and leaves no work that could be done before."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.layers.test_contract import CONFIGS
+from tests.support.systems import CONFIGS, variables_of
 from ultramem_jax.config import MeshConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.models import Transformer
@@ -27,30 +27,25 @@ def _config(name, **fields):
     return config
 
 
-def _variables(config):
-    made = jax.jit(lambda: Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))()
-    return {k: made[k] for k in ("params", "memory", "buffers") if k in made}
-
-
 @pytest.mark.parametrize("name", ["moe", "ultramem-v2"])
 def test_prepared_variables_give_the_same_logits_without_a_cache_too(name):
     config = _config(name)
-    variables = _variables(config)
+    variables = variables_of(config)
     tokens = np.random.default_rng(0).integers(0, 31, (2, 7)).astype(np.int32)
     apply = jax.jit(Transformer(config).apply)
-    np.testing.assert_allclose(
+    chex.assert_trees_all_close(
         apply(prepare_for_decoding(config, variables), tokens), apply(variables, tokens), rtol=1e-4, atol=2e-5
     )
 
 
 def test_bfloat16_reads_half_the_bytes_and_keeps_what_must_be_float32():
     config = replace(_config("ultramem"), dtype="bfloat16")
-    variables = _variables(config)
+    variables = variables_of(config)
     served = prepare_for_decoding(config, variables)
     params = served["params"]
-    assert params["layer_1"]["feed_forward"]["w_in"].rows.dtype == jnp.bfloat16
-    assert params["memory_0"]["keys"].matrices[0][0][0].rows.dtype == jnp.bfloat16
-    assert params["memory_0"]["cores"].dtype == params["final_norm"]["scale"].dtype == jnp.float32
+    chex.assert_type(params["layer_1"]["feed_forward"]["w_in"].rows, jnp.bfloat16)
+    chex.assert_type(params["memory_0"]["keys"].matrices[0][0][0].rows, jnp.bfloat16)
+    chex.assert_type([params["memory_0"]["cores"], params["final_norm"]["scale"]], jnp.float32)
     # The tied embedding is there once, and the table is the one that was given.
     assert params["output"].rows is params["embedding"]
     assert served["memory"]["memory_0"]["values"] is variables["memory"]["memory_0"]["values"]
@@ -62,7 +57,7 @@ def test_bfloat16_reads_half_the_bytes_and_keeps_what_must_be_float32():
 
 def test_what_is_prepared_comes_back_as_it_is():
     config = _config("moe")
-    served = prepare_for_decoding(config, _variables(config))
+    served = prepare_for_decoding(config, variables_of(config))
     assert prepare_for_decoding(config, served) is served
     of_experts = served["params"]["layer_1"]["feed_forward"]["w_in"]
     assert len(of_experts) == 6 and all(isinstance(w, OutputMajor) for w in of_experts)
@@ -72,11 +67,11 @@ def test_variables_on_a_mesh_are_refused():
     config = _config("mlp")
     everywhere = NamedSharding(make_mesh(MeshConfig(data=2), jax.devices()[:2]), PartitionSpec())
     with pytest.raises(UserError, match="variables = 'on 2 devices': must be on one"):
-        prepare_for_decoding(config, jax.device_put(_variables(config), everywhere))
+        prepare_for_decoding(config, jax.device_put(variables_of(config), everywhere))
 
 
 def _step(config, variables, batch=3):
-    """The jaxpr of a decoding step."""
+    """Returns the jaxpr of a decoding step."""
     cache = empty_cache(config, batch, 8)
     apply = Transformer(config).apply
     tokens, counts = jnp.zeros((batch, 1), jnp.int32), jnp.ones((batch,), jnp.int32)
@@ -95,9 +90,9 @@ def _equations(jaxpr):
 
 
 @pytest.mark.parametrize("name", ["pkm", "memory-plus", "ultramem", "ultramem-v2"])
-def test_a_step_computes_nothing_that_depends_on_parameters_alone(name):
+def test_a_step_computes_nothing_that_depends_only_on_parameters(name):
     config = _config(name, num_keys=64, top_m=2, key_dim=64)
-    served = prepare_for_decoding(config, _variables(config))
+    served = prepare_for_decoding(config, variables_of(config))
     of_memory = served["params"]["memory_0"]["keys"].matrices
     equations = list(_equations(_step(config, served).jaxpr))
     assert not any("svd" in equation.primitive.name for equation in equations)

@@ -1,10 +1,12 @@
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.systems import variables_of
 from ultramem_jax.config import ModelConfig, MoEConfig
 from ultramem_jax.layers import Memory, RMSNorm
 from ultramem_jax.models import Transformer
@@ -18,11 +20,6 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 7)), jnp.int32
 
 def _with_memory(placement):
     return replace(BASE, memories={"memory": MEMORY.changed(placement=placement)})
-
-
-def _variables(config):
-    made = jax.jit(lambda: Transformer(config).init(jax.random.key(0), TOKENS))()
-    return {name: made[name] for name in ("params", "memory", "buffers") if name in made}
 
 
 def _by_hand(config, variables):
@@ -65,16 +62,17 @@ def _by_hand(config, variables):
 )
 def test_memories_read_and_land_where_the_placement_says(placement):
     config = _with_memory(placement)
-    variables = _variables(config)
+    variables = variables_of(config)
     logits = jax.jit(Transformer(config).apply)(variables, TOKENS)
-    assert logits.shape == (2, 7, 11) and logits.dtype == jnp.float32
+    chex.assert_shape(logits, (2, 7, 11))
+    chex.assert_type(logits, jnp.float32)
     expected = jax.jit(lambda variables: _by_hand(config, variables))(variables)
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert len(variables.get("memory", {})) == len(config.sites)
 
 
 def test_where_a_memory_lands_matters():
-    variables = _variables(_with_memory("1:3"))
+    variables = variables_of(_with_memory("1:3"))
     outputs = [jax.jit(Transformer(_with_memory(p)).apply)(variables, TOKENS) for p in ("1:1", "1:2", "1:3")]
     assert jnp.abs(outputs[0] - outputs[1]).max() > 1e-3 and jnp.abs(outputs[1] - outputs[2]).max() > 1e-3
 
@@ -89,40 +87,40 @@ def test_where_a_memory_lands_matters():
     ids=["dense", "ultramem", "moe"],
 )
 def test_no_logit_depends_on_a_later_token(config):
-    variables = _variables(config)
+    variables = variables_of(config)
     apply = jax.jit(Transformer(config).apply)
     later = TOKENS.at[:, 4:].set((TOKENS[:, 4:] + 3) % 11)
     before, after = apply(variables, TOKENS), apply(variables, later)
-    np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(before[:, :4], after[:, :4], rtol=1e-4, atol=1e-5)
     assert (jnp.abs(before[:, 4:] - after[:, 4:]).max(axis=(0, 2)) > 1e-3).all()
 
 
 def test_untied_output_has_weights_of_its_own():
     config = replace(BASE, tie_embeddings=False)
-    params = _variables(config)["params"]
-    assert params["output"].shape == (16, 11)
+    params = variables_of(config)["params"]
+    chex.assert_shape(params["output"], (16, 11))
     doubled = params | {"output": 2 * params["output"]}
     apply = jax.jit(Transformer(config).apply)
     once, twice = apply({"params": params}, TOKENS), apply({"params": doubled}, TOKENS)
-    np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
-    assert "output" not in _variables(BASE)["params"]
+    chex.assert_trees_all_close(twice, 2 * once, rtol=1e-6)
+    assert "output" not in variables_of(BASE)["params"]
 
 
 def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
     config = replace(_with_memory("1:2"), dtype="bfloat16")
-    variables = _variables(config)
+    variables = variables_of(config)
     assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     logits = jax.jit(Transformer(config).apply)(variables, TOKENS)
     exact = jax.jit(Transformer(_with_memory("1:2")).apply)(variables, TOKENS)
-    assert logits.dtype == jnp.float32
+    chex.assert_type(logits, jnp.float32)
     assert 0 < jnp.abs(logits - exact).mean() < 0.05 * jnp.abs(exact).mean()
 
 
-def test_dropout_is_on_in_training_alone():
+def test_dropout_is_on_only_in_training():
     config = replace(_with_memory("1:2"), dropout=0.5)
-    variables = _variables(config)
+    variables = variables_of(config)
     still = jax.jit(Transformer(_with_memory("1:2")).apply)(variables, TOKENS)
-    np.testing.assert_allclose(jax.jit(Transformer(config).apply)(variables, TOKENS), still, rtol=1e-6)
+    chex.assert_trees_all_close(jax.jit(Transformer(config).apply)(variables, TOKENS), still, rtol=1e-6)
 
     @jax.jit
     def train(key):

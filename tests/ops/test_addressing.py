@@ -1,6 +1,6 @@
+import chex
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from ultramem_jax.ops import addressing
 
@@ -10,16 +10,19 @@ def _grid(keys):
     return jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32)
 
 
-@pytest.mark.parametrize("num_keys, expansion", [(1, 1), (5, 1), (7, 4), (12, 9), (13, 16), (64, 4)])
-@pytest.mark.parametrize("seed", [0, 123])
-def test_every_block_and_slot_is_reached_from_exactly_one_cell(num_keys, expansion, seed):
-    grid = _grid(num_keys * int(np.sqrt(expansion)))
-    for blocks, slots in (
-        addressing.block_and_slot(*grid, num_keys, expansion),
-        addressing.shuffled_block_and_slot(*grid, num_keys, expansion, seed),
-    ):
-        address = np.asarray(blocks) * num_keys**2 + np.asarray(slots)
-        np.testing.assert_array_equal(np.sort(address), np.arange(expansion * num_keys**2))
+class InEveryVariant(chex.TestCase):
+    @chex.all_variants(with_pmap=False)
+    def test_every_block_and_slot_is_reached_from_exactly_one_cell(self):
+        in_order = self.variant(addressing.block_and_slot, static_argnums=(2, 3))
+        shuffled = self.variant(addressing.shuffled_block_and_slot, static_argnums=(2, 3, 4))
+        for num_keys, expansion in [(1, 1), (5, 1), (7, 4), (12, 9), (13, 16), (64, 4)]:
+            grid = _grid(num_keys * int(np.sqrt(expansion)))
+            for blocks, slots in (
+                in_order(*grid, num_keys, expansion),
+                *(shuffled(*grid, num_keys, expansion, seed) for seed in (0, 123)),
+            ):
+                address = np.asarray(blocks) * num_keys**2 + np.asarray(slots)
+                chex.assert_trees_all_equal(np.sort(address), np.arange(expansion * num_keys**2))
 
 
 def test_shuffle_leaves_no_order():
@@ -36,7 +39,7 @@ def test_shuffle_leaves_no_order():
 def test_seeds_give_different_shuffles_and_the_same_seed_the_same():
     grid = _grid(40)
     one, again, other = (np.asarray(addressing.keyed_shuffle(*grid, 40, s)) for s in (1, 1, 2))
-    np.testing.assert_array_equal(one, again)
+    chex.assert_trees_all_equal(one, again)
     assert (one != other).any(0).mean() > 0.99
 
 
@@ -52,4 +55,4 @@ def test_unshuffled_single_block_is_row_major():
     rows, columns = _grid(6)
     blocks, slots = addressing.block_and_slot(rows, columns, 6, 1)
     assert not blocks.any()
-    np.testing.assert_array_equal(slots, np.arange(36))
+    chex.assert_trees_all_equal(slots, np.arange(36))

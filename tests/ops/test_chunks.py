@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,9 +7,8 @@ import pytest
 from ultramem_jax.ops import chunks
 
 # Four tokens at a time, of three values each: the whole, whole chunks, and chunks and a rest.
-_tokens = pytest.mark.parametrize(
-    "tokens, sizes", [(1, {1}), (4, {4}), (5, {4, 1}), (8, {4}), (11, {4, 3}), (12, {4})]
-)
+_SIZES = {1: {1}, 4: {4}, 5: {4, 1}, 8: {4}, 11: {4, 3}, 12: {4}}
+"""Sizes of the chunks, by the number of tokens."""
 
 
 @pytest.fixture(autouse=True)
@@ -24,42 +24,46 @@ def _arrays(tokens):
     )
 
 
-@_tokens
-def test_map_equals_the_function_for_every_array_of_a_tree(tokens, sizes):
-    seen = set()
+class WithAndWithoutJit(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_map_equals_the_function_for_every_array_of_a_tree(self):
+        seen = set()
 
-    def function(x, index):
-        seen.add(x.shape[0])
-        assert index.shape[0] == x.shape[0]
-        return {"pair": (x * 2, index + 1), "outer": x[:, :, None] * x[:, None, :]}
+        def function(x, index):
+            seen.add(x.shape[0])
+            chex.assert_equal_shape_prefix([x, index], 1)
+            return {"pair": (x * 2, index + 1), "outer": x[:, :, None] * x[:, None, :]}
 
-    x, index = _arrays(tokens)
-    found = jax.jit(lambda *arrays: chunks.map_chunks(function, 3, *arrays))(x, index)
-    assert seen == sizes
-    expected = function(np.asarray(x), np.asarray(index))
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-        assert ours.dtype == theirs.dtype
+        mapped = self.variant(lambda *arrays: chunks.map_chunks(function, 3, *arrays))
+        for tokens, sizes in _SIZES.items():
+            x, index = _arrays(tokens)
+            seen.clear()
+            found = mapped(x, index)
+            assert seen == sizes
+            expected = function(np.asarray(x), np.asarray(index))
+            chex.assert_trees_all_equal(found, expected)
+            chex.assert_trees_all_equal_dtypes(found, expected)
 
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_fold_adds_every_token_to_the_start_once(self):
+        seen = set()
 
-@_tokens
-def test_fold_adds_every_token_to_the_start_once(tokens, sizes):
-    seen = set()
+        def add(total, x, index):
+            seen.add(x.shape[0])
+            sums, counts = total
+            return sums.at[index].add(x), counts.at[index].add(1)
 
-    def add(total, x, index):
-        seen.add(x.shape[0])
-        sums, counts = total
-        return sums.at[index].add(x), counts.at[index].add(1)
-
-    x, index = _arrays(tokens)
-    sums, counts = np.random.default_rng(0).standard_normal((6, 3)), np.arange(6)
-    start = jnp.asarray(sums, jnp.float32), jnp.asarray(counts, jnp.int32)
-    found = jax.jit(lambda start, *arrays: chunks.fold_chunks(add, start, 3, *arrays))(start, x, index)
-    assert seen == sizes
-    np.add.at(sums, np.asarray(index), np.asarray(x, np.float64))
-    np.testing.assert_allclose(found[0], sums, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(found[1], counts + np.bincount(index, minlength=6))
+        folded = self.variant(lambda start, *arrays: chunks.fold_chunks(add, start, 3, *arrays))
+        for tokens, sizes in _SIZES.items():
+            x, index = _arrays(tokens)
+            sums, counts = np.random.default_rng(0).standard_normal((6, 3)), np.arange(6)
+            start = jnp.asarray(sums, jnp.float32), jnp.asarray(counts, jnp.int32)
+            seen.clear()
+            found = folded(start, x, index)
+            assert seen == sizes
+            np.add.at(sums, np.asarray(index), np.asarray(x, np.float64))
+            chex.assert_trees_all_close(found[0], sums, rtol=1e-5, atol=1e-6)
+            chex.assert_trees_all_equal(found[1], counts + np.bincount(index, minlength=6))
 
 
 def test_more_values_than_fit_go_token_by_token():
@@ -70,7 +74,7 @@ def test_more_values_than_fit_go_token_by_token():
         return x + 1
 
     x = jnp.arange(3, dtype=jnp.float32)
-    np.testing.assert_array_equal(chunks.map_chunks(function, 1000, x), [1, 2, 3])
+    chex.assert_trees_all_equal(chunks.map_chunks(function, 1000, x), np.array([1, 2, 3]))
     total = chunks.fold_chunks(lambda total, x: total + function(x).sum(), jnp.float32(0), 1000, x)
     assert total == 6 and seen == {1}
 
@@ -100,13 +104,4 @@ def test_jit_and_gradients_pass_through_map(tokens):
         jax.jit(jax.value_and_grad(lambda *args, mapped=mapped: total(mapped, *args), (0, 1)))(x, matrix)
         for mapped in (in_chunks, whole)
     )
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def test_without_jit_chunks_are_made_as_well():
-    x, index = _arrays(11)
-    mapped = chunks.map_chunks(lambda x: x + 1, 3, x)
-    np.testing.assert_array_equal(mapped, np.asarray(x) + np.float32(1))
-    counts = chunks.fold_chunks(lambda n, index: n.at[index].add(1), jnp.zeros(6, jnp.int32), 3, index)
-    np.testing.assert_array_equal(counts, np.bincount(index, minlength=6))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,14 +92,14 @@ def _values_per_token(queries, keys):
 def test_combined_scores_equal_their_definition(layout):
     case = _case(layout)
     found = jax.jit(ks.combined_scores)(*case)
-    np.testing.assert_allclose(found, _combined(*case), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(found, _combined(*case), rtol=1e-5, atol=1e-5)
 
 
 @_layouts
 def test_combined_scores_of_bfloat16_are_those_of_factors_rounded_to_it(layout):
     queries, keys, directions = _case(layout, jnp.bfloat16)
     found = jax.jit(ks.combined_scores)(queries, keys, directions)
-    assert found.dtype == jnp.float32
+    chex.assert_type(found, jnp.float32)
     # Every weighted factor is rounded once; a sum over r ranks is rounded up to r times more.
     size = _combined(abs(queries), abs(keys), abs(directions))
     roundings = 1 if queries.shape[3] == keys.shape[2] else 1 + keys.shape[2]
@@ -112,10 +113,10 @@ def test_best_keys_equal_brute_force(layout, chunk, monkeypatch):
     found = _in_chunks(
         monkeypatch, chunk, 2 * case[0].shape[2] * _K, lambda *args: ks.best_keys(*args, _M), *case
     )
-    assert found.dtype == jnp.int32
+    chex.assert_type(found, jnp.int32)
     scores = _combined(*case)
     for t, side, head in np.ndindex(found.shape[:3]):
-        np.testing.assert_array_equal(found[t, side, head], oracle.best(scores[side, head, t], _M))
+        chex.assert_trees_all_equal(found[t, side, head], oracle.best(scores[side, head, t], _M))
 
 
 def test_best_keys_carry_no_gradient():
@@ -141,10 +142,9 @@ def test_scores_and_gradients_of_given_keys_equal_those_of_all_scores(layout, ch
     )
     at_index = np.broadcast_to(np.asarray(index)[:, :, :, None], found[0].shape)
     expected = np.take_along_axis(_all_scores(queries, keys), at_index, -1)
-    np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(found[0], expected, rtol=1e-5, atol=1e-5)
     dense = jax.jit(lambda *args: _pulled_back(_dense, *args))(queries, keys, index)
-    for gradient, expected in zip(found[1:], dense[1:], strict=True):
-        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(found[1:], dense[1:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", list(_LAYOUTS)[:3])
@@ -158,7 +158,8 @@ def test_bfloat16_is_rounded_where_it_has_to_be(layout, monkeypatch):
         lambda *args: _pulled_back(ks.key_scores, *args),
         *(queries, keys, index),
     )
-    assert scores.dtype == jnp.float32 and by_queries.dtype == by_keys.dtype == jnp.bfloat16
+    chex.assert_type(scores, jnp.float32)
+    chex.assert_type([by_queries, by_keys], jnp.bfloat16)
 
     @jax.jit
     def exact(queries, keys, index):
@@ -169,7 +170,7 @@ def test_bfloat16_is_rounded_where_it_has_to_be(layout, monkeypatch):
 
     value, gradients, sizes = exact(queries.astype(jnp.float32), keys.astype(jnp.float32), index)
     # Products of two bfloat16 numbers are exact in float32, so the scores are.
-    np.testing.assert_allclose(scores, value, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(scores, value, rtol=1e-5, atol=1e-5)
     # The keys' gradient is summed in float32 and rounded at its end.
     error = abs(by_keys.astype(jnp.float32) - gradients[1])
     assert (error <= _BFLOAT16 * abs(gradients[1]) + 1e-5 * sizes[1]).all()
@@ -190,9 +191,9 @@ def test_gradients_of_a_key_read_twice_add_up():
         return scores, *pull(jnp.broadcast_to(jnp.array([10.0, 100.0]).reshape(1, 1, 1, 1, 2), scores.shape))
 
     scores, by_queries, by_keys = pulled_back(queries, keys)
-    np.testing.assert_array_equal(scores[0, :, 0, 0], [[10, 10], [14, 14]])
-    np.testing.assert_array_equal(by_queries.ravel(), [550, 770])
-    np.testing.assert_array_equal(by_keys[:, 0, 0, :, 0], [[0, 220], [0, 220]])
+    chex.assert_trees_all_equal(scores[0, :, 0, 0], np.array([[10, 10], [14, 14]]))
+    chex.assert_trees_all_equal(by_queries.ravel(), np.array([550, 770]))
+    chex.assert_trees_all_equal(by_keys[:, 0, 0, :, 0], np.array([[0, 220], [0, 220]]))
 
 
 def test_common_keys_gather_the_gradients_of_all_heads():
@@ -201,4 +202,4 @@ def test_common_keys_gather_the_gradients_of_all_heads():
     index = jnp.zeros((1, 2, 3, 1), jnp.int32)
     total = jax.jit(jax.grad(lambda keys: ks.key_scores(queries, keys, index).sum()))
     gradient = total(jnp.ones((2, 1, 1, 1, 1)))
-    np.testing.assert_array_equal(gradient.ravel(), [7, 7])
+    chex.assert_trees_all_equal(gradient.ravel(), np.array([7, 7]))

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,7 @@ def _float32(*arrays):
 
 
 def _pooled(table, slots, blocks, scores, expansion):
-    """From the definition, in float64."""
+    """Returns the pooled reads from their definition, in float64."""
     pooled = np.zeros((slots.shape[0], expansion, table.shape[1]))
     slice_width = table.shape[1] // scores.shape[2]
     for t in range(slots.shape[0]):
@@ -33,10 +34,13 @@ def _pooled(table, slots, blocks, scores, expansion):
     return pooled
 
 
-def test_pooled_lookup_equals_its_definition():
-    table, slots, blocks, scores, _ = _case(0)
-    found = lookup.pooled_lookup(*_float32(table, slots, blocks, scores), 4)
-    np.testing.assert_allclose(found, _pooled(table, slots, blocks, scores, 4), rtol=1e-5, atol=1e-5)
+class WithAndWithoutJit(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_device=True)
+    def test_pooled_lookup_equals_its_definition(self):
+        table, slots, blocks, scores, _ = _case(0)
+        pooled_lookup = self.variant(lookup.pooled_lookup, static_argnums=4)
+        found = pooled_lookup(*_float32(table, slots, blocks, scores), 4)
+        chex.assert_trees_all_close(found, _pooled(table, slots, blocks, scores, 4), rtol=1e-5, atol=1e-5)
 
 
 def test_reads_apart_are_what_blocks_of_their_own_give():
@@ -51,10 +55,9 @@ def test_reads_apart_are_what_blocks_of_their_own_give():
         return jax.grad(loss, (0, 1), has_aux=True)(*_float32(table, scores))
 
     (gradients, pooled), (expected, same) = of(True), of(False)
-    np.testing.assert_allclose(pooled, _pooled(table, slots, blocks, scores, 4), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(pooled, same, rtol=1e-6, atol=1e-6)
-    for ours, theirs in zip(gradients, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(pooled, _pooled(table, slots, blocks, scores, 4), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(pooled, same, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(gradients, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_pooling_before_projecting_equals_reading_the_expanded_table():
@@ -65,7 +68,7 @@ def test_pooling_before_projecting_equals_reading_the_expanded_table():
     expected = np.einsum("tj,tjd->td", scores[..., 0], expanded[blocks * len(table) + slots])
     pooled = lookup.pooled_lookup(*_float32(table, slots, blocks, scores), 4)
     found = pooled.reshape(6, -1) @ jnp.asarray(projectors.reshape(-1, 5), jnp.float32)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_slots_that_collide_in_one_token_add_up():
@@ -73,7 +76,9 @@ def test_slots_that_collide_in_one_token_add_up():
     table = jnp.arange(10, dtype=jnp.float32)[:, None] + 1
     slots, blocks = jnp.array([[3, 3, 3]]), jnp.array([[0, 0, 1]])
     scores = jnp.array([[[2.0], [5.0], [-1.0]]])
-    np.testing.assert_array_equal(lookup.pooled_lookup(table, slots, blocks, scores, 2), [[[28.0], [-4.0]]])
+    chex.assert_trees_all_equal(
+        lookup.pooled_lookup(table, slots, blocks, scores, 2), np.array([[[28.0], [-4.0]]])
+    )
 
 
 def test_gradients_equal_their_definition():
@@ -89,8 +94,8 @@ def test_gradients_equal_their_definition():
             g, value = cotangent[t, blocks[t, j]].reshape(2, 3), table[slots[t, j]].reshape(2, 3)
             expected_scores[t, j] = (g * value).sum(-1)
             expected_table[slots[t, j]] += (g * scores[t, j][:, None]).ravel()
-    np.testing.assert_allclose(d_table, expected_table, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(d_scores, expected_scores, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(d_table, expected_table, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(d_scores, expected_scores, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_agree_with_finite_differences():
@@ -110,7 +115,7 @@ def test_gradients_agree_with_finite_differences():
             )
             slope = (total(*ahead) - total(*behind)) / 2
             # The table's gradient is summed in float32.
-            np.testing.assert_allclose((grad * direction).sum(), slope, rtol=1e-6)
+            chex.assert_trees_all_close((grad * direction).sum(), slope, rtol=1e-6)
 
 
 @pytest.mark.parametrize("slots_in_table", [10, 1000])
@@ -122,9 +127,9 @@ def test_row_gradients_are_the_rows_of_the_dense_gradient(slots_in_table):
     found = lookup.row_gradients(rows, args[2], args[3], args[4])
     read, counts = np.unique(slots, return_counts=True)
     assert found.slots.shape[0] == min(48, slots_in_table)
-    np.testing.assert_array_equal(found.slots[: len(read)], read)
-    np.testing.assert_array_equal(rows.counts[: len(read)], counts)
-    np.testing.assert_allclose(found.values[: len(read)], np.asarray(dense)[read], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(found.slots[: len(read)], read)
+    chex.assert_trees_all_equal(rows.counts[: len(read)], counts)
+    chex.assert_trees_all_close(found.values[: len(read)], np.asarray(dense)[read], rtol=1e-5, atol=1e-6)
     # The padding lies past the end of the table, strictly increasing, and holds nothing.
     assert (np.diff(found.slots) > 0).all() and (np.asarray(found.slots[len(read) :]) >= slots_in_table).all()
     assert not found.values[len(read) :].any() and not rows.counts[len(read) :].any()
@@ -144,5 +149,5 @@ def test_chunks_change_nothing(monkeypatch):
     whole = both()
     monkeypatch.setattr(chunks, "_CHUNK_VALUES", 3 * 8 * 6)  # three tokens at a time: 7 = 3 + 3 + 1
     chunked = both()
-    np.testing.assert_allclose(whole[0], chunked[0], rtol=1e-6)
-    np.testing.assert_allclose(whole[1], chunked[1], rtol=1e-6)
+    chex.assert_trees_all_close(whole[0], chunked[0], rtol=1e-6)
+    chex.assert_trees_all_close(whole[1], chunked[1], rtol=1e-6)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,13 +38,15 @@ def _numpy_slots(ids, factors, sizes, orders, previous):
 def _slots(ids, factors, sizes, orders, previous):
     fn = jax.jit(lambda i, p: ngram_hash.ngram_slots(i, factors, sizes, orders, pad_id=0, previous=p))
     slots = fn(jnp.asarray(ids, jnp.int32), jnp.asarray(previous, jnp.int32))
-    assert slots.dtype == jnp.int32 and slots.shape == (*ids.shape, len(sizes))
+    chex.assert_type(slots, jnp.int32)
+    chex.assert_shape(slots, (*ids.shape, len(sizes)))
     return np.asarray(slots)
 
 
 def test_a_layer_of_the_published_definition():
     factors = ngram_constants.multipliers(seed=0, layer_id=1, num_canonical_ids=90, max_order=3)
-    assert factors.tolist() == MULTIPLIERS and factors.dtype == np.int64
+    assert factors.tolist() == MULTIPLIERS
+    chex.assert_type(factors, np.int64)
     sizes = ngram_constants.head_sizes([97, 151], num_heads=4, layers=2)
     assert sizes == (SIZES, (109, 113, 127, 131, 173, 179, 181, 191))
     slots = jax.jit(lambda ids: ngram_hash.ngram_slots(ids, factors, SIZES, (2, 3), pad_id=PAD))(
@@ -51,7 +54,7 @@ def test_a_layer_of_the_published_definition():
     )
     assert slots[0, :3].tolist() == ROWS
     padding = np.full((1, 2), PAD)
-    np.testing.assert_array_equal(slots, _numpy_slots(np.array([IDS]), factors, SIZES, (2, 3), padding))
+    chex.assert_trees_all_equal(slots, _numpy_slots(np.array([IDS]), factors, SIZES, (2, 3), padding))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +76,7 @@ def test_rows_are_those_of_int64(vocab, orders, heads, wished):
     ids, previous = random.integers(0, vocab, (3, 700)), random.integers(0, vocab, (3, span - 1))
     ids[0, :20] = vocab - 1  # the largest products
     expected = _numpy_slots(ids, factors, sizes, orders, previous)
-    np.testing.assert_array_equal(_slots(ids, factors, sizes, orders, previous), expected)
+    chex.assert_trees_all_equal(_slots(ids, factors, sizes, orders, previous), expected)
     # NumPy did not wrap around: integers without bounds give the same.
     t, n = 400, orders[-1]
     window = [int(x) for x in ids[1, t - n + 1 : t + 1]][::-1]
@@ -89,7 +92,7 @@ def test_hashes_that_wrap_around_and_are_negative_give_rows_as_numpy_does():
     sizes = (13, 97, 2**20, 646_403, 2**31 - 19, 2**31 - 1)
     ids, previous = random.integers(0, 2**31, (2, 3000)), random.integers(0, 2**31, (2, 2))
     expected = _numpy_slots(ids, factors, sizes, (2, 3), previous)
-    np.testing.assert_array_equal(_slots(ids, factors, sizes, (2, 3), previous), expected)
+    chex.assert_trees_all_equal(_slots(ids, factors, sizes, (2, 3), previous), expected)
 
 
 def test_remainders_next_to_multiples_of_the_size():
@@ -106,7 +109,7 @@ def test_remainders_next_to_multiples_of_the_size():
         )
         sizes = np.array([[p]])
         found = jax.jit(lambda x, sizes=sizes: ngram_hash._remainders(x, sizes))(words)
-        np.testing.assert_array_equal(found[:, 0, 0], numbers % p)
+        chex.assert_trees_all_equal(found[:, 0, 0], numbers % p)
 
 
 def test_a_chunk_with_the_ids_before_it_has_the_rows_of_the_whole():
@@ -120,12 +123,12 @@ def test_a_chunk_with_the_ids_before_it_has_the_rows_of_the_whole():
     )
     whole = slots(ids)
     extended = np.pad(ids, ((0, 0), (3, 0)), constant_values=7)
-    np.testing.assert_array_equal(slots(ids, extended[:, :3]), whole)
+    chex.assert_trees_all_equal(slots(ids, extended[:, :3]), whole)
     for start in range(12):  # a token at a time, as in decoding
         one = slots(ids[:, start : start + 1], extended[:, start : start + 3])
-        np.testing.assert_array_equal(one, whole[:, start : start + 1])
-    np.testing.assert_array_equal(slots(ids[:, :5]), whole[:, :5])
-    np.testing.assert_array_equal(slots(ids[:, 5:], ids[:, 2:5]), whole[:, 5:])
+        chex.assert_trees_all_equal(one, whole[:, start : start + 1])
+    chex.assert_trees_all_equal(slots(ids[:, :5]), whole[:, :5])
+    chex.assert_trees_all_equal(slots(ids[:, 5:], ids[:, 2:5]), whole[:, 5:])
 
 
 def test_an_exact_table_is_read_at_the_id():

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,8 +82,8 @@ def test_three_by_three_keys_by_hand():
     #   r2    3  7  5   and, with row 0 raised by 0.5, the order is r0c1 9.5, r0c2 7.5, r2c1 7.
     found = _retrieve_product_keys(*_given_scores([[5.5, 1.0, 3.0]], [[0.0, 4.0, 2.0]]), 3)
     assert _cells(found, 0, 0) == [(0, 1), (0, 2), (2, 1)]
-    np.testing.assert_array_equal(found.scores[0, 0, :, 0], [9.5, 7.5, 7.0])
-    np.testing.assert_array_equal(found.candidates[0, :, 0], [[0, 2, 1], [1, 2, 0]])
+    chex.assert_trees_all_equal(found.scores[0, 0, :, 0], np.array([9.5, 7.5, 7.0]))
+    chex.assert_trees_all_equal(found.candidates[0, :, 0], np.array([[0, 2, 1], [1, 2, 0]]))
 
 
 def test_three_by_three_tucker_by_hand():
@@ -95,19 +96,19 @@ def test_three_by_three_tucker_by_hand():
     scores = _given_scores([[3.0, 1.0, 2.0]], [[1.0, 0.5, 4.0]])
     found = _retrieve_tucker(*scores, cores, jnp.ones((2, 1, 1)), 3)
     # Candidates are rows 0, 2, 1 and columns 2, 0, 1: all of them, so the best three of the grid.
-    np.testing.assert_array_equal(found.candidates[0, :, 0], [[0, 2, 1], [2, 0, 1]])
+    chex.assert_trees_all_equal(found.candidates[0, :, 0], np.array([[0, 2, 1], [2, 0, 1]]))
     assert _cells(found, 0, 0) == [(0, 2), (2, 2), (1, 2)]
-    np.testing.assert_array_equal(found.scores[0, 0, :, 0], [24.0, 16.0, 8.0])
+    chex.assert_trees_all_equal(found.scores[0, 0, :, 0], np.array([24.0, 16.0, 8.0]))
 
 
 def test_a_good_cell_outside_the_candidates_is_missed():
     # Two ranks, core diag(2, 1), so that u and t are the first axis: candidates are the best in rank 0. Cell
-    # (1, 1) scores 1·9·9 = 81 in rank 1 alone, but row 1 and column 1 are no candidates.
+    # (1, 1) scores 1·9·9 = 81 in rank 1, but row 1 and column 1 are no candidates.
     cores = jnp.array([[[[2.0, 0.0], [0.0, 1.0]]]])
     scores = _given_scores([[3.0, 0.0], [0.0, 9.0]], [[4.0, 0.0], [0.0, 9.0]])
     found = _retrieve_tucker(*scores, cores, jnp.array([[[1.0, 0.0]], [[1.0, 0.0]]]), 1)
     assert _cells(found, 0, 0) == [(0, 0)]
-    np.testing.assert_array_equal(found.scores[0, 0], [[24.0]])
+    chex.assert_trees_all_equal(found.scores[0, 0], np.array([[24.0]]))
 
 
 @pytest.mark.parametrize("num_keys, top_m, sets", [(3, 3, 2), (16, 5, 2), (16, 5, 1), (33, 33, 2)])
@@ -118,8 +119,8 @@ def test_product_keys_equal_brute_force_over_the_whole_grid(num_keys, top_m, set
         for head, (row, column) in enumerate(heads):
             expected = oracle.product_key_cells(row[0], column[0], top_m)
             assert _cells(found, token, head) == expected
-            sums = [row[0, i] + column[0, j] for i, j in expected]
-            np.testing.assert_allclose(found.scores[token, head, :, 0], sums, rtol=1e-5, atol=1e-5)
+            sums = np.array([row[0, i] + column[0, j] for i, j in expected])
+            chex.assert_trees_all_close(found.scores[token, head, :, 0], sums, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -134,11 +135,11 @@ def test_tucker_equals_brute_force_over_its_candidates(ranks, cores, of_each_ran
     for token, heads in enumerate(_all_scores(queries, keys)):
         for head, (row, column) in enumerate(heads):
             candidates = [oracle.best(u[head] @ row, 6), oracle.best(t[head] @ column, 6)]
-            np.testing.assert_array_equal(found.candidates[token, :, head], candidates)
+            chex.assert_trees_all_equal(found.candidates[token, :, head], np.stack(candidates))
             expected = oracle.tucker_cells(row, column, core[head].sum(0), u[head], t[head], 6)
             assert _cells(found, token, head) == expected
-            scores = [[row[:, i] @ c @ column[:, j] for c in core[head]] for i, j in expected]
-            np.testing.assert_allclose(found.scores[token, head], scores, rtol=1e-5, atol=1e-5)
+            scores = np.array([[row[:, i] @ c @ column[:, j] for c in core[head]] for i, j in expected])
+            chex.assert_trees_all_close(found.scores[token, head], scores, rtol=1e-5, atol=1e-5)
 
 
 def test_rank_one_tucker_with_positive_scores_is_exact_over_the_whole_grid():
@@ -153,15 +154,15 @@ def test_rank_one_tucker_with_positive_scores_is_exact_over_the_whole_grid():
 
 
 def test_selection_follows_the_sum_of_the_cores():
-    # Core 1 alone prefers cell (0, 0), core 2 alone (1, 1) by more: the sum has to prefer (1, 1).
+    # Core 1 by itself prefers cell (0, 0), core 2 prefers (1, 1) by more: the sum has to prefer (1, 1).
     scores = _given_scores([[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]])  # key i scores in rank i
     cores = jnp.array([[[[2.0, 0.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 3.0]]]])
     # The sum is diag(2, 3.5): its leading vector is the second axis, up to the sign, which is set here.
     directions = abs(_directions(cores))
-    np.testing.assert_allclose(directions[:, 0], [[0, 1], [0, 1]], atol=1e-6)
+    chex.assert_trees_all_close(directions[:, 0], np.array([[0, 1], [0, 1]]), rtol=1e-7, atol=1e-6)
     found = _retrieve_tucker(*scores, cores, directions, 1)
     assert _cells(found, 0, 0) == [(1, 1)]
-    np.testing.assert_allclose(found.scores[0, 0, 0], [0.5, 3.0])
+    chex.assert_trees_all_close(found.scores[0, 0, 0], np.array([0.5, 3.0]), rtol=1e-7)
 
 
 def test_equal_cores_equal_one_core():
@@ -169,13 +170,13 @@ def test_equal_cores_equal_one_core():
     core, directions = _random_cores(3, 2, 1, 2)
     one = _retrieve_tucker(*args, jnp.asarray(core), directions, 6)
     four = _retrieve_tucker(*args, jnp.repeat(jnp.asarray(core), 4, 1), directions, 6)
-    np.testing.assert_array_equal(one.rows, four.rows)
-    np.testing.assert_array_equal(one.columns, four.columns)
-    np.testing.assert_allclose(jnp.repeat(one.scores, 4, -1), four.scores, rtol=1e-6)
+    chex.assert_trees_all_equal(one.rows, four.rows)
+    chex.assert_trees_all_equal(one.columns, four.columns)
+    chex.assert_trees_all_close(jnp.repeat(one.scores, 4, -1), four.scores, rtol=1e-6)
 
 
 def _gradients(retrieve, weight, *args):
-    """Those of Σ weight · scores by all arguments, and what was retrieved."""
+    """Returns the gradients of Σ weight · scores by all arguments, and what was retrieved."""
 
     def total(*args):
         found = retrieve(*args)
@@ -194,8 +195,7 @@ def test_product_key_gradients_equal_those_of_all_scores(sets):
         row, column = _at(queries, keys, found)
         return ((row + column)[:, :, 0] * weight[..., 0]).sum()
 
-    for gradient, expected in zip(gradients, jax.jit(jax.grad(dense, (0, 1)))(*args), strict=True):
-        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(gradients, jax.jit(jax.grad(dense, (0, 1)))(*args), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("of_each_rank, sets", [(2, 2), (1, 2), (2, 1)])
@@ -213,12 +213,12 @@ def test_tucker_gradients_equal_those_of_all_scores(of_each_rank, sets):
         row, column = _at(queries, keys, found)
         return (jnp.einsum("thqm,hcqs,thsm->thmc", row, cores, column) * weight).sum()
 
-    for gradient, expected in zip(gradients, jax.jit(jax.grad(dense, (0, 1, 2)))(*args), strict=True):
-        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+    expected = jax.jit(jax.grad(dense, (0, 1, 2)))(*args)
+    chex.assert_trees_all_close(tuple(gradients), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_gradients_reach_the_keys_of_chosen_cells_alone(ranks):
+def test_gradients_reach_only_the_keys_of_chosen_cells(ranks):
     args = [jnp.asarray(a) for a in _random(6, 1, 1, 1, max(ranks, 1), max(ranks, 1), 8)]
     core, directions = _random_cores(6, 1, 2, 2)
 
@@ -230,7 +230,7 @@ def test_gradients_reach_the_keys_of_chosen_cells_alone(ranks):
     (_, by_keys), found = _gradients(retrieve, jnp.float32(1), *args)
     reached = np.asarray(by_keys).any((1, 2, 4))  # (2, K)
     for side, chosen in enumerate((found.rows, found.columns)):
-        np.testing.assert_array_equal(np.flatnonzero(reached[side]), np.unique(chosen))
+        chex.assert_trees_all_equal(np.flatnonzero(reached[side]), np.unique(chosen))
     # Of the four candidates of each side, too, those that were not chosen get nothing; there are some.
     assert reached.sum() < 2 * 4
 
@@ -250,8 +250,7 @@ def test_chunks_of_tokens_find_the_same(monkeypatch):
     # Three tokens at a time while all keys are scored, one or two while candidates are, six by the grids.
     monkeypatch.setattr(chunks, "_CHUNK_VALUES", 3 * 2 * 2 * 9)
     chunked = jax.jit(lambda *a: both(*a))(queries, keys)
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(chunked), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(whole, chunked, rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_is_scored_in_float32():
@@ -259,9 +258,10 @@ def test_bfloat16_is_scored_in_float32():
     core, directions = _random_cores(9, 2, 2, 2)
     found = _retrieve_tucker(queries, keys, jnp.asarray(core), directions, 4)
     row, column = _at(queries.astype(jnp.float32), keys.astype(jnp.float32), found)
-    assert found.scores.dtype == jnp.float32 and found.rows.dtype == found.columns.dtype == jnp.int32
+    chex.assert_type(found.scores, jnp.float32)
+    chex.assert_type([found.rows, found.columns], jnp.int32)
     expected = np.einsum("thqm,hcqs,thsm->thmc", *(np.asarray(a, np.float64) for a in (row, core, column)))
-    np.testing.assert_allclose(found.scores, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(found.scores, expected, rtol=1e-5, atol=1e-5)
     assert (np.diff(expected.sum(-1), axis=-1) <= 0).all()  # best first
 
 
@@ -271,8 +271,8 @@ def test_singular_vectors_keep_their_sign():
     zeros = jnp.zeros((2, 3))
     u, t = pk.leading_singular_vectors(jnp.asarray(core), zeros, zeros)
     left, _, right = np.linalg.svd(core)
-    np.testing.assert_allclose(abs(u), abs(left[:, :, 0]), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(abs(t), abs(right[:, 0]), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(abs(u), abs(left[:, :, 0]), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(abs(t), abs(right[:, 0]), rtol=1e-4, atol=1e-6)
     again = jax.jit(pk.leading_singular_vectors)
     for sign in (1.0, -1.0):
         for _ in range(20):
@@ -285,8 +285,10 @@ def test_core_loss_by_hand_and_its_gradient():
     # diag(3, 1.15): λ₂ - τ = 1, so the loss is 1, and its gradient at C₂₂ is 2.
     cores = jnp.array([[[[1.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 0.15]]]])
     loss, grad = jax.value_and_grad(pk.core_loss)(cores, 0.15)
-    np.testing.assert_allclose(loss, 1.0, rtol=1e-6)
-    np.testing.assert_allclose(grad, np.broadcast_to([[0.0, 0.0], [0.0, 2.0]], (1, 2, 2, 2)), atol=1e-6)
+    chex.assert_trees_all_close(loss, 1.0, rtol=1e-6)
+    chex.assert_trees_all_close(
+        grad, np.broadcast_to([[0.0, 0.0], [0.0, 2.0]], (1, 2, 2, 2)), rtol=1e-7, atol=1e-6
+    )
     assert pk.core_loss(cores * jnp.float32(0.1), 0.15) == 0  # λ₂ = 0.115 is below τ
     assert pk.core_loss(jnp.ones((1, 1, 1, 1)), 0.15) == 0  # r = 1 has no minor values
 
@@ -296,8 +298,12 @@ def test_balance_loss_by_hand():
     # then for key 1 are p = (1/2, 1/2) and a loss of 1, twice for key 0 p = (3/4, 1/4) and a loss of 1.5.
     log3 = np.log(3.0)
     both = jnp.zeros((2, 1, 1), jnp.int32)
-    np.testing.assert_allclose(pk.balance_loss(jnp.array([[[log3, 0.0], [0.0, log3]]]), both), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(pk.balance_loss(jnp.array([[[log3, 0.0], [log3, 0.0]]]), both), 1.5, rtol=1e-6)
+    chex.assert_trees_all_close(
+        pk.balance_loss(jnp.array([[[log3, 0.0], [0.0, log3]]]), both), 1.0, rtol=1e-6
+    )
+    chex.assert_trees_all_close(
+        pk.balance_loss(jnp.array([[[log3, 0.0], [log3, 0.0]]]), both), 1.5, rtol=1e-6
+    )
 
 
 def _balance_loss(scores, candidates):
@@ -318,9 +324,9 @@ def test_balance_loss_and_its_gradient_equal_their_definition():
     loss, gradient = jax.jit(jax.value_and_grad(pk.balance_loss))(
         jnp.asarray(scores, jnp.float32), jnp.asarray(candidates, jnp.int32)
     )
-    np.testing.assert_allclose(loss, _balance_loss(scores, candidates), rtol=1e-6)
+    chex.assert_trees_all_close(loss, _balance_loss(scores, candidates), rtol=1e-6)
     for entry in np.ndindex(scores.shape):
         step = np.zeros_like(scores)
         step[entry] = 1e-4
         slope = _balance_loss(scores + step, candidates) - _balance_loss(scores - step, candidates)
-        np.testing.assert_allclose(gradient[entry], slope / 2e-4, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(gradient[entry], slope / 2e-4, rtol=1e-5, atol=1e-6)

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -45,7 +46,7 @@ def test_results_are_neighbours_of_any_finite_number():
     downs = ups = 0
     for seed in range(3):
         found = _round(jnp.asarray(x), _rows(128), jnp.uint32(seed))
-        assert found.dtype == jnp.bfloat16
+        chex.assert_type(found, jnp.bfloat16)
         found = np.asarray(found).astype(np.float32)
         assert ((found == below) | (found == above)).all()
         downs += (found == below).sum()
@@ -60,7 +61,7 @@ def test_exact_numbers_and_what_is_not_finite_stay():
     expected = x.astype(_bfloat16).view(np.uint16)  # bits: they tell 0 from -0
     for seed in range(50):
         found = np.asarray(_round(jnp.asarray(x), _rows(2), jnp.uint32(seed)))
-        np.testing.assert_array_equal(found.view(np.uint16), expected)
+        chex.assert_trees_all_equal(found.view(np.uint16), expected)
 
 
 def test_nan_stays_nan_whatever_its_bits():
@@ -98,7 +99,7 @@ def test_rounds_up_as_often_as_the_fraction_says(fraction):
     up = np.asarray(_round_by_seeds(x, _rows(8), jnp.arange(4096, dtype=jnp.uint32))) > 1
     exact = (float(x[0, 0]) - 1) / _STEP
     assert abs(up.mean() - exact) < 5 * np.sqrt(exact * (1 - exact) / up.size)
-    # As often in every place, which has 4096 draws.
+    # As often in every entry, which has 4096 draws.
     assert (abs(up.mean(0) - exact) < 5 * np.sqrt(exact * (1 - exact) / 4096)).all()
 
 
@@ -120,7 +121,7 @@ def test_the_least_fractions_count_as_well():
 def test_seeds_give_different_roundings_and_the_same_seed_the_same():
     x = _between(0.5, (32, 32))
     one, again, other = (np.asarray(_round(x, _rows(32), jnp.uint32(s))) for s in (7, 7, 8))
-    np.testing.assert_array_equal(one, again)
+    chex.assert_trees_all_equal(one, again)
     assert abs((one != other).mean() - 0.5) < 5 * 0.5 / 32
 
 
@@ -130,13 +131,13 @@ def test_a_row_is_rounded_by_its_name_wherever_it_stands():
     names = jnp.asarray(rng.permutation(1000)[:20], jnp.int32)
     all_rows = _round(x, names, jnp.uint32(5))
     for places in (rng.permutation(20), rng.permutation(20)[:7]):
-        np.testing.assert_array_equal(_round(x[places], names[places], jnp.uint32(5)), all_rows[places])
+        chex.assert_trees_all_equal(_round(x[places], names[places], jnp.uint32(5)), all_rows[places])
 
 
 def test_names_tell_equal_rows_apart():
     x = _between(0.5, (3, 256))
     found = np.asarray(_round(x, jnp.array([4, 2**31 - 1, 4], jnp.int32), jnp.uint32(5)))
-    np.testing.assert_array_equal(found[0], found[2])
+    chex.assert_trees_all_equal(found[0], found[2])
     assert abs((found[0] != found[1]).mean() - 0.5) < 5 * 0.5 / 16
 
 

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,12 +27,12 @@ def _table(dtype, slots=12, width=6):
 def test_rows_come_out_as_they_went_in(dtype):
     table, values = _table(dtype)
     expected = values.astype(jnp.dtype(dtype))
-    assert table.dtype == (np.uint16 if dtype == "bfloat16" else np.float32)
-    np.testing.assert_array_equal(from_stored(table), expected)
+    chex.assert_type(table, np.uint16 if dtype == "bfloat16" else np.float32)
+    chex.assert_trees_all_equal(from_stored(table), expected)
     slots = np.array([[3, 11], [0, 3]])
-    np.testing.assert_array_equal(take_rows(table, jnp.asarray(slots)), expected[slots])
+    chex.assert_trees_all_equal(take_rows(table, jnp.asarray(slots)), expected[slots])
     # Past the end lies the last row.
-    np.testing.assert_array_equal(take_sorted_rows(table, jnp.array([2, 12, 40])), expected[[2, 11, 11]])
+    chex.assert_trees_all_equal(take_sorted_rows(table, jnp.array([2, 12, 40])), expected[[2, 11, 11]])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -39,9 +40,9 @@ def test_rows_past_the_end_are_dropped_and_the_others_replaced(dtype):
     table, _ = _table(dtype)
     rows = jnp.arange(18, dtype=jnp.float32).reshape(3, 6)
     after = put_sorted_rows(table, jnp.array([1, 7, 12]), rows)
-    np.testing.assert_array_equal(from_stored(after)[jnp.array([1, 7])], rows[:2])
+    chex.assert_trees_all_equal(from_stored(after)[jnp.array([1, 7])], rows[:2])
     kept = np.setdiff1d(np.arange(12), [1, 7])
-    np.testing.assert_array_equal(after[kept], table[kept])
+    chex.assert_trees_all_equal(after[kept], table[kept])
 
 
 def test_scattering_words_copies_no_table():
@@ -68,15 +69,10 @@ def test_a_table_in_the_hosts_memory_gives_the_same_bits(dtype):
 
     gradient = jax.jit(jax.value_and_grad(reads, argnums=(1, 2)))
     vectors = jnp.arange(12, dtype=jnp.float32).reshape(2, 6)
-    for ours, theirs in zip(
-        jax.tree.leaves(gradient(there, scores, vectors)),
-        jax.tree.leaves(gradient(table, scores, vectors)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(gradient(there, scores, vectors), gradient(table, scores, vectors))
     after = jax.jit(update, donate_argnums=0, out_shardings=there.sharding)(there)
     assert after.sharding.memory_kind == "pinned_host"
-    np.testing.assert_array_equal(after, update(table))
+    chex.assert_trees_all_equal(after, update(table))
 
 
 def test_a_function_sees_where_its_table_lies():

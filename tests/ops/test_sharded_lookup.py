@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,10 +130,9 @@ def test_lookup_and_its_gradients_equal_their_definition(name, hot):
 
     pooled, gradients = pooled_and_gradients(values, pre_values, scores, vectors)
     expected = _by_definition(p, p.values, p.pre_values, p.scores, p.vectors)
-    np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(pooled, expected, rtol=1e-5, atol=1e-5)
     assert pooled.sharding.is_equivalent_to(axes.sharding(P(axes.tokens)), 3)
-    for ours, theirs in zip(gradients, _gradients_by_definition(p), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
+    chex.assert_trees_all_close(gradients, _gradients_by_definition(p), rtol=1e-5, atol=2e-5)
     assert gradients[0].sharding.is_equivalent_to(axes.sharding(axes.table), 2)
 
 
@@ -148,12 +148,12 @@ def test_what_the_owners_sum_are_parts_of_the_whole():
             return slots, *sharded_lookup.pooled_at_owners(values, slots, blocks, scores, E)
 
     gathered, sums, _ = at_owners(values, slots, blocks, scores)
-    np.testing.assert_array_equal(gathered, p.slots)
+    chex.assert_trees_all_equal(gathered, p.slots)
     for part in range(4):
         own = p.scores * (p.slots // (N // 4) == part)[..., None]
         rows = p.values[p.slots] * np.repeat(own, D_V // CORES, axis=2)
         expected = np.stack([(rows * (p.blocks == e)[..., None]).sum(1) for e in range(E)], axis=1)
-        np.testing.assert_allclose(sums[part], expected, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(sums[part], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("first", [0, 8, 24])
@@ -174,11 +174,11 @@ def test_owned_rows_are_the_lookup_without_the_others(first, monkeypatch):
         monkeypatch.setattr(chunks, "_CHUNK_VALUES", chunk_values)
         owned = owned_reads(slots, jnp.int32(first), own)
         assert int(owned.num_owned) == mine.sum()
-        np.testing.assert_array_equal(owned.places[: mine.sum()], np.flatnonzero(mine))
+        chex.assert_trees_all_equal(owned.places[: mine.sum()], np.flatnonzero(mine))
         ours = jax.jit(pool_owned, static_argnums=4)(table, owned, blocks, scores, E)
-        np.testing.assert_allclose(ours, pooled, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(ours, pooled, rtol=1e-5, atol=1e-5)
         ours = jax.jit(score_products_owned, static_argnums=4)(table, owned, blocks, vectors, CORES)
-        np.testing.assert_allclose(ours, products, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(ours, products, rtol=1e-5, atol=1e-5)
 
 
 def test_a_function_of_tokens_sees_those_of_its_device():
@@ -193,6 +193,6 @@ def test_a_function_of_tokens_sees_those_of_its_device():
             return own, sum_over_tokens(lambda x: jnp.stack([x.sum(), x.max()]), (x,))
 
     own, sums = both(x)
-    np.testing.assert_array_equal(own, np.tile([1.0, 2.0], 8))  # two tokens on each device
-    np.testing.assert_array_equal(sums, [120.0, 64.0])  # the largest of each device: 1, 3, ... 15
+    chex.assert_trees_all_equal(own, np.tile([1.0, 2.0], 8))  # two tokens on each device
+    chex.assert_trees_all_equal(sums, np.array([120.0, 64.0]))  # the largest of each device: 1, 3, ... 15
     assert current_axes() is None

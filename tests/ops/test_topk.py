@@ -1,3 +1,6 @@
+import itertools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,18 +10,17 @@ from ultramem_jax.ops.topk import top_k
 
 
 def _assert_equal(x, k, block=None):
-    found, expected = top_k(jnp.asarray(x), k, block), jax.lax.top_k(jnp.asarray(x), k)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-        assert ours.dtype == theirs.dtype
+    found, expected = top_k(jnp.asarray(x), k, block), tuple(jax.lax.top_k(jnp.asarray(x), k))
+    chex.assert_trees_all_equal(found, expected)
+    chex.assert_trees_all_equal_dtypes(found, expected)
 
 
 def test_by_hand():
     # Blocks of two: maxima 4, 9, 9, 7. The best three blocks are the last three; the values 9, 9, 8 lie at 2,
     # 5 and 3, and of the equal ones the first comes first.
     values, index = top_k(jnp.array([4, 1, 9, 8, 3, 9, 7, 0], jnp.int32), 3, block=2)
-    np.testing.assert_array_equal(values, [9, 9, 8])
-    np.testing.assert_array_equal(index, [2, 5, 3])
+    chex.assert_trees_all_equal(values, np.array([9, 9, 8]))
+    chex.assert_trees_all_equal(index, np.array([2, 5, 3]))
 
 
 @pytest.mark.parametrize("length, k, block", [(64, 5, 4), (96, 8, 3), (4096, 32, 16), (4050, 16, None)])
@@ -64,27 +66,33 @@ def _zeros_and_subnormals(dtype):
     return jnp.asarray(np.where(rng.random((400, 1)) < 0.2, -np.abs(x), x).astype(dtype))
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("block", [2, 4, 16])
-def test_rows_of_zeros_and_subnormals_agree_in_all_normal_numbers(dtype, block, compiled):
+class WithAndWithoutJit(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_rows_of_zeros_and_subnormals_agree_in_all_normal_numbers(self):
+        dtypes = jnp.float32, jnp.bfloat16, jnp.float16
+        for dtype, block in itertools.product(dtypes, (2, 4, 16)):
+            ours = self.variant(lambda x, block=block: top_k(x, 6, block))
+            with self.subTest(dtype=dtype, block=block):
+                _assert_agrees_in_all_normal_numbers(ours, dtype)
+
+
+def _assert_agrees_in_all_normal_numbers(ours, dtype):
     x, k = _zeros_and_subnormals(dtype), 6
-    ours = lambda x: top_k(x, k, block)  # noqa: E731
-    values, index = map(np.asarray, (jax.jit(ours) if compiled else ours)(x))
+    values, index = map(np.asarray, ours(x))
     expected, expected_index = map(np.asarray, jax.lax.top_k(x, k))
     least = float(jnp.finfo(dtype).tiny)
     magnitude = np.abs(expected.astype(np.float32))
-    np.testing.assert_array_equal(values, np.take_along_axis(np.asarray(x), index, -1))
+    chex.assert_trees_all_equal(values, np.take_along_axis(np.asarray(x), index, -1))
     assert all(len(set(row)) == k for row in index)
     exact = magnitude[:, -1] >= least
     assert 0 < exact.sum() < len(x)
-    np.testing.assert_array_equal(index[exact], expected_index[exact])
-    # The other rows: numbers first, and then zeros and subnormals alone, in the order of lax.top_k.
+    chex.assert_trees_all_equal(index[exact], expected_index[exact])
+    # The other rows: numbers first, and then only zeros and subnormals, in the order of lax.top_k.
     normal = magnitude >= least
-    np.testing.assert_array_equal(index[normal], expected_index[normal])
+    chex.assert_trees_all_equal(index[normal], expected_index[normal])
     assert (np.abs(values.astype(np.float32)[~normal]) < least).all()
     again = np.asarray(jax.lax.top_k(jnp.asarray(values), k)[1])
-    np.testing.assert_array_equal(again, np.broadcast_to(np.arange(k), index.shape))
+    chex.assert_trees_all_equal(again, np.broadcast_to(np.arange(k), index.shape))
 
 
 def test_subnormals_by_hand():

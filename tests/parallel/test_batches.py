@@ -1,5 +1,6 @@
 """Which rows of a batch a process needs, and the batch put together from them."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ from ultramem_jax.parallel.mesh import make_mesh, rows_here, shard_batch
 def test_a_batch_lies_where_its_sequences_are_worked_on(mesh, tokens):
     axes = MeshAxes(make_mesh(mesh), tokens)
     batch = np.arange(16 * 3).reshape(16, 3)
-    np.testing.assert_array_equal(rows_here(axes, 16), np.arange(16))
+    chex.assert_trees_all_equal(rows_here(axes, 16), np.arange(16))
     sharded = shard_batch(batch, axes)
     assert sharded.sharding.spec == jax.P(tokens)
-    np.testing.assert_array_equal(sharded, batch)
+    chex.assert_trees_all_equal(sharded, batch)
 
 
 class OfAProcess:
@@ -51,4 +52,4 @@ class OfAProcess:
 def test_a_process_needs_the_rows_of_its_devices(mesh, devices, rows):
     axes = MeshAxes(make_mesh(mesh), ("data",))
     here = OfAProcess(axes, jax.devices()[devices])
-    np.testing.assert_array_equal(rows_here(here, 16), rows)
+    chex.assert_trees_all_equal(rows_here(here, 16), rows)

@@ -27,7 +27,7 @@ def mesh():
 
 
 def _compiled(f, mesh, *xs):
-    """What `f`, given whole arrays on every device, is compiled to."""
+    """Compiles `f`, given whole arrays on every device, and returns the text of the program."""
     mapped = jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     return jax.jit(mapped).lower(*xs).compile().as_text()
 

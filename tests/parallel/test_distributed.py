@@ -7,33 +7,20 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
+import chex
 import jax
-import numpy as np
 import pytest
 
-from tests.training.small_run import scalars, small_config
-from ultramem_jax.config import (
-    MeshConfig,
-    to_dict,
-)
+from tests.support.fixtures import standard_promotion  # noqa: F401  (an autouse fixture)
+from tests.support.processes import SOON, config_file, start_training, wait_for
+from tests.support.small_run import scalars, small_config
+from ultramem_jax.config import MeshConfig
 from ultramem_jax.parallel.mesh import make_mesh
 from ultramem_jax.training import loop
 from ultramem_jax.training.restore import load_model
-
-ROOT = pathlib.Path(__file__).parents[2]
-SOON = 300
-"""Seconds that a test waits for an event which should have come long before."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +38,12 @@ def config(folder):
 
 @pytest.fixture(scope="module")
 def launch(config, folder):
-    """Starts `python launch.py train`."""
-    file = folder / "config.py"
-    file.write_text(
-        "from ultramem_jax.config import run_config_from_dict\n"
-        f"def get_config():\n    return run_config_from_dict({to_dict(config)!r})\n"
-    )
+    """Starts the run over two devices in each process."""
+    file = config_file(config, folder)
 
     def launch(workdir, *flags, after=()):
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "2",
-            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        argv = [sys.executable, "launch.py", *flags, "train", f"--config={file}", f"--workdir={workdir}"]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen([*argv, "--mesh=data:2,memory:2", *after], cwd=ROOT, env=environment, **pipes)
+        mesh = "--mesh=data:2,memory:2"
+        return start_training(file, workdir, devices=2, before=flags, after=[mesh, *after])
 
     return launch
 
@@ -96,25 +72,12 @@ def variables(workdir, checkpoint="last"):
     return load_model(workdir, checkpoint).variables
 
 
-def same(a, b, **tolerance):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, **tolerance)
-
-
 def close(ours, theirs):
     """Sums of four are rounded in another order: losses agree to a few last bits, parameters nearly so."""
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys() and (a["step"], a["split"]) == (b["step"], b["split"])
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-
-
-def wait_for(there, process):
-    give_up = time.monotonic() + SOON
-    while not there():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < give_up
-        time.sleep(0.02)
 
 
 def children(process):
@@ -145,7 +108,7 @@ def test_killed_in_the_middle_two_processes_end_and_the_same_command_ends_as_one
     assert process.returncode == 0, err
     assert f"resumed from step {last}" in err
     close(scalars(workdir), scalars(one))
-    same(variables(workdir), variables(one), rtol=1e-2, atol=1e-3)
+    chex.assert_trees_all_close(variables(workdir), variables(one), rtol=1e-2, atol=1e-3)
     # One of them speaks, and nothing of what connects them is in its results.
     assert out.splitlines()[0].startswith("validation: ") and out.count("bits per byte") == 1
     assert "Gloo" not in out and err.count("corpus ") == 1 and "Traceback" not in err
@@ -181,7 +144,7 @@ def begun(eight, folder, request):
 
 def assert_ends_as(workdir, whole):
     close(scalars(workdir), scalars(whole))
-    same(variables(workdir), variables(whole), rtol=1e-2, atol=1e-3)
+    chex.assert_trees_all_close(variables(workdir), variables(whole), rtol=1e-2, atol=1e-3)
 
 
 def test_a_run_of_eight_devices_goes_on_on_one(eight, begun, train_alone):

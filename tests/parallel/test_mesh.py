@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_a_batch_lies_in_the_order_of_its_sequences():
     axes = mesh_axes(CONFIG, make_mesh(MeshConfig(data=2, memory=4)))
     batch = np.arange(16 * 3).reshape(16, 3)
     array = shard_batch(batch, axes)
-    np.testing.assert_array_equal(array, batch)
+    chex.assert_trees_all_equal(array, batch)
     assert {shard.data.shape for shard in array.addressable_shards} == {(2, 3)}
 
 

@@ -1,19 +1,19 @@
 """A state that eight devices of one process saved, read and saved again by two processes of two devices."""
 
 import os
-import pathlib
 import socket
 import subprocess
 import sys
 import textwrap
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.support.checkpoint_states import abstract
+from tests.support.paths import ROOT
 from ultramem_jax.training.checkpoints import Checkpoints
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 MEMBER = """
     import json, logging, sys
@@ -56,14 +56,14 @@ MEMBER = """
 
 
 class Position:
-    """Of a data iterator, as a checkpoint of one process has it."""
+    """Stands for a data iterator whose position a checkpoint of one process holds."""
 
     def get_state(self):
         return {"next_index": 5}
 
 
 def together(*arguments):
-    """Two processes that run `MEMBER`; what they printed last, which Gloo prints between."""
+    """Runs `MEMBER` in two processes and returns the last line of each, as Gloo prints lines of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -103,7 +103,6 @@ def test_two_processes_read_their_parts_and_save_them(tmp_path):
         assert said == [f'[{read}, {{"next_index": 5}}, [0, 1], true]'] * 2
         with Checkpoints(folder, read_only=True) as checkpoints:
             assert checkpoints.all_steps() == [2, 3] and checkpoints.best_step() == 3
-            wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
-            restored = checkpoints.restore(wanted, step=3).state
+            restored = checkpoints.restore(abstract(state), step=3).state
         for name, array in restored.items():
-            np.testing.assert_array_equal(array, np.asarray(state[name]) + 1)
+            chex.assert_trees_all_equal(array, np.asarray(state[name]) + 1)

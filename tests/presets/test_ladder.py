@@ -37,7 +37,7 @@ def _changed(before, after):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_each_rung_differs_by_its_switch_alone(scale):
+def test_each_rung_differs_only_by_its_switch(scale):
     rungs = ladder(scale)
     assert tuple(rungs) == RUNGS and len(RUNGS) == 12
     found = [_changed(before, after) for before, after in itertools.pairwise(rungs.values())]

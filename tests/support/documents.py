@@ -4,7 +4,8 @@ import pathlib
 import re
 import shlex
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 GUIDES = ROOT / "docs" / "guides"
 
 

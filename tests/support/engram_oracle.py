@@ -1,4 +1,4 @@
-"""The Engram layer in NumPy, from its definition: int64 hashes, float64 sums, token by token."""
+"""Computes the Engram layer in NumPy, from its definition: int64 hashes, float64 sums, token by token."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ def is_prime(n):
 
 
 def table_sizes(wished, heads, layers):
-    """Primes of each layer's heads, orders first."""
+    """Returns the primes of each layer's heads, orders first."""
     taken, sizes = set(), []
     for _ in range(layers):
         layer = []
@@ -30,7 +30,7 @@ def multipliers(seed, layer, num_canonical, max_order):
 
 
 def slots(ids, pad, factors, sizes, heads):
-    """(B, S, R) rows of the joint table, for canonical ids (B, S); orders 2 to len(factors)."""
+    """Returns (B, S, R) rows of the joint table, for canonical ids (B, S); orders 2 to len(factors)."""
     batch, length = ids.shape
     found = np.zeros((batch, length, len(sizes)), np.int64)
     first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -53,7 +53,7 @@ def rms_norm(x, scale, eps):
 
 
 def layer(p, table, rows, hidden, dilation, gate_eps, conv_eps):
-    """The output (B, S, D) for rows (B, S, R) of the table (N, d) and hidden states (B, S, D).
+    """Returns the output (B, S, D) for rows (B, S, R) of the table (N, d) and hidden states (B, S, D).
 
     p has `value_projection`, `key_projection` (R·d, D), their biases, three gains, and `conv` (width, D), of
     which tap i looks i·dilation back.

@@ -1,4 +1,4 @@
-"""What is asked of every kind of addresser, whoever defines it: one function for each promise.
+"""Checks what every kind of addresser promises, whoever defines it: one function for each promise.
 
 They take a `ModelConfig` with memories of that kind. A vocabulary of 31, rows that a mesh of four owners
 divides, and two layers keep them fast; `CHECKS` lists them all.
@@ -7,10 +7,12 @@ divides, and two layers keep them fast; `CHECKS` lists them all.
 import functools
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.support.systems import variables_of
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.layers import Memory
@@ -25,15 +27,14 @@ from ultramem_jax.training.state import abstract_state, fresh_state, model_varia
 from ultramem_jax.training.step import make_train_step
 
 BASE = ModelConfig(vocab_size=31, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=24)
-"""To put a memory into."""
+"""A model to put a memory into."""
 
 
 @functools.cache
 def _variables(model):
-    """Variables with no special values: what starts at zero would hide a mistake."""
+    """Returns variables without special values: what starts at zero would hide a mistake."""
     rng = np.random.default_rng(0)
-    made = jax.jit(lambda: Transformer(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))()
-    held = {name: made[name] for name in ("params", "memory", "buffers") if name in made}
+    held = variables_of(model)
 
     def stirred(a):
         return a + 0.1 * jnp.asarray(rng.normal(size=a.shape), a.dtype)
@@ -51,17 +52,21 @@ def _full(model):
 
 
 def jit_equals_eager(model):
-    """A memory alone, compiled and not, gives the same, and is compiled once."""
+    """A memory gives the same with and without jit, and is traced once."""
     site, variables = model.sites[0], _variables(model)
     own = {part: tree[site.name] for part, tree in variables.items() if site.name in tree}
     x, tokens = jax.random.normal(jax.random.key(1), (2, 9, 16)), jnp.asarray(_tokens(model))
-    apply = lambda x: Memory(site).apply(own, x, train=False, token_ids=tokens)  # noqa: E731
-    compiled = jax.jit(apply)
+
+    def apply(x):
+        return Memory(site).apply(own, x, train=False, token_ids=tokens)
+
+    chex.clear_trace_counter()
+    compiled = jax.jit(chex.assert_max_traces(apply, n=1))
     y = compiled(x)
-    assert y.shape == x.shape and bool(jnp.isfinite(y).all())
-    np.testing.assert_allclose(y, apply(x), rtol=1e-4, atol=1e-5)
+    chex.assert_equal_shape([y, x])
+    chex.assert_tree_all_finite(y)
+    chex.assert_trees_all_close(y, apply(x), rtol=1e-4, atol=1e-5)
     compiled(x + 1)
-    assert compiled._cache_size() == 1
 
 
 def gradients_reach_every_parameter(model):
@@ -76,17 +81,18 @@ def gradients_reach_every_parameter(model):
     gradients = jax.jit(jax.grad(loss))(trained)
     for site in model.sites:
         own = {"params": gradients["params"][site.name], "memory": gradients["memory"][site.table]}
+        chex.assert_tree_all_finite(own)
         for path, gradient in jax.tree_util.tree_leaves_with_path(own):
-            assert jnp.isfinite(gradient).all() and gradient.any(), path
+            assert gradient.any(), path
 
 
 def no_token_sees_what_comes_after_it(model):
-    """Logits do not change where later tokens do."""
+    """Logits stay as they are where only later tokens change."""
     tokens = _tokens(model)
     later = tokens.copy()
     later[:, 5:] = (later[:, 5:] + 7) % model.vocab_size
     after = jax.jit(Transformer(model).apply)(_variables(model), later)
-    np.testing.assert_allclose(_full(model)[:, :5], after[:, :5], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(_full(model)[:, :5], after[:, :5], rtol=1e-4, atol=1e-5)
 
 
 def _run_config(model, mesh=None, **fields):
@@ -99,7 +105,7 @@ def _run_config(model, mesh=None, **fields):
 
 @functools.cache
 def _trained(config, steps=2):
-    """The state after some steps, and the losses."""
+    """Returns the state after some steps, and the losses."""
     optimizers = make_optimizers(config)
     axes = one_device() if config.mesh == MeshConfig() else mesh_axes(config, make_mesh(config.mesh))
     with jax.numpy_dtype_promotion("standard"):
@@ -116,16 +122,13 @@ def _trained(config, steps=2):
 
 def _assert_same_training(one, other):
     (state, losses), (expected, expected_losses) = one, other
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-    for part in ("tables", "params"):
-        for ours, theirs in zip(
-            jax.tree.leaves(getattr(state, part)), jax.tree.leaves(getattr(expected, part)), strict=True
-        ):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5, err_msg=part)
+    chex.assert_trees_all_close(losses, expected_losses, rtol=1e-5)
+    chex.assert_trees_all_close(state.tables, expected.tables, rtol=1e-4, atol=2e-5)
+    chex.assert_trees_all_close(state.params, expected.params, rtol=1e-4, atol=2e-5)
 
 
 def row_sparse_equals_dense(model):
-    """With plain SGD, which moves only what has a gradient, training by rows is training the whole table."""
+    """Training by rows equals training whole tables with plain SGD: it changes only what has a gradient."""
     _assert_same_training(_trained(_run_config(model)), _trained(_run_config(model, table_gradient="dense")))
 
 
@@ -154,21 +157,21 @@ def _assert_decodes(model, variables):
         logits, left = step(variables | {"cache": cache}, chunk, np.array(counts, np.int32))
         cache, done = left["cache"], done + counts
         for row in (row for row in range(2) if counts[row]):
-            np.testing.assert_allclose(logits[row], full[row, done[row] - 1], rtol=1e-4, atol=3e-5)
+            chex.assert_trees_all_close(logits[row], full[row, done[row] - 1], rtol=1e-4, atol=3e-5)
 
 
 def cached_decoding_equals_the_full_pass(model):
-    """With the variables of training."""
+    """Decoding with the variables of training gives the logits of the whole sequence."""
     _assert_decodes(model, _variables(model))
 
 
 def served_equals_trained(model):
-    """With prepared variables."""
+    """Decoding with prepared variables gives the logits of the whole sequence."""
     _assert_decodes(model, prepare_for_decoding(model, _variables(model)))
 
 
 def counted_equals_real_shapes(model):
-    """Every number of the model is counted, and declared with its shape."""
+    """Every parameter is counted, and is declared with its shape."""
     shapes = jax.tree.map(lambda a: a.shape, _variables(model))
     size = {part: sum(map(np.prod, jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple))))
             for part, tree in shapes.items()}  # fmt: skip
@@ -192,14 +195,14 @@ def restored_equals_saved(model, folder):
     with jax.numpy_dtype_promotion("standard"):
         whole = train(config, folder / "whole", progress=False)
         loaded = load_model(folder / "whole")
-    jax.tree.map(np.testing.assert_array_equal, loaded.variables, model_variables(whole.state))
+    chex.assert_trees_all_equal(loaded.variables, model_variables(whole.state))
     assert loaded.config.model.memories.keys() == model.memories.keys()
     half = folder / "half"
     (half / "checkpoints").mkdir(parents=True)
     (folder / "whole" / "checkpoints" / "2").rename(half / "checkpoints" / "2")
     with jax.numpy_dtype_promotion("standard"):
         again = train(config, half, progress=False)
-    jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
+    chex.assert_trees_all_equal(again.state, whole.state)
 
 
 CHECKS = (
@@ -212,7 +215,7 @@ CHECKS = (
     served_equals_trained,
     counted_equals_real_shapes,
 )
-"""Those that take a model alone; `restored_equals_saved` needs a folder, too."""
+"""The checks that take only a model; `restored_equals_saved` needs a folder, too."""
 
 
 def check_contract(model, folder):

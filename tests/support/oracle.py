@@ -1,4 +1,4 @@
-"""The memory layers in float64 NumPy, from their definitions: token by token, nothing shared with the code.
+"""Computes memory layers in float64 NumPy, from their definitions: token by token, without the package.
 
 One function, `memory_layer`, is every member of the family: Product-Key Memory, UltraMem, UltraMemV2, Memory+
 and PEER. The whole virtual grid is scored where the layer scores candidates, and every value that is read
@@ -21,12 +21,12 @@ def float64(arrays: dict) -> dict[str, np.ndarray]:
 
 
 def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float = 1e-5) -> np.ndarray:
-    """Of one vector."""
+    """Returns one vector over its root mean square, times its gain."""
     return x / np.sqrt((x**2).mean() + eps) * scale
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """Over the first axis."""
+    """Returns the softmax over the first axis."""
     e = np.exp(x - x.max(0))
     return e / e.sum(0)
 
@@ -36,12 +36,12 @@ def gelu(x: float) -> float:
 
 
 def best(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the largest values, best first."""
+    """Returns the indices of the largest values, best first."""
     return np.argsort(-values, kind="stable")[:count]
 
 
 def tucker_cells(row, column, core, u, t, top_m) -> list[Cell]:
-    """The chosen cells of S_rowᵀ·C·S_col among the candidates; row and column are (r, K)."""
+    """Returns the chosen cells of S_rowᵀ·C·S_col among the candidates; row and column are (r, K)."""
     rows, columns = best(u @ row, top_m), best(t @ column, top_m)
     grid = row.T @ core @ column
     cells = sorted(((grid[i, j], i, j) for i in rows for j in columns), reverse=True)[:top_m]
@@ -49,13 +49,13 @@ def tucker_cells(row, column, core, u, t, top_m) -> list[Cell]:
 
 
 def product_key_cells(row, column, top_m) -> list[Cell]:
-    """The top_m cells of row[i] + column[j] over all K·K."""
+    """Returns the top_m cells of row[i] + column[j] over all K·K."""
     grid = row[:, None] + column
     return [divmod(cell, len(column)) for cell in best(grid.ravel(), top_m)]
 
 
 def leading_vectors(core, last_u, last_t):
-    """u and t of the largest singular value; of both signs the closer to the last, by absolute values."""
+    """Returns u and t of the largest singular value, with the signs that are closer to the last."""
     left, _, right = np.linalg.svd(core)
     u, t = left[:, 0], right[0]
     closer = np.abs(u - last_u).sum() + np.abs(t - last_t).sum()
@@ -64,14 +64,14 @@ def leading_vectors(core, last_u, last_t):
 
 
 def seen_by_query(p: dict, x: np.ndarray, s: int) -> np.ndarray:
-    """Token s of x (S, D), or its causal depthwise convolution: tap i looks i back."""
+    """Returns token s of x (S, D), or its causal depthwise convolution: tap i looks i back."""
     if "query_conv" not in p:
         return x[s]
     return sum(tap * x[s - i] for i, tap in enumerate(p["query_conv"]) if i <= s)
 
 
 def head_queries(config: MemoryConfig, p: dict, seen: np.ndarray, head: int, eps: float) -> list:
-    """queries[side][rank], each as wide as the keys of a rank."""
+    """Returns queries[side][rank], each as wide as the keys of a rank."""
     heads = 1 if config.address.share_query else config.address.num_heads
     ranks = max(config.address.tucker_rank, 1)
     of_its_own = ranks if config.address.query_per_rank else 1
@@ -89,7 +89,7 @@ def head_queries(config: MemoryConfig, p: dict, seen: np.ndarray, head: int, eps
 
 
 def head_keys(config: MemoryConfig, p: dict, head: int, eps: float) -> np.ndarray:
-    """(2, r, K, d)."""
+    """Returns the keys of a head (2, r, K, d)."""
     keys = p["keys"][:, 0 if config.address.share_keys else head].copy()
     if not config.address.norm_keys:
         return keys
@@ -106,7 +106,7 @@ def head_keys(config: MemoryConfig, p: dict, head: int, eps: float) -> np.ndarra
 
 
 class Scored(NamedTuple):
-    """What one head makes of one token, before anything is chosen."""
+    """Holds what one head makes of one token, before anything is chosen."""
 
     b: int
     s: int
@@ -121,7 +121,7 @@ class Scored(NamedTuple):
 
 
 def scored(config: MemoryConfig, variables: dict, x: np.ndarray, eps: float) -> Iterator[Scored]:
-    """Every token and head."""
+    """Yields the scores of every token and head."""
     p = float64(variables["params"])
     for head in range(config.address.num_heads):
         keys = head_keys(config, p, head, eps)
@@ -141,7 +141,7 @@ def scored(config: MemoryConfig, variables: dict, x: np.ndarray, eps: float) -> 
 
 
 def chosen(config: MemoryConfig, p: dict, found: Scored) -> tuple[list[Cell], np.ndarray]:
-    """The m cells and their scores (m, h)."""
+    """Returns the m cells and their scores (m, h)."""
     row, column, m = found.row, found.column, config.address.top_m
     if config.address.tucker_rank:
         cores = p["cores"][found.head]
@@ -154,13 +154,13 @@ def chosen(config: MemoryConfig, p: dict, found: Scored) -> tuple[list[Cell], np
 
 
 def inner_value(config: MemoryConfig, p: dict, u: np.ndarray, x: np.ndarray) -> float:
-    """act(u·p), what an expert of inner width 1 makes of the token x; u is the pre-value of its slot."""
+    """Returns act(u·p), the output of an expert of inner width 1 for the token x; u is its pre-value."""
     dot = float(u @ (x @ p["pre_projection"] if config.table.project_pre_values else x))
     return gelu(dot) if config.table.pre_value_activation == "gelu" else dot
 
 
 def projectors(config: MemoryConfig, p: dict, embed_dim: int) -> list[np.ndarray]:
-    """One (d_v, D) for each of the E blocks."""
+    """Returns a projector (d_v, D) for each of the E blocks."""
     if not config.readout.project_values:
         return [np.eye(embed_dim)]
     if config.readout.sum_blocks:
@@ -176,7 +176,7 @@ def memory_layer(
     tables: dict | None = None,
     eps: float = 1e-5,
 ) -> np.ndarray:
-    """The output (B, S, D) of a `Memory` of product keys for x (B, S, D).
+    """Returns the output (B, S, D) of a `Memory` of product keys for x (B, S, D).
 
     Args:
         config: of the layer.
@@ -206,7 +206,7 @@ def memory_layer(
 
 
 def balance_loss(config: MemoryConfig, variables: dict, x: np.ndarray, eps: float = 1e-5) -> float:
-    """Σ over both sides of K·Σ_i f_i·p_i, without its weight β.
+    """Returns Σ over both sides of K·Σ_i f_i·p_i, without its weight β.
 
     f_i is the share of key i among the m candidates of all tokens and heads, p_i the mean over them of a
     softmax over the K scores that the candidates are chosen by.

@@ -2,36 +2,41 @@
 
 import sys
 
-import jax
 import pytest
 from absl import flags
 
 import launch
 from experiments import EXPERIMENTS
-from experiments.common import seeds
 from ultramem_jax.commands import COMMANDS
-from ultramem_jax.parallel.mesh import make_mesh
-from ultramem_jax.training import loop
+
+TINY = [
+    "--preset=ultramem-tiny",
+    "--config.model.embed_dim=16",
+    "--config.model.num_layers=2",
+    "--config.model.num_heads=2",
+    "--config.model.num_kv_heads=2",
+    "--config.model.mlp_dim=16",
+    "--config.model.memory.placement=1:2",
+    "--config.model.memory.address.num_keys=16",
+    "--config.model.memory.address.top_m=4",
+    "--config.model.memory.address.key_dim=8",
+    "--config.model.memory.table.value_dim=8",
+    "--config.data.seq_len=16",
+    "--config.train.batch_size=8",
+    "--config.train.steps=2",
+    "--config.train.eval_batches=2",
+]
+"""Flags of a run that trains in seconds."""
 
 
 @pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device():
-    """Meshes of many devices are the business of other tests; one compiles in half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        patch.setattr(seeds, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        yield
+def on_one_device(one_device):
+    """Runs every program on one device."""
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Flags that name a small corpus."""
+    """Returns flags that name a small corpus."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text.txt").write_text("the slot of a key is read by a query\n" * 200)
     return [
@@ -42,7 +47,7 @@ def text(tmp_path_factory):
 
 
 def _forget_flags():
-    """A process runs one experiment and parses its flags once; here they follow each other in one."""
+    """Forgets all flags: a process parses its flags once, and here programs follow each other in one."""
     values = flags.FLAGS
     own = [
         flag.name
@@ -59,6 +64,8 @@ def _forget_flags():
 
 @pytest.fixture
 def run(capsys, monkeypatch):
+    """Returns a function that runs a program and returns its status, output and errors."""
+
     def run(*argv):
         _forget_flags()
         monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, argv)])

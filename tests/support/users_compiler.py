@@ -1,4 +1,4 @@
-"""Compiles as outside the tests, where what is tested is the work of the compiler."""
+"""Compiles as for users, where what is tested is the work of the compiler."""
 
 import functools
 

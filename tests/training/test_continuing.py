@@ -6,10 +6,10 @@ import os
 import shutil
 from dataclasses import replace
 
-import numpy as np
+import chex
 import pytest
 
-from tests.training.small_run import files
+from tests.support.small_run import files
 from ultramem_jax import UserError
 from ultramem_jax.data import BpeTokenizer, load_corpus
 from ultramem_jax.training.continuing import _jumps, check_corpus, corpus_identity
@@ -129,7 +129,7 @@ def test_a_lost_tokenizer_is_an_error_to_read_and_written_again_by_training(bpe,
     train(bpe, workdir, progress=False)
     assert "it is written again" in caplog.text
     assert path.read_bytes() == before
-    np.testing.assert_array_equal(load_model(workdir).tokenizer.encode(b"memory"), _ids(bpe, b"memory"))
+    chex.assert_trees_all_equal(load_model(workdir).tokenizer.encode(b"memory"), _ids(bpe, b"memory"))
 
 
 def _ids(bpe, data):

@@ -184,7 +184,7 @@ def test_ranks_of_steps_that_are_done_again_are_forgotten(run):
         assert checkpoints.is_marked(1) and not checkpoints.is_marked(2)
 
 
-def test_a_mark_alone_lets_the_surpassed_go(run):
+def test_a_mark_is_enough_to_delete_what_it_surpasses(run):
     with Checkpoints(run / "checkpoints", keep_last=1, keep_best=1) as checkpoints:
         checkpoints.restore(STATE)
         assert checkpoints.best_step() == 1

@@ -4,12 +4,13 @@ import functools
 import shutil
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.training.mesh_step import MEMORY, TRAIN, run, run_config, start
+from tests.support.mesh_step import MEMORY, TRAIN, run, run_config, start
 from ultramem_jax.accounting import bytes_per_token, count_parameters, optimizer_bytes
 from ultramem_jax.config import MeshConfig, ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.ops.on_mesh import on_mesh
@@ -96,14 +97,14 @@ def test_muon_makes_each_matrix_nearly_orthogonal_and_leaves_the_rest_to_adamw()
     _, _, updates = _updates("muon")
     _, _, adamw = _updates("adamw")
     layer = updates["layer_1"]
-    assert layer["feed_forward"]["w_in"].shape == (4, 16, 8)
+    chex.assert_shape(layer["feed_forward"]["w_in"], (4, 16, 8))
     for matrix in (layer["attention"]["w_query"], *layer["feed_forward"]["w_in"]):
         # At a root mean square of 0.2 all singular values of (a, b) are 0.2·sqrt(max(a, b)).
         values = np.linalg.svd(matrix, compute_uv=False) / (0.01 * 0.2 * max(matrix.shape) ** 0.5)
         assert values.min() > 0.5 and values.max() < 1.5
         assert (np.asarray(matrix) ** 2).mean() ** 0.5 == pytest.approx(0.01 * 0.2, rel=0.5)
     for name in ("embedding", "output"):
-        np.testing.assert_allclose(updates[name], adamw[name], rtol=1e-5)
+        chex.assert_trees_all_close(updates[name], adamw[name], rtol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion"])
@@ -112,14 +113,12 @@ def test_weights_decay_alike_and_gains_do_not(optimizer):
     _, _, decayed = _updates(optimizer, decay=0.5)
     for p, a, b in zip(*map(jax.tree.leaves, (params, plain, decayed)), strict=True):
         lost = 0.01 * 0.5 * p if p.ndim > 1 else 0 * p
-        np.testing.assert_allclose(np.asarray(a) - b, lost, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(np.asarray(a) - b, lost, rtol=1e-4, atol=1e-6)
 
 
 def test_lion_takes_steps_of_its_learning_rate():
     _, gradients, updates = _updates("lion")
-    jax.tree.map(
-        lambda g, u: np.testing.assert_allclose(u, -0.01 * np.sign(g), rtol=1e-5), gradients, updates
-    )
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.01 * np.sign(g), gradients), rtol=1e-5)
 
 
 ON_MESH = MeshConfig(data=1, fsdp=2, tensor=2, memory=2)
@@ -136,7 +135,7 @@ def test_muon_on_a_mesh_trains_as_on_one_device():
     config = _on_mesh("muon")
     state, losses, _ = run(config, 2)
     expected, expected_losses, _ = run(replace(config, mesh=MeshConfig()), 2, alone=True)
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    chex.assert_trees_all_close(losses, expected_losses, rtol=1e-4)
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
         # A direction that has next to no gradient may be turned by the order of a sum.
         assert np.isclose(ours, theirs, rtol=1e-3, atol=1e-4).mean() > 0.99
@@ -198,12 +197,13 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_cut_off(rule, config, tmp_p
         train=of_rule,
     )
     whole = train(config, tmp_path, progress=False)
-    assert whole.finished and np.isfinite(whole.validation_loss)
+    assert whole.finished
+    chex.assert_tree_all_finite(whole.validation_loss)
     leaves = jax.tree.leaves(whole.state.table_state)
     assert len(leaves) == len(of_rule.row_arrays) and all(np.asarray(leaf).any() for leaf in leaves)
     shutil.rmtree(tmp_path / "checkpoints" / "3")
     again = train(config, tmp_path, progress=False)
     assert jax.tree.structure(again.state) == jax.tree.structure(whole.state)
-    jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
+    chex.assert_trees_all_equal(again.state, whole.state)
     loaded = load_model(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, loaded.variables["memory"], whole.state.tables)
+    chex.assert_trees_all_equal(loaded.variables["memory"], whole.state.tables)

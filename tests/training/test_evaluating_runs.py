@@ -4,12 +4,13 @@ import math
 import signal
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import pytest
 
+from tests.support.small_run import scalars
 from tests.support.users_compiler import memory_analysis
-from tests.training.small_run import scalars
 from ultramem_jax import UserError
 from ultramem_jax.data import load_corpus
 from ultramem_jax.parallel.mesh import one_device as first_device
@@ -40,8 +41,7 @@ def whole(config, tmp_path_factory):
 
 def assert_ends_as(whole, result, workdir):
     assert result.finished
-    for a, b in zip(jax.tree.leaves(whole[0].state), jax.tree.leaves(result.state), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(whole[0].state, result.state)
     assert scalars(workdir) == scalars(whole[1])
     assert (result.validation_loss, result.validation_bits_per_byte) == (
         whole[0].validation_loss,

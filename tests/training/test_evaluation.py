@@ -4,6 +4,7 @@ import itertools
 import math
 import pathlib
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def validation_tokens(config):
 
 
 def loss_of_each(config, variables, stride):
-    """Of every target in a window, from the first that has it; windows start at multiples of the stride."""
+    """Returns the loss of every target in the first window that has it; a window starts every `stride`."""
     tokens = validation_tokens(config)
     apply = jax.jit(Transformer(config.model).apply)
     losses = []
@@ -85,10 +86,10 @@ def test_it_is_the_mean_over_targets_each_in_its_own_window(config, variables):
         expected = loss_of_each(config, variables, stride)
         found = evaluate(variables, "validation", 0, stride=stride)
         assert found.tokens == len(expected) == counted
-        np.testing.assert_allclose(found.loss, np.mean(expected), rtol=1e-6)
+        chex.assert_trees_all_close(found.loss, np.mean(expected), rtol=1e-6)
         # Every target is a byte but the last one, which ends the document and which only stride 1 reaches.
         num_bytes = counted - (stride == 1)
-        np.testing.assert_allclose(found.bits_per_byte, np.sum(expected) / np.log(2) / num_bytes, rtol=1e-6)
+        chex.assert_trees_all_close(found.bits_per_byte, np.sum(expected) / np.log(2) / num_bytes, rtol=1e-6)
         means.append(found.loss)
     # The context does matter here.
     assert all(abs(a - b) > 1e-3 for a, b in itertools.combinations(means, 2))
@@ -109,14 +110,14 @@ def test_a_checkpoint_of_another_mesh_gives_the_losses_that_its_run_recorded(con
         assert {len(a.sharding.device_set) for a in jax.tree.leaves(loaded.variables)} == {1}
         evaluate = Evaluator(loaded.config, corpus)
         found = evaluate(loaded.variables)
-        np.testing.assert_allclose(found.loss, record["loss"], rtol=1e-5)
-        np.testing.assert_allclose(found.bits_per_byte, record["bits_per_byte"], rtol=1e-5)
+        chex.assert_trees_all_close(found.loss, record["loss"], rtol=1e-5)
+        chex.assert_trees_all_close(found.bits_per_byte, record["bits_per_byte"], rtol=1e-5)
     # And so does a sliding window, on either mesh.
     there = Evaluator(config, corpus, mesh_axes(config, make_mesh(config.mesh)))
     of_mesh = there(model_variables(trained.state), stride=5)
     alone = evaluate(loaded.variables, stride=5)
     assert of_mesh.tokens == alone.tokens == 196
-    np.testing.assert_allclose(alone.loss, of_mesh.loss, rtol=1e-5)
+    chex.assert_trees_all_close(alone.loss, of_mesh.loss, rtol=1e-5)
 
 
 def test_bits_per_byte_are_all_bits_over_all_bytes():

@@ -1,18 +1,17 @@
 import json
 import logging
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import pytest
 
-from tests.training.small_run import files, scalars
+from tests.support.processes import config_file, start_training, wait_for
+from tests.support.small_run import files, scalars
 from ultramem_jax import UserError
 from ultramem_jax.config import (
     ModelConfig,
@@ -29,9 +28,6 @@ from ultramem_jax.training.loop import train
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.restore import load_model
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
@@ -40,11 +36,6 @@ def whole(config, tmp_path_factory):
     """The run without an interruption."""
     workdir = tmp_path_factory.mktemp("whole")
     return train(config, workdir, progress=False), workdir
-
-
-def _same(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 def test_a_run_learns_and_records_what_it_promises(config, whole):
@@ -84,7 +75,7 @@ def test_half_and_half_is_the_whole_bit_for_bit(config, whole, tmp_path, monkeyp
     monkeypatch.undo()
     second = train(config, tmp_path, progress=False)
     assert second.finished and second.step == 6
-    _same(whole[0].state, second.state)
+    chex.assert_trees_all_equal(whole[0].state, second.state)
     assert scalars(tmp_path) == scalars(whole[1])
 
 
@@ -92,46 +83,24 @@ def test_a_finished_run_started_again_only_reports(config, whole):
     result, workdir = whole
     again = train(config, workdir, progress=False)
     assert again.step == 6 and again.validation_loss == pytest.approx(result.validation_loss, rel=1e-6)
-    _same(result.state, again.state)
-
-
-def _launch(config, folder, workdir):
-    """`python launch.py train` in a process of its own, on one device."""
-    file = folder / "config.py"
-    file.write_text(
-        "from ultramem_jax.config import run_config_from_dict\n"
-        f"def get_config():\n    return run_config_from_dict({to_dict(config)!r})\n"
-    )
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
-    argv = [sys.executable, "launch.py", "train", f"--config={file}", f"--workdir={workdir}"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(argv, cwd=ROOT, env=environment, **pipes)
-
-
-def _wait_for(path, process):
-    while process.poll() is None and not path.exists():
-        time.sleep(0.02)
+    chex.assert_trees_all_equal(result.state, again.state)
 
 
 def test_stopped_or_killed_the_same_command_ends_on_the_same_numbers(config, tmp_path):
     # Long enough that the moment falls anywhere: in a step, in a save, between the two.
     longer = replace(config, train=replace(config.train, steps=14, eval_every=0, checkpoint_every=1))
     workdir = tmp_path / "interrupted"
-    process = _launch(longer, tmp_path, workdir)
-    _wait_for(workdir / "checkpoints" / "2", process)
-    time.sleep(np.random.default_rng().uniform(0, 0.3))
+    file = config_file(longer, tmp_path)
+    process = start_training(file, workdir, devices=1)
+    wait_for((workdir / "checkpoints" / "2").exists, process)
+    time.sleep(np.random.default_rng(0).uniform(0, 0.3))
     process.kill()
     process.communicate()
     killed_at = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
     assert killed_at < 14
 
-    process = _launch(longer, tmp_path, workdir)
-    _wait_for(workdir / "checkpoints" / str(killed_at + 1), process)
+    process = start_training(file, workdir, devices=1)
+    wait_for((workdir / "checkpoints" / str(killed_at + 1)).exists, process)
     process.terminate()
     out, err = process.communicate()
     assert process.returncode == 75, err
@@ -140,7 +109,7 @@ def test_stopped_or_killed_the_same_command_ends_on_the_same_numbers(config, tmp
     resumed = train(longer, workdir, progress=False)
     uninterrupted = train(longer, tmp_path / "other", progress=False)
     assert resumed.finished
-    _same(resumed.state, uninterrupted.state)
+    chex.assert_trees_all_equal(resumed.state, uninterrupted.state)
     assert scalars(workdir) == scalars(tmp_path / "other")
 
 
@@ -155,7 +124,7 @@ def test_a_truncated_checkpoint_gives_way_to_the_one_before(config, whole, tmp_p
     with caplog.at_level(logging.WARNING):
         result = train(config, tmp_path, progress=False)
     assert "skipping damaged checkpoint" in caplog.text and str(newest) in caplog.text
-    _same(whole[0].state, result.state)
+    chex.assert_trees_all_equal(whole[0].state, result.state)
 
 
 def _in_memory_of(kind, config):
@@ -172,10 +141,10 @@ def test_a_run_goes_on_with_its_tables_in_another_memory(config, whole, tmp_path
     # Read where it was trained, and on the device.
     loaded = load_model(tmp_path, 3)
     assert loaded.variables["memory"]["memory_0"]["values"].sharding.memory_kind == "pinned_host"
-    _same(loaded.variables["memory"], first.state.tables)
+    chex.assert_trees_all_equal(loaded.variables["memory"], first.state.tables)
     second = train(config, tmp_path, progress=False)
     assert {a.sharding.memory_kind for a in jax.tree.leaves(second.state.tables)} == {"device"}
-    _same(whole[0].state, second.state)
+    chex.assert_trees_all_equal(whole[0].state, second.state)
 
 
 def test_a_memory_that_the_devices_do_not_have_is_refused(config, tmp_path, monkeypatch):
@@ -334,8 +303,8 @@ def test_a_loaded_model_is_the_one_that_was_trained(config, whole, checkpoint, s
     loaded = load_model(workdir, checkpoint)
     assert loaded.step == step and loaded.config == config
     if step == 6:
-        _same(result.state.params, loaded.variables["params"])
-        _same(result.state.tables, loaded.variables["memory"])
+        chex.assert_trees_all_equal(result.state.params, loaded.variables["params"])
+        chex.assert_trees_all_equal(result.state.tables, loaded.variables["memory"])
         found = Evaluator(loaded.config, _corpus(config))(loaded.variables)
         assert found.loss == result.validation_loss
         assert found.bits_per_byte == result.validation_bits_per_byte

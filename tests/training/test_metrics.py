@@ -3,6 +3,7 @@ import math
 import resource
 import signal
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -174,7 +175,7 @@ def test_loss_curve_draws_both_colours_and_leaves_no_global_state(tmp_path, num_
     picture = tmp_path / "figures" / "loss.png"
     plot_loss_curve(writer.path, picture, "A run")
     pixels = imread(picture)[..., :3]
-    assert pixels.shape == (750, 1200, 3)
+    chex.assert_shape(pixels, (750, 1200, 3))
     for colour in ("#4c78a8", "#e4572e"):
         distance = np.abs(pixels - np.asarray(to_rgb(colour), np.float32)).max(axis=-1)
         assert (distance < 0.02).sum() > 100

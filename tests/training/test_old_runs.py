@@ -1,10 +1,9 @@
 """Runs that were begun when a model had one memory, all of whose fields were in one dict."""
 
-import jax
-import numpy as np
+import chex
 import pytest
 
-from tests.training.small_run import small_config
+from tests.support.small_run import small_config
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
 from ultramem_jax.config.old_configs import is_old_tree, upgrade_tree
 from ultramem_jax.errors import UserError
@@ -43,7 +42,7 @@ def test_they_are_read_and_not_gone_on_with(run):
     config, result, folder = run
     loaded = load_model(folder)
     assert loaded.config == config
-    jax.tree.map(np.testing.assert_array_equal, loaded.variables, model_variables(result.state))
+    chex.assert_trees_all_equal(loaded.variables, model_variables(result.state))
     with pytest.raises(UserError, match=r"was begun by an earlier version.*load_model reads it") as error:
         loop.train(config, folder, progress=False)
     assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +52,7 @@ def _table(rows=ROWS, seed=1):
 
 
 def _run(optimizer, batches, table):
-    """Table and state after each batch; padding behind what it reads."""
+    """Yields table and state after each batch, which has padding behind what it reads."""
     update, state = jax.jit(optimizer.update), optimizer.init(table)
     for step, (slots, values) in enumerate(batches):
         padded = np.concatenate([slots, len(table) + np.arange(2, dtype=np.int32)])
@@ -76,7 +77,7 @@ def _by_definition(name, second, row, state, g, step, decay):
     if name == "adamw":
         direction, state = _adam(row, state or (np.zeros(WIDTH), np.zeros(WIDTH)), g, step, second)
     elif name == "adamw_catch_up":
-        # AdamW's own steps with a gradient of zero, for each step missed: of these the moments count alone.
+        # AdamW's own steps with a gradient of zero, for each step missed: of these only the moments count.
         first, square, last = state or (np.zeros(WIDTH), np.zeros(WIDTH), 0)
         for missed in range(last, step):
             _, (first, square) = _adam(row, (first, square), np.zeros(WIDTH), missed, second)
@@ -109,13 +110,13 @@ def test_rows_follow_the_definition_and_the_rest_keeps_every_bit(name, second, d
         for new, old in zip(
             jax.tree.leaves((after, state)), jax.tree.leaves((before, before_state)), strict=True
         ):
-            np.testing.assert_array_equal(new[others], np.asarray(old)[others])
+            chex.assert_trees_all_equal(new[others], np.asarray(old)[others])
         for slot, g in zip(slots, values.astype(np.float64), strict=True):
             rows[slot], states[slot] = _by_definition(name, second, rows[slot], states[slot], g, step, decay)
-            np.testing.assert_allclose(after[slot], rows[slot], rtol=1e-4, atol=2e-6)
+            chex.assert_trees_all_close(after[slot], rows[slot], rtol=1e-4, atol=2e-6)
             for kept, wanted in zip(jax.tree.leaves(state), states[slot], strict=True):
                 wanted = np.broadcast_to(wanted, (WIDTH,))[: kept.shape[1]]
-                np.testing.assert_allclose(kept[slot], wanted, rtol=1e-5, atol=1e-9)
+                chex.assert_trees_all_close(kept[slot], wanted, rtol=1e-5, atol=1e-9)
         before, before_state = after, state
     counts = np.bincount(np.concatenate([slots for slots, _ in batches]), minlength=ROWS)
     assert counts.min() < STEPS / 3 and counts.max() > 3  # rows that were missed, and rows read often
@@ -134,7 +135,7 @@ def _dense(transformation, batches, table):
 
 
 def _optax(name, decay):
-    """What optax calls the rule, without a class of this package."""
+    """Returns the transformation of optax that equals the rule."""
     if name == "adamw":
         return optax.adamw(_rate, B1, B2, EPS, weight_decay=decay)
     if decay:  # these have none of their own; before the learning rate, as in AdamW
@@ -163,7 +164,7 @@ def test_optax_is_the_equal_where_every_row_is_read(name, decay):
     ours = _run(_optimizer(name, weight_decay=decay), batches, _table())
     theirs = _dense(_optax(name, decay), batches, _table())
     for (table, _), (expected, _) in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(table, expected, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(table, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad"])
@@ -171,7 +172,7 @@ def test_optax_is_the_equal_on_any_batch_without_decay(name):
     ours = _run(_optimizer(name, weight_decay=0.0), _batches(), _table())
     theirs = _dense(_optax(name, 0.0), _batches(), _table())
     for (table, _), (expected, _) in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(table, expected, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(table, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -186,16 +187,16 @@ def test_the_dense_way_of_a_run_is_the_equal_of_its_rows(name, decay, read):
     ours = _run(optimizers.rows["memory_0"], _batches(read=read), _table())
     dense = _dense(optimizers.tables, _batches(read=read), _table())
     for (table, _), (expected, _) in zip(ours, dense, strict=True):
-        np.testing.assert_allclose(table, expected, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(table, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_catching_up_is_adamw_where_every_row_is_read():
     ours = _run(_optimizer("adamw_catch_up"), _batches(read=ROWS), _table())
     adamw = _run(_optimizer("adamw"), _batches(read=ROWS), _table())
     for (table, state), (expected, moments) in zip(ours, adamw, strict=True):
-        np.testing.assert_array_equal(table, expected)
-        jax.tree.map(np.testing.assert_array_equal, RowMoments(state.first, state.second), moments)
-    np.testing.assert_array_equal(state.last, np.full((ROWS, 1), STEPS))
+        chex.assert_trees_all_equal(table, expected)
+        chex.assert_trees_all_equal(RowMoments(state.first, state.second), moments)
+    chex.assert_trees_all_equal(state.last, np.full((ROWS, 1), STEPS))
 
 
 def test_moments_that_caught_up_are_those_of_optax_with_gradients_of_zero():
@@ -203,9 +204,9 @@ def test_moments_that_caught_up_are_those_of_optax_with_gradients_of_zero():
     *_, (_, (adam, *_)) = _dense(_optax("adamw", 0.1), _batches(), _table())
     # Of the rows that the last step read, which are up to date.
     (*_, (slots, _)) = _batches()
-    np.testing.assert_array_equal(state.last[slots], STEPS)
-    np.testing.assert_allclose(state.first[slots], adam.mu[slots], rtol=1e-5, atol=1e-9)
-    np.testing.assert_allclose(state.second[slots], adam.nu[slots], rtol=1e-5, atol=1e-12)
+    chex.assert_trees_all_equal(state.last[slots], STEPS)
+    chex.assert_trees_all_close(state.first[slots], adam.mu[slots], rtol=1e-5, atol=1e-9)
+    chex.assert_trees_all_close(state.second[slots], adam.nu[slots], rtol=1e-5, atol=1e-12)
     *_, (_, rests) = _run(_optimizer("adamw"), _batches(), _table())
     assert not np.allclose(rests.first[slots], adam.mu[slots], rtol=1e-2)
 
@@ -236,11 +237,11 @@ def test_chunks_change_no_bit_and_what_is_overwritten_is_recorded(name, second, 
     monkeypatch.setattr(chunks, "_CHUNK_VALUES", WIDTH * 16 * 6)  # six rows at a time: 20 = 6 + 6 + 6 + 2
     by_chunks = update()
     for field in ("table", "moments", "before"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(whole, field), getattr(by_chunks, field))
+        chex.assert_trees_all_equal(getattr(whole, field), getattr(by_chunks, field))
     assert whole.norm == pytest.approx(float(by_chunks.norm), rel=1e-6)
     for rows, array in zip(jax.tree.leaves(whole.before), jax.tree.leaves((table, state)), strict=True):
-        assert rows.dtype == array.dtype
-        np.testing.assert_array_equal(rows[:17], array[:34:2])
+        chex.assert_type(rows, array.dtype)
+        chex.assert_trees_all_equal(rows[:17], array[:34:2])
 
 
 def test_the_last_step_is_counted_exactly():
@@ -250,10 +251,11 @@ def test_the_last_step_is_counted_exactly():
     gradients = RowGradients(jnp.array([2, 5], jnp.int32), jnp.ones((2, WIDTH)))
     step = jnp.asarray(2**24 + 2, jnp.int32)
     _, state, *_ = jax.jit(optimizer.update)(gradients, optimizer.init(table), table, step, jnp.uint32(0))
-    assert state.last.dtype == jnp.int32 and state.first.dtype == jnp.uint16
+    chex.assert_type(state.last, jnp.int32)
+    chex.assert_type(state.first, jnp.uint16)
     expected = np.zeros((ROWS, 1))
     expected[[2, 5]] = 2**24 + 3
-    np.testing.assert_array_equal(state.last, expected)
+    chex.assert_trees_all_equal(state.last, expected)
 
 
 @pytest.mark.parametrize("name", ["adamw_catch_up", "adagrad", "adagrad_row", "sgd", "sgd_momentum"])
@@ -298,7 +300,7 @@ def test_split_columns_have_the_mean_of_the_whole_row(name, second):
         check_vma=False,
     )
     ours = jax.jit(split)(gradients, optimizer.init(table), table)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), ours, whole[:2])
+    chex.assert_trees_all_close(ours, tuple(whole[:2]), rtol=1e-6, atol=1e-7)
 
 
 # ---- configs

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,8 +43,8 @@ def test_touched_rows_follow_adamw_and_the_rest_keeps_every_bit():
     others = np.setdiff1d(np.arange(12), read)
     before = (table, *moments)
     for found, wanted, old in zip((after, *after_moments), expected, before, strict=True):
-        np.testing.assert_allclose(found[read], wanted, rtol=1e-5, atol=1e-7)
-        np.testing.assert_array_equal(found[others], old[others])
+        chex.assert_trees_all_close(found[read], wanted, rtol=1e-5, atol=1e-7)
+        chex.assert_trees_all_equal(found[others], old[others])
 
 
 def test_chunks_of_rows_change_no_bit(monkeypatch):
@@ -61,11 +62,11 @@ def test_chunks_of_rows_change_no_bit(monkeypatch):
             patch.setattr(chunks, "_CHUNK_VALUES", 3 * 8 * 6)  # six rows at a time: 20 = 6 + 6 + 6 + 2
             by_chunks = jax.jit(_optimizer(**kept).update, static_argnames="record")(*arguments, record=True)
         for field in ("table", "moments", "before"):
-            jax.tree.map(np.testing.assert_array_equal, getattr(whole, field), getattr(by_chunks, field))
+            chex.assert_trees_all_equal(getattr(whole, field), getattr(by_chunks, field))
         assert by_chunks.norm == pytest.approx(float(whole.norm), rel=1e-6)
         # What was overwritten: rows 0, 2, ..., 32, of the table and of each moment.
         for rows, array in zip(jax.tree.leaves(whole.before), jax.tree.leaves((table, start)), strict=True):
-            np.testing.assert_array_equal(rows[:17], array[:34:2])
+            chex.assert_trees_all_equal(rows[:17], array[:34:2])
 
 
 def test_repeated_and_unsorted_reads_are_one_update_of_their_sum():
@@ -88,8 +89,8 @@ def test_repeated_and_unsorted_reads_are_one_update_of_their_sum():
             summed[reads[token, read]] += scores[token, read, 0] * cotangent[token, 0]
     expected, _, _ = _adamw_by_hand(np.asarray(table, np.float64), 0.0, 0.0, summed, 0)
     read = np.array([1, 3, 5])
-    np.testing.assert_allclose(after[read], expected[read], rtol=1e-5)
-    np.testing.assert_array_equal(np.delete(after, read, 0), np.delete(table, read, 0))
+    chex.assert_trees_all_close(after[read], expected[read], rtol=1e-5)
+    chex.assert_trees_all_equal(np.delete(after, read, 0), np.delete(table, read, 0))
 
 
 def test_a_second_moment_per_row_is_the_mean_of_the_squares():
@@ -107,11 +108,11 @@ def test_a_second_moment_per_row_is_the_mean_of_the_squares():
     rows, first, second = (np.asarray(a, np.float64)[read] for a in (table, *moments))
     root_mean_square = np.sqrt((values[:2] ** 2).mean(1, keepdims=True)) * np.ones(4)
     _, _, expected_second = _adamw_by_hand(rows, first, second, root_mean_square, 4)
-    np.testing.assert_allclose(after_moments.second[read], expected_second[:, :1], rtol=1e-5)
+    chex.assert_trees_all_close(after_moments.second[read], expected_second[:, :1], rtol=1e-5)
     first = 0.9 * first + 0.1 * values[:2]
     direction = first / (1 - 0.9**5) / (np.sqrt(expected_second / (1 - 0.95**5)) + 1e-8)
-    np.testing.assert_allclose(after[read], rows - 0.1 * (direction + 0.1 * rows), rtol=1e-4, atol=1e-6)
-    assert optimizer.init(table).second.shape == (5, 1)
+    chex.assert_trees_all_close(after[read], rows - 0.1 * (direction + 0.1 * rows), rtol=1e-4, atol=1e-6)
+    chex.assert_shape(optimizer.init(table).second, (5, 1))
 
 
 def test_bfloat16_rows_follow_the_float32_ones_on_average():
@@ -124,7 +125,7 @@ def test_bfloat16_rows_follow_the_float32_ones_on_average():
         optimizer = row_sparse(rule, lambda step: 1e-4, rounding=rounding)
         update = jax.jit(optimizer.update)
         rows, moments = table, optimizer.init(table)
-        assert moments.first.dtype == moments.second.dtype == jnp.uint16
+        chex.assert_type([moments.first, moments.second], jnp.uint16)
         for step in range(30):
             gradients = RowGradients(slots, jnp.full((512, 8), -0.3))
             seed = jnp.asarray(step, jnp.uint32)
@@ -160,9 +161,9 @@ def test_equals_optax_where_every_row_is_read():
         sparse, moments, *_ = ours.update(rows, moments, sparse, jnp.asarray(step), SEED)
         change, state = theirs.update(grads, state, dense)
         dense = optax.apply_updates(dense, change)
-    np.testing.assert_allclose(sparse, dense, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(moments.first, state[0].mu, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(moments.second, state[0].nu, rtol=1e-6, atol=1e-7)
+    chex.assert_trees_all_close(sparse, dense, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(moments.first, state[0].mu, rtol=1e-6, atol=1e-7)
+    chex.assert_trees_all_close(moments.second, state[0].nu, rtol=1e-6, atol=1e-7)
 
 
 def test_usage_counts_rows_once_and_entropy_is_that_of_the_reads():
@@ -174,4 +175,4 @@ def test_usage_counts_rows_once_and_entropy_is_that_of_the_reads():
     usage, metrics = record_reads(usage, rows_read(jnp.array([3, 0]), 10), 2)
     assert metrics["slots_read_share"] == pytest.approx(0.4)
     assert metrics["read_entropy"] == pytest.approx(np.log(2), rel=1e-6)
-    np.testing.assert_array_equal(np.flatnonzero(usage.seen), [0, 3, 5, 9])
+    chex.assert_trees_all_equal(np.flatnonzero(usage.seen), np.array([0, 3, 5, 9]))

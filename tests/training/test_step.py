@@ -1,12 +1,14 @@
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.step_models import FAMILY, MODEL, ULTRAMEM, token_batches
 from tests.support.users_compiler import memory_analysis
-from ultramem_jax.config import ModelConfig, MoEConfig, RunConfig, TrainConfig
+from ultramem_jax.config import MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.parallel.mesh import one_device
@@ -15,15 +17,6 @@ from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.state import abstract_state, fresh_state, init_state
 from ultramem_jax.training.step import make_eval_step, make_train_step, token_losses
 
-MODEL = ModelConfig(vocab_size=11, embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=16)
-ULTRAMEM = replace(
-    MODEL,
-    memories={
-        "memory": families.ultramem(
-            placement="1:2/2:2", num_keys=4, top_m=8, num_heads=2, key_dim=8, value_dim=8, shuffle_seed=3
-        )
-    },
-)
 TRAIN = TrainConfig(steps=6, batch_size=8, learning_rate=1e-2, warmup_fraction=0.0)
 
 
@@ -42,27 +35,6 @@ def _start(config):
     return jax.jit(lambda: init_state(config, make_optimizers(config)))()
 
 
-def _batches(count, sequences=8, length=17, seed=0):
-    rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.integers(0, 11, (sequences, length)), jnp.int32) for _ in range(count)]
-
-
-SMALL = dict(num_keys=4, top_m=4, num_heads=2, key_dim=8, value_dim=8)
-# Both layers of the first two read one table; the windows of the ring overlap.
-FAMILY = {
-    "ultramem-v2": families.ultramem_v2(
-        **SMALL | dict(num_keys=3, num_heads=1),
-        pre_value_dim=6,
-        pre_value_activation="gelu",
-        share_ratio=0.9,
-        value_lr_multiple=2.0,
-        balance_loss_weight=0.1,
-    ),
-    "memory-plus": families.memory_plus(**SMALL),
-    "peer": families.peer(**SMALL | dict(value_dim=16), pre_value_dim=16, placement="1:2"),
-}
-
-
 @pytest.mark.parametrize(
     ("name", "micro_batches"),
     [
@@ -75,30 +47,29 @@ FAMILY = {
 def test_row_sparse_equals_dense_where_every_row_is_read(name, micro_batches):
     model = ULTRAMEM if name == "ultramem" else replace(MODEL, memories={"memory": FAMILY[name]})
     train = replace(TRAIN, grad_accumulation=micro_batches)
-    batches = _batches(3)
+    batches = token_batches(3)
     sparse, rows = _run(RunConfig(model, train=train), batches)
     dense, plain = _run(RunConfig(model, train=replace(train, table_gradient="dense")), batches)
     assert set(sparse.tables) == set(table_readers(model))
     for metrics in rows:  # 2048 reads of 16 slots: the premise of the comparison
         assert {metrics[f"{table}/slots_read_share"] for table in sparse.tables} == {1.0}
-    np.testing.assert_allclose([m["loss"] for m in rows], [m["loss"] for m in plain], rtol=1e-5)
+    chex.assert_trees_all_close([m["loss"] for m in rows], [m["loss"] for m in plain], rtol=1e-5)
     adam = dense.table_state[0]
     for table, parts in sparse.tables.items():
         assert ("pre_values" in parts) == (name in ("ultramem-v2", "peer"))
         for part, values in parts.items():
-            np.testing.assert_allclose(values, dense.tables[table][part], rtol=1e-4, atol=1e-6)
+            chex.assert_trees_all_close(values, dense.tables[table][part], rtol=1e-4, atol=1e-6)
             moments = sparse.table_state[table][part]
-            np.testing.assert_allclose(moments.first, adam.mu[table][part], rtol=1e-4, atol=1e-8)
-            np.testing.assert_allclose(moments.second, adam.nu[table][part], rtol=1e-4, atol=1e-12)
-    for ours, theirs in zip(jax.tree.leaves(sparse.params), jax.tree.leaves(dense.params), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
+            chex.assert_trees_all_close(moments.first, adam.mu[table][part], rtol=1e-4, atol=1e-8)
+            chex.assert_trees_all_close(moments.second, adam.nu[table][part], rtol=1e-4, atol=1e-12)
+    chex.assert_trees_all_close(sparse.params, dense.params, rtol=1e-4, atol=2e-6)
 
 
 def test_row_wise_adagrad_equals_the_dense_way_whatever_is_read():
     memory = ULTRAMEM.memory.changed(placement="1:1", num_keys=16, top_m=4)
     model = replace(MODEL, num_layers=1, memories={"memory": memory})
     train = replace(TRAIN, row_optimizer="adagrad_row", weight_decay=0.0)
-    batches = _batches(3, length=5)
+    batches = token_batches(3, length=5)
     sparse, rows = _run(RunConfig(model, train=train), batches)
     dense, _ = _run(RunConfig(model, train=replace(train, table_gradient="dense")), batches)
     assert 0 < rows[-1]["memory_0/slots_read_share"] < 0.9
@@ -106,23 +77,23 @@ def test_row_wise_adagrad_equals_the_dense_way_whatever_is_read():
     assert (
         np.asarray(ours) != np.asarray(_start(RunConfig(model, train=train)).tables["memory_0"]["values"])
     ).any()
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
     expected = dense.table_state[0].sum_of_squares["memory_0"]["values"]
     squares = sparse.table_state["memory_0"]["values"].squares
-    np.testing.assert_allclose(squares, expected, rtol=1e-4, atol=1e-12)
+    chex.assert_trees_all_close(squares, expected, rtol=1e-4, atol=1e-12)
 
 
 def test_rows_that_are_not_read_keep_every_bit():
     model = replace(ULTRAMEM, memories={"memory": ULTRAMEM.memory.changed(num_keys=40, top_m=2)})
     config = RunConfig(model, train=TRAIN)
-    batches = _batches(2)
+    batches = token_batches(2)
     start = _start(config)
     after, _ = _run(config, batches)
     for name in start.tables:
         seen = np.asarray(after.usage[name].seen)
         assert 0 < seen.sum() < 0.5 * 1600 and seen.sum() == after.usage[name].num_seen
         before_table, table = start.tables[name]["values"], after.tables[name]["values"]
-        np.testing.assert_array_equal(table[~seen], before_table[~seen])
+        chex.assert_trees_all_equal(table[~seen], before_table[~seen])
         assert (np.asarray(table[seen]) != np.asarray(before_table[seen])).any(1).all()
         for moment in after.table_state[name]["values"]:
             assert not np.asarray(moment)[~seen].any()
@@ -131,14 +102,13 @@ def test_rows_that_are_not_read_keep_every_bit():
 def test_accumulated_micro_batches_equal_one_batch():
     # Sequences of a micro-batch do not meet, so the mean of their gradients is that of the whole batch. The
     # core's sign buffers do meet, and give the same vectors for the same core.
-    batches = _batches(2)
+    batches = token_batches(2)
     whole, one = _run(RunConfig(ULTRAMEM, train=TRAIN), batches)
     parts, four = _run(RunConfig(ULTRAMEM, train=replace(TRAIN, grad_accumulation=4)), batches)
-    for name in one[0]:
-        if "std" not in name:  # a mean of four standard deviations is not that of the whole
-            np.testing.assert_allclose(four[1][name], one[1][name], rtol=2e-4, err_msg=name)
-    for a, b in zip(jax.tree.leaves(whole.tables), jax.tree.leaves(parts.tables), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+    # A mean of four standard deviations is not that of the whole.
+    means = [{name: m[1][name] for name in one[0] if "std" not in name} for m in (four, one)]
+    chex.assert_trees_all_close(*means, rtol=2e-4)
+    chex.assert_trees_all_close(whole.tables, parts.tables, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize(("shared", "micro_batches"), [(False, 1), (False, 2), (True, 1)])
@@ -197,7 +167,7 @@ def test_a_host_resident_table_trains_bit_for_bit_like_one_on_the_device():
     train = replace(train, row_optimizer="adamw_catch_up")
     axes = one_device()
     sharding = axes.sharding()
-    batches, ends = _batches(3), {}
+    batches, ends = token_batches(3), {}
     for kind in ("device", "pinned_host"):
         config = RunConfig(replace(MODEL, memories={"memory": memory.changed(memory_kind=kind)}), train=train)
         optimizers = make_optimizers(config)
@@ -214,7 +184,7 @@ def test_a_host_resident_table_trains_bit_for_bit_like_one_on_the_device():
             assert array.sharding.memory_kind == kind
         assert {a.sharding.memory_kind for a in jax.tree.leaves(state.params)} == {"device"}
         ends[kind] = jax.tree.map(np.asarray, (state, metrics))
-    jax.tree.map(np.testing.assert_array_equal, ends["device"], ends["pinned_host"])
+    chex.assert_trees_all_equal(ends["device"], ends["pinned_host"])
 
 
 def test_initialising_a_table_takes_little_more_than_the_table():
@@ -226,7 +196,7 @@ def test_initialising_a_table_takes_little_more_than_the_table():
 
 def test_loss_is_the_cross_entropy_of_the_model_and_auxiliary_losses_are_apart():
     moe = replace(MODEL, moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8))
-    config, tokens = RunConfig(moe, train=TRAIN), _batches(1)[0]
+    config, tokens = RunConfig(moe, train=TRAIN), token_batches(1)[0]
     state = _start(config)
     apply = jax.jit(Transformer(moe).apply)
     logits = np.asarray(apply({"params": state.params}, tokens[:, :-1]), np.float64)
@@ -240,19 +210,19 @@ def test_loss_is_the_cross_entropy_of_the_model_and_auxiliary_losses_are_apart()
 
 
 def test_masked_targets_do_not_count():
-    config, tokens = RunConfig(MODEL, train=TRAIN), _batches(1)[0]
+    config, tokens = RunConfig(MODEL, train=TRAIN), token_batches(1)[0]
     params = {"params": _start(config).params}
     logits = jax.jit(Transformer(MODEL).apply)(params, tokens[:, :-1])
     losses = np.asarray(token_losses(logits, tokens[:, 1:]), np.float64)
     mask = np.random.default_rng(0).integers(0, 2, losses.shape)
     mask[[2, 5]] = 0
     found = jax.jit(make_eval_step(config))(params, tokens, mask.astype(np.float32))
-    np.testing.assert_allclose(found, [(losses * mask).sum(), mask.sum()], rtol=1e-6)
+    chex.assert_trees_all_close(found, np.array([(losses * mask).sum(), mask.sum()]), rtol=1e-6)
 
 
 def test_dropout_is_a_function_of_seed_and_step():
     config = RunConfig(replace(ULTRAMEM, dropout=0.3), train=TRAIN)
-    batch = _batches(1) * 2
+    batch = token_batches(1) * 2
     _, once = _run(config, batch)
     _, again = _run(config, batch)
     assert once == again
@@ -265,7 +235,7 @@ def test_experts_are_balanced_within_each_micro_batch():
     moe = MoEConfig(num_experts=4, top_k=2, expert_dim=8, load_balance_weight=1.0, router_z_weight=0.0)
     model = replace(MODEL, num_layers=1, moe=moe)
     config = RunConfig(model, train=replace(TRAIN, grad_accumulation=4))
-    tokens = _batches(1)[0]
+    tokens = token_batches(1)[0]
     state = _start(config)
     router = jax.random.normal(jax.random.key(5), state.params["layer_1"]["feed_forward"]["router"].shape)
     state.params["layer_1"]["feed_forward"]["router"] = router

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.users_compiler import memory_analysis
-from tests.training.mesh_step import (
+from tests.support.mesh_step import (
     MEMORY,
     MICRO_BATCHES,
     SAME_TOKENS,
@@ -15,6 +14,7 @@ from tests.training.mesh_step import (
     lowered,
     run_config,
 )
+from tests.support.users_compiler import memory_analysis
 from ultramem_jax.accounting import step_transfers
 from ultramem_jax.config import MeshConfig, MoEConfig
 from ultramem_jax.config import exchange_purposes as purposes

@@ -3,13 +3,13 @@
 import functools
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.users_compiler import fuse_as_for_users
-from tests.training.mesh_step import (
+from tests.support.mesh_step import (
     BOTH,
     MEMORY,
     MICRO_BATCHES,
@@ -20,6 +20,7 @@ from tests.training.mesh_step import (
     run,
     run_config,
 )
+from tests.support.users_compiler import fuse_as_for_users
 from ultramem_jax.config import DataConfig, MeshConfig
 from ultramem_jax.ops import chunks
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device
@@ -29,28 +30,26 @@ from ultramem_jax.training.state import abstract_state, fresh_state
 
 
 @functools.cache
-def _alone(config, steps):
+def _on_one_device(config, steps):
     return jax.tree.map(np.asarray, run(config, steps, alone=True))
 
 
 def _expected(config, steps):
     memory = config.model.memory.changed(partition="slots")
     model = replace(config.model, memories={"memory": memory})
-    return _alone(replace(config, model=model, mesh=MeshConfig()), steps)
+    return _on_one_device(replace(config, model=model, mesh=MeshConfig()), steps)
 
 
 def _assert_equal(config, steps):
     expected, expected_losses, expected_metrics = _expected(config, steps)
     state, losses, metrics = run(config, steps)
-    np.testing.assert_allclose(losses, expected_losses, rtol=2e-6)
-    for name, value in metrics.items():
-        np.testing.assert_allclose(value, expected_metrics[name], rtol=2e-4, atol=1e-6, err_msg=name)
+    chex.assert_trees_all_close(losses, expected_losses, rtol=2e-6)
+    chex.assert_trees_all_close(metrics, expected_metrics, rtol=2e-4, atol=1e-6)
     # The sums of a step are made in another order, and 20 steps of Adam amplify what that changes.
-    for part, rtol, atol in (("tables", 1e-4, 2e-5), ("table_state", 1e-3, 2e-7), ("params", 1e-4, 2e-5)):
-        of_both = (getattr(s, part) for s in (state, expected))
-        for ours, theirs in zip(*map(jax.tree.leaves, of_both), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol, err_msg=part)
-    jax.tree.map(np.testing.assert_array_equal, state.usage, expected.usage)
+    chex.assert_trees_all_close(state.tables, expected.tables, rtol=1e-4, atol=2e-5)
+    chex.assert_trees_all_close(state.table_state, expected.table_state, rtol=1e-3, atol=2e-7)
+    chex.assert_trees_all_close(state.params, expected.params, rtol=1e-4, atol=2e-5)
+    chex.assert_trees_all_equal(state.usage, expected.usage)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +93,8 @@ def test_rows_that_go_on_from_one_chunk_to_the_next(monkeypatch):
     expected, *_ = _expected(config, 1)
     monkeypatch.setattr(chunks, "_CHUNK_VALUES", 7 * ROW_ARRAYS * 4)
     state, *_ = run(config, 1)
-    for part in ("tables", "table_state"):
-        of_both = (getattr(s, part) for s in (state, expected))
-        for ours, theirs in zip(*map(jax.tree.leaves, of_both), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6, err_msg=part)
+    ours, theirs = ((s.tables, s.table_state) for s in (state, expected))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_rounded_tables_are_those_of_one_device():
@@ -106,7 +103,7 @@ def test_rounded_tables_are_those_of_one_device():
     train = replace(TRAIN, row_moment_dtype="bfloat16", row_second_moment="row")
     config = run_config(memory, TWO_AXES, train)
     ours, theirs = (s[0].tables["memory_0"]["values"] for s in (run(config, 2), _expected(config, 2)))
-    assert ours.dtype == jnp.uint16
+    chex.assert_type(ours, jnp.uint16)
     # A value in a thousand may fall to the other side of its draw.
     assert (np.asarray(ours) != theirs).mean() < 1e-3
 
@@ -119,7 +116,7 @@ def test_a_fresh_state_lies_on_the_mesh_and_holds_the_numbers_of_one_device(monk
     axes, optimizers = mesh_axes(config, make_mesh(config.mesh)), make_optimizers(config)
     ours = fresh_state(config, optimizers, axes, np.uint32(3))
     theirs = fresh_state(config, optimizers, one_device(), np.uint32(3))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    chex.assert_trees_all_equal(ours, theirs)
     placed = jax.tree.map(
         lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim),
         ours,
@@ -127,5 +124,5 @@ def test_a_fresh_state_lies_on_the_mesh_and_holds_the_numbers_of_one_device(monk
     )
     assert all(jax.tree.leaves(placed))
     table = ours.tables["memory_tables"]["values"]
-    assert table.shape == (272**2, 16)
+    chex.assert_shape(table, (272**2, 16))
     assert {s.data.shape for s in table.addressable_shards} == {(272**2 // 2, 8)}

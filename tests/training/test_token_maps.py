@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import pytest
 
-from tests.training.small_run import small_config
+from tests.support.small_run import small_config
 from ultramem_jax.data import load_corpus
 from ultramem_jax.data.canonical_ids import canonical_ids
 from ultramem_jax.models import Transformer
@@ -46,10 +47,10 @@ def test_training_takes_the_map_of_its_tokenizer(config, trained):
     address = loaded.config.model.memories["engram"].address
     assert address.num_canonical_ids == expected.max() + 1
     found = np.asarray(loaded.variables["buffers"]["engram_0"]["canonical_ids"])
-    assert found.shape == (300,)
-    np.testing.assert_array_equal(found[: len(expected)], expected)
+    chex.assert_shape(found, (300,))
+    chex.assert_trees_all_equal(found[: len(expected)], expected)
     assert (found[len(expected) :] == expected[0]).all()  # padding, the token 0, for ids that are no token
-    np.testing.assert_array_equal(found, result.state.buffers["engram_0"]["canonical_ids"])
+    chex.assert_trees_all_equal(found, result.state.buffers["engram_0"]["canonical_ids"])
 
 
 def test_tokens_that_read_the_same_read_the_same_rows(trained):
@@ -62,7 +63,7 @@ def test_tokens_that_read_the_same_read_the_same_rows(trained):
     apply = jax.jit(lambda *args: Transformer(loaded.config.model).apply(*args, mutable=["reads"]))
     _, sown = apply(loaded.variables, tokens)
     slots = np.asarray(sown["reads"]["engram_0"]["slots"]).reshape(2, 3, -1)
-    np.testing.assert_array_equal(slots[0], slots[1])
+    chex.assert_trees_all_equal(slots[0], slots[1])
 
 
 def test_it_generates_what_whole_passes_would(trained):

@@ -13,6 +13,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import pytest
 
+from tests.support.paths import ROOT
 from ultramem_jax import UserError
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.loop import train
@@ -21,7 +22,6 @@ from ultramem_jax.training.workdir import owned
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-ROOT = pathlib.Path(__file__).parents[2]
 HOLDER = """
 import pathlib, sys
 from ultramem_jax.training.workdir import owned

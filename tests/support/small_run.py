@@ -1,4 +1,4 @@
-"""A run that trains in seconds, for tests of what happens around its steps."""
+"""Makes a run that trains in seconds, for tests of what happens around its steps."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from ultramem_jax.training.metrics import read_metrics
 
 
 def small_config(folder):
-    """Six steps of a model with every moving part: memory, buffers, dropout, accumulation, checkpoints."""
+    """Returns six steps of a model with memory, buffers, dropout, accumulation and checkpoints."""
     rng = np.random.default_rng(0)
     words = ["memory", "slot", "key", "query", "\n", "token ", "value;"]
     (folder / "text.txt").write_text(" ".join(rng.choice(words, 3000)))
@@ -39,11 +39,11 @@ def small_config(folder):
 
 
 def files(folder):
-    """Contents of all files below a folder, by path."""
+    """Returns the contents of all files below a folder, by path."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def scalars(workdir):
-    """Every record, without the one metric that is a measurement of time."""
+    """Returns every record, without the one metric that is a measurement of time."""
     records = read_metrics(workdir / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]

@@ -1,8 +1,9 @@
-"""State dicts of the authors' layers, made at random with shapes written from their description."""
+"""Makes state dicts of the authors' layers at random, with shapes written from their description."""
 
+import chex
 import numpy as np
 
-from tests.interop import oracle
+from tests.support import authors_oracle as oracle
 
 V1 = dict(
     layer="v1",
@@ -67,7 +68,7 @@ CASES = {
 
 
 def shapes(hyper: dict) -> dict[str, tuple[int, ...]]:
-    """By name, without `shuffle_index` and the buffers of the singular vectors."""
+    """Returns shapes by name, without `shuffle_index` and the buffers of the singular vectors."""
     D, H, d_k, d_v = (hyper[name] for name in ("hidden_size", "head", "kdim", "vdim"))
     n = hyper["knum"]
     found: dict[str, tuple[int, ...]] = {}
@@ -98,7 +99,7 @@ def shapes(hyper: dict) -> dict[str, tuple[int, ...]]:
 
 
 def num_keys(hyper: dict) -> int:
-    """Keys per side of the virtual grid."""
+    """Returns the keys per side of the virtual grid."""
     if hyper["layer"] == "v1":
         return int(hyper["value_expand_time"] ** 0.5) * hyper["knum"]
     side = int((hyper["share_ratio"] * hyper["layers"] * hyper["knum"] ** 2) ** 0.5)
@@ -106,7 +107,7 @@ def num_keys(hyper: dict) -> int:
 
 
 def random_state(hyper: dict, seed: int) -> dict[str, np.ndarray]:
-    """float32 and, for the shuffle, int64."""
+    """Returns a state of float32 arrays and, for the shuffle, one of int64."""
     rng = np.random.default_rng(seed)
     state = {}
     for name, shape in shapes(hyper).items():
@@ -124,7 +125,7 @@ def random_state(hyper: dict, seed: int) -> dict[str, np.ndarray]:
 
 
 def case(name: str, tokens: tuple[int, int] = (2, 3)) -> tuple[dict, dict, np.ndarray, oracle.Result]:
-    """Hyper-parameters, state, x and the oracle's result, where no choice hangs on rounding."""
+    """Returns hyper-parameters, state, x and the oracle's result, where no choice depends on rounding."""
     hyper = CASES[name]
     shape = (*tokens, hyper["hidden_size"])
     for seed in range(50):
@@ -138,7 +139,6 @@ def case(name: str, tokens: tuple[int, int] = (2, 3)) -> tuple[dict, dict, np.nd
 
 
 def equal_states(actual: dict, expected: dict) -> None:
-    assert set(actual) == set(expected)
-    for name, array in expected.items():
-        assert actual[name].dtype == array.dtype, name
-        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    """Asserts that two state dicts hold the same arrays, of the same dtypes."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    chex.assert_trees_all_equal(actual, expected)

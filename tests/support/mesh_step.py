@@ -1,4 +1,4 @@
-"""The training step on a mesh, shared by the tests of its numbers and of what it sends."""
+"""Compiles and runs training steps on a mesh, for the tests of their numbers and of what they send."""
 
 import functools
 from dataclasses import replace
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from tests.training.test_step import FAMILY, MODEL, ULTRAMEM, _batches
+from tests.support.step_models import FAMILY, MODEL, ULTRAMEM, token_batches
 from ultramem_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from ultramem_jax.ops.exchanges import compiled_with_names
 from ultramem_jax.ops.on_mesh import MeshAxes
@@ -25,7 +25,7 @@ TWO_AXES = MeshConfig(data=2, memory=2, width=2)
 
 
 def run_config(memory, mesh, train=TRAIN):
-    """One layer, or two where they share a table."""
+    """Returns the run of a model with one layer, or with two where they share a table."""
     layers = 2 if memory.table.is_shared else 1
     return RunConfig(
         replace(MODEL, num_layers=layers, memories={"memory": memory}), DataConfig(seq_len=16), train, mesh
@@ -40,7 +40,7 @@ MICRO_BATCHES = run_config(
 
 
 class Compiled(NamedTuple):
-    """A step for the mesh of its config, as `training.loop` compiles it."""
+    """Holds a step for the mesh of its config, as `training.loop` compiles it."""
 
     step: Any
     abstract: Any
@@ -48,7 +48,7 @@ class Compiled(NamedTuple):
 
 
 def lowered(config, alone=False):
-    """The step before it is compiled, its state's shapes, and the axes."""
+    """Returns the step before it is compiled, its state's shapes, and the axes."""
     axes = one_device() if alone else mesh_axes(config, make_mesh(config.mesh))
     optimizers = make_optimizers(config)
     abstract = abstract_state(config, optimizers, axes)
@@ -72,18 +72,18 @@ def compiled(config, alone=False):
 
 @functools.cache
 def start(model, train):
-    """The state at step 0, on one device."""
+    """Returns the state at step 0, on one device."""
     config = RunConfig(model, train=train)
     return jax.tree.map(np.asarray, fresh_state(config, make_optimizers(config), one_device(), np.uint32(0)))
 
 
 def run(config, steps, alone=False):
-    """State, losses and last metrics after some steps from the seed 0."""
+    """Returns state, losses and last metrics after some steps from the seed 0."""
     step, abstract, axes = compiled(config, alone)
     model = replace(config.model, memories={"memory": config.model.memory.changed(partition="slots")})
     state = jax.device_put(start(model, config.train), jax.tree.map(lambda a: a.sharding, abstract))
     losses = []
-    for tokens in _batches(steps, config.train.batch_size, config.data.seq_len + 1):
+    for tokens in token_batches(steps, config.train.batch_size, config.data.seq_len + 1):
         state, metrics = step(state, shard_batch(np.asarray(tokens), axes))
         losses.append(float(metrics["loss"]))
     return state, losses, metrics

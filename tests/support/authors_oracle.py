@@ -1,4 +1,4 @@
-"""The authors' layers in float64 NumPy, from a state dict in their names: nothing shared with the code.
+"""Computes the authors' layers in float64 NumPy, from a state dict in their names, without the package.
 
 Token by token, in the order of their forward passes. What the project computes anew, such as the singular
 vectors, is read here from the buffers.
@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests.support.oracle import gelu, softmax
+
 
 class Result(NamedTuple):
     output: np.ndarray
-    """Of the shape of x."""
+    """The output, with the shape of x."""
     slots: np.ndarray
     """(layers, T, H·m)."""
     blocks: np.ndarray
@@ -50,7 +52,7 @@ def run(state: dict, hyper: dict, x: np.ndarray) -> Result:
 
 
 def objective(state: dict, hyper: dict, x: np.ndarray, cotangent: np.ndarray) -> float:
-    """What the authors' backward pass differentiates: the output with its cotangent, and the hooked loss."""
+    """Returns what the authors' backward pass differentiates: Σ output · cotangent, and the hooked loss."""
     result = run(state, hyper, x)
     hooked = hyper.get("key_balance_reg_coef", 0.0) * result.balance
     return float((result.output * cotangent).sum() + hooked)
@@ -67,17 +69,8 @@ def rms(vector: np.ndarray, gain: np.ndarray, hyper: dict) -> np.ndarray:
     return gain * vector / math.sqrt(np.mean(vector**2) + hyper["norm_eps"])
 
 
-def softmax(scores: np.ndarray) -> np.ndarray:
-    e = np.exp(scores - scores.max())
-    return e / e.sum()
-
-
-def gelu(x: float) -> float:
-    return 0.5 * x * (1 + math.erf(x / math.sqrt(2)))
-
-
 class UltraMem:
-    """One layer of V1 or V2."""
+    """Computes one layer of V1 or V2."""
 
     def __init__(self, state: dict, hyper: dict, index: int, gaps: list):
         self.hyper, self.gaps = hyper, gaps
@@ -145,7 +138,7 @@ class UltraMem:
 
 
 class MemoryPlus:
-    """One layer of Memory+, whose norm of the keys is not used."""
+    """Computes one layer of Memory+, whose norm of the keys is not used."""
 
     def __init__(self, state: dict, hyper: dict, prefix: str, gaps: list):
         self.hyper, self.gaps = hyper, gaps
