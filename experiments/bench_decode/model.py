@@ -1,7 +1,7 @@
-"""Models to time decoding with: random weights as they are served, a full cache, and the step as programs.
+"""Makes models to time decoding with: random weights as served, a full cache, and the step as programs.
 
-What decoding costs does not depend on the numbers, except for which experts and rows they choose; so weights
-are drawn in the form in which they are served, each array where it stays, and nothing is ever there twice.
+The cost of decoding depends on the numbers only through the experts and rows that they choose. So weights are
+drawn in the form in which they are served, each array where it stays, and nothing exists twice.
 """
 
 import math
@@ -34,19 +34,19 @@ Program = Callable[..., Any]
 
 
 def served_in(config: ModelConfig, dtype: str) -> ModelConfig:
-    """The model in `dtype`, its tables too, without dropout."""
+    """Returns the model in `dtype`, with its tables, and without dropout."""
     memories = {name: memory.changed(dtype=dtype) for name, memory in config.memories.items()}
     return replace(config, dtype=cast(Any, dtype), dropout=0.0, memories=memories)
 
 
 def sparse_over_dense(config: ModelConfig) -> float:
-    """Parameters of experts and tables over the 12·L·D² weights of the dense model's layers."""
+    """Returns the parameters of experts and tables over the 12·L·D² weights of the dense model's layers."""
     parameters = count_parameters(config)
     return (parameters.experts + parameters.memory_tables) / _dense_weights(config)
 
 
 def with_sparsity(config: ModelConfig, ratio: float) -> ModelConfig:
-    """The model with about `ratio` times its dense weights in experts or slots; all else stays.
+    """Returns the model with about `ratio` times its dense weights in experts or slots; all else stays.
 
     Raises:
         UserError: a model without experts and without a memory, or a ratio that leaves too few of them.
@@ -62,7 +62,7 @@ def with_sparsity(config: ModelConfig, ratio: float) -> ModelConfig:
 
 
 def random_variables(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
-    """What `prepare_for_decoding` makes of a model, with random numbers.
+    """Returns what `prepare_for_decoding` makes of a model, with random numbers.
 
     Activations keep the size of one, gains are 1, and values have a standard deviation of 0.02.
     """
@@ -85,7 +85,7 @@ def random_variables(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
 
 
 def full_cache(config: ModelConfig, batch: int, length: int, dtype: str) -> tuple[Cache, Cache]:
-    """A cache of random tokens with one place left: what the layers keep, and the counters."""
+    """Returns a cache of random tokens with one cache position left: what layers keep, and the counters."""
     cache = jax.eval_shape(lambda: empty_cache(config, batch, length, dtype))
     counters = {
         "visible": jnp.ones((batch, length), bool),
@@ -99,20 +99,20 @@ def full_cache(config: ModelConfig, batch: int, length: int, dtype: str) -> tupl
 
 
 class Chosen(NamedTuple):
-    """What a step read of experts and tables."""
+    """Holds what a step read of experts and tables."""
 
     experts: jax.Array
-    """() float32, distinct ones in a layer, the mean over layers; 0 without experts."""
+    """() float32, distinct experts that a layer read, the mean over layers; 0 without experts."""
     slots: dict[str, jax.Array]
     """(B, R) int32 of each table, R the reads of all memories that read it."""
 
     def distinct_rows(self) -> int:
-        """Over all tables."""
+        """Counts the distinct rows that were read, over all tables."""
         return sum(len(np.unique(np.asarray(slots))) for slots in self.slots.values())
 
 
 def step_program(config: ModelConfig) -> Program:
-    """(variables, kept, counters, tokens (B,)) -> (kept, next tokens (B,), `Chosen`).
+    """Compiles a step: (variables, kept, counters, tokens (B,)) -> (kept, next tokens (B,), `Chosen`).
 
     `kept` is donated. The cache is as full after the step as before.
     """
@@ -150,7 +150,7 @@ def _chosen(config: ModelConfig, left: Any) -> Chosen:
 
 
 def sparse_part(config: ModelConfig) -> str:
-    """The part of a step that grows with its experts or slots, of those of `part_programs`."""
+    """Returns the part of `part_programs` that grows with experts or slots."""
     return "memory" if config.sites else "feed_forward"
 
 
@@ -174,7 +174,7 @@ def _drawn(path: list[str], leaf: jax.ShapeDtypeStruct, seed: np.uint32) -> jax.
         return jnp.zeros(leaf.shape, leaf.dtype).at[0].set(1)
     if path[0] == "buffers":
         return jnp.zeros(leaf.shape, leaf.dtype)
-    # What a product sums over is the last axis of a matrix that is kept by output, and of the embedding.
+    # A product sums over the last axis of a matrix that is kept by output, and of the embedding.
     fan_in = leaf.shape[-1 if name in ("rows", "embedding") else -2]
     std = _TABLE_STD if path[0] == "memory" else fan_in**-0.5
     return _uniform(leaf.shape, leaf.dtype, math.sqrt(3) * std, seed)
@@ -182,9 +182,9 @@ def _drawn(path: list[str], leaf: jax.ShapeDtypeStruct, seed: np.uint32) -> jax.
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _uniform(shape: tuple[int, ...], dtype: jnp.dtype, bound: float, seed: jax.Array) -> jax.Array:
-    """Uniform numbers in [-bound, bound), by a hash: ten times as fast as `jax.random`.
+    """Draws uniform numbers in [-bound, bound) by a hash, ten times as fast as `jax.random`.
 
-    In blocks of rows, so that there is room for little more than the array itself.
+    It draws a few rows at a time, so that it needs little memory beside the array itself.
     """
     width, rows = shape[-1], math.prod(shape[:-1])
     block = max(_BLOCK_VALUES // width, 1)

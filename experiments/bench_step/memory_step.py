@@ -1,7 +1,7 @@
-"""One memory layer and its training step, alone: forward, backward and AdamW of everything.
+"""Makes the training step of one memory layer by itself: forward, backward and AdamW of everything.
 
-The layer stands as in a model, with its gradient by x, but for what surrounds it: its loss is the mean square
-against a random target. `bench_step` times it in several ways of keeping and training the table.
+The layer works as in a model, and its step includes the gradient by x. Its loss is the mean square error
+against a random target. `bench_step` times it with several ways of keeping and training the table.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from ultramem_jax.training.state import TrainState, state_of
 from ultramem_jax.tree_types import Variables
 
 SEQUENCES = 2
-"""Sequences of a step."""
+"""Sequences in the batch of a step."""
 EMBED_DIM = 256
-"""D."""
+"""D, the width of the residual stream."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a table is kept and trained: the dtype of `TableConfig`, and fields of `TrainConfig`."""
+    """Describes how a table is kept and trained: the dtype of `TableConfig`, and fields of `TrainConfig`."""
 
     table_dtype: str = "float32"
     table_gradient: Literal["row_sparse", "dense"] = "row_sparse"
@@ -43,16 +43,16 @@ WAYS = {
 
 
 class Batch(NamedTuple):
-    """What a step of the layer is given."""
+    """Holds what a step of the layer is given."""
 
     x: jax.Array
-    """(B, S, D)."""
+    """Input of the layer, (B, S, D) float32."""
     target: jax.Array
-    """(B, S, D)."""
+    """Output that the loss compares with, (B, S, D) float32."""
 
 
 def bench_memory(num_keys: int, way: Way) -> MemoryConfig:
-    """The memory that is timed, with n² slots."""
+    """Returns the memory that is timed, with n² slots."""
     return families.ultramem(
         placement="2:3",
         num_keys=num_keys,
@@ -68,12 +68,12 @@ def bench_memory(num_keys: int, way: Way) -> MemoryConfig:
 
 
 def bench_config(num_keys: int, way: Way, tokens: int) -> RunConfig:
-    """A small language model with that memory; the layer alone is the memory of this model.
+    """Returns a small language model with that memory; the layer by itself is the memory of this model.
 
     Args:
         num_keys: n; the table has n² slots.
-        way: of keeping and training the table.
-        tokens: of a step, in `SEQUENCES` sequences.
+        way: how the table is kept and trained.
+        tokens: T of a step, in `SEQUENCES` sequences.
     """
     return RunConfig(
         model=ModelConfig(

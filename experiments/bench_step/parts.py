@@ -1,4 +1,4 @@
-"""The parts of a memory layer's step, each compiled and timed alone."""
+"""Times the parts of a memory layer's step, each compiled by itself."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -24,17 +24,17 @@ from ultramem_jax.tree_types import ArrayTree
 
 
 class Part(NamedTuple):
-    """One line of the breakdown."""
+    """Describes one line of the breakdown."""
 
     name: str
     series: str
-    """What was timed, a key of `PartTimes.ms`."""
+    """Series of times that the line shows, a key of `PartTimes.ms`."""
     less: tuple[str, ...] = ()
-    """What its time is the rest of, after these were taken off, round by round."""
+    """Series that are subtracted from it, round by round."""
     cost: str = ""
-    """The field of `MemoryStepCosts` with its floor; blank for none."""
+    """Name of its floor in `memory_step_costs`; empty for none."""
     in_sum: bool = True
-    """Whether the step does this and no other line has it."""
+    """True if the step does this and no other line includes it."""
 
 
 PARTS = (
@@ -56,15 +56,15 @@ PARTS = (
 
 
 class PartTimes(NamedTuple):
-    """What was measured of the parts of one step."""
+    """Holds what was measured of the parts of one step."""
 
     ms: dict[str, list[float]]
-    """By series, of every round that counts."""
+    """Milliseconds of every round that counts, by series."""
     rows: list[int]
-    """Distinct rows that were read, of every such round."""
+    """Distinct rows that were read, in every such round."""
 
     def of(self, part: Part) -> list[float]:
-        """Milliseconds of a part, round by round."""
+        """Returns the milliseconds of a part, round by round."""
         less = [self.ms[series] for series in part.less]
         return [all_of - sum(taken) for all_of, *taken in zip(self.ms[part.series], *less, strict=True)]
 
@@ -76,15 +76,15 @@ def time_parts(
     repeats: int,
     tick: Callable[[], object],
 ) -> PartTimes:
-    """Times the parts of row-sparse steps in turn, the state moving on as in training.
+    """Times the parts of row-sparse steps in turn, and updates the state as in training.
 
-    Forward and gradients take batches of their own, so that no part finds rows in the cache that it would not
-    find there in a step.
+    Forward and gradients take batches of their own, so that no part finds rows in the CPU's cache that it
+    would not find there in a step.
 
     Args:
-        layer: trained by rows.
-        state: of the layer; gone afterwards.
-        draw: from a number to a batch.
+        layer: a layer that is trained by rows.
+        state: its state, which is donated.
+        draw: makes a batch of a number.
         repeats: rounds that count.
         tick: called after every round.
     """
@@ -100,10 +100,10 @@ def time_parts(
         return result
 
     for number in range(WARM_UP + repeats):
-        alone, forward, trained = (jax.block_until_ready(draw(3 * number + i)) for i in range(3))
-        left = jax.block_until_ready(parts.left(state, alone.x))
-        queries = timed("query", parts.queries, state, alone.x)
-        keys = timed("key norm", parts.keys, state, alone.x)
+        first, forward, trained = (jax.block_until_ready(draw(3 * number + i)) for i in range(3))
+        left = jax.block_until_ready(parts.left(state, first.x))
+        queries = timed("query", parts.queries, state, first.x)
+        keys = timed("key norm", parts.keys, state, first.x)
         (cores, directions), reads = left["core"], left["reads"]
         scores = timed("side scores", parts.scores, queries, keys, directions)
         timed("side top-k", parts.top_k, scores, top_m)
@@ -140,11 +140,10 @@ def time_parts(
 
 
 class _Parts:
-    """The compiled parts."""
+    """Compiles the parts."""
 
     def __init__(self, layer: MemoryLayer):
-        # Of one forward pass that keeps what is between its parts, the compiler drops all that the result
-        # does not need.
+        # The forward pass returns what lies between its parts. The compiler drops what no result needs.
         self.left = jax.jit(lambda state, x: _left(layer, state, x, ("core",)))
         self.queries = jax.jit(lambda state, x: _left(layer, state, x, ("queries",))["queries"])
         self.keys = jax.jit(lambda state, x: _left(layer, state, x, ("keys",))["keys"])

@@ -1,4 +1,4 @@
-"""The measurements of `bench_step` at one size of the table: a memory layer, or a small model with it."""
+"""Measures one size of the table for `bench_step`: a memory layer, or a small model with it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,23 +20,23 @@ from ultramem_jax.training.step import make_train_step
 
 @dataclass(frozen=True)
 class StepResult:
-    """The step of one way at one size."""
+    """Holds the measured step of one way at one size."""
 
     slots: int
     way: str
     table_bytes: int
     need_bytes: int
-    """State and transients, as counted beforehand."""
+    """Bytes of state and temporaries, as counted beforehand."""
     cost: PartCost
     timing: Timing | None
-    """None: it did not fit into memory."""
+    """Measured times; None if the step did not fit into host memory."""
     beside: tuple[str, ...] = ()
-    """The ways that it took turns with."""
+    """Ways that it was timed in turns with."""
 
 
 @dataclass(frozen=True)
 class PartsResult:
-    """The parts of the layer's step at one size."""
+    """Holds the measured parts of the layer's step at one size."""
 
     slots: int
     way: str
@@ -46,40 +46,40 @@ class PartsResult:
 
 @dataclass(frozen=True)
 class Size:
-    """What is timed at one size of the table."""
+    """Describes what is timed at one size of the table."""
 
     num_keys: int
     configs: dict[str, RunConfig]
     contenders: dict[str, Contender]
     groups: list[list[str]]
-    """The ways that fit into memory, those side by side that fit together."""
+    """Ways that fit into host memory, in groups that fit together."""
     costs: dict[str, PartCost]
-    """Of a whole step."""
+    """Floor of the whole step, by way."""
     dissected: str | None
-    """The way whose parts are timed too."""
+    """Way whose parts are timed, too; None if none fits, or for the model."""
     draw: Callable[[int], Any]
-    """From a number to a batch."""
+    """Function from a number to a batch."""
 
     @property
     def rounds(self) -> int:
-        """Steps to be timed; a round of the parts counts as one."""
+        """Returns the steps to time per round; the parts count as one step."""
         return sum(len(group) for group in self.groups) + (self.dissected is not None)
 
 
 def plan(num_keys: int, tokens: int, limit: int | None, *, model: bool) -> Size:
-    """What to time at one size.
+    """Returns what to time at one size.
 
     Args:
         num_keys: n; the table has n² slots.
-        tokens: of a step.
-        limit: bytes to stay within; None: no limit.
-        model: the whole model instead of the layer alone, without parts.
+        tokens: T of a step.
+        limit: bytes that may be used; None is no limit.
+        model: whether to time the whole model, without parts, instead of the layer.
     """
     configs = {name: bench_config(num_keys, way, tokens) for name, way in WAYS.items()}
     build = _of_model if model else _of_layer
     contenders = {name: build(config) for name, config in configs.items()}
     groups = groups_that_fit({name: c.need for name, c in contenders.items()}, limit)
-    # The first that fits of those that train by rows.
+    # Parts are timed of the first way that fits and trains by rows.
     by_rows = [name for name, way in WAYS.items() if way.table_gradient == "row_sparse"]
     fitting = [name for name in by_rows if any(name in group for group in groups)]
     first = next(iter(configs.values()))
@@ -100,11 +100,11 @@ def plan(num_keys: int, tokens: int, limit: int | None, *, model: bool) -> Size:
 def measure(
     size: Size, tokens: int, repeats: int, tick: Callable[[], object]
 ) -> tuple[list[StepResult], PartsResult | None]:
-    """Times the steps of one size and, of the layer, the parts of one of them.
+    """Times the steps of one size and, for the layer, the parts of one of them.
 
     Args:
-        size: of `plan`.
-        tokens: of a step.
+        size: what to time, from `plan`.
+        tokens: T of a step.
         repeats: steps that count.
         tick: called `(WARM_UP + repeats) · size.rounds` times.
     """
@@ -115,7 +115,7 @@ def measure(
         timed, states = race({name: size.contenders[name] for name in group}, size.draw, repeats, tick)
         timings |= timed
         beside |= {name: tuple(other for other in group if other != name) for name in group}
-        # The next group needs the room of these states. Of the one that goes on, the arrays are donated.
+        # The next group needs the memory of these states. The arrays of the dissected one are donated.
         state = states.pop(size.dissected, None) if size.dissected else None
         states.clear()
         if size.dissected and state is not None:

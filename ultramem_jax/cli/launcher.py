@@ -16,7 +16,7 @@ _HELP = ("-h", "--help")
 
 @dataclass(frozen=True)
 class Command:
-    """One command: a module with a `main()`, absl flags and, if it takes `--config`, a `BASE_CONFIG`."""
+    """Describes a command: a module with a `main()`, flags and, if it takes `--config`, a `BASE_CONFIG`."""
 
     module: str
     """Its dotted name; imported only when the command runs."""

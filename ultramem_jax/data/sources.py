@@ -149,7 +149,7 @@ class FileSource(_LocalSource):
 
     @cached_property
     def data(self) -> bytes:
-        """The bytes of the whole file, decompressed."""
+        """Returns the bytes of the whole file, decompressed."""
         return read(self._path)
 
     def documents(self, split: str) -> Iterator[Document]:

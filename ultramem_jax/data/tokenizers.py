@@ -34,27 +34,27 @@ class Tokenizer(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the tokenizer in `DataConfig.tokenizer`."""
+        """Returns the name of the tokenizer in `DataConfig.tokenizer`."""
 
     @property
     def vocab_size(self) -> int:
-        """V, the number of ids, including the end-of-document token."""
+        """Returns V, the number of ids, including the end-of-document token."""
 
     @property
     def eos_id(self) -> int:
-        """The id of the end-of-document token."""
+        """Returns the id of the end-of-document token."""
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """The ids of tokens that are not text, including the end-of-document token."""
+        """Returns the ids of tokens that are not text, with the end-of-document token."""
 
     @property
     def id_bytes(self) -> np.ndarray:
-        """The number of bytes that each id stands for, (V,) int32; 0 for the end-of-document token."""
+        """Returns the bytes that each id stands for, (V,) int32; 0 for the end-of-document token."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the map from bytes to ids: 64 hexadecimal digits, equal for equal vocabularies."""
+        """Returns a hash of the map from bytes to ids, 64 hexadecimal digits; equal vocabularies have one."""
 
     def encode(self, data: bytes) -> np.ndarray:
         """Returns the ids of one document, (num_tokens,) int32, without an end-of-document token."""
@@ -125,7 +125,7 @@ class BpeTokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides which ids a text becomes; see `Tokenizer.fingerprint`."""
+        """Returns a hash of everything that decides which ids a text becomes; see `Tokenizer.fingerprint`."""
         tree = json.loads(self._backend.to_str())
         # Merges are pairs in newer versions of the library, and strings with a blank in older ones.
         merges = tree["model"]["merges"]

@@ -22,12 +22,12 @@ class Constant:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
+        """Returns the shape of the array."""
         return self.value.shape
 
     @property
     def dtype(self) -> np.dtype:
-        """Dtype of the array."""
+        """Returns the dtype of the array."""
         return self.value.dtype
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:

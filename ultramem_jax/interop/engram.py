@@ -35,7 +35,7 @@ class EngramReference:
 
     @property
     def embed_dim(self) -> int:
-        """D, the width of the residual stream."""
+        """Returns D, the width of the residual stream."""
         return self.site.context.embed_dim
 
     @classmethod

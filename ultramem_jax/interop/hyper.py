@@ -39,7 +39,7 @@ class Reference:
 
     @functools.cached_property
     def sites(self) -> tuple[MemorySite, ...]:
-        """The memories that the table is made for, as if they were those of a model."""
+        """Returns the memories that the table is made for, as if they were those of a model."""
         return tuple(
             MemorySite.alone(
                 self.config,
@@ -53,13 +53,13 @@ class Reference:
 
     @property
     def address(self) -> ProductKeys:
-        """The addresser, which finds rows by product keys."""
+        """Returns the config of the addresser, which finds rows by product keys."""
         assert isinstance(self.config.address, ProductKeys)
         return self.config.address
 
     @property
     def stacked(self) -> bool:
-        """True if arrays of tokens have a leading axis of layers."""
+        """Tells whether arrays of tokens have a leading axis of layers."""
         return self.layer != "v1"
 
     def prefix(self, index: int) -> str:
@@ -68,7 +68,7 @@ class Reference:
 
     @property
     def table_prefix(self) -> str:
-        """Prefix of the names of the tables."""
+        """Returns the prefix of the names of the tables."""
         return "full_memory_layer." if self.stacked else ""
 
     @classmethod

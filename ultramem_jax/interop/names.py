@@ -62,7 +62,7 @@ class Entry:
 
     @property
     def variable_shape(self) -> tuple[int, ...]:
-        """Shape of the variable."""
+        """Returns the shape of the variable."""
         if self._in_parts:
             return (self.shape[0], len(self.names), *self.shape[1:])
         # A view of a single number takes no memory, whatever the shape.

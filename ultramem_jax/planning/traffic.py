@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled step, by purpose, beside what formulas say."""
+"""Sums what devices send each other in a compiled step, by purpose, beside what formulas predict."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,23 +21,23 @@ _FORMULAS_OF = {
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one purpose, kind and group of axes. Bytes are what a device sends in a step."""
+    """Sums the collectives of one purpose, kind and group of axes; a device sends these bytes in a step."""
 
     purpose: str
     kind: str
     axes: tuple[str, ...]
     group_size: int | None
-    """Devices of a group; None if the program has no such collective."""
+    """Devices of the largest group; None if the program has no such collective."""
     times: int | None
-    """Runs in a step; None where this is how often a loop's body runs, which depends on the data."""
+    """Runs of the collectives in a step; None in a loop whose length depends on the data."""
     compiled_bytes: int | None
-    """None if the program has no such collective; of loops, with the number of passes that is expected."""
+    """Bytes by the program; None if it has no such collective. Loops count with the expected passes."""
     formula_bytes: float | None
-    """None if there is no formula for it."""
+    """Bytes by the formula; None if there is none."""
 
     @property
     def sent_bytes(self) -> float:
-        """For estimates: the formula's, which is in the model's dtype, or else the program's."""
+        """Returns bytes for estimates: by the formula, in the model's dtype, or else by the program."""
         return self.formula_bytes if self.formula_bytes is not None else float(self.compiled_bytes or 0)
 
 
@@ -63,7 +63,7 @@ def purpose(collective: Collective) -> str:
 
 
 def traffic(step: CompiledStep) -> list[Traffic]:
-    """The collectives of a compiled step beside their formulas, those that send most first."""
+    """Returns the collectives of a compiled step beside their formulas, those that send most first."""
     config = step.config
     transfers = step_transfers(config, mesh_sizes(config.mesh))
     reads = reads_at_owner(config, step.axes)
@@ -75,12 +75,12 @@ def grouped(
     transfers: Iterable[Transfer],
     reads: float = 0,
 ) -> list[Traffic]:
-    """Collectives and transfers of the same purpose, kind and axes, put together.
+    """Groups collectives and transfers by purpose, kind and axes.
 
     Args:
-        collectives: of a program.
-        transfers: of `step_transfers`.
-        reads: of the tables in a step, of those rows that one device owns; for the length of loops over them.
+        collectives: collectives of a program.
+        transfers: the formulas, from `step_transfers`.
+        reads: reads of the rows that one device owns, in a step; they give the length of loops over them.
     """
     found: dict[tuple[str, str, tuple[str, ...]], list[Collective]] = {}
     for collective in collectives:
@@ -95,7 +95,7 @@ def grouped(
 
 
 def by_axes(rows: Iterable[Traffic]) -> Mapping[tuple[str, ...], float]:
-    """Bytes that a device sends along each group of axes, for estimates."""
+    """Returns the bytes that a device sends along each group of axes, for estimates."""
     total: dict[tuple[str, ...], float] = {}
     for row in rows:
         total[row.axes] = total.get(row.axes, 0) + row.sent_bytes
@@ -103,7 +103,7 @@ def by_axes(rows: Iterable[Traffic]) -> Mapping[tuple[str, ...], float]:
 
 
 def reads_at_owner(config: RunConfig, axes: MeshAxes) -> float:
-    """Reads of a memory, on average, in a step that are of one device's rows, if they are spread evenly."""
+    """Returns the mean reads of one device's rows in a step and memory, if reads are spread evenly."""
     sites = config.model.sites
     if not sites:
         return 0.0
@@ -132,5 +132,5 @@ def _sent(collective: Collective, name: str, reads: float) -> float:
         return collective.total_bytes
     if name == purposes.MEANS_OVER_COLUMNS:  # a float32 for every read of a chunk
         return collective.moved_bytes * -(-reads // (collective.operand_bytes // FLOAT32_BYTES))
-    # Blocks beyond the room of an expert: none if the load is balanced.
+    # Groups beyond the capacity of an expert: none if the load is balanced.
     return 0 if name == purposes.OVERFLOW_OF_EXPERTS else collective.total_bytes

@@ -32,7 +32,10 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Perplexity per token. It compares only models of one tokenizer, and is infinite beyond float64."""
+        """Returns the perplexity per token, which compares only models of one tokenizer.
+
+        It is infinite beyond the range of float64.
+        """
         return math.inf if self.loss > 709 else math.exp(self.loss)
 
 

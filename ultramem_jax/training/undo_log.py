@@ -92,7 +92,7 @@ class UndoLog:
 
     @property
     def full(self) -> bool:
-        """True if training must wait for the writer."""
+        """Tells whether training must wait for the writer."""
         return self._num_bytes > self._limit
 
     @contextlib.contextmanager
