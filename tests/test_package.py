@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -32,8 +33,14 @@ def test_requirements_are_those_of_the_package_and_its_extras():
 def installed(tmp_path_factory):
     """A folder with the wheel installed in it, and nothing of the repository."""
     folder = tmp_path_factory.mktemp("package")
+    source = folder / "source"  # a build leaves files beside what it builds
+    shutil.copytree(
+        ROOT / "ultramem_jax", source / "ultramem_jax", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", f"--outdir={folder / 'dist'}"]
-    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    subprocess.run([*build, str(source)], check=True, capture_output=True)
     (wheel,) = (folder / "dist").iterdir()
     site = folder / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", f"--target={site}"]

@@ -1,1 +1,0 @@
-"""Provides the baselines of memories, and finds their shapes of equal cost."""

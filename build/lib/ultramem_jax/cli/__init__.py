@@ -1,1 +1,0 @@
-"""Provides the command line that all commands and experiments share."""

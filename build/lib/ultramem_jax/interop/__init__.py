@@ -1,1 +1,0 @@
-"""Converts weights from and to other implementations of the layers."""

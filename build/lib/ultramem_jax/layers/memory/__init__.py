@@ -1,1 +1,0 @@
-"""Contains the memory layers; `memory` combines an addresser, a table and a readout."""

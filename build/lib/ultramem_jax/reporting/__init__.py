@@ -1,1 +1,0 @@
-"""Provides what every report needs: tables in Markdown, folders, and a description of the machine."""
