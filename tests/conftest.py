@@ -1,10 +1,12 @@
 """Strict numerics for every test: eight simulated devices, no silent promotion, a compilation cache."""
 
+import gc
 import os
 import pathlib
 import tempfile
 
 import jax
+import pytest
 
 from tests.support.users_compiler import OLDER_FUSIONS
 
@@ -23,3 +25,15 @@ jax.config.update(
     os.environ.get("ULTRAMEM_TEST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / "ultramem_jax_tests")),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def older_objects_rest():
+    """Keeps what a module leaves out of later garbage collections.
+
+    Compiled programs and their Python objects stay for the whole run, and every full collection would walk
+    over them: 5 to 8 % of the time of `tests/layers`, and more towards the end of the suite.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
