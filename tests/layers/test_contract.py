@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.systems import CONFIGS
+from tests.support.drawn import drawn_variables
+from tests.support.systems import CONFIGS, variables_of
 from ultramem_jax.layers import Attention, Memory, feed_forward
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.cache import empty_cache
@@ -32,9 +33,7 @@ def _made(name, dtype="float32"):
     config = CONFIGS[name]
     module = layer(name, replace(config, dtype=dtype))
     x = jax.random.normal(jax.random.key(1), (2, 6, 16))
-    made = jax.jit(lambda x: module.init(jax.random.key(0), x, train=False))(x)
-    variables = {k: made[k] for k in ("params", "memory", "buffers") if k in made}
-    return module, variables, x
+    return module, drawn_variables(lambda: module.init(jax.random.key(0), x, train=False)), x
 
 
 @functools.cache
@@ -134,8 +133,7 @@ def _model(name, placement="skipping", dtype="float32", **fields):
     if config.memory is not None:
         memory = config.memory.changed(placement=PLACEMENTS[placement], **fields)
         config = replace(config, memories={"memory": memory})
-    made = jax.jit(lambda: Transformer(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))()
-    variables = {k: made[k] for k in ("params", "memory", "buffers") if k in made}
+    variables = variables_of(config)
     tokens = np.random.default_rng(1).integers(0, 31, (2, 9)).astype(np.int32)
     full = jax.jit(Transformer(config).apply)(variables, tokens)
     return config, variables, tokens, np.asarray(full)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from tests.support.drawn import drawn_variables
 from ultramem_jax.config import ModelConfig, MoEConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.presets import families
@@ -38,6 +39,7 @@ CONFIGS = {
 
 
 def variables_of(model: ModelConfig, seed: int = 0) -> dict:
-    """Returns the variables of a model as they are drawn, without what its first pass sows."""
-    made = jax.jit(lambda: Transformer(model).init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32)))()
-    return {name: made[name] for name in ("params", "memory", "buffers") if name in made}
+    """Returns random variables of a model."""
+    return drawn_variables(
+        lambda: Transformer(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)), seed
+    )

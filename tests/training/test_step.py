@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.drawn import drawn_variables
 from tests.support.step_models import FAMILY, MODEL, ULTRAMEM, token_batches
 from tests.support.users_compiler import memory_analysis
 from ultramem_jax.config import MoEConfig, RunConfig, TrainConfig
@@ -14,7 +15,7 @@ from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.parallel.mesh import one_device
 from ultramem_jax.presets import families
 from ultramem_jax.training.dense_optimizer import make_optimizers
-from ultramem_jax.training.state import abstract_state, fresh_state, init_state
+from ultramem_jax.training.state import abstract_state, fresh_state, init_state, state_of
 from ultramem_jax.training.step import make_eval_step, make_train_step, token_losses
 
 TRAIN = TrainConfig(steps=6, batch_size=8, learning_rate=1e-2, warmup_fraction=0.0)
@@ -32,7 +33,10 @@ def _run(config, batches):
 
 
 def _start(config):
-    return jax.jit(lambda: init_state(config, make_optimizers(config)))()
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    init = Transformer(config.model).init
+    variables = drawn_variables(lambda: init(jax.random.key(0), tokens), config.train.seed)
+    return state_of(config, make_optimizers(config), variables, jnp.uint32(config.train.seed))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+"""Draws variables without compiling the initialisation, which takes as long as to compile a layer."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ultramem_jax.ops.rows import to_stored
+
+COLLECTIONS = ("params", "memory", "buffers")
+
+
+def drawn_variables(init: Callable[[], dict], seed: int = 0) -> dict:
+    """Returns variables with the shapes that `init` makes, and random values of about the size of its own.
+
+    Gains are ones and biases zeros, as they start; a query convolution starts as the identity.
+    """
+    shapes = jax.eval_shape(init)
+    rng = np.random.default_rng(seed)
+    held = {name: dict(shapes[name]) for name in COLLECTIONS if name in shapes}
+    return jax.tree.map_with_path(lambda path, leaf: _drawn(path, leaf, rng), held)
+
+
+def _drawn(path: tuple, leaf: jax.ShapeDtypeStruct, rng: np.random.Generator) -> jax.Array:
+    collection, name = path[0].key, path[-1].key
+    shape = leaf.shape
+    if name == "permutation":
+        return jnp.asarray(rng.permutation(shape[0]), leaf.dtype)
+    if name.endswith("scale") or collection == "buffers":
+        values = np.ones(shape)
+    elif name.endswith("bias"):
+        values = np.zeros(shape)
+    elif name == "query_conv":
+        values = np.zeros(shape)
+        values[0] = 1
+    elif name == "cores":
+        values = rng.uniform(0, 1, shape)
+    elif collection == "memory":
+        values = 0.1 * rng.normal(size=shape)
+    else:
+        fan_in = shape[-1 if name == "embedding" or len(shape) < 2 else -2]
+        values = rng.normal(size=shape) / np.sqrt(fan_in)
+    values = jnp.asarray(values, jnp.float32)
+    return to_stored(values, leaf.dtype) if collection == "memory" else values.astype(leaf.dtype)
