@@ -26,8 +26,6 @@ _CODE = ("ultramem_jax", ":(glob)experiments/**/*.py", "launch.py")
 """Files that decide a result; changes in written results or documents do not make a commit dirty."""
 _GIT_SECONDS = 10
 _GIB = 1 << 30
-_INSTALLED = ("ultramem", "__main__.py")
-"""Names of the program if it was started as the command `ultramem`."""
 
 
 def describe_environment() -> dict[str, str]:
@@ -62,7 +60,8 @@ def _command(arguments: Sequence[str]) -> str:
     """Returns the command line as typed in the repository's root, without folders outside of it."""
     program, *flags = arguments or [""]
     flags = local_processes.as_given(flags)
-    if pathlib.Path(program).name in _INSTALLED:
+    path = pathlib.Path(program)
+    if path.name == "ultramem" or path.parts[-2:] == ("ultramem_jax", "__main__.py"):
         words = ["ultramem"]
     else:
         script = str(pathlib.Path(program).resolve()) if os.path.exists(program) else program
