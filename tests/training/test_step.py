@@ -9,8 +9,8 @@ import pytest
 from tests.support.step_models import FAMILY, MODEL, ULTRAMEM, token_batches
 from tests.support.users_compiler import memory_analysis
 from ultramem_jax.config import MoEConfig, RunConfig, TrainConfig
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.models import Transformer
-from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.parallel.mesh import one_device
 from ultramem_jax.presets import families
 from ultramem_jax.training.dense_optimizer import make_optimizers

@@ -198,3 +198,11 @@ class ModelConfig(Checked):
         """Returns the layers, from 1, that have a feed-forward: those in which no memory replaces it."""
         stood_in = {site.span.start for site in self.sites if site.span.place == "instead"}
         return tuple(layer for layer in range(1, self.num_layers + 1) if layer not in stood_in)
+
+
+def table_readers(config: ModelConfig) -> dict[str, tuple[MemorySite, ...]]:
+    """Returns the memories that read each table, by its name in the collection `memory`."""
+    readers: dict[str, tuple[MemorySite, ...]] = {}
+    for site in config.sites:
+        readers[site.table] = (*readers.get(site.table, ()), site)
+    return readers

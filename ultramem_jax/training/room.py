@@ -6,12 +6,12 @@ or waits forever for memory that will not come.
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 
 import jax
 
 from ultramem_jax.errors import UserError
+from ultramem_jax.reporting.environment import host_memory_bytes
 from ultramem_jax.tree_types import ArrayTree
 
 
@@ -74,6 +74,6 @@ def _memory_bytes() -> int | None:
     """
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return host_memory_bytes() or None
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
     return sum(limits) if all(limits) else None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
-from ultramem_jax.models.transformer import table_readers
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.ops.lookup import RowGradients, RowsRead, row_gradients, rows_read
 from ultramem_jax.ops.sharded_lookup import pooled_shape, products_shape
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ultramem_jax.config import ModelConfig
-from ultramem_jax.models.transformer import table_readers
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import RowsRead
 from ultramem_jax.ops.on_mesh import current_axes
