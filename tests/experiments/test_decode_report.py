@@ -1,4 +1,4 @@
-"""What is reported of decoding: figures and verdicts by hand, the file that is kept, what is drawn."""
+"""The report of decoding has figures and verdicts that follow by hand, and its file makes it again."""
 
 import csv
 from dataclasses import replace
