@@ -32,7 +32,7 @@ def launch(
     """Runs the command that the first argument names; without arguments, lists all commands.
 
     Args:
-        commands: by name.
+        commands: the commands by name.
         arguments: the command line without the program.
         program: what a user types to start it, for usage and hints.
         again: the words that start the same program, for `--processes`.

@@ -71,7 +71,7 @@ def experts_on_mesh(
         implementation: `MoEConfig.implementation`.
         x: (T, D).
         gates: (T, k) float32.
-        weights: of all experts. The number of devices that split experts must divide X.
+        weights: weights of all experts. The number of devices that split experts must divide X.
         experts: (T, k) int32.
 
     Returns:

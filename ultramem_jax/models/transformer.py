@@ -38,7 +38,7 @@ class Block(nn.Module):
         Args:
             x: (B, S, D), the residual stream.
             train: whether dropout is on.
-            chunk: of tokens that follow those in the cache, if there is one.
+            chunk: tokens that follow those in the cache, if there is one.
 
         Returns:
             x after the layer, and h, the normalised input of its feed-forward, which memories read.

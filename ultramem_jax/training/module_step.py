@@ -93,7 +93,7 @@ class ModuleStep:
         """Returns the state after one step, and what it leaves.
 
         Args:
-            state: to be donated.
+            state: the state, which should be donated.
             batch: arrays with sequences along their first axis.
 
         Raises:

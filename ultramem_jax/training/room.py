@@ -19,8 +19,8 @@ def require_room(abstract: ArrayTree, num_parameters: int) -> None:
     """Refuses a state that is larger than the memory of this process's devices.
 
     Args:
-        abstract: from `abstract_state`: shapes, dtypes and shardings.
-        num_parameters: for the message.
+        abstract: the result of `abstract_state`: shapes, dtypes and shardings.
+        num_parameters: number of parameters, for the message.
 
     Raises:
         UserError: the state is too large; the message gives both sizes.
@@ -36,7 +36,7 @@ def running_out_in_a_line(num_parameters: int) -> Iterator[None]:
     """Turns the error of a device that has no memory left into one line.
 
     Args:
-        num_parameters: of the model, for the message.
+        num_parameters: number of the model's parameters, for the message.
 
     Raises:
         UserError: in place of JAX's own error.
