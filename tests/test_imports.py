@@ -20,6 +20,7 @@ def _imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import has no name to check"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
@@ -79,6 +80,34 @@ def test_no_import_runs_upward():
             if room != own and HEIGHT[room] >= HEIGHT[own]:
                 upward.append(f"{module} imports {imported}")
     assert not upward
+
+
+def test_the_library_imports_nothing_else_of_the_repository():
+    """The library runs without the rest, so no name at the root but its own is imported: known or unknown."""
+    others = {path.stem for path in ROOT.iterdir()} - {"ultramem_jax"}
+    found = []
+    for module, path in MODULES.items():
+        if module.partition(".")[0] == "ultramem_jax":
+            tops = {imported.partition(".")[0] for imported in _imports(path)}
+            found += [f"{module} imports {top}" for top in sorted(tops & (others | {"launch"}))]
+    assert {"tests", "experiments", "launch"} <= others
+    assert not found
+
+
+def test_imports_of_the_library_and_experiments_exist():
+    own = ("ultramem_jax", "experiments", "launch")
+    # Folders of experiments are packages without an `__init__.py`.
+    known = MODULES.keys() | {module.rpartition(".")[0] for module in MODULES}
+    lost = []
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            unknown = [name for name in names if name.partition(".")[0] in own and name not in known]
+            lost += [f"{module} imports {name}" for name in unknown]
+    assert not lost
 
 
 def _of_kinds():

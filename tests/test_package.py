@@ -1,5 +1,6 @@
 """The package: what it asks for is written once, and what is built of it runs by itself."""
 
+import ast
 import os
 import pathlib
 import re
@@ -17,6 +18,18 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 
+CHEX = "chex>=0.1.90,<0.3"
+"""In requirements.txt, though only tests import it: whoever installs that file has it."""
+
+IMPORTED_AS = {
+    "absl-py": "absl",
+    "orbax-checkpoint": "orbax",
+    "tensorflow-datasets": "tensorflow_datasets",
+}
+NOT_IMPORTED = {"array_record", "importlib_resources"}
+"""Requirements that only TFDS imports."""
+
+
 def _listed(name):
     lines = (ROOT / name).read_text().splitlines()
     return sorted(line for line in lines if line and not line.startswith(("#", "-r")))
@@ -24,9 +37,27 @@ def _listed(name):
 
 def test_requirements_are_those_of_the_package_and_its_extras():
     everything = PROJECT["dependencies"] + EXTRAS["tfds"] + EXTRAS["tensorboard"]
-    assert _listed("requirements.txt") == sorted(everything)
-    assert _listed("requirements-dev.txt") == sorted(EXTRAS["dev"])
+    assert _listed("requirements.txt") == sorted([*everything, CHEX])
+    # `-r requirements.txt` brings what the extra `dev` gets from the other extras, and chex.
+    runtime = {"ultramem_jax[tfds,tensorboard]", CHEX}
+    assert runtime <= set(EXTRAS["dev"])
+    assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text().splitlines()
+    assert _listed("requirements-dev.txt") == sorted(set(EXTRAS["dev"]) - runtime)
     assert _listed("requirements-docs.txt") == sorted(EXTRAS["docs"])
+
+
+def test_the_library_imports_what_it_requires():
+    imported = set()
+    for path in (ROOT / "ultramem_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    imported -= {*sys.stdlib_module_names, "ultramem_jax", "_typeshed"}  # only mypy reads `_typeshed`
+    required = PROJECT["dependencies"] + EXTRAS["tfds"] + EXTRAS["tensorboard"]
+    names = {re.match(r"[\w-]+", line)[0] for line in required} - NOT_IMPORTED
+    assert imported == {IMPORTED_AS.get(name, name) for name in names}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Writes files that appear whole or not at all."""
 
+import os
 from pathlib import Path
 
 
@@ -19,3 +20,19 @@ def replace_text(path: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until a folder and the files in it are on disk, so that a rename cannot come before its contents.
+
+    Folders within it are not synced.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    for path in (*(path for path in folder.iterdir() if path.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

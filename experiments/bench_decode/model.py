@@ -16,13 +16,13 @@ import numpy as np
 
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.errors import UserError
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.cache import Cache, empty_cache
 from ultramem_jax.models.parts import decoding_parts
 from ultramem_jax.models.sampling import likeliest
 from ultramem_jax.models.serving import prepare_for_decoding
-from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.linear import OutputMajor
 from ultramem_jax.ops.rows import to_stored

@@ -16,6 +16,7 @@ from experiments.common import report
 from ultramem_jax.accounting import DecodeCost, PartCost
 from ultramem_jax.errors import UserError
 from ultramem_jax.files import replace_text
+from ultramem_jax.reporting.records import kept_record
 from ultramem_jax.tree_types import JsonDict
 
 STUDIES = ("batch", "sparsity")
@@ -228,17 +229,12 @@ class DecodeStudy:
         Raises:
             UserError: the file cannot be read, or is not a study.
         """
-        try:
-            read = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        with kept_record(path, "a study of decoding") as read:
             return cls(
                 machine=dict(read["machine"]),
                 rates=DecodeRates(**read["rates"]),
                 timings=[_timing(record) for record in read["timings"]],
             )
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read, {error.strerror}") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}: not a study of decoding, {type(error).__name__}: {error}") from error
 
 
 def _timing(record: JsonDict) -> DecodeTiming:

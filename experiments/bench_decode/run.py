@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from absl import flags
 from tqdm import tqdm
 
-from experiments.bench_decode import tables as decode_tables
+from experiments.bench_decode import tables
 from experiments.bench_decode.model import (
     Program,
     full_cache,
@@ -143,7 +143,7 @@ def main() -> None:
             _write(study, [other for other in kept if other is not study], folder)
         return
     environment = describe_environment()
-    stem = decode_tables.file_stem(DecodeStudy(environment, DecodeRates({}, 0.0), []))
+    stem = tables.file_stem(DecodeStudy(environment, DecodeRates({}, 0.0), []))
     others = [DecodeStudy.load(file) for file in files if file.stem != stem]
     partial = folder / f"{stem}.partial"
     subjects = list(_subjects())
@@ -177,7 +177,7 @@ def _rates(dtypes: Iterable[str]) -> DecodeRates:
 
 def _write(study: DecodeStudy, others: list[DecodeStudy], folder: pathlib.Path) -> None:
     """Writes and prints the report, with measurements of other devices beside it."""
-    written = decode_tables.write(study, folder, others)
+    written = tables.write(study, folder, others)
     print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
 
 

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from experiments.bench_decode import figures as decode_figures
+from experiments.bench_decode import figures
 from experiments.bench_decode.records import DecodeStudy, DecodeTiming
 from experiments.common import report as reports
 from experiments.common.report import ratio, write_csv
@@ -43,12 +43,12 @@ def write(study: DecodeStudy, folder: pathlib.Path, beside: Sequence[DecodeStudy
     if not study.timings:
         raise UserError("timings: there are none to report")
     stem = file_stem(study)
-    figures = decode_figures.write(study, folder, stem)
+    drawn = figures.write(study, folder, stem)
     text, numbers = folder / f"{stem}.md", folder / f"{stem}.csv"
     raw = study.save(folder / f"{stem}.json")
-    text.write_text(report(study, beside, figures), encoding="utf-8")
+    text.write_text(report(study, beside, drawn), encoding="utf-8")
     write_csv(csv_rows(study), numbers)
-    return [text, numbers, raw, *figures.values()]
+    return [text, numbers, raw, *drawn.values()]
 
 
 def file_stem(study: DecodeStudy) -> str:
@@ -59,7 +59,7 @@ def file_stem(study: DecodeStudy) -> str:
 def report(
     study: DecodeStudy,
     beside: Sequence[DecodeStudy] = (),
-    figures: dict[str, pathlib.Path] | None = None,
+    drawn: dict[str, pathlib.Path] | None = None,
 ) -> str:
     """Returns the report as Markdown.
 
@@ -68,13 +68,13 @@ def report(
     Args:
         study: the measurements.
         beside: studies of other machines.
-        figures: paths of figures in the folder of the report, by caption.
+        drawn: paths of figures in the folder of the report, by caption.
     """
     if not study.timings:
         raise UserError("timings: there are none to report")
     parts = [f"# {TITLE}", _head(study), "## Aims", markdown.table(aim_rows(study), left=_AIM_TEXTS)]
     parts += _AIM_NOTES
-    parts += [f"![{caption}]({path.name})" for caption, path in (figures or {}).items()]
+    parts += [f"![{caption}]({path.name})" for caption, path in (drawn or {}).items()]
     for dtype in study.dtypes:
         if rows := batch_rows(study, dtype):
             parts += [f"## By batch, {dtype}", markdown.table(rows)]
@@ -277,7 +277,7 @@ def csv_rows(study: DecodeStudy) -> list[Row]:
 
 def name_of(system: str) -> str:
     """Returns the name of a system in tables."""
-    return decode_figures.NAMES.get(system, system)
+    return figures.NAMES.get(system, system)
 
 
 def _pair(

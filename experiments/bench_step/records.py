@@ -14,7 +14,7 @@ from experiments.common import report
 from experiments.common.machine import Rates
 from ultramem_jax.accounting import PartCost, floor_seconds
 from ultramem_jax.config import MemoryConfig, run_config_from_dict, to_dict
-from ultramem_jax.errors import UserError
+from ultramem_jax.reporting.records import kept_record
 from ultramem_jax.tree_types import JsonDict
 
 
@@ -80,8 +80,7 @@ class Study:
         Raises:
             UserError: the file cannot be read, or is not a study.
         """
-        try:
-            tree = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        with kept_record(path, "a study of steps") as tree:
             made = {
                 "memory": _memory(tree["memory"]),
                 "rates": Rates(**tree["rates"]),
@@ -89,10 +88,6 @@ class Study:
                 "parts": [_parts(parts) for parts in tree["parts"]],
             }
             return cls(**tree | made)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read, {error.strerror}") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}: not a study of steps, {type(error).__name__}: {error}") from error
 
     def _step_tree(self, step: StepResult) -> JsonDict:
         timing = step.timing and step.timing._asdict()

@@ -19,8 +19,7 @@ import sys
 from absl import flags
 from tqdm import tqdm
 
-from experiments.bench_step import study as step_study
-from experiments.bench_step import tables as bench_tables
+from experiments.bench_step import study, tables
 from experiments.bench_step.memory_step import SEQUENCES, Way, bench_memory
 from experiments.bench_step.records import Study
 from experiments.bench_step.timing import WARM_UP
@@ -73,16 +72,14 @@ def main() -> None:
     # Described at the start: the code that runs is the code that was checked out at that time.
     environment = describe_environment()
     subjects = [model for model, wanted in ((False, LAYER.value), (True, MODEL.value)) if wanted]
-    plans = {
-        model: [step_study.plan(side, tokens, limit, model=model) for side in sides] for model in subjects
-    }
+    plans = {model: [study.plan(side, tokens, limit, model=model) for side in sides] for model in subjects}
     if limit is not None and not any(size.groups for sizes in plans.values() for size in sizes):
         raise UserError(f"memory_gb = {limit / 1e9:.3g}: no step fits, of any of these sizes")
     folder = make_folder(RESULTS.value, "results")
     rates = machine.measure_rates()
     for model, sizes in plans.items():
         name, title, about = _SUBJECTS[model]
-        study = Study(
+        measured = Study(
             name=name,
             title=title,
             about=about,
@@ -99,11 +96,11 @@ def main() -> None:
         with tqdm(total=rounds, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True) as bar:
             for size in sizes:
                 bar.set_postfix_str(f"{size.num_keys**2:,} slots")
-                steps, parts = step_study.measure(size, tokens, repeats, bar.update)
-                study.steps.extend(steps)
-                study.parts.extend([] if parts is None else [parts])
+                steps, parts = study.measure(size, tokens, repeats, bar.update)
+                measured.steps.extend(steps)
+                measured.parts.extend([] if parts is None else [parts])
                 # Written after every size, so that an interrupted run keeps its measurements.
-                written = bench_tables.write(study, folder)
+                written = tables.write(measured, folder)
         print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
 
 
@@ -111,8 +108,8 @@ def _redraw(folder: pathlib.Path) -> None:
     """Writes tables and figures of the studies in a folder, whose files stay as they are."""
     files = sorted(folder.glob("*.json"))
     require(bool(files), "results", RESULTS.value, "must hold a .json file of an earlier run")
-    for study in [Study.load(file) for file in files]:
-        written = bench_tables.draw(study, folder)
+    for kept in [Study.load(file) for file in files]:
+        written = tables.draw(kept, folder)
         print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")
 
 

@@ -128,9 +128,17 @@ def final_bits(runs: Iterable[Result]) -> list[float]:
 
 
 def final_test_bits(runs: Iterable[Result]) -> list[float]:
-    """Returns the test bits per byte of each run; all runs must have been tested."""
-    found = [run["test_bits"] for run in runs]
-    return [bits for bits in found if bits is not None]
+    """Returns the test bits per byte of each run.
+
+    Raises:
+        UserError: a run has not been tested.
+    """
+    found = []
+    for run in runs:
+        if run["test_bits"] is None:
+            raise UserError("a run has no test bits per byte; train it with a number of test batches")
+        found.append(run["test_bits"])
+    return found
 
 
 def paired_differences(runs: Iterable[Result], base: Iterable[Result]) -> list[float]:

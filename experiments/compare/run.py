@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments.common import figures, report
 from experiments.common.seeds import common_environment, train_over_seeds
-from experiments.compare import tables as compare_tables
+from experiments.compare import tables
 from experiments.configs import compare as compare_config
 from ultramem_jax.baselines.matching import COMBINED, SYSTEMS, TABLE_SHARE, match, verify_match
 from ultramem_jax.cli import command_line
@@ -63,11 +63,11 @@ def main() -> None:
         return
     folder = pathlib.Path(RESULTS.value)
     table, _ = report.write_table(
-        [compare_tables.row(system, models[system], runs) for system, runs in results.items()],
+        [tables.row(system, models[system], runs) for system, runs in results.items()],
         folder / "compare",
         "Systems at equal compute",
         common_environment(results),
-        compare_tables.notes(base, corpus, models, SEEDS.value),
+        tables.notes(base, corpus, models, SEEDS.value),
         figures={"validation bits per byte over training, by system": "compare.png"},
     )
     figure = figures.plot_curves(

@@ -17,7 +17,7 @@ from absl import flags
 from experiments.common import report
 from experiments.common.seeds import common_environment, train_over_seeds
 from experiments.configs import row_states as default_config
-from experiments.row_states import tables as row_states_table
+from experiments.row_states import tables
 from ultramem_jax.cli import command_line
 from ultramem_jax.cli.arguments import check_names
 from ultramem_jax.data import load_corpus
@@ -27,8 +27,8 @@ BASE_CONFIG = default_config.get_config()
 
 CHOICE_NAMES = flags.DEFINE_list(
     "choices",
-    list(row_states_table.CHOICES),
-    f"choices to train beside {row_states_table.REFERENCE}, of " + ", ".join(row_states_table.CHOICES),
+    list(tables.CHOICES),
+    f"choices to train beside {tables.REFERENCE}, of " + ", ".join(tables.CHOICES),
 )
 SEEDS = flags.DEFINE_integer("seeds", 3, "number of runs of each choice; seeds are 0, 1, ...", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", "runs/row_states", "folder of the runs")
@@ -41,8 +41,8 @@ KEEP = flags.DEFINE_bool("keep_checkpoints", False, "keep the checkpoints of run
 def main() -> None:
     """Trains every choice with every seed, and writes the table and the figure."""
     base = command_line.run_config()
-    check_names("choices", CHOICE_NAMES.value, row_states_table.CHOICES)
-    configs = row_states_table.make_configs(base, CHOICE_NAMES.value)
+    check_names("choices", CHOICE_NAMES.value, tables.CHOICES)
+    configs = tables.make_configs(base, CHOICE_NAMES.value)
     # Described at the start: the code that runs is the code that was checked out at that time.
     environment = describe_environment()
     corpus = load_corpus(base.data)
@@ -53,14 +53,14 @@ def main() -> None:
         return
     folder = pathlib.Path(RESULTS.value)
     table, _ = report.write_table(
-        row_states_table.rows(configs, results),
+        tables.rows(configs, results),
         folder / "row_states",
         "What is kept of a table's rows in training",
         common_environment(results),
-        row_states_table.notes(base, corpus, SEEDS.value),
+        tables.notes(base, corpus, SEEDS.value),
         figures={
             "validation bits per byte more than the reference, against bytes per slot": "row_states.png"
         },
     )
-    figure = row_states_table.plot(configs, results, folder / "row_states.png")
+    figure = tables.plot(configs, results, folder / "row_states.png")
     print(f"\n{table.read_text()}\nfigure: {figure}")

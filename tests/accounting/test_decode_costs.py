@@ -15,10 +15,10 @@ from ultramem_jax.accounting import (
     expected_experts,
     expected_rows,
     flops_per_token,
-    table_readers,
 )
 from ultramem_jax.accounting.decoding import expected_rows_read
 from ultramem_jax.config import MoEConfig
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.errors import UserError
 from ultramem_jax.presets import PRESETS, families, preset
 
@@ -34,7 +34,7 @@ RING = families.ultramem_v2(num_keys=4, top_m=2, key_dim=4, value_dim=4, pre_val
 
 def all_rows_read(config, tokens):
     """Distinct rows that uniform reads find, over all tables."""
-    return sum(expected_rows_read(readers, tokens) for readers in table_readers(config))
+    return sum(expected_rows_read(readers, tokens) for readers in table_readers(config).values())
 
 
 def cost(config, batch=3, cache_length=7, dtype="float32", cache_dtype="float32", **more):

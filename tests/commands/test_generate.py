@@ -8,15 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+from tests.support.small_run import train_tiny
 from ultramem_jax.commands import continuations
 from ultramem_jax.commands.continuations import write, write_continuations
-from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.config import ModelConfig
 from ultramem_jax.data import ByteTokenizer
 from ultramem_jax.models.generation import ENDED, Generator, continue_texts, text_generator
 from ultramem_jax.models.sampling import Sampling
 from ultramem_jax.models.transformer import Transformer
-from ultramem_jax.presets import families
-from ultramem_jax.training.loop import train
 from ultramem_jax.training.restore import load_model
 
 
@@ -24,17 +23,7 @@ from ultramem_jax.training.restore import load_model
 def workdir(tmp_path_factory):
     """A run of two steps."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "text.txt").write_text("read a slot\n" * 300)
-    memory = families.ultramem(placement="1:1", num_keys=8, top_m=4, key_dim=8, value_dim=8)
-    config = RunConfig(
-        ModelConfig(
-            embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_dim=16, memories={"memory": memory}
-        ),
-        DataConfig("text", str(folder / "text.txt"), seq_len=16, cache_dir=str(folder / "cache")),
-        TrainConfig(steps=2, batch_size=8, eval_batches=1),
-    )
-    train(config, folder / "run", progress=False)
-    return folder / "run"
+    return train_tiny(folder, folder / "run", num_keys=8, steps=2)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The cache: what is built is whole, is built once, and is the stream of tokens itself."""
 
+import json
 import os
 import signal
 import subprocess
@@ -59,7 +60,10 @@ def test_tokens_are_the_documents_each_followed_by_one_eos(tmp_path, fields):
     assert description["corpus_hash"] == source.survey().key
 
 
-@pytest.mark.parametrize("damage", ["short", "long", "gone", "no description", "half a description"])
+@pytest.mark.parametrize(
+    "damage",
+    ["short", "long", "gone", "no description", "half a description", "a wrong type", "a missing split"],
+)
 def test_damaged_files_get_one_line(config, damage):
     folder = prepare(config)
     path = tokens_path(folder, "train")
@@ -69,10 +73,31 @@ def test_damaged_files_get_one_line(config, damage):
         (folder / "corpus.json").unlink()
     elif damage == "half a description":
         (folder / "corpus.json").write_text('{"corpus_hash": "x"}')
+    elif damage in ("a wrong type", "a missing split"):
+        numbers = [] if damage == "a wrong type" else {}
+        (folder / "corpus.json").write_text(json.dumps(read_description(folder) | {"num_tokens": numbers}))
     else:
         path.write_bytes(path.read_bytes()[:-1] if damage == "short" else path.read_bytes() + b"x")
     with pytest.raises(UserError, match=f"delete the folder {folder}, and it is made again"):
         open_tokens(folder, "train")
+
+
+def test_what_a_folder_holds_is_on_disk_before_its_name(config, monkeypatch):
+    calls, rename, fsync = [], os.rename, os.fsync
+
+    def note_rename(old, new):
+        calls.append(sorted(path.name for path in old.iterdir()))
+        rename(old, new)
+
+    def note_fsync(descriptor):
+        calls.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "rename", note_rename)
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    folder = prepare(config)
+    *synced, names = calls
+    assert set(synced) == {path.stat().st_ino for path in (folder, *(folder / name for name in names))}
 
 
 def test_a_split_without_documents_is_empty(tmp_path):

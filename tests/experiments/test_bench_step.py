@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.bench_step import study as step_study
-from experiments.bench_step import tables as bench_tables
+from experiments.bench_step import study, tables
 from experiments.bench_step.memory_step import WAYS, MemoryLayer, Way, bench_config, bench_memory
 from experiments.bench_step.parts import PARTS, PartTimes
 from experiments.bench_step.study import PartsResult, StepResult
@@ -69,7 +68,7 @@ def test_a_run_writes_table_numbers_and_figure(run, quick, tmp_path):
 
 def test_a_model_is_timed_without_parts(run, quick, tmp_path, monkeypatch):
     # One way is enough, and quicker to compile.
-    monkeypatch.setattr(step_study, "WAYS", {"row_sparse": Way()})
+    monkeypatch.setattr(study, "WAYS", {"row_sparse": Way()})
     arguments = ["--slots=256", "--tokens=16", "--repeats=1", "--nolayer", "--model"]
     status, _, err = run("bench_step", *arguments, f"--results={tmp_path}")
     assert status == 0, err
@@ -122,21 +121,21 @@ def test_steps_are_grouped_by_what_fits_together():
 
 
 def test_what_does_not_fit_is_known_before_anything_is_built():
-    tables = 16384 * 128 * 4
-    fits = step_study.plan(128, 16, 4 * tables, model=False)
+    table_bytes = 16384 * 128 * 4
+    fits = study.plan(128, 16, 4 * table_bytes, model=False)
     # Tables and moments of both are four tables, so that their dense parameters find no room.
     assert fits.groups == [["row_sparse"], ["row_sparse bf16"]]
     assert fits.dissected == "row_sparse"
-    assert fits.contenders["dense"].table_bytes == tables
+    assert fits.contenders["dense"].table_bytes == table_bytes
     # Table, two moments and a gradient, besides dense parameters and theirs.
-    assert 4 * tables < needed([fits.contenders["dense"].need]) < 5 * tables
-    halves = step_study.plan(128, 16, 2 * tables, model=False)
+    assert 4 * table_bytes < needed([fits.contenders["dense"].need]) < 5 * table_bytes
+    halves = study.plan(128, 16, 2 * table_bytes, model=False)
     assert halves.groups == [["row_sparse bf16"]] and halves.dissected == "row_sparse bf16"
-    assert step_study.plan(128, 16, None, model=True).dissected is None
+    assert study.plan(128, 16, None, model=True).dissected is None
 
 
-def study(steps, parts=()):
-    return bench_tables.Study(
+def _study(steps, parts=()):
+    return tables.Study(
         name="bench_step",
         title="Title",
         about="A layer",
@@ -158,8 +157,8 @@ def step(slots, way, ms=None, beside=()):
 
 
 def test_rows_hold_ratios_and_say_what_was_left_out():
-    rows = bench_tables.step_rows(
-        study(
+    rows = tables.step_rows(
+        _study(
             [
                 step(256, "row_sparse", 20.0, ("dense",)),
                 step(256, "row_sparse bf16", 15.0),
@@ -178,7 +177,7 @@ def test_rows_hold_ratios_and_say_what_was_left_out():
     assert first["note"] == dense["note"] == "not in turns with row_sparse bf16"
     assert left_out["note"] == "does not fit: 51 GB" and left_out["ms"] is None
     assert left_out["floor, ms"] == 10 and left_out["GPU, ms"] is None
-    assert "GPU, ms" not in bench_tables.step_rows(study([step(256, "dense", 1.0)]), on_cpu=False)[0]
+    assert "GPU, ms" not in tables.step_rows(_study([step(256, "dense", 1.0)]), on_cpu=False)[0]
 
 
 def test_parts_are_differences_where_they_cannot_be_timed_alone():
@@ -186,8 +185,9 @@ def test_parts_are_differences_where_they_cannot_be_timed_alone():
     times = PartTimes({name: [1.0, 2.0, 3.0] for name in series}, [100] * 3)
     times.ms["retrieval"][:] = [4.0, 8.0, 12.0]
     costs = memory_step_costs(bench_config(16, Way(), 16), 16)
-    rows = bench_tables.part_rows(
-        study([step(256, "row_sparse", 40.0)], [parts := PartsResult(256, "row_sparse", costs, times)]), parts
+    rows = tables.part_rows(
+        _study([step(256, "row_sparse", 40.0)], [parts := PartsResult(256, "row_sparse", costs, times)]),
+        parts,
     )
     by_part = {row["part"]: row for row in rows}
     assert by_part["grid (retrieval - the two above)"]["ms"] == 4

@@ -4,6 +4,7 @@ import pytest
 
 from experiments.compare.tables import notes, row, shape
 from experiments.configs import compare as compare_config
+from ultramem_jax import UserError
 from ultramem_jax.data import Corpus
 from ultramem_jax.presets import PRESETS
 
@@ -42,6 +43,12 @@ def test_row_is_means_and_deviations_over_the_runs():
     assert told["system"] == "dense" and told["validation bits/byte"] == 2.25
     assert told["± (val.)"] == pytest.approx(0.5 / 2**0.5) and told["± (test)"] == pytest.approx(0.2 / 2**0.5)
     assert told["test bits/byte"] == pytest.approx(1.6) and told["tokens/s"] == 100
+
+
+def test_a_run_without_a_test_is_not_left_out_of_the_mean():
+    runs = [{"bits": [2.0], "test_bits": bits, "tokens_per_second": 1.0} for bits in (1.5, None)]
+    with pytest.raises(UserError, match="no test bits per byte"):
+        row("dense", PRESETS["dense-tiny"], runs)
 
 
 def test_notes_tell_training_and_learning_rates():

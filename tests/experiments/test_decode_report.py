@@ -1,4 +1,4 @@
-"""What is reported of decoding: figures and verdicts by hand, the file that is kept, what is drawn."""
+"""The report of decoding has figures and verdicts that follow by hand, and its file makes it again."""
 
 import csv
 from dataclasses import replace
@@ -7,10 +7,9 @@ import chex
 import numpy as np
 import pytest
 
-from experiments.bench_decode import figures as decode_figures
-from experiments.bench_decode import tables as decode_tables
+from experiments.bench_decode import figures, tables
 from experiments.bench_decode.records import DecodeRates, DecodeStudy, DecodeTiming
-from experiments.common import figures
+from experiments.common.figures import COLOURS
 from ultramem_jax.accounting import DecodeCost, PartCost, bytes_per_token, count_parameters, decode_cost
 from ultramem_jax.errors import UserError
 from ultramem_jax.presets import preset
@@ -92,7 +91,7 @@ def only(rows, **wanted):
 
 
 def test_rows_by_batch_hold_ratios_bytes_and_floors():
-    rows = decode_tables.batch_rows(STUDY, "float32")
+    rows = tables.batch_rows(STUDY, "float32")
     assert [(row["batch"], row["system"]) for row in rows] == [
         (1, "MoE"),
         (1, "UltraMem"),
@@ -119,26 +118,26 @@ def test_rows_by_batch_hold_ratios_bytes_and_floors():
 
 
 def test_what_no_rate_was_measured_for_stays_blank():
-    row = only(decode_tables.batch_rows(STUDY, "bfloat16"), system="UltraMem")
+    row = only(tables.batch_rows(STUDY, "bfloat16"), system="UltraMem")
     assert row["× dense"] == 1.4
     assert row["floor, ms"] is None and row["× floor"] is None
 
 
 def test_ratios_are_of_one_cache_length():
     longer = replace(TIMINGS[2], cache_length=64)
-    rows = decode_tables.batch_rows(replace(STUDY, timings=[TIMINGS[0], longer]), "float32")
+    rows = tables.batch_rows(replace(STUDY, timings=[TIMINGS[0], longer]), "float32")
     assert only(rows, system="UltraMem")["× dense"] is None
 
 
 def test_a_floor_waits_for_flops_where_they_take_longer():
     slow = replace(STUDY, timings=[timing("dense", 100, cost=cost(flops=4 * GIGA))])
     # Half of the bytes take 5 ms; the feed-forward computes for 40 ms.
-    assert decode_tables.batch_rows(slow, "float32")[0]["floor, ms"] == pytest.approx(45)
+    assert tables.batch_rows(slow, "float32")[0]["floor, ms"] == pytest.approx(45)
     assert slow.bandwidth_floor(slow.timings[0]) == pytest.approx(0.010)
 
 
 def test_parts_with_their_sum_and_the_whole():
-    rows = decode_tables.part_rows(STUDY, "float32")
+    rows = tables.part_rows(STUDY, "float32")
     assert [row["part"] for row in rows] == ["attention", "feed-forward", "logits", "sum", "whole step"]
     assert {row["system"] for row in rows} == {"dense"}  # of no other they were timed
     attention, whole = only(rows, part="attention"), only(rows, part="whole step")
@@ -148,11 +147,11 @@ def test_parts_with_their_sum_and_the_whole():
     assert only(rows, part="sum")["ms"] == pytest.approx(19)
     assert (whole["ms"], whole["floor, ms"]) == (20, pytest.approx(10))
     assert only(rows, part="logits")["× floor"] is None
-    assert decode_tables.part_rows(STUDY, "bfloat16") == []
+    assert tables.part_rows(STUDY, "bfloat16") == []
 
 
 def test_rows_by_sparsity_begin_with_the_smallest():
-    rows = decode_tables.sparsity_rows(STUDY, "float32")
+    rows = tables.sparsity_rows(STUDY, "float32")
     assert [(row["system"], row["sparse/dense"], row["× smallest"], row["× dense"]) for row in rows] == [
         ("MoE", 2.0, 1, 2),
         ("MoE", 32.0, 4, 8),
@@ -164,7 +163,7 @@ def test_rows_by_sparsity_begin_with_the_smallest():
 
 
 def test_aims_are_met_or_missed_by_the_figure():
-    rows = [row for row in decode_tables.aim_rows(STUDY) if row["dtype"] == "float32"]
+    rows = [row for row in tables.aim_rows(STUDY) if row["dtype"] == "float32"]
     table = [(row["system"], row["wanted"], row["measured"], row["verdict"]) for row in rows]
     assert table == [
         ("UltraMem", "≤ 1.3", 1.25, "met"),
@@ -180,26 +179,26 @@ def test_aims_are_met_or_missed_by_the_figure():
 
 
 def test_aims_that_were_not_measured_are_neither_met_nor_missed():
-    rows = [row for row in decode_tables.aim_rows(STUDY) if row["dtype"] == "bfloat16"]
+    rows = [row for row in tables.aim_rows(STUDY) if row["dtype"] == "bfloat16"]
     assert [row["verdict"] for row in rows] == ["missed"] + ["not measured"] * 4
     assert [row["measured"] for row in rows] == [1.4] + [None] * 4
     # Up to 8x is not up to 32x.
     some = [t for t in TIMINGS if t.sparse_over_dense < 10]
-    flat = decode_tables.aim_rows(replace(STUDY, timings=some))[2]
+    flat = tables.aim_rows(replace(STUDY, timings=some))[2]
     assert (flat["measured"], flat["verdict"]) == (None, "not measured")
 
 
 def test_a_ratio_at_the_limit_is_met():
     timings = [timing("dense", 10), timing("ultramem", 13), timing("moe", 78)]
-    verdicts = [row["verdict"] for row in decode_tables.aim_rows(replace(STUDY, timings=timings))]
+    verdicts = [row["verdict"] for row in tables.aim_rows(replace(STUDY, timings=timings))]
     assert verdicts[:2] == ["met", "met"]
     timings = [timing("dense", 10), timing("ultramem", 13.1), timing("moe", 78)]
-    verdicts = [row["verdict"] for row in decode_tables.aim_rows(replace(STUDY, timings=timings))]
+    verdicts = [row["verdict"] for row in tables.aim_rows(replace(STUDY, timings=timings))]
     assert verdicts[:2] == ["missed", "missed"]
 
 
 def test_the_report_names_command_machine_and_what_was_measured(tmp_path):
-    text, numbers, raw, *pictures = decode_tables.write(STUDY, tmp_path / "new")
+    text, numbers, raw, *pictures = tables.write(STUDY, tmp_path / "new")
     report = text.read_text()
     assert report.startswith("# Decoding") and "`python launch.py bench_decode`" in report.split("##")[0]
     assert "Some CPU, 2 cores, jax 0.10.2, commit abc" in report and "attending to 32 positions" in report
@@ -235,27 +234,27 @@ def test_another_machine_has_files_and_a_section_of_its_own(tmp_path):
         machine=MACHINE | {"devices": "1 × NVIDIA H100 80GB HBM3 (gpu)"},
         timings=[timing("ultramem", 2), timing("moe", 9)],
     )
-    assert decode_tables.write(gpu, tmp_path)[0].name == "bench_decode-nvidia-h100-80gb-hbm3.md"
+    assert tables.write(gpu, tmp_path)[0].name == "bench_decode-nvidia-h100-80gb-hbm3.md"
     assert "not measured here" not in (tmp_path / "bench_decode-nvidia-h100-80gb-hbm3.md").read_text()
-    rows = decode_tables.machine_rows([STUDY, gpu])
+    rows = tables.machine_rows([STUDY, gpu])
     assert only(rows, machine="NVIDIA H100 80GB HBM3", system="MoE")["× UltraMem"] == 4.5
     assert [row["dtype"] for row in rows if row["machine"] == "cpu"] == ["float32"] * 3 + ["bfloat16"] * 2
-    report = decode_tables.report(STUDY, [gpu])
+    report = tables.report(STUDY, [gpu])
     assert "## On other machines" in report and "GPU: not measured" not in report
 
 
 def test_a_study_of_one_timing_is_reported(tmp_path):
     one = replace(STUDY, timings=[timing("moe", 5, batch=3, study="sparsity", size=2.0)])
-    decode_tables.write(one, tmp_path)
+    tables.write(one, tmp_path)
     assert "## By slots and experts, batch 3" in (tmp_path / "bench_decode.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {
         *(f"bench_decode.{suffix}" for suffix in ("md", "csv", "json")),
         "bench_decode_sparsity.png",
     }
     dense = replace(STUDY, timings=[timing("dense", 5, batch=1)])
-    assert [path.name for path in decode_tables.write(dense, tmp_path)[3:]] == ["bench_decode_batch.png"]
+    assert [path.name for path in tables.write(dense, tmp_path)[3:]] == ["bench_decode_batch.png"]
     with pytest.raises(UserError, match="timings: there are none"):
-        decode_tables.write(replace(STUDY, timings=[]), tmp_path)
+        tables.write(replace(STUDY, timings=[]), tmp_path)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -308,19 +307,17 @@ def test_a_timing_is_there_once():
 
 
 def test_times_are_drawn_against_the_batch(tmp_path, drawn):
-    decode_figures.plot_batches(STUDY, tmp_path / "batch.png")
+    figures.plot_batches(STUDY, tmp_path / "batch.png")
     left, right = drawn[0].axes
     assert [axes.get_title(loc="left") for axes in (left, right)] == ["float32", "bfloat16"]
     lines = {(line.get_color(), line.get_linestyle()): line for line in left.lines}
-    ultramem = lines[figures.COLOURS["ultramem"], "-"]
+    ultramem = lines[COLOURS["ultramem"], "-"]
     chex.assert_trees_all_equal(ultramem.get_xdata(), np.array([1, 4, 64]))
     chex.assert_trees_all_close(ultramem.get_ydata(), np.array([15, 24, 25]), rtol=1e-7)
     chex.assert_trees_all_close(
-        lines[figures.COLOURS["ultramem"], ":"].get_ydata(), np.array([10, 10, 10.1]), rtol=1e-7
+        lines[COLOURS["ultramem"], ":"].get_ydata(), np.array([10, 10, 10.1]), rtol=1e-7
     )
-    chex.assert_trees_all_close(
-        lines[figures.COLOURS["moe"], "-"].get_ydata(), np.array([30, 168]), rtol=1e-7
-    )
+    chex.assert_trees_all_close(lines[COLOURS["moe"], "-"].get_ydata(), np.array([30, 168]), rtol=1e-7)
     assert len(left.lines) == 6 and len(right.lines) == 2  # no floors without a rate
     # Repeats of each system, and the published band, from 2 to 6 times our UltraMem.
     published = left.collections[-1].get_paths()[0].vertices
@@ -342,7 +339,7 @@ def test_both_quoted_batches_are_marked_and_a_repeat_far_from_the_others_is_name
     # Medians 22 and 66 ms at batch 16, 30 and 45 at batch 64; one repeat of ten times the median.
     timings = [timing("ultramem", 16, 0.02, 0.022, 0.2), timing("moe", 16, 0.066)]
     timings += [timing("ultramem", 64, 0.03), timing("moe", 64, 0.045, 0.045, 0.05)]
-    decode_figures.plot_batches(replace(STUDY, timings=timings), tmp_path / "batch.png")
+    figures.plot_batches(replace(STUDY, timings=timings), tmp_path / "batch.png")
     texts = {text.get_text(): text.xy for text in drawn[0].axes[0].texts if text.get_text()}
     assert {"3.0 ×", "1.5 ×"} < set(texts)
     (said,) = set(texts) - {"3.0 ×", "1.5 ×"}
@@ -352,7 +349,7 @@ def test_both_quoted_batches_are_marked_and_a_repeat_far_from_the_others_is_name
 
 def test_bytes_are_drawn_as_counted(tmp_path, drawn):
     configs = {system: preset(f"{system}-tiny") for system in ("dense", "moe", "ultramem")}
-    decode_figures.plot_touched(configs, tmp_path / "bytes.png")
+    figures.plot_touched(configs, tmp_path / "bytes.png")
     left, right = drawn[0].axes
     moe, moe_paper, ultramem, ultramem_paper, _ = left.lines  # the last marks where they meet
     batches = list(moe.get_xdata())
@@ -371,7 +368,7 @@ def test_bytes_are_drawn_as_counted(tmp_path, drawn):
 
 
 def test_times_are_drawn_against_sparsity(tmp_path, drawn):
-    decode_figures.plot_sparsity(STUDY, tmp_path / "sparsity.png")
+    figures.plot_sparsity(STUDY, tmp_path / "sparsity.png")
     (axes,) = drawn[0].axes
     moe, ultramem, dense = axes.lines
     chex.assert_trees_all_equal(ultramem.get_xdata(), np.array([2.1, 8.0, 31.5]))
@@ -385,12 +382,12 @@ def test_times_are_drawn_against_sparsity(tmp_path, drawn):
 def test_labels_of_lines_that_end_together_are_apart(tmp_path, drawn):
     sizes = [(2.0, 20), (32.0, 21)]
     timings = [timing(s, ms, study="sparsity", size=n) for s in ("ultramem", "moe") for n, ms in sizes]
-    decode_figures.plot_sparsity(replace(STUDY, timings=timings), tmp_path / "sparsity.png")
+    figures.plot_sparsity(replace(STUDY, timings=timings), tmp_path / "sparsity.png")
     heights = [text.get_position()[1] for text in drawn[0].axes[0].texts]
     assert abs(heights[0] - heights[1]) >= 10
 
 
 def test_the_same_study_gives_the_same_files(tmp_path):
-    first = decode_tables.write(STUDY, tmp_path / "a")
-    again = decode_tables.write(DecodeStudy.load(first[2]), tmp_path / "b")
+    first = tables.write(STUDY, tmp_path / "a")
+    again = tables.write(DecodeStudy.load(first[2]), tmp_path / "b")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]

@@ -1,4 +1,4 @@
-"""What is kept of a table's rows: its bytes, counted by hand and in arrays, and the experiment on it."""
+"""Bytes kept for a table's rows are counted by hand and in arrays; the experiment on them runs."""
 
 import csv
 import dataclasses
@@ -11,7 +11,7 @@ import pytest
 
 from experiments.common import seeds
 from experiments.configs import row_states as default_config
-from experiments.row_states import tables as row_states_table
+from experiments.row_states import tables
 from experiments.row_states.tables import CHOICES, REFERENCE, make_configs
 from tests.support.programs import TINY
 from ultramem_jax import ModelConfig, TrainConfig, UserError
@@ -58,7 +58,7 @@ KEPT = {
 
 @pytest.mark.parametrize("table_dtype", ["float32", "bfloat16"])
 def test_bytes_of_a_row_are_those_of_the_arrays(table_dtype):
-    tables = [jnp.zeros((7, width), stored_dtype(table_dtype)) for width in (6, 4)]
+    arrays = [jnp.zeros((7, width), stored_dtype(table_dtype)) for width in (6, 4)]
     memory = BOTH.changed(dtype=table_dtype)
     options = {"row_second_moment": ("element", "row"), "row_moment_dtype": ("float32", "bfloat16")}
     seen = set()
@@ -68,9 +68,9 @@ def test_bytes_of_a_row_are_those_of_the_arrays(table_dtype):
             train = TrainConfig(row_optimizer=name, **chosen)
         except UserError:
             continue  # an option that the rule does not have
-        states = [row_rule(train).init(table) for table in tables]
+        states = [row_rule(train).init(array) for array in arrays]
         found = row_bytes(memory.table, train)
-        assert 7 * found.table == sum(table.nbytes for table in tables)
+        assert 7 * found.table == sum(array.nbytes for array in arrays)
         assert 7 * found.moments == sum(array.nbytes for array in jax.tree.leaves(states))
         for state in states:
             assert [array.name for array in train.row_arrays] == list(getattr(state, "_fields", ()))
@@ -128,7 +128,7 @@ def test_table_and_figure_by_hand(tmp_path):
         for name, loss in losses.items()
     }
     configs = make_configs(BASE, list(CHOICES))
-    rows = dict(zip(CHOICES, row_states_table.rows(configs, results), strict=True))
+    rows = dict(zip(CHOICES, tables.rows(configs, results), strict=True))
     # d_v 64.
     sizes = {name: (row["table bytes/slot"], row["moment bytes/slot"]) for name, row in rows.items()}
     assert sizes == {
@@ -163,12 +163,12 @@ def test_table_and_figure_by_hand(tmp_path):
     }
     # A choice that was not trained has no row.
     some = make_configs(BASE, ["sgd"])
-    assert [row["choice"] for row in row_states_table.rows(some, results)] == ["full Adam", "SGD"]
+    assert [row["choice"] for row in tables.rows(some, results)] == ["full Adam", "SGD"]
     assert rows["full-adam"]["Δ"] is None
     assert rows["bfloat16"]["Δ"] == pytest.approx(0.03)
     assert rows["bfloat16"]["± (Δ)"] == pytest.approx(0, abs=1e-12)
     assert rows["bfloat16"]["± (val.)"] == pytest.approx(0.5 / 2**0.5)
-    figure = row_states_table.plot(configs, results, tmp_path / "figure.png")
+    figure = tables.plot(configs, results, tmp_path / "figure.png")
     assert figure.stat().st_size > 10_000
 
 

@@ -1,4 +1,4 @@
-"""What goes in and out of the authors' state dicts: dtypes, files, and the errors that name what is wrong."""
+"""State dicts of the authors go in and out: dtypes, files, and errors that name what is wrong."""
 
 import chex
 import jax

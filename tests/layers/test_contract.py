@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.decoding import assert_decodes, decoded
 from tests.support.drawn import drawn_variables
 from tests.support.systems import CONFIGS, variables_of
 from ultramem_jax.layers import Attention, Memory, feed_forward
 from ultramem_jax.models import Transformer
-from ultramem_jax.models.cache import empty_cache
 from ultramem_jax.models.serving import prepare_for_decoding
 
 LAYERS = {"attention": Attention, "mlp": feed_forward, "moe": feed_forward, "moe-fine": feed_forward}
@@ -106,27 +106,6 @@ def test_permuted_tokens_give_permuted_outputs(by_token):
 PLACEMENTS = {"in_turn": "1:1/3:3", "skipping": "1:2/1:3", "crossing": "1:3/2:2"}
 
 
-def _decoded(config, variables, tokens, cache_dtype="float32"):
-    """(sequence, position, logits after it) of tokens that go through a cache in uneven chunks."""
-    step = jax.jit(
-        lambda variables, tokens, counts: Transformer(config).apply(
-            variables, tokens, counts=counts, mutable=["cache"]
-        )
-    )
-    cache, found = empty_cache(config, 2, 16, cache_dtype), []
-    done = np.zeros(2, np.int32)
-    for counts in ([4, 2], [0, 4], [1, 1], [1, 0], [1, 1]):
-        size = 4 if max(counts) > 1 else 1
-        chunk = np.full((2, size), 3, np.int32)  # the padding is a token like any other
-        for row, (first, count) in enumerate(zip(done, counts, strict=True)):
-            chunk[row, :count] = tokens[row, first : first + count]
-        logits, left = step(variables | {"cache": cache}, chunk, np.array(counts, np.int32))
-        cache, done = left["cache"], done + counts
-        found += [(row, done[row] - 1, logits[row]) for row in range(2) if counts[row]]
-    assert cache["lengths"].tolist() == done.tolist()
-    return found
-
-
 @functools.cache
 def _model(name, placement="skipping", dtype="float32", **fields):
     config = replace(CONFIGS[name], num_layers=3, vocab_size=31, dtype=dtype, tie_embeddings=name != "moe")
@@ -139,25 +118,20 @@ def _model(name, placement="skipping", dtype="float32", **fields):
     return config, variables, tokens, np.asarray(full)
 
 
-def _assert_decodes(config, variables, tokens, full):
-    for row, position, logits in _decoded(config, variables, tokens):
-        chex.assert_trees_all_close(logits, full[row, position], rtol=1e-4, atol=2e-5)
-
-
 def test_decoding_by_a_cache_gives_what_the_whole_sequence_gives(name):
     config, variables, tokens, full = _model(name)
-    _assert_decodes(config, prepare_for_decoding(config, variables), tokens, full)
+    assert_decodes(config, prepare_for_decoding(config, variables), tokens, full)
 
 
 @pytest.mark.parametrize("plain", ["attention", "moe", "ultramem"])
 def test_decoding_needs_no_preparation(plain):
-    _assert_decodes(*_model(plain))
+    assert_decodes(*_model(plain))
 
 
 @pytest.mark.parametrize("cached", ["attention", "mlp"])
 def test_a_cache_in_bfloat16_rounds_keys_values_and_what_they_are_multiplied_with(cached):
     config, variables, tokens, full = _model(cached)
-    for row, position, logits in _decoded(config, variables, tokens, "bfloat16"):
+    for row, position, logits in decoded(config, variables, tokens, "bfloat16"):
         error = np.abs(logits - full[row, position]).max()
         # Eight bits of keys and values; far less than if positions were mistaken.
         assert 0 < error < 0.03 * np.abs(full[row, position]).max()
@@ -167,7 +141,7 @@ def test_a_cache_in_bfloat16_rounds_keys_values_and_what_they_are_multiplied_wit
 def test_decoding_in_bfloat16_is_as_near_to_float32_as_the_whole_sequence(computed):
     _, variables, tokens, exact = _model(computed)
     config, _, _, full = _model(computed, dtype="bfloat16")
-    found = _decoded(config, prepare_for_decoding(config, variables), tokens)
+    found = decoded(config, prepare_for_decoding(config, variables), tokens)
     errors = [np.abs(logits - exact[row, position]).mean() for row, position, logits in found]
     assert np.median(errors) < 1.5 * np.abs(full - exact).mean()
 
@@ -180,11 +154,11 @@ def test_decoding_knows_every_placement_and_width_of_the_convolution(placement, 
             of_memory = variables["params"][f"memory_{index}"]
             of_memory["query_conv"] = jax.random.normal(jax.random.key(index), of_memory["query_conv"].shape)
         full = np.asarray(jax.jit(Transformer(config).apply)(variables, tokens))
-    _assert_decodes(config, prepare_for_decoding(config, variables), tokens, full)
+    assert_decodes(config, prepare_for_decoding(config, variables), tokens, full)
 
 
 @pytest.mark.parametrize("name", ["memory-plus", "ultramem-v2"])
 def test_decoding_knows_tables_that_memories_share(name):
     sharing = {"memory-plus": dict(sharing="all"), "ultramem-v2": dict(sharing="ring")}[name]
     config, variables, tokens, full = _model(name, "in_turn", **sharing)
-    _assert_decodes(config, prepare_for_decoding(config, variables), tokens, full)
+    assert_decodes(config, prepare_for_decoding(config, variables), tokens, full)

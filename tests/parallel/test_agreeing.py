@@ -1,4 +1,4 @@
-"""What processes agree on, with the answers of the others made up."""
+"""Processes agree on one answer; the tests make up the answers of the others."""
 
 import jax
 import pytest

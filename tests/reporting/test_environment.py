@@ -59,3 +59,4 @@ def test_a_package_inside_another_checkout_has_no_commit(tmp_path, monkeypatch):
 def test_the_installed_command_has_a_name_of_its_own():
     assert environment._command(["/venv/bin/ultramem", "plan"]) == "ultramem plan"
     assert environment._command(["/site/ultramem_jax/__main__.py", "count"]) == "ultramem count"
+    assert environment._command(["/site/other/__main__.py", "count"]) == "python __main__.py count"

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.support.decoding import assert_decodes
 from tests.support.systems import variables_of
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.layers import Memory
 from ultramem_jax.models import Transformer
-from ultramem_jax.models.cache import empty_cache
 from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device, shard_batch
 from ultramem_jax.training.dense_optimizer import make_optimizers
@@ -140,34 +140,15 @@ def eight_devices_equal_one(model):
     _assert_same_training(_trained(_run_config(both, mesh)), _trained(_run_config(model)))
 
 
-def _assert_decodes(model, variables):
-    """Tokens that go through a cache in uneven chunks get the logits of the whole sequence."""
-    step = jax.jit(
-        lambda variables, tokens, counts: Transformer(model).apply(
-            variables, tokens, counts=counts, mutable=["cache"]
-        )
-    )
-    tokens, full = _tokens(model), _full(model)
-    cache, done = empty_cache(model, 2, 16), np.zeros(2, np.int32)
-    for counts in ([4, 2], [0, 4], [1, 1], [1, 0], [1, 1]):
-        size = 4 if max(counts) > 1 else 1
-        chunk = np.full((2, size), 3, np.int32)  # the padding is a token like any other
-        for row, (first, count) in enumerate(zip(done, counts, strict=True)):
-            chunk[row, :count] = tokens[row, first : first + count]
-        logits, left = step(variables | {"cache": cache}, chunk, np.array(counts, np.int32))
-        cache, done = left["cache"], done + counts
-        for row in (row for row in range(2) if counts[row]):
-            chex.assert_trees_all_close(logits[row], full[row, done[row] - 1], rtol=1e-4, atol=3e-5)
-
-
 def cached_decoding_equals_the_full_pass(model):
     """Decoding with the variables of training gives the logits of the whole sequence."""
-    _assert_decodes(model, _variables(model))
+    assert_decodes(model, _variables(model), _tokens(model), _full(model), atol=3e-5)
 
 
 def served_equals_trained(model):
     """Decoding with prepared variables gives the logits of the whole sequence."""
-    _assert_decodes(model, prepare_for_decoding(model, _variables(model)))
+    served = prepare_for_decoding(model, _variables(model))
+    assert_decodes(model, served, _tokens(model), _full(model), atol=3e-5)
 
 
 def counted_equals_real_shapes(model):

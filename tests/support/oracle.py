@@ -179,12 +179,12 @@ def memory_layer(
     """Returns the output (B, S, D) of a `Memory` of product keys for x (B, S, D).
 
     Args:
-        config: of the layer.
+        config: the layer's config.
         variables: its `params`, `buffers` and, unless it shares a table, `memory`.
         x: float64.
         block_and_slot: (row, column) -> (p, a), a row of the table: the addressing, tested on its own.
         tables: `values` and `pre_values`, where the layer does not own them.
-        eps: of the norms.
+        eps: epsilon of the norms.
     """
     p, tables = float64(variables["params"]), float64(tables or variables["memory"])
     through = projectors(config, p, x.shape[-1])

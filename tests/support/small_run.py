@@ -4,6 +4,7 @@ import numpy as np
 
 from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.presets import families
+from ultramem_jax.training.loop import train
 from ultramem_jax.training.metrics import read_metrics
 
 
@@ -36,6 +37,21 @@ def small_config(folder):
             checkpoint_every=2,
         ),
     )
+
+
+def train_tiny(folder, workdir, num_keys, steps):
+    """Trains one layer with one memory of `num_keys`² slots; the corpus lies in `folder`."""
+    (folder / "text.txt").write_text("read a slot\n" * 300)
+    memory = families.ultramem(placement="1:1", num_keys=num_keys, top_m=4, key_dim=8, value_dim=8)
+    config = RunConfig(
+        ModelConfig(
+            embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_dim=16, memories={"memory": memory}
+        ),
+        DataConfig("text", str(folder / "text.txt"), seq_len=16, cache_dir=str(folder / "cache")),
+        TrainConfig(steps=steps, batch_size=8, eval_batches=1),
+    )
+    train(config, workdir, progress=False)
+    return workdir
 
 
 def files(folder):

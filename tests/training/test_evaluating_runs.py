@@ -32,13 +32,6 @@ def config(config):
     return replace(config, train=replace(config.train, log_every=4, eval_every=3, checkpoint_every=6))
 
 
-@pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
-    """The run without an interruption."""
-    workdir = tmp_path_factory.mktemp("whole")
-    return train(config, workdir, progress=False), workdir
-
-
 def assert_ends_as(whole, result, workdir):
     assert result.finished
     chex.assert_trees_all_equal(whole[0].state, result.state)

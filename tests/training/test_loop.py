@@ -31,13 +31,6 @@ from ultramem_jax.training.restore import load_model
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
-@pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
-    """The run without an interruption."""
-    workdir = tmp_path_factory.mktemp("whole")
-    return train(config, workdir, progress=False), workdir
-
-
 def test_a_run_learns_and_records_what_it_promises(config, whole):
     result, workdir = whole
     assert result.finished and result.step == 6

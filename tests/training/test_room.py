@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ultramem_jax import UserError
+from ultramem_jax.reporting import environment
 from ultramem_jax.training import room
 from ultramem_jax.training.loop import train
 
@@ -46,6 +47,13 @@ def test_bytes_are_those_of_all_devices_here(monkeypatch):
     room.require_room({"one": leaf("a"), "other": leaf("a")}, 256)
     with pytest.raises(UserError, match="not enough memory for 256 parameters"):
         room.require_room({"one": leaf("a"), "other": leaf("a"), "more": leaf("a", "b")}, 256)
+
+
+def test_host_memory_is_that_of_the_container(monkeypatch):
+    monkeypatch.setattr(environment, "read_system_file", lambda path: "1000000\n")
+    assert room._memory_bytes() == 1_000_000
+    monkeypatch.setattr(environment, "read_system_file", lambda path: "max\n")
+    assert room._memory_bytes() > 100_000_000
 
 
 def test_a_device_that_runs_out_later_is_said_too(config, tmp_path, monkeypatch):

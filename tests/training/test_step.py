@@ -10,11 +10,12 @@ from tests.support.drawn import drawn_variables
 from tests.support.step_models import FAMILY, MODEL, ULTRAMEM, token_batches
 from tests.support.users_compiler import memory_analysis
 from ultramem_jax.config import MoEConfig, RunConfig, TrainConfig
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.models import Transformer
-from ultramem_jax.models.transformer import table_readers
 from ultramem_jax.parallel.mesh import one_device
 from ultramem_jax.presets import families
 from ultramem_jax.training.dense_optimizer import make_optimizers
+from ultramem_jax.training.module_step import ModuleStep, Objective
 from ultramem_jax.training.state import abstract_state, fresh_state, init_state, state_of
 from ultramem_jax.training.step import make_eval_step, make_train_step, token_losses
 
@@ -67,6 +68,14 @@ def test_row_sparse_equals_dense_where_every_row_is_read(name, micro_batches):
             chex.assert_trees_all_close(moments.first, adam.mu[table][part], rtol=1e-4, atol=1e-8)
             chex.assert_trees_all_close(moments.second, adam.nu[table][part], rtol=1e-4, atol=1e-12)
     chex.assert_trees_all_close(sparse.params, dense.params, rtol=1e-4, atol=2e-6)
+
+
+def test_gradients_by_inputs_are_refused_with_micro_batches():
+    config = RunConfig(MODEL, train=replace(TRAIN, grad_accumulation=2))
+    objective = Objective(loss=lambda *_: pytest.fail("called"), num_tokens=len, inputs=lambda batch: batch)
+    step = ModuleStep(config, make_optimizers(config), objective)
+    with pytest.raises(ValueError, match=r"Objective.inputs: must be empty with train.grad_accumulation = 2"):
+        step.accumulate(_start(config), jnp.zeros((8, 4)), jax.random.key(0))
 
 
 def test_row_wise_adagrad_equals_the_dense_way_whatever_is_read():

@@ -18,7 +18,6 @@ from ultramem_jax.accounting.model import (
     moments_kept,
     optimizer_bytes,
     row_bytes,
-    table_readers,
 )
 from ultramem_jax.accounting.parts import PartCost, expected_experts, expected_rows, floor_seconds
 
@@ -43,5 +42,4 @@ __all__ = [
     "optimizer_bytes",
     "row_bytes",
     "step_transfers",
-    "table_readers",
 ]

@@ -25,11 +25,11 @@ from ultramem_jax.accounting.model import (
     count_parameters,
     flops_per_token,
     row_bytes,
-    table_readers,
 )
 from ultramem_jax.accounting.parts import PartCost, expected_experts, expected_rows, floor_seconds
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.memory import MemorySite
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.errors import at_least, choice, require
 
 
@@ -139,7 +139,7 @@ def decode_cost(
         chosen = expected_experts(moe.num_experts, moe.top_k, batch) if experts is None else experts
         require(chosen <= moe.num_experts, "experts", chosen, f"must be at most {moe.num_experts}")
     expert_weights = parameters.experts * chosen / moe.num_experts if moe else 0.0
-    expected = [expected_rows_read(readers, batch) for readers in table_readers(config)]
+    expected = [expected_rows_read(readers, batch) for readers in table_readers(config).values()]
     read = sum(expected) if rows is None else rows
     if rows is not None:  # only measured rows are checked: rounding may put the expected ones above the reads
         reads = batch * sum(site.config.reads_per_token for site in config.sites)
@@ -147,7 +147,7 @@ def decode_cost(
     # Measured rows are counted over all tables. They are divided among tables like the expected ones.
     expected_bytes = sum(
         found * row_bytes(readers[0].config.table).table
-        for found, readers in zip(expected, table_readers(config), strict=True)
+        for found, readers in zip(expected, table_readers(config).values(), strict=True)
     )
     row_read = expected_bytes * read / sum(expected) if expected else 0
     memory_flops = flops.memory.total() + flops.memory_scoring

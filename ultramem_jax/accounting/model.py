@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ultramem_jax.config import ModelConfig, TrainConfig
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.config.memory_parts import TableConfig
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.errors import require
 
 MLP_MATRICES = {"gelu": 2, "swiglu": 3}
@@ -257,7 +258,8 @@ def count_parameters(config: ModelConfig) -> Parameters:
         memory_matrices=sum(p.size for p in of_memories if p.role == "matrix"),
         memory_gains=sum(p.size for p in of_memories if p.role == "gain"),
         memory_tables=sum(
-            readers[0].num_slots * readers[0].config.table.row_dim for readers in table_readers(config)
+            readers[0].num_slots * readers[0].config.table.row_dim
+            for readers in table_readers(config).values()
         ),
     )
 
@@ -325,7 +327,7 @@ def bytes_per_token(
     require(batch_tokens >= 1, "batch_tokens", batch_tokens, "must be at least 1")
     parameters, moe = count_parameters(config), config.moe
     experts_read, table_read, moments_read = 0, 0, 0
-    for readers in table_readers(config):
+    for readers in table_readers(config).values():
         table = readers[0].config.table
         rows, of_row = _rows_read(readers, batch_tokens), row_bytes(table, train)
         table_read += rows * (of_row.table if dtype_bytes is None else dtype_bytes * table.row_dim)
@@ -350,7 +352,7 @@ def optimizer_bytes(config: ModelConfig, train: TrainConfig = _DEFAULT_TRAINING)
     """Returns the bytes of the optimizers' moments of all parameters and tables; see `moments_kept`."""
     of_tables = sum(
         readers[0].num_slots * row_bytes(readers[0].config.table, train).moments
-        for readers in table_readers(config)
+        for readers in table_readers(config).values()
     )
     return _moment_bytes(count_parameters(config), train) + of_tables
 
@@ -373,14 +375,6 @@ def _moment_bytes(parameters: Parameters, train: TrainConfig) -> int:
     """Returns the bytes of moments of parameters whose gradient is a dense array: all except for tables."""
     others = parameters.dense + parameters.experts - parameters.matrices
     return FLOAT32_BYTES * moments_kept(train.optimizer, parameters.matrices, others)
-
-
-def table_readers(config: ModelConfig) -> list[tuple[MemorySite, ...]]:
-    """Returns the memories that read each table, grouped by table."""
-    readers: dict[str, tuple[MemorySite, ...]] = {}
-    for site in config.sites:
-        readers[site.table] = (*readers.get(site.table, ()), site)
-    return list(readers.values())
 
 
 def _groups(config: ModelConfig) -> dict[str, int]:

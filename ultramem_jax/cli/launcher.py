@@ -19,7 +19,7 @@ class Command:
     """Describes a command: a module with a `main()`, flags and, if it takes `--config`, a `BASE_CONFIG`."""
 
     module: str
-    """Its dotted name; imported only when the command runs."""
+    """Dotted name of the module; it is imported only when the command runs."""
     summary: str
     """One line for the list of commands."""
     in_several_processes: bool = False
@@ -32,7 +32,7 @@ def launch(
     """Runs the command that the first argument names; without arguments, lists all commands.
 
     Args:
-        commands: by name.
+        commands: the commands by name.
         arguments: the command line without the program.
         program: what a user types to start it, for usage and hints.
         again: the words that start the same program, for `--processes`.

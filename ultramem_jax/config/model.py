@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ultramem_jax.config.field_types import Checked, built_at
-from ultramem_jax.config.frozen_dict import FrozenDict
+from ultramem_jax.config.frozen_mapping import FrozenMapping
 from ultramem_jax.config.limits import LARGEST
 from ultramem_jax.config.memory import MemoryConfig, MemorySite
 from ultramem_jax.config.memory_parts import ModelContext
@@ -89,7 +89,7 @@ class ModelConfig(Checked):
     """F, inner width of the MLPs."""
     moe: MoEConfig | None = None
     """Experts that replace the MLPs, or None."""
-    memories: Mapping[str, MemoryConfig] = field(default_factory=FrozenDict)
+    memories: Mapping[str, MemoryConfig] = field(default_factory=FrozenMapping)
     """Memories by name. A model may combine several kinds; each name has its own places and tables. Metrics
     and parameters of memory `index` of a name are called `name_index`."""
     tie_embeddings: bool = True
@@ -129,7 +129,7 @@ class ModelConfig(Checked):
             self.num_kv_heads,
             f"must divide num_heads = {self.num_heads}",
         )
-        object.__setattr__(self, "memories", FrozenDict(self.memories))
+        object.__setattr__(self, "memories", FrozenMapping(self.memories))
         for name, memory in self.memories.items():
             right = isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name) and name != "layer"
             allowed = "must be lower-case letters, digits and underscores, and not 'layer'"
@@ -198,3 +198,11 @@ class ModelConfig(Checked):
         """Returns the layers, from 1, that have a feed-forward: those in which no memory replaces it."""
         stood_in = {site.span.start for site in self.sites if site.span.place == "instead"}
         return tuple(layer for layer in range(1, self.num_layers + 1) if layer not in stood_in)
+
+
+def table_readers(config: ModelConfig) -> dict[str, tuple[MemorySite, ...]]:
+    """Returns the memories that read each table, by its name in the collection `memory`."""
+    readers: dict[str, tuple[MemorySite, ...]] = {}
+    for site in config.sites:
+        readers[site.table] = (*readers.get(site.table, ()), site)
+    return readers

@@ -29,6 +29,7 @@ from ultramem_jax.data.token_files import (
 )
 from ultramem_jax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from ultramem_jax.errors import UserError, require
+from ultramem_jax.files import sync_folder
 
 _FORMAT = 2
 """Format of the cache. It is raised when the contents of the cache change their meaning."""
@@ -37,7 +38,8 @@ _FORMAT = 2
 def prepare(config: DataConfig) -> Path:
     """Returns the folder of the tokenized corpus, and builds it first if it is not in the cache.
 
-    The folder gets its name by a rename when it is whole, so a folder of that name is always whole. A lock
+    The folder gets its name by a rename when it is whole and on disk, so a folder of that name is always
+    whole, also after a loss of power. A lock
     lets one process of a machine build while the others wait. What a killed process left behind, the next one
     removes.
 
@@ -67,6 +69,7 @@ def prepare(config: DataConfig) -> Path:
                 incomplete.mkdir()
                 try:
                     _build(config, source, survey.num_bytes, incomplete)
+                    sync_folder(incomplete)
                     os.rename(incomplete, folder)
                 finally:
                     shutil.rmtree(incomplete, ignore_errors=True)

@@ -163,7 +163,7 @@ def train_iterator(
     Args:
         corpus: see `load_corpus`.
         batch_size: sequences per batch, over all processes.
-        seed: of the order; any non-negative integer.
+        seed: seed of the order; any non-negative integer.
         rows: the rows of each batch that this process needs, increasing (`parallel.mesh.rows_here`); None is
             all.
 
@@ -236,8 +236,8 @@ def eval_batches(
         split: `train`, `validation` or `test`.
         batch_size: rows per batch, over all processes.
         limit: the most batches; 0 is the whole split, each sequence once.
-        rows: as for `train_iterator`.
-        stride: as for `Corpus.source`.
+        rows: the same as in `train_iterator`.
+        stride: the same as in `Corpus.source`.
 
     Raises:
         UserError: an empty batch, a negative limit; for split and stride see `Corpus.source`.

@@ -6,10 +6,11 @@ many there are, and what they are. Files are mapped into memory, so that opening
 
 import json
 from pathlib import Path
-from typing import BinaryIO, TypedDict, cast
+from typing import BinaryIO, TypedDict, cast, get_type_hints
 
 import numpy as np
 
+from ultramem_jax.data.sources import SPLITS
 from ultramem_jax.errors import UserError, require
 
 _DESCRIPTION = "corpus.json"
@@ -51,15 +52,17 @@ def read_description(folder: Path) -> Description:
     """Returns the description of the tokens in `folder`.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing or damaged, or lacks a split.
     """
     path = folder / _DESCRIPTION
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: must be what describes the tokens beside it; {_again(folder)}") from error
-    missing = not isinstance(found, dict) or Description.__required_keys__ - found.keys()
-    require(not missing, str(path), _DESCRIPTION, f"must describe the tokens beside it; {_again(folder)}")
+    whole = isinstance(found, dict) and all(
+        _is_of(kind, found.get(name)) for name, kind in get_type_hints(Description).items()
+    )
+    require(whole, str(path), _DESCRIPTION, f"must describe the tokens beside it; {_again(folder)}")
     return cast(Description, found)
 
 
@@ -75,6 +78,13 @@ def open_tokens(folder: Path, split: str) -> np.ndarray:
     found = path.stat().st_size if path.is_file() else 0
     require(found == expected, str(path), f"{found:,} bytes", f"must have {expected:,}; {_again(folder)}")
     return np.memmap(path, dtype, "r", shape=(size,)) if size else np.empty(0, dtype)
+
+
+def _is_of(kind: object, value: object) -> bool:
+    """Checks the value of a field of `Description`; counts are those of every split."""
+    if kind in (str, int):
+        return type(value) is kind
+    return isinstance(value, dict) and all(type(value.get(split)) is int for split in SPLITS)
 
 
 def _again(folder: Path) -> str:

@@ -97,7 +97,7 @@ class EngramModule:
         """Applies the layer.
 
         Args:
-            variables: from `load`, or a tree of the same structure.
+            variables: the result of `load`, or a tree of the same structure.
             x: (B, S, D), the residual stream before attention.
             token_ids: (B, S) integers in [0, V), before they are mapped to canonical ids.
             mutable: the collections to return beside the output, as for a Flax module. `reads` holds under
@@ -144,7 +144,7 @@ class ReferenceModule:
         """Applies the layers.
 
         Args:
-            variables: from `load`, or a tree of the same structure.
+            variables: the result of `load`, or a tree of the same structure.
             x: (B, S, D) for `v1`; (layers, B, S, D) for the others, with layer i applied to x[i].
             mutable: the collections to return beside the output, as for a Flax module: `reads` holds what was
                 read, `losses` the balance loss, `buffers` the updated singular vectors. Each has one

@@ -53,7 +53,7 @@ from ultramem_jax.tree_types import ArrayTree
 _Gradients = tuple[jax.Array, jax.Array, ExpertWeights]
 """Derivatives by x, gates and weights."""
 _Residuals = tuple[ArrayTree, jax.Array, jax.Array, ExpertWeights]
-"""What the devices keep, x, gates and weights."""
+"""Arrays that each device keeps for the backward pass, then x, gates and weights."""
 
 
 def experts_on_mesh(
@@ -71,7 +71,7 @@ def experts_on_mesh(
         implementation: `MoEConfig.implementation`.
         x: (T, D).
         gates: (T, k) float32.
-        weights: of all experts. The number of devices that split experts must divide X.
+        weights: weights of all experts. The number of devices that split experts must divide X.
         experts: (T, k) int32.
 
     Returns:

@@ -20,11 +20,11 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: str = 
     """Returns the collection `cache` before the first token.
 
     Args:
-        config: of the model.
+        config: the model's config.
         batch_size: B, sequences.
         length: U, cache positions per sequence. The caller must ensure that no chunk ends beyond it: a chunk
             of C tokens must start at a position up to U - C.
-        dtype: of keys and values, one of `CACHE_DTYPES`. On CPU float32 is several times as fast.
+        dtype: dtype of keys and values, one of `CACHE_DTYPES`. On CPU float32 is several times as fast.
 
     Returns:
         `visible` (B, U) bool, cache positions that hold a token; `lengths` (B,) int32, tokens of each

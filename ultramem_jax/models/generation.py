@@ -48,14 +48,14 @@ class Generator:
         """Prepares the model for decoding.
 
         Args:
-            config: of the model.
+            config: the model's config.
             variables: `params`, `memory` and `buffers`, prepared (`prepare_for_decoding`) or not.
             window: the most tokens of context, which is the length that the model was trained on. When they
                 are used up, the newer half of them is read again, and positions start anew.
             sampling: how a token is chosen; by default at temperature 1.
             stop_id: ends a sequence, and is not part of it. None means that no token does.
             num_ids: only ids below it are sampled, those that the tokenizer has; None is all of the model's.
-            cache_dtype: of keys and values, see `empty_cache`.
+            cache_dtype: dtype of keys and values, see `empty_cache`.
             prefill_chunk: tokens of each prompt that are read at a time.
 
         Raises:
@@ -115,8 +115,8 @@ class Generator:
             prompts: B prompts of ids in [0, V), with at least one id each. Of a longer prompt only the last
                 `window` tokens are read.
             num_tokens: the most tokens to add to each prompt.
-            seed: of the sampling, in [0, 2³²). A draw depends only on it, the sequence's index in the batch
-                and the number of the token.
+            seed: seed of the sampling, in [0, 2³²). A draw depends only on it, the sequence's index in the
+                batch and the number of the token.
 
         Yields:
             (B,) int32, with `ENDED` for a sequence that has ended. It stops when all have ended.
@@ -210,8 +210,8 @@ def text_generator(
     """Returns a `Generator` for a tokenizer's ids, which stops at the end of a document.
 
     Args:
-        config: of the model.
-        variables: as for `Generator`.
+        config: the model's config.
+        variables: the variables that `Generator` takes.
         tokenizer: the one that the model was trained with.
         **options: further arguments of `Generator`; `window` must be among them.
     """
@@ -227,11 +227,11 @@ def stream_texts(
     may be empty.
 
     Args:
-        generator: from `text_generator`.
+        generator: the result of `text_generator`.
         tokenizer: the same.
         prompts: texts. A byte that is not UTF-8 is the lone surrogate that Python reads it as.
         num_tokens: the most tokens for each.
-        seed: of the sampling.
+        seed: seed of the sampling.
 
     Yields:
         The next piece of each text. If several tokens make up a character, it comes with the last of them.

@@ -42,7 +42,7 @@ def decoding_parts(config: ModelConfig) -> dict[str, PartFunction]:
     step.
 
     Args:
-        config: of the model. Its variables are those of `prepare_for_decoding`.
+        config: the model's config. The model's variables are those of `prepare_for_decoding`.
 
     Returns:
         `attention`, `feed_forward` and, if the model has memories, `memory`: to x (B, 1, D). `logits`: to the

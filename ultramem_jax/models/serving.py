@@ -34,7 +34,7 @@ def prepare_for_decoding(config: ModelConfig, variables: dict[str, ArrayTree]) -
     Drop the given variables to free the rest.
 
     Args:
-        config: of the model.
+        config: the model's config.
         variables: `params`, `memory` and `buffers`, as `training.restore.load_model` returns them. Variables
             that are prepared already are returned as they are.
 

@@ -8,19 +8,12 @@ import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.memory import MemorySite
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.layers import Attention, Memory, RMSNorm, SharedTables, feed_forward
 from ultramem_jax.layers.caching import CACHE, Chunk, next_chunk
 from ultramem_jax.layers.parameters import matrix, served_parameter
 from ultramem_jax.ops.linear import project
 from ultramem_jax.ops.on_mesh import constrain_tokens
-
-
-def table_readers(config: ModelConfig) -> dict[str, tuple[MemorySite, ...]]:
-    """Returns the memories that read each table, by its name in the collection `memory`."""
-    readers: dict[str, tuple[MemorySite, ...]] = {}
-    for site in config.sites:
-        readers[site.table] = (*readers.get(site.table, ()), site)
-    return readers
 
 
 def layer_name(number: int) -> str:
@@ -45,7 +38,7 @@ class Block(nn.Module):
         Args:
             x: (B, S, D), the residual stream.
             train: whether dropout is on.
-            chunk: of tokens that follow those in the cache, if there is one.
+            chunk: tokens that follow those in the cache, if there is one.
 
         Returns:
             x after the layer, and h, the normalised input of its feed-forward, which memories read.

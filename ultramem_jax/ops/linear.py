@@ -43,7 +43,7 @@ def project(x: jax.Array, weights: Matrix, result_dtype: DTypeLike | None = None
     forward and backward: 100 ms against 43 ms).
 
     Args:
-        x: in the dtype of the computation.
+        x: an array in the dtype of the computation.
         weights: cast to that dtype. Products with an `OutputMajor` are summed in float32.
         result_dtype: dtype of the sums; that of x if None.
     """

@@ -61,7 +61,7 @@ def score_products(
         blocks: (T, R) int32 in [0, E).
         vectors: (T, E, d_v). Their dtype is that of the computation and of the result.
         cores: h, number of slices, of d_v/h values each.
-        apart: as for `pooled_lookup`.
+        apart: the same as in `pooled_lookup`.
 
     Returns:
         (T, R, h).

@@ -20,7 +20,7 @@ def multipliers(seed: int, layer_id: int, num_canonical_ids: int, max_order: int
     """Returns the odd random multipliers of a layer's hash, as in the released demo of Engram.
 
     Args:
-        seed: of the model.
+        seed: seed of the model.
         layer_id: the layer's index in the model; every layer has multipliers of its own.
         num_canonical_ids: V_c. An id below V_c times a multiplier stays below 2⁶³ - 1.
         max_order: n_max, length of the longest n-gram.

@@ -120,17 +120,16 @@ def sum_over_tokens(
     function: Callable[..., Result],
     tokens: tuple[jax.Array, ...],
     shared: tuple[jax.Array, ...] = (),
-    purpose: str = GRADIENTS_OF_PARAMETERS,
 ) -> Result:
     """Computes `function(*tokens, *shared)`, a sum over tokens: per device first, then over all devices.
 
-    The result is on every device. This takes an all-reduce of its size.
+    The result is on every device. This takes an all-reduce of its size, named as that of gradients of
+    parameters.
 
     Args:
         function: returns a tree of arrays, each a sum over tokens.
         tokens: (T, ...) each.
         shared: arrays that every device has whole.
-        purpose: names the all-reduce, one of `ultramem_jax.config.exchange_purposes`.
     """
     axes = current_axes()
     if axes is None or not axes.tokens:
@@ -139,7 +138,7 @@ def sum_over_tokens(
 
     def summed(*arguments: jax.Array) -> Result:
         own = function(*arguments)
-        with named_exchange(purpose):
+        with named_exchange(GRADIENTS_OF_PARAMETERS):
             return jax.lax.psum(own, axes.tokens)
 
     return island(axes, summed, specs, P())(*tokens, *shared)

@@ -86,7 +86,7 @@ def shard_batch(batch: np.ndarray, axes: MeshAxes, batch_size: int | None = None
 
     Args:
         batch: the rows of the batch that this process needs, those of `rows_here`.
-        axes: of the mesh.
+        axes: the axes of the mesh.
         batch_size: B; None if `batch` is the whole batch.
     """
     size = len(batch) if batch_size is None else batch_size

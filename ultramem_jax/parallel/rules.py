@@ -66,9 +66,9 @@ def parameter_spec(
 
     Args:
         path: keys of the leaf, as JAX gives them.
-        shape: of the array.
-        axes: of the mesh.
-        logical_axes: of the model's parameters.
+        shape: shape of the array.
+        axes: the axes of the mesh.
+        logical_axes: logical axes of the model's parameters.
 
     Raises:
         KeyError: the parameter's name is unknown.

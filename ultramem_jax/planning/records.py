@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ultramem_jax.config import run_config_from_dict, to_dict
-from ultramem_jax.errors import UserError
 from ultramem_jax.planning.compiled_step import DeviceBytes
 from ultramem_jax.planning.hardware import Hardware
 from ultramem_jax.planning.partition import Costs, WayCost
 from ultramem_jax.planning.plans import Plan
 from ultramem_jax.planning.step_time import TimeEstimate, TimePart
 from ultramem_jax.planning.traffic import Traffic
+from ultramem_jax.reporting.records import kept_record
 from ultramem_jax.tree_types import JsonDict
 
 
@@ -53,8 +53,7 @@ class PlanStudy:
         Raises:
             UserError: the file cannot be read, or holds no plan.
         """
-        try:
-            tree = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        with kept_record(path, "a plan") as tree:
             return cls(
                 title=tree["title"],
                 plans=[_plan(name, of) for name, of in tree["plans"].items()],
@@ -62,10 +61,6 @@ class PlanStudy:
                 partitions=tree["partition"] and (tree["partition_tokens"], _costs(tree["partition"])),
                 environment=tree["environment"],
             )
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read, {error.strerror}") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}: not a plan, {type(error).__name__}: {error}") from error
 
 
 def _tree(plan: Plan) -> JsonDict:

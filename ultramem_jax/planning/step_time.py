@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ultramem_jax.accounting import expected_rows, flops_per_token, table_readers
+from ultramem_jax.accounting import expected_rows, flops_per_token
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES
 from ultramem_jax.accounting.step_costs import UPDATE_ARRAYS
 from ultramem_jax.config import RunConfig
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.planning.compiled_step import DeviceBytes
 from ultramem_jax.planning.hardware import Hardware
@@ -141,7 +142,7 @@ def row_traffic(config: RunConfig, axes: MeshAxes, access: int) -> tuple[float, 
     """
     train, columns, owners = config.train, axes.size(axes.width), axes.size(axes.slots)
     looked_up = updated = 0.0
-    for readers in table_readers(config.model):
+    for readers in table_readers(config.model).values():
         table = readers[0].config.table
         reads = train.batch_size * config.data.seq_len * readers[0].config.reads_per_token * len(readers)
         rows, reads_here = readers[0].num_slots / owners, reads / owners

@@ -48,7 +48,7 @@ def purpose(collective: Collective) -> str:
     others, for dense layers: their purpose follows from kind, axes and pass.
 
     Args:
-        collective: of a program of `make_train_step`.
+        collective: a collective of a program of `make_train_step`.
     """
     if named := purposes_of(collective.op_name):
         # A few bytes of metrics may travel with what they are joined to.

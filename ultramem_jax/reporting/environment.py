@@ -26,8 +26,6 @@ _CODE = ("ultramem_jax", ":(glob)experiments/**/*.py", "launch.py")
 """Files that decide a result; changes in written results or documents do not make a commit dirty."""
 _GIT_SECONDS = 10
 _GIB = 1 << 30
-_INSTALLED = ("ultramem", "__main__.py")
-"""Names of the program if it was started as the command `ultramem`."""
 
 
 def describe_environment() -> dict[str, str]:
@@ -44,7 +42,7 @@ def describe_environment() -> dict[str, str]:
     found["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     found["cpu"] = _cpu_model()
     found["cores"] = str(_cores())
-    if memory := _memory_bytes():
+    if memory := host_memory_bytes():
         found["memory"] = f"{memory / _GIB:.1f} GiB"
     found["os"] = _operating_system()
     found["python"] = platform.python_version()
@@ -58,11 +56,28 @@ def describe_environment() -> dict[str, str]:
     return found
 
 
+def host_memory_bytes() -> int:
+    """Returns the host memory that this process may use, in bytes; 0 if it is unknown.
+
+    It is the memory of the machine, or the limit of the container if that is less.
+    """
+    try:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+    limit = (
+        read_system_file("/sys/fs/cgroup/memory.max").strip()
+        or read_system_file("/sys/fs/cgroup/memory/memory.limit_in_bytes").strip()
+    )
+    return min(machine, int(limit)) if limit.isdigit() else machine
+
+
 def _command(arguments: Sequence[str]) -> str:
     """Returns the command line as typed in the repository's root, without folders outside of it."""
     program, *flags = arguments or [""]
     flags = local_processes.as_given(flags)
-    if pathlib.Path(program).name in _INSTALLED:
+    path = pathlib.Path(program)
+    if path.name == "ultramem" or path.parts[-2:] == ("ultramem_jax", "__main__.py"):
         words = ["ultramem"]
     else:
         script = str(pathlib.Path(program).resolve()) if os.path.exists(program) else program
@@ -126,22 +141,6 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _memory_bytes() -> int:
-    """Returns the host memory that this process may use, in bytes; 0 if it is unknown.
-
-    It is the memory of the machine, or the limit of the container if that is less.
-    """
-    try:
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
-    limit = (
-        read_system_file("/sys/fs/cgroup/memory.max").strip()
-        or read_system_file("/sys/fs/cgroup/memory/memory.limit_in_bytes").strip()
-    )
-    return min(machine, int(limit)) if limit.isdigit() else machine
 
 
 def _operating_system() -> str:

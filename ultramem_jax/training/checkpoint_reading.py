@@ -94,7 +94,7 @@ def saved_config(directory: Path, config: JsonDict) -> RunConfig:
     Fields that did not exist then get their defaults.
 
     Args:
-        directory: of the checkpoint.
+        directory: folder of the checkpoint.
         config: its `Meta.config`.
 
     Raises:
@@ -177,7 +177,7 @@ def require_same_model(directory: Path, there: JsonDict, here: JsonDict) -> None
     """Refuses a checkpoint whose model, or tokenizer, is not that of this run.
 
     Args:
-        directory: of the checkpoint.
+        directory: folder of the checkpoint.
         there: its configuration.
         here: that of this run, from `ultramem_jax.config.to_dict`.
 

@@ -266,7 +266,7 @@ class Checkpoints:
             data_iterator: a `grain.DatasetIterator`, whose position is saved; or None.
             config: the run's configuration, from `ultramem_jax.config.to_dict`.
             corpus: what identifies the data (its hash and the like), for JSON.
-            validation_loss: for `mark`, where it is known already.
+            validation_loss: the loss for `mark`, where it is known already.
             since_record: sums with which the run's next record begins, see `Meta.since_record`.
             recorded: `state` is a `TrainState` whose tables lie on one CPU (`undo_log.is_worth_it`), and
                 every step to which it is donated is a `recorded_step`.

@@ -51,7 +51,7 @@ def check_corpus(of_checkpoint: JsonDict, corpus: Corpus, workdir: str | Path) -
     Args:
         of_checkpoint: `Meta.corpus`. What an older version did not write is not compared.
         corpus: the one to read now.
-        workdir: of the run.
+        workdir: folder of the run.
 
     Raises:
         UserError: they differ; the message gives both hashes, or both numbers of tokens.
@@ -77,10 +77,10 @@ def check_tokenizer(
     """Refuses a tokenizer that is not the one that a checkpoint was trained with.
 
     Args:
-        of_checkpoint: as for `check_corpus`.
+        of_checkpoint: the same as in `check_corpus`.
         tokenizer: the one to use now.
         where: the place that it comes from, for the message.
-        workdir: of the run.
+        workdir: folder of the run.
         advice: what to do, for the message.
 
     Raises:

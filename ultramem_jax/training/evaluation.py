@@ -96,7 +96,7 @@ class Evaluator:
         """Returns the loss of the model on a split.
 
         Args:
-            variables: of the model.
+            variables: the model's variables.
             split: `train`, `validation` or `test`.
             batches: number of batches of `train.batch_size` sequences; 0 is the whole split, None is
                 `train.eval_batches`. Their sequences are spread evenly over the split.

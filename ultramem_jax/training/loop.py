@@ -95,7 +95,7 @@ def train(
     SIGTERM stops the run after the current step, or between two batches of an evaluation, and saves it.
 
     Args:
-        config: of the run.
+        config: the run's config.
         workdir: folder of this run, created if it is missing. Several processes share it.
         progress: whether to draw a progress bar on standard error.
         corpus: prepared data, if it is at hand already. Otherwise it is made from `config.data`.

@@ -38,7 +38,7 @@ class Objective(NamedTuple):
     """Batch -> T, the tokens that it reads memories for."""
     inputs: Callable[[ArrayTree], ArrayTree] = lambda batch: {}
     """Batch -> the arrays of it that the objective is also differentiated by, for a module whose input has
-    a gradient in the model around it. Not with micro-batches."""
+    a gradient in the model around it. Micro-batches do not support it."""
 
 
 class StepOutcome(NamedTuple):
@@ -56,11 +56,11 @@ class Pass(NamedTuple):
     """Holds what a forward and a backward pass leave; on the whole batch, means over micro-batches."""
 
     gradients: dict[str, ArrayTree]
-    """By `params`, in the dense way `memory`, and `inputs`."""
+    """Gradients by `params`, by `inputs` if there are any, and by `memory` in the dense way."""
     cotangents: ArraysOfMemories
     """Gradients by the pooled reads; of the whole batch, behind an axis of micro-batches."""
     reads: ArraysOfMemories
-    """What the memories sowed into `reads`, likewise."""
+    """Arrays that the memories sowed into `reads`; of the whole batch, behind an axis of micro-batches."""
     buffers: ArrayTree
     metrics: Metrics
 
@@ -79,11 +79,11 @@ class ModuleStep:
         """Prepares a step.
 
         Args:
-            config: of the run; its model names the memories, and the rest is not used of the model.
-            optimizers: of `make_optimizers`.
+            config: the run's config; of its model, only the memories are used.
+            optimizers: the result of `make_optimizers`.
             objective: what is minimized.
             record_before: whether to record the rows as they were; not in the dense way, and on one device.
-            axes: of the mesh; None for one device.
+            axes: the axes of the mesh; None for one device.
         """
         self._config, self._optimizers, self._objective = config, optimizers, objective
         self._record_before, self._axes = record_before, axes
@@ -93,8 +93,11 @@ class ModuleStep:
         """Returns the state after one step, and what it leaves.
 
         Args:
-            state: to be donated.
+            state: the state, which should be donated.
             batch: arrays with sequences along their first axis.
+
+        Raises:
+            ValueError: the objective has inputs, and there are several micro-batches.
         """
         with on_mesh(self._axes):
             return self._step(state, batch)
@@ -129,12 +132,21 @@ class ModuleStep:
         return Pass(gradients, cotangents, sown.get("reads", {}), sown.get("buffers", {}), metrics)
 
     def accumulate(self, state: TrainState, batch: ArrayTree, key: jax.Array) -> Pass:
-        """Returns the means of `differentiate` over the micro-batches of a batch."""
+        """Returns the means of `differentiate` over the micro-batches of a batch.
+
+        Raises:
+            ValueError: the objective has inputs, and there are several micro-batches.
+        """
         micro_batches = self._config.train.grad_accumulation
         if micro_batches == 1:
             one = self.differentiate(state, state.buffers, batch, key)
             reads, cotangents = jax.tree.map(lambda a: a[None], (one.reads, one.cotangents))
             return one._replace(reads=reads, cotangents=cotangents)
+        if jax.tree.leaves(self._objective.inputs(batch)):
+            raise ValueError(
+                f"Objective.inputs: must be empty with train.grad_accumulation = {micro_batches}; gradients "
+                "by inputs are not accumulated over micro-batches"
+            )
 
         def body(
             carry: tuple[dict[str, ArrayTree], ArrayTree], batch_and_key: tuple[ArrayTree, jax.Array]

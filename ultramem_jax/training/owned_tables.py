@@ -85,10 +85,10 @@ class OwnedTable:
         """Updates the rows that were read.
 
         Args:
-            optimizer: of the rows.
+            optimizer: the optimizer of the rows.
             parts: the table's arrays.
             moments: state of the optimizer, per array.
-            usage: before the step.
+            usage: usage of the slots before the step.
             reads: per memory that reads the table, what it sowed, with a leading axis of micro-batches.
             cotangents: per memory, the cotangents of its perturbations, with the same axis.
             of_step: whether to write at all, the step, and a seed for every array.

@@ -6,12 +6,12 @@ or waits forever for memory that will not come.
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 
 import jax
 
 from ultramem_jax.errors import UserError
+from ultramem_jax.reporting.environment import host_memory_bytes
 from ultramem_jax.tree_types import ArrayTree
 
 
@@ -19,8 +19,8 @@ def require_room(abstract: ArrayTree, num_parameters: int) -> None:
     """Refuses a state that is larger than the memory of this process's devices.
 
     Args:
-        abstract: from `abstract_state`: shapes, dtypes and shardings.
-        num_parameters: for the message.
+        abstract: the result of `abstract_state`: shapes, dtypes and shardings.
+        num_parameters: number of parameters, for the message.
 
     Raises:
         UserError: the state is too large; the message gives both sizes.
@@ -36,7 +36,7 @@ def running_out_in_a_line(num_parameters: int) -> Iterator[None]:
     """Turns the error of a device that has no memory left into one line.
 
     Args:
-        num_parameters: of the model, for the message.
+        num_parameters: number of the model's parameters, for the message.
 
     Raises:
         UserError: in place of JAX's own error.
@@ -74,6 +74,6 @@ def _memory_bytes() -> int | None:
     """
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return host_memory_bytes() or None
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in devices]
     return sum(limits) if all(limits) else None

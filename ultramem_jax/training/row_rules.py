@@ -121,9 +121,9 @@ def adamw(
     Args:
         b1: decay of the first moment.
         b2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: times the learning rate.
-        moment_dtype: of the moments of a row's values, `float32` or `bfloat16`.
+        eps: term that is added to the root of the second moment.
+        weight_decay: weight decay; it is multiplied by the learning rate.
+        moment_dtype: dtype of the moments of a row's values, `float32` or `bfloat16`.
         second_moment: `element`, one for every value; or `row`, one float32 for all values of a row, the mean
             of their squares (the blocks of Adam-mini, arXiv 2406.16793).
     """
@@ -188,8 +188,8 @@ def adagrad(eps: float, weight_decay: float, *, moment_dtype: str = "float32") -
 
     Args:
         eps: the smallest root to divide by, as in `adamw`. optax adds its own `eps` inside the root.
-        weight_decay: times the learning rate.
-        moment_dtype: of s, `float32` or `bfloat16`. Rounded to nearest, a bfloat16 stops growing once a
+        weight_decay: weight decay; it is multiplied by the learning rate.
+        moment_dtype: dtype of s, `float32` or `bfloat16`. Rounded to nearest, a bfloat16 stops growing once a
             square is below a 512th of it.
     """
     kept = row_arrays("adagrad", moment_dtype=moment_dtype)
@@ -212,7 +212,7 @@ def adagrad_row(eps: float, weight_decay: float) -> RowRule:
 
     Args:
         eps: the smallest root to divide by.
-        weight_decay: times the learning rate.
+        weight_decay: weight decay; it is multiplied by the learning rate.
     """
     kept = row_arrays("adagrad_row")
 
@@ -230,7 +230,7 @@ def sgd(weight_decay: float) -> RowRule:
     """Returns plain SGD, which keeps no state. Without weight decay it equals `optax.sgd` on any batch.
 
     Args:
-        weight_decay: times the learning rate.
+        weight_decay: weight decay; it is multiplied by the learning rate.
     """
 
     def apply(
@@ -249,8 +249,8 @@ def sgd_momentum(momentum: float, weight_decay: float, *, moment_dtype: str = "f
 
     Args:
         momentum: decay of the trace.
-        weight_decay: times the learning rate; it does not enter the trace.
-        moment_dtype: of the trace, `float32` or `bfloat16`.
+        weight_decay: weight decay; it is multiplied by the learning rate, and does not enter the trace.
+        moment_dtype: dtype of the trace, `float32` or `bfloat16`.
     """
     kept = row_arrays("sgd_momentum", moment_dtype=moment_dtype)
 

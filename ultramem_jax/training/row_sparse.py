@@ -78,9 +78,9 @@ def row_sparse(
     """Returns the optimizer that applies a rule to the rows that were read.
 
     Args:
-        rule: from `row_rules`.
-        learning_rate: as a function of the step.
-        rounding: of what is kept in bfloat16, `stochastic` or `nearest`.
+        rule: a rule of `row_rules`.
+        learning_rate: the learning rate as a function of the step.
+        rounding: rounding of what is kept in bfloat16, `stochastic` or `nearest`.
     """
 
     def rounded(

@@ -30,7 +30,7 @@ def record_reads(
     """Adds the rows that a step read.
 
     Args:
-        usage: before the step; of this device's rows if the table is split over devices.
+        usage: usage of the slots before the step; of this device's rows if the table is split over devices.
         rows: what was read of these rows.
         num_reads: reads of the whole table.
         axes: mesh axes over which the table's rows are split, within a `jax.shard_map`.

@@ -46,8 +46,8 @@ def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None
     The function is traceable: compile it, or ask `jax.eval_shape` for its shapes.
 
     Args:
-        config: of the run.
-        optimizers: from `make_optimizers`.
+        config: the run's config.
+        optimizers: the result of `make_optimizers`.
         seed: () uint32; `train.seed` if None.
     """
     seed = jnp.asarray(config.train.seed, jnp.uint32) if seed is None else seed
@@ -62,8 +62,8 @@ def state_of(config: RunConfig, optimizers: Optimizers, variables: Variables, se
     """Returns the state at step 0 of a module with these variables.
 
     Args:
-        config: of the run; says how tables are trained.
-        optimizers: of `make_optimizers`.
+        config: the run's config; says how tables are trained.
+        optimizers: the result of `make_optimizers`.
         variables: `params` and, with memories, `memory` and `buffers`, named as in the model of `config`.
         seed: () uint32, of the random numbers of all steps.
     """
@@ -101,11 +101,12 @@ def fresh_state(
     Tables for host memory are drawn one at a time, so that the device needs room for only one of them.
 
     Args:
-        config: of the run.
-        optimizers: from `make_optimizers`.
-        axes: of the mesh.
-        seed: of all draws.
-        abstract: from `abstract_state`, where it is at hand. Otherwise the model is traced once more for it.
+        config: the run's config.
+        optimizers: the result of `make_optimizers`.
+        axes: the axes of the mesh.
+        seed: seed of all draws.
+        abstract: the result of `abstract_state`, where it is at hand. Otherwise the model is traced once more
+            for it.
     """
 
     def init(seed: jax.Array) -> TrainState:
@@ -137,9 +138,9 @@ def abstract_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) ->
     rules of `ultramem_jax.parallel.rules`. Everything else is on every device.
 
     Args:
-        config: of the run.
-        optimizers: from `make_optimizers`.
-        axes: of the mesh.
+        config: the run's config.
+        optimizers: the result of `make_optimizers`.
+        axes: the axes of the mesh.
     """
     with on_mesh(axes):
         state = jax.eval_shape(lambda: init_state(config, optimizers))

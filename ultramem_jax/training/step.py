@@ -34,8 +34,8 @@ def language_model_objective(config: RunConfig, axes: MeshAxes | None = None) ->
     auxiliary losses) and `auxiliary_loss`.
 
     Args:
-        config: of the run.
-        axes: of the mesh; None for one device.
+        config: the run's config.
+        axes: the axes of the mesh; None for one device.
     """
     model, logical = Transformer(config.model), logical_axes(config.model)
 
@@ -79,13 +79,13 @@ def make_train_step(
       the whole table in the dense way.
 
     Args:
-        config: of the run.
-        optimizers: from `make_optimizers`.
+        config: the run's config.
+        optimizers: the result of `make_optimizers`.
         record_before: whether the step returns (state, metrics, before). `before` holds, per table and array
             of it, `RowsBefore`: the rows that the step wrote, as they were before it. The dense way does not
             have this, and it works only on one device.
-        axes: of the mesh, for a step on a mesh. Its state is placed as `abstract_state` says, and its tokens
-            are split over `axes.tokens`. None is one device.
+        axes: the axes of the mesh, for a step on a mesh. The state of that step is placed as `abstract_state`
+            says, and its tokens are split over `axes.tokens`. None is one device.
     """
     step = ModuleStep(config, optimizers, language_model_objective(config, axes), record_before, axes)
     rate, value_rates = learning_rate(config.train), table_learning_rates(config)
@@ -114,8 +114,8 @@ def make_eval_step(
     number of targets. Targets whose mask is 0 do not count.
 
     Args:
-        config: of the run.
-        axes: of the mesh, as for `make_train_step`.
+        config: the run's config.
+        axes: the axes of the mesh, as for `make_train_step`.
     """
     model, logical = Transformer(config.model), logical_axes(config.model)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
-from ultramem_jax.models.transformer import table_readers
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.ops.lookup import RowGradients, RowsRead, row_gradients, rows_read
 from ultramem_jax.ops.sharded_lookup import pooled_shape, products_shape
 
@@ -38,7 +38,7 @@ def rows_of_tables(config: ModelConfig, reads: ArraysOfMemories) -> dict[str, Ro
     """Returns the rows of every table that a step read, over all memories that read the table.
 
     Args:
-        config: of the model.
+        config: the model's config.
         reads: what the memories sowed into `reads`.
     """
     return {
@@ -72,8 +72,8 @@ def table_gradients(
     """Returns the gradients of the rows that were read.
 
     Args:
-        config: of the model.
-        rows: from `rows_of_tables`.
+        config: the model's config.
+        rows: the result of `rows_of_tables`.
         reads: what the memories sowed into `reads`.
         cotangents: gradients with respect to `perturbations`.
 

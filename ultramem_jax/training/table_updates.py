@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ultramem_jax.config import ModelConfig
-from ultramem_jax.models.transformer import table_readers
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import RowsRead
 from ultramem_jax.ops.on_mesh import current_axes
@@ -55,9 +55,9 @@ def update_tables(
     """Updates the rows that were read.
 
     Args:
-        config: of the model.
-        optimizers: of the rows, by the name of their table.
-        state: before the step. Its tables and their moments are updated in place.
+        config: the model's config.
+        optimizers: the optimizers of the rows, by the name of their table.
+        state: the state before the step. Its tables and their moments are updated in place.
         reads: what the memories sowed into `reads`, with a leading axis of micro-batches.
         cotangents: gradients with respect to `perturbations`, with the same axis.
         finite: () bool. Unless it holds, no row is written. It must depend on every gradient that is computed

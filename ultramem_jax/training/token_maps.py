@@ -15,8 +15,8 @@ def for_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> tuple[RunConfig, n
     """Returns the config with what its memories must know of the tokenizer, and the map of its tokens.
 
     Args:
-        config: of the run.
-        tokenizer: of its corpus.
+        config: the run's config.
+        tokenizer: the tokenizer of its corpus.
 
     Returns:
         The config, and the map token -> canonical id, (V,) int32; None where no memory asks for it.
@@ -35,9 +35,9 @@ def with_token_maps(config: ModelConfig, buffers: ArrayTree, canonical: np.ndarr
     """Returns the buffers of a model with the token maps of its tokenizer, each placed as it is now.
 
     Args:
-        config: of the model, from `for_tokenizer`.
+        config: the model's config, from `for_tokenizer`.
         buffers: the model's collection `buffers`.
-        canonical: from `for_tokenizer`.
+        canonical: canonical ids from `for_tokenizer`.
     """
     buffers = dict(buffers)
     for site in config.sites:

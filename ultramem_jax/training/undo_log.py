@@ -208,7 +208,7 @@ def put_back(
     Args:
         piece: a part of an array, changed in place.
         place: where the part lies in the array.
-        shape: of the whole array.
+        shape: shape of the whole array.
         undo: the rows.
     """
     for slots, rows in undo:

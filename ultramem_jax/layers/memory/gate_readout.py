@@ -33,7 +33,7 @@ class ContextGateReadout(nn.Module):
         Args:
             pooled: (T, R, d_v), a token's rows.
             x: (B, S, D), hidden states.
-            chunk: in decoding, how x continues `conv_inputs` in the collection `cache`.
+            chunk: how x continues `conv_inputs` in the collection `cache`, in decoding.
 
         Returns:
             (B, S, D).

@@ -124,7 +124,7 @@ def chosen_scores(config: "ProductKeys", num_virtual_keys: int) -> ChosenScores:
     the m scores.
 
     Args:
-        config: of the memory.
+        config: the memory's config.
         num_virtual_keys: K.
 
     Returns:

@@ -185,10 +185,10 @@ def normed_keys(config: "ProductKeys", keys: jax.Array, scale: jax.Array | None,
     """Applies the norm of the config, if it has one, to keys (2, S, r, K, d): float32, same shape.
 
     Args:
-        config: of the memory.
+        config: the memory's config.
         keys: the parameter `keys`.
         scale: (d_k,), the parameter `key_scale`; None if `norm_keys` is off.
-        eps: of the norm.
+        eps: epsilon of the norm.
     """
     if scale is None:
         return keys

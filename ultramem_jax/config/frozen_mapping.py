@@ -5,14 +5,14 @@ from typing import NoReturn, TypeVar
 V = TypeVar("V")
 
 
-class FrozenDict(dict[str, V]):
+class FrozenMapping(dict[str, V]):
     """Maps names to values and cannot be changed. It can be hashed if its values can."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
-    def __reduce__(self) -> "tuple[type[FrozenDict[V]], tuple[dict[str, V]]]":
-        return FrozenDict, (dict(self),)
+    def __reduce__(self) -> "tuple[type[FrozenMapping[V]], tuple[dict[str, V]]]":
+        return FrozenMapping, (dict(self),)
 
     def _immutable(self, *_: object, **__: object) -> NoReturn:
         raise TypeError("configs cannot be changed: dataclasses.replace makes another one")
