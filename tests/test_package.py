@@ -12,6 +12,7 @@ import tomllib
 import pytest
 
 import ultramem_jax
+from ultramem_jax.commands import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -96,6 +97,13 @@ def test_the_command_says_its_version_and_lists_its_commands(installed, tmp_path
     listed = _run(installed, tmp_path, sys.executable, "-m", "ultramem_jax").stdout
     commands = re.findall(r"^  (\w+) ", listed, re.MULTILINE)
     assert commands == ["train", "evaluate", "generate", "count", "plan"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_only_what_is_installed(installed, tmp_path, command):
+    done = _run(installed, tmp_path, sys.executable, "-m", "ultramem_jax", command, "--help")
+    assert done.returncode == 0 and f"    ultramem {command} --" in done.stdout, done.stderr
+    assert not re.search(r"launch\.py|experiments[/.]|ultramem_jax/", done.stdout)
 
 
 def test_the_demo_trains_without_the_repository(installed, tmp_path):

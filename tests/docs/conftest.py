@@ -1,5 +1,5 @@
 """Runs programs in this process, for tests of commands that documents name."""
 
-from tests.support.programs import run
+from tests.support.programs import run, text
 
-__all__ = ["run"]
+__all__ = ["run", "text"]

@@ -3,14 +3,16 @@
 import contextlib
 import math
 import re
+import sys
 
 import pytest
 
-from tests.support.documents import GUIDES, python_blocks, shell_commands
+from tests.support.documents import GUIDES, python_blocks, shell_commands, write_files
 from tests.support.fixtures import one_device, standard_promotion  # noqa: F401
 from tests.support.programs import on_one_device  # noqa: F401
 from ultramem_jax.cli import command_line, local_processes
 from ultramem_jax.commands import COMMANDS
+from ultramem_jax.config.memory_kinds import ADDRESSERS
 from ultramem_jax.parallel.mesh import AXES
 from ultramem_jax.training.metrics import read_metrics
 
@@ -25,13 +27,18 @@ DEVICES = 8
 
 
 def _commands(guide):
-    """The commands of a guide, without `ultramem` or `python launch.py` and without settings of the shell."""
+    """Yields the commands of a guide, without what starts them and without settings of the shell."""
     for words in shell_commands(GUIDES / f"{guide}.md"):
         if words[0] == "ultramem":
             assert words[1] in COMMANDS, words
             yield words[1:]
         elif words[:2] == ["python", "launch.py"]:
             yield words[2:]
+        elif words[:3] == ["python", "-m", "ultramem_jax"]:
+            yield words[3:]
+        elif words[:2] == ["python", "-c"]:
+            assert "ultramem_jax.__main__" in words[2], words
+            yield words[3:]
         else:
             assert words == ["export", f"JAX_NUM_CPU_DEVICES={DEVICES}"], words
 
@@ -100,8 +107,29 @@ def test_a_text_is_trained_evaluated_and_continued(run, folder):
     assert len(names["texts"]) == 2 and len(names["written"]) == 8
 
 
+@pytest.fixture
+def own_memory():
+    """Takes the memory of the guide out of the registry after a test that imports it."""
+    yield
+    if sys.modules.pop("my_memory", None):
+        ADDRESSERS.remove("sign_bits")
+
+
+def test_an_own_memory_is_trained_and_evaluated(run, text, own_memory, monkeypatch, tmp_path):
+    """Both commands run in this process, which has imported the memory when it evaluates."""
+    write_files(GUIDES / "add_a_memory.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    train, evaluate = _commands("add_a_memory")
+    short = ("train.steps=2", "train.batch_size=4", "train.eval_batches=1", "data.seq_len=16")
+    status, _, err = run(*train, *text, *(f"--config.{field}" for field in short))
+    assert status == 0, err
+    status, out, err = run(*evaluate)
+    assert status == 0 and "bits/byte" in out, err
+
+
 @pytest.mark.parametrize("guide", sorted(path.stem for path in GUIDES.glob("*.md")))
-def test_every_flag_is_one_and_every_config_fits_its_mesh(guide, run, monkeypatch, tmp_path):
+def test_every_flag_is_one_and_every_config_fits_its_mesh(guide, run, own_memory, monkeypatch, tmp_path):
     """Nothing runs: in place of a command's `main` its config is made, and no process is joined."""
     parsed, parse = [], command_line.run
 
@@ -114,10 +142,9 @@ def test_every_flag_is_one_and_every_config_fits_its_mesh(guide, run, monkeypatc
     monkeypatch.setattr(command_line, "run", only_parsed)
     monkeypatch.setattr(command_line, "_joined", lambda member, logger: contextlib.nullcontext())
     (tmp_path / "experiments").symlink_to(GUIDES.parents[1] / "experiments")
-    for block in python_blocks(GUIDES / f"{guide}.md"):
-        if match := re.match(r"# (\w+\.py)\n", block):
-            (tmp_path / match[1]).write_text(block)
+    write_files(GUIDES / f"{guide}.md", tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     commands = list(_commands(guide))
     for words in commands:
         processes, words = local_processes.take_processes(words)

@@ -1,10 +1,15 @@
-"""The guide docs/guides/add_a_memory.md: its code runs, keeps the contract, and trains."""
+"""The guide docs/guides/add_a_memory.md: its code runs and keeps the contract.
 
+Its commands run in tests/docs/test_guide_commands.py.
+"""
+
+import runpy
+import sys
 from dataclasses import replace
 
 import pytest
 
-from tests.support.documents import GUIDES, python_blocks
+from tests.support.documents import GUIDES, write_files
 from tests.support.memory_contract import BASE, check_contract
 from ultramem_jax.config.memory_kinds import ADDRESSERS
 
@@ -12,13 +17,15 @@ GUIDE = GUIDES / "add_a_memory.md"
 
 
 @pytest.fixture
-def guide():
-    """The names that the guide's code defines; its kind is taken out of the registry afterwards."""
-    found = {"__name__": "guide"}
-    for block in python_blocks(GUIDE):
-        exec(compile(block, str(GUIDE), "exec"), found)
-    yield found
+def guide(tmp_path, monkeypatch):
+    """Returns the names that the guide's files define; its kind is taken out of the registry afterwards."""
+    write_files(GUIDE, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = runpy.run_path("my_run.py")
+    yield names | vars(names["my_memory"])
     ADDRESSERS.remove("sign_bits")
+    del sys.modules["my_memory"]
 
 
 def test_the_toy_keeps_the_contract(guide, tmp_path):

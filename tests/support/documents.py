@@ -14,6 +14,17 @@ def python_blocks(document: pathlib.Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
 
 
+def write_files(document: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes the Python files of a document: a block's first comment names its file, or it continues the last."""
+    file = None
+    for block in python_blocks(document):
+        if named := re.match(r"# (\w+\.py)\n", block):
+            file = folder / named[1]
+            file.write_text(block)
+        elif file:
+            file.write_text(f"{file.read_text()}\n\n{block}")
+
+
 def shell_commands(document: pathlib.Path) -> list[list[str]]:
     """Returns the words of every command in the `sh` blocks of a Markdown file, in its order."""
     blocks = re.findall(r"```sh\n(.*?)```", document.read_text(), re.DOTALL)

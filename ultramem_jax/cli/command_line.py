@@ -42,8 +42,8 @@ _CONFIG_HELP = (
     f"--config={'|'.join(RECIPES)}: a run that comes with the library; or --config=FILE: a Python file with "
     "get_config() -> RunConfig; the file is executed, so use only files that you trust",
     "--preset=NAME: the model, one of the presets below",
-    "--config.part.field=value: sets one of the fields below, explained in ultramem_jax/config/ and, "
-    "for kinds of memories, in ultramem_jax/layers/memory/; --config.model.memory.top_m=8 is short for "
+    "--config.part.field=value: sets one of the fields below, explained in ultramem_jax.config and, "
+    "for kinds of memories, in ultramem_jax.layers.memory; --config.model.memory.top_m=8 is short for "
     "--config.model.memories.NAME.address.top_m=8 if the model has one memory",
 )
 _MESH_HELP = (

@@ -9,7 +9,7 @@ Everything is counted from configs; no model is built.
   `(rounding)` marks a difference that is smaller than the rounding of the printed digits.
 - --notes prints which values of each preset are published, including its losses, and which are inferred.
 
-    python launch.py count --preset=ultramem-151m-x12,moe-151m-2in32 --notes
+    ultramem count --preset=ultramem-151m-x12,moe-151m-2in32 --notes
 """
 
 from absl import flags

@@ -3,7 +3,7 @@
 By default the splits are cut into disjoint sequences of data.seq_len tokens. --stride slides a window over
 them instead, so that each target has more context. The mesh on which the run was trained does not matter.
 
-    python launch.py evaluate --workdir=runs/demo --checkpoint=best --splits=test
+    ultramem evaluate --workdir=runs/demo --checkpoint=best --splits=test
 """
 
 from dataclasses import replace

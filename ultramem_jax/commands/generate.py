@@ -2,7 +2,7 @@
 
 The text goes to standard output. At the end, a line on standard error says how long it took.
 
-    python launch.py generate --workdir=runs/demo --prompt='import ' --num_tokens=100
+    ultramem generate --workdir=runs/demo --prompt='import ' --num_tokens=100
 """
 
 import sys

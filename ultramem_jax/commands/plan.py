@@ -9,7 +9,7 @@ device if it is not named or is 0. The plan contains:
 - an estimate of the time of a step, from published rates;
 - the bytes that each way of splitting a table sends, and which way sends least.
 
-    python launch.py plan --preset=ultramem-151m-x12 --mesh=data:4,memory:16 --config.train.batch_size=256
+    ultramem plan --preset=ultramem-151m-x12 --mesh=data:4,memory:16 --config.train.batch_size=256
 """
 
 import pathlib

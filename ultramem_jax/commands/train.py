@@ -3,7 +3,7 @@
 The same command again resumes from the newest complete checkpoint in --workdir. SIGTERM saves a checkpoint
 and ends the process with status 75, which means: not done yet, run the same command again.
 
-    python launch.py train --config=demo --workdir=runs/demo --sample=300
+    ultramem train --config=demo --workdir=runs/demo --sample=300
 """
 
 import pathlib
