@@ -16,8 +16,10 @@ import pytest
 
 from tests.support.assertions import assert_same_bits
 from tests.support.checkpoint_states import abstract
+from tests.support.drawn import drawn_variables
 from tests.support.paths import ROOT
 from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.models import Transformer
 from ultramem_jax.parallel.mesh import one_device as alone
 from ultramem_jax.presets import families
 from ultramem_jax.training import checkpoint_reading, large_arrays, loop, undo_log
@@ -26,7 +28,7 @@ from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.manifest import find_damage
 from ultramem_jax.training.restore import load_model
-from ultramem_jax.training.state import init_state
+from ultramem_jax.training.state import state_of
 from ultramem_jax.training.undo_log import LiveView, UndoLog, UndoRows, put_back
 
 
@@ -90,7 +92,9 @@ def held(monkeypatch, large):
 
 
 def start(config, optimizers):
-    return jax.jit(lambda: init_state(config, optimizers))()
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    variables = drawn_variables(lambda: Transformer(config.model).init(jax.random.key(0), tokens))
+    return state_of(config, optimizers, variables, jnp.uint32(0))
 
 
 def batches(count, sequences=4):
