@@ -15,7 +15,7 @@ def python_blocks(document: pathlib.Path) -> list[str]:
 
 
 def write_files(document: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes the Python files of a document: a block's first comment names its file, or it continues the last."""
+    """Writes the Python files of a document: a block's first comment names its file, or it continues one."""
     file = None
     for block in python_blocks(document):
         if named := re.match(r"# (\w+\.py)\n", block):
