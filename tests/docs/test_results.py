@@ -35,7 +35,7 @@ RESULTS = ROOT / "experiments" / "results"
 
 README = ROOT / "README.md"
 SYSTEMS = {"UltraMem": "ultramem", "MoE": "moe", "dense": "dense", "PKM": "pkm"}
-"""What README calls a system -> what CSV files call it."""
+"""README's name of a system -> its name in CSV files."""
 
 
 def compared(label: str, column: str) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""What is reported of decoding: figures and verdicts by hand, the file that is kept, what is drawn."""
+"""The report of decoding has the figures and verdicts found by hand, and is kept and drawn."""
 
 import csv
 from dataclasses import replace
@@ -30,7 +30,7 @@ MEGA, GIGA = 10**6, 10**9
 
 
 def cost(dense=100 * MEGA, row_bytes=0, flops=0, experts=0.0):
-    """Of attention and feed-forward half of the dense bytes each; FLOPs are all the feed-forward's."""
+    """Gives attention and feed-forward half of the dense bytes each, and all FLOPs to the feed-forward."""
     nothing = PartCost(0, 0)
     return DecodeCost(
         experts=experts,

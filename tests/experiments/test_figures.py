@@ -1,4 +1,4 @@
-"""What is drawn: the numbers that were given, under labels with their units."""
+"""Figures show the numbers that were given, under labels with their units."""
 
 import statistics
 

@@ -1,4 +1,4 @@
-"""What is kept of a table's rows: its bytes, counted by hand and in arrays, and the experiment on it."""
+"""States of a table's rows have the bytes counted by hand and in arrays; the experiment on them runs."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""What goes in and out of the authors' state dicts: dtypes, files, and the errors that name what is wrong."""
+"""The authors' state dicts go in and out: dtypes, files, and the errors that name what is wrong."""
 
 import chex
 import jax

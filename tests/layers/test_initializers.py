@@ -1,4 +1,4 @@
-"""How memories start, against the papers' formulas and against the layer itself."""
+"""Memories start as the papers' formulas and the layer itself say."""
 
 import math
 

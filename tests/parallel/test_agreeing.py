@@ -1,4 +1,4 @@
-"""What processes agree on, with the answers of the others made up."""
+"""Processes agree; the answers of the others are made up."""
 
 import jax
 import pytest

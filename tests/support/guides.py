@@ -16,7 +16,7 @@ SMALL_MEMORY = {
 QUICK = ("batch_size=8", "eval_batches=1", "log_every=1")
 STEPS = re.compile(r"--config\.train\.steps=(\d+)")
 DEVICES = 8
-"""Of a process, in the guide to many devices."""
+"""Devices of a process, in the guide to many devices."""
 
 
 def commands(guide):

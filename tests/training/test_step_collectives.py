@@ -1,4 +1,4 @@
-"""What a training step sends on a mesh: what was foretold, and no more with more slots."""
+"""A training step on a mesh sends what was predicted, and no more with more slots."""
 
 from dataclasses import replace
 
@@ -56,7 +56,7 @@ def _sent(config):
     return summary(found)
 
 
-def _foretold(config):
+def _predicted(config):
     total = {}
     for transfer in step_transfers(config, compiled(config).axes.mesh.shape):
         key = transfer.kind, transfer.axes
@@ -65,15 +65,15 @@ def _foretold(config):
 
 
 @pytest.mark.parametrize("name", SENDERS)
-def test_collectives_of_a_step_are_those_foretold(name):
-    found, foretold = _sent(SENDERS[name]), _foretold(SENDERS[name])
+def test_collectives_of_a_step_are_those_predicted(name):
+    found, predicted = _sent(SENDERS[name]), _predicted(SENDERS[name])
     scalars = 256  # bytes: losses and metrics
-    for key in found.keys() | foretold.keys():
-        sent, expected = found.get(key, 0), foretold.get(key, 0)
+    for key in found.keys() | predicted.keys():
+        sent, expected = found.get(key, 0), predicted.get(key, 0)
         assert abs(sent - expected) <= 0.05 * expected + scalars, key
     if name in ("slots", "width"):  # what tables need is exact
         tables, expected = (
-            {key: moved for key, moved in of.items() if key[0] != "all-reduce"} for of in (found, foretold)
+            {key: moved for key, moved in of.items() if key[0] != "all-reduce"} for of in (found, predicted)
         )
         assert tables == expected and len(tables) == (3 if name == "slots" else 4)
 
@@ -109,8 +109,8 @@ def test_means_over_columns_are_sent_for_every_place_of_the_chunks_of_reads():
     step, _, axes = compiled(config)
     means = [c for c in collectives_of(step.as_text(), axes.mesh) if not c.trips_known]
     # The reads of this batch, 8 sequences of 16 tokens with 16 reads, are one chunk.
-    foretold = {t.name: t.moved_bytes for t in step_transfers(config, axes.mesh.shape)}
-    assert [c.moved_bytes for c in means] == [foretold["means over the columns of rows"]]
+    predicted = {t.name: t.moved_bytes for t in step_transfers(config, axes.mesh.shape)}
+    assert [c.moved_bytes for c in means] == [predicted["means over the columns of rows"]]
     assert means[0].operand_bytes == 4 * 8 * 16 * 16
 
 

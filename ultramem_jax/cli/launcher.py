@@ -19,7 +19,7 @@ class Command:
     """Describes a command: a module with a `main()`, flags and, if it takes `--config`, a `BASE_CONFIG`."""
 
     module: str
-    """Its dotted name; imported only when the command runs."""
+    """Dotted name of the module, which is imported only when the command runs."""
     summary: str
     """One line for the list of commands."""
     in_several_processes: bool = False

@@ -53,7 +53,7 @@ from ultramem_jax.tree_types import ArrayTree
 _Gradients = tuple[jax.Array, jax.Array, ExpertWeights]
 """Derivatives by x, gates and weights."""
 _Residuals = tuple[ArrayTree, jax.Array, jax.Array, ExpertWeights]
-"""What the devices keep, x, gates and weights."""
+"""Values that the devices keep, then x, gates and weights."""
 
 
 def experts_on_mesh(

@@ -56,7 +56,7 @@ class Pass(NamedTuple):
     """Holds what a forward and a backward pass leave; on the whole batch, means over micro-batches."""
 
     gradients: dict[str, ArrayTree]
-    """By `params`, in the dense way `memory`, and `inputs`."""
+    """Gradients of `params`, in the dense way of `memory`, and of `inputs`, by these names."""
     cotangents: ArraysOfMemories
     """Gradients by the pooled reads; of the whole batch, behind an axis of micro-batches."""
     reads: ArraysOfMemories
