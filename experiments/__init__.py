@@ -15,7 +15,7 @@ EXPERIMENTS = {
     ),
     "row_states": Command(
         "experiments.row_states.run",
-        "optimizer states of a table's rows: their cost in memory and in loss",
+        "optimizer states of a table's rows: their cost in host memory and in loss",
         in_several_processes=True,
     ),
     "bench_step": Command(

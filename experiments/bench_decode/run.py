@@ -3,8 +3,8 @@
 A step takes one token of each sequence, with a full cache and random weights of the presets. There are two
 studies: time against the number of sequences, and time against sparse parameters at one batch.
 
-All models together do not fit into memory, so they take turns: in every round each model is drawn, timed at
-every batch, and deleted. The tables show beside each time the bytes that a step must touch, and the least
+All models together do not fit into host memory, so they take turns: in every round each model is drawn, timed
+at every batch, and deleted. The tables show beside each time the bytes that a step must touch, and the least
 time that this machine needs for it. --redraw makes tables and figures again from the measurements of earlier
 runs.
 
@@ -100,7 +100,7 @@ _SYSTEMS = {
 }
 """Systems in tables and figures, by the beginning of a preset's name."""
 _SHARE_OF_FREE = 0.8
-"""Share of free memory for weights and cache; the rest is for compiling and for the step's temporaries."""
+"""Share of free host memory for weights and cache; compiling and the step's temporaries take the rest."""
 
 log = logging.getLogger("ultramem_jax.bench_decode")  # the command line shows logs of this library
 

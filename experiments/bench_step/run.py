@@ -2,7 +2,7 @@
 
 By default one memory layer is timed without a model (512 tokens, D 256, 2·32 reads of 128 values): forward,
 backward and AdamW. Three ways take turns: row-sparse in float32, row-sparse with table and moments in
-bfloat16, and dense. Ways that do not fit into memory are left out, and the table says so.
+bfloat16, and dense. Ways that do not fit into host memory are left out, and the table says so.
 
 The table shows beside each time the least time that this machine needs, from the FLOPs and bytes of the step
 (ultramem_jax/accounting/step_costs.py) and measured rates. It also shows the parts of the step, each timed
@@ -40,7 +40,7 @@ REPEATS = flags.DEFINE_integer(
 LAYER = flags.DEFINE_bool("layer", True, "time the layer without a model")
 MODEL = flags.DEFINE_bool("model", False, "also time a small language model with that memory")
 MEMORY = flags.DEFINE_float(
-    "memory_gb", None, "memory to stay within, in GB (10^9 bytes); by default 90 % of the free memory"
+    "memory_gb", None, "host memory to stay within, in GB (10^9 bytes); by default 90 % of what is free"
 )
 RESULTS = flags.DEFINE_string("results", "experiments/results/bench_step", "folder of tables and figures")
 REDRAW = flags.DEFINE_bool(
@@ -126,7 +126,7 @@ def _sides(slots: list[str]) -> list[int]:
 
 
 def _memory_limit() -> int | None:
-    """Returns the bytes that steps must fit into; None if the free memory is unknown."""
+    """Returns the bytes that steps must fit into; None if the free host memory is unknown."""
     free = machine.available_bytes()
     if MEMORY.value is None:
         return None if free is None else int(_SHARE_OF_FREE * free)

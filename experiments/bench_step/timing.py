@@ -1,4 +1,4 @@
-"""Times steps in turn: chooses steps that fit into memory together, and measures their times and memory."""
+"""Times steps in turn: chooses steps that fit into host memory together, and measures what they take."""
 
 import itertools
 import time
@@ -15,7 +15,7 @@ WARM_UP = 3
 
 
 class Need(NamedTuple):
-    """Holds the memory that a step needs, in bytes, counted before anything is compiled."""
+    """Holds the host memory that a step needs, in bytes, counted before anything is compiled."""
 
     state: int
     """Bytes of the state that the step keeps."""
@@ -51,7 +51,7 @@ def contender(
     tables: Callable[[ArrayTree], ArrayTree],
     dense: bool,
 ) -> Contender:
-    """Returns a step with the memory that it needs.
+    """Returns a step with the host memory that it needs.
 
     Args:
         init: see `Contender`.
@@ -76,7 +76,7 @@ def needed(needs: Sequence[Need]) -> int:
 
 
 def groups_that_fit(needs: Mapping[str, Need], limit: int | None) -> list[list[str]]:
-    """Divides steps into groups that fit into memory together, and makes groups as large as possible.
+    """Divides steps into groups that fit into host memory together, and makes groups as large as possible.
 
     Steps that do not fit on their own are left out. Among groups of the same size, the one with the first
     names is chosen.
@@ -111,7 +111,7 @@ def race(
     """Times steps in turn: a round runs each step once, all on the same new batch.
 
     Args:
-        contenders: steps by name; their states are in memory together.
+        contenders: steps by name; their states are in host memory together.
         draw: function from the number of a round to its batch.
         repeats: rounds that count, after `WARM_UP` rounds.
         tick: function that is called after every step.

@@ -3,7 +3,7 @@
 Command: python launch.py train --config=experiments/configs/slots_20m.py --config.data.dataset=enwik8
     --config.data.path=enwik8.gz
 Machine: 2 CPU cores (Intel Xeon, shared), 23.5 GiB of host memory.
-Time: 346 seconds from start to end; other programs took a core for a part of them.
+Time: 346 seconds from start to end; other programs took a CPU core for a part of them.
 Result: experiments/results/slots_20m/slots_20m.md: at most 7.27 GB resident, 2,660 tokens/s, 3.357 validation
     bits per byte after 200 steps.
 

@@ -1,4 +1,4 @@
-"""Where memories sit, as a placement says it."""
+"""Memories sit where a placement says."""
 
 import pytest
 

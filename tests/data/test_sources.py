@@ -291,7 +291,7 @@ class ToyTextDataset(tfds.core.GeneratorBasedBuilder):
     """Stands for any TFDS text dataset: its splits are what `configured` says."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # see `PackedTokens`
+    code_path = None  # TFDS would look for checksums beside the code
     configured: dict[str, int]
     feature = "text"
 

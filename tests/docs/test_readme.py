@@ -26,6 +26,10 @@ def test_readme_is_short():
     assert len(README.read_text().splitlines()) <= 150
 
 
+def test_architecture_is_short():
+    assert len((ROOT / "docs" / "architecture.md").read_text().split()) < 3_170
+
+
 @pytest.mark.parametrize(("path", "link"), LINKS, ids=[f"{path.name}-{link}" for path, link in LINKS])
 def test_links_lead_somewhere(path, link):
     assert (path.parent / link).exists()

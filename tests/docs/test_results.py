@@ -5,6 +5,7 @@ with what result it was run.
 """
 
 import ast
+import functools
 import json
 import pathlib
 import re
@@ -15,6 +16,7 @@ from collections.abc import Callable
 import pytest
 
 from experiments.bench_step.records import Study as StepStudy
+from experiments.configs import compare
 from tests.support.documents import ROOT, local_links
 from tests.support.result_tables import (
     Printed,
@@ -33,7 +35,7 @@ RESULTS = ROOT / "experiments" / "results"
 
 README = ROOT / "README.md"
 SYSTEMS = {"UltraMem": "ultramem", "MoE": "moe", "dense": "dense", "PKM": "pkm"}
-"""What README calls a system -> what CSV files call it."""
+"""README's name of a system -> its name in CSV files."""
 
 
 def compared(label: str, column: str) -> list[float | None]:
@@ -102,8 +104,15 @@ def largest(path: str, field: str) -> float:
     return max(value for row in csv_rows(RESULTS / path) if (value := number(row[field])) is not None)
 
 
+def compared_bytes() -> float:
+    config = compare.get_config()
+    return config.train.steps * config.train.batch_size * config.data.seq_len
+
+
 SENTENCES: dict[str, Callable[[], list[float]]] = {
     r"\*\*([\d.]+) times\*\* as long": lambda: [moe_over_ultramem("float32", 16)],
+    r"The ([\d.]+) in bfloat16 at batch 16 is uncertain": lambda: [moe_over_ultramem("bfloat16", 16)],
+    r"equal FLOPs per token, ([\d.]+ M) bytes of the standard library": lambda: [compared_bytes()],
     r"MoE takes ([\d.]+) times as long as UltraMem at batch 64 in float32, and ([\d.]+) times in bfloat16": (
         lambda: [moe_over_ultramem(dtype, 64) for dtype in ("float32", "bfloat16")]
     ),
@@ -111,12 +120,61 @@ SENTENCES: dict[str, Callable[[], list[float]]] = {
     r"cost up to ([\d.]+) bits per byte": lambda: [largest("row_states/row_states.csv", "Δ")],
 }
 """Words of README with numbers that are measured or derived -> their values."""
+UNMEASURED = {
+    r"\b\d{4}\.\d{5}\b": "a paper on arXiv",
+    r"Apache 2\.0": "a licence",
+    r"about 2\.1 bits per byte": "of the demo, whose run is not committed",
+}
+"""Words of README with decimal numbers that no committed file has -> what they are."""
 
 
 @pytest.mark.parametrize("pattern", SENTENCES)
 def test_sentences_of_readme_round_what_the_csv_files_have(pattern):
     (match,) = re.finditer(pattern, " ".join(README.read_text(encoding="utf-8").split()))
     assert are_rounded(printed_numbers(" ".join(match.groups())), SENTENCES[pattern]())
+
+
+def test_models_of_two_billion_parameters_have_as_many():
+    assert README.read_text(encoding="utf-8").count("two billion parameters") == 2
+    rows = csv_rows(RESULTS / "bench_decode" / "bench_decode.csv")
+    sparse = {int(row["parameters"]) for row in rows if row["study"] == "batch" and row["system"] != "dense"}
+    assert sparse and all(round(parameters / 1e9) == 2 for parameters in sparse)
+
+
+def test_every_other_decimal_number_of_readme_is_known():
+    text = re.sub(
+        r"^```.*?^```|^\|.*?$", "", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    text = " ".join(re.sub(r"`[^`]*`|\]\([^)]*\)", " ", text).split())
+    for pattern in [*SENTENCES, *UNMEASURED]:
+        assert re.search(pattern, text), pattern
+        text = re.sub(pattern, "", text)
+    assert not re.findall(r"\d+\.\d+", text)
+
+
+REPORTS = [table for table in sorted(RESULTS.rglob("*.csv")) if table.with_suffix(".md").exists()]
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
+def test_the_main_table_of_a_report_rounds_its_csv_file(path):
+    rows = csv_rows(path)
+    tables = [t for t in markdown_tables(path.with_suffix(".md")) if list(t.header) == list(rows[0])]
+    if not tables:  # no table of this shape, and all others are made again from what is kept as JSON
+        assert path.with_suffix(".json").exists()
+        return
+    assert len(tables[0].rows) == len(rows)
+    wrong = []
+    for row, cells in zip(rows, tables[0].rows, strict=True):
+        for column, cell in zip(row, cells, strict=True):
+            measured = number(row[column])
+            fits = (
+                are_rounded(printed_numbers(cell), [measured])
+                if measured is not None
+                else cell.split() == row[column].split()
+            )
+            if not fits:
+                wrong.append(f"{cells[0]}, {column}: {cell!r}, measured {row[column]!r}")
+    assert not wrong
 
 
 REDRAWN = {
@@ -195,6 +253,43 @@ def test_every_config_says_how_it_was_run(config):
         numbers += csv_numbers(table)
     missing = [n.text for n in printed_numbers(words) if not any(map(n.rounds, numbers))]
     assert not missing and printed_numbers(words)
+
+
+def bits_and_spread(path: str, **wanted: object) -> list[float | None]:
+    row = csv_row(RESULTS / path, **wanted)
+    return [number(row["validation bits/byte"]), number(row["± (val.)"])]
+
+
+def ladder_ends() -> list[float | None]:
+    first, *_, last = csv_rows(RESULTS / "ablate" / "ladder.csv")
+    return [number(row[name]) for row in (first, last) for name in ("validation bits/byte", "± (val.)")]
+
+
+def smallest_row_states() -> list[float | None]:
+    rows = csv_rows(RESULTS / "row_states" / "row_states.csv")
+    (row,) = [row for row in rows if number(row["bytes/slot"]) == 260 and row["rounding"] == "stochastic"]
+    return [number(row["bytes/slot"]), number(rows[0]["bytes/slot"]), number(row["Δ"]), number(row["± (Δ)"])]
+
+
+PLUS_MINUS = r"([\d.]+ ± [\d.]+)"
+LABELLED: dict[tuple[str, str], Callable[[], list[float | None]]] = {
+    ("ablate", rf"from {PLUS_MINUS} to {PLUS_MINUS}"): ladder_ends,
+    ("row_states", rf"(\d+) bytes a slot instead of (\d+), .* by {PLUS_MINUS}"): smallest_row_states,
+    ("slots_20m", r"at most ([\d.]+) GB"): lambda: [largest("slots_20m/memory.csv", "peak_gb")],
+    **{
+        ("compare", rf"{PLUS_MINUS}(?: validation bits per byte)? for {label}\b"): functools.partial(
+            bits_and_spread, "compare/compare.csv", system=system
+        )
+        for label, system in SYSTEMS.items()
+    },
+}
+"""A config, and words of its result with the label of a row of a CSV file -> the values of that row."""
+
+
+@pytest.mark.parametrize(("config", "pattern"), LABELLED)
+def test_results_of_configs_are_those_of_their_rows(config, pattern):
+    (match,) = re.finditer(pattern, said(ROOT / "experiments" / "configs" / f"{config}.py")["Result"])
+    assert are_rounded(printed_numbers(" ".join(match.groups())), LABELLED[config, pattern]())
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

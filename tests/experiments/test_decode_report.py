@@ -29,7 +29,7 @@ MEGA, GIGA = 10**6, 10**9
 
 
 def cost(dense=100 * MEGA, row_bytes=0, flops=0, experts=0.0):
-    """Of attention and feed-forward half of the dense bytes each; FLOPs are all the feed-forward's."""
+    """Gives attention and feed-forward half of the dense bytes each, and all FLOPs to the feed-forward."""
     nothing = PartCost(0, 0)
     return DecodeCost(
         experts=experts,

@@ -18,7 +18,7 @@ class Printed:
     value: float
     """With its unit: 1.00 M is a million."""
     last_digit: float
-    """What one more in the last printed digit is worth."""
+    """Value of one more in the last printed digit."""
 
     def rounds(self, measured: float) -> bool:
         """Returns whether a measured value, rounded to the printed digits, is this number."""
@@ -42,7 +42,7 @@ class MarkdownTable:
     """Holds a table of a document, cells without the blanks around them."""
 
     heading: str
-    """Of the section that it stands in; blank before the first one."""
+    """Heading of its section; blank before the first one."""
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 

@@ -1,7 +1,7 @@
-"""Parses the command line that all experiments share, and runs an experiment with one-line errors.
+"""Parses the command line that all commands share, and runs a command with one-line errors.
 
-Every command and experiment is a module with absl flags and a `main()`. The config of a run is built in this
-order, whatever the order of the flags:
+Every command, experiments included, is a module with absl flags and a `main()`. The config of a run is built
+in this order, whatever the order of the flags:
 
 1. `--config=FILE`: a Python file with `get_config() -> RunConfig`, or the name of a recipe.
 2. `--preset=NAME`: replaces the model.
@@ -73,16 +73,16 @@ def run(
     base: RunConfig | None = None,
     together: bool = False,
 ) -> int:
-    """Parses flags, runs an experiment and returns the exit status.
+    """Parses flags, runs a command and returns the exit status.
 
     A process that has joined others does not return after a failure: it ends at once.
 
     Args:
-        main: the experiment; it reads `FLAGS` and gets its config from `run_config`.
+        main: the command's function; it reads `FLAGS` and gets its config from `run_config`.
         argv: program and name of the command in one string, then the flags.
         usage: text that `--help` prints above the flags.
-        base: config that `--config` and `--preset` change; None if the experiment has none.
-        together: whether the experiment can run in several processes. It then takes the flags that say which
+        base: config that `--config` and `--preset` change; None if the command has none.
+        together: whether the command can run in several processes. It then takes the flags that say which
             process this one is.
 
     Returns:
@@ -312,7 +312,7 @@ def _flag_help(module: str, base: RunConfig | None, together: bool) -> str:
     entries: list[str] = []
     own_models = hasattr(sys.modules[module], "CONFIG_HELP")
     if base is not None:
-        # An experiment that chooses its own models describes what its --config takes.
+        # A command that chooses its own models describes what its --config takes.
         entries += getattr(sys.modules[module], "CONFIG_HELP", _CONFIG_HELP)
         entries.append(_MESH_HELP)
     if together:

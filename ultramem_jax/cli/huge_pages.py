@@ -1,4 +1,4 @@
-"""Starts Python again on large pages of memory, without which reading rows of a large table is slow."""
+"""Starts Python again on large pages of host memory, without which reading rows of a large table is slow."""
 
 import os
 import sys

@@ -1,7 +1,7 @@
 """Keeps a tokenized corpus: one file of token ids per split, and a description of them.
 
 `SPLIT.tokens` holds the ids of a split end to end, little-endian, without a header; `corpus.json` says how
-many there are, and what they are. Files are mapped into memory, so that opening them reads nothing.
+many there are, and what they are. Files are mapped into host memory, so that opening them reads nothing.
 """
 
 import json

@@ -99,7 +99,7 @@ def verdict(costs: Costs) -> str:
     seconds = _runs(costs, lambda cost: cost.seconds)
     ours = _runs(costs, lambda cost: cost.seconds, WAYS[:2])
     return (
-        f"In this lookup alone, forward, fewest bytes are sent {_in_words(sent)}; sending and reading take "
+        f"In this lookup only, forward, fewest bytes are sent {_in_words(sent)}; sending and reading take "
         f"least time {_in_words(seconds)}, and of our two ways {_in_words(ours)}. A step has more to send: "
         "see the tables above."
     )

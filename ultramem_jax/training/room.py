@@ -1,4 +1,4 @@
-"""Says in one line that a model does not fit into memory, and checks this for its state before drawing it.
+"""Says in one line that a model exceeds device memory, and checks this for its state before drawing it.
 
 Without this check, a state that is too large fails in the middle of a compilation, is killed by the system,
 or waits forever for memory that will not come.
