@@ -7,10 +7,10 @@ import pytest
 from tests.support.documents import GUIDES, shell_commands
 from ultramem_jax.commands import COMMANDS
 
-SMALL = ("embed_dim=32", "num_layers=2", "num_heads=2", "num_kv_heads=2", "mlp_dim=32")
+SMALL = ("embed_dim=32", "num_layers=1", "num_heads=2", "num_kv_heads=2", "mlp_dim=32")
 SMALL_MEMORY = {
-    "ultramem-tiny": ("placement=1:2", "num_keys=16", "value_dim=8"),
-    "engram-tiny": ("placement=before@2", "rows_per_head=(64,)"),
+    "ultramem-tiny": ("placement=1:1", "num_keys=16", "value_dim=8"),
+    "engram-tiny": ("placement=before@1", "rows_per_head=(64,)"),
 }
 """Fields of the memory, by preset."""
 QUICK = ("batch_size=8", "eval_batches=1", "log_every=1")

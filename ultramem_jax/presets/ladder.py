@@ -96,7 +96,7 @@ GRID = (
     GridPoint("tdqkr-alone", "alone", "ladder-06-query-key-ln", "tucker_rank", 2),
     GridPoint("mcs-alone", "alone", "tdqkr-alone", "num_cores", 2),
 )
-"""Points of table 3 of the paper (`ive`, `tdqkr`, `mcs`), and those that the reviewers of the paper missed (`alone`).
+"""Points of table 3 of the paper (`ive`, `tdqkr`, `mcs`), and those that its own reviewers missed (`alone`).
 
 The bases of table 3 are inferred: its changes for E 4, r 2 and h 2, -0.017, -0.008 and -0.003, are those of
 table 2 from rung 6 to 7, 7 to 8 and 8 to 9.
