@@ -4,7 +4,6 @@ Tables and figures are made only from a `DecodeStudy`, so they can be made again
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import statistics
@@ -14,9 +13,7 @@ from dataclasses import dataclass
 
 from experiments.common import report
 from ultramem_jax.accounting import DecodeCost, PartCost
-from ultramem_jax.errors import UserError
-from ultramem_jax.files import replace_text
-from ultramem_jax.reporting.records import kept_record
+from ultramem_jax.reporting.records import keep_record, kept_record
 from ultramem_jax.tree_types import JsonDict
 
 STUDIES = ("batch", "sparsity")
@@ -213,14 +210,7 @@ class DecodeStudy:
         Raises:
             UserError: the file cannot be written.
         """
-        path = pathlib.Path(path)
-        text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(path, text)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written, {error.strerror}") from error
-        return path
+        return keep_record(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "DecodeStudy":

@@ -1,7 +1,6 @@
 """Keeps what `bench_step` measured in a file, from which tables and figures can be made again."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from experiments.common import report
 from experiments.common.machine import Rates
 from ultramem_jax.accounting import PartCost, floor_seconds
 from ultramem_jax.config import MemoryConfig, run_config_from_dict, to_dict
-from ultramem_jax.reporting.records import kept_record
+from ultramem_jax.reporting.records import keep_record, kept_record
 from ultramem_jax.tree_types import JsonDict
 
 
@@ -70,8 +69,7 @@ class Study:
         tree |= {"memory": to_dict(self.memory), "rates": dataclasses.asdict(self.rates)}
         tree |= {"steps": [self._step_tree(step) for step in self.steps]}
         tree |= {"parts": [_parts_tree(parts) for parts in self.parts]}
-        path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        return path
+        return keep_record(path, tree)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Study":

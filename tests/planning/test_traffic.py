@@ -94,8 +94,8 @@ def test_formulas_stand_beside_what_they_describe():
     experts = f"{FORWARD}/shard_map/exchange(tokens to experts and back)/all_to_all"
     found = [collective(experts, "all-to-all"), collective(experts, "all-to-all")]
     formulas = [
-        Transfer("tokens to experts", "all-to-all", ("memory",), 200.0),
-        Transfer("results to tokens", "all-to-all", ("memory",), 100.0),
+        Transfer("tokens to experts and back", "all-to-all", ("memory",), 200.0),
+        Transfer("tokens to experts and back", "all-to-all", ("memory",), 100.0),
         Transfer("gradients of parameters", "all-reduce", ("data",), 700.0),
     ]
     first, second = grouped(found, formulas)

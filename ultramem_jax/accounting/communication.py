@@ -298,8 +298,8 @@ def _experts(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens:
         capacity = exchange_capacity(tokens * moe.top_k, owners)
         rows = layers * owners * capacity * model.embed_dim * size
         transfers.add(purposes.LOADS_OF_EXPERTS, "all-to-all", groups.experts, layers * moe.num_experts * 4)
-        for way in ("tokens to experts", "results to tokens"):
-            transfers.add(way, "all-to-all", groups.experts, 2 * rows)  # forward and backward
+        # There and back, forward and backward.
+        transfers.add(purposes.TOKENS_TO_EXPERTS, "all-to-all", groups.experts, 4 * rows)
     partial = () if groups.of_tokens(groups.experts) else groups.experts
     if tensor > 1:
         partial += ("tensor",)

@@ -4,6 +4,9 @@ from collections.abc import Iterable, Sequence
 
 from ultramem_jax.errors import UserError, require, unknown, whole_number
 
+HELP = ("--help", "-h", "-help")
+"""Words that ask for help."""
+
 
 def take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
     """Returns the value of a flag, and the command line without that flag.

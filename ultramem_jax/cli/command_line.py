@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from ultramem_jax.cli.arguments import take, take_integer
+from ultramem_jax.cli.arguments import HELP, take, take_integer
 from ultramem_jax.cli.config_help import fields_help, presets_help, wrapped
 from ultramem_jax.cli.plain_log import plain_log
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
@@ -61,7 +61,6 @@ _PROCESSES_HELP = (
     "--heartbeat_timeout=SECONDS: time without a heartbeat after which a process counts as dead and all "
     f"processes end (default {HEARTBEAT_TIMEOUT})",
 )
-HELP = ("--help", "-h", "-help")
 _OF_ONE_MEMORY = re.compile(r"(--?(?:no)?)config\.model\.memory\.([^=]+)((?:=.*)?)")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?")
 

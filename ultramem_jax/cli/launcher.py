@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import ultramem_jax
 from ultramem_jax.cli import local_processes
+from ultramem_jax.cli.arguments import HELP
 from ultramem_jax.errors import UserError, require, unknown
-
-_HELP = ("-h", "--help")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def launch(
     together = ", ".join(name for name, command in commands.items() if command.in_several_processes)
     try:
         processes, rest = local_processes.take_processes(list(arguments))
-        if not rest or rest[0] in _HELP:
+        if not rest or rest[0] in HELP:
             print(_overview(commands, program, together))
             return 0
         if rest[0] == "--version":
@@ -61,7 +60,7 @@ def launch(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if processes > 1 and not any(flag in command_line.HELP for flag in flags):
+    if processes > 1 and not any(flag in HELP for flag in flags):
         return local_processes.run([*again, *rest], processes)
     module = importlib.import_module(command.module)
     base = getattr(module, "BASE_CONFIG", None)

@@ -200,6 +200,11 @@ class ModelConfig(Checked):
         return tuple(layer for layer in range(1, self.num_layers + 1) if layer not in stood_in)
 
 
+def layer_name(number: int) -> str:
+    """Returns the name of a layer, counted from 1, among the parameters and in the cache."""
+    return f"layer_{number}"
+
+
 def table_readers(config: ModelConfig) -> dict[str, tuple[MemorySite, ...]]:
     """Returns the memories that read each table, by its name in the collection `memory`."""
     readers: dict[str, tuple[MemorySite, ...]] = {}

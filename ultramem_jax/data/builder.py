@@ -23,6 +23,7 @@ from ultramem_jax.data.sources import SPLITS, CorpusHash, Source, open_source
 from ultramem_jax.data.token_files import (
     Description,
     append_tokens,
+    made_again,
     read_description,
     tokens_path,
     write_description,
@@ -39,9 +40,8 @@ def prepare(config: DataConfig) -> Path:
     """Returns the folder of the tokenized corpus, and builds it first if it is not in the cache.
 
     The folder gets its name by a rename when it is whole and on disk, so a folder of that name is always
-    whole, also after a loss of power. A lock
-    lets one process of a machine build while the others wait. What a killed process left behind, the next one
-    removes.
+    whole, also after a loss of power. A lock lets one process of a machine build while the others wait. The
+    next process removes what a killed one left behind.
 
     Raises:
         UserError: see `open_source`; a cache folder that cannot be written; an empty training split for
@@ -96,7 +96,7 @@ def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     path = folder / "tokenizer.json"
-    again = f"delete the folder {folder}, and it is made again"
+    again = made_again(folder)
     try:
         tokenizer = BpeTokenizer.load(path)
     except UserError as error:

@@ -58,11 +58,13 @@ def read_description(folder: Path) -> Description:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: must be what describes the tokens beside it; {_again(folder)}") from error
+        raise UserError(
+            f"{path}: must be what describes the tokens beside it; {made_again(folder)}"
+        ) from error
     whole = isinstance(found, dict) and all(
         _is_of(kind, found.get(name)) for name, kind in get_type_hints(Description).items()
     )
-    require(whole, str(path), _DESCRIPTION, f"must describe the tokens beside it; {_again(folder)}")
+    require(whole, str(path), _DESCRIPTION, f"must describe the tokens beside it; {made_again(folder)}")
     return cast(Description, found)
 
 
@@ -76,7 +78,7 @@ def open_tokens(folder: Path, split: str) -> np.ndarray:
     size, dtype = description["num_tokens"][split], _dtype(description["vocab_size"])
     expected = size * dtype.itemsize
     found = path.stat().st_size if path.is_file() else 0
-    require(found == expected, str(path), f"{found:,} bytes", f"must have {expected:,}; {_again(folder)}")
+    require(found == expected, str(path), f"{found:,} bytes", f"must have {expected:,}; {made_again(folder)}")
     return np.memmap(path, dtype, "r", shape=(size,)) if size else np.empty(0, dtype)
 
 
@@ -87,7 +89,8 @@ def _is_of(kind: object, value: object) -> bool:
     return isinstance(value, dict) and all(type(value.get(split)) is int for split in SPLITS)
 
 
-def _again(folder: Path) -> str:
+def made_again(folder: Path) -> str:
+    """Returns what to do about a damaged corpus, for messages."""
     return f"delete the folder {folder}, and it is made again"
 
 

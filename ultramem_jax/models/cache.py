@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.config.model import layer_name
 from ultramem_jax.errors import at_least, choice
 from ultramem_jax.tree_types import ArrayTree
 
@@ -46,7 +47,7 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: str = 
     for layer in range(1, config.num_layers + 1):
         # Each layer has its own arrays, because they are updated in place.
         cached = {name: jnp.zeros(shape, jnp.dtype(dtype)) for name in ("keys", "values")}
-        cache[f"layer_{layer}"] = {"attention": cached}
+        cache[layer_name(layer)] = {"attention": cached}
     for site in config.sites:
         if kept := site.cache:
             cache[site.name] = {

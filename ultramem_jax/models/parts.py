@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.memory import MemorySite
+from ultramem_jax.config.model import layer_name
 from ultramem_jax.layers import Attention, Memory, RMSNorm, SharedTables, feed_forward
 from ultramem_jax.layers.caching import Chunk, next_chunk
 from ultramem_jax.models.cache import Cache
 from ultramem_jax.models.sampling import likeliest
-from ultramem_jax.models.transformer import layer_name
 from ultramem_jax.ops.linear import project
 from ultramem_jax.tree_types import Variables
 

@@ -8,17 +8,12 @@ import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.memory import MemorySite
-from ultramem_jax.config.model import table_readers
+from ultramem_jax.config.model import layer_name, table_readers
 from ultramem_jax.layers import Attention, Memory, RMSNorm, SharedTables, feed_forward
 from ultramem_jax.layers.caching import CACHE, Chunk, next_chunk
 from ultramem_jax.layers.parameters import matrix, served_parameter
 from ultramem_jax.ops.linear import project
 from ultramem_jax.ops.on_mesh import constrain_tokens
-
-
-def layer_name(number: int) -> str:
-    """Returns the name of a layer, counted from 1, among the parameters and in the cache."""
-    return f"layer_{number}"
 
 
 class Block(nn.Module):

@@ -1,9 +1,7 @@
 """Keeps what `plan` found in a file, from which its document can be made again without compiling."""
 
 import dataclasses
-import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +12,7 @@ from ultramem_jax.planning.partition import Costs, WayCost
 from ultramem_jax.planning.plans import Plan
 from ultramem_jax.planning.step_time import TimeEstimate, TimePart
 from ultramem_jax.planning.traffic import Traffic
-from ultramem_jax.reporting.records import kept_record
+from ultramem_jax.reporting.records import keep_record, kept_record
 from ultramem_jax.tree_types import JsonDict
 
 
@@ -44,7 +42,7 @@ class PlanStudy:
             "partition_tokens": tokens,
             "partition": None if costs is None else _costs_tree(costs),
         }
-        pathlib.Path(path).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        keep_record(path, tree)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PlanStudy":

@@ -12,12 +12,6 @@ from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.collectives import Collective
 from ultramem_jax.planning.compiled_step import CompiledStep, mesh_sizes
 
-_FORMULAS_OF = {
-    "tokens to experts": purposes.TOKENS_TO_EXPERTS,
-    "results to tokens": purposes.TOKENS_TO_EXPERTS,
-}
-"""Formulas whose collectives share one purpose in the program."""
-
 
 @dataclass(frozen=True)
 class Traffic:
@@ -88,7 +82,7 @@ def grouped(
         found.setdefault(key, []).append(collective)
     formulas: dict[tuple[str, str, tuple[str, ...]], float] = {}
     for transfer in transfers:
-        key = _FORMULAS_OF.get(transfer.name, transfer.name), transfer.kind, transfer.axes
+        key = transfer.name, transfer.kind, transfer.axes
         formulas[key] = formulas.get(key, 0) + transfer.moved_bytes
     rows = [_row(key, found.get(key, []), formulas.get(key), reads) for key in found | formulas]
     return sorted(rows, key=lambda row: -row.sent_bytes)
