@@ -11,9 +11,15 @@ import pytest
 from tests.support.users_compiler import OLDER_FUSIONS
 
 # Tests compile much and compute little. LLVM, which makes machine code of what XLA has optimized, may leave
-# out what pays for itself only on long runs: a third of the time of a training step's tests. And fusions are
-# made in XLA's older way, where it has one.
-_FLAGS = (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0", OLDER_FUSIONS)
+# out what pays for itself only on long runs: a third of the time of a training step's tests. A program is not
+# split for LLVM, as every core has a test of its own: 6 %. And fusions are made in XLA's older way, where it
+# has one.
+_FLAGS = (
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    OLDER_FUSIONS,
+)
 os.environ["XLA_FLAGS"] = " ".join(filter(None, _FLAGS))
 
 jax.config.update("jax_platforms", "cpu")
@@ -25,6 +31,10 @@ jax.config.update(
     os.environ.get("ULTRAMEM_TEST_CACHE", str(pathlib.Path(tempfile.gettempdir()) / "ultramem_jax_tests")),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+# A full collection walks over all compiled programs. At Python's thresholds, one in fifty tests causes one.
+gc.set_threshold(10_000, 20, 50)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SUPERVISOR = """
     import sys
     from ultramem_jax.cli import local_processes
-    sys.exit(local_processes.run([sys.executable, "-c", sys.argv[1]], 2))
+    sys.exit(local_processes.run([sys.executable, "-c", sys.argv[1]], 2, grace_seconds=1))
 """
 MEMBER = """
     import os, signal, sys, time

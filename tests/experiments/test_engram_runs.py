@@ -5,7 +5,7 @@ from tests.support.programs import TINY
 ENGRAM = [
     "--preset=engram-tiny",
     *(flag for flag in TINY if "model" in flag and "memory" not in flag),
-    "--config.model.memory.placement=before@1/before@2",
+    "--config.model.memory.placement=before@1",
     "--config.model.memory.rows_per_head=(61,)",
     "--config.model.memory.heads_per_order=2",
     "--config.data.seq_len=16",

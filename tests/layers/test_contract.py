@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.support.decoding import assert_decodes, decoded
-from tests.support.drawn import drawn_variables
-from tests.support.systems import CONFIGS, variables_of
+from tests.support.drawn import drawn_variables, variables_of
+from tests.support.systems import CONFIGS
 from ultramem_jax.layers import Attention, Memory, feed_forward
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.serving import prepare_for_decoding
@@ -108,8 +108,9 @@ PLACEMENTS = {"in_turn": "1:1/3:3", "skipping": "1:2/1:3", "crossing": "1:3/2:2"
 
 @functools.cache
 def _model(name, placement="skipping", dtype="float32", **fields):
-    config = replace(CONFIGS[name], num_layers=3, vocab_size=31, dtype=dtype, tie_embeddings=name != "moe")
+    config = replace(CONFIGS[name], num_layers=1, vocab_size=31, dtype=dtype, tie_embeddings=name != "moe")
     if config.memory is not None:
+        config = replace(config, num_layers=3)
         memory = config.memory.changed(placement=PLACEMENTS[placement], **fields)
         config = replace(config, memories={"memory": memory})
     variables = variables_of(config)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.systems import variables_of
+from tests.support.drawn import variables_of
 from tests.support.users_compiler import memory_analysis
 from ultramem_jax.config import ModelConfig, MoEConfig
 from ultramem_jax.data import ByteTokenizer
@@ -41,6 +41,7 @@ CONFIG = ModelConfig(
 )
 PROMPTS = [[256, 5, 9, 200], [7], [256, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
 GREEDY = Sampling(temperature=0)
+FULL_PASS = jax.jit(Transformer(CONFIG).apply)
 
 
 OTHERS = {
@@ -93,15 +94,18 @@ def greedy(variables):
 
 
 def _likeliest(variables, prompt, count, window):
-    """Continues a prompt by the definition: the whole context, unpadded, for every token.
+    """Continues a prompt by the definition: the whole context for every token.
+
+    Zeros follow the context, which sees nothing of them: one program is compiled, not one for every length.
 
     The context is what the cache holds: all tokens, until the window is full; then the newer half of it.
     """
-    ids, apply = list(prompt), jax.jit(Transformer(CONFIG).apply)
+    ids = list(prompt)
     context = ids[-window:]
     for _ in range(count):
-        logits = apply(variables, jnp.asarray([context], jnp.int32))
-        ids.append(int(logits[0, -1].argmax()))
+        padded = np.zeros((1, 16), np.int32)
+        padded[0, : len(context)] = context
+        ids.append(int(FULL_PASS(variables, padded)[0, len(context) - 1].argmax()))
         context = ids[-max(window // 2, 1) :] if len(context) == window else [*context, ids[-1]]
     return ids[len(prompt) :]
 

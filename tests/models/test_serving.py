@@ -10,7 +10,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.support.systems import CONFIGS, variables_of
+from tests.support.drawn import variables_of
+from tests.support.systems import CONFIGS
 from ultramem_jax.config import MeshConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.models import Transformer

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.drawn import COLLECTIONS
-from tests.support.systems import variables_of
+from tests.support.drawn import COLLECTIONS, variables_of
 from ultramem_jax.config import ModelConfig, MoEConfig
 from ultramem_jax.layers import Memory, RMSNorm
 from ultramem_jax.models import Transformer

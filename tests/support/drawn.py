@@ -1,4 +1,4 @@
-"""Draws variables without compiling the initialisation, which takes as long as to compile a layer."""
+"""Draws variables and states without compiling an initialisation, which takes as long as a layer."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ultramem_jax.config import ModelConfig, RunConfig
+from ultramem_jax.models import Transformer
 from ultramem_jax.ops.rows import to_stored
+from ultramem_jax.training.dense_optimizer import make_optimizers
+from ultramem_jax.training.state import TrainState, state_of
 
 COLLECTIONS = ("params", "memory", "buffers")
 
@@ -20,6 +24,19 @@ def drawn_variables(init: Callable[[], dict], seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     held = {name: dict(shapes[name]) for name in COLLECTIONS if name in shapes}
     return jax.tree.map_with_path(lambda path, leaf: _drawn(path, leaf, rng), held)
+
+
+def variables_of(model: ModelConfig, seed: int = 0) -> dict:
+    """Returns `drawn_variables` of a model."""
+    return drawn_variables(
+        lambda: Transformer(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)), seed
+    )
+
+
+def drawn_state(config: RunConfig) -> TrainState:
+    """Returns a state at step 0 on the first device, with `variables_of` its model."""
+    variables = variables_of(config.model, config.train.seed)
+    return state_of(config, make_optimizers(config), variables, jnp.uint32(config.train.seed))
 
 
 def _drawn(path: tuple, leaf: jax.ShapeDtypeStruct, rng: np.random.Generator) -> jax.Array:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from tests.support.drawn import drawn_state
 from tests.support.step_models import FAMILY, MODEL, ULTRAMEM, token_batches
 from ultramem_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from ultramem_jax.ops.exchanges import compiled_with_names
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device, shard_batch
 from ultramem_jax.training.dense_optimizer import make_optimizers
-from ultramem_jax.training.state import abstract_state, fresh_state
+from ultramem_jax.training.state import abstract_state
 from ultramem_jax.training.step import make_train_step
 
 TRAIN = TrainConfig(steps=20, batch_size=8, learning_rate=1e-2, warmup_fraction=0.0)
@@ -72,9 +73,8 @@ def compiled(config, alone=False):
 
 @functools.cache
 def start(model, train):
-    """Returns the state at step 0, on one device."""
-    config = RunConfig(model, train=train)
-    return jax.tree.map(np.asarray, fresh_state(config, make_optimizers(config), one_device(), np.uint32(0)))
+    """Returns the state at step 0."""
+    return jax.tree.map(np.asarray, drawn_state(RunConfig(model, train=train)))
 
 
 def run(config, steps, alone=False):

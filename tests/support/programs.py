@@ -12,11 +12,11 @@ from ultramem_jax.commands import COMMANDS
 TINY = [
     "--preset=ultramem-tiny",
     "--config.model.embed_dim=16",
-    "--config.model.num_layers=2",
+    "--config.model.num_layers=1",
     "--config.model.num_heads=2",
     "--config.model.num_kv_heads=2",
     "--config.model.mlp_dim=16",
-    "--config.model.memory.placement=1:2",
+    "--config.model.memory.placement=1:1",
     "--config.model.memory.address.num_keys=16",
     "--config.model.memory.address.top_m=4",
     "--config.model.memory.address.key_dim=8",

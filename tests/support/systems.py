@@ -1,13 +1,8 @@
-"""Holds a small model of every system, and makes their variables."""
+"""Holds a small model of every system."""
 
 from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
-
-from tests.support.drawn import drawn_variables
 from ultramem_jax.config import ModelConfig, MoEConfig
-from ultramem_jax.models import Transformer
 from ultramem_jax.presets import families
 
 BASE = ModelConfig(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=24)
@@ -36,10 +31,3 @@ CONFIGS = {
     "ultramem-v2": replace(BASE, memories={"memory": V2}),
 }
 """Models of 16 channels and two layers, by the system whose layer they have."""
-
-
-def variables_of(model: ModelConfig, seed: int = 0) -> dict:
-    """Returns random variables of a model."""
-    return drawn_variables(
-        lambda: Transformer(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)), seed
-    )

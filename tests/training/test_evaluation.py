@@ -26,16 +26,16 @@ S = 16
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A model with two memories, and a corpus of 4000 bytes."""
+    """A model with a memory, and a corpus of 4000 bytes."""
     folder = tmp_path_factory.mktemp("corpus")
     words = ["memory", "slot", "key", "query", "\n", "token ", "value;"]
     (folder / "text.txt").write_text(" ".join(np.random.default_rng(0).choice(words, 3000))[:4000])
     memory = families.ultramem(
-        placement="1:1/2:2", num_keys=8, top_m=4, num_heads=2, key_dim=8, value_dim=8, partition="both"
+        placement="1:1", num_keys=8, top_m=4, num_heads=2, key_dim=8, value_dim=8, partition="both"
     )
     return RunConfig(
         ModelConfig(
-            embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, memories={"memory": memory}
+            embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16, memories={"memory": memory}
         ),
         DataConfig("text", str(folder / "text.txt"), seq_len=S, cache_dir=str(folder / "cache")),
         TrainConfig(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.drawn import drawn_variables
+from tests.support.drawn import drawn_state
 from tests.support.step_models import FAMILY, MODEL, ULTRAMEM, token_batches
 from tests.support.users_compiler import memory_analysis
 from ultramem_jax.config import MoEConfig, RunConfig, TrainConfig
@@ -16,7 +16,7 @@ from ultramem_jax.parallel.mesh import one_device
 from ultramem_jax.presets import families
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.module_step import ModuleStep, Objective
-from ultramem_jax.training.state import abstract_state, fresh_state, init_state, state_of
+from ultramem_jax.training.state import abstract_state, fresh_state, init_state
 from ultramem_jax.training.step import make_eval_step, make_train_step, token_losses
 
 TRAIN = TrainConfig(steps=6, batch_size=8, learning_rate=1e-2, warmup_fraction=0.0)
@@ -25,19 +25,12 @@ TRAIN = TrainConfig(steps=6, batch_size=8, learning_rate=1e-2, warmup_fraction=0
 def _run(config, batches):
     optimizers = make_optimizers(config)
     step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
-    state = _start(config)
+    state = drawn_state(config)
     history = []
     for tokens in batches:
         state, metrics = step(state, tokens)
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
-
-
-def _start(config):
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    init = Transformer(config.model).init
-    variables = drawn_variables(lambda: init(jax.random.key(0), tokens), config.train.seed)
-    return state_of(config, make_optimizers(config), variables, jnp.uint32(config.train.seed))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +68,7 @@ def test_gradients_by_inputs_are_refused_with_micro_batches():
     objective = Objective(loss=lambda *_: pytest.fail("called"), num_tokens=len, inputs=lambda batch: batch)
     step = ModuleStep(config, make_optimizers(config), objective)
     with pytest.raises(ValueError, match=r"Objective.inputs: must be empty with train.grad_accumulation = 2"):
-        step.accumulate(_start(config), jnp.zeros((8, 4)), jax.random.key(0))
+        step.accumulate(drawn_state(config), jnp.zeros((8, 4)), jax.random.key(0))
 
 
 def test_row_wise_adagrad_equals_the_dense_way_whatever_is_read():
@@ -87,9 +80,8 @@ def test_row_wise_adagrad_equals_the_dense_way_whatever_is_read():
     dense, _ = _run(RunConfig(model, train=replace(train, table_gradient="dense")), batches)
     assert 0 < rows[-1]["memory_0/slots_read_share"] < 0.9
     ours, theirs = (state.tables["memory_0"]["values"] for state in (sparse, dense))
-    assert (
-        np.asarray(ours) != np.asarray(_start(RunConfig(model, train=train)).tables["memory_0"]["values"])
-    ).any()
+    before = drawn_state(RunConfig(model, train=train)).tables["memory_0"]["values"]
+    assert (np.asarray(ours) != np.asarray(before)).any()
     chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)
     expected = dense.table_state[0].sum_of_squares["memory_0"]["values"]
     squares = sparse.table_state["memory_0"]["values"].squares
@@ -100,7 +92,7 @@ def test_rows_that_are_not_read_keep_every_bit():
     model = replace(ULTRAMEM, memories={"memory": ULTRAMEM.memory.changed(num_keys=40, top_m=2)})
     config = RunConfig(model, train=TRAIN)
     batches = token_batches(2)
-    start = _start(config)
+    start = drawn_state(config)
     after, _ = _run(config, batches)
     for name in start.tables:
         seen = np.asarray(after.usage[name].seen)
@@ -127,11 +119,12 @@ def test_accumulated_micro_batches_equal_one_batch():
 @pytest.mark.parametrize(("shared", "micro_batches"), [(False, 1), (False, 2), (True, 1)])
 def test_compiled_step_holds_nothing_of_the_tables_size(shared, micro_batches):
     # 1,048,576 slots of 32 values: 134 MB a table, three of them with the moments.
-    memory = ULTRAMEM.memory.changed(placement="1:2", num_keys=1024, value_dim=32)
+    memory = ULTRAMEM.memory.changed(placement="1:1", num_keys=1024, value_dim=32)
     if shared:  # two memories of 724² slots of 16 values and 16 pre-values
         memory = FAMILY["ultramem-v2"].changed(num_keys=724, value_dim=16, pre_value_dim=16)
     train = replace(TRAIN, batch_size=2, grad_accumulation=micro_batches)
-    config = RunConfig(replace(MODEL, memories={"memory": memory}), train=train)
+    model = replace(MODEL, num_layers=2 if shared else 1, memories={"memory": memory})
+    config = RunConfig(model, train=train)
     optimizers = make_optimizers(config)
     state = jax.eval_shape(lambda: init_state(config, optimizers))
     # Few tokens, so that what does grow with tokens (and with √N: scores) stays far below the table.
@@ -146,7 +139,7 @@ def test_compiled_step_holds_nothing_of_the_tables_size(shared, micro_batches):
     dense = replace(config, train=replace(train, table_gradient="dense"))
     step = jax.jit(make_train_step(dense, make_optimizers(dense)), donate_argnums=0)
     state = jax.eval_shape(lambda: init_state(dense, make_optimizers(dense)))
-    assert memory_analysis(step.lower(state, tokens)).temp_size_in_bytes > table
+    assert step.lower(state, tokens).compile().memory_analysis().temp_size_in_bytes > table
 
 
 @pytest.mark.parametrize(
@@ -156,14 +149,14 @@ def test_compiled_step_holds_nothing_of_the_tables_size(shared, micro_batches):
 def test_temporaries_at_four_million_slots_are_a_small_share_of_the_table(stored, share, record):
     # The shape of the benchmark: 512 tokens, 4,194,304 slots of 128 values, R = 64 reads a token.
     memory = families.ultramem(
-        placement="1:2", num_keys=2048, top_m=32, num_heads=2, key_dim=64, value_dim=128, dtype=stored
+        placement="1:1", num_keys=2048, top_m=32, num_heads=2, key_dim=64, value_dim=128, dtype=stored
     )
     # Temporaries are those of the reads, float32 in either case: twice the share of a table half as large.
     table = 2048**2 * 128 * (4 if stored == "float32" else 2)
     train = replace(TRAIN, batch_size=2)
     if stored == "bfloat16":
         train = replace(train, row_moment_dtype="bfloat16", row_second_moment="row")
-    config = RunConfig(replace(MODEL, embed_dim=256, memories={"memory": memory}), train=train)
+    config = RunConfig(replace(MODEL, num_layers=1, embed_dim=256, memories={"memory": memory}), train=train)
     optimizers = make_optimizers(config)
     state = jax.eval_shape(lambda: init_state(config, optimizers))
     tokens = jax.ShapeDtypeStruct((2, 257), jnp.int32)
@@ -210,7 +203,7 @@ def test_initialising_a_table_takes_little_more_than_the_table():
 def test_loss_is_the_cross_entropy_of_the_model_and_auxiliary_losses_are_apart():
     moe = replace(MODEL, moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8))
     config, tokens = RunConfig(moe, train=TRAIN), token_batches(1)[0]
-    state = _start(config)
+    state = drawn_state(config)
     apply = jax.jit(Transformer(moe).apply)
     logits = np.asarray(apply({"params": state.params}, tokens[:, :-1]), np.float64)
     log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -224,7 +217,7 @@ def test_loss_is_the_cross_entropy_of_the_model_and_auxiliary_losses_are_apart()
 
 def test_masked_targets_do_not_count():
     config, tokens = RunConfig(MODEL, train=TRAIN), token_batches(1)[0]
-    params = {"params": _start(config).params}
+    params = {"params": drawn_state(config).params}
     logits = jax.jit(Transformer(MODEL).apply)(params, tokens[:, :-1])
     losses = np.asarray(token_losses(logits, tokens[:, 1:]), np.float64)
     mask = np.random.default_rng(0).integers(0, 2, losses.shape)
@@ -249,7 +242,7 @@ def test_experts_are_balanced_within_each_micro_batch():
     model = replace(MODEL, num_layers=1, moe=moe)
     config = RunConfig(model, train=replace(TRAIN, grad_accumulation=4))
     tokens = token_batches(1)[0]
-    state = _start(config)
+    state = drawn_state(config)
     router = jax.random.normal(jax.random.key(5), state.params["layer_1"]["feed_forward"]["router"].shape)
     state.params["layer_1"]["feed_forward"]["router"] = router
 

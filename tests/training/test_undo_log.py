@@ -39,7 +39,7 @@ def config(tmp_path_factory):
     rng = np.random.default_rng(0)
     (folder / "text.txt").write_text(" ".join(rng.choice(["memory", "slot", "key", "\n", "value;"], 3000)))
     memory = families.ultramem_v2(
-        placement="1:2",
+        placement="1:1",
         sharing="none",
         num_keys=24,
         top_m=4,
@@ -49,7 +49,7 @@ def config(tmp_path_factory):
         pre_value_dim=4,
     )
     model = ModelConfig(
-        embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=16, memories={"memory": memory}
+        embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16, memories={"memory": memory}
     )
     data = DataConfig("text", str(folder / "text.txt"), seq_len=16, cache_dir=str(folder / "cache"))
     train = TrainConfig(
@@ -403,9 +403,9 @@ MEASURED = """
         work()
         return megabytes("VmHWM") - before
 
-    small = dict(placement="1:2", key_dim=8, top_m=4, num_heads=1)
+    small = dict(placement="1:1", key_dim=8, top_m=4, num_heads=1)
     memory = families.ultramem(num_keys=512, value_dim=128, **small)
-    model = ModelConfig(embed_dim=16, num_layers=2, num_heads=2, num_kv_heads=2, mlp_dim=16)
+    model = ModelConfig(embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_dim=16)
     model = replace(model, memories={"memory": memory})
     config = RunConfig(model, train=TrainConfig(batch_size=2))
     optimizers, tokens = make_optimizers(config), np.ones((2, 9), np.int32)

@@ -26,8 +26,8 @@ from typing import IO
 from ultramem_jax.cli.arguments import take, take_integer
 from ultramem_jax.errors import Stopped, UserError, require
 
-_GRACE_SECONDS = 5.0
-"""Time that the other processes have to print their messages after one failed; they cannot continue."""
+GRACE_SECONDS = 5.0
+"""Time that the other processes have after one failed, unless `run` is told another; they cannot continue."""
 _POLL_SECONDS = 0.2
 _USER_ERROR = 2
 _HERE = "127.0.0.1"
@@ -67,12 +67,13 @@ def as_given(flags: list[str]) -> list[str]:
     return rest if processes is None else [f"--processes={processes}", *rest]
 
 
-def run(command: list[str], processes: int) -> int:
+def run(command: list[str], processes: int, grace_seconds: float = GRACE_SECONDS) -> int:
     """Runs the command in several processes, each with flags that say which one it is.
 
     Args:
         command: the command and its flags.
         processes: number of processes.
+        grace_seconds: time that the other processes have to print their messages after one failed.
 
     Returns:
         0 if all ended well, `Stopped.STATUS` if SIGTERM stopped them, else the status of the process that
@@ -81,7 +82,7 @@ def run(command: list[str], processes: int) -> int:
     with _forwarded_signals() as forwarded, contextlib.ExitStack() as stack:
         job = _Job(command, processes, stack)
         forwarded.to = job.send
-        status = job.watch(forwarded)
+        status = job.watch(forwarded, grace_seconds)
     return 128 + signal.SIGINT if signal.SIGINT in forwarded.seen else status
 
 
@@ -150,7 +151,7 @@ class _Job:
             if member.poll() is None:
                 member.send_signal(number)
 
-    def watch(self, forwarded: _Forwarded) -> int:
+    def watch(self, forwarded: _Forwarded, grace_seconds: float) -> int:
         """Waits until all processes have ended, and returns the status of the job.
 
         Returns:
@@ -167,7 +168,7 @@ class _Job:
                 if status not in (0, Stopped.STATUS) and failed is None:
                     failed = (index, status)
             if deadline is None and (failed or signal.SIGINT in forwarded.seen):
-                deadline = time.monotonic() + _GRACE_SECONDS
+                deadline = time.monotonic() + grace_seconds
             if deadline is not None and time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
         for thread in self._threads:
