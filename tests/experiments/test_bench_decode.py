@@ -19,6 +19,7 @@ from experiments.bench_decode.model import (
 )
 from experiments.bench_decode.records import DecodeStudy
 from experiments.common import machine
+from ultramem_jax import presets
 from ultramem_jax.config import MoEConfig
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.serving import prepare_for_decoding
@@ -92,6 +93,11 @@ def test_the_parts_are_those_of_the_model():
             chex.assert_tree_all_finite(y)
 
 
+def _of_one_layer(model):
+    memories = {name: memory.changed(placement="1:1") for name, memory in model.memories.items()}
+    return replace(model, num_layers=1, memories=memories)
+
+
 def test_chosen_experts_are_counted():
     kept, counters = full_cache(MOE, 2, 4, "float32")
     variables = random_variables(MOE)
@@ -109,7 +115,8 @@ def test_sparse_parameters_are_as_many_times_the_dense_ones_as_asked_for(name, r
     assert sparse_over_dense(with_sparsity(preset(name), ratio)) == pytest.approx(ratio, rel=0.03)
 
 
-def test_a_run_writes_tables_figures_and_what_they_are_made_of(run, quick, tmp_path):
+def test_a_run_writes_tables_figures_and_what_they_are_made_of(run, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(presets, "preset", lambda name: _of_one_layer(preset(name)))
     flags = ["--batches=2", "--rounds=2", "--steps=1", "--dtypes=float32", "--ratios=2", "--ratio_batch=2"]
     models = "--models=moe-tiny,ultramem-tiny"
     status, _, err = run(

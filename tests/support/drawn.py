@@ -1,5 +1,6 @@
 """Draws variables and states without compiling an initialisation, which takes as long as a layer."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -20,17 +21,24 @@ def drawn_variables(init: Callable[[], dict], seed: int = 0) -> dict:
 
     Gains are ones and biases zeros, as they start; a query convolution starts as the identity.
     """
-    shapes = jax.eval_shape(init)
+    return _drawn_like(jax.eval_shape(init), seed)
+
+
+def _drawn_like(shapes: dict, seed: int) -> dict:
     rng = np.random.default_rng(seed)
     held = {name: dict(shapes[name]) for name in COLLECTIONS if name in shapes}
     return jax.tree.map_with_path(lambda path, leaf: _drawn(path, leaf, rng), held)
 
 
 def variables_of(model: ModelConfig, seed: int = 0) -> dict:
-    """Returns `drawn_variables` of a model."""
-    return drawn_variables(
-        lambda: Transformer(model).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)), seed
-    )
+    """Returns random variables of a model; see `drawn_variables`."""
+    return _drawn_like(_shapes(model), seed)
+
+
+@functools.cache
+def _shapes(model: ModelConfig) -> dict:
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    return jax.eval_shape(lambda: Transformer(model).init(jax.random.key(0), tokens))
 
 
 def drawn_state(config: RunConfig) -> TrainState:

@@ -51,13 +51,6 @@ class TargetBytes:
         lengths = tokenizer.id_bytes
         self._lengths = jax.make_array_from_callback(lengths.shape, axes.sharding(P()), lengths.__getitem__)
 
-        def count(lengths: jax.Array, tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
-            # Targets are ids of the tokenizer, or padding, which the mask leaves out.
-            of_targets = lengths.at[tokens[:, 1:]].get(mode="clip")
-            return of_targets.sum() if mask is None else jnp.where(mask > 0, of_targets, 0).sum()
-
-        self._count = jax.jit(count, out_shardings=axes.sharding())
-
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Returns the bytes of the targets of tokens (B, S + 1), as () int32.
 
@@ -65,7 +58,14 @@ class TargetBytes:
             tokens: the batch, on the mesh.
             mask: (B, S); targets whose mask is 0 do not count. None counts all.
         """
-        return self._count(self._lengths, tokens, mask)
+        return _bytes_of_targets(self._lengths, tokens, mask)
+
+
+@jax.jit
+def _bytes_of_targets(lengths: jax.Array, tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
+    # Targets are ids of the tokenizer, or padding, which the mask leaves out.
+    of_targets = lengths.at[tokens[:, 1:]].get(mode="clip")
+    return of_targets.sum() if mask is None else jnp.where(mask > 0, of_targets, 0).sum()
 
 
 class Evaluator:
