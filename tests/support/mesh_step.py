@@ -26,7 +26,7 @@ TWO_AXES = MeshConfig(data=2, memory=2, width=2)
 
 
 def run_config(memory, mesh, train=TRAIN):
-    """Returns the run of a model with one layer, or with two where they share a table."""
+    """Returns the run of a model with one layer, or with two where two memories share a table."""
     layers = 2 if memory.table.is_shared and memory.placement != "1:1" else 1
     return RunConfig(
         replace(MODEL, num_layers=layers, memories={"memory": memory}), DataConfig(seq_len=16), train, mesh
