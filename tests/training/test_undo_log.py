@@ -16,10 +16,9 @@ import pytest
 
 from tests.support.assertions import assert_same_bits
 from tests.support.checkpoint_states import abstract
-from tests.support.drawn import drawn_variables
+from tests.support.drawn import drawn_state
 from tests.support.paths import ROOT
 from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from ultramem_jax.models import Transformer
 from ultramem_jax.parallel.mesh import one_device as alone
 from ultramem_jax.presets import families
 from ultramem_jax.training import checkpoint_reading, large_arrays, loop, undo_log
@@ -28,7 +27,6 @@ from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.manifest import find_damage
 from ultramem_jax.training.restore import load_model
-from ultramem_jax.training.state import state_of
 from ultramem_jax.training.undo_log import LiveView, UndoLog, UndoRows, put_back
 
 
@@ -91,12 +89,6 @@ def held(monkeypatch, large):
     return released
 
 
-def start(config, optimizers):
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    variables = drawn_variables(lambda: Transformer(config.model).init(jax.random.key(0), tokens))
-    return state_of(config, optimizers, variables, jnp.uint32(0))
-
-
 def batches(count, sequences=4):
     """Few tokens, so that steps write some rows, and many of them again."""
     rng = np.random.default_rng(1)
@@ -123,7 +115,7 @@ def test_steps_during_a_save_leave_no_trace_in_it(config, optimizers, held, tmp_
     if pieces == "of three rows":  # of 576: pieces that log entries begin and end in
         monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 8 * 4)
         monkeypatch.setattr(large_arrays, "_PIECE_BYTES", 3 * 8 * 4)
-    state = start(config, optimizers)
+    state = drawn_state(config)
     with Checkpoints(tmp_path) as checkpoints:
         step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
         for tokens in batches(3):
@@ -163,7 +155,7 @@ def test_whatever_a_rule_keeps_is_undone(config, held, tmp_path, rule):
     # Integers, one for each row; and nothing at all.
     config = replace(config, train=replace(config.train, row_optimizer=rule))
     optimizers = make_optimizers(config)
-    state = start(config, optimizers)
+    state = drawn_state(config)
     with Checkpoints(tmp_path) as checkpoints:
         step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
         state, _ = step(state, batches(1)[0])
@@ -206,7 +198,7 @@ def test_a_run_ends_as_one_that_waits_for_its_saves(config, held, one_device, tm
 
 def test_a_long_log_waits_for_the_writer(config, optimizers, held, tmp_path, monkeypatch):
     monkeypatch.setattr(undo_log, "_LOG_SHARE", 0.0)
-    state = start(config, optimizers)
+    state = drawn_state(config)
     with Checkpoints(tmp_path) as checkpoints:
         step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
         expected = bits(state)
@@ -228,7 +220,7 @@ def test_dense_tables_are_saved_without_a_log(config, large, one_device, tmp_pat
 
 def test_an_interrupt_comes_after_the_record(config, optimizers, held, tmp_path, monkeypatch):
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of a parallel run ignore it
-    state = start(config, optimizers)
+    state = drawn_state(config)
     expected = bits(state)
     record = UndoLog.record
 
@@ -247,7 +239,7 @@ def test_an_interrupt_comes_after_the_record(config, optimizers, held, tmp_path,
 
 
 def test_a_step_that_fails_costs_only_the_save(config, optimizers, held, tmp_path, monkeypatch, caplog):
-    state = start(config, optimizers)
+    state = drawn_state(config)
     expected = bits(state)
 
     def fail(*_):
@@ -268,7 +260,7 @@ def test_a_step_that_fails_costs_only_the_save(config, optimizers, held, tmp_pat
 
 @pytest.mark.parametrize("what", ["a table", "the log"])
 def test_what_cannot_be_written_costs_only_the_save(config, optimizers, held, tmp_path, monkeypatch, what):
-    state = start(config, optimizers)
+    state = drawn_state(config)
     expected = bits(state)
 
     def fail(*_):
@@ -297,7 +289,7 @@ def test_what_cannot_be_written_costs_only_the_save(config, optimizers, held, tm
 
 
 def test_tables_that_move_are_an_error(config, optimizers, held, tmp_path):
-    state = start(config, optimizers)
+    state = drawn_state(config)
     with pytest.raises(RuntimeError, match=r"not updated in place .*: tables\.memory_0\.values$"):  # noqa: SIM117
         with Checkpoints(tmp_path) as checkpoints:
             step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
@@ -310,7 +302,7 @@ def test_tables_that_move_are_an_error(config, optimizers, held, tmp_path):
 
 
 def test_damage_to_the_log_is_found(config, optimizers, held, tmp_path):
-    state = start(config, optimizers)
+    state = drawn_state(config)
     with Checkpoints(tmp_path) as checkpoints:
         step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
         save(checkpoints, 1, state)
