@@ -33,7 +33,7 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-# A full collection walks over all compiled programs. At Python's thresholds, hundreds of tests cause one.
+# A full collection walks over all compiled programs. At Python's thresholds hundreds would run in a suite.
 gc.set_threshold(10_000, 20, 50)
 
 

@@ -67,7 +67,8 @@ def test_help_names_every_preset_and_every_field_with_its_value(run):
 
 
 def test_train_evaluate_generate(run, text, tmp_path):
-    status, out, err = run("train", *TINY, *text, f"--workdir={tmp_path}", "--sample=5")
+    two_memories = ["--config.model.num_layers=2", "--config.model.memory.placement=1:1/2:2"]
+    status, out, err = run("train", *TINY, *two_memories, *text, f"--workdir={tmp_path}", "--sample=5")
     assert status == 0, err
     assert "bits per byte" in out and "continuation" in out and "launch.py evaluate" in out
     assert (tmp_path / "loss_curve.png").stat().st_size > 10_000

@@ -93,11 +93,6 @@ def test_the_parts_are_those_of_the_model():
             chex.assert_tree_all_finite(y)
 
 
-def _of_one_layer(model):
-    memories = {name: memory.changed(placement="1:1") for name, memory in model.memories.items()}
-    return replace(model, num_layers=1, memories=memories)
-
-
 def test_chosen_experts_are_counted():
     kept, counters = full_cache(MOE, 2, 4, "float32")
     variables = random_variables(MOE)
@@ -115,7 +110,13 @@ def test_sparse_parameters_are_as_many_times_the_dense_ones_as_asked_for(name, r
     assert sparse_over_dense(with_sparsity(preset(name), ratio)) == pytest.approx(ratio, rel=0.03)
 
 
+def _of_one_layer(model):
+    memories = {name: memory.changed(placement="1:1") for name, memory in model.memories.items()}
+    return replace(model, num_layers=1, memories=memories)
+
+
 def test_a_run_writes_tables_figures_and_what_they_are_made_of(run, quick, tmp_path, monkeypatch):
+    # `run` imports the program anew, and so its `preset`.
     monkeypatch.setattr(presets, "preset", lambda name: _of_one_layer(preset(name)))
     flags = ["--batches=2", "--rounds=2", "--steps=1", "--dtypes=float32", "--ratios=2", "--ratio_batch=2"]
     models = "--models=moe-tiny,ultramem-tiny"

@@ -108,7 +108,7 @@ PLACEMENTS = {"in_turn": "1:1/3:3", "skipping": "1:2/1:3", "crossing": "1:3/2:2"
 
 @functools.cache
 def _model(name, placement="skipping", dtype="float32", **fields):
-    config = replace(CONFIGS[name], num_layers=1, vocab_size=31, dtype=dtype, tie_embeddings=name != "moe")
+    config = replace(CONFIGS[name], vocab_size=31, dtype=dtype, tie_embeddings=name != "moe")
     if config.memory is not None:
         config = replace(config, num_layers=3)
         memory = config.memory.changed(placement=PLACEMENTS[placement], **fields)

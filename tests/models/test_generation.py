@@ -96,7 +96,7 @@ def greedy(variables):
 def _likeliest(variables, prompt, count, window):
     """Continues a prompt by the definition: the whole context for every token.
 
-    Zeros follow the context, which sees nothing of them: one program is compiled, not one for every length.
+    Zeros follow the context, which does not see them: one program is compiled, not one for every length.
 
     The context is what the cache holds: all tokens, until the window is full; then the newer half of it.
     """

@@ -1,4 +1,4 @@
-"""Draws variables and states without compiling an initialisation, which takes as long as a layer."""
+"""Draws variables and states, where compiling an initialisation would take as long as compiling a layer."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,8 @@ COLLECTIONS = ("params", "memory", "buffers")
 def drawn_variables(init: Callable[[], dict], seed: int = 0) -> dict:
     """Returns variables with the shapes that `init` makes, and random values of about the size of its own.
 
-    Gains are ones and biases zeros, as they start; a query convolution starts as the identity.
+    Gains are ones and biases zeros, as they start; a query convolution starts as the identity. Buffers are
+    ones, but for permutations.
     """
     return _drawn_like(jax.eval_shape(init), seed)
 

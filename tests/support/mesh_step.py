@@ -26,8 +26,8 @@ TWO_AXES = MeshConfig(data=2, memory=2, width=2)
 
 
 def run_config(memory, mesh, train=TRAIN):
-    """Returns the run of a model with one layer, or with two where two memories share a table."""
-    layers = 2 if memory.table.is_shared and memory.placement != "1:1" else 1
+    """Returns the run of a model with one layer, or with two where they share a table."""
+    layers = 2 if memory.table.is_shared else 1
     return RunConfig(
         replace(MODEL, num_layers=layers, memories={"memory": memory}), DataConfig(seq_len=16), train, mesh
     )
@@ -73,7 +73,7 @@ def compiled(config, alone=False):
 
 @functools.cache
 def start(model, train):
-    """Returns the state at step 0."""
+    """Returns a state at step 0, drawn and not initialised."""
     return jax.tree.map(np.asarray, drawn_state(RunConfig(model, train=train)))
 
 

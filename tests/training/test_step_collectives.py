@@ -33,7 +33,7 @@ SENDERS = {
     "micro-batches": MICRO_BATCHES,
     "same tokens": SAME_TOKENS,
     "fsdp": run_config(MEMORY, MeshConfig(data=2, fsdp=2, memory=2)),
-    "balance": run_config(V2.changed(num_keys=64, pre_value_dim=4, placement="1:1"), MESH),
+    "balance": run_config(V2.changed(num_keys=64, pre_value_dim=4), MESH),
     "tensor": run_config(MEMORY, MeshConfig(data=2, tensor=2, memory=2)),
     "n-grams by slots": run_config(NGRAMS, MESH),
     "n-grams by both": run_config(NGRAMS.changed(partition="both"), TWO_AXES),
@@ -144,7 +144,7 @@ def test_more_slots_send_no_more(config):
 
 def test_more_slots_with_as_many_keys_send_the_same():
     # The window that a memory reads of a ring of four times the slots is a quarter of it.
-    ring = V2.changed(pre_value_dim=4, placement="1:1")
+    ring = V2.changed(pre_value_dim=4)
     few, many = (
         _sent(run_config(ring.changed(num_keys=n, share_ratio=share), MESH))
         for n, share in ((4, 1.0), (8, 0.25))

@@ -27,7 +27,7 @@ from ultramem_jax.cli.arguments import take, take_integer
 from ultramem_jax.errors import Stopped, UserError, require
 
 GRACE_SECONDS = 5.0
-"""Time that the other processes have after one failed, unless `run` is told another; they cannot continue."""
+"""Time that processes have to print their messages after another failed, or after Ctrl-C."""
 _POLL_SECONDS = 0.2
 _USER_ERROR = 2
 _HERE = "127.0.0.1"
@@ -73,7 +73,7 @@ def run(command: list[str], processes: int, grace_seconds: float = GRACE_SECONDS
     Args:
         command: the command and its flags.
         processes: number of processes.
-        grace_seconds: time that the other processes have to print their messages after one failed.
+        grace_seconds: time that processes have to print their messages after another failed, or after Ctrl-C.
 
     Returns:
         0 if all ended well, `Stopped.STATUS` if SIGTERM stopped them, else the status of the process that

@@ -61,6 +61,7 @@ class TargetBytes:
         return _bytes_of_targets(self._lengths, tokens, mask)
 
 
+# The sum is on every device: a scalar has no axis to be split along.
 @jax.jit
 def _bytes_of_targets(lengths: jax.Array, tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
     # Targets are ids of the tokenizer, or padding, which the mask leaves out.
