@@ -4,6 +4,7 @@ Tables and figures are made only from a `DecodeStudy`, so they can be made again
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 import statistics
@@ -193,7 +194,7 @@ class DecodeStudy:
         if not flops:
             return {}
         floors = timing.cost.part_floors(flops, self.rates.bytes_per_second)
-        return {part: sum(floors[name] for name in names) for part, names in PARTS.items()}
+        return {part: math.fsum(floors[name] for name in names) for part, names in PARTS.items()}
 
     def bandwidth_floor(self, timing: DecodeTiming) -> float:
         """Returns the least seconds in which this machine moves the bytes of a step."""

@@ -1,5 +1,6 @@
 """Makes the tables of `bench_decode`, and the report that contains them and the figures."""
 
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def part_rows(study: DecodeStudy, dtype: str) -> list[Row]:
             continue
         floors, floor = study.part_floors(timing), study.floor(timing)
         lines = [(part, seconds, floors.get(part)) for part, seconds in timing.parts.items()]
-        lines.append(("sum", sum(timing.parts.values()), None))
+        lines.append(("sum", math.fsum(timing.parts.values()), None))
         lines.append(("whole step", timing.median, floor))
         for part, seconds, least in lines:
             rows.append(

@@ -1,5 +1,6 @@
 """Times the parts of a memory layer's step, each compiled by itself."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -66,7 +67,7 @@ class PartTimes(NamedTuple):
     def of(self, part: Part) -> list[float]:
         """Returns the milliseconds of a part, round by round."""
         less = [self.ms[series] for series in part.less]
-        return [all_of - sum(taken) for all_of, *taken in zip(self.ms[part.series], *less, strict=True)]
+        return [all_of - math.fsum(taken) for all_of, *taken in zip(self.ms[part.series], *less, strict=True)]
 
 
 def time_parts(

@@ -1,5 +1,6 @@
 """Makes the table, the raw numbers and the figure of `bench_step`."""
 
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -78,7 +79,7 @@ def part_rows(study: Study, parts: PartsResult) -> list[markdown.Row]:
         (part.name, parts.times.of(part), parts.costs[part.cost] if part.cost else None) for part in PARTS
     ]
     summed = zip(*(parts.times.of(part) for part in PARTS if part.in_sum), strict=True)
-    lines.append(("sum, but for ·", [sum(of_round) for of_round in summed], None))
+    lines.append(("sum, but for ·", [math.fsum(of_round) for of_round in summed], None))
     if whole and whole.timing:
         lines.append(("whole step", whole.timing.ms, whole.cost))
     rows = []

@@ -88,7 +88,8 @@ class DecodeCost:
 
     def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
         """Returns the least seconds of the step, its parts in sequence; arguments as in `part_floors`."""
-        return sum(self.part_floors(flops_per_second, bytes_per_second).values())
+        # `sum` rounds as the version of Python does: reports are the same with all of them.
+        return math.fsum(self.part_floors(flops_per_second, bytes_per_second).values())
 
     def bandwidth_floor(self, bytes_per_second: float) -> float:
         """Returns the least seconds of the step if computing took no time: `floor` of only the bytes."""

@@ -67,7 +67,7 @@ class TimeEstimate:
     @property
     def sequential(self) -> float:
         """Returns the seconds of a step if no two parts run at the same time."""
-        return sum(part.seconds for part in self.parts)
+        return math.fsum(part.seconds for part in self.parts)
 
 
 def estimate_step(
