@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.support.imports import import_statements, imported_packages
 from ultramem_jax.config.memory_kinds import ADDRESSERS, READOUTS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -15,14 +16,10 @@ MEMORY = PACKAGE / "layers" / "memory"
 
 
 def _imports(path):
-    """Modules that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: a relative import has no name to check"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    """Modules that a file imports; a name that is taken from a module may be one."""
+    for module, names in import_statements(path):
+        yield module
+        yield from (f"{module}.{name}" for name in names)
 
 
 FLOORS = (
@@ -88,8 +85,8 @@ def test_the_library_imports_nothing_else_of_the_repository():
     found = []
     for module, path in MODULES.items():
         if module.partition(".")[0] == "ultramem_jax":
-            tops = {imported.partition(".")[0] for imported in _imports(path)}
-            found += [f"{module} imports {top}" for top in sorted(tops & (others | {"launch"}))]
+            tops = imported_packages(path) & (others | {"launch"})
+            found += [f"{module} imports {top}" for top in sorted(tops)]
     assert {"tests", "experiments", "launch"} <= others
     assert not found
 
@@ -100,13 +97,8 @@ def test_imports_of_the_library_and_experiments_exist():
     known = MODULES.keys() | {module.rpartition(".")[0] for module in MODULES}
     lost = []
     for module, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            else:
-                names = [node.module] if isinstance(node, ast.ImportFrom) else []
-            unknown = [name for name in names if name.partition(".")[0] in own and name not in known]
-            lost += [f"{module} imports {name}" for name in unknown]
+        names = [name for name, _ in import_statements(path) if name.partition(".")[0] in own]
+        lost += [f"{module} imports {name}" for name in names if name not in known]
     assert not lost
 
 

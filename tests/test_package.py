@@ -1,6 +1,5 @@
 """The package: what it asks for is written once, and what is built of it runs by itself."""
 
-import ast
 import os
 import pathlib
 import re
@@ -12,6 +11,7 @@ import tomllib
 import pytest
 
 import ultramem_jax
+from tests.support.imports import imported_packages
 from ultramem_jax.commands import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -48,13 +48,7 @@ def test_requirements_are_those_of_the_package_and_its_extras():
 
 
 def test_the_library_imports_what_it_requires():
-    imported = set()
-    for path in (ROOT / "ultramem_jax").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                imported.add(node.module.partition(".")[0])
+    imported = set().union(*map(imported_packages, (ROOT / "ultramem_jax").rglob("*.py")))
     imported -= {*sys.stdlib_module_names, "ultramem_jax", "_typeshed"}  # only mypy reads `_typeshed`
     required = PROJECT["dependencies"] + EXTRAS["tfds"] + EXTRAS["tensorboard"]
     names = {re.match(r"[\w-]+", line)[0] for line in required} - NOT_IMPORTED

@@ -10,6 +10,7 @@ products that are the gradient of the scores. Devices send nothing here; for com
     python launch.py bench_owner --parts=1,2,4 --out=runs/bench_owner
 """
 
+import math
 import statistics
 import sys
 import time
@@ -148,6 +149,8 @@ def _row(p: int, seconds: dict[str, list[float]]) -> markdown.Row:
         if len(values) > 1:
             first, _, third = statistics.quantiles(values, n=4)
             row[f"± {name}"] = (third - first) / 2
-    row["slots, all"] = sum(statistics.median(ms[n]) for n in ("list", "slots forward", "slots backward"))
-    row["width, all"] = sum(statistics.median(ms[n]) for n in ("width forward", "width backward"))
+    row["slots, all"] = math.fsum(
+        statistics.median(ms[n]) for n in ("list", "slots forward", "slots backward")
+    )
+    row["width, all"] = math.fsum(statistics.median(ms[n]) for n in ("width forward", "width backward"))
     return row

@@ -110,9 +110,8 @@ PLACEMENTS = {"in_turn": "1:1/3:3", "skipping": "1:2/1:3", "crossing": "1:3/2:2"
 def _model(name, placement="skipping", dtype="float32", **fields):
     config = replace(CONFIGS[name], vocab_size=31, dtype=dtype, tie_embeddings=name != "moe")
     if config.memory is not None:
-        config = replace(config, num_layers=3)
         memory = config.memory.changed(placement=PLACEMENTS[placement], **fields)
-        config = replace(config, memories={"memory": memory})
+        config = replace(config, num_layers=3, memories={"memory": memory})
     variables = variables_of(config)
     tokens = np.random.default_rng(1).integers(0, 31, (2, 9)).astype(np.int32)
     full = jax.jit(Transformer(config).apply)(variables, tokens)

@@ -26,8 +26,6 @@ from typing import IO
 from ultramem_jax.cli.arguments import take, take_integer
 from ultramem_jax.errors import Stopped, UserError, require
 
-GRACE_SECONDS = 5.0
-"""Time that processes have to print their messages after another failed, or after Ctrl-C."""
 _POLL_SECONDS = 0.2
 _USER_ERROR = 2
 _HERE = "127.0.0.1"
@@ -67,7 +65,7 @@ def as_given(flags: list[str]) -> list[str]:
     return rest if processes is None else [f"--processes={processes}", *rest]
 
 
-def run(command: list[str], processes: int, grace_seconds: float = GRACE_SECONDS) -> int:
+def run(command: list[str], processes: int, grace_seconds: float = 5.0) -> int:
     """Runs the command in several processes, each with flags that say which one it is.
 
     Args:
