@@ -1,7 +1,13 @@
-"""Writes files that appear whole or not at all."""
+"""Names the cache folder, and writes files that appear whole or not at all."""
 
 import os
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Returns the folder of what can be made again: $ULTRAMEM_CACHE, else ~/.cache/ultramem_jax."""
+    path = os.environ.get("ULTRAMEM_CACHE", "")
+    return Path(path).expanduser() if path else Path.home() / ".cache" / "ultramem_jax"
 
 
 def replace_text(path: Path, text: str) -> None:

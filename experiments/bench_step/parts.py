@@ -15,7 +15,7 @@ from experiments.bench_step.timing import WARM_UP
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.key_scores import best_keys, combined_scores, key_scores
 from ultramem_jax.ops.linear import project
-from ultramem_jax.ops.lookup import RowGradients, pooled_lookup
+from ultramem_jax.ops.lookup import RowGradients, pooled_lookup, row_gradients
 from ultramem_jax.ops.product_keys import retrieve_tucker
 from ultramem_jax.ops.topk import top_k
 from ultramem_jax.training.module_step import Pass
@@ -175,7 +175,7 @@ def _gradients(layer: MemoryLayer, state: TrainState, batch: Batch) -> Pass:
 def _row_gradients(layer: MemoryLayer, reads: ArrayTree, cotangents: ArrayTree) -> RowGradients:
     rows = rows_of_tables(layer.config.model, reads)
     found = table_gradients(layer.config.model, rows, reads, cotangents)
-    return found[layer.site.table]["values"]
+    return row_gradients(found[layer.site.table]["values"])
 
 
 def _update_rows(

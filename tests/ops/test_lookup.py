@@ -124,7 +124,7 @@ def test_row_gradients_are_the_rows_of_the_dense_gradient(slots_in_table):
     args = _float32(table, slots, blocks, scores, cotangent)
     dense = jax.grad(lambda table: (lookup.pooled_lookup(table, *args[1:4], 4) * args[4]).sum())(args[0])
     rows = lookup.rows_read(args[1], slots_in_table)
-    found = lookup.row_gradients(rows, args[2], args[3], args[4])
+    found = lookup.row_gradients(lookup.GradientsOfReads(rows, args[2], args[3], args[4]))
     read, counts = np.unique(slots, return_counts=True)
     assert found.slots.shape[0] == min(48, slots_in_table)
     chex.assert_trees_all_equal(found.slots[: len(read)], read)

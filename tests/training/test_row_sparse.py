@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,10 +8,10 @@ import optax
 import pytest
 
 from ultramem_jax.ops import chunks
-from ultramem_jax.ops.lookup import RowGradients, row_gradients, rows_read
+from ultramem_jax.ops.lookup import GradientsOfReads, RowGradients, rows_read
 from ultramem_jax.ops.rows import from_stored, stored_dtype, to_stored
 from ultramem_jax.training.row_rules import RowMoments, adamw
-from ultramem_jax.training.row_sparse import row_sparse
+from ultramem_jax.training.row_sparse import row_sparse, update_by_reads
 from ultramem_jax.training.slot_usage import init_usage, record_reads
 
 SEED = np.uint32(7)
@@ -74,7 +76,7 @@ def test_repeated_and_unsorted_reads_are_one_update_of_their_sum():
     rng = np.random.default_rng(3)
     reads = jnp.array([[3, 5, 1], [1, 3, 3]], jnp.int32)
     scores, cotangent = rng.standard_normal((2, 3, 1)), rng.standard_normal((2, 1, 4))
-    gradients = row_gradients(
+    of_reads = GradientsOfReads(
         rows_read(reads, 8),
         jnp.zeros_like(reads),
         jnp.asarray(scores, jnp.float32),
@@ -82,7 +84,8 @@ def test_repeated_and_unsorted_reads_are_one_update_of_their_sum():
     )
     table = jnp.asarray(rng.standard_normal((8, 4)), jnp.float32)
     optimizer = _optimizer()
-    after = jax.jit(optimizer.update)(gradients, optimizer.init(table), table, jnp.asarray(0), SEED).table
+    update = jax.jit(functools.partial(update_by_reads, optimizer))
+    after = update(of_reads, optimizer.init(table), table, jnp.asarray(0), SEED).table
     summed = np.zeros((8, 4))
     for token in range(2):
         for read in range(3):

@@ -30,7 +30,7 @@ from ultramem_jax.data.token_files import (
 )
 from ultramem_jax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from ultramem_jax.errors import UserError, require
-from ultramem_jax.files import sync_folder
+from ultramem_jax.files import cache_folder, sync_folder
 
 _FORMAT = 2
 """Format of the cache. It is raised when the contents of the cache change their meaning."""
@@ -83,8 +83,7 @@ def prepare(config: DataConfig) -> Path:
 
 def cache_root(config: DataConfig) -> Path:
     """Returns `config.cache_dir`, else $ULTRAMEM_CACHE, else ~/.cache/ultramem_jax."""
-    path = config.cache_dir or os.environ.get("ULTRAMEM_CACHE", "")
-    return Path(path).expanduser() if path else Path.home() / ".cache" / "ultramem_jax"
+    return Path(config.cache_dir).expanduser() if config.cache_dir else cache_folder()
 
 
 def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:

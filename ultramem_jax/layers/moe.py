@@ -26,6 +26,7 @@ from ultramem_jax.layers.mlp import MLP, fan_in_normal, output_normal
 from ultramem_jax.layers.parameters import matrix
 from ultramem_jax.layers.served_experts import served_experts
 from ultramem_jax.layers.sowing import sow
+from ultramem_jax.ops import topk
 from ultramem_jax.ops.on_mesh import constrain_tokens, current_axes, per_token
 
 __all__ = [
@@ -71,7 +72,7 @@ def route(logits: jax.Array, top_k: int, normalize_gates: bool) -> Router:
     p = jnp.exp(log_p)
     # On a mesh, the compiler would give all tokens to every device to compute this top-k. It splits the
     # losses by itself.
-    experts = per_token(lambda p: lax.top_k(p, top_k)[1].astype(jnp.int32), (lax.stop_gradient(p),))
+    experts = per_token(lambda p: topk.top_k(p, top_k)[1].astype(jnp.int32), (lax.stop_gradient(p),))
     gates = jnp.take_along_axis(p, experts, axis=-1)
     if normalize_gates:
         gates = gates / jnp.sum(gates, axis=-1, keepdims=True)

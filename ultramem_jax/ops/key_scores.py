@@ -16,6 +16,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.kernels import calls
+from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.ops.chunks import fold_chunks, map_chunks
 from ultramem_jax.ops.on_mesh import per_token, sum_over_tokens
 from ultramem_jax.ops.topk import top_k
@@ -63,9 +65,13 @@ def best_keys(queries: jax.Array, keys: jax.Array, directions: jax.Array, top_m:
         index = top_k(combined_scores(queries, keys, directions), top_m)[1]
         return jnp.moveaxis(index, 2, 0)
 
-    def choose_all(queries: jax.Array, keys: jax.Array, directions: jax.Array) -> jax.Array:
+    def choose_by_chunks(queries: jax.Array, keys: jax.Array, directions: jax.Array) -> jax.Array:
         chosen = partial(choose, keys=keys, directions=directions)
         return map_chunks(chosen, 2 * queries.shape[2] * keys.shape[3], queries)
+
+    def choose_all(queries: jax.Array, keys: jax.Array, directions: jax.Array) -> jax.Array:
+        kernel, serves = partial(calls.best_keys, top_m=top_m), calls.serves_best_keys(queries, keys, top_m)
+        return native_or(choose_by_chunks, kernel, serves, queries, keys, directions)
 
     return per_token(choose_all, (queries,), (keys, directions))
 
@@ -88,8 +94,12 @@ def key_scores(queries: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Arr
         queries = jnp.broadcast_to(queries, (*rows.shape[:4], rows.shape[-1]))
         return jnp.einsum("tahrjd,tahrd->tahrj", rows, queries, preferred_element_type=jnp.float32)
 
-    def score_all(queries: jax.Array, index: jax.Array, keys: jax.Array) -> jax.Array:
+    def score_by_chunks(queries: jax.Array, keys: jax.Array, index: jax.Array) -> jax.Array:
         return map_chunks(partial(score, keys=keys), _gathered(keys, index), queries, index)
+
+    def score_all(queries: jax.Array, index: jax.Array, keys: jax.Array) -> jax.Array:
+        serves = calls.serves_key_scores(queries, keys)
+        return native_or(score_by_chunks, calls.key_scores, serves, queries, keys, index)
 
     return per_token(score_all, (queries, index), (keys,))
 
@@ -117,18 +127,26 @@ def _backward(saved: _Saved, cotangent: jax.Array) -> tuple[jax.Array, jax.Array
         products = cotangent[..., None] * queries[..., None, :].astype(jnp.float32)
         return total.at[_flat(keys, index)].add(products, mode="promise_in_bounds")
 
-    width = _gathered(keys, index)
+    width, serves = _gathered(keys, index), calls.serves_key_scores(queries, keys)
 
-    def query_gradients(cotangent: jax.Array, index: jax.Array, keys: jax.Array) -> jax.Array:
+    def query_by_chunks(cotangent: jax.Array, index: jax.Array, keys: jax.Array) -> jax.Array:
         return map_chunks(partial(query_gradient, keys=keys), width, cotangent, index)
 
-    def key_gradient(cotangent: jax.Array, queries: jax.Array, index: jax.Array) -> jax.Array:
+    def query_gradients(cotangent: jax.Array, index: jax.Array, keys: jax.Array) -> jax.Array:
+        kernel = partial(calls.query_gradient, query_ranks=queries.shape[3])
+        return native_or(query_by_chunks, kernel, serves, cotangent, index, keys)
+
+    def key_by_chunks(cotangent: jax.Array, index: jax.Array, queries: jax.Array) -> jax.Array:
         zeros = jnp.zeros((keys.size // keys.shape[-1], keys.shape[-1]), jnp.float32)
-        return fold_chunks(add_key_gradient, zeros, width, cotangent, queries, index)
+        return fold_chunks(add_key_gradient, zeros, width, cotangent, queries, index).reshape(keys.shape)
+
+    def key_gradient(cotangent: jax.Array, index: jax.Array, queries: jax.Array) -> jax.Array:
+        kernel = partial(calls.key_gradient, keys=keys.shape)
+        return native_or(key_by_chunks, kernel, serves, cotangent, index, queries)
 
     d_queries = per_token(query_gradients, (cotangent, index), (keys,))
-    d_keys = sum_over_tokens(key_gradient, (cotangent, queries, index))
-    return d_queries, d_keys.reshape(keys.shape).astype(keys.dtype), None
+    d_keys = sum_over_tokens(key_gradient, (cotangent, index, queries))
+    return d_queries, d_keys.astype(keys.dtype), None
 
 
 key_scores.defvjp(_forward, _backward)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.kernels import calls
+from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.ops.chunks import map_chunks
 from ultramem_jax.ops.rows import is_on_host, take_rows
 from ultramem_jax.ops.sorting import sort_with_order
@@ -50,6 +52,24 @@ class RowGradients(NamedTuple):
     """(U, d_v) float32, gradients of the rows; zero past the last row read."""
 
 
+class GradientsOfReads(NamedTuple):
+    """Holds what the gradients of a table's rows are made of.
+
+    A read adds its scores times the cotangent of its block to the gradient of its row. For a table of
+    `row_products`, blocks are zeros, the scores are the products' cotangent (T, R, 1), and the cotangent is
+    the vectors (T, 1, d).
+    """
+
+    rows: RowsRead
+    """`rows_read` of the slots (T, R)."""
+    blocks: jax.Array
+    """(T, R) int32 in [0, E)."""
+    scores: jax.Array
+    """(T, R, h)."""
+    cotangent: jax.Array
+    """(T, E, d_v), of `pooled_lookup`'s result."""
+
+
 def score_products(
     table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, cores: int, apart: bool = False
 ) -> jax.Array:
@@ -68,7 +88,7 @@ def score_products(
     """
     expansion, dtype = vectors.shape[1], vectors.dtype
 
-    def multiply(slots: jax.Array, blocks: jax.Array, vectors: jax.Array) -> jax.Array:
+    def multiply(table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array) -> jax.Array:
         of_reads = vectors
         if not apart:
             first = jnp.arange(0, blocks.shape[0] * expansion, expansion, dtype=blocks.dtype)[:, None]
@@ -76,7 +96,18 @@ def score_products(
             of_reads = of_blocks.at[first + blocks].get(mode="promise_in_bounds")
         return slice_sums(take_rows(table, slots).astype(dtype) * of_reads, cores)
 
-    return map_chunks(multiply, 2 * slots.shape[1] * table.shape[1], slots, blocks, vectors)
+    def by_chunks(table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array) -> jax.Array:
+        return map_chunks(
+            partial(multiply, table), 2 * slots.shape[1] * table.shape[1], slots, blocks, vectors
+        )
+
+    kernel = partial(calls.products, cores=cores, apart=apart)
+    return native_or(by_chunks, kernel, serves_lookup(table, slots, vectors), table, slots, blocks, vectors)
+
+
+def serves_lookup(table: jax.Array, slots: jax.Array, values: jax.Array) -> bool:
+    """Tells whether native kernels serve a lookup with these scores or vectors."""
+    return not is_on_host(table) and calls.serves_lookup(table, slots, values)
 
 
 def slice_sums(products: jax.Array, cores: int) -> jax.Array:
@@ -111,7 +142,7 @@ def pooled_lookup(
         (T, E, d_v). Differentiable in `table` (with a dense gradient, for dense training) and `scores`.
     """
 
-    def pool(slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
+    def pool(table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
         rows = take_rows(table, slots).astype(scores.dtype)
         if apart:
             return weighed_rows(rows, scores)
@@ -124,8 +155,12 @@ def pooled_lookup(
         )
         return jnp.stack([by_core[:, :, core, core] for core in range(cores)], axis=2)
 
-    pooled = map_chunks(pool, slots.shape[1] * table.shape[1], slots, blocks, scores)
-    return pooled.reshape(slots.shape[0], expansion, table.shape[1])
+    def by_chunks(table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
+        pooled = map_chunks(partial(pool, table), slots.shape[1] * table.shape[1], slots, blocks, scores)
+        return pooled.reshape(slots.shape[0], expansion, table.shape[1])
+
+    kernel = partial(calls.pool, expansion=expansion, apart=apart)
+    return native_or(by_chunks, kernel, serves_lookup(table, slots, scores), table, slots, blocks, scores)
 
 
 def _forward(
@@ -161,11 +196,17 @@ def row_products(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.
         (T, R). Differentiable in `table` (with a dense gradient) and `vectors`.
     """
 
-    def multiply(slots: jax.Array, vectors: jax.Array) -> jax.Array:
+    def multiply(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.Array:
         rows = take_rows(table, slots).astype(vectors.dtype)
         return jnp.einsum("tjd,td->tj", rows, vectors)
 
-    return map_chunks(multiply, slots.shape[1] * table.shape[1], slots, vectors)
+    def by_chunks(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.Array:
+        return map_chunks(partial(multiply, table), slots.shape[1] * table.shape[1], slots, vectors)
+
+    def kernel(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.Array:
+        return calls.products(table, slots, slots, vectors[:, None], 1)[..., 0]  # one block: none is read
+
+    return native_or(by_chunks, kernel, serves_lookup(table, slots, vectors), table, slots, vectors)
 
 
 def _products_forward(
@@ -198,9 +239,18 @@ def rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
     Returns:
         U = min(T·R, N) rows, padding included.
     """
+    slots = slots.reshape(-1)
+
+    def kernel(slots: jax.Array) -> RowsRead:
+        return RowsRead(*calls.rows_read(slots, num_slots))
+
+    return native_or(partial(_rows_read, num_slots=num_slots), kernel, slots.size > 0, slots)
+
+
+def _rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
     num_reads = slots.size
     num_rows = min(num_reads, num_slots)
-    ordered, order = sort_with_order(slots.reshape(-1), num_slots)
+    ordered, order = sort_with_order(slots, num_slots)
     first = jnp.concatenate([jnp.ones((1,), bool), ordered[1:] != ordered[:-1]])
     row_of_read = jnp.cumsum(first.astype(jnp.int32)) - 1
     past_the_end = num_slots + jnp.arange(num_rows, dtype=jnp.int32)
@@ -212,18 +262,9 @@ def rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
     )
 
 
-def row_gradients(rows: RowsRead, blocks: jax.Array, scores: jax.Array, cotangent: jax.Array) -> RowGradients:
-    """Returns the gradient of every row that was read, summed over its reads.
-
-    For a table of `row_products`, pass zeros as blocks, the products' cotangent (T, R, 1) as scores and the
-    vectors (T, 1, d) as cotangent.
-
-    Args:
-        rows: `rows_read` of the slots (T, R).
-        blocks: (T, R) int32 in [0, E).
-        scores: (T, R, h).
-        cotangent: (T, E, d_v), of `pooled_lookup`'s result.
-    """
+def row_gradients(of_reads: GradientsOfReads) -> RowGradients:
+    """Returns the gradient of every row that was read, summed over its reads."""
+    rows, blocks, scores, cotangent = of_reads
     # Reads are sorted by slot before their gradients are formed. The largest array here, (T·R, d_v), is then
     # written once and summed in the order in which it lies.
     per_read = read_gradients(

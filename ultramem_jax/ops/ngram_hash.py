@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ultramem_jax.kernels import calls
+from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.ops.ngram_constants import MAX_ROWS, MIN_ROWS
 
 _DIGIT = 20
@@ -66,15 +68,31 @@ def ngram_slots(
         raise ValueError(
             f"{len(sizes)} sizes and {len(multipliers)} multipliers do not fit the orders {tuple(orders)}"
         )
-    batch, length = ids.shape
+    batch = ids.shape[0]
     if previous is None:
         previous = jnp.full((batch, span - 1), pad_id, jnp.int32)
     elif previous.shape != (batch, span - 1):
         raise ValueError(f"previous must be of shape {(batch, span - 1)}, got {previous.shape}")
-    window = jnp.concatenate([previous, ids], axis=1).astype(jnp.uint32)
+    window = jnp.concatenate([previous, ids], axis=1)
+
+    def plain(window: jax.Array) -> jax.Array:
+        return _slots(window, multipliers, sizes, orders)
+
+    def kernel(window: jax.Array) -> jax.Array:
+        return calls.ngram_slots(window, multipliers, sizes, orders)
+
+    return native_or(plain, kernel, ids.size > 0, window)
+
+
+def _slots(
+    window: jax.Array, multipliers: np.ndarray, sizes: Sequence[int], orders: Sequence[int]
+) -> jax.Array:
+    span = max(orders)
+    batch, length = window.shape[0], window.shape[1] - span + 1
     hashes: list[_Word] = []
     for i in range(span):
-        word = _product(window[:, span - 1 - i : span - 1 - i + length], int(multipliers[i]))
+        ids = window[:, span - 1 - i : span - 1 - i + length].astype(jnp.uint32)
+        word = _product(ids, int(multipliers[i]))
         hashes.append(_Word(*map(jnp.bitwise_xor, hashes[-1], word)) if hashes else word)
     chosen = _Word(*(jnp.stack(half, -1) for half in zip(*(hashes[n - 1] for n in orders), strict=True)))
     return _remainders(chosen, np.reshape(sizes, (len(orders), -1))).reshape(batch, length, len(sizes))

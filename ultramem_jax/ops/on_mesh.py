@@ -24,6 +24,8 @@ from ultramem_jax.tree_types import ArrayTree
 
 Result = TypeVar("Result")
 """A pytree of arrays."""
+Sums = TypeVar("Sums")
+"""A pytree of arrays that are sums over tokens."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,34 @@ def per_token(
     return island(axes, function, specs, of_tokens)(*tokens, *shared)
 
 
+def per_token_and_sum(
+    function: Callable[..., tuple[Result, Sums]],
+    tokens: tuple[jax.Array, ...],
+    shared: tuple[jax.Array, ...] = (),
+) -> tuple[Result, Sums]:
+    """Computes `function(*tokens, *shared)`, of which the second result is a sum over tokens.
+
+    The first result is as of `per_token`, the second as of `sum_over_tokens`.
+
+    Args:
+        function: returns a tree of arrays (T, ...), and a tree of arrays that are sums over tokens.
+        tokens: (T, ...) each.
+        shared: arrays that every device has whole.
+    """
+    axes = current_axes()
+    if axes is None or not axes.tokens:
+        return function(*tokens, *shared)
+    of_tokens = P(axes.tokens)
+
+    def summed(*arguments: jax.Array) -> tuple[Result, Sums]:
+        own, sums = function(*arguments)
+        with named_exchange(GRADIENTS_OF_PARAMETERS):
+            return own, jax.lax.psum(sums, axes.tokens)
+
+    specs = (of_tokens,) * len(tokens) + (P(),) * len(shared)
+    return island(axes, summed, specs, (of_tokens, P()))(*tokens, *shared)
+
+
 def sum_over_tokens(
     function: Callable[..., Result],
     tokens: tuple[jax.Array, ...],
@@ -131,17 +161,11 @@ def sum_over_tokens(
         tokens: (T, ...) each.
         shared: arrays that every device has whole.
     """
-    axes = current_axes()
-    if axes is None or not axes.tokens:
-        return function(*tokens, *shared)
-    specs = (P(axes.tokens),) * len(tokens) + (P(),) * len(shared)
 
-    def summed(*arguments: jax.Array) -> Result:
-        own = function(*arguments)
-        with named_exchange(GRADIENTS_OF_PARAMETERS):
-            return jax.lax.psum(own, axes.tokens)
+    def with_nothing_else(*arguments: jax.Array) -> tuple[tuple[()], Result]:
+        return (), function(*arguments)
 
-    return island(axes, summed, specs, P())(*tokens, *shared)
+    return per_token_and_sum(with_nothing_else, tokens, shared)[1]
 
 
 def constrain_tokens(x: jax.Array, axis: int = 0) -> jax.Array:

@@ -12,9 +12,71 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.kernels import calls
+from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.ops.chunks import fold_chunks
-from ultramem_jax.ops.lookup import slice_sums, weighed_rows
+from ultramem_jax.ops.lookup import serves_lookup, slice_sums, weighed_rows
 from ultramem_jax.ops.rows import take_rows
+
+
+def pooled_of_owned(
+    table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, first: jax.Array, expansion: int
+) -> jax.Array:
+    """Returns the part of `lookup.pooled_lookup`'s sums that owned rows contribute.
+
+    Args:
+        table: (N/P, d_v), the owned rows.
+        slots: (T, R) int32 in [0, N), of all reads.
+        blocks: (T, R) int32 in [0, E).
+        scores: (T, R, h).
+        first: () int32, slot of the first owned row.
+        expansion: E.
+
+    Returns:
+        (T, E, d_v) in the dtype of the scores, summed in float32. Zeros where a token reads no owned row.
+    """
+
+    def by_list(
+        table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, first: jax.Array
+    ) -> jax.Array:
+        return pool_owned(table, owned_reads(slots, first, table.shape[0]), blocks, scores, expansion)
+
+    def kernel(
+        table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, first: jax.Array
+    ) -> jax.Array:
+        return calls.pool(table, slots, blocks, scores, expansion, first=first)
+
+    serves = serves_lookup(table, slots, scores)
+    return native_or(by_list, kernel, serves, table, slots, blocks, scores, first)
+
+
+def products_of_owned(
+    table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, first: jax.Array, cores: int
+) -> jax.Array:
+    """Returns `lookup.score_products` (T, R, h) of the reads of owned rows, and zeros for the others.
+
+    Args:
+        table: (N/P, d_v), the owned rows.
+        slots: (T, R) int32 in [0, N), of all reads.
+        blocks: (T, R) int32 in [0, E).
+        vectors: (T, E, d_v), whose dtype is that of the result.
+        first: () int32, slot of the first owned row.
+        cores: h.
+    """
+
+    def by_list(
+        table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, first: jax.Array
+    ) -> jax.Array:
+        owned = owned_reads(slots, first, table.shape[0])
+        return score_products_owned(table, owned, blocks, vectors, cores)
+
+    def kernel(
+        table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, first: jax.Array
+    ) -> jax.Array:
+        return calls.products(table, slots, blocks, vectors, cores, first=first)
+
+    serves = serves_lookup(table, slots, vectors)
+    return native_or(by_list, kernel, serves, table, slots, blocks, vectors, first)
 
 
 class OwnedReads(NamedTuple):

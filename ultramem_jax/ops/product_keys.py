@@ -12,15 +12,13 @@ Queries (T, 2, H, q, d) and keys (2, S, r, K, d) have the layout of `ultramem_ja
 side 0, columns side 1. `ServedKeys` can take the place of the keys; they have no derivative.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ultramem_jax.ops.chunks import map_chunks
+from ultramem_jax.ops.cells import best_cells, no_cores
 from ultramem_jax.ops.key_scores import best_keys, key_scores
-from ultramem_jax.ops.on_mesh import per_token
 from ultramem_jax.ops.served_keys import ServedKeys, served_candidates
 
 Keys = jax.Array | ServedKeys
@@ -54,17 +52,7 @@ def retrieve_product_keys(queries: jax.Array, keys: Keys, top_m: int) -> Retriev
     heads = queries.shape[2]
     # With a single rank there is nothing to combine.
     candidates, scores = _candidates(queries, keys, jnp.ones((2, heads, 1), jnp.float32), top_m)
-    row, column = jnp.unstack(scores[:, :, :, 0], axis=1)
-
-    def best(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _best_cells(row[..., :, None] + column[..., None, :], top_m)
-
-    def best_of_all(row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return map_chunks(best, heads * top_m**2, row, column)
-
-    i, j = per_token(best_of_all, jax.lax.stop_gradient((row, column)))
-    scores = _pick(row, i) + _pick(column, j)
-    return Retrieved(_index(candidates[:, 0], i), _index(candidates[:, 1], j), scores[..., None], candidates)
+    return _retrieved(candidates, scores, no_cores(heads), top_m)
 
 
 def retrieve_tucker(
@@ -87,45 +75,7 @@ def retrieve_tucker(
         The best m of the m·m candidate cells, with core i's own score at [..., i].
     """
     candidates, scores = _candidates(queries, keys, directions, top_m)
-    row, column = jnp.unstack(scores, axis=1)  # (T, H, r, m) each
-
-    def best(row: jax.Array, column: jax.Array, core: jax.Array) -> tuple[jax.Array, jax.Array]:
-        grid = jnp.zeros((), row.dtype)
-        # The sum over ranks is written out: r is 1 to 4, too short a contraction for a matrix product.
-        for rank in range(core.shape[-1]):
-            mixed = _combine_ranks(core[:, :, rank], row)
-            grid = grid + mixed[..., :, None] * column[:, :, rank, None, :]
-        return _best_cells(grid, top_m)
-
-    def best_of_all(row: jax.Array, column: jax.Array, core: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return map_chunks(partial(best, core=core), row.shape[1] * top_m**2, row, column)
-
-    row_scores, column_scores, core = jax.lax.stop_gradient((row, column, cores.sum(1)))
-    i, j = per_token(best_of_all, (row_scores, column_scores), (core,))
-    scores = tucker_scores(_pick(row, i[:, :, None]), _pick(column, j[:, :, None]), cores)
-    return Retrieved(_index(candidates[:, 0], i), _index(candidates[:, 1], j), scores, candidates)
-
-
-def tucker_scores(row_scores: jax.Array, column_scores: jax.Array, cores: jax.Array) -> jax.Array:
-    """Scores given cells under every core, as Multi-Core Scoring (MCS) does: Σ_qs row_q · C⁽ⁱ⁾_qs · column_s.
-
-    Args:
-        row_scores: (T, H, r, m), scores of the cells' rows.
-        column_scores: (T, H, r, m), scores of the cells' columns.
-        cores: (H, h, r, r), the C⁽ⁱ⁾.
-
-    Returns:
-        (T, H, m, h), core i's score at [..., i].
-    """
-    num_cores, rank = cores.shape[1], cores.shape[-1]
-    per_core = []
-    for core in range(num_cores):
-        score = jnp.zeros((), row_scores.dtype)
-        for column_rank in range(rank):
-            mixed = _combine_ranks(cores[:, core, :, column_rank], row_scores)
-            score = score + mixed * column_scores[:, :, column_rank]
-        per_core.append(score)
-    return jnp.stack(per_core, axis=-1)
+    return _retrieved(candidates, scores, cores, top_m)
 
 
 def leading_singular_vectors(
@@ -211,27 +161,12 @@ def _candidates(
     return candidates, key_scores(queries, keys, candidates)
 
 
-def _combine_ranks(weights: jax.Array, scores: jax.Array) -> jax.Array:
-    """Sums scores (T, H, r, m) over ranks, weighted by (H, r) -> (T, H, m)."""
-    terms = [weights[None, :, rank, None] * scores[:, :, rank] for rank in range(scores.shape[2])]
-    return sum(terms[1:], terms[0])
-
-
-def _best_cells(grid: jax.Array, top_m: int) -> tuple[jax.Array, jax.Array]:
-    """Returns rows and columns (T, H, m) of the m best cells within a grid (T, H, m, m)."""
-    cell = jax.lax.top_k(grid.reshape(*grid.shape[:-2], -1), top_m)[1]
-    return cell // top_m, cell % top_m
+def _retrieved(candidates: jax.Array, scores: jax.Array, cores: jax.Array, top_m: int) -> Retrieved:
+    cells, of_cells = best_cells(scores, cores, top_m)
+    row, column = jnp.divmod(cells, top_m)
+    return Retrieved(_index(candidates[:, 0], row), _index(candidates[:, 1], column), of_cells, candidates)
 
 
 def _index(values: jax.Array, position: jax.Array) -> jax.Array:
     """Takes entries along the last axis; every position is known to be in bounds."""
     return jnp.take_along_axis(values, position, axis=-1, mode="promise_in_bounds")
-
-
-def _pick(values: jax.Array, position: jax.Array) -> jax.Array:
-    """Takes entries of values (..., m) with a gradient along the last axis.
-
-    Comparing with all m is quicker than scattering that gradient.
-    """
-    chosen = jax.nn.one_hot(position, values.shape[-1], dtype=bool)
-    return jnp.where(chosen, values[..., None, :], 0).sum(-1)

@@ -34,7 +34,7 @@ from ultramem_jax.config.exchange_shapes import block_bytes
 from ultramem_jax.ops import lookup
 from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, island
-from ultramem_jax.ops.owned_rows import owned_reads, pool_owned, score_products_owned
+from ultramem_jax.ops.owned_rows import pooled_of_owned, products_of_owned
 
 _Pair = tuple[jax.Array, jax.Array]
 """Sums at the owners, and the scores or vectors that went into them."""
@@ -407,8 +407,7 @@ def _pool(
         scores = own_cores(axes, scores)
     if not axes.slots:
         return lookup.pooled_lookup(table, slots, blocks, scores, expansion, apart)
-    owned = owned_reads(slots, first_slot(axes, table.shape[0]), table.shape[0])
-    return pool_owned(table, owned, blocks, scores, expansion)
+    return pooled_of_owned(table, slots, blocks, scores, first_slot(axes, table.shape[0]), expansion)
 
 
 def _score_products(
@@ -424,8 +423,7 @@ def _score_products(
     """Computes `lookup.score_products` of this device's rows and columns, to be summed over devices."""
     start, own = _own_cores(axes, cores) if split else (0, cores)
     if axes.slots:
-        owned = owned_reads(slots, first_slot(axes, table.shape[0]), table.shape[0])
-        products = score_products_owned(table, owned, blocks, vectors, own)
+        products = products_of_owned(table, slots, blocks, vectors, first_slot(axes, table.shape[0]), own)
     else:
         products = lookup.score_products(table, slots, blocks, vectors, own, apart)
     if own == cores:

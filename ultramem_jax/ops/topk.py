@@ -1,15 +1,19 @@
 """Finds the exact top-k, and stays fast on long rows.
 
-`jax.lax.top_k` passes a whole row through a heap of the k best, one value at a time. Here a long row is cut
-into tiles. The k tiles with the largest maxima hold the k largest values, because each of these k maxima is
-at least as large as anything in another tile. So the heap sees K/b maxima and then k tiles of b values. The
-maxima are a plain reduction, vectorised and on all CPU cores.
+On CPU a native kernel finds it. Elsewhere `jax.lax.top_k` does, which passes a row through a heap of the k
+best, one value at a time. So a long row is cut into tiles. The k tiles with the largest maxima hold the k
+largest values, because each of these k maxima is at least as large as anything in another tile. So the heap
+sees K/b maxima and then k tiles of b values. The maxima are a plain reduction, vectorised and on all CPU
+cores.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+
+from ultramem_jax.kernels import calls
+from ultramem_jax.kernels.dispatch import native_or
 
 _SHORT_ROW = 4095
 """Longest row that goes to `jax.lax.top_k` whole: for these a second heap would cost more than it saves."""
@@ -32,6 +36,11 @@ def top_k(x: jax.Array, k: int, block: int | None = None) -> tuple[jax.Array, ja
         Values (..., k) of the dtype of x, largest first, equal ones by rising index; and their indices, int32
         and distinct.
     """
+    serves = calls.serves_top_k(x, k) and block is None
+    return native_or(lambda x: _tiled_top_k(x, k, block), lambda x: calls.top_k(x, k), serves, x)
+
+
+def _tiled_top_k(x: jax.Array, k: int, block: int | None) -> tuple[jax.Array, jax.Array]:
     length = x.shape[-1]
     block = _block(length, k) if block is None else block
     num_blocks = length // block

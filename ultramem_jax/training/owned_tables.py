@@ -7,7 +7,8 @@ parts into which rows are split. What it holds of all tokens is integers, scores
 values.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,15 +16,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.config import exchange_purposes as purposes
+from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.ops.chunks import chunk_tokens
 from ultramem_jax.ops.exchanges import named_exchange
-from ultramem_jax.ops.lookup import RowGradients, RowsRead, read_gradients, rows_read
+from ultramem_jax.ops.lookup import GradientsOfReads, RowGradients, RowsRead, read_gradients, rows_read
 from ultramem_jax.ops.on_mesh import MeshAxes, island
 from ultramem_jax.ops.sharded_lookup import first_slot, narrow_blocks, own_cores
 from ultramem_jax.parallel.rules import table_specs
 from ultramem_jax.training.row_sparse import ROW_ARRAYS, RowSparseTransformation, TablePart
 from ultramem_jax.training.slot_usage import SlotUsage, record_reads
-from ultramem_jax.training.table_gradients import ArraysOfMemories, slots_if
+from ultramem_jax.training.table_gradients import ArraysOfMemories, rows_if, slots_if
 from ultramem_jax.tree_types import ArrayTree
 
 _TOKEN_AXIS = {"slots": 1, "blocks": 1, "weights": 1, "inputs": 1, "pooled": 2, "products": 3}
@@ -112,8 +114,8 @@ class OwnedTable:
             with named_exchange(purposes.READS_AND_COTANGENTS_TO_REPLICAS):
                 read, cotangent = self._of_all_tokens(reads), self._of_all_tokens(cotangents)
             rows, usage, metrics = self._recorded(usage, read["slots"])
-            gradients = self._gradients_of_reads(read, cotangent)
-            parts, moments, squares = self._updated(optimizer, parts, moments, rows, gradients, of_step)
+            of_reads = self._gradients_of_reads(rows, read, cotangent)
+            parts, moments, squares = self._updated(optimizer, parts, moments, of_reads, of_step)
             if axes.owners:
                 with named_exchange(purposes.LOSSES_AND_METRICS):
                     squares = jax.lax.psum(squares, axes.owners)
@@ -180,32 +182,58 @@ class OwnedTable:
         return rows, *record_reads(usage, rows, slots.size, self._axes.slots)
 
     def _gradients_of_reads(
-        self, read: dict[str, jax.Array], cotangent: dict[str, jax.Array]
-    ) -> dict[str, Callable[[jax.Array], jax.Array]]:
-        """Returns, per array of the table, a function from indices of reads (C,) to gradients (C, d)."""
-        reads_of_token = read["slots"].shape[1]
-        blocks = read["blocks"].reshape(-1).astype(jnp.int32) if "blocks" in read else None
+        self, rows: RowsRead, read: dict[str, jax.Array], cotangent: dict[str, jax.Array]
+    ) -> dict[str, GradientsOfReads]:
+        """Returns, per array of the table, what the gradients of its rows are made of."""
+        one_block = jnp.zeros_like(read["slots"])
+        blocks = read["blocks"].astype(jnp.int32) if "blocks" in read else one_block
         weights = own_cores(self._axes, read["weights"])
-        weights = weights.reshape(-1, weights.shape[-1])
-
-        def of_values(index: jax.Array) -> jax.Array:
-            block = 0 if blocks is None else blocks[index]
-            vectors = cotangent["pooled"][index // reads_of_token, block]
-            return read_gradients(vectors, weights[index])
-
-        def of_pre_values(index: jax.Array) -> jax.Array:
-            products = cotangent["products"].reshape(-1, 1)[index]
-            return read_gradients(read["inputs"][index // reads_of_token], products)
-
-        return {"values": of_values, "pre_values": of_pre_values}
+        of_parts = {"values": GradientsOfReads(rows, blocks, weights, cotangent["pooled"])}
+        if "products" in cotangent:
+            vectors = read["inputs"][:, None]
+            of_parts["pre_values"] = GradientsOfReads(
+                rows, one_block, cotangent["products"][..., None], vectors
+            )
+        return of_parts
 
     def _updated(
         self,
         optimizer: RowSparseTransformation,
         parts: dict[str, jax.Array],
         moments: dict[str, ArrayTree],
-        rows: RowsRead,
-        gradients: dict[str, Callable[[jax.Array], jax.Array]],
+        of_reads: dict[str, GradientsOfReads],
+        of_step: OfStep,
+    ) -> tuple[dict[str, jax.Array], dict[str, ArrayTree], jax.Array]:
+        """Returns the table's arrays, their moments, and the sum of the squares of the rows written."""
+        serves = all(optimizer.serves(of_reads[name], moments[name], array) for name, array in parts.items())
+        by_chunks, by_kernel = partial(self._by_chunks, optimizer), partial(self._by_kernel, optimizer)
+        return native_or(by_chunks, by_kernel, serves, parts, moments, of_reads, of_step)
+
+    def _by_kernel(
+        self,
+        optimizer: RowSparseTransformation,
+        parts: dict[str, jax.Array],
+        moments: dict[str, ArrayTree],
+        of_reads: dict[str, GradientsOfReads],
+        of_step: OfStep,
+    ) -> tuple[dict[str, jax.Array], dict[str, ArrayTree], jax.Array]:
+        finite, step, seeds = of_step
+        after = _Carry({}, {}, jnp.zeros((), jnp.float32), {})
+        for name, array in parts.items():
+            of_part = of_reads[name]._replace(rows=rows_if(finite, of_reads[name].rows))
+            update = optimizer.update_natively(
+                of_part, moments[name], array, step, seeds[name], part=self._part(array)
+            )
+            after.parts[name], after.moments[name] = update.table, update.moments
+            after = after._replace(squares=after.squares + update.norm**2)
+        return after.parts, after.moments, after.squares
+
+    def _by_chunks(
+        self,
+        optimizer: RowSparseTransformation,
+        parts: dict[str, jax.Array],
+        moments: dict[str, ArrayTree],
+        of_reads: dict[str, GradientsOfReads],
         of_step: OfStep,
     ) -> tuple[dict[str, jax.Array], dict[str, ArrayTree], jax.Array]:
         """Returns the table's arrays, their moments, and the sum of the squares of the rows written.
@@ -214,6 +242,7 @@ class OwnedTable:
         Then its sum so far is carried over, and the next chunk writes the row.
         """
         finite, step, seeds = of_step
+        rows = next(iter(of_reads.values())).rows
         num_slots = next(iter(parts.values())).shape[0]
         num_reads = rows.counts.sum(dtype=jnp.int32)
         size = min(chunk_tokens(ROW_ARRAYS * max(a.shape[1] for a in parts.values())), rows.order.size)
@@ -238,7 +267,9 @@ class OwnedTable:
             after = _Carry({}, {}, squares, {})
             for name, array in parts.items():
                 sums = jnp.zeros((size, array.shape[1]), jnp.float32)
-                sums = sums.at[row].add(gradients[name](index), mode="drop", indices_are_sorted=True)
+                sums = sums.at[row].add(
+                    _gradients_of(of_reads[name], index), mode="drop", indices_are_sorted=True
+                )
                 sums = sums.at[0].add(carried[name])
                 update = optimizer.update(
                     RowGradients(slots_if(finite, slots), sums),
@@ -262,6 +293,13 @@ class OwnedTable:
         axes, (num_rows, width) = self._axes, array.shape
         column = jax.lax.axis_index(axes.width) * width if axes.width else 0
         return TablePart(first_slot(axes, num_rows), column, axes.width)
+
+
+def _gradients_of(of_reads: GradientsOfReads, index: jax.Array) -> jax.Array:
+    """Returns what each of the reads at `index` (C,) adds to its row's gradient, (C, d)."""
+    _, blocks, scores, cotangent = of_reads
+    vectors = cotangent[index // blocks.shape[1], blocks.reshape(-1)[index]]
+    return read_gradients(vectors, scores.reshape(-1, scores.shape[-1])[index])
 
 
 def _narrow(reads: Mapping[str, jax.Array], num_blocks: int) -> dict[str, jax.Array]:

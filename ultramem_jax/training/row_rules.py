@@ -19,6 +19,7 @@ import optax
 
 from ultramem_jax.config import TrainConfig
 from ultramem_jax.config.row_states import RowArray, row_arrays
+from ultramem_jax.kernels.rules import RowKernel
 from ultramem_jax.ops.rows import stored_dtype
 from ultramem_jax.tree_types import ArrayTree
 
@@ -81,6 +82,8 @@ class RowRule(NamedTuple):
     apply: Callable[[RowStep, jax.Array, ArrayTree, jax.Array], tuple[jax.Array, ArrayTree]]
     """(step, rows (U, d), their state, gradients (U, d)) -> (rows, state) after the step. All are float32,
     except state that is stored as integers, which stays integer."""
+    kernel: RowKernel | None = None
+    """The same rule as a native kernel knows it; None if it knows none, and JAX must apply it."""
 
 
 def row_rule(train: TrainConfig) -> RowRule:
@@ -141,7 +144,8 @@ def adamw(
         direction = (first / (1 - b1**count)) / (jnp.sqrt(second / (1 - b2**count)) + eps)
         return _stepped(rows, at.rate, direction, weight_decay), RowMoments(first, second)
 
-    return RowRule(kept, _zeros(RowMoments, kept), apply)
+    kernel = RowKernel("adamw", weight_decay, b1, b2, eps, one_per_row=second_moment == "row")
+    return RowRule(kept, _zeros(RowMoments, kept), apply, kernel)
 
 
 def adamw_catch_up(
@@ -175,7 +179,8 @@ def adamw_catch_up(
         rows, (first, second) = step(at, rows, decayed, gradients)
         return rows, DatedMoments(first, second, jnp.full_like(moments.last, at.step + 1))
 
-    return RowRule(kept, _zeros(DatedMoments, kept), apply)
+    kernel = RowKernel("adamw_catch_up", weight_decay, b1, b2, eps, one_per_row=second_moment == "row")
+    return RowRule(kept, _zeros(DatedMoments, kept), apply, kernel)
 
 
 def adagrad(eps: float, weight_decay: float, *, moment_dtype: str = "float32") -> RowRule:
@@ -201,7 +206,8 @@ def adagrad(eps: float, weight_decay: float, *, moment_dtype: str = "float32") -
         direction = gradients * inverse_root(squares, eps)
         return _stepped(rows, at.rate, direction, weight_decay), SquareSums(squares)
 
-    return RowRule(kept, _zeros(SquareSums, kept), apply)
+    kernel = RowKernel("adagrad", weight_decay, eps=eps)
+    return RowRule(kept, _zeros(SquareSums, kept), apply, kernel)
 
 
 def adagrad_row(eps: float, weight_decay: float) -> RowRule:
@@ -223,7 +229,8 @@ def adagrad_row(eps: float, weight_decay: float) -> RowRule:
         direction = gradients * inverse_root(squares, eps)
         return _stepped(rows, at.rate, direction, weight_decay), SquareSums(squares)
 
-    return RowRule(kept, _zeros(SquareSums, kept), apply)
+    kernel = RowKernel("adagrad_row", weight_decay, eps=eps, one_per_row=True)
+    return RowRule(kept, _zeros(SquareSums, kept), apply, kernel)
 
 
 def sgd(weight_decay: float) -> RowRule:
@@ -238,7 +245,7 @@ def sgd(weight_decay: float) -> RowRule:
     ) -> tuple[jax.Array, optax.EmptyState]:
         return _stepped(rows, at.rate, gradients, weight_decay), state
 
-    return RowRule((), lambda table: optax.EmptyState(), apply)
+    return RowRule((), lambda table: optax.EmptyState(), apply, RowKernel("sgd", weight_decay))
 
 
 def sgd_momentum(momentum: float, weight_decay: float, *, moment_dtype: str = "float32") -> RowRule:
@@ -258,7 +265,8 @@ def sgd_momentum(momentum: float, weight_decay: float, *, moment_dtype: str = "f
         trace = gradients + momentum * state.trace
         return _stepped(rows, at.rate, trace, weight_decay), Trace(trace)
 
-    return RowRule(kept, _zeros(Trace, kept), apply)
+    kernel = RowKernel("sgd_momentum", weight_decay, momentum=momentum)
+    return RowRule(kept, _zeros(Trace, kept), apply, kernel)
 
 
 def inverse_root(squares: jax.Array, eps: float) -> jax.Array:

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import optax
 
 from ultramem_jax.config.exchange_purposes import MEANS_OVER_COLUMNS
+from ultramem_jax.kernels import calls
+from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.ops.chunks import fold_chunks
 from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.hashing import mix
-from ultramem_jax.ops.lookup import RowGradients
+from ultramem_jax.ops.lookup import GradientsOfReads, RowGradients, row_gradients
 from ultramem_jax.ops.rounding import stochastic_round
-from ultramem_jax.ops.rows import put_sorted_rows, stored_dtype, take_sorted_rows, to_stored
+from ultramem_jax.ops.rows import is_on_host, put_sorted_rows, stored_dtype, take_sorted_rows, to_stored
 from ultramem_jax.training.row_rules import RowRule, RowStep
 from ultramem_jax.tree_types import ArrayTree
 
@@ -70,6 +72,10 @@ class RowSparseTransformation(NamedTuple):
     `RowUpdate`. Compile it with table and moments donated. The seed is for rounding, and differs for every
     array and step. With `record`, the result includes the rows that were overwritten. For a part of a table,
     slots count from the first slot of the part."""
+    update_natively: Callable[..., RowUpdate]
+    """Does what `update` does by a native kernel, and takes `GradientsOfReads` in place of the gradients."""
+    serves: Callable[[GradientsOfReads, ArrayTree, jax.Array], bool]
+    """(gradients, moments, table) -> whether `update_natively` can update this table."""
 
 
 def row_sparse(
@@ -140,7 +146,74 @@ def row_sparse(
         )
         return RowUpdate(table, moments, jnp.sqrt(norm), log)
 
-    return RowSparseTransformation(rule.init, update)
+    def serves(reads: GradientsOfReads, moments: ArrayTree, table: jax.Array) -> bool:
+        arrays = jax.tree.leaves((table, moments))
+        on_device = not any(is_on_host(array) for array in arrays)
+        return (
+            rule.kernel is not None
+            and on_device
+            and calls.serves_update(arrays, reads.scores, reads.cotangent)
+        )
+
+    def update_natively(
+        reads: GradientsOfReads,
+        moments: ArrayTree,
+        table: jax.Array,
+        step: jax.Array,
+        seed: jax.Array,
+        record: bool = False,
+        part: TablePart = TablePart(),  # noqa: B008
+    ) -> RowUpdate:
+        assert rule.kernel is not None
+        rows, *of_reads = reads
+        described = (rows.slots, rows.order, rows.row_of_read, *of_reads)
+        means = None
+        if part.width_axes and rule.kernel.one_per_row:
+            with named_exchange(MEANS_OVER_COLUMNS):
+                means = jax.lax.pmean(calls.row_mean_squares(described), part.width_axes)
+        arrays, structure = jax.tree.flatten((table, moments))
+        written, squares, before = calls.update_rows(
+            rule.kernel,
+            arrays,
+            described,
+            learning_rate(step),
+            step,
+            seed,
+            stochastic=rounding == "stochastic",
+            record=record,
+            first=(part.first_slot, part.first_column),
+            means=means,
+        )
+        table, moments = jax.tree.unflatten(structure, written)
+        overwritten = jax.tree.unflatten(structure, before) if record else None
+        return RowUpdate(table, moments, jnp.sqrt(squares), overwritten)
+
+    return RowSparseTransformation(rule.init, update, update_natively, serves)
+
+
+def update_by_reads(
+    optimizer: RowSparseTransformation,
+    reads: GradientsOfReads,
+    moments: ArrayTree,
+    table: jax.Array,
+    step: jax.Array,
+    seed: jax.Array,
+    record: bool = False,
+) -> RowUpdate:
+    """Updates the rows that were read, from what their gradients are made of.
+
+    The arguments are those of `RowSparseTransformation.update`. The native kernel forms a row's gradient when
+    it updates the row. JAX forms the gradients of all rows first.
+    """
+
+    def plain(reads: GradientsOfReads, *arguments: ArrayTree) -> RowUpdate:
+        return optimizer.update(row_gradients(reads), *arguments, record)
+
+    def native(reads: GradientsOfReads, *arguments: ArrayTree) -> RowUpdate:
+        return optimizer.update_natively(reads, *arguments, record)
+
+    serves = optimizer.serves(reads, moments, table)
+    return native_or(plain, native, serves, reads, moments, table, step, seed)
 
 
 def _mean_over_row(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -1,11 +1,14 @@
 """Counts which slots of a table have been read, and how evenly, from the rows read and not from all N."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ultramem_jax.config.exchange_purposes import LOSSES_AND_METRICS
+from ultramem_jax.kernels import calls
+from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.lookup import RowsRead
 
@@ -40,11 +43,10 @@ def record_reads(
         `read_entropy` in nats, of the distribution of this step's reads over slots (log N when all are read
         equally often).
     """
-    seen_before = usage.seen.at[rows.slots].get(mode="fill", fill_value=True)
-    num_new = (~seen_before).sum(dtype=jnp.int32)
-    seen = usage.seen.at[rows.slots].set(True, mode="drop", unique_indices=True, indices_are_sorted=True)
-    share = rows.counts.astype(jnp.float32) / jnp.float32(num_reads)
-    entropy = -jnp.sum(jnp.where(rows.counts > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0.0))
+    kernel = partial(calls.record_reads, num_reads=num_reads)
+    plain = partial(_record, num_reads=num_reads)
+    serves = rows.slots.size > 0
+    seen, num_new, entropy = native_or(plain, kernel, serves, usage.seen, rows.slots, rows.counts)
     num_slots = jnp.float32(usage.seen.shape[0])
     if axes:
         with named_exchange(LOSSES_AND_METRICS):
@@ -56,3 +58,15 @@ def record_reads(
         "read_entropy": entropy,
     }
     return SlotUsage(seen, num_seen), metrics
+
+
+def _record(
+    seen: jax.Array, slots: jax.Array, counts: jax.Array, num_reads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns `seen` with these slots, how many of them are new, and the entropy of the reads."""
+    seen_before = seen.at[slots].get(mode="fill", fill_value=True)
+    num_new = (~seen_before).sum(dtype=jnp.int32)
+    seen = seen.at[slots].set(True, mode="drop", unique_indices=True, indices_are_sorted=True)
+    share = counts.astype(jnp.float32) / jnp.float32(num_reads)
+    entropy = -jnp.sum(jnp.where(counts > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0.0))
+    return seen, num_new, entropy

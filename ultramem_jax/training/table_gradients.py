@@ -1,4 +1,4 @@
-"""Computes the gradients of the rows of every table, from what the memories read and its cotangents."""
+"""Collects what the gradients of every table's rows are made of: reads, and their cotangents."""
 
 from collections.abc import Mapping
 from typing import TypeAlias
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.model import table_readers
-from ultramem_jax.ops.lookup import RowGradients, RowsRead, row_gradients, rows_read
+from ultramem_jax.ops.lookup import GradientsOfReads, RowsRead, rows_read
 from ultramem_jax.ops.sharded_lookup import pooled_shape, products_shape
 
 ArraysOfMemories: TypeAlias = Mapping[str, Mapping[str, jax.Array]]
@@ -68,8 +68,8 @@ def slots_if(finite: jax.Array, slots: jax.Array) -> jax.Array:
 
 def table_gradients(
     config: ModelConfig, rows: dict[str, RowsRead], reads: ArraysOfMemories, cotangents: ArraysOfMemories
-) -> dict[str, dict[str, RowGradients]]:
-    """Returns the gradients of the rows that were read.
+) -> dict[str, dict[str, GradientsOfReads]]:
+    """Returns what the gradients of the rows that were read are made of.
 
     Args:
         config: the model's config.
@@ -78,9 +78,9 @@ def table_gradients(
         cotangents: gradients with respect to `perturbations`.
 
     Returns:
-        Per table the gradients of `values` and, if it has them, of `pre_values`.
+        Per table, that of `values` and, if it has them, of `pre_values`.
     """
-    gradients: dict[str, dict[str, RowGradients]] = {}
+    gradients: dict[str, dict[str, GradientsOfReads]] = {}
     for table, sites in table_readers(config).items():
         readers = [site.name for site in sites]
         read = {key: _together([reads[name][key] for name in readers]) for key in reads[readers[0]]}
@@ -88,10 +88,10 @@ def table_gradients(
             key: _together([cotangents[name][key] for name in readers]) for key in cotangents[readers[0]]
         }
         gradients[table] = {
-            "values": row_gradients(rows[table], read["blocks"], read["weights"], cotangent["pooled"])
+            "values": GradientsOfReads(rows[table], read["blocks"], read["weights"], cotangent["pooled"])
         }
         if "products" in cotangent:
-            gradients[table]["pre_values"] = row_gradients(
+            gradients[table]["pre_values"] = GradientsOfReads(
                 rows[table],
                 jnp.zeros_like(read["slots"]),
                 cotangent["products"][..., None],

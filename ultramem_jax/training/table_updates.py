@@ -21,7 +21,7 @@ from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import RowsRead
 from ultramem_jax.ops.on_mesh import current_axes
 from ultramem_jax.training.owned_tables import OfStep, OwnedTable
-from ultramem_jax.training.row_sparse import RowSparseTransformation
+from ultramem_jax.training.row_sparse import RowSparseTransformation, update_by_reads
 from ultramem_jax.training.slot_usage import SlotUsage, record_reads
 from ultramem_jax.training.state import TrainState
 from ultramem_jax.training.table_gradients import ArraysOfMemories, rows_if, rows_of_tables, table_gradients
@@ -124,13 +124,15 @@ def _update_on_one_device(
     norms: dict[str, dict[str, jax.Array]] = {name: {} for name in state.tables}
     for name, parts in state.tables.items():
         for part, table in parts.items():
-            of_rows, moments = gradients[name][part], state.table_state[name][part]
+            of_reads, moments = gradients[name][part], state.table_state[name][part]
             seed = seeds[name][part]
-            update = optimizers[name].update(of_rows, moments, table, state.step, seed, record_before)
+            update = update_by_reads(
+                optimizers[name], of_reads, moments, table, state.step, seed, record_before
+            )
             tables[name][part], table_state[name][part] = update.table, update.moments
             norms[name][part] = update.norm
             if update.before is not None:
-                overwritten[name][part] = RowsBefore(of_rows.slots, update.before)
+                overwritten[name][part] = RowsBefore(of_reads.rows.slots, update.before)
     return TableUpdate(
         tables,
         table_state,

@@ -1,0 +1,47 @@
+"""Every native kernel against NumPy, on random shapes."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.support import kernel_cases
+from tests.support.kernel_cases import CASES
+from ultramem_jax.kernels import native
+from ultramem_jax.kernels.targets import NAMES
+
+pytestmark = pytest.mark.skipif(not native.status().on, reason=str(native.status()))
+
+
+class HypothesisDraw:
+    def __init__(self, data):
+        self._data, self.rng = data, np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+
+    def integer(self, low, high):
+        return self._data.draw(st.integers(low, high))
+
+    def choice(self, options):
+        return self._data.draw(st.sampled_from(options))
+
+
+def test_every_kernel_has_cases():
+    assert set(CASES) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # to shrink a failure takes minutes; its draws are printed
+    suppress_health_check=list(HealthCheck),
+)
+@given(data=st.data())
+def test_a_kernel_computes_what_numpy_does(name, data):
+    case = CASES[name](HypothesisDraw(data))
+    compute = functools.partial(case.function, **case.options)
+    results = jax.tree.leaves(compute(*jax.tree.map(jax.numpy.asarray, case.arrays)))
+    kernel_cases.check(case, results)

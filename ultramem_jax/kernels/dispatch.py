@@ -1,0 +1,30 @@
+"""Chooses between a native kernel and the JAX function that computes the same."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+
+from ultramem_jax.kernels import native
+from ultramem_jax.tree_types import ArrayTree
+
+Result = TypeVar("Result")
+"""A pytree of arrays."""
+
+
+def native_or(
+    otherwise: Callable[..., Result], kernel: Callable[..., Result], serves: bool, *arguments: ArrayTree
+) -> Result:
+    """Computes `kernel(*arguments)` in a program for CPU, and `otherwise(*arguments)` elsewhere.
+
+    Args:
+        otherwise: the JAX function, which computes the same on every backend.
+        kernel: a function that calls a kernel of `calls`.
+        serves: whether the kernel serves these shapes and dtypes.
+        *arguments: pytrees of arrays.
+    """
+    if not serves or not native.is_on():
+        return otherwise(*arguments)
+    # Both are traced, and the compiler gets one of them. So a program can also be compiled for a backend that
+    # this process does not have.
+    return jax.lax.platform_dependent(*arguments, cpu=kernel, default=otherwise)

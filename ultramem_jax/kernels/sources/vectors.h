@@ -1,0 +1,136 @@
+// Vectors of the CPU in GCC's and Clang's own notation, which both compile for x86-64 and for arm64.
+//
+// Only what that notation cannot say, one bit for each lane, has a version for each CPU.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace ultramem {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define ULTRAMEM_AVX512 1
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+// bfloat16, as its bits.
+using Bfloat16 = uint16_t;
+
+template <class V, class T>
+inline V load_vector(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+inline void store_vector(T* p, V v) {
+  memcpy(p, &v, sizeof(V));
+}
+
+inline Floats splat(float x) { return x - Floats{}; }
+inline Ints splat(int32_t x) { return x - Ints{}; }
+inline Words splat(uint32_t x) { return x - Words{}; }
+
+inline Floats load(const float* p) { return load_vector<Floats>(p); }
+inline Floats load(const Bfloat16* p) {
+  return (Floats)(__builtin_convertvector(load_vector<Halves>(p), Words) << 16);
+}
+inline float load_one(const float* p) { return *p; }
+inline float load_one(const Bfloat16* p) {
+  uint32_t bits = static_cast<uint32_t>(*p) << 16;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Rounds to the nearest bfloat16, ties to even; NaN stays NaN.
+inline Words nearest_bfloat16(Floats x) {
+  Words bits = (Words)x;
+  Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return x == x ? rounded : (bits >> 16 | 0x40);
+}
+inline Bfloat16 nearest_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (x != x) return static_cast<Bfloat16>(bits >> 16 | 0x40);
+  return static_cast<Bfloat16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void store(float* p, Floats x) { store_vector(p, x); }
+inline void store(Bfloat16* p, Floats x) { store_vector(p, __builtin_convertvector(nearest_bfloat16(x), Halves)); }
+inline void store_one(float* p, float x) { *p = x; }
+inline void store_one(Bfloat16* p, float x) { *p = nearest_bfloat16(x); }
+
+// Sums of the lanes, pair by pair.
+inline float sum(Floats x) {
+  float lanes[kLanes];
+  store_vector(lanes, x);
+  for (int n = kLanes / 2; n >= 1; n /= 2)
+    for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+  return lanes[0];
+}
+inline int32_t sum(Ints x) {
+  int32_t lanes[kLanes], total = 0;
+  store_vector(lanes, x);
+  for (int i = 0; i < kLanes; i++) total += lanes[i];
+  return total;
+}
+
+inline Ints max(Ints a, Ints b) { return a > b ? a : b; }
+inline Ints min(Ints a, Ints b) { return a < b ? a : b; }
+
+inline Floats square_root(Floats x) {
+#if defined(ULTRAMEM_AVX512)
+  return (Floats)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);  // GCC 12 warns of the one without a mask
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < kLanes; i++) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
+// Bit i tells whether lane i of a is greater than that of b.
+inline uint32_t greater_bits(Ints a, Ints b) {
+#if defined(ULTRAMEM_AVX512)
+  uint32_t bits = _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
+  asm("" : "+r"(bits));  // GCC 12 spills the mask as 16 bits and reads 32 (found by AddressSanitizer's build)
+  return bits;
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(a > b)));
+#else
+  const Ints bit = {1, 2, 4, 8};
+  return static_cast<uint32_t>(sum((a > b) & bit));
+#endif
+}
+
+// The number of the lane in each lane.
+inline Ints lane_numbers() {
+  Ints n;
+  for (int i = 0; i < kLanes; i++) n[i] = i;
+  return n;
+}
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
+template <class T>
+inline void prefetch_row(const T* row, int64_t width) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < width * static_cast<int64_t>(sizeof(T)); i += 64) prefetch(p + i);
+}
+
+}  // namespace ultramem
