@@ -109,6 +109,27 @@ const char* best_cells(const Call& call) {
   return nullptr;
 }
 
+template <int64_t n>
+struct Ranks {
+  constexpr operator int64_t() const { return n; }
+};
+
+// Adds the derivatives of one cell's scores, by its row, its column and the cores; values of ranks are m apart.
+template <class Count>
+inline void add_cell(Count ranks, int64_t num_cores, int64_t m, const float* cotangent, const float* cores,
+                     const float* row, const float* column, float* d_row, float* d_column, float* d_cores) {
+  for (int64_t core = 0; core < num_cores; core++, cores += ranks * ranks, d_cores += ranks * ranks) {
+    const float weight = cotangent[core];
+    for (int64_t q = 0; q < ranks; q++)
+      for (int64_t k = 0; k < ranks; k++) {
+        const float of_core = weight * cores[q * ranks + k], x = row[q * m], y = column[k * m];
+        d_row[q * m] += of_core * y;
+        d_column[k * m] += of_core * x;
+        d_cores[q * ranks + k] += weight * x * y;
+      }
+  }
+}
+
 // cotangents (T, H, m, h) of the scores, cells, scores of the candidates, cores
 // -> gradients of the candidates' scores (T, 2, H, r, m) and of the cores
 const char* best_cells_gradient(const Call& call) {
@@ -123,6 +144,7 @@ const char* best_cells_gradient(const Call& call) {
   std::vector<double> partial(tasks * all_cores);  // per task, so that the order of the sum does not depend on threads
   call.parallel(tasks, [&](int64_t task) {
     double* of_task = partial.data() + task * all_cores;
+    std::vector<float> of_head_cores(s.cores * of_core);
     const int64_t end = std::min(s.tokens, (task + 1) * kTokens);
     for (int64_t token = task * kTokens; token < end; token++) {
       float* d_token = d_scores + token * 2 * of_side;
@@ -131,6 +153,7 @@ const char* best_cells_gradient(const Call& call) {
         const int64_t at = token * s.heads + head, of_head = head * s.ranks * m;
         const float *row = scores + token * 2 * of_side + of_head, *column = row + of_side;
         float *d_row = d_token + of_head, *d_column = d_row + of_side;
+        std::fill(of_head_cores.begin(), of_head_cores.end(), 0.0f);
         for (int64_t cell = 0; cell < s.top_m; cell++) {
           const int64_t i = cells[at * s.top_m + cell] / m, j = cells[at * s.top_m + cell] % m;
           const float* cotangent = cotangents + (at * s.top_m + cell) * s.cores;
@@ -139,18 +162,20 @@ const char* best_cells_gradient(const Call& call) {
             d_column[j] += *cotangent;
             continue;
           }
-          for (int64_t core = 0; core < s.cores; core++) {
-            const float* c = cores + (head * s.cores + core) * of_core;
-            double* d_core = of_task + (head * s.cores + core) * of_core;
-            for (int64_t q = 0; q < s.ranks; q++)
-              for (int64_t k = 0; k < s.ranks; k++) {
-                const float x = row[q * m + i], y = column[k * m + j], weight = cotangent[core];
-                d_row[q * m + i] += weight * c[q * s.ranks + k] * y;
-                d_column[k * m + j] += weight * c[q * s.ranks + k] * x;
-                d_core[q * s.ranks + k] += weight * x * y;
-              }
+          const float* of_cores = cores + head * s.cores * of_core;
+          float* d_of_cores = of_head_cores.data();
+          const auto add = [&](auto ranks) {
+            add_cell(ranks, s.cores, m, cotangent, of_cores, row + i, column + j, d_row + i, d_column + j, d_of_cores);
+          };
+          switch (s.ranks) {  // the loops over ranks are as short as a branch, unless their length is known
+            case 1: add(Ranks<1>{}); break;
+            case 2: add(Ranks<2>{}); break;
+            case 3: add(Ranks<3>{}); break;
+            case 4: add(Ranks<4>{}); break;
+            default: add(s.ranks);
           }
         }
+        for (int64_t c = 0; c < s.cores * of_core && !s.plain; c++) of_task[head * s.cores * of_core + c] += of_head_cores[c];
       }
     }
   });

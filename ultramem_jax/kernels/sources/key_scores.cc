@@ -34,12 +34,42 @@ inline float dot(const T* a, const T* b, int64_t width) {
   return total;
 }
 
+// The products of a query with four keys, of whole vectors: their sums are four times as fast together.
+template <class T>
+inline void four_dots(const T* query, const T* keys, const int32_t* key, int64_t width, float* to) {
+  const T *a = keys + key[0] * width, *b = keys + key[1] * width, *c = keys + key[2] * width, *d = keys + key[3] * width;
+  Floats of_a = {}, of_b = {}, of_c = {}, of_d = {};
+  for (int64_t e = 0; e < width; e += kLanes) {
+    const Floats q = load(query + e);
+    of_a += q * load(a + e), of_b += q * load(b + e), of_c += q * load(c + e), of_d += q * load(d + e);
+  }
+  sums(of_a, of_b, of_c, of_d, to);
+}
+
 // total[e] += weight · x[e]
 template <class T>
 inline void add_scaled(float* total, float weight, const T* x, int64_t width) {
   int64_t e = 0;
   for (; e + kLanes <= width; e += kLanes) store(total + e, load(total + e) + splat(weight) * load(x + e));
   for (; e < width; e++) total[e] += weight * load_one(x + e);
+}
+
+// total[e] += Σ_j weights[j] · rows[index[j]][e], with the sums of two vectors in registers
+template <class T>
+inline void add_rows(float* total, const float* weights, const T* rows, const int32_t* index, int64_t count,
+                     int64_t width) {
+  int64_t e = 0;
+  for (; e + 2 * kLanes <= width; e += 2 * kLanes) {
+    Floats a = load(total + e), b = load(total + e + kLanes);
+    for (int64_t j = 0; j < count; j++) {
+      const T* row = rows + index[j] * width + e;
+      const Floats weight = splat(weights[j]);
+      a += weight * load(row), b += weight * load(row + kLanes);
+    }
+    store(total + e, a), store(total + e + kLanes, b);
+  }
+  for (; e < width; e++)
+    for (int64_t j = 0; j < count; j++) total[e] += weights[j] * load_one(rows + index[j] * width + e);
 }
 
 template <class T>
@@ -55,8 +85,11 @@ void score(const Call& call, const Shape& s) {
         const T* of_rank = keys + ((side * s.sets + set) * s.ranks + rank) * s.num_keys * s.width;
         const T* query = queries + (at * s.query_ranks + s.query_rank(rank)) * s.width;
         float* out = scores + (at * s.ranks + rank) * s.top_m;
-        for (int64_t j = 0; j < s.top_m; j++)
-          out[j] = dot(query, of_rank + static_cast<int64_t>(chosen[at * s.top_m + j]) * s.width, s.width);
+        const int32_t* key = chosen + at * s.top_m;
+        int64_t j = 0;
+        if (s.width % kLanes == 0)
+          for (; j + 4 <= s.top_m; j += 4) four_dots(query, of_rank, key + j, s.width, out + j);
+        for (; j < s.top_m; j++) out[j] = dot(query, of_rank + key[j] * s.width, s.width);
       }
     }
   });
@@ -70,20 +103,18 @@ void differentiate_queries(const Call& call, const Shape& s) {
   auto* d_queries = call.result(0).as<T>();
   call.parallel(ceil_div(s.tokens, kTokens), [&](int64_t task) {
     const int64_t sides = 2 * s.heads, end = std::min(s.tokens, (task + 1) * kTokens) * sides;
-    auto* sums = reinterpret_cast<float*>(scratch(sizeof(float) * s.width));
+    auto* total = reinterpret_cast<float*>(scratch(sizeof(float) * s.width));
     for (int64_t at = task * kTokens * sides; at < end; at++) {
       const int64_t side = at / s.heads % 2, set = s.set_of(at % s.heads);
       for (int64_t query = 0; query < s.query_ranks; query++) {
-        memset(sums, 0, sizeof(float) * s.width);
+        memset(total, 0, sizeof(float) * s.width);
         for (int64_t rank = query; rank < (s.query_ranks == 1 ? s.ranks : query + 1); rank++) {
           const T* of_rank = keys + ((side * s.sets + set) * s.ranks + rank) * s.num_keys * s.width;
-          const float* cotangent = cotangents + (at * s.ranks + rank) * s.top_m;
-          for (int64_t j = 0; j < s.top_m; j++)
-            add_scaled(sums, cotangent[j], of_rank + static_cast<int64_t>(chosen[at * s.top_m + j]) * s.width,
-                       s.width);
+          add_rows(total, cotangents + (at * s.ranks + rank) * s.top_m, of_rank, chosen + at * s.top_m, s.top_m,
+                   s.width);
         }
         T* out = d_queries + (at * s.query_ranks + query) * s.width;
-        for (int64_t e = 0; e < s.width; e++) store_one(out + e, sums[e]);
+        for (int64_t e = 0; e < s.width; e++) store_one(out + e, total[e]);
       }
     }
   });

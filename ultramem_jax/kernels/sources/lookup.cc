@@ -10,7 +10,7 @@ namespace ultramem {
 namespace {
 
 constexpr int64_t kTokens = 8;  // tokens of a task
-constexpr int64_t kAhead = 12;  // reads whose rows are on their way into the cache
+constexpr int64_t kAhead = 16;  // reads whose rows are on their way into the cache
 
 // Where the rows of a task's reads are.
 template <class Row>

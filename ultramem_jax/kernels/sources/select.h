@@ -33,14 +33,13 @@ inline float with_rank(int32_t rank) {
 inline Ints between(Ints low, Ints high) { return rank_of(0.5f * (with_rank(low) + with_rank(high))); }
 inline int32_t between(int32_t low, int32_t high) { return rank_of(0.5f * (with_rank(low) + with_rank(high))); }
 
-constexpr int kMostSurvivors = 256;
+constexpr int kMostSurvivors = 256 - kLanes;  // with a vector more there is room in 256
 constexpr int kMostSelected = 96;  // beyond it, ranking survivors pairwise takes longer than a sort
 constexpr int kSearchSteps = 7;
 
 // Holds the numbers of a row that may be among its k largest, in the order of the row.
 struct Survivors {
-  int32_t* ranks;    // room for kMostSurvivors + kLanes, and so the others
-  int32_t* indices;
+  int32_t *ranks, *indices;  // room for kMostSurvivors + kLanes
   int count = 0;
 };
 
@@ -68,27 +67,63 @@ inline int32_t keep_best(Survivors& s, int k) {
   places(s.ranks, s.count, place);
   int32_t last = INT32_MIN;
   int kept = 0;
-  for (int i = 0; i < s.count; i++) {
-    if (place[i] >= k) continue;
-    if (place[i] == k - 1) last = s.ranks[i];
+  for (int i = 0; i < s.count; i++) {  // without a branch, which could not be predicted
+    last = place[i] == k - 1 ? s.ranks[i] : last;
     s.ranks[kept] = s.ranks[i];
-    s.indices[kept++] = s.indices[i];
+    s.indices[kept] = s.indices[i];
+    kept += place[i] < k;
   }
   s.count = kept;
   return last;
 }
 
+// Drops survivors that are not among the k best, and returns a rank that the k best exceed, or, at INT32_MIN, might not.
+// Up to a few more than k are kept: to find about the k-th best by a search is quicker than to rank all.
+inline int32_t thin_out(Survivors& s, int k) {
+  const int vectors = (s.count + kLanes - 1) / kLanes;
+  for (int i = s.count; i < vectors * kLanes; i++) s.ranks[i] = s.ranks[0];
+  Ints lows = splat(INT32_MAX), highs = splat(INT32_MIN);
+  for (int v = 0; v < vectors; v++) {
+    const Ints own = load_vector<Ints>(s.ranks + v * kLanes);
+    lows = min(lows, own), highs = max(highs, own);
+  }
+  int32_t low = lowest(lows), high = highest(highs);
+  for (int i = s.count; i < vectors * kLanes; i++) s.ranks[i] = INT32_MIN;
+  for (int step = 0; step < kSearchSteps; step++) {
+    const int32_t middle = between(low, high);
+    Ints count = {};
+    for (int v = 0; v < vectors; v++) count -= load_vector<Ints>(s.ranks + v * kLanes) >= splat(middle);
+    const int reached = sum(count);
+    if (reached < k) {
+      high = middle;
+      continue;
+    }
+    low = middle;
+    if (reached <= k + k / 8) break;
+  }
+  if (low == INT32_MIN) return keep_best(s, k);  // no rank is below it
+  int kept = 0;
+  for (int v = 0; v < vectors; v++) {  // what is written lies before what is read next
+    const Ints own = load_vector<Ints>(s.ranks + v * kLanes), index = load_vector<Ints>(s.indices + v * kLanes);
+    const uint32_t bits = greater_bits(own, splat(low - 1));
+    store_chosen(s.ranks + kept, own, bits);
+    store_chosen(s.indices + kept, index, bits);
+    kept += __builtin_popcount(bits);
+  }
+  s.count = kept;
+  if (kept > kMostSurvivors / 2 && kept > k) return keep_best(s, k);  // many are equal
+  return low - 1;
+}
+
 // Writes the indices of the k best numbers, best first, and, unless `values` is null, their values. If there are fewer
 // survivors, every other number of the row has the lowest rank, and the first ones of these follow.
 inline void write_best(Survivors& s, int k, int32_t* indices, float* values) {
-  int32_t place[kMostSurvivors + kLanes];
+  int32_t place[kMostSurvivors + kLanes], sorted[kMostSurvivors], sorted_ranks[kMostSurvivors];
   places(s.ranks, s.count, place);
-  for (int i = 0; i < s.count; i++) {
-    if (place[i] >= k) continue;
-    indices[place[i]] = s.indices[i];
-    if (values) values[place[i]] = with_rank(s.ranks[i]);
-  }
+  for (int i = 0; i < s.count; i++) sorted[place[i]] = s.indices[i], sorted_ranks[place[i]] = s.ranks[i];
   int written = std::min(s.count, k);
+  memcpy(indices, sorted, written * sizeof(int32_t));
+  for (int i = 0; i < written && values; i++) values[i] = with_rank(sorted_ranks[i]);
   for (int32_t i = 0; written < k; i++) {
     if (std::find(indices, indices + written, i) != indices + written) continue;
     if (values) values[written] = with_rank(INT32_MIN);
@@ -119,8 +154,7 @@ inline int32_t lower_bound(const int32_t* ranks, int64_t n, int k) {
   for (int v = 0; i + kLanes <= n; i += kLanes, v++) best[v] = max(best[v], load_vector<Ints>(ranks + i));
   Ints lows = best[0], highs = best[0];
   for (int v = 1; v < kVectors; v++) lows = min(lows, best[v]), highs = max(highs, best[v]);
-  int32_t low = lows[0], high = highs[0];
-  for (int lane = 1; lane < kLanes; lane++) low = std::min(low, lows[lane]), high = std::max(high, highs[lane]);
+  int32_t low = lowest(lows), high = highest(highs);
   for (int s = 0; s < kSearchSteps; s++) {
     const int32_t middle = between(low, high);
     Ints count = {};
@@ -136,36 +170,50 @@ inline int32_t lower_bound(const int32_t* ranks, int64_t n, int k) {
   return low;
 }
 
+// Returns a rank that the k best of a row exceed, or, at INT32_MIN, might not.
+inline int32_t bound_of_row(const int32_t* ranks, int64_t n, int k) {
+  int32_t low = INT32_MIN;
+  if (2 * k <= 4 * kLanes) {
+    if (n >= 8 * kLanes) low = lower_bound<4>(ranks, n, k);
+  } else if (2 * k <= 8 * kLanes) {
+    if (n >= 16 * kLanes) low = lower_bound<8>(ranks, n, k);
+  } else if (n >= 48 * kLanes) {
+    low = lower_bound<24>(ranks, n, k);
+  }
+  return low == INT32_MIN ? low : low - 1;
+}
+
+// Adds the numbers of a row that exceed the bound, of which the first has the index `first`, and returns the bound: it
+// rises if there are too many.
+inline int32_t add_survivors(const int32_t* ranks, int64_t n, int32_t first, int32_t bound, int k, Survivors& s) {
+  const auto add = [&](int64_t at, uint32_t bits) {
+    store_chosen(s.ranks + s.count, load_vector<Ints>(ranks + at), bits);
+    store_chosen(s.indices + s.count, lane_numbers() + (first + static_cast<int32_t>(at)), bits);
+    s.count += __builtin_popcount(bits);
+  };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    uint32_t bits[4];
+    for (int v = 0; v < 4; v++) bits[v] = greater_bits(load_vector<Ints>(ranks + i + v * kLanes), splat(bound));
+    if (!(bits[0] | bits[1] | bits[2] | bits[3])) continue;
+    for (int v = 0; v < 4; v++) add(i + v * kLanes, bits[v]);
+    if (s.count > kMostSurvivors - 4 * kLanes) bound = thin_out(s, k);
+  }
+  for (; i < n; i++) {
+    if (ranks[i] <= bound) continue;
+    s.ranks[s.count] = ranks[i];
+    s.indices[s.count++] = first + static_cast<int32_t>(i);
+    if (s.count > kMostSurvivors - 4 * kLanes) bound = thin_out(s, k);
+  }
+  return bound;
+}
+
 // Writes the k best of a contiguous row of n ranks; `order` is for `sort_best`.
 inline void best_of_row(const int32_t* ranks, int64_t n, int k, int32_t* order, int32_t* indices, float* values) {
   if (k > kMostSelected) return sort_best(ranks, n, k, order, indices, values);
   int32_t kept_ranks[kMostSurvivors + kLanes], kept_indices[kMostSurvivors + kLanes];
   Survivors kept{kept_ranks, kept_indices};
-  int32_t bound = INT32_MIN;  // what is greater survives
-  if (2 * k <= 4 * kLanes) {
-    if (n >= 8 * kLanes) bound = lower_bound<4>(ranks, n, k);
-  } else if (2 * k <= 8 * kLanes) {
-    if (n >= 16 * kLanes) bound = lower_bound<8>(ranks, n, k);
-  } else if (n >= 48 * kLanes) {
-    bound = lower_bound<24>(ranks, n, k);
-  }
-  if (bound != INT32_MIN) bound--;  // what reaches the bound survives too
-  bool full = false;
-  const auto take = [&](int64_t i) {
-    kept.ranks[kept.count] = ranks[i];
-    kept.indices[kept.count++] = static_cast<int32_t>(i);
-    if (kept.count == kMostSurvivors) bound = keep_best(kept, k), full = true;
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    uint32_t bits = greater_bits(load_vector<Ints>(ranks + i), splat(bound));
-    for (; bits; bits &= bits - 1) {
-      const int64_t at = i + __builtin_ctz(bits);
-      if (!full || ranks[at] > bound) take(at);
-    }
-  }
-  for (; i < n; i++)
-    if (ranks[i] > bound) take(i);
+  add_survivors(ranks, n, 0, bound_of_row(ranks, n, k), k, kept);
   write_best(kept, k, indices, values);
 }
 

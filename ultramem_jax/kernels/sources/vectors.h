@@ -9,6 +9,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace ultramem {
@@ -75,19 +77,60 @@ inline void store(Bfloat16* p, Floats x) { store_vector(p, __builtin_convertvect
 inline void store_one(float* p, float x) { *p = x; }
 inline void store_one(Bfloat16* p, float x) { *p = nearest_bfloat16(x); }
 
-// Sums of the lanes, pair by pair.
-inline float sum(Floats x) {
-  float lanes[kLanes];
+// Sums, the lowest and the highest of all lanes.
+#if defined(ULTRAMEM_AVX512)
+inline float sum(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
+inline int32_t sum(Ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
+inline int32_t lowest(Ints x) { return _mm512_reduce_min_epi32((__m512i)x); }
+inline int32_t highest(Ints x) { return _mm512_reduce_max_epi32((__m512i)x); }
+#else
+template <class Lane, class V, class Join>
+inline Lane joined(V x, Join join) {
+  Lane lanes[kLanes];
   store_vector(lanes, x);
   for (int n = kLanes / 2; n >= 1; n /= 2)
-    for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+    for (int i = 0; i < n; i++) lanes[i] = join(lanes[i], lanes[i + n]);
   return lanes[0];
 }
+#if defined(__AVX2__)
+inline float sum(Floats x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+#elif defined(__aarch64__)
+inline float sum(Floats x) { return vaddvq_f32((float32x4_t)x); }
+#else
+inline float sum(Floats x) {
+  return joined<float>(x, [](float a, float b) { return a + b; });
+}
+#endif
 inline int32_t sum(Ints x) {
-  int32_t lanes[kLanes], total = 0;
-  store_vector(lanes, x);
-  for (int i = 0; i < kLanes; i++) total += lanes[i];
-  return total;
+  return joined<int32_t>(x, [](int32_t a, int32_t b) { return a + b; });
+}
+inline int32_t lowest(Ints x) {
+  return joined<int32_t>(x, [](int32_t a, int32_t b) { return a < b ? a : b; });
+}
+inline int32_t highest(Ints x) {
+  return joined<int32_t>(x, [](int32_t a, int32_t b) { return a > b ? a : b; });
+}
+#endif
+
+// Writes the sums of all lanes of four vectors.
+inline void sums(Floats a, Floats b, Floats c, Floats d, float* to) {
+#if defined(__AVX2__)
+#if defined(ULTRAMEM_AVX512)
+  const auto half = [](Floats x) {
+    return _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  };
+#else
+  const auto half = [](Floats x) { return (__m256)x; };
+#endif
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
+  to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d);
+#endif
 }
 
 inline Ints max(Ints a, Ints b) { return a > b ? a : b; }
@@ -115,6 +158,15 @@ inline uint32_t greater_bits(Ints a, Ints b) {
 #else
   const Ints bit = {1, 2, 4, 8};
   return static_cast<uint32_t>(sum((a > b) & bit));
+#endif
+}
+
+// Writes the lanes of x whose bits are set, one after the other; up to kLanes numbers are overwritten.
+inline void store_chosen(int32_t* to, Ints x, uint32_t bits) {
+#if defined(ULTRAMEM_AVX512)
+  store_vector(to, (Ints)_mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)x));
+#else
+  for (; bits; bits &= bits - 1) *to++ = x[__builtin_ctz(bits)];
 #endif
 }
 
