@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from tests.support.users_compiler import OLDER_FUSIONS
+from ultramem_jax.kernels import native
 
 # Tests compile much and compute little. LLVM, which makes machine code of what XLA has optimized, may leave
 # out what pays for itself only on long runs: a third of the time of a training step's tests. A program is not
@@ -47,3 +48,10 @@ def older_objects_rest():
     yield
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def without_kernels():
+    """Traces functions without native kernels, for tests of what only JAX's own functions do."""
+    with native.turned_off():
+        yield

@@ -52,6 +52,7 @@ def test_scattering_words_copies_no_table():
     assert made.alias_size_in_bytes == 2 * (1 << 16) * 64 and made.temp_size_in_bytes < 1 << 18
 
 
+@pytest.mark.usefixtures("without_kernels")  # kernels do not serve the host's memory
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_table_in_the_hosts_memory_gives_the_same_bits(dtype):
     table, _ = _table(dtype)

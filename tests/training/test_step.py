@@ -167,6 +167,7 @@ def test_temporaries_at_four_million_slots_are_a_small_share_of_the_table(stored
     assert analysis.alias_size_in_bytes > table
 
 
+@pytest.mark.usefixtures("without_kernels")  # kernels do not serve the host's memory
 def test_a_host_resident_table_trains_bit_for_bit_like_one_on_the_device():
     # A shared table with pre-values, and everything stored in other dtypes, integers among it.
     memory = FAMILY["ultramem-v2"].changed(dtype="bfloat16")

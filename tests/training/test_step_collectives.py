@@ -18,6 +18,7 @@ from tests.support.users_compiler import memory_analysis
 from ultramem_jax.accounting import step_transfers
 from ultramem_jax.config import MeshConfig, MoEConfig
 from ultramem_jax.config import exchange_purposes as purposes
+from ultramem_jax.kernels import native
 from ultramem_jax.parallel.collectives import collectives_of, summary
 from ultramem_jax.planning.traffic import grouped
 from ultramem_jax.presets import families
@@ -104,14 +105,24 @@ def test_every_exchange_carries_its_purpose(name):
             assert row.compiled_bytes == pytest.approx(row.formula_bytes, rel=0.01), row
 
 
-def test_means_over_columns_are_sent_for_every_place_of_the_chunks_of_reads():
+def test_means_over_columns_are_sent_for_every_place_of_the_chunks_of_reads(without_kernels):
     config = replace(WIDTH, train=replace(WIDTH.train, row_second_moment="row"))
-    step, _, axes = compiled(config)
+    step, _, axes = compiled.__wrapped__(config)  # not the one with kernels
     means = [c for c in collectives_of(step.as_text(), axes.mesh) if not c.trips_known]
     # The reads of this batch, 8 sequences of 16 tokens with 16 reads, are one chunk.
     predicted = {t.name: t.moved_bytes for t in step_transfers(config, axes.mesh.shape)}
     assert [c.moved_bytes for c in means] == [predicted["means over the columns of rows"]]
     assert means[0].operand_bytes == 4 * 8 * 16 * 16
+
+
+@pytest.mark.skipif(not native.status().on, reason=str(native.status()))
+def test_kernels_send_one_mean_for_every_row_that_may_be_read():
+    config = replace(WIDTH, train=replace(WIDTH.train, row_second_moment="row"))
+    step, _, axes = compiled(config)
+    found = collectives_of(step.as_text(), axes.mesh)
+    (means,) = [c for c in found if c.purpose == purposes.MEANS_OVER_COLUMNS]
+    # Rows of the table, and one that stands for those of other devices.
+    assert means.operand_bytes == 4 * min(8 * 16 * 16, config.model.sites[0].num_slots + 1)
 
 
 def test_every_rule_that_takes_means_over_columns_sends_them():

@@ -439,6 +439,7 @@ def test_no_second_copy_of_the_tables_while_saving_or_restoring(tmp_path):
     assert restoring < 1.5 * tables, done.stdout
 
 
+@pytest.mark.usefixtures("without_kernels")  # kernels do not serve the host's memory
 @pytest.mark.parametrize("restored_to", ["device", "pinned_host"])
 def test_tables_in_the_hosts_memory_are_saved_and_restored_so_too(
     config, held, one_device, tmp_path, monkeypatch, restored_to

@@ -15,6 +15,7 @@ import numpy as np
 from ultramem_jax.kernels import calls
 from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.ops.ngram_constants import MAX_ROWS, MIN_ROWS
+from ultramem_jax.ops.on_mesh import per_token
 
 _DIGIT = 20
 """Bits that a step of the long division adds: float32, with its 24 bits, must hold a quotient below 2²⁰."""
@@ -81,7 +82,8 @@ def ngram_slots(
     def kernel(window: jax.Array) -> jax.Array:
         return calls.ngram_slots(window, multipliers, sizes, orders)
 
-    return native_or(plain, kernel, ids.size > 0, window)
+    # Each device hashes its own sequences: the compiler cannot split a kernel.
+    return per_token(lambda window: native_or(plain, kernel, ids.size > 0, window), (window,))
 
 
 def _slots(

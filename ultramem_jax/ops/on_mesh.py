@@ -107,7 +107,7 @@ def per_token(
 
     Args:
         function: returns a tree of arrays (T, ...), for any T. A token's result must depend only on it.
-        tokens: (T, ...) each.
+        tokens: (T, ...) each; or (B, ...), if the function is of sequences.
         shared: arrays that every device has whole.
     """
     axes = current_axes()
