@@ -1,5 +1,6 @@
 """Every kind of addresser in the registry keeps every promise, and so do kinds together in one model."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,15 @@ from tests.support.memory_contract import (
     CHECKS,
     counted_equals_real_shapes,
     eight_devices_equal_one,
+    forget,
+    kernels_equal_jax,
     restored_equals_saved,
     served_equals_trained,
 )
 from ultramem_jax.config import MoEConfig
 from ultramem_jax.config.memory import memory_of
 from ultramem_jax.config.memory_kinds import ADDRESSERS
+from ultramem_jax.kernels import native
 from ultramem_jax.presets import families
 
 ULTRAMEM = families.ultramem(placement="1:2", num_keys=8, top_m=4, num_heads=2, key_dim=8, value_dim=8)
@@ -39,6 +43,16 @@ TOGETHER = replace(
 )
 
 
+@pytest.fixture(scope="module", params=["native", "jax"], autouse=True)
+def way(request):
+    """Every promise is kept by native kernels, and without them."""
+    if request.param == "native" and not native.status().on:
+        pytest.skip(str(native.status()))
+    with native.turned_off() if request.param == "jax" else contextlib.nullcontext():
+        yield request.param
+    forget()
+
+
 def test_every_kind_is_there():
     assert set(MODELS) >= set(ADDRESSERS.kinds())
 
@@ -47,6 +61,12 @@ def test_every_kind_is_there():
 @pytest.mark.parametrize("name", MODELS)
 def test_contract(name, check):
     check(MODELS[name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_train_as_jax_does(way, name):
+    if way == "native":
+        kernels_equal_jax(MODELS[name])
 
 
 @pytest.mark.parametrize(

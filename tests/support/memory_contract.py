@@ -16,6 +16,7 @@ from tests.support.decoding import assert_decodes
 from tests.support.drawn import variables_of
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.kernels import native
 from ultramem_jax.layers import Memory
 from ultramem_jax.models import Transformer
 from ultramem_jax.models.serving import prepare_for_decoding
@@ -49,6 +50,12 @@ def _tokens(model, sequences=2, length=9, seed=1):
 @functools.cache
 def _full(model):
     return np.asarray(jax.jit(Transformer(model).apply)(_variables(model), _tokens(model)))
+
+
+def forget():
+    """Forgets what was compiled and computed, for the same checks in another way."""
+    for cached in (_full, _initialised, _trained):
+        cached.cache_clear()
 
 
 def jit_equals_eager(model):
@@ -144,6 +151,13 @@ def _assert_same_training(one, other):
 def row_sparse_equals_dense(model):
     """Training by rows equals training whole tables with plain SGD: it changes only what has a gradient."""
     _assert_same_training(_trained(_run_config(model)), _trained(_run_config(model, table_gradient="dense")))
+
+
+def kernels_equal_jax(model):
+    """Training with native kernels equals training without them."""
+    with native.turned_off():
+        without = _trained.__wrapped__(_run_config(model))
+    _assert_same_training(_trained(_run_config(model)), without)
 
 
 def eight_devices_equal_one(model):

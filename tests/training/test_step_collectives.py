@@ -19,6 +19,7 @@ from ultramem_jax.accounting import step_transfers
 from ultramem_jax.config import MeshConfig, MoEConfig
 from ultramem_jax.config import exchange_purposes as purposes
 from ultramem_jax.kernels import native
+from ultramem_jax.ops.exchanges import purposes_of
 from ultramem_jax.parallel.collectives import collectives_of, summary
 from ultramem_jax.planning.traffic import grouped
 from ultramem_jax.presets import families
@@ -120,7 +121,7 @@ def test_kernels_send_one_mean_for_every_row_that_may_be_read():
     config = replace(WIDTH, train=replace(WIDTH.train, row_second_moment="row"))
     step, _, axes = compiled(config)
     found = collectives_of(step.as_text(), axes.mesh)
-    (means,) = [c for c in found if c.purpose == purposes.MEANS_OVER_COLUMNS]
+    (means,) = [c for c in found if purposes_of(c.op_name) == (purposes.MEANS_OVER_COLUMNS,)]
     # Rows of the table, and one that stands for those of other devices.
     assert means.operand_bytes == 4 * min(8 * 16 * 16, config.model.sites[0].num_slots + 1)
 
