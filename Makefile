@@ -1,4 +1,4 @@
-# make demo · make test · make lint · make docs · make compare · make ablate: each sets up what it needs.
+# make demo · make test · make test-native · make lint · make docs · make compare · make ablate: each sets up what it needs.
 # Another interpreter: make demo PYTHON=python3.12. What is installed already is not installed again.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format docs compare ablate help
+.PHONY: demo test test-native lint format docs compare ablate help
 
 help:
 	@grep '^# make' Makefile
@@ -41,6 +41,11 @@ ablate: $(VENV)/runtime.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# Native kernels under sanitizers, with narrower vectors, by clang++ and for arm64, as far as these are installed
+# (on Debian: g++ clang g++-aarch64-linux-gnu qemu-user).
+test-native: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m builds -rs tests/kernels
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

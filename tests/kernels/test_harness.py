@@ -15,6 +15,8 @@ from tests.support.kernel_cases import CASES, RandomDraw
 from tests.support.kernel_harness import compile_harness, record, run
 from ultramem_jax.kernels import build
 
+pytestmark = pytest.mark.builds
+
 COMPILER = shutil.which("c++")
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

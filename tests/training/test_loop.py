@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import pathlib
@@ -20,6 +21,7 @@ from ultramem_jax.config import (
     to_dict,
 )
 from ultramem_jax.data import eval_batches
+from ultramem_jax.kernels import native
 from ultramem_jax.parallel.mesh import make_mesh
 from ultramem_jax.presets import families
 from ultramem_jax.training import checkpoint_reading, loop
@@ -140,6 +142,22 @@ def test_a_run_goes_on_with_its_tables_in_another_memory(config, tmp_path, monke
     second = train(config, tmp_path, progress=False)
     assert {a.sharding.memory_kind for a in jax.tree.leaves(second.state.tables)} == {"device"}
     chex.assert_trees_all_equal(whole.state, second.state)
+
+
+@pytest.mark.skipif(not native.status().on, reason=str(native.status()))
+@pytest.mark.parametrize("first", ["native", "jax"])
+def test_a_run_goes_on_with_kernels_or_without(config, whole, tmp_path, monkeypatch, first):
+    ways = {"native": contextlib.nullcontext, "jax": native.turned_off}
+    _stop_at_three(monkeypatch)
+    with ways.pop(first)():
+        assert train(config, tmp_path, progress=False).step == 3
+    monkeypatch.undo()
+    (other,) = ways.values()
+    with other():
+        resumed = train(config, tmp_path, progress=False).state
+    assert resumed.step == whole[0].state.step
+    chex.assert_trees_all_close(resumed.params, whole[0].state.params, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(resumed.tables, whole[0].state.tables, rtol=1e-4, atol=1e-5)
 
 
 def test_a_memory_that_the_devices_do_not_have_is_refused(config, tmp_path, monkeypatch):
