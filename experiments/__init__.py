@@ -29,5 +29,9 @@ EXPERIMENTS = {
     "bench_owner": Command(
         "experiments.bench_owner.run", "time of the work of one of P owners of a table in a lookup"
     ),
+    "large_table": Command(
+        "experiments.large_table.run",
+        "a training with a table of many gigabytes, stopped and resumed, and its host memory",
+    ),
 }
 """Experiments by their names on the command line, in the order in which they are listed."""

@@ -40,7 +40,15 @@ FLOORS = (
     ("experiments.common",),
     tuple(
         f"experiments.{name}"
-        for name in ("ablate", "bench_decode", "bench_owner", "bench_step", "compare", "row_states")
+        for name in (
+            "ablate",
+            "bench_decode",
+            "bench_owner",
+            "bench_step",
+            "compare",
+            "large_table",
+            "row_states",
+        )
     ),
     ("launch",),
 )

@@ -1,11 +1,12 @@
 """Times the work of one of P owners of a table in a lookup, forward and backward, on this machine.
 
 A group of P devices has P times the tokens of one device, and each owner sees the reads of the whole group.
-By slots, an owner lists the reads of its N/P rows and works on these. By width, it works on its d_v/P columns
-for all reads. If the work were divided evenly and there were no other work, the times would not depend on P.
+By slots, an owner works on the reads of its N/P rows, which it has to find among all. By width, it works on
+its d_v/P columns for all reads. If the work were divided evenly and there were no other work, the times would
+not depend on P.
 
-For P = 1 (no mesh), 2, 4, ..., the experiment times the list of owned reads, the pooled sums, and the
-products that are the gradient of the scores. Devices send nothing here; for communication see `plan`.
+For P = 1 (no mesh), 2, 4, ..., the experiment times the pooled sums, and the products that are the gradient
+of the scores. Devices send nothing here; for communication see `plan`.
 
     python launch.py bench_owner --parts=1,2,4 --out=runs/bench_owner
 """
@@ -26,7 +27,7 @@ from experiments.common import report
 from ultramem_jax.cli.arguments import positive_number
 from ultramem_jax.errors import require
 from ultramem_jax.ops.lookup import pooled_lookup, score_products
-from ultramem_jax.ops.owned_rows import OwnedReads, owned_reads, pool_owned, score_products_owned
+from ultramem_jax.ops.owned_rows import pooled_of_owned, products_of_owned
 from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.environment import describe_environment
 
@@ -68,8 +69,7 @@ def main() -> None:
             f"{TOKENS.value} tokens of each device, so P times as many of a group; {SLOTS.value:,} slots of "
             f"{WIDTH} float32 values in all; R {READS}, E {BLOCKS}, h {CORES}. Medians of {REPEATS.value} "
             "rounds, all P in turns; ± is half the distance between quartiles. `forward` is the pooled sums, "
-            "`backward` the products that are the gradient of the scores; by slots both are for reads that "
-            "are listed already, which `list` does once for the two."
+            "`backward` the products that are the gradient of the scores."
         ],
     )
     print(f"\n{written[0].read_text()}")
@@ -119,14 +119,12 @@ def _operations(p: int) -> tuple[dict[str, Operation], Callable[[jax.Array], Inp
             jax.random.normal(keys[5], (tokens, BLOCKS, WIDTH), jnp.float32),
         )
 
-    def by_slots(function: Callable[[Inputs, OwnedReads], jax.Array]) -> Operation:
-        return jax.jit(lambda x: function(x, owned_reads(x.slots, jnp.int32(0), rows)))
-
     operations: dict[str, Operation] = {
-        "list": by_slots(lambda x, owned: owned.places),
-        "slots forward": by_slots(lambda x, owned: pool_owned(x.rows, owned, x.blocks, x.scores, BLOCKS)),
-        "slots backward": by_slots(
-            lambda x, owned: score_products_owned(x.rows, owned, x.blocks, x.vectors, CORES)
+        "slots forward": jax.jit(
+            lambda x: pooled_of_owned(x.rows, x.slots, x.blocks, x.scores, jnp.int32(0), BLOCKS)
+        ),
+        "slots backward": jax.jit(
+            lambda x: products_of_owned(x.rows, x.slots, x.blocks, x.vectors, jnp.int32(0), CORES)
         ),
         "width forward": jax.jit(
             lambda x: pooled_lookup(x.columns, x.slots, x.blocks, x.scores[..., :cores], BLOCKS)
@@ -140,17 +138,12 @@ def _operations(p: int) -> tuple[dict[str, Operation], Callable[[jax.Array], Inp
 
 def _row(p: int, seconds: dict[str, list[float]]) -> markdown.Row:
     ms = {name: [1e3 * s for s in values] for name, values in seconds.items()}
-    # Both operations by slots make the list first; its time is subtracted from theirs.
-    for name in ("slots forward", "slots backward"):
-        ms[name] = [whole - listed for whole, listed in zip(ms[name], ms["list"], strict=True)]
     row: markdown.Row = {"P": p, "reads of the group": p * TOKENS.value * READS}
     for name, values in ms.items():
         row[name] = statistics.median(values)
         if len(values) > 1:
             first, _, third = statistics.quantiles(values, n=4)
             row[f"± {name}"] = (third - first) / 2
-    row["slots, all"] = math.fsum(
-        statistics.median(ms[n]) for n in ("list", "slots forward", "slots backward")
-    )
+    row["slots, all"] = math.fsum(statistics.median(ms[n]) for n in ("slots forward", "slots backward"))
     row["width, all"] = math.fsum(statistics.median(ms[n]) for n in ("width forward", "width backward"))
     return row

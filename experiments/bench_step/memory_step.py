@@ -4,20 +4,26 @@ The layer works as in a model, and its step includes the gradient by x. Its loss
 against a random target. `bench_step` times it with several ways of keeping and training the table.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.errors import UserError
+from ultramem_jax.kernels import native
 from ultramem_jax.models.parts import OneMemory
 from ultramem_jax.presets import families
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.module_step import Metrics, ModuleStep, Objective
 from ultramem_jax.training.state import TrainState, state_of
-from ultramem_jax.tree_types import Variables
+from ultramem_jax.tree_types import ArrayTree, Variables
+
+Result = TypeVar("Result")
+"""A pytree of arrays."""
 
 SEQUENCES = 2
 """Sequences in the batch of a step."""
@@ -29,17 +35,40 @@ EMBED_DIM = 256
 class Way:
     """Describes how a table is kept and trained: the dtype of `TableConfig`, and fields of `TrainConfig`."""
 
+    kernels: bool = True
+    """Whether native kernels may compute. Without them XLA computes everything."""
+
     table_dtype: str = "float32"
     table_gradient: Literal["row_sparse", "dense"] = "row_sparse"
     row_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     row_second_moment: Literal["element", "row"] = "element"
 
+    @property
+    def is_dense(self) -> bool:
+        """Tells whether the gradient has the size of the table."""
+        return self.table_gradient == "dense"
 
+    def traced(self, function: Callable[..., Result]) -> Callable[..., Result]:
+        """Returns the function, which is traced with the kernels of this way, or without."""
+
+        def as_here(*arguments: ArrayTree) -> Result:
+            with contextlib.nullcontext() if self.kernels else native.turned_off():
+                return function(*arguments)
+
+        return as_here
+
+
+_BFLOAT16 = Way(table_dtype="bfloat16", row_moment_dtype="bfloat16", row_second_moment="row")
 WAYS = {
-    "row_sparse": Way(),
-    "row_sparse bf16": Way("bfloat16", "row_sparse", "bfloat16", "row"),
-    "dense": Way(table_gradient="dense"),
+    "native": Way(),
+    "XLA": Way(kernels=False),
+    "dense": Way(kernels=False, table_gradient="dense"),
+    "native bf16": _BFLOAT16,
+    "XLA bf16": replace(_BFLOAT16, kernels=False),
 }
+"""Ways that are timed, by name."""
+XLA_OF = {"native": "XLA", "native bf16": "XLA bf16"}
+"""Ways with kernels, and the same without."""
 
 
 class Batch(NamedTuple):

@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench_step.memory_step import Batch, MemoryLayer
+from experiments.bench_step.memory_step import Batch, MemoryLayer, Way
 from experiments.bench_step.timing import WARM_UP
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.key_scores import best_keys, combined_scores, key_scores
 from ultramem_jax.ops.linear import project
-from ultramem_jax.ops.lookup import RowGradients, pooled_lookup, row_gradients
+from ultramem_jax.ops.lookup import RowsRead, pooled_lookup
 from ultramem_jax.ops.product_keys import retrieve_tucker
 from ultramem_jax.ops.topk import top_k
 from ultramem_jax.training.module_step import Pass
+from ultramem_jax.training.row_sparse import update_by_reads
 from ultramem_jax.training.state import TrainState, model_variables
 from ultramem_jax.training.table_gradients import rows_of_tables, table_gradients
 from ultramem_jax.tree_types import ArrayTree
@@ -32,27 +33,27 @@ class Part(NamedTuple):
     """Series of times that the line shows, a key of `PartTimes.ms`."""
     less: tuple[str, ...] = ()
     """Series that are subtracted from it, round by round."""
-    cost: str = ""
-    """Name of its floor in `memory_step_costs`; empty for none."""
+    costs: tuple[str, ...] = ()
+    """Names of its floors in `memory_step_costs`, which are added; none for no floor."""
     in_sum: bool = True
     """True if the step does this and no other line includes it."""
 
 
 PARTS = (
-    Part("query", "query", cost="query"),
+    Part("query", "query", costs=("query",)),
     Part("norm of the keys", "key norm"),
-    Part("choice of candidates", "choice", cost="side_scores"),
-    Part("· side scores, alone", "side scores", cost="side_scores", in_sum=False),
+    Part("choice of candidates", "choice", costs=("side_scores",)),
+    Part("· side scores, alone", "side scores", costs=("side_scores",), in_sum=False),
     Part("· side top-k, alone", "side top-k", in_sum=False),
     Part("· jax.lax.top_k in its place", "lax top-k", in_sum=False),
-    Part("scores of the candidates", "candidates", cost="candidates"),
-    Part("grid (retrieval - the two above)", "retrieval", ("choice", "candidates"), "grid"),
-    Part("lookup", "lookup", cost="lookup"),
-    Part("projection", "projection", cost="projection"),
-    Part("backward (with forward - forward)", "gradients", ("forward",), "backward"),
-    Part("row gradients", "row gradients", cost="row_gradients"),
-    Part("row update", "row update", cost="row_update"),
-    Part("dense optimizer", "dense optimizer", cost="dense_optimizer"),
+    Part("scores of the candidates", "candidates", costs=("candidates",)),
+    Part("grid (retrieval - the two above)", "retrieval", ("choice", "candidates"), ("grid",)),
+    Part("lookup", "lookup", costs=("lookup",)),
+    Part("projection", "projection", costs=("projection",)),
+    Part("backward (with forward - forward)", "gradients", ("forward",), ("backward",)),
+    Part("sort of the reads", "sort"),
+    Part("row gradients and update", "row update", costs=("row_gradients", "row_update")),
+    Part("dense optimizer", "dense optimizer", costs=("dense_optimizer",)),
 )
 
 
@@ -72,6 +73,7 @@ class PartTimes(NamedTuple):
 
 def time_parts(
     layer: MemoryLayer,
+    way: Way,
     state: TrainState,
     draw: Callable[[int], Batch],
     repeats: int,
@@ -84,13 +86,14 @@ def time_parts(
 
     Args:
         layer: a layer that is trained by rows.
+        way: the way of its config, which says whether native kernels compute.
         state: its state, which is donated.
         draw: makes a batch of a number.
         repeats: rounds that count.
         tick: called after every round.
     """
     site = layer.site
-    parts, top_m = _Parts(layer), layer.site.config.value_of("top_m")
+    parts, top_m = _Parts(layer, way), layer.site.config.value_of("top_m")
     ms: dict[str, list[float]] = {}
     rows = []
 
@@ -120,10 +123,11 @@ def time_parts(
         del table, params
         timed("forward", parts.forward, state, forward)
         found = timed("gradients", parts.gradients, state, trained)
-        of_rows = timed("row gradients", parts.row_gradients, found.reads, found.cotangents)
-        rows.append(int(np.sum(np.asarray(of_rows.slots) < site.num_slots)))
+        of_tables = timed("sort", parts.sort, found.reads)
+        rows.append(int(np.sum(np.asarray(of_tables[site.table].slots) < site.num_slots)))
+        left = found.reads, found.cotangents
         tables, table_state = timed(
-            "row update", parts.update_rows, of_rows, state.tables, state.table_state, state.step
+            "row update", parts.update_rows, of_tables, left, state.tables, state.table_state, state.step
         )
         params, opt_state = timed(
             "dense optimizer", parts.update_params, found.gradients["params"], state.opt_state, state.params
@@ -143,24 +147,27 @@ def time_parts(
 class _Parts:
     """Compiles the parts."""
 
-    def __init__(self, layer: MemoryLayer):
+    def __init__(self, layer: MemoryLayer, way: Way):
+        def compiled(function: Callable[..., Any], **options: Any) -> Any:
+            return jax.jit(way.traced(function), **options)
+
         # The forward pass returns what lies between its parts. The compiler drops what no result needs.
-        self.left = jax.jit(lambda state, x: _left(layer, state, x, ("core",)))
-        self.queries = jax.jit(lambda state, x: _left(layer, state, x, ("queries",))["queries"])
-        self.keys = jax.jit(lambda state, x: _left(layer, state, x, ("keys",))["keys"])
-        self.scores = jax.jit(combined_scores)
-        self.top_k = jax.jit(top_k, static_argnums=1)
-        self.lax_top_k = jax.jit(jax.lax.top_k, static_argnums=1)
-        self.best_keys = jax.jit(best_keys, static_argnums=3)
-        self.key_scores = jax.jit(key_scores)
-        self.retrieve = jax.jit(retrieve_tucker, static_argnums=4)
-        self.lookup = jax.jit(pooled_lookup, static_argnums=4)
-        self.project = jax.jit(project)
-        self.forward = jax.jit(partial(_forward, layer))
-        self.gradients = jax.jit(partial(_gradients, layer))
-        self.row_gradients = jax.jit(partial(_row_gradients, layer))
-        self.update_rows = jax.jit(partial(_update_rows, layer), donate_argnums=(1, 2))
-        self.update_params = jax.jit(layer.training.update_params, donate_argnums=(1, 2))
+        self.left = compiled(lambda state, x: _left(layer, state, x, ("core",)))
+        self.queries = compiled(lambda state, x: _left(layer, state, x, ("queries",))["queries"])
+        self.keys = compiled(lambda state, x: _left(layer, state, x, ("keys",))["keys"])
+        self.scores = compiled(combined_scores)
+        self.top_k = compiled(top_k, static_argnums=1)
+        self.lax_top_k = compiled(jax.lax.top_k, static_argnums=1)
+        self.best_keys = compiled(best_keys, static_argnums=3)
+        self.key_scores = compiled(key_scores)
+        self.retrieve = compiled(retrieve_tucker, static_argnums=4)
+        self.lookup = compiled(pooled_lookup, static_argnums=4)
+        self.project = compiled(project)
+        self.forward = compiled(partial(_forward, layer))
+        self.gradients = compiled(partial(_gradients, layer))
+        self.sort = compiled(partial(rows_of_tables, layer.config.model))
+        self.update_rows = compiled(partial(_update_rows, layer), donate_argnums=(2, 3))
+        self.update_params = compiled(layer.training.update_params, donate_argnums=(1, 2))
 
 
 def _forward(layer: MemoryLayer, state: TrainState, batch: Batch) -> ArrayTree:
@@ -172,18 +179,18 @@ def _gradients(layer: MemoryLayer, state: TrainState, batch: Batch) -> Pass:
     return layer.training.differentiate(state, state.buffers, batch, jax.random.key(0))
 
 
-def _row_gradients(layer: MemoryLayer, reads: ArrayTree, cotangents: ArrayTree) -> RowGradients:
-    rows = rows_of_tables(layer.config.model, reads)
-    found = table_gradients(layer.config.model, rows, reads, cotangents)
-    return row_gradients(found[layer.site.table]["values"])
-
-
 def _update_rows(
-    layer: MemoryLayer, gradients: RowGradients, tables: ArrayTree, moments: ArrayTree, step: jax.Array
+    layer: MemoryLayer,
+    rows: dict[str, RowsRead],
+    left: tuple[ArrayTree, ArrayTree],
+    tables: ArrayTree,
+    moments: ArrayTree,
+    step: jax.Array,
 ) -> tuple[ArrayTree, ArrayTree]:
     name, seed = layer.site.table, mix(step.astype(jnp.uint32), jnp.uint32(0))
-    update = layer.optimizers.rows[name].update(
-        gradients, moments[name]["values"], tables[name]["values"], step, seed
+    of_reads = table_gradients(layer.config.model, rows, *left)[name]["values"]
+    update = update_by_reads(
+        layer.optimizers.rows[name], of_reads, moments[name]["values"], tables[name]["values"], step, seed
     )
     return {name: {"values": update.table}}, {name: {"values": update.moments}}
 

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from experiments.bench_step.lookups import LookupResult
 from experiments.bench_step.parts import PartTimes
 from experiments.bench_step.study import PartsResult, StepResult
 from experiments.bench_step.timing import Timing, spread
@@ -38,6 +39,8 @@ class Study:
     steps: list[StepResult]
     """Measured steps, in the order of their slots."""
     parts: list[PartsResult]
+    lookups: list[LookupResult]
+    """The lookup and its update beside that of another library; none without that library."""
 
     @property
     def device(self) -> str:
@@ -51,7 +54,10 @@ class Study:
 
     def floor_ms(self, cost: PartCost) -> float:
         """Returns the least milliseconds that this machine needs for a cost."""
-        return 1e3 * floor_seconds(cost, self.rates.flops_per_second, self.rates.bytes_per_second)
+        rates = self.rates
+        return 1e3 * floor_seconds(
+            cost, rates.flops_per_second, rates.bytes_per_second, rates.row_bytes_per_second
+        )
 
     def timed(self, slots: int, way: str) -> StepResult | None:
         """Returns a step of the study; None if it was not timed."""
@@ -69,11 +75,12 @@ class Study:
         tree |= {"memory": to_dict(self.memory), "rates": dataclasses.asdict(self.rates)}
         tree |= {"steps": [self._step_tree(step) for step in self.steps]}
         tree |= {"parts": [_parts_tree(parts) for parts in self.parts]}
+        tree |= {"lookups": [dataclasses.asdict(lookup) for lookup in self.lookups]}
         return keep_record(path, tree)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Study":
-        """Reads what `save` wrote, also where an earlier version wrote the memory.
+        """Reads what `save` wrote.
 
         Raises:
             UserError: the file cannot be read, or is not a study.
@@ -84,6 +91,7 @@ class Study:
                 "rates": Rates(**tree["rates"]),
                 "steps": [_step(step) for step in tree["steps"]],
                 "parts": [_parts(parts) for parts in tree["parts"]],
+                "lookups": [LookupResult(**lookup) for lookup in tree["lookups"]],
             }
             return cls(**tree | made)
 
@@ -98,9 +106,7 @@ def _parts_tree(parts: PartsResult) -> JsonDict:
 
 
 def _memory(tree: JsonDict) -> MemoryConfig:
-    # Version 0.2 had one memory, with all fields in one dict; configs of runs can still be read from then.
-    of_today = "address" in tree
-    model = {"memories": {"memory": tree}} if of_today else {"memory": tree}
+    model = {"memories": {"memory": tree}}
     memory = run_config_from_dict({"model": model, "data": {}, "train": {}}).model.memory
     assert memory is not None
     return memory

@@ -1,8 +1,10 @@
 """Times a training step against the slots of its memory, row-sparse beside dense, with its floor.
 
 By default one memory layer is timed without a model (512 tokens, D 256, 2·32 reads of 128 values): forward,
-backward and AdamW. Three ways take turns: row-sparse in float32, row-sparse with table and moments in
-bfloat16, and dense. Ways that do not fit into host memory are left out, and the table says so.
+backward and AdamW. Ways take turns: row-sparse with native kernels, row-sparse by XLA, dense, and the first
+two with table and moments in bfloat16. With --authors=PATH the layer of the authors' PyTorch code takes
+turns, too. Ways that do not fit into host memory are left out, and the table says so. Where FBGEMM is
+installed, the lookup and its update are timed beside it.
 
 The table shows beside each time the least time that this machine needs, from the FLOPs and bytes of the step
 (ultramem_jax/accounting/step_costs.py) and measured rates. It also shows the parts of the step, each timed
@@ -17,9 +19,10 @@ import pathlib
 import sys
 
 from absl import flags
+from experiments.bench_step.authors import AuthorsLayer
 from tqdm import tqdm
 
-from experiments.bench_step import study, tables
+from experiments.bench_step import lookups, study, tables
 from experiments.bench_step.memory_step import SEQUENCES, Way, bench_memory
 from experiments.bench_step.records import Study
 from experiments.bench_step.timing import WARM_UP
@@ -43,11 +46,18 @@ MEMORY = flags.DEFINE_float(
     "memory_gb", None, "host memory to stay within, in GB (10^9 bytes); by default 90 % of what is free"
 )
 RESULTS = flags.DEFINE_string("results", "experiments/results/bench_step", "folder of tables and figures")
+AUTHORS = flags.DEFINE_string(
+    "authors",
+    None,
+    "checkout of the authors' code (ZihaoHuang-notabot/Ultra-Sparse-Memory-Network), whose layer is timed "
+    "too; needs PyTorch",
+)
 REDRAW = flags.DEFINE_bool(
     "redraw", False, "measure nothing; only make tables and figures from the .json files in --results"
 )
 
 _SHARE_OF_FREE = 0.9
+_SMALL_SIDE = 32
 _SUBJECTS = {
     False: ("bench_step", "Training step of one memory layer", "One layer of width D 256"),
     True: (
@@ -72,7 +82,14 @@ def main() -> None:
     # Described at the start: the code that runs is the code that was checked out at that time.
     environment = describe_environment()
     subjects = [model for model, wanted in ((False, LAYER.value), (True, MODEL.value)) if wanted]
-    plans = {model: [study.plan(side, tokens, limit, model=model) for side in sides] for model in subjects}
+    if AUTHORS.value is not None:
+        AuthorsLayer(
+            AUTHORS.value, _SMALL_SIDE, SEQUENCES
+        )  # refuses what is no checkout before anything runs
+    plans = {
+        model: [study.plan(side, tokens, limit, model=model, authors=AUTHORS.value) for side in sides]
+        for model in subjects
+    }
     if limit is not None and not any(size.groups for sizes in plans.values() for size in sizes):
         raise UserError(f"memory_gb = {limit / 1e9:.3g}: no step fits, of any of these sizes")
     folder = make_folder(RESULTS.value, "results")
@@ -91,14 +108,21 @@ def main() -> None:
             environment=environment,
             steps=[],
             parts=[],
+            lookups=[],
         )
-        rounds = (WARM_UP + repeats) * sum(size.rounds for size in sizes)
+        memory = measured.memory
+        shape = tokens, memory.reads_per_token, memory.table.value_dim
+        beside = [] if model else [size for size in sizes if lookups.can_run(size.num_keys**2, *shape, limit)]
+        rounds = (WARM_UP + repeats) * (sum(size.rounds for size in sizes) + lookups.WAYS * len(beside))
         with tqdm(total=rounds, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True) as bar:
             for size in sizes:
                 bar.set_postfix_str(f"{size.num_keys**2:,} slots")
                 steps, parts = study.measure(size, tokens, repeats, bar.update)
                 measured.steps.extend(steps)
-                measured.parts.extend([] if parts is None else [parts])
+                measured.parts.extend(parts)
+                if size in beside:
+                    found = lookups.measure(size.num_keys**2, *shape, repeats, bar.update)
+                    measured.lookups.extend(found)
                 # Written after every size, so that an interrupted run keeps its measurements.
                 written = tables.write(measured, folder)
         print(f"\n{written[0].read_text()}\nwritten: {', '.join(map(str, written))}")

@@ -6,16 +6,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from experiments.bench_step.authors import AuthorsLayer
 
-from experiments.bench_step.memory_step import SEQUENCES, WAYS, MemoryLayer, bench_config
+from experiments.bench_step.memory_step import (
+    SEQUENCES,
+    WAYS,
+    XLA_OF,
+    Batch,
+    MemoryLayer,
+    Way,
+    bench_config,
+    bench_memory,
+)
 from experiments.bench_step.parts import PartTimes, time_parts
-from experiments.bench_step.timing import Contender, Timing, contender, groups_that_fit, needed, race
+from experiments.bench_step.timing import (
+    Contender,
+    Need,
+    Timing,
+    contender,
+    groups_that_fit,
+    needed,
+    race,
+)
 from ultramem_jax.accounting import PartCost
 from ultramem_jax.accounting.step_costs import memory_step_costs, model_step_cost, total
 from ultramem_jax.config import RunConfig
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.state import init_state
 from ultramem_jax.training.step import make_train_step
+
+AUTHORS = "authors, PyTorch"
+"""Name of the authors' layer among the ways."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +77,18 @@ class Size:
     """Ways that fit into host memory, in groups that fit together."""
     costs: dict[str, PartCost]
     """Floor of the whole step, by way."""
-    dissected: str | None
-    """Way whose parts are timed, too; None if none fits, or for the model."""
+    dissected: tuple[str, ...]
+    """Ways whose parts are timed, too; none for the model."""
     draw: Callable[[int], Any]
     """Function from a number to a batch."""
 
     @property
     def rounds(self) -> int:
         """Returns the steps to time per round; the parts count as one step."""
-        return sum(len(group) for group in self.groups) + (self.dissected is not None)
+        return sum(len(group) for group in self.groups) + len(self.dissected)
 
 
-def plan(num_keys: int, tokens: int, limit: int | None, *, model: bool) -> Size:
+def plan(num_keys: int, tokens: int, limit: int | None, *, model: bool, authors: str | None = None) -> Size:
     """Returns what to time at one size.
 
     Args:
@@ -74,33 +96,37 @@ def plan(num_keys: int, tokens: int, limit: int | None, *, model: bool) -> Size:
         tokens: T of a step.
         limit: bytes that may be used; None is no limit.
         model: whether to time the whole model, without parts, instead of the layer.
+        authors: folder of the authors' code, whose layer is timed too; None leaves it out.
     """
     configs = {name: bench_config(num_keys, way, tokens) for name, way in WAYS.items()}
     build = _of_model if model else _of_layer
-    contenders = {name: build(config) for name, config in configs.items()}
+    contenders = {name: build(config, WAYS[name]) for name, config in configs.items()}
+    costs = {
+        name: model_step_cost(config, tokens) if model else total(memory_step_costs(config, tokens))
+        for name, config in configs.items()
+    }
+    if authors is not None and not model:
+        contenders[AUTHORS], costs[AUTHORS] = _of_authors(authors, num_keys, tokens), costs["dense"]
     groups = groups_that_fit({name: c.need for name, c in contenders.items()}, limit)
-    # Parts are timed of the first way that fits and trains by rows.
-    by_rows = [name for name, way in WAYS.items() if way.table_gradient == "row_sparse"]
-    fitting = [name for name in by_rows if any(name in group for group in groups)]
+    fitting = [name for group in groups for name in group]
+    # Parts are timed of the first way with kernels that fits, and of the same without them.
+    dissected = next(((name, XLA_OF[name]) for name in XLA_OF if name in fitting), ())
     first = next(iter(configs.values()))
     return Size(
         num_keys=num_keys,
         configs=configs,
         contenders=contenders,
         groups=groups,
-        costs={
-            name: model_step_cost(config, tokens) if model else total(memory_step_costs(config, tokens))
-            for name, config in configs.items()
-        },
-        dissected=fitting[0] if fitting and not model else None,
+        costs=costs,
+        dissected=() if model else tuple(name for name in dissected if name in fitting),
         draw=_draw_tokens(first) if model else _draw_inputs(first, tokens),
     )
 
 
 def measure(
     size: Size, tokens: int, repeats: int, tick: Callable[[], object]
-) -> tuple[list[StepResult], PartsResult | None]:
-    """Times the steps of one size and, for the layer, the parts of one of them.
+) -> tuple[list[StepResult], list[PartsResult]]:
+    """Times the steps of one size and, for the layer, the parts of some of them.
 
     Args:
         size: what to time, from `plan`.
@@ -110,18 +136,20 @@ def measure(
     """
     timings: dict[str, Timing] = {}
     beside: dict[str, tuple[str, ...]] = {}
-    parts, slots = None, size.num_keys**2
+    parts, slots = [], size.num_keys**2
     for group in size.groups:
         timed, states = race({name: size.contenders[name] for name in group}, size.draw, repeats, tick)
         timings |= timed
         beside |= {name: tuple(other for other in group if other != name) for name in group}
-        # The next group needs the memory of these states. The arrays of the dissected one are donated.
-        state = states.pop(size.dissected, None) if size.dissected else None
+        for name in [name for name in size.dissected if name in group]:
+            # The next group needs the memory of these states: the arrays of this one are donated.
+            state, way, config = states.pop(name), WAYS[name], size.configs[name]
+            for other in [other for other in states if other not in size.dissected]:
+                del states[other]
+            times = time_parts(MemoryLayer(config), way, state, size.draw, repeats, tick)
+            parts.append(PartsResult(slots, name, memory_step_costs(config, tokens), times))
+            del state
         states.clear()
-        if size.dissected and state is not None:
-            config = size.configs[size.dissected]
-            times = time_parts(MemoryLayer(config), state, size.draw, repeats, tick)
-            parts = PartsResult(slots, size.dissected, memory_step_costs(config, tokens), times)
     steps = [
         StepResult(
             slots=slots,
@@ -137,19 +165,41 @@ def measure(
     return steps, parts
 
 
-def _of_layer(config: RunConfig) -> Contender:
+def _of_layer(config: RunConfig, way: Way) -> Contender:
     layer = MemoryLayer(config)
-    return contender(layer.init, layer.step, lambda state: state.tables, dense=layer.is_dense)
+    return contender(layer.init, way.traced(layer.step), lambda state: state.tables, dense=way.is_dense)
 
 
-def _of_model(config: RunConfig) -> Contender:
+def _of_model(config: RunConfig, way: Way) -> Contender:
     optimizers = make_optimizers(config)
     return contender(
         lambda: init_state(config, optimizers),
-        make_train_step(config, optimizers),
+        way.traced(make_train_step(config, optimizers)),
         lambda state: state.tables,
-        dense=config.train.table_gradient == "dense",
+        dense=way.is_dense,
     )
+
+
+class _RunningAuthors:
+    """Runs the authors' layer."""
+
+    state = None
+
+    def __init__(self, layer: AuthorsLayer):
+        self._layer = layer
+
+    def step(self, batch: Batch) -> None:
+        self._layer.step(np.asarray(batch.x), np.asarray(batch.target))
+
+    def planned_bytes(self) -> None:
+        return None
+
+
+def _of_authors(checkout: str, num_keys: int, tokens: int) -> Contender:
+    table = num_keys**2 * bench_memory(num_keys, WAYS["dense"]).table.value_dim * 4
+    # Table and two moments; the gradient, and what the optimizer makes of it.
+    need = Need(3 * table, 2 * table)
+    return Contender(lambda batch: _RunningAuthors(AuthorsLayer(checkout, num_keys, tokens)), table, need)
 
 
 def _draw_inputs(config: RunConfig, tokens: int) -> Callable[[int], Any]:

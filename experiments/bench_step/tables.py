@@ -6,17 +6,26 @@ from collections.abc import Sequence
 
 from matplotlib.ticker import EngFormatter
 
-from experiments.bench_step.memory_step import SEQUENCES, WAYS
-from experiments.bench_step.parts import PARTS
+from experiments.bench_step.lookups import FBGEMM
+from experiments.bench_step.memory_step import SEQUENCES, WAYS, XLA_OF
+from experiments.bench_step.parts import PARTS, Part
 from experiments.bench_step.records import Study
-from experiments.bench_step.study import PartsResult, StepResult
+from experiments.bench_step.study import AUTHORS, PartsResult, StepResult
 from experiments.bench_step.timing import WARM_UP, spread
 from experiments.common import figures, report
 from experiments.common.report import ratio
-from ultramem_jax.accounting import expected_rows
+from ultramem_jax.accounting import PartCost, expected_rows
+from ultramem_jax.accounting.step_costs import total
 from ultramem_jax.reporting import markdown
 
-_COLOURS = dict(zip(WAYS, (figures.BLUE, figures.GREEN, figures.VERMILION), strict=True))
+_COLOURS = {
+    "native": figures.BLUE,
+    "XLA": figures.SKY,
+    "dense": figures.VERMILION,
+    "native bf16": figures.GREEN,
+    "XLA bf16": figures.GREY,
+    AUTHORS: figures.ORANGE,
+}
 _GIGA = 1e9
 
 
@@ -38,7 +47,8 @@ def draw(study: Study, folder: pathlib.Path) -> list[pathlib.Path]:
         study.title,
         study.environment,
         _notes(study),
-        {f"Parts, {p.slots:,} slots, {p.way}": _breakdown(study, p) for p in study.parts},
+        _lookup_section(study)
+        | {f"Parts, {p.slots:,} slots, {p.way}": _breakdown(study, p) for p in study.parts},
         {"time of a step against slots": f"{path.name}.png"},
     )
     return [table, values, plot(study, folder / f"{path.name}.png")]
@@ -61,10 +71,16 @@ def step_rows(study: Study, *, on_cpu: bool) -> list[markdown.Row]:
             "p10–p90": timing and _range(timing.ms),
             "floor, ms": floor,
             "× floor": ratio(median, floor),
+            "times as fast as XLA": ratio(study.median(step.slots, XLA_OF.get(step.way, "")), median),
+            "as the authors": ratio(study.median(step.slots, AUTHORS), median)
+            if step.way in XLA_OF
+            else None,
             "× dense": ratio(median, study.median(step.slots, "dense")),
             f"× at {first:,} slots": ratio(median, study.median(first, step.way)),
-            "peak, GB": timing and timing.peak_bytes / _GIGA,
-            "temporaries, % of table": timing and 100 * timing.temporary_bytes / step.table_bytes,
+            "peak, GB": timing and timing.peak_bytes and timing.peak_bytes / _GIGA,
+            "temporaries, % of table": timing
+            and timing.temporary_bytes
+            and 100 * timing.temporary_bytes / step.table_bytes,
         }
         if on_cpu:
             row["GPU, ms"] = None
@@ -75,9 +91,7 @@ def step_rows(study: Study, *, on_cpu: bool) -> list[markdown.Row]:
 def part_rows(study: Study, parts: PartsResult) -> list[markdown.Row]:
     """Returns a row per part, then their sum and the whole step of the same way."""
     whole = study.timed(parts.slots, parts.way)
-    lines = [
-        (part.name, parts.times.of(part), parts.costs[part.cost] if part.cost else None) for part in PARTS
-    ]
+    lines = [(part.name, parts.times.of(part), _cost(parts, part)) for part in PARTS]
     summed = zip(*(parts.times.of(part) for part in PARTS if part.in_sum), strict=True)
     lines.append(("sum, but for ·", [math.fsum(of_round) for of_round in summed], None))
     if whole and whole.timing:
@@ -97,6 +111,10 @@ def part_rows(study: Study, parts: PartsResult) -> list[markdown.Row]:
             }
         )
     return rows
+
+
+def _cost(parts: PartsResult, part: Part) -> PartCost | None:
+    return total({name: parts.costs[name] for name in part.costs}) if part.costs else None
 
 
 def plot(study: Study, path: pathlib.Path) -> pathlib.Path:
@@ -133,17 +151,62 @@ def _notes(study: Study) -> list[str]:
         f"r {field('tucker_rank')}, h {field('num_cores')}; forward, backward and AdamW. {study.repeats} "
         f"steps of each way after {WARM_UP} of warm-up, in turns, each round on a new random batch. Peak and "
         "temporaries as the compiler planned them; GB are 10^9 bytes.",
-        "`row_sparse` keeps table and moments in float32. `row_sparse bf16` keeps table and first moment in "
-        "bfloat16, rounded stochastically, and one second moment per row. `dense` is AdamW of optax on a "
-        f"gradient of the table's size. What does not fit into {limit} by its own count is left out.",
+        "`native` trains by rows with native kernels, `XLA` by rows without them; both keep table and "
+        "moments in float32. With `bf16`, table and first moment are in bfloat16, rounded stochastically, "
+        "and there is one second moment per row. `dense` is AdamW of optax on a gradient of the table's size, "
+        f"without kernels. What does not fit into {limit} by its own count is left out.",
+        *_about_authors(study),
         "Floor: FLOPs over the rate of matrix products or bytes over the bandwidth, whichever takes longer "
         "(`ultramem_jax/accounting/step_costs.py`). Measured here: "
         f"{rates.flops_per_second / _GIGA:.4g} GFLOP/s in a "
         f"float32 product, {rates.bytes_per_second / _GIGA:.3g} GB/s, read and written, where an array is "
-        f"scaled in place; random rows of 512 bytes are gathered at "
-        f"{rates.gathered_bytes_per_second / _GIGA:.3g} GB/s, which is in no floor.",
+        "scaled in place. Rows anywhere in the table come more slowly, and the floors count them so: random "
+        f"rows of 512 bytes are read and summed at {rates.row_bytes_per_second / _GIGA:.3g} GB/s.",
         "GPU: not measured here." if study.on_cpu else f"Measured on {study.environment['devices']}.",
     ]
+
+
+def _about_authors(study: Study) -> list[str]:
+    if not any(step.way == AUTHORS for step in study.steps):
+        return []
+    return [
+        f"`{AUTHORS}` is the layer of the authors' code with the same shapes, trained by AdamW on gradients "
+        "of the table's size. Its lookup for CUDA is replaced by an embedding, a product and a scatter-add."
+    ]
+
+
+def lookup_rows(study: Study) -> list[markdown.Row]:
+    """Returns a row per size and way of the lookup beside FBGEMM; times are medians."""
+    rows = []
+    for of in study.lookups:
+        both = [f + b for f, b in zip(of.forward_ms, of.backward_ms, strict=True)]
+        peer = next(other for other in study.lookups if (other.slots, other.way) == (of.slots, FBGEMM))
+        of_peer = [f + b for f, b in zip(peer.forward_ms, peer.backward_ms, strict=True)]
+        rows.append(
+            {
+                "slots": of.slots,
+                "way": of.way,
+                "forward, ms": spread(of.forward_ms)[0],
+                "backward and update, ms": spread(of.backward_ms)[0],
+                "both, ms": spread(both)[0],
+                "p10–p90": _range(both),
+                "times as fast as FBGEMM": ratio(spread(of_peer)[0], spread(both)[0]),
+            }
+        )
+    return rows
+
+
+def _lookup_section(study: Study) -> dict[str, list[str]]:
+    if not study.lookups:
+        return {}
+    return {
+        "Lookup and update beside FBGEMM": [
+            markdown.table(lookup_rows(study), left=["way", "p10–p90"]),
+            f"{study.tokens} tokens read {study.memory.reads_per_token} rows of "
+            f"{study.memory.table.value_dim} float32 each; weighted sums, then the weights' gradient and "
+            "row-wise Adagrad on the rows that were read, in turns on the same random reads.",
+        ]
+    }
 
 
 def _breakdown(study: Study, parts: PartsResult) -> list[str]:
@@ -165,5 +228,9 @@ def _range(ms: Sequence[float]) -> str:
 def _remark(study: Study, step: StepResult) -> str | None:
     if step.timing is None:
         return f"does not fit: {step.need_bytes / _GIGA:.3g} GB"
-    apart = [way for way in WAYS if way not in (step.way, *step.beside) and study.median(step.slots, way)]
+    apart = [
+        way
+        for way in (*WAYS, AUTHORS)
+        if way not in (step.way, *step.beside) and study.median(step.slots, way)
+    ]
     return f"not in turns with {', '.join(apart)}" if apart else None

@@ -3,7 +3,8 @@
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -23,15 +24,51 @@ class Need(NamedTuple):
     """Bytes that the step needs beside its state while it runs."""
 
 
+class Running(Protocol):
+    """Runs steps one after the other."""
+
+    state: ArrayTree
+    """What the next step starts from; None if nobody else needs it."""
+
+    def step(self, batch: ArrayTree) -> None:
+        """Runs a step, and returns when it is done."""
+
+    def planned_bytes(self) -> tuple[int, int] | None:
+        """Returns the bytes at the peak and those of temporaries, as planned; None if nobody plans them."""
+
+
 class Contender(NamedTuple):
     """Describes a step that is timed."""
 
-    init: Callable[[], ArrayTree]
-    """Returns the state at step 0; traceable."""
-    step: Callable[[ArrayTree, ArrayTree], tuple[ArrayTree, ...]]
-    """Maps (state, batch) to (state, any result); compiled with the state donated."""
+    start: Callable[[ArrayTree], Running]
+    """Compiles the step for batches like the one given, and makes its state."""
     table_bytes: int
     need: Need
+
+
+class Compiled:
+    """Runs a compiled JAX step, whose state is donated."""
+
+    def __init__(
+        self,
+        init: Callable[[], ArrayTree],
+        step: Callable[[ArrayTree, ArrayTree], tuple[ArrayTree, ...]],
+        batch: ArrayTree,
+    ):
+        """Compiles (state, batch) -> (state, any result) for batches like this one, and makes the state."""
+        self._step = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(init), batch).compile()
+        self.state: ArrayTree = jax.block_until_ready(jax.jit(init)())
+
+    def step(self, batch: ArrayTree) -> None:
+        """Runs a step, and returns when it is done."""
+        self.state, _ = jax.block_until_ready(self._step(self.state, batch))
+
+    def planned_bytes(self) -> tuple[int, int] | None:
+        """Returns the bytes at the peak and those of temporaries, as the compiler planned them."""
+        planned = self._step.memory_analysis()
+        assert planned is not None, "the compiler gives no figures of memory"
+        held = planned.argument_size_in_bytes + planned.output_size_in_bytes - planned.alias_size_in_bytes
+        return held + planned.temp_size_in_bytes, planned.temp_size_in_bytes
 
 
 class Timing(NamedTuple):
@@ -39,9 +76,9 @@ class Timing(NamedTuple):
 
     ms: list[float]
     """Milliseconds of every step that counts."""
-    peak_bytes: int
-    """Bytes of arguments, results and temporaries together, as the compiler planned them."""
-    temporary_bytes: int
+    peak_bytes: int | None
+    """Bytes of arguments, results and temporaries together, as the compiler planned them; None without it."""
+    temporary_bytes: int | None
     """Bytes of the temporaries among `peak_bytes`."""
 
 
@@ -54,15 +91,16 @@ def contender(
     """Returns a step with the host memory that it needs.
 
     Args:
-        init: see `Contender`.
-        step: see `Contender`.
+        init: returns the state at step 0; traceable.
+        step: (state, batch) -> (state, any result).
         tables: function from the state to its tables.
         dense: whether the step makes a gradient of the size of the tables. The update from optax needs no
             room of its own: it is added to the table as it is made.
     """
     state = jax.eval_shape(init)
     of_tables = num_bytes(tables(state))
-    return Contender(init, step, of_tables, Need(num_bytes(state), of_tables if dense else 0))
+    need = Need(num_bytes(state), of_tables if dense else 0)
+    return Contender(partial(Compiled, init, step), of_tables, need)
 
 
 def num_bytes(tree: ArrayTree) -> int:
@@ -120,36 +158,27 @@ def race(
         The timings, and the states after the last step, by name.
     """
     batch = draw(0)
-    compiled = {
-        name: jax.jit(c.step, donate_argnums=0).lower(jax.eval_shape(c.init), batch).compile()
-        for name, c in contenders.items()
-    }
-    states = {name: jax.block_until_ready(jax.jit(c.init)()) for name, c in contenders.items()}
+    running = {name: contender.start(batch) for name, contender in contenders.items()}
     ms: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
     for number in range(WARM_UP + repeats):
         batch = jax.block_until_ready(draw(number))
         for name in order:
             start = time.perf_counter()
-            states[name], _ = jax.block_until_ready(compiled[name](states[name], batch))
+            running[name].step(batch)
             if number >= WARM_UP:
                 ms[name].append(1e3 * (time.perf_counter() - start))
             tick()
         # Rotates the order: no step always runs after the same other step and gains from what that one left
         # in the cache.
         order = order[1:] + order[:1]
-    return {name: Timing(ms[name], *_planned(compiled[name])) for name in contenders}, states
+    timings = {
+        name: Timing(ms[name], *(run.planned_bytes() or (None, None))) for name, run in running.items()
+    }
+    return timings, {name: run.state for name, run in running.items()}
 
 
 def spread(ms: Sequence[float]) -> tuple[float, float, float]:
     """Returns the median, the 10th and the 90th percentile."""
     low, median, high = np.percentile(ms, [10, 50, 90])
     return float(median), float(low), float(high)
-
-
-def _planned(compiled: jax.stages.Compiled) -> tuple[int, int]:
-    """Returns the bytes at the peak, and of temporaries, as the compiler planned them."""
-    planned = compiled.memory_analysis()
-    assert planned is not None, "the compiler gives no figures of memory"
-    held = planned.argument_size_in_bytes + planned.output_size_in_bytes - planned.alias_size_in_bytes
-    return held + planned.temp_size_in_bytes, planned.temp_size_in_bytes

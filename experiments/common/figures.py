@@ -14,7 +14,7 @@ from ultramem_jax.reporting.markdown import interval, significant
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
-SKY = "#56B4E9"
+SKY, ORANGE = "#56B4E9", "#E69F00"
 GREY = "#555555"
 
 COLOURS = {"dense": GREY, "moe": VERMILION, "pkm": GREEN, "ultramem": BLUE, "ultramem-v2": SKY}

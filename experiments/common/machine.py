@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from ultramem_jax.ops.linear import Matrix, OutputMajor, project
+from ultramem_jax.ops.lookup import pooled_lookup
 from ultramem_jax.reporting.environment import read_system_file
 
 _ROW_VALUES = 128
-"""Values of a gathered row: 512 bytes in float32."""
+"""Values of a random row: 512 bytes in float32."""
+_ROWS_OF_TOKEN = 64
 _REPEATS = 7
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Numbers of M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in glibc's malloc.h."""
@@ -31,14 +33,12 @@ class Rates:
     """FLOPs per second of a product of two square float32 matrices, at JAX's default precision."""
     bytes_per_second: float
     """Bytes read and written per second when an array that no cache holds is scaled in place."""
-    gathered_bytes_per_second: float
-    """Bytes read and written per second when random rows of 512 bytes are gathered from that array.
-
-    No floor of a training step uses it. It shows the cost of rows that may lie anywhere in a table.
-    """
+    row_bytes_per_second: float
+    """Bytes read per second when random rows of 512 bytes of that array are read and summed, by the lookup of
+    memories."""
 
 
-def measure_rates(side: int = 2048, array_bytes: int = 1 << 30, gathered_rows: int = 1 << 15) -> Rates:
+def measure_rates(side: int = 2048, array_bytes: int = 1 << 30, tokens: int = 512) -> Rates:
     """Measures the rates of JAX's default device.
 
     It holds at most two copies of the array at the same time.
@@ -46,7 +46,7 @@ def measure_rates(side: int = 2048, array_bytes: int = 1 << 30, gathered_rows: i
     Args:
         side: rows and columns of the matrices.
         array_bytes: bytes of the array; must be much more than the caches hold.
-        gathered_rows: rows that are gathered at a time; each time other rows are drawn.
+        tokens: tokens that read 64 rows each at a time; each time other rows are drawn.
     """
     num_rows = array_bytes // (4 * _ROW_VALUES)
     matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.float32)
@@ -54,13 +54,14 @@ def measure_rates(side: int = 2048, array_bytes: int = 1 << 30, gathered_rows: i
     flops = 2 * side**3 / _median_seconds(lambda: multiply(matrix, matrix))
 
     array = jax.jit(lambda: jnp.ones((num_rows, _ROW_VALUES), jnp.float32))()
-    gather = jax.jit(lambda array, rows: array.at[rows].get(mode="promise_in_bounds"))
+    read = jax.jit(lambda array, slots, scores: pooled_lookup(array, slots, jnp.zeros_like(slots), scores, 1))
+    shape = (tokens, _ROWS_OF_TOKEN)
     draws = [
-        jax.random.randint(jax.random.key(i), (gathered_rows,), 0, num_rows, jnp.int32)
-        for i in range(1 + _REPEATS)
+        jax.random.randint(jax.random.key(i), shape, 0, num_rows, jnp.int32) for i in range(1 + _REPEATS)
     ]
-    gathered_bytes = 2 * gathered_rows * _ROW_VALUES * 4
-    gathered = gathered_bytes / _median_seconds(lambda: gather(array, draws.pop()))
+    scores = jnp.ones((*shape, 1), jnp.float32)
+    row_bytes = tokens * _ROWS_OF_TOKEN * _ROW_VALUES * 4
+    rows = row_bytes / _median_seconds(lambda: read(array, draws.pop(), scores))
 
     scale = jax.jit(lambda array: array * jnp.float32(1.0001), donate_argnums=0)
 
@@ -69,7 +70,7 @@ def measure_rates(side: int = 2048, array_bytes: int = 1 << 30, gathered_rows: i
         array = scale(array)
         return array
 
-    return Rates(flops, 2 * array.nbytes / _median_seconds(in_place), gathered)
+    return Rates(flops, 2 * array.nbytes / _median_seconds(in_place), rows)
 
 
 def product_flops_per_second(dtype: str, side: int = 2048) -> float:

@@ -37,14 +37,14 @@ def test_every_part_of_a_tiny_step():
     assert costs["candidates"] == PartCost(5 * 2 * 8 * 2 * 2, 0)
     # Per head 2·4·2 + 2·2·4 for the grid and 2 cores · 2 cells · (8 + 4).
     assert costs["grid"] == PartCost(5 * 2 * (16 + 16 + 48), 0)
-    assert costs["lookup"] == PartCost(5 * 2 * 4 * 4, round(ROWS * 16))
+    assert costs["lookup"] == PartCost(5 * 2 * 4 * 4, round(ROWS * 16), round(ROWS * 16))
     assert costs["projection"] == PartCost(5 * 2 * 16 * 8, 4 * 128)
     assert costs["backward"] == PartCost(
         2 * (880 + 320 + 1280) + 160,
         round(ROWS * 16 + 4 * DENSE),
     )
     assert costs["row_gradients"] == PartCost(160, 0)
-    assert costs["row_update"] == PartCost(0, round(2 * ROWS * 3 * 16))
+    assert costs["row_update"] == PartCost(0, round(2 * ROWS * 3 * 16), round(ROWS * 3 * 16))
     assert costs["dense_optimizer"] == PartCost(0, 28 * DENSE)
 
 
@@ -131,6 +131,9 @@ def test_distinct_rows():
 def test_the_floor_is_the_slower_of_computing_and_moving():
     assert floor_seconds(PartCost(100, 10), 50, 20) == 2
     assert floor_seconds(PartCost(100, 100), 50, 20) == 5
+    # 60 bytes at 20 a second, and 40 of rows at 10.
+    assert floor_seconds(PartCost(100, 100, 40), 50, 20, 10) == 7
+    assert floor_seconds(PartCost(100, 100, 40), 50, 20) == 5
 
 
 @pytest.mark.parametrize(

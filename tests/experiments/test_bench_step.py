@@ -17,7 +17,7 @@ from experiments.common.machine import Rates
 from ultramem_jax.accounting import PartCost
 from ultramem_jax.accounting.step_costs import memory_step_costs
 
-RATES = Rates(flops_per_second=1e9, bytes_per_second=1e8, gathered_bytes_per_second=1e7)
+RATES = Rates(flops_per_second=1e9, bytes_per_second=1e8, row_bytes_per_second=1e7)
 GB = 10**9
 
 
@@ -45,30 +45,25 @@ def test_a_run_writes_table_numbers_and_figure(run, quick, tmp_path):
     assert text in out
     header, _, *rows = cells(text.partition("\n## ")[0])
     assert [row[:2] for row in rows] == [[slots, way] for slots in ("256", "1,024") for way in WAYS]
-    assert [header[i] for i in (2, 3, 4, 7, 8)] == [
-        "ms",
-        "p10–p90",
-        "floor, ms",
-        "× at 256 slots",
-        "peak, GB",
-    ]
+    names = ["ms", "p10–p90", "floor, ms", "times as fast as XLA", "× at 256 slots", "peak, GB"]
+    assert [header[i] for i in (2, 3, 4, 6, 9, 10)] == names
     assert all(row[2] and row[4] and not row[-1] for row in rows)
     assert "GPU: not measured here." in text and "launch.py bench_step" in text
-    for slots in ("256", "1,024"):
-        lines = cells(text.partition(f"## Parts, {slots} slots, row_sparse")[2].partition("\n## ")[0])
+    for title in (f"{slots} slots, {way}" for slots in ("256", "1,024") for way in ("native", "XLA")):
+        lines = cells(text.partition(f"## Parts, {title}\n")[2].partition("\n## ")[0])
         assert [line[0] for line in lines[2:]] == [part.name for part in PARTS] + [
             "sum, but for ·",
             "whole step",
         ]
     raw = json.loads((tmp_path / "bench_step.json").read_text())
-    assert [len(step["timing"]["ms"]) for step in raw["steps"]] == [2] * 6
+    assert [len(step["timing"]["ms"]) for step in raw["steps"]] == [2] * 10
     assert {len(ms) for parts in raw["parts"] for ms in parts["times"]["ms"].values()} == {2}
     assert raw["rates"]["flops_per_second"] == 1e9 and raw["tokens"] == 16
 
 
 def test_a_model_is_timed_without_parts(run, quick, tmp_path, monkeypatch):
     # One way is enough, and quicker to compile.
-    monkeypatch.setattr(study, "WAYS", {"row_sparse": Way()})
+    monkeypatch.setattr(study, "WAYS", {"native": Way()})
     arguments = ["--slots=256", "--tokens=16", "--repeats=1", "--nolayer", "--model"]
     status, _, err = run("bench_step", *arguments, f"--results={tmp_path}")
     assert status == 0, err
@@ -124,14 +119,15 @@ def test_what_does_not_fit_is_known_before_anything_is_built():
     table_bytes = 16384 * 128 * 4
     fits = study.plan(128, 16, 4 * table_bytes, model=False)
     # Tables and moments of both are four tables, so that their dense parameters find no room.
-    assert fits.groups == [["row_sparse"], ["row_sparse bf16"]]
-    assert fits.dissected == "row_sparse"
+    assert fits.groups == [["native bf16", "XLA bf16"], ["native"], ["XLA"]]
+    assert fits.dissected == ("native", "XLA")
     assert fits.contenders["dense"].table_bytes == table_bytes
     # Table, two moments and a gradient, besides dense parameters and theirs.
     assert 4 * table_bytes < needed([fits.contenders["dense"].need]) < 5 * table_bytes
     halves = study.plan(128, 16, 2 * table_bytes, model=False)
-    assert halves.groups == [["row_sparse bf16"]] and halves.dissected == "row_sparse bf16"
-    assert study.plan(128, 16, None, model=True).dissected is None
+    assert halves.groups == [["native bf16"], ["XLA bf16"]]
+    assert halves.dissected == ("native bf16", "XLA bf16")
+    assert study.plan(128, 16, None, model=True).dissected == ()
 
 
 def _study(steps, parts=()):
@@ -147,6 +143,7 @@ def _study(steps, parts=()):
         environment={"command": "python"},
         steps=list(steps),
         parts=list(parts),
+        lookups=[],
     )
 
 
@@ -160,10 +157,10 @@ def test_rows_hold_ratios_and_say_what_was_left_out():
     rows = tables.step_rows(
         _study(
             [
-                step(256, "row_sparse", 20.0, ("dense",)),
-                step(256, "row_sparse bf16", 15.0),
-                step(256, "dense", 40.0, ("row_sparse",)),
-                step(1024, "row_sparse", 30.0),
+                step(256, "native", 20.0, ("dense",)),
+                step(256, "native bf16", 15.0),
+                step(256, "dense", 40.0, ("native",)),
+                step(1024, "native", 30.0),
                 step(1024, "dense"),
             ]
         ),
@@ -173,8 +170,8 @@ def test_rows_hold_ratios_and_say_what_was_left_out():
     assert (first["ms"], first["floor, ms"], first["× floor"], first["× dense"]) == (20, 10, 2, 0.5)
     assert first["p10–p90"] == "19.20–20.80" and first["temporaries, % of table"] == 10
     assert larger["× at 256 slots"] == 1.5 and larger["× dense"] is None and larger["note"] is None
-    assert half["note"] == "not in turns with row_sparse, dense"
-    assert first["note"] == dense["note"] == "not in turns with row_sparse bf16"
+    assert half["note"] == "not in turns with native, dense"
+    assert first["note"] == dense["note"] == "not in turns with native bf16"
     assert left_out["note"] == "does not fit: 51 GB" and left_out["ms"] is None
     assert left_out["floor, ms"] == 10 and left_out["GPU, ms"] is None
     assert "GPU, ms" not in tables.step_rows(_study([step(256, "dense", 1.0)]), on_cpu=False)[0]
@@ -186,7 +183,7 @@ def test_parts_are_differences_where_they_cannot_be_timed_alone():
     times.ms["retrieval"][:] = [4.0, 8.0, 12.0]
     costs = memory_step_costs(bench_config(16, Way(), 16), 16)
     rows = tables.part_rows(
-        _study([step(256, "row_sparse", 40.0)], [parts := PartsResult(256, "row_sparse", costs, times)]),
+        _study([step(256, "native", 40.0)], [parts := PartsResult(256, "native", costs, times)]),
         parts,
     )
     by_part = {row["part"]: row for row in rows}
@@ -204,20 +201,22 @@ def test_median_and_percentiles():
     assert spread([5.0, *map(float, range(11))]) == (5.0, pytest.approx(1.1), pytest.approx(8.9))
 
 
-def test_both_ways_of_training_find_the_same_gradient():
+def test_all_ways_of_training_find_the_same_gradient():
     moments = {}
-    for name in ("row_sparse", "dense"):
+    for name in ("native", "XLA", "dense"):
         layer = MemoryLayer(bench_config(16, WAYS[name], 16))
         state, batch = jax.jit(layer.init)(), layer.draw(jax.random.key(0), 16)
-        state, by_x = jax.jit(layer.step, donate_argnums=0)(state, batch)
+        state, by_x = jax.jit(WAYS[name].traced(layer.step), donate_argnums=0)(state, batch)
         arrays, (table,) = jax.tree.leaves(state.table_state), jax.tree.leaves(state.tables)
         first = next(array for array in arrays if array.shape == table.shape)
-        moments[name] = first, by_x, state.params
+        # Moments of the dense parameters, not these: Adam's first step divides a gradient by its own size.
+        moments[name] = first, by_x, state.opt_state
     assert np.abs(moments["dense"][0]).max() > 0
-    chex.assert_trees_all_close(moments["row_sparse"], moments["dense"], rtol=1e-4, atol=1e-7)
+    chex.assert_trees_all_close(moments["native"], moments["dense"], rtol=1e-4, atol=1e-7)
+    chex.assert_trees_all_close(moments["native"], moments["XLA"], rtol=1e-4, atol=1e-7)
 
 
 def test_rates_are_measured_and_memory_is_known():
-    rates = machine.measure_rates(side=64, array_bytes=1 << 16, gathered_rows=32)
-    assert min(rates.flops_per_second, rates.bytes_per_second, rates.gathered_bytes_per_second) > 0
+    rates = machine.measure_rates(side=64, array_bytes=1 << 16, tokens=2)
+    assert min(rates.flops_per_second, rates.bytes_per_second, rates.row_bytes_per_second) > 0
     assert machine.available_bytes() is None or machine.available_bytes() > 0

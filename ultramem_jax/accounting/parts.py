@@ -15,20 +15,30 @@ class PartCost:
     """Floating-point operations; a multiplication with its addition counts two."""
     bytes: int
     """Bytes read and written."""
+    row_bytes: int = 0
+    """Bytes among `bytes` that are read from rows anywhere in a table: each waits for the device's memory."""
 
     def __add__(self, other: "PartCost") -> "PartCost":
-        return PartCost(self.flops + other.flops, self.bytes + other.bytes)
+        return PartCost(self.flops + other.flops, self.bytes + other.bytes, self.row_bytes + other.row_bytes)
 
 
-def floor_seconds(cost: PartCost, flops_per_second: float, bytes_per_second: float) -> float:
+def floor_seconds(
+    cost: PartCost,
+    flops_per_second: float,
+    bytes_per_second: float,
+    row_bytes_per_second: float | None = None,
+) -> float:
     """Returns the least seconds of a part, which computes and moves at once and waits for the slower one.
 
     Args:
         cost: cost of the part, or of the whole step.
         flops_per_second: rate of matrix products.
         bytes_per_second: bandwidth of the device's memory, for reads and writes.
+        row_bytes_per_second: rate at which rows anywhere in a table are read; by default the bandwidth.
     """
-    return max(cost.flops / flops_per_second, cost.bytes / bytes_per_second)
+    of_rows = cost.row_bytes / (row_bytes_per_second or bytes_per_second)
+    moving = (cost.bytes - cost.row_bytes) / bytes_per_second + of_rows
+    return max(cost.flops / flops_per_second, moving)
 
 
 def expected_rows(num_slots: int, reads: int) -> float:

@@ -5,9 +5,10 @@ with a width, two per multiplication and addition, as in `ultramem_jax.accountin
 comparisons, addresses and the arithmetic of optimizers, including Muon's products of matrices. Bytes are
 those of parameters, rows and moments that each part must read from the device's memory or write to it. They
 leave out activations, including scores and gradients of rows, because these can stay in the cache. Weights
-and keys can also stay there between the forward and the backward pass. The letters are those of the axis
-legend in `ultramem_jax`. In addition, P is the number of dense parameters of the layer, and U the distinct
-rows of a step; T is tokens and R the reads of one token.
+and keys can also stay there between the forward and the backward pass. What is read from rows anywhere in a
+table is counted once more by itself, because it comes more slowly (`PartCost.row_bytes`). The letters are
+those of the axis legend in `ultramem_jax`. In addition, P is the number of dense parameters of the layer, and
+U the distinct rows of a step; T is tokens and R the reads of one token.
 """
 
 from collections.abc import Mapping
@@ -86,18 +87,23 @@ def memory_step_costs(config: RunConfig, tokens: int) -> dict[str, PartCost]:
         update = UPDATE_ARRAYS * gradient + 2 * site.num_slots * of_row.moments
     else:
         gradient, update = 0, round(2 * rows * of_row.total)
+    updated = 0 if gradient else rows * of_row.total
 
-    def cost(flops_of_token: int, moved: float = 0) -> PartCost:
-        return PartCost(tokens * flops_of_token, round(moved))
+    def cost(flops_of_token: int, moved: float = 0, of_rows: float = 0) -> PartCost:
+        return PartCost(tokens * flops_of_token, round(moved), round(of_rows))
 
     found = {name: cost(stage.flops, _PARAMETER_BYTES * stage.weights) for name, stage in stages.items()}
     differentiated = projection_flops + sum(stage.flops for stage in stages.values() if stage.backward)
     beside = (
-        cost(site.lookup_flops, rows * of_row.table),
+        cost(site.lookup_flops, rows * of_row.table, rows * of_row.table),
         cost(projection_flops, _PARAMETER_BYTES * projection),
-        cost(2 * differentiated + site.lookup_flops, rows * of_row.table + _PARAMETER_BYTES * dense),
+        cost(
+            2 * differentiated + site.lookup_flops,
+            rows * of_row.table + _PARAMETER_BYTES * dense,
+            rows * of_row.table,
+        ),
         cost(site.lookup_flops, gradient),
-        cost(0, update),
+        cost(0, update, updated),
         cost(0, _update_bytes(config, matrices, dense - matrices)),
     )
     return found | dict(zip(BESIDE_STAGES, beside, strict=True))

@@ -19,6 +19,7 @@ import jax
 
 import ultramem_jax
 from ultramem_jax.cli import local_processes
+from ultramem_jax.kernels import native
 
 _ROOT = pathlib.Path(ultramem_jax.__file__).resolve().parent.parent
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -33,8 +34,8 @@ def describe_environment() -> dict[str, str]:
 
     Returns:
         Strings by name, in order of display: command, commit (if this is a git checkout), date (UTC), cpu,
-        cores (CPU cores), memory (host memory), os, python, the packages that numbers depend on, and the
-        devices that JAX uses.
+        cores (CPU cores), memory (host memory), os, python, the packages that numbers depend on, the
+        devices that JAX uses, and whether native kernels compute memory layers.
     """
     found = {"command": _command(sys.argv)}
     if commit := _commit():
@@ -53,6 +54,7 @@ def describe_environment() -> dict[str, str]:
             found[package] = "not installed"
     devices = jax.devices()
     found["devices"] = f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform})"
+    found["memory layers"] = str(native.status())
     return found
 
 
