@@ -136,6 +136,8 @@ def lookup_on_cpu() -> Any:
     - gradient of the scores: bags 3.3, `embedding` and `bmm` 3.2;
     - gradients of rows: `index_add_` 2.4; with the zeros of the table's size that autograd makes,
       `embedding_dense_backward` 10.3; `index_put_` 11.3; a sparse tensor that is coalesced 8.9.
+
+    A step of the layer takes 51, and with `embedding`, a product, `scatter_add` and plain autograd 63.
     """
     import torch
 

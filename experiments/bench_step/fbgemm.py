@@ -6,7 +6,9 @@ it on the CPU. `OwnLookup` computes the same numbers with `pooled_lookup`, `scor
 `update_by_reads`. Both update rows by row-wise Adagrad.
 
 A step is one lookup of T·R rows, and the backward pass from a given cotangent, with the gradient of the
-scores. Converting the arguments is not timed.
+scores. Converting the arguments is not timed. FBGEMM's kernel for that gradient takes most of its backward
+pass on the CPU (7.9 ms of 10 with two CPU cores, 512 tokens, 64 reads of 128 values, 65,536 slots). It runs
+even where the scores need no gradient.
 """
 
 import importlib.util
@@ -105,7 +107,7 @@ class FbgemmLookup:
             Seconds of the lookup, and of the backward pass with the update.
         """
         torch = self._torch
-        # FBGEMM converts 32-bit indices to 64 bits on the CPU. So they are given as such.
+        # FBGEMM's indices have 64 bits unless told otherwise. It would convert others within the timed call.
         indices = torch.tensor(slots.reshape(-1), dtype=torch.int64)
         bags = torch.arange(0, slots.size + 1, slots.shape[1], dtype=torch.int64)
         scores = torch.tensor(weights.reshape(-1)).requires_grad_()

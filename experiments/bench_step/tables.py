@@ -153,7 +153,7 @@ def _notes(study: Study) -> list[str]:
         "temporaries as the compiler planned them; GB are 10^9 bytes.",
         "`native` trains by rows with native kernels, `XLA` by rows without them; both keep table and "
         "moments in float32. With `bf16`, table and first moment are in bfloat16, rounded stochastically, "
-        "and there is one second moment per row. `dense` is AdamW of optax on a gradient of the table's size, "
+        "and a row has one second moment. `dense` is AdamW of optax on a gradient of the table's size, "
         f"without kernels. What does not fit into {limit} by its own count is left out.",
         *_about_authors(study),
         "Floor: FLOPs over the rate of matrix products or bytes over the bandwidth, whichever takes longer "

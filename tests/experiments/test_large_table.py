@@ -21,7 +21,7 @@ def test_times_are_of_steps_that_did_nothing_else(tmp_path):
     lines = [{"step": 10 * n, "split": "train", "tokens_per_second": 10.0 * n} for n in range(1, 12)]
     lines.insert(5, {"step": 50, "split": "validation", "loss": 1.0})
     (tmp_path / "metrics.jsonl").write_text(_lines(*lines) + '{"step": 1')
-    # The first lines are warm-up. The one after step 50 has an evaluation in it, the one after 100 a save, too.
+    # The first lines are warm-up. The one after step 50 has an evaluation in it, that after 100 a save, too.
     expected = [10 / (10.0 * n) for n in (3, 4, 5, 7, 8, 9, 10)]
     assert large_table._seconds(tmp_path) == expected
 

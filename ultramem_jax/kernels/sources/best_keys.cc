@@ -38,11 +38,27 @@ void pack_queries(const Shape& s, const T* queries, const float* direction, int6
   }
 }
 
+// Writes the keys of a whole tile under one rank, [e][key].
+inline void transpose_tile(const float* keys, int64_t width, float* packed) {
+  for (int64_t e = 0; e < width; e += 4)
+    for (int i = 0; i < kTileKeys; i += 4) transpose(keys + i * width + e, width, packed + e * kTileKeys + i, kTileKeys);
+}
+inline void transpose_tile(const Bfloat16* keys, int64_t width, float* packed) {
+  for (int i = 0; i < kTileKeys; i++)
+    for (int64_t e = 0; e < width; e++) packed[e * kTileKeys + i] = load_one(keys + i * width + e);
+}
+
 // keys[tile][e][key]: a block of keys, tile by tile, and zeros for keys past the end.
 template <class T>
 void pack_keys(const Shape& s, const T* keys, const float* direction, int64_t first, int count, float* packed) {
   const int64_t depth = s.depth();
   for (int tile = 0; tile < ceil_div(count, kTileKeys); tile++, packed += kTileKeys * depth) {
+    if (!s.combine && s.width % 4 == 0 && (tile + 1) * kTileKeys <= count) {
+      for (int64_t rank = 0; rank < s.ranks; rank++)
+        transpose_tile(keys + (rank * s.num_keys + first + tile * kTileKeys) * s.width, s.width,
+                       packed + rank * s.width * kTileKeys);
+      continue;
+    }
     for (int i = 0; i < kTileKeys; i++) {
       const int64_t key = first + tile * kTileKeys + i;
       float* column = packed + i;

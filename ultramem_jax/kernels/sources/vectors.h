@@ -177,6 +177,26 @@ inline Ints lane_numbers() {
   return n;
 }
 
+// Transposes 4 × 4 numbers; rows of `from` and `to` are so many numbers apart.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  typedef float Four __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define ULTRAMEM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+  typedef int32_t Places __attribute__((vector_size(16)));
+#define ULTRAMEM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
+#endif
+  const Four a = load_vector<Four>(from), b = load_vector<Four>(from + from_stride);
+  const Four c = load_vector<Four>(from + 2 * from_stride), d = load_vector<Four>(from + 3 * from_stride);
+  const Four ab_low = ULTRAMEM_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = ULTRAMEM_SHUFFLE(a, b, 2, 6, 3, 7);
+  const Four cd_low = ULTRAMEM_SHUFFLE(c, d, 0, 4, 1, 5), cd_high = ULTRAMEM_SHUFFLE(c, d, 2, 6, 3, 7);
+  store_vector(to, ULTRAMEM_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5));
+  store_vector(to + to_stride, ULTRAMEM_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7));
+  store_vector(to + 2 * to_stride, ULTRAMEM_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5));
+  store_vector(to + 3 * to_stride, ULTRAMEM_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7));
+#undef ULTRAMEM_SHUFFLE
+}
+
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
 template <class T>
