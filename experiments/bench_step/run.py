@@ -19,10 +19,10 @@ import pathlib
 import sys
 
 from absl import flags
-from experiments.bench_step.authors import AuthorsLayer
 from tqdm import tqdm
 
 from experiments.bench_step import lookups, study, tables
+from experiments.bench_step.authors import AuthorsLayer
 from experiments.bench_step.memory_step import SEQUENCES, Way, bench_memory
 from experiments.bench_step.records import Study
 from experiments.bench_step.timing import WARM_UP
@@ -83,9 +83,8 @@ def main() -> None:
     environment = describe_environment()
     subjects = [model for model, wanted in ((False, LAYER.value), (True, MODEL.value)) if wanted]
     if AUTHORS.value is not None:
-        AuthorsLayer(
-            AUTHORS.value, _SMALL_SIDE, SEQUENCES
-        )  # refuses what is no checkout before anything runs
+        # Refuses what is no checkout before anything runs.
+        AuthorsLayer(AUTHORS.value, _SMALL_SIDE, 2 * SEQUENCES)
     plans = {
         model: [study.plan(side, tokens, limit, model=model, authors=AUTHORS.value) for side in sides]
         for model in subjects

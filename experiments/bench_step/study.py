@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experiments.bench_step.authors import AuthorsLayer
 
+from experiments.bench_step.authors import AuthorsLayer, state_bytes
 from experiments.bench_step.memory_step import (
     SEQUENCES,
     WAYS,
@@ -197,8 +197,7 @@ class _RunningAuthors:
 
 def _of_authors(checkout: str, num_keys: int, tokens: int) -> Contender:
     table = num_keys**2 * bench_memory(num_keys, WAYS["dense"]).table.value_dim * 4
-    # Table and two moments; the gradient, and what the optimizer makes of it.
-    need = Need(3 * table, 2 * table)
+    need = Need(state_bytes(num_keys))
     return Contender(lambda batch: _RunningAuthors(AuthorsLayer(checkout, num_keys, tokens)), table, need)
 
 

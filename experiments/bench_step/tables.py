@@ -171,7 +171,8 @@ def _about_authors(study: Study) -> list[str]:
         return []
     return [
         f"`{AUTHORS}` is the layer of the authors' code with the same shapes, trained by AdamW on gradients "
-        "of the table's size. Its lookup for CUDA is replaced by an embedding, a product and a scatter-add."
+        "of the table's size. Its lookup for CUDA is replaced by `embedding_bag` and, backward, by "
+        "`index_add_`, the fastest of what was tried (`experiments/bench_step/authors.py`, which lists all differences)."
     ]
 
 
@@ -204,7 +205,8 @@ def _lookup_section(study: Study) -> dict[str, list[str]]:
             markdown.table(lookup_rows(study), left=["way", "p10–p90"]),
             f"{study.tokens} tokens read {study.memory.reads_per_token} rows of "
             f"{study.memory.table.value_dim} float32 each; weighted sums, then the weights' gradient and "
-            "row-wise Adagrad on the rows that were read, in turns on the same random reads.",
+            "row-wise Adagrad on the rows that were read, in turns on the same random reads. FBGEMM's wheel "
+            "for CPUs has no threads: it computes on one CPU core, ours on all.",
         ]
     }
 
