@@ -25,6 +25,8 @@ from ultramem_jax.errors import Stopped, UserError, require
 from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.environment import describe_environment, read_system_file
 from ultramem_jax.reporting.folders import make_folder
+from ultramem_jax.training.checkpoint_reading import load_meta
+from ultramem_jax.tree_types import JsonDict
 
 RUN = flags.DEFINE_string(
     "run", "experiments/configs/slots_100m.py", "config of the run with the large table"
@@ -196,9 +198,15 @@ def _metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     return [line for line in lines if line["split"] == "train"]
 
 
+def _config(workdir: pathlib.Path) -> JsonDict:
+    """Returns the config of a run, which its checkpoints keep."""
+    steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    return load_meta(workdir / "checkpoints" / str(max(steps))).config
+
+
 def _seconds(workdir: pathlib.Path) -> list[float]:
     """Returns the times of steps of a run, but for those that did something else, too."""
-    config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    config = _config(workdir)
     tokens = config["train"]["batch_size"] * config["data"]["seq_len"]
     every = [config["train"][name] for name in ("checkpoint_every", "eval_every")]
     counted, since_start, before = [], 0, 0.0

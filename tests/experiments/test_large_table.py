@@ -12,12 +12,12 @@ def _lines(*lines):
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def test_times_are_of_steps_that_did_nothing_else(tmp_path):
+def test_times_are_of_steps_that_did_nothing_else(tmp_path, monkeypatch):
     config = {
         "train": {"batch_size": 2, "log_every": 10, "checkpoint_every": 100, "eval_every": 50},
         "data": {"seq_len": 5},
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(large_table, "_config", lambda workdir: config)
     lines = [{"step": 10 * n, "split": "train", "tokens_per_second": 10.0 * n} for n in range(1, 12)]
     lines.insert(5, {"step": 50, "split": "validation", "loss": 1.0})
     (tmp_path / "metrics.jsonl").write_text(_lines(*lines) + '{"step": 1')
