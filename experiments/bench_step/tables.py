@@ -172,7 +172,7 @@ def _about_authors(study: Study) -> list[str]:
     return [
         f"`{AUTHORS}` is the layer of the authors' code with the same shapes, trained by AdamW on gradients "
         "of the table's size. Its lookup for CUDA is replaced by `embedding_bag` and, backward, by "
-        "`index_add_`, the fastest of what was tried. `experiments/bench_step/authors.py` lists all differences."
+        "`index_add_`, the fastest of what was tried. `experiments/bench_step/authors.py` lists what differs."
     ]
 
 
