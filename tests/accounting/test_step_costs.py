@@ -42,6 +42,7 @@ def test_every_part_of_a_tiny_step():
     assert costs["backward"] == PartCost(
         2 * (880 + 320 + 1280) + 160,
         round(ROWS * 16 + 4 * DENSE),
+        round(ROWS * 16),
     )
     assert costs["row_gradients"] == PartCost(160, 0)
     assert costs["row_update"] == PartCost(0, round(2 * ROWS * 3 * 16), round(ROWS * 3 * 16))
