@@ -1,9 +1,12 @@
 """Trains a language model with 100,000,000 slots on two CPU cores.
 
-Command: python launch.py large_table
-Machine: TODO
-Time: TODO
-Result: TODO
+Command: python launch.py train --config=experiments/configs/slots_100m.py --config.data.dataset=enwik8
+    --config.data.path=enwik8.gz
+Machine: 2 CPU cores.
+Time: not run.
+Result: not run.
+
+`python launch.py large_table` runs it, stops and resumes it, and records its host memory.
 
 Rows of 64 values are bfloat16, rounded stochastically. Row-wise Adagrad keeps one float32 number of each row.
 That makes 132 bytes a slot, 13.2 GB in all, where float32 with Adam would take 768 and 77 GB.
