@@ -49,9 +49,11 @@ def compared(label: str, column: str) -> list[float | None]:
 
 def step_ms(label: str, column: str) -> list[float | None]:
     ways = {
-        "row-sparse, float32": "row_sparse",
-        "row-sparse, bfloat16": "row_sparse bf16",
+        "kernels, float32": "native",
+        "XLA, float32": "XLA",
         "dense gradient, float32": "dense",
+        "kernels, bfloat16": "native bf16",
+        "authors, PyTorch": "authors, PyTorch",
     }
     slots = int(label.replace(",", ""))
     return [number(csv_row(RESULTS / "bench_step" / "bench_step.csv", slots=slots, way=ways[column])["ms"])]
