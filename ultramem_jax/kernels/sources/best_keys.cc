@@ -1,8 +1,8 @@
 // Chooses the m best keys of every token, side and head. Scores of all keys exist only in the cache.
 //
-// A task has up to kGroup tokens of one side and head. It goes through the keys in blocks. It lays a block's keys out in
-// vectors, scores them for a few tokens at a time, and keeps of each token the keys that may be among its best: in the
-// first block those above a bound, and then those above the m-th best so far, or nearly.
+// A task has up to kGroup tokens of one side and head. It goes through the keys in blocks. It lays a block's keys out
+// in vectors, scores them for a few tokens at a time, and keeps of each token the keys that may be among its best: in
+// the first block those above a bound, and then those above the m-th best so far, or nearly.
 #include "call.h"
 #include "select.h"
 
@@ -41,7 +41,8 @@ void pack_queries(const Shape& s, const T* queries, const float* direction, int6
 // Writes the keys of a whole tile under one rank, [e][key].
 inline void transpose_tile(const float* keys, int64_t width, float* packed) {
   for (int64_t e = 0; e < width; e += 4)
-    for (int i = 0; i < kTileKeys; i += 4) transpose(keys + i * width + e, width, packed + e * kTileKeys + i, kTileKeys);
+    for (int i = 0; i < kTileKeys; i += 4)
+      transpose(keys + i * width + e, width, packed + e * kTileKeys + i, kTileKeys);
 }
 inline void transpose_tile(const Bfloat16* keys, int64_t width, float* packed) {
   for (int i = 0; i < kTileKeys; i++)

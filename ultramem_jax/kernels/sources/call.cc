@@ -46,6 +46,11 @@ inline void pause() {
 #endif
 }
 
+void discard(const XLA_FFI_Api* api, XLA_FFI_Error* error) {
+  XLA_FFI_Error_Destroy_Args args = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
+  api->XLA_FFI_Error_Destroy(&args);
+}
+
 constexpr int kSpins = 2000;  // some microseconds, about what it takes to wake a thread
 
 }  // namespace
@@ -59,8 +64,7 @@ void Call::run(int64_t count, Run run, const void* task) const {
                                              &threads};
   if (count > 1)
     if (XLA_FFI_Error* error = frame_->api->XLA_FFI_ThreadPool_NumThreads(&pool)) {
-      XLA_FFI_Error_Destroy_Args gone = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
-      frame_->api->XLA_FFI_Error_Destroy(&gone);
+      discard(frame_->api, error);
       threads = 1;
     }
 #endif
@@ -82,8 +86,7 @@ void Call::run(int64_t count, Run run, const void* task) const {
     XLA_FFI_ThreadPool_Schedule_Args args = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, nullptr, frame_->ctx,
                                              work_and_leave, shared};
     if (XLA_FFI_Error* error = frame_->api->XLA_FFI_ThreadPool_Schedule(&args)) {
-      XLA_FFI_Error_Destroy_Args gone = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
-      frame_->api->XLA_FFI_Error_Destroy(&gone);
+      discard(frame_->api, error);
       leave(shared);
     }
   }

@@ -125,4 +125,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Defines the function that XLA calls by this name.
 #define ULTRAMEM_KERNEL(name, kernel) \
-  extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* ultramem_##name(XLA_FFI_CallFrame* frame) { return ultramem::answer(frame, kernel); }
+  extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* ultramem_##name(XLA_FFI_CallFrame* frame) { \
+    return ultramem::answer(frame, kernel); \
+  }

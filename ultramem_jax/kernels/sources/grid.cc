@@ -22,11 +22,10 @@ void rank_cells(const Shape& s, const float* row, const float* column, const flo
                 int32_t* ranks) {
   const int64_t m = s.candidates;
   if (s.plain) {
-    for (int64_t i = 0; i < m; i++) {
-      int64_t j = 0;
-      for (; j + kLanes <= m; j += kLanes) store_vector(ranks + i * m + j, rank_of(splat(row[i]) + load(column + j)));
-      for (; j < m; j++) ranks[i * m + j] = rank_of(row[i] + column[j]);
-    }
+    for (int64_t i = 0; i < m; i++)
+      for_vectors(0, m, [&](int64_t j, auto lanes) {
+        store(ranks + i * m + j, rank_of(splat(row[i]) + load(column + j, lanes)), lanes);
+      });
     return;
   }
   for (int64_t c = 0; c < s.ranks; c++)
@@ -35,19 +34,12 @@ void rank_cells(const Shape& s, const float* row, const float* column, const flo
       for (int64_t q = 0; q < s.ranks; q++) sum += core[q * s.ranks + c] * row[q * m + i];
       mixed[c * m + i] = sum;
     }
-  for (int64_t i = 0; i < m; i++) {
-    int64_t j = 0;
-    for (; j + kLanes <= m; j += kLanes) {
+  for (int64_t i = 0; i < m; i++)
+    for_vectors(0, m, [&](int64_t j, auto lanes) {
       Floats cell = {};
-      for (int64_t c = 0; c < s.ranks; c++) cell += splat(mixed[c * m + i]) * load(column + c * m + j);
-      store_vector(ranks + i * m + j, rank_of(cell));
-    }
-    for (; j < m; j++) {
-      float cell = 0;
-      for (int64_t c = 0; c < s.ranks; c++) cell += mixed[c * m + i] * column[c * m + j];
-      ranks[i * m + j] = rank_of(cell);
-    }
-  }
+      for (int64_t c = 0; c < s.ranks; c++) cell += splat(mixed[c * m + i]) * load(column + c * m + j, lanes);
+      store(ranks + i * m + j, rank_of(cell), lanes);
+    });
 }
 
 // scores[...][core] of one cell
@@ -175,7 +167,8 @@ const char* best_cells_gradient(const Call& call) {
             default: add(s.ranks);
           }
         }
-        for (int64_t c = 0; c < s.cores * of_core && !s.plain; c++) of_task[head * s.cores * of_core + c] += of_head_cores[c];
+        for (int64_t c = 0; c < s.cores * of_core && !s.plain; c++)
+          of_task[head * s.cores * of_core + c] += of_head_cores[c];
       }
     }
   });
@@ -202,9 +195,9 @@ const char* top_k(const Call& call) {
     auto *ranks = parts.take<int32_t>(length), *order = parts.take<int32_t>(length);
     const int64_t end = std::min(rows, (task + 1) * of_task);
     for (int64_t row = task * of_task; row < end; row++) {
-      int64_t i = 0;
-      for (; i + kLanes <= length; i += kLanes) store_vector(ranks + i, rank_of(load(x + row * length + i)));
-      for (; i < length; i++) ranks[i] = rank_of(x[row * length + i]);
+      for_vectors(0, length, [&](int64_t i, auto lanes) {
+        store(ranks + i, rank_of(load(x + row * length + i, lanes)), lanes);
+      });
       best_of_row(ranks, length, k, order, indices + row * k, values + row * k);
     }
   });

@@ -24,34 +24,17 @@ Shape shape_of(const Array& queries, const Array& keys, const Array& chosen) {
           keys.dim(1),    keys.dim(2),    keys.dim(3),    chosen.dim(3)};
 }
 
-template <class T>
-inline float dot(const T* a, const T* b, int64_t width) {
-  Floats sums = {};
-  int64_t e = 0;
-  for (; e + kLanes <= width; e += kLanes) sums += load(a + e) * load(b + e);
-  float total = sum(sums);
-  for (; e < width; e++) total += load_one(a + e) * load_one(b + e);
-  return total;
-}
-
 // The products of a query with four keys, of whole vectors: their sums are four times as fast together.
 template <class T>
 inline void four_dots(const T* query, const T* keys, const int32_t* key, int64_t width, float* to) {
-  const T *a = keys + key[0] * width, *b = keys + key[1] * width, *c = keys + key[2] * width, *d = keys + key[3] * width;
+  const T *a = keys + key[0] * width, *b = keys + key[1] * width;
+  const T *c = keys + key[2] * width, *d = keys + key[3] * width;
   Floats of_a = {}, of_b = {}, of_c = {}, of_d = {};
   for (int64_t e = 0; e < width; e += kLanes) {
     const Floats q = load(query + e);
     of_a += q * load(a + e), of_b += q * load(b + e), of_c += q * load(c + e), of_d += q * load(d + e);
   }
   sums(of_a, of_b, of_c, of_d, to);
-}
-
-// total[e] += weight · x[e]
-template <class T>
-inline void add_scaled(float* total, float weight, const T* x, int64_t width) {
-  int64_t e = 0;
-  for (; e + kLanes <= width; e += kLanes) store(total + e, load(total + e) + splat(weight) * load(x + e));
-  for (; e < width; e++) total[e] += weight * load_one(x + e);
 }
 
 // total[e] += Σ_j weights[j] · rows[index[j]][e], with the sums of two vectors in registers
@@ -68,8 +51,11 @@ inline void add_rows(float* total, const float* weights, const T* rows, const in
     }
     store(total + e, a), store(total + e + kLanes, b);
   }
-  for (; e < width; e++)
-    for (int64_t j = 0; j < count; j++) total[e] += weights[j] * load_one(rows + index[j] * width + e);
+  for_vectors(e, width, [&](int64_t from, auto lanes) {
+    Floats sums = load(total + from, lanes);
+    for (int64_t j = 0; j < count; j++) sums += splat(weights[j]) * load(rows + index[j] * width + from, lanes);
+    store(total + from, sums, lanes);
+  });
 }
 
 template <class T>
@@ -113,8 +99,7 @@ void differentiate_queries(const Call& call, const Shape& s) {
           add_rows(total, cotangents + (at * s.ranks + rank) * s.top_m, of_rank, chosen + at * s.top_m, s.top_m,
                    s.width);
         }
-        T* out = d_queries + (at * s.query_ranks + query) * s.width;
-        for (int64_t e = 0; e < s.width; e++) store_one(out + e, total[e]);
+        copy_values(d_queries + (at * s.query_ranks + query) * s.width, total, s.width);
       }
     }
   });

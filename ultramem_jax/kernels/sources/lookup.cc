@@ -37,20 +37,6 @@ Table<Row> table_of(const Call& call) {
   return {table.as<Row>(), table.dim(0), table.dim(1), call.argument(1).as<int32_t>(), *call.argument(4).as<int32_t>()};
 }
 
-// total[e] += weights[slice of e] · row[e]
-template <class Row, class T>
-inline void add_row(float* total, const T* weights, int64_t slices, const Row* row, int64_t width) {
-  const int64_t slice = width / slices;
-  for (int64_t c = 0; c < slices; c++) {
-    const float one = load_one(weights + c);
-    const Floats weight = splat(one);
-    int64_t e = c * slice;
-    const int64_t end = e + slice;
-    for (; e + kLanes <= end; e += kLanes) store(total + e, load(total + e) + weight * load(row + e));
-    for (; e < end; e++) total[e] += one * load_one(row + e);
-  }
-}
-
 template <class Row, class T>
 void pool_as(const Call& call) {
   const auto table = table_of<Row>(call);
@@ -71,12 +57,10 @@ void pool_as(const Call& call) {
         const int64_t read = token * reads + j;
         table.fetch(read + kAhead, end);
         const int64_t block = blocks == 1 ? 0 : apart ? j : block_of[read];
-        if (const Row* row = table.of(read)) add_row(totals + block * width, weights + read * slices, slices, row, width);
+        if (const Row* row = table.of(read))
+          add_slices(totals + block * width, weights + read * slices, slices, row, width);
       }
-      T* to = out + token * of_token;
-      int64_t e = 0;
-      for (; e + kLanes <= of_token; e += kLanes) store(to + e, load(totals + e));
-      for (; e < of_token; e++) store_one(to + e, totals[e]);
+      copy_values(out + token * of_token, totals, of_token);
     }
   });
 }
@@ -103,15 +87,8 @@ void multiply_as(const Call& call) {
       }
       const int64_t block = blocks == 1 ? 0 : apart ? read % reads : block_of[read];
       const T* vector = vectors + (read / reads * blocks + block) * width;
-      for (int64_t c = 0; c < slices; c++) {
-        Floats sums = {};
-        int64_t e = c * slice;
-        const int64_t stop = e + slice;
-        for (; e + kLanes <= stop; e += kLanes) sums += load(vector + e) * load(row + e);
-        float total = sum(sums);
-        for (; e < stop; e++) total += load_one(vector + e) * load_one(row + e);
-        store_one(out + read * slices + c, total);
-      }
+      for (int64_t c = 0; c < slices; c++)
+        store_one(out + read * slices + c, dot(vector + c * slice, row + c * slice, slice));
     }
   });
 }

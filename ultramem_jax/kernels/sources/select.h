@@ -77,8 +77,8 @@ inline int32_t keep_best(Survivors& s, int k) {
   return last;
 }
 
-// Drops survivors that are not among the k best, and returns a rank that the k best exceed, or, at INT32_MIN, might not.
-// Up to a few more than k are kept: to find about the k-th best by a search is quicker than to rank all.
+// Drops survivors that are not among the k best, and returns a rank that the k best exceed, or, at INT32_MIN, might
+// not. Up to a few more than k are kept: to find about the k-th best by a search is quicker than to rank all.
 inline int32_t thin_out(Survivors& s, int k) {
   const int vectors = (s.count + kLanes - 1) / kLanes;
   for (int i = s.count; i < vectors * kLanes; i++) s.ranks[i] = s.ranks[0];

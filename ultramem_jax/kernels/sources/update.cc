@@ -19,13 +19,8 @@ enum class Rule { adamw, adamw_catch_up, adagrad, adagrad_row, sgd, sgd_momentum
 
 // ---- rounding: as `ops.rounding.stochastic_round`, for the same hash
 
-inline uint32_t mix(uint32_t x, uint32_t key) {
-  x = (x + key) * 0x9E3779B1u;
-  x = (x ^ (x >> 16) ^ key) * 0x85EBCA6Bu;
-  x = (x ^ (x >> 13)) * 0xC2B2AE35u;
-  return x ^ (x >> 16);
-}
-inline Words mix(Words x, Words key) {
+template <class T>  // uint32_t or Words
+inline T mix(T x, T key) {
   x = (x + key) * 0x9E3779B1u;
   x = (x ^ (x >> 16) ^ key) * 0x85EBCA6Bu;
   x = (x ^ (x >> 13)) * 0xC2B2AE35u;
@@ -43,28 +38,17 @@ inline Words round_bits(Words bits, Words noise) {
 }
 
 void store_rounded(Bfloat16* to, const float* x, int64_t width, const Rounding& r) {
-  const Words lanes = (Words)lane_numbers();
-  for (int64_t e = 0; e < width; e += kLanes) {
-    Floats values;
-    const int64_t left = width - e;
-    if (left >= kLanes) {
-      values = load(x + e);
-    } else {
-      values = Floats{};
-      memcpy(&values, x + e, left * sizeof(float));
-    }
-    Words rounded;
+  const Words numbers = (Words)lane_numbers();
+  for_vectors(0, width, [&](int64_t e, auto lanes) {
+    const Floats values = load(x + e, lanes);
+    Words rounded = nearest_bfloat16(values);
     if (r.stochastic) {
       // An infinity or a NaN keeps its upper bits. A NaN that has none of its bits there would become infinite.
-      const Words bits = (Words)values;
-      rounded = round_bits(bits, mix(lanes + (r.row + static_cast<uint32_t>(e)), splat(r.seed)));
-      rounded = values == values ? rounded : nearest_bfloat16(values);
-    } else {
-      rounded = nearest_bfloat16(values);
+      const Words noise = mix(numbers + (r.row + static_cast<uint32_t>(e)), splat(r.seed));
+      rounded = values == values ? round_bits((Words)values, noise) : rounded;
     }
-    const Halves halves = __builtin_convertvector(rounded, Halves);
-    memcpy(to + e, &halves, std::min<int64_t>(left, kLanes) * sizeof(Bfloat16));
-  }
+    store(to + e, rounded, lanes);
+  });
 }
 
 // ---- arrays of a table, of which a row is worked on in float32
@@ -85,10 +69,7 @@ struct Rows {
 // Returns a row's values: in place if they are float32, else decoded into `buffer`.
 inline float* decoded(const Rows& rows, int64_t row, float* buffer) {
   if (!rows.words) return reinterpret_cast<float*>(rows.at(row));
-  const auto* stored = reinterpret_cast<const Bfloat16*>(rows.at(row));
-  int64_t e = 0;
-  for (; e + kLanes <= rows.width; e += kLanes) store(buffer + e, load(stored + e));
-  for (; e < rows.width; e++) buffer[e] = load_one(stored + e);
+  copy_values(buffer, reinterpret_cast<const Bfloat16*>(rows.at(row)), rows.width);
   return buffer;
 }
 
@@ -102,43 +83,25 @@ struct Settings {
   int32_t step;
 };
 
-// Calls one(e) for whole vectors and each(e) for the values that are left.
-template <class One, class Each>
-inline void for_values(int64_t width, const One& one, const Each& each) {
-  int64_t e = 0;
-  for (; e + kLanes <= width; e += kLanes) one(e);
-  for (; e < width; e++) each(e);
-}
-
-inline float mean_square(const float* g, int64_t width) {
-  Floats sums = {};
-  float rest = 0;
-  for_values(
-      width, [&](int64_t e) { sums += load(g + e) * load(g + e); }, [&](int64_t e) { rest += g[e] * g[e]; });
-  return (sum(sums) + rest) / static_cast<float>(width);
-}
+inline float mean_square(const float* g, int64_t width) { return dot(g, g, width) / static_cast<float>(width); }
 
 // x - rate · (direction + decay · x), and the sum of the squares of it.
 struct Step {
   float rate, decay;
   Floats squares = {};
-  float rest = 0;
 
-  void operator()(float* x, int64_t e, Floats direction) {
-    const Floats old = load(x + e), value = old - splat(rate) * (direction + splat(decay) * old);
-    store(x + e, value);
-    squares += value * value;
+  template <class Lanes>
+  void operator()(float* x, Floats direction, Lanes lanes) {
+    const Floats old = load(x, lanes), value = old - splat(rate) * (direction + splat(decay) * old);
+    store(x, value, lanes);
+    squares += only(value, lanes) * only(value, lanes);
   }
-  void one(float* x, int64_t e, float direction) {
-    x[e] -= rate * (direction + decay * x[e]);
-    rest += x[e] * x[e];
-  }
-  double total() const { return static_cast<double>(sum(squares)) + rest; }
 };
 
 // Changes a row x and its state by its gradient g. `mean` is that of the squares of g, over columns of other devices
 // too; it is used where a row has one moment. Returns the sum of the squares of the row.
-double apply(const Settings& s, int64_t width, float* x, float* const* state, int32_t* last, const float* g, float mean) {
+double apply(const Settings& s, int64_t width, float* x, float* const* state, int32_t* last, const float* g,
+             float mean) {
   Step step{s.rate, s.decay};
   switch (s.rule) {
     case Rule::adamw:
@@ -158,76 +121,50 @@ double apply(const Settings& s, int64_t width, float* x, float* const* state, in
         root = std::sqrt(*second / s.correction_2) + s.eps;
       }
       const float over_1 = 1 / s.correction_1, over_2 = 1 / s.correction_2;
-      for_values(
-          width,
-          [&](int64_t e) {
-            const Floats gradient = load(g + e);
-            const Floats m = splat(decay_1) * load(first + e) + splat(new_1) * gradient;
-            store(first + e, m);
-            Floats divisor = splat(root);
-            if (!s.one_per_row) {
-              const Floats v = splat(decay_2) * load(second + e) + splat(new_2) * (gradient * gradient);
-              store(second + e, v);
-              divisor = square_root(v * splat(over_2)) + splat(s.eps);
-            }
-            step(x, e, m * splat(over_1) / divisor);
-          },
-          [&](int64_t e) {
-            first[e] = decay_1 * first[e] + new_1 * g[e];
-            float divisor = root;
-            if (!s.one_per_row) {
-              second[e] = decay_2 * second[e] + new_2 * (g[e] * g[e]);
-              divisor = std::sqrt(second[e] * over_2) + s.eps;
-            }
-            step.one(x, e, first[e] * over_1 / divisor);
-          });
+      for_vectors(0, width, [&](int64_t e, auto lanes) {
+        const Floats gradient = load(g + e, lanes);
+        const Floats m = splat(decay_1) * load(first + e, lanes) + splat(new_1) * gradient;
+        store(first + e, m, lanes);
+        Floats divisor = splat(root);
+        if (!s.one_per_row) {
+          const Floats v = splat(decay_2) * load(second + e, lanes) + splat(new_2) * (gradient * gradient);
+          store(second + e, v, lanes);
+          divisor = square_root(v * splat(over_2)) + splat(s.eps);
+        }
+        step(x + e, m * splat(over_1) / divisor, lanes);
+      });
       break;
     }
     case Rule::adagrad: {
       float* squares = state[0];
-      for_values(
-          width,
-          [&](int64_t e) {
-            const Floats gradient = load(g + e), total = load(squares + e) + gradient * gradient;
-            store(squares + e, total);
-            const Floats direction = gradient / square_root(total + splat(s.eps_squared));
-            step(x, e, total > 0 ? direction : Floats{});
-          },
-          [&](int64_t e) {
-            squares[e] += g[e] * g[e];
-            step.one(x, e, squares[e] > 0 ? g[e] / std::sqrt(squares[e] + s.eps_squared) : 0);
-          });
+      for_vectors(0, width, [&](int64_t e, auto lanes) {
+        const Floats gradient = load(g + e, lanes), total = load(squares + e, lanes) + gradient * gradient;
+        store(squares + e, total, lanes);
+        const Floats direction = gradient / square_root(total + splat(s.eps_squared));
+        step(x + e, total > 0 ? direction : Floats{}, lanes);
+      });
       break;
     }
     case Rule::adagrad_row: {
       const float total = *state[0] += mean;
-      const float scale = total > 0 ? 1 / std::sqrt(total + s.eps_squared) : 0;
-      for_values(
-          width, [&](int64_t e) { step(x, e, load(g + e) * splat(scale)); },
-          [&](int64_t e) { step.one(x, e, g[e] * scale); });
+      const Floats scale = splat(total > 0 ? 1 / std::sqrt(total + s.eps_squared) : 0);
+      for_vectors(0, width, [&](int64_t e, auto lanes) { step(x + e, load(g + e, lanes) * scale, lanes); });
       break;
     }
     case Rule::sgd:
-      for_values(
-          width, [&](int64_t e) { step(x, e, load(g + e)); }, [&](int64_t e) { step.one(x, e, g[e]); });
+      for_vectors(0, width, [&](int64_t e, auto lanes) { step(x + e, load(g + e, lanes), lanes); });
       break;
     case Rule::sgd_momentum: {
       float* trace = state[0];
-      for_values(
-          width,
-          [&](int64_t e) {
-            const Floats t = load(g + e) + splat(s.momentum) * load(trace + e);
-            store(trace + e, t);
-            step(x, e, t);
-          },
-          [&](int64_t e) {
-            trace[e] = g[e] + s.momentum * trace[e];
-            step.one(x, e, trace[e]);
-          });
+      for_vectors(0, width, [&](int64_t e, auto lanes) {
+        const Floats t = load(g + e, lanes) + splat(s.momentum) * load(trace + e, lanes);
+        store(trace + e, t, lanes);
+        step(x + e, t, lanes);
+      });
       break;
     }
   }
-  return step.total();
+  return sum(step.squares);
 }
 
 // ---- reads, in the order of their rows
@@ -255,20 +192,12 @@ struct Reads {
   template <class T>
   int64_t sum_as(int64_t i, float* g) const {
     const int32_t row = row_of_read[i];
-    const int64_t slice = width / slices;
     memset(g, 0, sizeof(float) * width);
     do {
       const int64_t read = order[i];
       const int64_t block = blocks == 1 ? 0 : block_of[read];
       const T* vector = static_cast<const T*>(vectors) + (read / per_token * blocks + block) * width;
-      const T* weight = static_cast<const T*>(weights) + read * slices;
-      for (int64_t c = 0; c < slices; c++) {
-        const float one = load_one(weight + c);
-        int64_t e = c * slice;
-        const int64_t end = e + slice;
-        for (; e + kLanes <= end; e += kLanes) store(g + e, load(g + e) + splat(one) * load(vector + e));
-        for (; e < end; e++) g[e] += one * load_one(vector + e);
-      }
+      add_slices(g, static_cast<const T*>(weights) + read * slices, slices, vector, width);
       i++;
     } while (i < count && row_of_read[i] == row);
     return i;
@@ -305,8 +234,8 @@ const char* update_rows(const Call& call) {
   for (int i = 0; i < num_arrays; i++) {
     const Array in = call.argument(kFirstArray + i), out = call.result(i);
     if (in.data != out.data) return "update_rows: a table or its state is not updated in place";
-    rows[i] = {out.as<char>(),    out.dim(1), out.bytes_per_value(), out.is_bfloat16(), out.dtype == XLA_FFI_DataType_S32,
-               nullptr, seeds[i]};
+    const bool are_steps = out.dtype == XLA_FFI_DataType_S32;
+    rows[i] = {out.as<char>(), out.dim(1), out.bytes_per_value(), out.is_bfloat16(), are_steps, nullptr, seeds[i]};
     if (record) rows[i].before = call.result(num_arrays + 1 + i).as<char>();
   }
   Settings s;

@@ -73,9 +73,53 @@ inline Bfloat16 nearest_bfloat16(float x) {
 }
 
 inline void store(float* p, Floats x) { store_vector(p, x); }
-inline void store(Bfloat16* p, Floats x) { store_vector(p, __builtin_convertvector(nearest_bfloat16(x), Halves)); }
+inline void store(int32_t* p, Ints x) { store_vector(p, x); }
+inline void store(Bfloat16* p, Words bits) { store_vector(p, __builtin_convertvector(bits, Halves)); }
+inline void store(Bfloat16* p, Floats x) { store(p, nearest_bfloat16(x)); }
 inline void store_one(float* p, float x) { *p = x; }
 inline void store_one(Bfloat16* p, float x) { *p = nearest_bfloat16(x); }
+
+// The lanes of a vector that count: all, or the first ones, at the end of a row whose width is no multiple of kLanes.
+struct Whole {};
+struct Some {
+  int64_t count;
+};
+
+template <class T>
+inline Floats load(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
+inline Floats load(const T* p, Some some) {  // the other lanes are zero
+  T lanes[kLanes] = {};
+  memcpy(lanes, p, some.count * sizeof(T));
+  return load(lanes);
+}
+template <class T, class V>
+inline void store(T* p, V x, Whole) {
+  store(p, x);
+}
+template <class T, class V>
+inline void store(T* p, V x, Some some) {
+  T lanes[kLanes];
+  store(lanes, x);
+  memcpy(p, lanes, some.count * sizeof(T));
+}
+// x, with zeros in the lanes that do not count
+inline Floats only(Floats x, Whole) { return x; }
+inline Floats only(Floats x, Some some) {
+  float lanes[kLanes];
+  store(lanes, x);
+  return load(lanes, some);
+}
+
+// Calls body(e, lanes) for the vectors that begin at e = begin, begin + kLanes, ... and end before `end`.
+template <class Body>
+inline void for_vectors(int64_t begin, int64_t end, const Body& body) {
+  int64_t e = begin;
+  for (; e + kLanes <= end; e += kLanes) body(e, Whole{});
+  if (e < end) body(e, Some{end - e});
+}
 
 // Sums, the lowest and the highest of all lanes.
 #if defined(ULTRAMEM_AVX512)
@@ -195,6 +239,36 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
   store_vector(to + 2 * to_stride, ULTRAMEM_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5));
   store_vector(to + 3 * to_stride, ULTRAMEM_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7));
 #undef ULTRAMEM_SHUFFLE
+}
+
+// to[e] = from[e], between float32 and bfloat16 if they differ
+template <class To, class From>
+inline void copy_values(To* to, const From* from, int64_t count) {
+  for_vectors(0, count, [&](int64_t e, auto lanes) { store(to + e, load(from + e, lanes), lanes); });
+}
+
+// total[e] += weight · x[e]
+template <class T>
+inline void add_scaled(float* total, float weight, const T* x, int64_t width) {
+  const Floats w = splat(weight);
+  for_vectors(0, width, [&](int64_t e, auto lanes) {
+    store(total + e, load(total + e, lanes) + w * load(x + e, lanes), lanes);
+  });
+}
+
+// total[e] += weights[slice of e] · x[e]
+template <class X, class T>
+inline void add_slices(float* total, const T* weights, int64_t slices, const X* x, int64_t width) {
+  const int64_t slice = width / slices;
+  for (int64_t c = 0; c < slices; c++) add_scaled(total + c * slice, load_one(weights + c), x + c * slice, slice);
+}
+
+// Σ a[e] · b[e]
+template <class A, class B>
+inline float dot(const A* a, const B* b, int64_t width) {
+  Floats sums = {};
+  for_vectors(0, width, [&](int64_t e, auto lanes) { sums += load(a + e, lanes) * load(b + e, lanes); });
+  return sum(sums);
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
