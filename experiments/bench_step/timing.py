@@ -28,7 +28,7 @@ class Running(Protocol):
     """Runs steps one after the other."""
 
     state: ArrayTree
-    """What the next step starts from; None if nobody else needs it."""
+    """State that the next step starts from; None if nobody else needs it."""
 
     def step(self, batch: ArrayTree) -> None:
         """Runs a step, and returns when it is done."""

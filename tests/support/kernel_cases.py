@@ -264,7 +264,7 @@ def products(draw):
 
 
 def reads_of(slots, num_slots):
-    """What `ops.lookup.rows_read` returns."""
+    """Returns the fields of `ops.lookup.rows_read`, from NumPy's sort."""
     rows, counts = np.unique(slots, return_counts=True)
     length = min(slots.size, num_slots)
     padded = np.concatenate([rows, num_slots + np.arange(len(rows), length)])

@@ -1,10 +1,12 @@
 """The rules of `training.row_rules` in NumPy and float64, written from their definitions."""
 
+import dataclasses
+
 import numpy as np
 
 
 def arrays_of(rule):
-    """What a table and a rule keep: of each array, whether it has one number a row, and whether integers."""
+    """Lists a table and what a rule keeps: whether it has one number a row, and if integers."""
     kept = {
         "adamw": [(False, False), (rule.one_per_row, False)],
         "adamw_catch_up": [(False, False), (rule.one_per_row, False), (True, True)],
@@ -17,7 +19,7 @@ def arrays_of(rule):
 
 
 def after_step(rule, rows, gradient, step, rate):
-    """The arrays of the rows that were read after a step, counted from 0."""
+    """Returns the arrays of the rows that a step read, each (U, ...), after this step, counted from 0."""
     x, *state = rows
     squares = gradient**2
     if rule.name == "adagrad_row" or (rule.one_per_row and rule.name.startswith("adamw")):
@@ -43,3 +45,15 @@ def after_step(rule, rows, gradient, step, rate):
     else:
         direction = gradient
     return [x - rate * (direction + rule.weight_decay * x), *state]
+
+
+def after_missed_steps(rule, rows, gradient, step, rate):
+    """Returns `after_step` of one row by `adamw_catch_up`, by AdamW's own steps with gradients of zero.
+
+    A row that steps did not read does not move in them. Only its moments do.
+    """
+    adamw = dataclasses.replace(rule, name="adamw")
+    x, *moments, last = rows
+    for missed in range(int(last.item()), step):
+        _, *moments = after_step(adamw, [x, *moments], np.zeros_like(gradient), missed, rate)
+    return [*after_step(adamw, [x, *moments], gradient, step, rate), np.full_like(last, step + 1)]

@@ -9,8 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from tests.support import row_updates
 from ultramem_jax import ModelConfig, RunConfig, TrainConfig, UserError
 from ultramem_jax.config.row_states import ROW_OPTIMIZERS
+from ultramem_jax.kernels.rules import RowKernel
 from ultramem_jax.ops import chunks
 from ultramem_jax.ops.lookup import RowGradients
 from ultramem_jax.ops.rows import from_stored, stored_dtype, to_stored
@@ -37,6 +39,12 @@ def _optimizer(name, second="element", rate=_rate, **options):
     return row_sparse(row_rule(_train(name, second, **options)), rate)
 
 
+def _rule(name, second, decay):
+    """The rule as `row_updates` knows it, with the numbers that a run has."""
+    one_per_row = name == "adagrad_row" or second == "row"
+    return RowKernel(name, decay, B1, B2, EPS, MOMENTUM, one_per_row)
+
+
 def _batches(steps=STEPS, rows=ROWS, read=5, seed=0):
     """Per step the rows that it reads, of `rows`, and their gradients; one row has a gradient of zero."""
     rng = np.random.default_rng(seed)
@@ -61,63 +69,32 @@ def _run(optimizer, batches, table):
         yield np.asarray(table), jax.tree.map(np.asarray, state)
 
 
-# ---- the definitions, on one row in float64
-
-
-def _adam(row, state, g, step, second):
-    first, square = state
-    first = B1 * first + (1 - B1) * g
-    square = B2 * square + (1 - B2) * (g**2 if second == "element" else np.mean(g**2))
-    unbiased = first / (1 - B1 ** (step + 1)), square / (1 - B2 ** (step + 1))
-    return unbiased[0] / (np.sqrt(unbiased[1]) + EPS), (first, square)
-
-
-def _by_definition(name, second, row, state, g, step, decay):
-    """The row (d,) and its state after a step that reads it; `state` is () before the first one."""
-    if name == "adamw":
-        direction, state = _adam(row, state or (np.zeros(WIDTH), np.zeros(WIDTH)), g, step, second)
-    elif name == "adamw_catch_up":
-        # AdamW's own steps with a gradient of zero, for each step missed: of these only the moments count.
-        first, square, last = state or (np.zeros(WIDTH), np.zeros(WIDTH), 0)
-        for missed in range(last, step):
-            _, (first, square) = _adam(row, (first, square), np.zeros(WIDTH), missed, second)
-        direction, moments = _adam(row, (first, square), g, step, second)
-        state = (*moments, step + 1)
-    elif name in ("adagrad", "adagrad_row"):
-        squares = (state or (0.0,))[0] + (g**2 if name == "adagrad" else np.mean(g**2))
-        direction = np.divide(
-            g, np.sqrt(squares + EPS**2), out=np.zeros(WIDTH), where=np.asarray(squares) > 0
-        )
-        state = (squares,)
-    elif name == "sgd":
-        direction = g
-    else:
-        trace = MOMENTUM * (state or (np.zeros(WIDTH),))[0] + g
-        direction, state = trace, (trace,)
-    return row - _rate(step) * (direction + decay * row), state
+# ---- the definitions
 
 
 @pytest.mark.parametrize(("name", "second"), CASES)
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_rows_follow_the_definition_and_the_rest_keeps_every_bit(name, second, decay):
     batches, table = list(_batches()), _table()
-    rows = [np.asarray(row, np.float64) for row in table]
-    states = [()] * ROWS
-    before, before_state = np.asarray(table), _optimizer(name, second).init(table)
-    run = _run(_optimizer(name, second, weight_decay=decay), batches, table)
-    for step, ((slots, values), (after, state)) in enumerate(zip(batches, run, strict=True)):
+    optimizer, rule = _optimizer(name, second, weight_decay=decay), _rule(name, second, decay)
+    definition = row_updates.after_missed_steps if name == "adamw_catch_up" else row_updates.after_step
+    before = jax.tree.map(np.asarray, (table, optimizer.init(table)))
+    expected = [np.asarray(a, np.float64) for a in jax.tree.leaves(before)]
+    for step, ((slots, values), after) in enumerate(
+        zip(batches, _run(optimizer, batches, table), strict=True)
+    ):
         others = np.setdiff1d(np.arange(ROWS), slots)
-        for new, old in zip(
-            jax.tree.leaves((after, state)), jax.tree.leaves((before, before_state)), strict=True
-        ):
-            chex.assert_trees_all_equal(new[others], np.asarray(old)[others])
+        for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+            chex.assert_trees_all_equal(new[others], old[others])
         for slot, g in zip(slots, values.astype(np.float64), strict=True):
-            rows[slot], states[slot] = _by_definition(name, second, rows[slot], states[slot], g, step, decay)
-            chex.assert_trees_all_close(after[slot], rows[slot], rtol=1e-4, atol=2e-6)
-            for kept, wanted in zip(jax.tree.leaves(state), states[slot], strict=True):
-                wanted = np.broadcast_to(wanted, (WIDTH,))[: kept.shape[1]]
-                chex.assert_trees_all_close(kept[slot], wanted, rtol=1e-5, atol=1e-9)
-        before, before_state = after, state
+            row = definition(rule, [a[[slot]] for a in expected], g[None], step, _rate(step))
+            for array, of_row in zip(expected, row, strict=True):
+                array[slot] = of_row[0]
+        found, *state = jax.tree.leaves(after)
+        chex.assert_trees_all_close(found[slots], expected[0][slots], rtol=1e-4, atol=2e-6)
+        for kept, wanted in zip(state, expected[1:], strict=True):
+            chex.assert_trees_all_close(kept[slots], wanted[slots], rtol=1e-5, atol=1e-9)
+        before = after
     counts = np.bincount(np.concatenate([slots for slots, _ in batches]), minlength=ROWS)
     assert counts.min() < STEPS / 3 and counts.max() > 3  # rows that were missed, and rows read often
 

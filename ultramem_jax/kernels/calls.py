@@ -135,9 +135,10 @@ def pool(
     slots: jax.Array,
     blocks: jax.Array,
     scores: jax.Array,
+    first: jax.Array | int = 0,
+    *,
     expansion: int,
     apart: bool = False,
-    first: jax.Array | int = 0,
 ) -> jax.Array:
     """Returns `ops.lookup.pooled_lookup`, of the rows from slot `first` on: (T, E, d) in the scores' dtype.
 
@@ -154,9 +155,10 @@ def products(
     slots: jax.Array,
     blocks: jax.Array,
     vectors: jax.Array,
+    first: jax.Array | int = 0,
+    *,
     cores: int,
     apart: bool = False,
-    first: jax.Array | int = 0,
 ) -> jax.Array:
     """Returns `ops.lookup.score_products`, of the rows from slot `first` on: (T, R, h) in the vectors' dtype.
 

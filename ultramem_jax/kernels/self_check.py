@@ -5,6 +5,7 @@ kernel against the JAX function that it stands for.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def _rows() -> bool:
     wide = np.repeat(weights, 12, axis=2)
     of_block = blocks[:, :, None] == np.arange(4)
     pooled = np.einsum("tje,tjd->ted", of_block, table[slots] * wide)
-    if not np.array_equal(jax.jit(calls.pool, static_argnums=4)(table, slots, blocks, weights, 4), pooled):
+    if not np.array_equal(jax.jit(partial(calls.pool, expansion=4))(table, slots, blocks, weights), pooled):
         return False
     rows, counts, order, row_of_read = jax.jit(calls.rows_read, static_argnums=1)(slots.reshape(-1), 50)
     expected, reads = np.unique(slots, return_counts=True)

@@ -7,6 +7,7 @@ not get shorter with P, nor does the array of sums, which has room for every tok
 fall to one device, nothing is dropped, but that device takes longer.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -41,11 +42,7 @@ def pooled_of_owned(
     ) -> jax.Array:
         return pool_owned(table, owned_reads(slots, first, table.shape[0]), blocks, scores, expansion)
 
-    def kernel(
-        table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, first: jax.Array
-    ) -> jax.Array:
-        return calls.pool(table, slots, blocks, scores, expansion, first=first)
-
+    kernel = partial(calls.pool, expansion=expansion)
     serves = serves_lookup(table, slots, scores)
     return native_or(by_list, kernel, serves, table, slots, blocks, scores, first)
 
@@ -70,11 +67,7 @@ def products_of_owned(
         owned = owned_reads(slots, first, table.shape[0])
         return score_products_owned(table, owned, blocks, vectors, cores)
 
-    def kernel(
-        table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, first: jax.Array
-    ) -> jax.Array:
-        return calls.products(table, slots, blocks, vectors, cores, first=first)
-
+    kernel = partial(calls.products, cores=cores)
     serves = serves_lookup(table, slots, vectors)
     return native_or(by_list, kernel, serves, table, slots, blocks, vectors, first)
 

@@ -56,14 +56,22 @@ class OwnedTableUpdate(NamedTuple):
     """Metrics of the table: those of `record_reads`, and `row_norm`."""
 
 
+class _Rows(NamedTuple):
+    """Holds the rows of a table during an update and after it."""
+
+    parts: dict[str, jax.Array]
+    """The table's arrays, by name."""
+    moments: dict[str, ArrayTree]
+    """State of the optimizer, by array of the table."""
+    squares: jax.Array
+    """() float32, the sum of the squares of the rows written so far."""
+
+
 class _Carry(NamedTuple):
     """Holds what one chunk of reads hands to the next."""
 
-    parts: dict[str, jax.Array]
-    moments: dict[str, ArrayTree]
-    squares: jax.Array
-    """() float32, the sum of the squares of the rows written so far."""
-    carried: dict[str, jax.Array]
+    rows: _Rows
+    sums: dict[str, jax.Array]
     """Sums of gradients (d,) float32, by array, for a last row that the next chunk continues; zeros if none
     does."""
 
@@ -115,7 +123,11 @@ class OwnedTable:
                 read, cotangent = self._of_all_tokens(reads), self._of_all_tokens(cotangents)
             rows, usage, metrics = self._recorded(usage, read["slots"])
             of_reads = self._gradients_of_reads(rows, read, cotangent)
-            parts, moments, squares = self._updated(optimizer, parts, moments, of_reads, of_step)
+            served = (optimizer.serves(of_reads[name], moments[name], array) for name, array in parts.items())
+            by_chunks, by_kernel = partial(self._by_chunks, optimizer), partial(self._by_kernel, optimizer)
+            parts, moments, squares = native_or(
+                by_chunks, by_kernel, all(served), parts, moments, of_reads, of_step
+            )
             if axes.owners:
                 with named_exchange(purposes.LOSSES_AND_METRICS):
                     squares = jax.lax.psum(squares, axes.owners)
@@ -196,19 +208,6 @@ class OwnedTable:
             )
         return of_parts
 
-    def _updated(
-        self,
-        optimizer: RowSparseTransformation,
-        parts: dict[str, jax.Array],
-        moments: dict[str, ArrayTree],
-        of_reads: dict[str, GradientsOfReads],
-        of_step: OfStep,
-    ) -> tuple[dict[str, jax.Array], dict[str, ArrayTree], jax.Array]:
-        """Returns the table's arrays, their moments, and the sum of the squares of the rows written."""
-        serves = all(optimizer.serves(of_reads[name], moments[name], array) for name, array in parts.items())
-        by_chunks, by_kernel = partial(self._by_chunks, optimizer), partial(self._by_kernel, optimizer)
-        return native_or(by_chunks, by_kernel, serves, parts, moments, of_reads, of_step)
-
     def _by_kernel(
         self,
         optimizer: RowSparseTransformation,
@@ -216,17 +215,25 @@ class OwnedTable:
         moments: dict[str, ArrayTree],
         of_reads: dict[str, GradientsOfReads],
         of_step: OfStep,
-    ) -> tuple[dict[str, jax.Array], dict[str, ArrayTree], jax.Array]:
+    ) -> _Rows:
+        """Updates the rows that were read, by the kernel."""
         finite, step, seeds = of_step
-        after = _Carry({}, {}, jnp.zeros((), jnp.float32), {})
-        for name, array in parts.items():
-            of_part = of_reads[name]._replace(rows=rows_if(finite, of_reads[name].rows))
-            update = optimizer.update_natively(
-                of_part, moments[name], array, step, seeds[name], part=self._part(array)
+        updates = {
+            name: optimizer.update_natively(
+                of_reads[name]._replace(rows=rows_if(finite, of_reads[name].rows)),
+                moments[name],
+                array,
+                step,
+                seeds[name],
+                part=self._part(array),
             )
-            after.parts[name], after.moments[name] = update.table, update.moments
-            after = after._replace(squares=after.squares + update.norm**2)
-        return after.parts, after.moments, after.squares
+            for name, array in parts.items()
+        }
+        return _Rows(
+            {name: update.table for name, update in updates.items()},
+            {name: update.moments for name, update in updates.items()},
+            sum((update.norm**2 for update in updates.values()), jnp.zeros((), jnp.float32)),
+        )
 
     def _by_chunks(
         self,
@@ -235,8 +242,8 @@ class OwnedTable:
         moments: dict[str, ArrayTree],
         of_reads: dict[str, GradientsOfReads],
         of_step: OfStep,
-    ) -> tuple[dict[str, jax.Array], dict[str, ArrayTree], jax.Array]:
-        """Returns the table's arrays, their moments, and the sum of the squares of the rows written.
+    ) -> _Rows:
+        """Updates the rows that were read, chunk by chunk.
 
         A chunk holds reads, in the order of their rows. The last row of a chunk may continue in the next one.
         Then its sum so far is carried over, and the next chunk writes the row.
@@ -253,7 +260,7 @@ class OwnedTable:
             return rows.row_of_read.at[place].get(mode="clip")
 
         def body(chunk: jax.Array, carry: _Carry) -> _Carry:
-            parts, moments, squares, carried = carry
+            (parts, moments, squares), carried = carry
             place = chunk * size + number
             end = (chunk + 1) * size
             here = place < num_reads
@@ -264,7 +271,7 @@ class OwnedTable:
             goes_on = (end < num_reads) & (row_at(end) == row_at(end - 1))
             slots = jnp.where(goes_on & (number == last), nowhere, slots)
             index = rows.order.at[place].get(mode="clip")
-            after = _Carry({}, {}, squares, {})
+            after = _Carry(_Rows({}, {}, squares), {})
             for name, array in parts.items():
                 sums = jnp.zeros((size, array.shape[1]), jnp.float32)
                 sums = sums.at[row].add(
@@ -279,15 +286,14 @@ class OwnedTable:
                     seeds[name],
                     part=self._part(array),
                 )
-                after.parts[name], after.moments[name] = update.table, update.moments
-                after.carried[name] = jnp.where(goes_on, sums[last], 0.0)
+                after.rows.parts[name], after.rows.moments[name] = update.table, update.moments
+                after.sums[name] = jnp.where(goes_on, sums[last], 0.0)
                 squares = squares + update.norm**2
-            return after._replace(squares=squares)
+            return after._replace(rows=after.rows._replace(squares=squares))
 
         carried = {name: jnp.zeros((a.shape[1],), jnp.float32) for name, a in parts.items()}
-        start = _Carry(parts, moments, jnp.zeros((), jnp.float32), carried)
-        parts, moments, squares, _ = jax.lax.fori_loop(0, -(-num_reads // size), body, start)
-        return parts, moments, squares
+        start = _Carry(_Rows(parts, moments, jnp.zeros((), jnp.float32)), carried)
+        return jax.lax.fori_loop(0, -(-num_reads // size), body, start).rows
 
     def _part(self, array: jax.Array) -> TablePart:
         axes, (num_rows, width) = self._axes, array.shape
