@@ -13,7 +13,8 @@
 #include "xla/ffi/api/c_api.h"
 
 #define KERNELS(X)                                                                                                    \
-  X(best_keys) X(key_scores) X(query_gradient) X(key_gradient) X(best_cells) X(best_cells_gradient) X(top_k) X(pool) \
+  X(best_keys) X(key_scores) X(query_gradient) X(key_gradient) X(rms_norm) X(rms_norm_gradient) \
+  X(best_cells) X(best_cells_gradient) X(top_k) X(pool) \
   X(products) X(rows_read) X(record_reads) X(update_rows) X(row_mean_squares) X(ngram_slots)
 #define DECLARE(name) extern "C" XLA_FFI_Error* ultramem_##name(XLA_FFI_CallFrame*);
 KERNELS(DECLARE)

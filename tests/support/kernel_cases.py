@@ -166,6 +166,40 @@ def key_gradient(draw):
     return Case(calls.key_gradient, (cotangent, index, queries), {"keys": keys.shape}, [gradient], 2e-6)
 
 
+def _keys_to_norm(draw):
+    """Keys and their gain; the mean square of every key; keys with room for all parts, in float64."""
+    ranks, sets, num_keys = draw.integer(1, 3), draw.integer(1, 2), draw.choice([1, 5, 300])
+    width, eps = draw.choice([1, 4, 16, 40, 33]), draw.choice([1e-5, 0.5])
+    keys = _normal(draw, 2, sets, ranks, num_keys, width)
+    gain = _normal(draw, draw.choice([1, ranks]), width)
+    parts = keys.reshape(-1, len(gain), num_keys, width).astype(np.float64)
+    return keys, gain, parts, 1 / np.sqrt((parts**2).mean((1, 3), keepdims=True) + eps), eps
+
+
+def rms_norm(draw):
+    keys, gain, parts, inverse, eps = _keys_to_norm(draw)
+    normed = (parts * inverse * gain[:, None]).reshape(keys.shape)
+    return Case(calls.rms_norm, (keys, gain), {"eps": eps}, [normed], 2e-6)
+
+
+def rms_norm_gradient(draw):
+    keys, gain, parts, inverse, eps = _keys_to_norm(draw)
+    cotangent = _normal(draw, *keys.shape)
+    back = cotangent.reshape(parts.shape).astype(np.float64)
+    own = back * gain[:, None]
+    d_keys = inverse * own - inverse**3 * parts * (own * parts).mean((1, 3), keepdims=True)
+    d_gain = (back * parts * inverse).sum((0, 2))
+
+    def compare(found, wanted):
+        # Of narrow keys the two terms cancel almost. Their sum is as exact as they are.
+        atol = 3e-6 * np.abs(inverse * own).max()
+        np.testing.assert_allclose(found.astype(np.float64), wanted, rtol=0, atol=atol)
+
+    expected = [d_keys.reshape(keys.shape), d_gain]
+    arrays, options = (cotangent, keys, gain), {"eps": eps}
+    return Case(calls.rms_norm_gradient, arrays, options, expected, 3e-6, {0: compare})
+
+
 def _cells(draw, numbers):
     tokens, heads, m = draw.integer(1, 30), draw.integer(1, 3), draw.integer(1, 40)
     rank = draw.integer(1, 4)
@@ -428,6 +462,8 @@ CASES = {
         key_scores,
         query_gradient,
         key_gradient,
+        rms_norm,
+        rms_norm_gradient,
         best_cells,
         best_cells_gradient,
         pool,

@@ -5,6 +5,8 @@ NAMES = (
     "key_scores",
     "query_gradient",
     "key_gradient",
+    "rms_norm",
+    "rms_norm_gradient",
     "best_cells",
     "best_cells_gradient",
     "top_k",

@@ -18,6 +18,7 @@ from ultramem_jax.layers.memory.initializers import retrieval_init
 from ultramem_jax.layers.parameters import matrix, served_parameter
 from ultramem_jax.layers.sowing import sow
 from ultramem_jax.ops import addressing, product_keys
+from ultramem_jax.ops.key_norm import rms_norm
 from ultramem_jax.ops.key_scores import combined_scores
 from ultramem_jax.ops.linear import project
 from ultramem_jax.ops.served_keys import ServedKeys, serve_keys
@@ -96,7 +97,7 @@ class ProductKeyAddresser(nn.Module):
         )
         if config.norm_query:
             scale = self.param("query_scale", nn.initializers.constant(gain), (config.key_dim,), jnp.float32)
-            queries = _rms_norm(queries.astype(jnp.float32), (-1,), scale, self._eps).astype(x.dtype)
+            queries = _rms_norm(queries.astype(jnp.float32), scale, self._eps).astype(x.dtype)
         if config.rank_keys == "split":
             queries = queries.reshape(*queries.shape[:3], ranks, config.rank_key_dim)
         return jnp.broadcast_to(queries, (*queries.shape[:2], config.num_heads, *queries.shape[3:]))
@@ -194,8 +195,7 @@ def normed_keys(config: "ProductKeys", keys: jax.Array, scale: jax.Array | None,
         return keys
     # A key has width d_k. If the ranks split it, its norm is over all of its parts.
     split = config.rank_keys == "split"
-    gain = scale.reshape(config.num_ranks if split else 1, 1, config.rank_key_dim)
-    return _rms_norm(keys, (2, 4) if split else (4,), gain, eps)
+    return rms_norm(keys, scale.reshape(config.num_ranks if split else 1, config.rank_key_dim), eps)
 
 
 def served_keys(
@@ -220,7 +220,7 @@ def served_keys(
     return serve_keys(keys.astype(site.context.dtype), directions)
 
 
-def _rms_norm(x: jax.Array, axes: tuple[int, ...], scale: jax.Array, eps: float) -> jax.Array:
-    mean_square = jnp.mean(x * x, axis=axes, keepdims=True)
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
     scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
     return x * jax.lax.rsqrt(mean_square + jnp.float32(eps)) * scale

@@ -1,0 +1,106 @@
+// Normalises keys by their root mean square, and the derivative.
+//
+// A key lies in parts, one for each rank that shares its width, (A, r, K, d), or whole, with r = 1.
+#include "call.h"
+#include "vectors.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace ultramem {
+namespace {
+
+constexpr int64_t kKeys = 256;  // keys of a task
+
+struct Keys {
+  int64_t outer, ranks, count, width;
+  float eps;
+  int64_t tasks() const { return outer * ceil_div(count, kKeys); }
+  int64_t of_gain() const { return ranks * width; }
+};
+
+Keys keys_of(const Call& call, const Array& keys) {
+  return {keys.dim(0), keys.dim(1), keys.dim(2), keys.dim(3), call.number("eps")};
+}
+
+// Calls body(at) for every key of a task, with the offset of its first part.
+template <class Body>
+void for_keys(const Keys& s, int64_t task, const Body& body) {
+  const int64_t of_outer = ceil_div(s.count, kKeys), first = task % of_outer * kKeys;
+  const int64_t start = task / of_outer * s.ranks * s.count;
+  for (int64_t key = first; key < std::min(s.count, first + kKeys); key++) body((start + key) * s.width);
+}
+
+inline float inverse_rms(const Keys& s, const float* key) {
+  float total = 0;
+  for (int64_t r = 0; r < s.ranks; r++) {
+    const float* part = key + r * s.count * s.width;
+    total += dot(part, part, s.width);
+  }
+  return 1 / std::sqrt(total / static_cast<float>(s.of_gain()) + s.eps);
+}
+
+// keys (A, r, K, d), gain (r, d) -> keys · gain / sqrt(mean square + eps), with the mean over r and d
+const char* rms_norm(const Call& call) {
+  const Keys s = keys_of(call, call.argument(0));
+  const auto *keys = call.argument(0).as<float>(), *gain = call.argument(1).as<float>();
+  auto* normed = call.result(0).as<float>();
+  call.parallel(s.tasks(), [&](int64_t task) {
+    for_keys(s, task, [&](int64_t at) {
+      const Floats scale = splat(inverse_rms(s, keys + at));
+      for (int64_t r = 0; r < s.ranks; r++) {
+        const int64_t part = at + r * s.count * s.width;
+        for_vectors(0, s.width, [&](int64_t e, auto lanes) {
+          store(normed + part + e, load(keys + part + e, lanes) * scale * load(gain + r * s.width + e, lanes), lanes);
+        });
+      }
+    });
+  });
+  return nullptr;
+}
+
+// cotangent and keys (A, r, K, d), gain (r, d) -> gradients by keys and by gain
+const char* rms_norm_gradient(const Call& call) {
+  const Keys s = keys_of(call, call.argument(1));
+  const auto *cotangent = call.argument(0).as<float>(), *keys = call.argument(1).as<float>();
+  const auto* gain = call.argument(2).as<float>();
+  auto *d_keys = call.result(0).as<float>(), *d_gain = call.result(1).as<float>();
+  // Sums per task, so that their order does not depend on threads.
+  std::vector<float> partial(s.tasks() * s.of_gain());
+  call.parallel(s.tasks(), [&](int64_t task) {
+    float* of_task = partial.data() + task * s.of_gain();
+    for_keys(s, task, [&](int64_t at) {
+      const float scale = inverse_rms(s, keys + at);
+      Floats sums = {};
+      for (int64_t r = 0; r < s.ranks; r++) {
+        const int64_t part = at + r * s.count * s.width;
+        for_vectors(0, s.width, [&](int64_t e, auto lanes) {
+          const Floats products = load(cotangent + part + e, lanes) * load(keys + part + e, lanes);
+          float* total = of_task + r * s.width + e;
+          store(total, load(total, lanes) + splat(scale) * products, lanes);
+          sums += products * load(gain + r * s.width + e, lanes);
+        });
+      }
+      const Floats back = splat(sum(sums) * scale * scale / static_cast<float>(s.of_gain()));
+      for (int64_t r = 0; r < s.ranks; r++) {
+        const int64_t part = at + r * s.count * s.width;
+        for_vectors(0, s.width, [&](int64_t e, auto lanes) {
+          const Floats own = load(cotangent + part + e, lanes) * load(gain + r * s.width + e, lanes);
+          store(d_keys + part + e, splat(scale) * (own - back * load(keys + part + e, lanes)), lanes);
+        });
+      }
+    });
+  });
+  for (int64_t i = 0; i < s.of_gain(); i++) {
+    double total = 0;
+    for (int64_t task = 0; task < s.tasks(); task++) total += partial[task * s.of_gain() + i];
+    d_gain[i] = static_cast<float>(total);
+  }
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace ultramem
+
+ULTRAMEM_KERNEL(rms_norm, ultramem::rms_norm)
+ULTRAMEM_KERNEL(rms_norm_gradient, ultramem::rms_norm_gradient)
