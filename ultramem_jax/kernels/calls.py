@@ -97,26 +97,17 @@ def serves_rms_norm(keys: jax.Array, gain: jax.Array) -> bool:
 
 def rms_norm(keys: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     """Returns `ops.key_norm.rms_norm`: (2, S, r, K, d) float32."""
-    parts = _parts_of_keys(keys, gain)
-    normed = _call("rms_norm", Shape(parts.shape, jnp.float32))(parts, gain, eps=np.float32(eps))
-    return normed.reshape(keys.shape)
+    normed: jax.Array = _call("rms_norm", Shape(keys.shape, jnp.float32))(keys, gain, eps=np.float32(eps))
+    return normed
 
 
 def rms_norm_gradient(
     cotangent: jax.Array, keys: jax.Array, gain: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of `rms_norm` by keys and by gain."""
-    parts = _parts_of_keys(keys, gain)
-    results = (Shape(parts.shape, jnp.float32), Shape(gain.shape, jnp.float32))
-    d_keys, d_gain = _call("rms_norm_gradient", results)(
-        cotangent.reshape(parts.shape), parts, gain, eps=np.float32(eps)
-    )
-    return d_keys.reshape(keys.shape), d_gain
-
-
-def _parts_of_keys(keys: jax.Array, gain: jax.Array) -> jax.Array:
-    """Returns keys as (A, r, K, d), with as many parts r as the gain has."""
-    return keys.reshape(-1, gain.shape[0], *keys.shape[3:])
+    results = (Shape(keys.shape, jnp.float32), Shape(gain.shape, jnp.float32))
+    d_keys, d_gain = _call("rms_norm_gradient", results)(cotangent, keys, gain, eps=np.float32(eps))
+    return d_keys, d_gain
 
 
 def serves_best_cells(scores: jax.Array, cores: jax.Array, top_m: int) -> bool:

@@ -1,6 +1,7 @@
 // Normalises keys by their root mean square, and the derivative.
 //
-// A key lies in parts, one for each rank that shares its width, (A, r, K, d), or whole, with r = 1.
+// A key of keys (2, S, r, K, d) lies in r parts, which are normalised together, if the gain is (r, d), or each by itself,
+// if it is (1, d).
 #include "call.h"
 #include "vectors.h"
 
@@ -13,14 +14,15 @@ namespace {
 constexpr int64_t kKeys = 256;  // keys of a task
 
 struct Keys {
-  int64_t outer, ranks, count, width;
+  int64_t outer, ranks, count, width;  // keys are (outer, ranks, count, width), with the ranks of the gain
   float eps;
   int64_t tasks() const { return outer * ceil_div(count, kKeys); }
   int64_t of_gain() const { return ranks * width; }
 };
 
-Keys keys_of(const Call& call, const Array& keys) {
-  return {keys.dim(0), keys.dim(1), keys.dim(2), keys.dim(3), call.number("eps")};
+Keys keys_of(const Call& call, const Array& keys, const Array& gain) {
+  const int64_t ranks = gain.dim(0);
+  return {keys.dim(0) * keys.dim(1) * keys.dim(2) / ranks, ranks, keys.dim(3), keys.dim(4), call.number("eps")};
 }
 
 // Calls body(at) for every key of a task, with the offset of its first part.
@@ -40,9 +42,9 @@ inline float inverse_rms(const Keys& s, const float* key) {
   return 1 / std::sqrt(total / static_cast<float>(s.of_gain()) + s.eps);
 }
 
-// keys (A, r, K, d), gain (r, d) -> keys · gain / sqrt(mean square + eps), with the mean over r and d
+// keys, gain -> keys · gain / sqrt(mean square + eps)
 const char* rms_norm(const Call& call) {
-  const Keys s = keys_of(call, call.argument(0));
+  const Keys s = keys_of(call, call.argument(0), call.argument(1));
   const auto *keys = call.argument(0).as<float>(), *gain = call.argument(1).as<float>();
   auto* normed = call.result(0).as<float>();
   call.parallel(s.tasks(), [&](int64_t task) {
@@ -59,9 +61,9 @@ const char* rms_norm(const Call& call) {
   return nullptr;
 }
 
-// cotangent and keys (A, r, K, d), gain (r, d) -> gradients by keys and by gain
+// cotangent, keys, gain -> gradients by keys and by gain
 const char* rms_norm_gradient(const Call& call) {
-  const Keys s = keys_of(call, call.argument(1));
+  const Keys s = keys_of(call, call.argument(1), call.argument(2));
   const auto *cotangent = call.argument(0).as<float>(), *keys = call.argument(1).as<float>();
   const auto* gain = call.argument(2).as<float>();
   auto *d_keys = call.result(0).as<float>(), *d_gain = call.result(1).as<float>();
