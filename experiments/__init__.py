@@ -22,6 +22,10 @@ EXPERIMENTS = {
         "experiments.bench_step.run",
         "time of a training step against the slots of a memory, with its floor and its parts",
     ),
+    "bench_train": Command(
+        "experiments.bench_train.run",
+        "time of a model's training step beside its baselines at equal compute",
+    ),
     "bench_decode": Command(
         "experiments.bench_decode.run",
         "time of a decoding step against batch and slots, beside dense, MoE and PKM",

@@ -45,6 +45,7 @@ FLOORS = (
             "bench_decode",
             "bench_owner",
             "bench_step",
+            "bench_train",
             "compare",
             "large_table",
             "row_states",

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from experiments.bench_step.fbgemm import FbgemmLookup, OwnLookup, is_installed
-from experiments.bench_step.timing import WARM_UP
+from experiments.common.timing import WARM_UP
 
 FBGEMM = "FBGEMM, PyTorch"
 WAYS = 3

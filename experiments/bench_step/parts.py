@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench_step.memory_step import Batch, MemoryLayer, Way
-from experiments.bench_step.timing import WARM_UP
+from experiments.common.timing import WARM_UP
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.key_scores import best_keys, combined_scores, key_scores
 from ultramem_jax.ops.linear import project

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from experiments.bench_step.lookups import LookupResult
 from experiments.bench_step.parts import PartTimes
 from experiments.bench_step.study import PartsResult, StepResult
-from experiments.bench_step.timing import Timing, spread
 from experiments.common import report
 from experiments.common.machine import Rates
+from experiments.common.timing import Timing, spread
 from ultramem_jax.accounting import PartCost, floor_seconds
 from ultramem_jax.config import MemoryConfig, run_config_from_dict, to_dict
 from ultramem_jax.reporting.records import keep_record, kept_record

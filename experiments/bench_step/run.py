@@ -25,8 +25,8 @@ from experiments.bench_step import lookups, study, tables
 from experiments.bench_step.authors import AuthorsLayer
 from experiments.bench_step.memory_step import SEQUENCES, Way, bench_memory
 from experiments.bench_step.records import Study
-from experiments.bench_step.timing import WARM_UP
 from experiments.common import machine
+from experiments.common.timing import WARM_UP
 from ultramem_jax.errors import UserError, at_least, require, whole_number
 from ultramem_jax.reporting.environment import describe_environment
 from ultramem_jax.reporting.folders import make_folder

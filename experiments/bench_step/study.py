@@ -20,7 +20,7 @@ from experiments.bench_step.memory_step import (
     bench_memory,
 )
 from experiments.bench_step.parts import PartTimes, time_parts
-from experiments.bench_step.timing import (
+from experiments.common.timing import (
     Contender,
     Need,
     Timing,

@@ -11,9 +11,9 @@ from experiments.bench_step.memory_step import SEQUENCES, WAYS, XLA_OF
 from experiments.bench_step.parts import PARTS, Part
 from experiments.bench_step.records import Study
 from experiments.bench_step.study import AUTHORS, PartsResult, StepResult
-from experiments.bench_step.timing import WARM_UP, spread
 from experiments.common import figures, report
 from experiments.common.report import ratio
+from experiments.common.timing import WARM_UP, spread
 from ultramem_jax.accounting import PartCost, expected_rows
 from ultramem_jax.accounting.step_costs import total
 from ultramem_jax.reporting import markdown

@@ -11,9 +11,9 @@ from experiments.bench_step import study, tables
 from experiments.bench_step.memory_step import WAYS, MemoryLayer, Way, bench_config, bench_memory
 from experiments.bench_step.parts import PARTS, PartTimes
 from experiments.bench_step.study import PartsResult, StepResult
-from experiments.bench_step.timing import Need, Timing, groups_that_fit, needed, spread
 from experiments.common import machine
 from experiments.common.machine import Rates
+from experiments.common.timing import Need, Timing, groups_that_fit, needed, spread
 from ultramem_jax.accounting import PartCost
 from ultramem_jax.accounting.step_costs import memory_step_costs
 
