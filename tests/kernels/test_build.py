@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from tests.support.paths import ROOT
 from ultramem_jax.kernels import build, native, self_check
 from ultramem_jax.kernels.build import BuildError
 
+COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+TURNED_OFF = os.environ.get(native.VARIABLE) == "0"
 needs_compiler = pytest.mark.skipif(not native.status().on, reason=str(native.status()))
 
 
@@ -34,6 +37,11 @@ def _compiler(tmp_path, monkeypatch, script):
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("CXX", str(path))
+
+
+@pytest.mark.skipif(TURNED_OFF or not COMPILER, reason="no C++ compiler, or kernels are turned off")
+def test_with_a_compiler_there_are_kernels():
+    assert native.status().on, native.status()
 
 
 @needs_compiler

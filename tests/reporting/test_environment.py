@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from ultramem_jax.kernels import native
 from ultramem_jax.reporting import environment
 from ultramem_jax.reporting.environment import describe_environment
 
@@ -21,6 +22,19 @@ def test_environment_names_versions_and_devices(monkeypatch):
     assert found["devices"] == "8 × cpu (cpu)"
     assert int(found["cores"]) >= 1
     assert {"cpu", "os", "jaxlib", "flax", "optax", "orbax-checkpoint", "date"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("about", "shown"),
+    [
+        ("AVX2, c++ (Debian 12.2.0-14) 12.2.0", "AVX2, c++ (Debian 12.2.0-14) 12.2.0"),
+        ("Permission denied: /home/me/.cache/ultramem_jax/kernels", "Permission denied: kernels"),
+        ("c++ failed: '/home/me/clone/call.cc:1': error: n/a", "c++ failed: 'call.cc:1': error: n/a"),
+    ],
+)
+def test_why_there_are_no_kernels_names_no_folder(about, shown, monkeypatch):
+    monkeypatch.setattr(native, "status", lambda: native.Status(False, about))
+    assert describe_environment()["memory layers"] == f"JAX, without native kernels ({shown})"
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def compiler_command() -> str:
     names = (wanted,) if wanted else ("c++", "g++", "clang++")
     for name in names:
         if found := shutil.which(name):
-            return found
+            return os.path.abspath(found)
     raise BuildError(f"no C++ compiler ({', '.join(names)})")
 
 
@@ -122,7 +122,7 @@ def _build(compiler: str, library: Path) -> None:
 
         def compiled(source: Path) -> str:
             target = str(Path(folder) / f"{source.stem}.o")
-            _run([compiler, *flags, "-c", str(source), "-o", target])
+            _run([compiler, *flags, "-c", source.name, "-o", target])
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -133,13 +133,15 @@ def _build(compiler: str, library: Path) -> None:
 
 
 def _run(command: list[str]) -> str:
-    """Returns what a command prints.
+    """Returns what a command prints that runs in the folder of the sources.
 
     Raises:
         BuildError: it fails.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(
+            command, cwd=_SOURCES, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{Path(command[0]).name} cannot be run: {error}") from error
     if done.returncode:

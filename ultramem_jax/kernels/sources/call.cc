@@ -105,7 +105,7 @@ void Call::run(int64_t count, Run run, const void* task) const {
 }
 
 XLA_FFI_Error* answer(XLA_FFI_CallFrame* frame, Kernel kernel) {
-  for (XLA_FFI_Extension_Base* e = frame->extension_start; e; e = e->next) {
+  for (auto* e = frame->extension_start; e; e = e->next) {  // its type has another name since jaxlib 0.11
     if (e->type != XLA_FFI_Extension_Metadata) continue;
     auto* metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(e)->metadata;
     metadata->api_version.major_version = XLA_FFI_API_MAJOR;
