@@ -1,6 +1,6 @@
 // Normalises keys by their root mean square, and the derivative.
 //
-// A key of keys (2, S, r, K, d) lies in r parts, which are normalised together, if the gain is (r, d), or each by itself,
+// A key of keys (2, S, r, K, d) lies in r parts. They are normalised together if the gain is (r, d), and each by itself
 // if it is (1, d).
 #include "call.h"
 #include "vectors.h"
