@@ -36,8 +36,10 @@ PATH = flags.DEFINE_string("path", "", "data.path of the runs; empty: that of th
 SMALL = flags.DEFINE_integer("small", 1000, "keys per side of the small table", lower_bound=1)
 SMALL_STEPS = flags.DEFINE_integer("small_steps", 60, "steps with the small table", lower_bound=20)
 STOP_AT = flags.DEFINE_integer("stop_at", 150, "step after which the large run is stopped", lower_bound=1)
-WORKDIR = flags.DEFINE_string("workdir", "runs/large_table", "folder of the runs")
-RESULTS = flags.DEFINE_string("results", "experiments/results/large_table", "folder of table and figure")
+WORKDIR = flags.DEFINE_string("workdir", "", "folder of the runs; empty: runs/NAME, as the config's file")
+RESULTS = flags.DEFINE_string(
+    "results", "", "folder of table and figure; empty: experiments/results/NAME, as the config's file"
+)
 
 _POLL_SECONDS = 1.0
 """Time between two readings of resident memory."""
@@ -62,9 +64,10 @@ class Reading(NamedTuple):
 
 def main() -> None:
     """Runs the trainings, and writes their report and the curve of memory."""
-    environment = describe_environment()
-    folder, work = make_folder(RESULTS.value, "results"), pathlib.Path(WORKDIR.value)
+    environment, name = describe_environment(), pathlib.Path(RUN.value).stem
     require(pathlib.Path(RUN.value).is_file(), "run", RUN.value, "must be a config file")
+    folder = make_folder(RESULTS.value or f"experiments/results/{name}", "results")
+    work = pathlib.Path(WORKDIR.value or f"runs/{name}")
     small = [f"--config.model.memory.num_keys={SMALL.value}", f"--config.train.steps={SMALL_STEPS.value}"]
     readings = _train("small table", work / "small", small)
     readings += _train("until it is stopped", work / "large", [], stop_at=STOP_AT.value)
@@ -75,8 +78,8 @@ def main() -> None:
     plot(readings, folder / "memory.png")
     text, _ = report.write_table(
         rows(readings, _seconds(work / "small"), _seconds(work / "large")),
-        folder / "large_table",
-        "A language model with a table of many gigabytes",
+        folder / name,
+        "A language model with a large table: host memory and time",
         environment,
         [
             f"Config: `{RUN.value}`. The large run is stopped by SIGTERM after step {STOP_AT.value}, saves, "
