@@ -21,13 +21,14 @@ import jax.numpy as jnp
 from absl import flags
 from tqdm import tqdm
 
-from experiments.common import report
-from experiments.common.timing import WARM_UP, Contender, Timing, contender, race, spread
+from experiments.common import machine, report
+from experiments.common.timing import WARM_UP, Contender, Timing, contender, needed, race, spread
 from ultramem_jax import ModelConfig, RunConfig
 from ultramem_jax.accounting import flops_per_token
 from ultramem_jax.baselines.matching import SYSTEMS, match, verify_match
 from ultramem_jax.cli import command_line
 from ultramem_jax.cli.arguments import check_names
+from ultramem_jax.errors import UserError
 from ultramem_jax.kernels import native
 from ultramem_jax.recipes import demo
 from ultramem_jax.reporting import markdown
@@ -68,9 +69,15 @@ def main() -> None:
     verify_match({"base": base.model, **models})
     ways = _ways(base, models)
     shape = (base.train.batch_size, base.data.seq_len + 1)
+    contenders = {name: _contender(way) for name, way in ways.items()}
+    need, free = needed([contender.need for contender in contenders.values()]), machine.available_bytes()
+    if free is not None and need > free:
+        raise UserError(
+            f"systems = {','.join(models)}: need {need / 1e9:.1f} GB of host memory together, "
+            f"{free / 1e9:.1f} GB are free"
+        )
     rounds = (WARM_UP + REPEATS.value) * len(ways)
     with tqdm(total=rounds, desc="bench_train", unit="step", file=sys.stderr, dynamic_ncols=True) as bar:
-        contenders = {name: _contender(way) for name, way in ways.items()}
         draw = jax.jit(partial(_draw, shape=shape, vocabulary=base.model.vocab_size))
         timings, _ = race(contenders, draw, REPEATS.value, bar.update)
     tokens = base.train.batch_size * base.data.seq_len

@@ -4,6 +4,8 @@ import csv
 
 import pytest
 
+from experiments.common import machine
+
 
 def test_rows_are_systems_at_equal_compute(run, tmp_path):
     status, _, err = run(
@@ -31,3 +33,10 @@ def test_rows_are_systems_at_equal_compute(run, tmp_path):
     by_xla = {name: row["times as fast as by XLA"] for name, row in rows.items()}
     assert float(by_xla["ultramem"]) == pytest.approx(ms["ultramem by XLA"] / ms["ultramem"], rel=1e-9)
     assert by_xla["ultramem by XLA"] == by_xla["dense"] == ""
+
+
+def test_systems_that_do_not_fit_together_are_refused_before_anything_is_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "available_bytes", lambda: 10**8)
+    status, _, err = run("bench_train", "--systems=ultramem,dense", f"--out={tmp_path / 'table'}")
+    assert status == 2 and not list(tmp_path.iterdir())
+    assert "systems = ultramem,dense: need " in err and "GB of host memory together, 0.1 GB are free" in err
