@@ -102,6 +102,12 @@ def moe_over_ultramem(dtype: str, batch: int) -> float:
     return moe / ultramem
 
 
+def ultramem_over_dense_with_kernels(dtype: str) -> float:
+    path, found = RESULTS / "bench_decode_kernels" / "bench_decode.csv", {"dtype": dtype, "batch": 64}
+    ultramem, dense = (number(csv_row(path, system=s, **found)["median_s"]) for s in ("ultramem", "dense"))
+    return ultramem / dense
+
+
 def largest(path: str, field: str) -> float:
     return max(value for row in csv_rows(RESULTS / path) if (value := number(row[field])) is not None)
 
@@ -124,6 +130,9 @@ SENTENCES: dict[str, Callable[[], list[float]]] = {
     ),
     r"trains on two CPU cores, in ([\d.]+) GB": lambda: [highest_gb("slots_100m")],
     r"trains in ([\d.]+) GB": lambda: [highest_gb("slots_20m")],
+    r"([\d.]+) and ([\d.]+) times as long as dense": lambda: [
+        ultramem_over_dense_with_kernels(dtype) for dtype in ("float32", "bfloat16")
+    ],
     r"cost up to ([\d.]+) bits per byte": lambda: [largest("row_states/row_states.csv", "Δ")],
 }
 """Words of README with numbers that are measured or derived -> their values."""
@@ -186,6 +195,7 @@ def test_the_main_table_of_a_report_rounds_its_csv_file(path):
 
 REDRAWN = {
     "bench_decode": ("bench_decode", "--redraw", "--results={folder}"),
+    "bench_decode_kernels": ("bench_decode", "--redraw", "--results={folder}"),
     "bench_step": ("bench_step", "--redraw", "--results={folder}"),
     "plan": ("plan", "--redraw", "--out={folder}/slots_1b.md"),
 }
