@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from ultramem_jax.cli import local_processes
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 SUPERVISOR = """
@@ -48,6 +50,21 @@ def test_the_first_one_speaks_for_all():
     )
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "result of 0 2 127.0.0.1\n", "warning of 0\n")
+
+
+@pytest.mark.parametrize(
+    "of_gloo",
+    [
+        "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1\n",
+        "[Gloo] Rank 0[Gloo] Rank 0 is connected to 1 peer ranks. is connected to 1 peer ranks. : 1\n1\n",
+        "[Gloo] Rank 0 is connected to [Gloo] Rank 01 peer ranks. : 11\n\n",
+        "[Gloo] Rank 0 is connected to 1\n peer ranks. : 1\n",
+    ],
+    ids=["whole", "two on a line", "a line of nothing left", "one on two lines"],
+)
+def test_connections_are_not_passed_on_even_if_their_lines_are_torn(of_gloo):
+    lines = [*of_gloo.splitlines(keepends=True), "validation: 2.1\n", "7\n", "\n"]
+    assert list(local_processes._without_connections(lines)) == ["validation: 2.1\n", "7\n", "\n"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import IO
 
@@ -201,16 +201,30 @@ class _Job:
         output = self._members[0].stdout
         assert output is not None
         with output:
-            for line in output:
-                # Gloo, which connects processes on CPUs, prints a line for every connection.
-                if "[Gloo]" not in line and "peer ranks" not in line:
-                    sys.stdout.write(line)
-                    sys.stdout.flush()
+            for line in _without_connections(output):
+                sys.stdout.write(line)
+                sys.stdout.flush()
 
     def _end_all(self) -> None:
         self.send(signal.SIGKILL)
         for member in self._members:
             member.wait()
+
+
+def _without_connections(lines: Iterable[str]) -> Iterator[str]:
+    """Yields lines but for those of Gloo, which connects processes on CPUs and prints one per connection.
+
+    Its threads print in pieces. So two messages may share a line, and the number at the end of one follows on
+    a line of its own.
+    """
+    unfinished = 0
+    for line in lines:
+        unfinished += line.count("[Gloo]")
+        is_end = unfinished > 0 and line.strip(" 0123456789\n") == ""
+        if "[Gloo]" in line or "peer ranks" in line or is_end:
+            unfinished = max(unfinished - 1, 0)
+        else:
+            yield line
 
 
 def _free_port() -> int:
