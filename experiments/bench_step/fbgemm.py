@@ -21,6 +21,7 @@ import importlib.util
 import os
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.bench_step.memory_step import Way
+from experiments.common.model_steps import traced
 from ultramem_jax.ops.lookup import GradientsOfReads, pooled_lookup, rows_read, score_products
 from ultramem_jax.training.row_rules import SquareSums, adagrad_row
 from ultramem_jax.training.row_sparse import row_sparse, update_by_reads
@@ -138,13 +139,13 @@ class OwnLookup:
             width: d, values of a row.
             kernels: whether native kernels may compute. Without them XLA computes everything.
         """
-        traced = Way(kernels=kernels).traced
+        with_or_without = partial(traced, kernels=kernels)
         self._optimizer = row_sparse(adagrad_row(_EPS, weight_decay=0.0), optax.constant_schedule(_RATE))
-        self._forward = jax.jit(traced(_pool))
+        self._forward = jax.jit(with_or_without(_pool))
         # Two programs: in one program XLA would update a copy of the table, because nothing makes the update
         # wait for the products. In a training step it waits until the loss is known to be finite.
-        self._gradient = jax.jit(traced(_multiply))
-        self._backward = jax.jit(traced(self._update), donate_argnums=(0, 1))
+        self._gradient = jax.jit(with_or_without(_multiply))
+        self._backward = jax.jit(with_or_without(self._update), donate_argnums=(0, 1))
         _fill(rows := np.empty((num_slots, width), np.float32))
         # A copy: the memory of a NumPy array cannot be donated.
         self._table = jnp.array(rows, copy=True)

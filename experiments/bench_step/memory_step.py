@@ -4,26 +4,22 @@ The layer works as in a model, and its step includes the gradient by x. Its loss
 against a random target. `bench_step` times it with several ways of keeping and training the table.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from experiments.common.model_steps import Result, traced
 from ultramem_jax.config import DataConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.errors import UserError
-from ultramem_jax.kernels import native
 from ultramem_jax.models.parts import OneMemory
 from ultramem_jax.presets import families
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.module_step import Metrics, ModuleStep, Objective
 from ultramem_jax.training.state import TrainState, state_of
-from ultramem_jax.tree_types import ArrayTree, Variables
-
-Result = TypeVar("Result")
-"""A pytree of arrays."""
+from ultramem_jax.tree_types import Variables
 
 SEQUENCES = 2
 """Sequences in the batch of a step."""
@@ -50,12 +46,7 @@ class Way:
 
     def traced(self, function: Callable[..., Result]) -> Callable[..., Result]:
         """Returns the function, which is traced with the kernels of this way, or without."""
-
-        def as_here(*arguments: ArrayTree) -> Result:
-            with contextlib.nullcontext() if self.kernels else native.turned_off():
-                return function(*arguments)
-
-        return as_here
+        return traced(function, self.kernels)
 
 
 _BFLOAT16 = Way(table_dtype="bfloat16", row_moment_dtype="bfloat16", row_second_moment="row")

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench_step.authors import AuthorsLayer, state_bytes
 from experiments.bench_step.memory_step import (
-    SEQUENCES,
     WAYS,
     XLA_OF,
     Batch,
@@ -20,6 +18,7 @@ from experiments.bench_step.memory_step import (
     bench_memory,
 )
 from experiments.bench_step.parts import PartTimes, time_parts
+from experiments.common.model_steps import draw_tokens, model_contender
 from experiments.common.timing import (
     Contender,
     Need,
@@ -32,9 +31,6 @@ from experiments.common.timing import (
 from ultramem_jax.accounting import PartCost
 from ultramem_jax.accounting.step_costs import memory_step_costs, model_step_cost, total
 from ultramem_jax.config import RunConfig
-from ultramem_jax.training.dense_optimizer import make_optimizers
-from ultramem_jax.training.state import init_state
-from ultramem_jax.training.step import make_train_step
 
 AUTHORS = "authors, PyTorch"
 """Name of the authors' layer among the ways."""
@@ -119,7 +115,7 @@ def plan(num_keys: int, tokens: int, limit: int | None, *, model: bool, authors:
         groups=groups,
         costs=costs,
         dissected=() if model else tuple(name for name in dissected if name in fitting),
-        draw=_draw_tokens(first) if model else _draw_inputs(first, tokens),
+        draw=draw_tokens(first) if model else _draw_inputs(first, tokens),
     )
 
 
@@ -171,13 +167,7 @@ def _of_layer(config: RunConfig, way: Way) -> Contender:
 
 
 def _of_model(config: RunConfig, way: Way) -> Contender:
-    optimizers = make_optimizers(config)
-    return contender(
-        lambda: init_state(config, optimizers),
-        way.traced(make_train_step(config, optimizers)),
-        lambda state: state.tables,
-        dense=way.is_dense,
-    )
+    return model_contender(config, kernels=way.kernels, dense=way.is_dense)
 
 
 class _RunningAuthors:
@@ -204,13 +194,3 @@ def _of_authors(checkout: str, num_keys: int, tokens: int) -> Contender:
 def _draw_inputs(config: RunConfig, tokens: int) -> Callable[[int], Any]:
     layer = MemoryLayer(config)
     return jax.jit(lambda number: layer.draw(jax.random.fold_in(jax.random.key(1), number), tokens))
-
-
-def _draw_tokens(config: RunConfig) -> Callable[[int], Any]:
-    shape, vocabulary = (SEQUENCES, config.data.seq_len + 1), config.model.vocab_size
-
-    def draw(number: int) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(1), number)
-        return jax.random.randint(key, shape, 0, vocabulary, jnp.int32)
-
-    return jax.jit(draw)

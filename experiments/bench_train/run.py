@@ -8,35 +8,27 @@ Batches are random ids: what a step takes does not depend on the text.
     python launch.py bench_train --systems=ultramem,dense --repeats=5 --out=runs/bench_train
 """
 
-import contextlib
 import dataclasses
 import statistics
 import sys
 from collections.abc import Mapping
-from functools import partial
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from absl import flags
 from tqdm import tqdm
 
 from experiments.common import machine, report
-from experiments.common.timing import WARM_UP, Contender, Timing, contender, needed, race, spread
+from experiments.common.model_steps import draw_tokens, model_contender
+from experiments.common.timing import WARM_UP, Timing, needed, race, spread
 from ultramem_jax import ModelConfig, RunConfig
 from ultramem_jax.accounting import flops_per_token
 from ultramem_jax.baselines.matching import SYSTEMS, match, verify_match
 from ultramem_jax.cli import command_line
 from ultramem_jax.cli.arguments import check_names
 from ultramem_jax.errors import UserError
-from ultramem_jax.kernels import native
 from ultramem_jax.recipes import demo
 from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.environment import describe_environment
-from ultramem_jax.training.dense_optimizer import make_optimizers
-from ultramem_jax.training.state import TrainState, init_state
-from ultramem_jax.training.step import make_train_step
-from ultramem_jax.tree_types import ArrayTree
 
 BASE_CONFIG = demo.get_config()
 
@@ -68,8 +60,7 @@ def main() -> None:
     models = {system: match(base.model, system) for system in SYSTEM_NAMES.value}
     verify_match({"base": base.model, **models})
     ways = _ways(base, models)
-    shape = (base.train.batch_size, base.data.seq_len + 1)
-    contenders = {name: _contender(way) for name, way in ways.items()}
+    contenders = {name: model_contender(way.config, kernels=way.kernels) for name, way in ways.items()}
     need, free = needed([contender.need for contender in contenders.values()]), machine.available_bytes()
     if free is not None and need > free:
         raise UserError(
@@ -78,8 +69,7 @@ def main() -> None:
         )
     rounds = (WARM_UP + REPEATS.value) * len(ways)
     with tqdm(total=rounds, desc="bench_train", unit="step", file=sys.stderr, dynamic_ncols=True) as bar:
-        draw = jax.jit(partial(_draw, shape=shape, vocabulary=base.model.vocab_size))
-        timings, _ = race(contenders, draw, REPEATS.value, bar.update)
+        timings, _ = race(contenders, draw_tokens(base), REPEATS.value, bar.update)
     tokens = base.train.batch_size * base.data.seq_len
     written = report.write_table(
         _rows(timings, models, tokens),
@@ -105,25 +95,6 @@ def _ways(base: RunConfig, models: Mapping[str, ModelConfig]) -> dict[str, _Way]
         if model.memories:
             ways[system + _BY_XLA] = _Way(config, kernels=False)
     return ways
-
-
-def _contender(way: _Way) -> Contender:
-    optimizers = make_optimizers(way.config)
-    step = make_train_step(way.config, optimizers)
-
-    def init() -> TrainState:
-        return init_state(way.config, optimizers)
-
-    def traced(state: TrainState, batch: ArrayTree) -> tuple[TrainState, ArrayTree]:
-        with contextlib.nullcontext() if way.kernels else native.turned_off():
-            state, metrics, *_ = step(state, batch)
-        return state, metrics
-
-    return contender(init, traced, lambda state: state.tables, dense=False)
-
-
-def _draw(number: int, shape: tuple[int, int], vocabulary: int) -> jax.Array:
-    return jax.random.randint(jax.random.fold_in(jax.random.key(1), number), shape, 0, vocabulary, jnp.int32)
 
 
 def _rows(

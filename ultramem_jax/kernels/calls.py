@@ -96,7 +96,7 @@ def serves_rms_norm(keys: jax.Array, gain: jax.Array) -> bool:
 
 
 def rms_norm(keys: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """Returns `ops.key_norm.rms_norm`: (2, S, r, K, d) float32."""
+    """Returns `ops.key_norm.rms_norm_of_keys`: (2, S, r, K, d) float32."""
     normed: jax.Array = _call("rms_norm", Shape(keys.shape, jnp.float32))(keys, gain, eps=np.float32(eps))
     return normed
 

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from ultramem_jax.ops.norms import rms_norm
+
 
 class RMSNorm(nn.Module):
     """Computes x / sqrt(mean(x²) + eps) · gain over the last axis (arXiv 1910.07467, equation 4).
@@ -27,7 +29,4 @@ class RMSNorm(nn.Module):
         The gain is the parameter `scale` (d,), float32.
         """
         gain = self.param("scale", nn.initializers.constant(self.gain_init), (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        gain = gain.reshape((1,) * (x.ndim - 1) + gain.shape)
-        return (x * inverse_rms * gain).astype(self.dtype)
+        return rms_norm(x.astype(jnp.float32), gain, self.eps).astype(self.dtype)

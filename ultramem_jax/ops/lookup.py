@@ -204,9 +204,8 @@ def row_products(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.
         return map_chunks(partial(multiply, table), slots.shape[1] * table.shape[1], slots, vectors)
 
     def kernel(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.Array:
-        return calls.products(table, slots, slots, vectors[:, None], cores=1)[
-            ..., 0
-        ]  # one block: none is read
+        # There is one block, so that the kernel does not look at `blocks`.
+        return calls.products(table, slots, slots, vectors[:, None], cores=1)[..., 0]
 
     return native_or(by_chunks, kernel, serves_lookup(table, slots, vectors), table, slots, vectors)
 

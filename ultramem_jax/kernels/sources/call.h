@@ -121,6 +121,16 @@ class Parts {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Adds up sums that tasks have made, `count` each, in the order of the tasks: it does not depend on threads.
+template <class T>
+void add_up(const T* of_tasks, int64_t tasks, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i++) {
+    double total = 0;
+    for (int64_t task = 0; task < tasks; task++) total += of_tasks[task * count + i];
+    to[i] = static_cast<float>(total);
+  }
+}
+
 }  // namespace ultramem
 
 // Defines the function that XLA calls by this name.

@@ -133,7 +133,7 @@ const char* best_cells_gradient(const Call& call) {
   auto *d_scores = call.result(0).as<float>(), *d_cores = call.result(1).as<float>();
   const int64_t m = s.candidates, of_core = s.ranks * s.ranks, of_side = s.heads * s.ranks * m;
   const int64_t tasks = ceil_div(s.tokens, kTokens), all_cores = s.plain ? 0 : s.heads * s.cores * of_core;
-  std::vector<double> partial(tasks * all_cores);  // per task, so that the order of the sum does not depend on threads
+  std::vector<double> partial(tasks * all_cores);
   call.parallel(tasks, [&](int64_t task) {
     double* of_task = partial.data() + task * all_cores;
     std::vector<float> of_head_cores(s.cores * of_core);
@@ -172,11 +172,7 @@ const char* best_cells_gradient(const Call& call) {
       }
     }
   });
-  for (int64_t i = 0; i < all_cores; i++) {
-    double total = 0;
-    for (int64_t task = 0; task < tasks; task++) total += partial[task * all_cores + i];
-    d_cores[i] = static_cast<float>(total);
-  }
+  add_up(partial.data(), tasks, all_cores, d_cores);
   return nullptr;
 }
 

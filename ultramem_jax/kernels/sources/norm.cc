@@ -33,6 +33,15 @@ void for_keys(const Keys& s, int64_t task, const Body& body) {
   for (int64_t key = first; key < std::min(s.count, first + kKeys); key++) body((start + key) * s.width);
 }
 
+// Calls body(value, gain, lanes) for the vectors of a key, with offsets among the keys and in the gain.
+template <class Body>
+inline void for_values(const Keys& s, int64_t at, const Body& body) {
+  for (int64_t r = 0; r < s.ranks; r++)
+    for_vectors(0, s.width, [&](int64_t e, auto lanes) {
+      body(at + r * s.count * s.width + e, r * s.width + e, lanes);
+    });
+}
+
 inline float inverse_rms(const Keys& s, const float* key) {
   float total = 0;
   for (int64_t r = 0; r < s.ranks; r++) {
@@ -50,12 +59,9 @@ const char* rms_norm(const Call& call) {
   call.parallel(s.tasks(), [&](int64_t task) {
     for_keys(s, task, [&](int64_t at) {
       const Floats scale = splat(inverse_rms(s, keys + at));
-      for (int64_t r = 0; r < s.ranks; r++) {
-        const int64_t part = at + r * s.count * s.width;
-        for_vectors(0, s.width, [&](int64_t e, auto lanes) {
-          store(normed + part + e, load(keys + part + e, lanes) * scale * load(gain + r * s.width + e, lanes), lanes);
-        });
-      }
+      for_values(s, at, [&](int64_t i, int64_t e, auto lanes) {
+        store(normed + i, load(keys + i, lanes) * scale * load(gain + e, lanes), lanes);
+      });
     });
   });
   return nullptr;
@@ -67,37 +73,25 @@ const char* rms_norm_gradient(const Call& call) {
   const auto *cotangent = call.argument(0).as<float>(), *keys = call.argument(1).as<float>();
   const auto* gain = call.argument(2).as<float>();
   auto *d_keys = call.result(0).as<float>(), *d_gain = call.result(1).as<float>();
-  // Sums per task, so that their order does not depend on threads.
   std::vector<float> partial(s.tasks() * s.of_gain());
   call.parallel(s.tasks(), [&](int64_t task) {
     float* of_task = partial.data() + task * s.of_gain();
     for_keys(s, task, [&](int64_t at) {
       const float scale = inverse_rms(s, keys + at);
       Floats sums = {};
-      for (int64_t r = 0; r < s.ranks; r++) {
-        const int64_t part = at + r * s.count * s.width;
-        for_vectors(0, s.width, [&](int64_t e, auto lanes) {
-          const Floats products = load(cotangent + part + e, lanes) * load(keys + part + e, lanes);
-          float* total = of_task + r * s.width + e;
-          store(total, load(total, lanes) + splat(scale) * products, lanes);
-          sums += products * load(gain + r * s.width + e, lanes);
-        });
-      }
+      for_values(s, at, [&](int64_t i, int64_t e, auto lanes) {
+        const Floats products = load(cotangent + i, lanes) * load(keys + i, lanes);
+        store(of_task + e, load(of_task + e, lanes) + splat(scale) * products, lanes);
+        sums += products * load(gain + e, lanes);
+      });
       const Floats back = splat(sum(sums) * scale * scale / static_cast<float>(s.of_gain()));
-      for (int64_t r = 0; r < s.ranks; r++) {
-        const int64_t part = at + r * s.count * s.width;
-        for_vectors(0, s.width, [&](int64_t e, auto lanes) {
-          const Floats own = load(cotangent + part + e, lanes) * load(gain + r * s.width + e, lanes);
-          store(d_keys + part + e, splat(scale) * (own - back * load(keys + part + e, lanes)), lanes);
-        });
-      }
+      for_values(s, at, [&](int64_t i, int64_t e, auto lanes) {
+        const Floats own = load(cotangent + i, lanes) * load(gain + e, lanes);
+        store(d_keys + i, splat(scale) * (own - back * load(keys + i, lanes)), lanes);
+      });
     });
   });
-  for (int64_t i = 0; i < s.of_gain(); i++) {
-    double total = 0;
-    for (int64_t task = 0; task < s.tasks(); task++) total += partial[task * s.of_gain() + i];
-    d_gain[i] = static_cast<float>(total);
-  }
+  add_up(partial.data(), s.tasks(), s.of_gain(), d_gain);
   return nullptr;
 }
 

@@ -12,6 +12,7 @@ from ultramem_jax.layers.memory.context_gate import ContextGate
 from ultramem_jax.layers.parameters import matrix
 from ultramem_jax.layers.sowing import sow
 from ultramem_jax.ops.linear import project
+from ultramem_jax.ops.norms import rms_norm
 
 _LEAST_SQUARE = 1e-6
 """Smallest |g| under the root: smaller ones count as this, so that the root has a derivative."""
@@ -62,9 +63,7 @@ class ContextGateReadout(nn.Module):
     def _norm(self, name: str, x: jax.Array, eps: float) -> jax.Array:
         """Applies an RMS norm over the last axis, in float32."""
         scale = self.param(name, nn.initializers.ones, x.shape[-1:], jnp.float32)
-        x = x.astype(jnp.float32)
-        mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(mean_square + jnp.float32(eps)) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        return rms_norm(x.astype(jnp.float32), scale, eps)
 
     def _convolved(self, x: jax.Array, chunk: Chunk | None) -> jax.Array:
         """Applies the causal depthwise convolution; tap i looks i·dilation positions back."""

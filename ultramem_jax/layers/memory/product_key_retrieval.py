@@ -18,9 +18,10 @@ from ultramem_jax.layers.memory.initializers import retrieval_init
 from ultramem_jax.layers.parameters import matrix, served_parameter
 from ultramem_jax.layers.sowing import sow
 from ultramem_jax.ops import addressing, product_keys
-from ultramem_jax.ops.key_norm import rms_norm
+from ultramem_jax.ops.key_norm import rms_norm_of_keys
 from ultramem_jax.ops.key_scores import combined_scores
 from ultramem_jax.ops.linear import project
+from ultramem_jax.ops.norms import rms_norm
 from ultramem_jax.ops.served_keys import ServedKeys, serve_keys
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class ProductKeyAddresser(nn.Module):
         )
         if config.norm_query:
             scale = self.param("query_scale", nn.initializers.constant(gain), (config.key_dim,), jnp.float32)
-            queries = _rms_norm(queries.astype(jnp.float32), scale, self._eps).astype(x.dtype)
+            queries = rms_norm(queries.astype(jnp.float32), scale, self._eps).astype(x.dtype)
         if config.rank_keys == "split":
             queries = queries.reshape(*queries.shape[:3], ranks, config.rank_key_dim)
         return jnp.broadcast_to(queries, (*queries.shape[:2], config.num_heads, *queries.shape[3:]))
@@ -195,7 +196,8 @@ def normed_keys(config: "ProductKeys", keys: jax.Array, scale: jax.Array | None,
         return keys
     # A key has width d_k. If the ranks split it, its norm is over all of its parts.
     split = config.rank_keys == "split"
-    return rms_norm(keys, scale.reshape(config.num_ranks if split else 1, config.rank_key_dim), eps)
+    gain = scale.reshape(config.num_ranks if split else 1, config.rank_key_dim)
+    return rms_norm_of_keys(keys, gain, eps)
 
 
 def served_keys(
@@ -218,9 +220,3 @@ def served_keys(
         last = buffers["row_direction"], buffers["column_direction"]
         directions = jnp.stack(product_keys.leading_singular_vectors(params["cores"].sum(1), *last))
     return serve_keys(keys.astype(site.context.dtype), directions)
-
-
-def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
-    scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
-    return x * jax.lax.rsqrt(mean_square + jnp.float32(eps)) * scale
