@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 import shutil
 import stat
 import subprocess
@@ -10,12 +11,14 @@ import sys
 import pytest
 
 from tests.support.paths import ROOT
-from ultramem_jax.kernels import build, native, self_check
-from ultramem_jax.kernels.build import BuildError
+from ultramem_jax.kernels import build, compiler, native, self_check
+from ultramem_jax.kernels.compiler import BuildError
 
 COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 TURNED_OFF = os.environ.get(native.VARIABLE) == "0"
 needs_compiler = pytest.mark.skipif(not native.status().on, reason=str(native.status()))
+SAYS_VERSION = '[ "$1" = --version ] && echo 1.0 && exit'
+MAKES_EMPTY_FILES = 'for last; do :; done; : > "$last"'
 
 
 @pytest.fixture(autouse=True)
@@ -23,20 +26,34 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ULTRAMEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(native.VARIABLE, raising=False)
     monkeypatch.setattr(native, "register", lambda library: None)  # this process has done that
+    monkeypatch.setattr(native, "instruction_set", lambda library: "AVX")
     return tmp_path / "cache" / "kernels"
 
 
 @pytest.fixture
-def a_build(monkeypatch):
-    """Stands for the build, which takes seconds."""
-    monkeypatch.setattr(build, "_build", lambda compiler, library: library.write_bytes(b"library"))
+def checks(monkeypatch):
+    """Stands for the check, which takes seconds; every one adds the bytes of its library."""
+    seen = []
+    monkeypatch.setattr(build, "_check", lambda library, seconds: seen.append(library.read_bytes()))
+    return seen
 
 
-def _compiler(tmp_path, monkeypatch, script):
-    path = tmp_path / "compiler"
-    path.write_text(f"#!/bin/sh\n{script}\n")
+def _compiler(folder, monkeypatch, *script):
+    """Makes a program the compiler that runs these lines."""
+    path = folder / "compiler"
+    path.write_text("\n".join(("#!/bin/sh", *script)) + "\n")
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("CXX", str(path))
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Stands for the compiler, which takes seconds."""
+    _compiler(tmp_path, monkeypatch, SAYS_VERSION, MAKES_EMPTY_FILES, 'echo library > "$last"')
+
+
+def _names(cache):
+    return sorted(path.suffix or path.name for path in cache.iterdir())
 
 
 @pytest.mark.skipif(TURNED_OFF or not COMPILER, reason="no C++ compiler, or kernels are turned off")
@@ -45,42 +62,119 @@ def test_with_a_compiler_there_are_kernels():
 
 
 @needs_compiler
-def test_two_processes_build_one_library(cache):
-    command = [sys.executable, "-c", "from ultramem_jax.kernels import build; print(build.built_library())"]
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+def test_processes_build_one_library_and_mend_it(cache):
+    code = "from ultramem_jax.kernels import build, native; print(build.built_library(), native.status().on)"
+
+    def start():
+        return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    both = [start(), start()]
     found = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert found[0] == found[1] == f"{build.built_library()}\n"
-    assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".so"]
+    library = build.built_library()
+    assert found == [f"{library} True\n"] * 2
+    assert _names(cache) == [".passed", ".so", "lock"]
+    whole = library.read_bytes()
+    library.write_bytes(whole[:5000])  # to load it would end the process
+    assert start().communicate()[0] == f"{library} True\n"
+    assert library.read_bytes()[:5000] == whole[:5000] and library.stat().st_size == len(whole)
 
 
-@needs_compiler
-def test_a_library_is_for_one_cpu_one_compiler_and_its_sources(cache, a_build, monkeypatch):
+def test_a_library_is_for_one_cpu_one_compiler_and_its_sources(quick, checks, monkeypatch):
     libraries = [build.built_library()]
     assert build.built_library() == libraries[0]
     for name, value in {
         "_cpu": lambda: "another",
         "_FLAGS": ("-O1",),
         "machine_flags": lambda: ["-march=x"],
+        "compiler_version": lambda compiler: "another",
     }.items():
         monkeypatch.setattr(build, name, value)
         libraries.append(build.built_library())
-    monkeypatch.setattr(build, "compiler_version", lambda compiler: "another")
+    monkeypatch.setenv("CXX", f"{os.environ['CXX']} -m32")
     libraries.append(build.built_library())
     monkeypatch.setattr(build.importlib.metadata, "version", lambda package: "0.0")
     libraries.append(build.built_library())
-    assert len(set(libraries)) == 6
+    assert len(set(libraries)) == len(checks) == 7
 
 
-@needs_compiler
+@pytest.mark.parametrize("damage", [b"", b"libr", b"another\n", None])
+def test_a_library_that_is_not_what_passed_is_built_again(quick, checks, damage):
+    library = build.built_library()
+    assert build.built_library() == library and checks == [b"library\n"]
+    if damage is None:
+        library.with_suffix(".passed").unlink()
+    else:
+        library.write_bytes(damage)
+    assert build.built_library() == library
+    assert library.read_bytes() == b"library\n" and checks == [b"library\n"] * 2
+
+
+def test_a_build_removes_what_others_have_left(cache, quick, checks):
+    library = build.built_library()
+    (cache / "build-abc").mkdir()
+    (cache / "build-abc" / "grid.o").touch()
+    old, recent = cache / "old.so", cache / "recent.so"
+    for path in (old, old.with_suffix(".passed"), recent, recent.with_suffix(".passed")):
+        path.touch()
+    os.utime(old, (0, 0))
+    library.unlink()
+    assert build.built_library() == library
+    assert sorted(path.stem for path in cache.glob("*.*")) == sorted(["recent", library.stem] * 2)
+
+
 def test_a_build_that_fails_leaves_nothing_and_says_why(cache, tmp_path, monkeypatch):
-    _compiler(
-        tmp_path, monkeypatch, '[ "$1" = --version ] && echo 1.0 && exit; echo "a.cc: error: no" >&2; exit 1'
-    )
+    _compiler(tmp_path, monkeypatch, SAYS_VERSION, 'echo "a.cc: error: no" >&2', "exit 1")
     with pytest.raises(BuildError, match=r"^compiler failed: a.cc: error: no$"):
         build.built_library()
-    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    assert _names(cache) == ["lock"]
     assert native._found() == native.Status(False, "compiler failed: a.cc: error: no")
+
+
+def test_a_compiler_that_makes_nothing_is_found_out(cache, tmp_path, monkeypatch):
+    _compiler(tmp_path, monkeypatch, SAYS_VERSION, MAKES_EMPTY_FILES)
+    with pytest.raises(
+        BuildError, match=r"^the library does not pass its check: \S+ failed: .* file too short"
+    ):
+        build.built_library()
+    assert _names(cache) == ["lock"]
+
+
+@pytest.mark.parametrize(
+    "check, why",
+    [
+        ("sys.exit('wrong results of keys')", "failed: wrong results of keys"),
+        ("os.abort()", "ended by SIGABRT"),
+    ],
+)
+def test_a_library_that_does_not_pass_its_check_is_not_used(cache, quick, tmp_path, monkeypatch, check, why):
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!{sys.executable}\nimport os, sys\n{check}\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(build.sys, "executable", str(interpreter))
+    status = native._found()
+    assert not status.on and status.about.startswith("the library does not pass its check: python")
+    assert status.about.endswith(why)
+    assert _names(cache) == ["lock"]
+
+
+def test_a_compiler_that_hangs_is_killed_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_SECONDS", 0.5)
+    children = tmp_path / "children"
+    _compiler(tmp_path, monkeypatch, SAYS_VERSION, f"sleep 1000 & echo $! >> {children}", "wait")
+    assert native._found() == native.Status(False, "compiler took longer than 0.5 s")
+    for child in children.read_text().split():
+        status = pathlib.Path("/proc") / child / "stat"
+        assert not status.exists() or ") Z " in status.read_text()
+
+
+def test_a_compiler_has_arguments(tmp_path, monkeypatch):
+    _compiler(tmp_path, monkeypatch, 'echo "$1" "$2"')
+    monkeypatch.setenv("CXX", f"{tmp_path / 'compiler'} 'a b'")
+    command = compiler.compiler_command()
+    assert command == (str(tmp_path / "compiler"), "a b")
+    assert compiler.compiler_version(command) == "a b --version"
+    monkeypatch.setenv("CXX", "c++ 'a")
+    assert native._found() == native.Status(False, "CXX=c++ 'a: No closing quotation")
 
 
 def test_without_a_compiler_jax_computes(monkeypatch):
@@ -108,22 +202,18 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     assert native._found() == native.Status(False, f"Not a directory: {tmp_path / 'file' / 'kernels'}")
 
 
-@needs_compiler
-def test_a_library_that_cannot_be_loaded_is_not_used(a_build, monkeypatch):
-    monkeypatch.undo()  # `register` is the real one; the cache and the build are set again
+def test_a_library_that_cannot_be_loaded_is_not_used(monkeypatch):
+    monkeypatch.undo()  # `register` is the real one
+    monkeypatch.delenv(native.VARIABLE, raising=False)
     monkeypatch.setattr(build, "built_library", lambda: ROOT / "README.md")
     assert native._found().about.startswith("the library cannot be used: ")
 
 
-@needs_compiler
-def test_a_library_with_wrong_results_is_not_used_and_checked_again(cache, a_build, monkeypatch):
-    monkeypatch.setattr(native, "instruction_set", lambda library: "AVX")
-    answers = [["keys", "rows"], []]
-    monkeypatch.setattr(self_check, "wrong_kernels", lambda: answers.pop(0))
-    assert native._found() == native.Status(False, "wrong results of keys, rows")
+def test_a_library_in_a_cache_that_cannot_be_written_is_used(cache, quick, checks, monkeypatch):
+    library = build.built_library()
+    monkeypatch.setattr(build, "_locked", None)  # what is there needs no lock, which would be a file
+    assert build.built_library() == library
     assert native._found().on
-    assert native._found().on  # what has passed once is not checked again
-    assert not answers
 
 
 def test_self_check_finds_what_is_wrong(monkeypatch):
@@ -132,6 +222,9 @@ def test_self_check_finds_what_is_wrong(monkeypatch):
     assert self_check.wrong_kernels() == []
     monkeypatch.setattr(self_check.calls, "pool", lambda table, *_, expansion: table)
     assert self_check.wrong_kernels() == ["rows"]
+    monkeypatch.setattr(sys, "argv", ["self_check", "library.so"])
+    with pytest.raises(SystemExit, match=r"^wrong results of rows$"):
+        self_check.main()
 
 
 def test_the_log_says_once_which_way_computes(monkeypatch, caplog):

@@ -13,7 +13,7 @@ import pytest
 from tests.support import kernel_cases
 from tests.support.kernel_cases import CASES, RandomDraw
 from tests.support.kernel_harness import compile_harness, record, run
-from ultramem_jax.kernels import build
+from ultramem_jax.kernels.compiler import machine_flags
 
 pytestmark = pytest.mark.builds
 
@@ -43,7 +43,7 @@ def test_kernels_under_a_sanitizer(sanitizer, tmp_path, monkeypatch):
         "-DULTRAMEM_OWN_THREADS",
         "-pthread",
         *SANITIZERS[sanitizer],
-        *build.machine_flags(),
+        *machine_flags(),
     ]
     program = compile_harness(tmp_path, COMPILER, flags)
     printed = _checked([str(program)], tmp_path, monkeypatch, UBSAN_OPTIONS="print_stacktrace=1")
@@ -74,6 +74,6 @@ def test_kernels_on_arm64(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("clang++"), reason="no clang++")
 def test_kernels_by_clang(tmp_path, monkeypatch):
-    flags = ["-O2", *build.machine_flags(), "-DULTRAMEM_OWN_THREADS", "-pthread"]
+    flags = ["-O2", *machine_flags(), "-DULTRAMEM_OWN_THREADS", "-pthread"]
     program = compile_harness(tmp_path, "clang++", flags)
     _checked([str(program)], tmp_path, monkeypatch)

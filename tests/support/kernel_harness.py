@@ -10,6 +10,7 @@ import numpy as np
 
 from tests.support.paths import ROOT
 from ultramem_jax.kernels import build, calls
+from ultramem_jax.kernels.compiler import include_flags
 
 HARNESS = ROOT / "tests" / "kernels" / "harness.cc"
 _DTYPES = {"bool": 1, "int32": 4, "uint16": 7, "uint32": 8, "float32": 11, "bfloat16": 16}
@@ -59,7 +60,7 @@ def compile_harness(folder, compiler, flags):
         "-Wall",
         "-Wextra",
         *flags,
-        *build.include_flags(),
+        *include_flags(),
         *sources,
         "-o",
         str(program),

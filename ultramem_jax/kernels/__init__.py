@@ -4,6 +4,7 @@
 that does the same: they name both, and `dispatch.native_or` takes the kernel if the program is for a CPU, if
 `native.is_on()` and if the kernel serves the arguments.
 
-The library is built at first use with the system's C++ compiler (`build`) and checked (`self_check`). Without
-a compiler, after a failure or with `ULTRAMEM_NATIVE=0`, JAX's functions run. A line in the log says which.
+The library is built at first use (`build`) with the system's C++ compiler (`compiler`), checked in a process
+of its own (`self_check`) and loaded (`native`). Without a compiler, after a failure or with
+`ULTRAMEM_NATIVE=0`, JAX's functions run. A line in the log says which.
 """

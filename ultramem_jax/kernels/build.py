@@ -1,69 +1,65 @@
 """Builds the library of kernels with the system's C++ compiler, once for each machine and version.
 
 The library lies in the user's cache folder, under a hash of all that it depends on: sources, compiler, flags,
-the CPU and the version of jaxlib. A build takes two to four seconds. Two processes do not build at a time.
+the CPU and the version of jaxlib. A build takes two to four seconds. Then a process of its own checks the
+library, so that one which crashes does not take the user's process with it. A file beside the library holds
+the hash of what has passed. A library that differs from it, as after a full disk, is built again. Processes
+build in turn.
 """
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
-
-from ultramem_jax.files import cache_folder
+from ultramem_jax.files import cache_folder, replace_text, sync_folder
+from ultramem_jax.kernels.compiler import (
+    BuildError,
+    compiler_command,
+    compiler_version,
+    include_flags,
+    machine_flags,
+    run,
+)
 
 _SOURCES = Path(__file__).with_name("sources")
-_SECONDS = 120
-"""Longest time that one run of the compiler may take."""
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden")
-
-
-class BuildError(Exception):
-    """Says in one line why there is no library."""
+_SECONDS = 60
+"""Longest time that a build may take, its check included."""
+_DAYS = 30
+"""Age at which libraries of other sources, compilers or CPUs are removed when another one is built."""
+_UNFINISHED = "build-"
+"""Start of the names of folders in which libraries are built."""
 
 
 def built_library() -> Path:
-    """Returns the library of kernels for this machine, and builds it if it is not there.
+    """Returns the library of kernels for this machine, and builds and checks it if it is not there.
 
     Raises:
-        BuildError: there is no compiler, it failed, or the cache folder cannot be written.
+        BuildError: there is no compiler, it failed, it made a wrong library, or the cache cannot be written.
     """
     compiler = compiler_command()
     try:
         folder = cache_folder() / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / f"{_key(compiler)}.so"
-        if not library.exists():
-            with _locked(library.with_suffix(".lock")):
-                if not library.exists():
+        if not _has_passed(library):
+            with _locked(folder / "lock"):
+                if not _has_passed(library):
+                    _tidy(folder)
                     _build(compiler, library)
     except OSError as error:
         raise BuildError(f"{error.strerror}: {error.filename}") from error
     return library
-
-
-def compiler_command() -> str:
-    """Returns the path of the C++ compiler: `$CXX`, else c++, g++ or clang++ of the `PATH`.
-
-    Raises:
-        BuildError: there is none.
-    """
-    wanted = os.environ.get("CXX", "")
-    names = (wanted,) if wanted else ("c++", "g++", "clang++")
-    for name in names:
-        if found := shutil.which(name):
-            return os.path.abspath(found)
-    raise BuildError(f"no C++ compiler ({', '.join(names)})")
 
 
 def sources() -> list[Path]:
@@ -71,38 +67,15 @@ def sources() -> list[Path]:
     return sorted(_SOURCES.glob("*.cc"))
 
 
-def include_flags() -> list[str]:
-    """Returns the flags that find XLA's header of foreign functions."""
-    return ["-isystem", jax.ffi.include_dir()]
-
-
-def machine_flags() -> list[str]:
-    """Returns the flags that make code for exactly this CPU."""
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        # GCC's tuning for AMD's first Zen halves vectors of 256 bits: 70 ms of a step instead of 59.
-        return ["-march=native", "-mtune=haswell"]
-    return ["-mcpu=native"]
-
-
-def _key(compiler: str) -> str:
+def _key(compiler: tuple[str, ...]) -> str:
     """Returns a hash of all that the library depends on."""
     key = hashlib.sha256()
     for path in sorted(_SOURCES.iterdir()):
         key.update(path.name.encode() + path.read_bytes())
-    parts = (*_FLAGS, *machine_flags(), compiler, compiler_version(compiler), _cpu())
+    parts = (*_FLAGS, *machine_flags(), *compiler, compiler_version(compiler), _cpu())
     for part in (*parts, importlib.metadata.version("jaxlib")):
         key.update(part.encode() + b"\0")
     return key.hexdigest()[:32]
-
-
-@functools.cache
-def compiler_version(compiler: str) -> str:
-    """Returns the first line of what a compiler says of its version.
-
-    Raises:
-        BuildError: it cannot be run.
-    """
-    return _run([compiler, "--version"]).partition("\n")[0]
 
 
 def _cpu() -> str:
@@ -115,39 +88,73 @@ def _cpu() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _build(compiler: str, library: Path) -> None:
-    """Compiles the sources in parallel and links them; the library appears whole or not at all."""
-    flags = [*_FLAGS, *machine_flags(), *include_flags()]
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
+def _passed(library: Path) -> Path:
+    """Returns the file that holds the hash of a library that has passed its check."""
+    return library.with_suffix(".passed")
+
+
+def _hash(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def _has_passed(library: Path) -> bool:
+    """Tells whether a library is there as it was when it passed its check."""
+    try:
+        return _passed(library).read_bytes() == _hash(library).encode()
+    except FileNotFoundError:
+        return False
+
+
+def _build(compiler: tuple[str, ...], library: Path) -> None:
+    """Compiles the sources in parallel, links them, and checks the library before anyone finds it."""
+    flags, end = [*_FLAGS, *machine_flags(), *include_flags()], time.monotonic() + _SECONDS
+
+    def build(*arguments: str) -> None:
+        run([*compiler, *arguments], max(end - time.monotonic(), 0), _SOURCES)
+
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=_UNFINISHED) as name:
+        folder = Path(name)
 
         def compiled(source: Path) -> str:
-            target = str(Path(folder) / f"{source.stem}.o")
-            _run([compiler, *flags, "-c", source.name, "-o", target])
+            target = str(folder / f"{source.stem}.o")
+            build(*flags, "-c", source.name, "-o", target)
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             objects = list(threads.map(compiled, sources()))
-        linked = Path(folder) / library.name
-        _run([compiler, "-shared", *objects, "-o", str(linked)])
+        linked = folder / library.name
+        build("-shared", *objects, "-o", str(linked))
+        _check(linked, max(end - time.monotonic(), 0))
+        # On disk before they get their names: a machine that stops leaves the whole library, or none.
+        sync_folder(folder)
+        passed = _hash(linked)
         linked.replace(library)
+    replace_text(_passed(library), passed)
 
 
-def _run(command: list[str]) -> str:
-    """Returns what a command prints that runs in the folder of the sources.
+def _check(library: Path, seconds: float) -> None:
+    """Checks a library in a process of its own.
 
     Raises:
-        BuildError: it fails.
+        BuildError: it crashes, or a kernel computes something else than it should.
     """
+    # The process finds the modules that this one has found, from whatever folder it was started.
+    paths = os.pathsep.join(map(os.path.abspath, sys.path))
+    command = [sys.executable, "-m", "ultramem_jax.kernels.self_check", str(library)]
     try:
-        done = subprocess.run(
-            command, cwd=_SOURCES, capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{Path(command[0]).name} cannot be run: {error}") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise BuildError(f"{Path(command[0]).name} failed: {lines[0] if lines else done.returncode}")
-    return done.stdout
+        run(command, seconds, JAX_PLATFORMS="cpu", PYTHONPATH=paths)
+    except BuildError as error:
+        raise BuildError(f"the library does not pass its check: {error}") from error
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what killed builds have left, and old libraries. Nobody else must be building."""
+    for unfinished in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for library in folder.glob("*.so"):
+        if time.time() - library.stat().st_mtime > _DAYS * 24 * 3600:
+            library.unlink(missing_ok=True)
+            _passed(library).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

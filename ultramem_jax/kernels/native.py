@@ -7,14 +7,14 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-from ultramem_jax.kernels import build, self_check
+from ultramem_jax.kernels import build
+from ultramem_jax.kernels.compiler import BuildError, compiler_command, compiler_version
 from ultramem_jax.kernels.targets import NAMES, target
 
 VARIABLE = "ULTRAMEM_NATIVE"
@@ -53,7 +53,7 @@ def turned_off() -> Iterator[None]:
 
 
 def status() -> Status:
-    """Returns whether this process uses kernels; the first call builds, checks and loads the library."""
+    """Returns whether this process uses kernels; the first call builds and loads the library."""
     with _LOCK:
         return _status()
 
@@ -75,9 +75,8 @@ def _found() -> Status:
     try:
         library = build.built_library()
         register(library)
-        _check_once(library)
-        return Status(True, f"{instruction_set(library)}, {build.compiler_version(build.compiler_command())}")
-    except build.BuildError as error:
+        return Status(True, f"{instruction_set(library)}, {compiler_version(compiler_command())}")
+    except BuildError as error:
         return Status(False, str(error))
     except Exception as error:  # whatever is wrong with a library, there is another way
         return Status(False, f"the library cannot be used: {str(error).partition(chr(10))[0]}")
@@ -101,20 +100,3 @@ def instruction_set(library: Path) -> str:
     function = ctypes.CDLL(str(library)).ultramem_instruction_set
     function.restype = ctypes.c_char_p
     return function().decode()
-
-
-def _check_once(library: Path) -> None:
-    """Checks a library that has not been checked on this machine.
-
-    Raises:
-        build.BuildError: a kernel computes something else than it should.
-    """
-    passed = library.with_suffix(".checked")
-    if passed.exists():
-        return
-    # A thread of its own: this one may be tracing a function, of which the check would become a part.
-    with ThreadPoolExecutor(1) as thread:
-        wrong = thread.submit(self_check.wrong_kernels).result()
-    if wrong:
-        raise build.BuildError(f"wrong results of {', '.join(wrong)}")
-    passed.touch()

@@ -2,16 +2,20 @@
 
 It finds a compiler that makes wrong code, or a library that does not fit this jaxlib. The tests check every
 kernel against the JAX function that it stands for.
+
+    python -m ultramem_jax.kernels.self_check LIBRARY
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ultramem_jax.kernels import calls
+from ultramem_jax.kernels import calls, native
 from ultramem_jax.kernels.rules import RowKernel
 
 
@@ -83,3 +87,14 @@ def _rows() -> bool:
 
 
 _CHECKS: dict[str, Callable[[], bool]] = {"selection": _selection, "keys": _keys, "rows": _rows}
+
+
+def main() -> None:
+    """Loads the library that the command line names, and exits with a line if it is wrong."""
+    native.register(Path(sys.argv[1]))
+    if wrong := wrong_kernels():
+        sys.exit(f"wrong results of {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()
