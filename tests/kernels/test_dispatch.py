@@ -7,6 +7,10 @@ import pytest
 
 from ultramem_jax.kernels import native
 from ultramem_jax.kernels.dispatch import native_or
+from ultramem_jax.ops.cells import best_cells
+from ultramem_jax.ops.key_norm import rms_norm_of_keys
+from ultramem_jax.ops.key_scores import key_scores
+from ultramem_jax.ops.lookup import pooled_lookup, row_products
 from ultramem_jax.ops.topk import top_k
 
 pytestmark = pytest.mark.skipif(not native.status().on, reason=str(native.status()))
@@ -54,3 +58,47 @@ def test_what_a_kernel_does_not_serve_jax_computes():
     assert native_or(double, triple, False, jnp.float32(1)) == 2
     with native.turned_off():
         assert native_or(double, triple, True, jnp.float32(1)) == 2
+
+
+def _normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def test_values_of_top_k_have_a_derivative():
+    x, weights = _normal(0, 3, 50), _normal(1, 3, 4)
+    values, index = jax.lax.top_k(x, 4)
+    expected = np.zeros(x.shape, np.float32)
+    np.put_along_axis(expected, np.asarray(index), np.asarray(2 * weights * values), axis=1)
+    function = jax.jit(lambda x: (weights * top_k(x, 4)[0] ** 2).sum())
+    np.testing.assert_allclose(jax.grad(function)(x), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(function, (x,), (x,))[1], (expected * x).sum(), rtol=1e-6)
+
+
+SLOTS = jnp.asarray(np.random.default_rng(2).integers(0, 20, (6, 4)), jnp.int32)
+INDEX = jnp.asarray(np.random.default_rng(3).integers(0, 9, (6, 2, 2, 3)), jnp.int32)
+TABLE = _normal(1, 20, 8)
+DIFFERENTIABLE = {
+    "pooled_lookup": (lambda w: pooled_lookup(TABLE, SLOTS, SLOTS % 2, w, 2), (6, 4, 2)),
+    "row_products": (lambda x: row_products(TABLE, SLOTS, x), (6, 8)),
+    "key_scores by queries": (lambda q: key_scores(q, _normal(1, 2, 2, 2, 9, 4), INDEX), (6, 2, 2, 2, 4)),
+    "key_scores by keys": (lambda k: key_scores(_normal(1, 6, 2, 2, 2, 4), k, INDEX), (2, 2, 2, 9, 4)),
+    "best_cells": (lambda s: best_cells(s, _normal(1, 2, 2, 2, 2), 4)[1], (6, 2, 2, 2, 5)),
+    "rms_norm_of_keys": (lambda k: rms_norm_of_keys(k, _normal(1, 2, 4), 1e-5), (2, 2, 2, 9, 4)),
+}
+"""Functions of one argument, and its shape."""
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_second_derivatives_are_those_without_kernels(name):
+    function, shape = DIFFERENTIABLE[name]
+    x = _normal(0, *shape)
+
+    def of_gradient(x):
+        gradient = jax.grad(lambda x: (function(x) ** 3).sum())(x)
+        return (gradient**2).sum()
+
+    found = jax.jit(jax.grad(of_gradient))(x)
+    with native.turned_off():
+        expected = jax.jit(jax.grad(lambda x: of_gradient(x)))(x)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

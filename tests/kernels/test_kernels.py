@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.support import kernel_cases
 from tests.support.kernel_cases import CASES
 from ultramem_jax.kernels import native
+from ultramem_jax.kernels.rules import RULES
 from ultramem_jax.kernels.targets import NAMES
 
 pytestmark = pytest.mark.skipif(not native.status().on, reason=str(native.status()))
@@ -27,6 +28,12 @@ class HypothesisDraw:
         return self._data.draw(st.sampled_from(options))
 
 
+def _check(case):
+    compute = functools.partial(case.function, **case.options)
+    results = jax.tree.leaves(compute(*jax.tree.map(jax.numpy.asarray, case.arrays)))
+    kernel_cases.check(case, results)
+
+
 def test_every_kernel_has_cases():
     assert set(CASES) == set(NAMES)
 
@@ -41,7 +48,10 @@ def test_every_kernel_has_cases():
 )
 @given(data=st.data())
 def test_a_kernel_computes_what_numpy_does(name, data):
-    case = CASES[name](HypothesisDraw(data))
-    compute = functools.partial(case.function, **case.options)
-    results = jax.tree.leaves(compute(*jax.tree.map(jax.numpy.asarray, case.arrays)))
-    kernel_cases.check(case, results)
+    _check(CASES[name](HypothesisDraw(data)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_nan_in_a_gradient_is_one_in_the_row(rule):
+    for seed in range(5):
+        _check(kernel_cases.update_rows(kernel_cases.RandomDraw(seed), [rule], kernel_cases.normal_with_nan))

@@ -17,6 +17,8 @@ def native_or(
 ) -> Result:
     """Computes `kernel(*arguments)` in a program for CPU, and `otherwise(*arguments)` elsewhere.
 
+    Its derivatives are those of `otherwise`, also where the kernel computes.
+
     Args:
         otherwise: the JAX function, which computes the same on every backend.
         kernel: a function that calls a kernel of `calls`.
@@ -25,6 +27,18 @@ def native_or(
     """
     if not serves or not native.is_on():
         return otherwise(*arguments)
-    # Both are traced, and the compiler gets one of them. So a program can also be compiled for a backend that
-    # this process does not have.
-    return jax.lax.platform_dependent(*arguments, cpu=kernel, default=otherwise)
+
+    @jax.custom_jvp
+    def either(*arguments: ArrayTree) -> Result:
+        # Both are traced, and the compiler gets one of them. So a program can also be compiled for a backend
+        # that this process does not have.
+        return jax.lax.platform_dependent(*arguments, cpu=kernel, default=otherwise)
+
+    @either.defjvp
+    def with_derivative(
+        arguments: tuple[ArrayTree, ...], tangents: tuple[ArrayTree, ...]
+    ) -> tuple[Result, ArrayTree]:
+        return either(*arguments), jax.jvp(otherwise, arguments, tangents)[1]
+
+    result: Result = either(*arguments)
+    return result

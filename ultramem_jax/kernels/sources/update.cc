@@ -140,8 +140,9 @@ double apply(const Settings& s, int64_t width, float* x, float* const* state, in
       for_vectors(0, width, [&](int64_t e, auto lanes) {
         const Floats gradient = load(g + e, lanes), total = load(squares + e, lanes) + gradient * gradient;
         store(squares + e, total, lanes);
-        const Floats direction = gradient / square_root(total + splat(s.eps_squared));
-        step(x + e, total > 0 ? direction : Floats{}, lanes);
+        // The gradient is multiplied by 0 where nothing has been summed, so that a NaN stays one.
+        const Floats scale = total > 0 ? splat(1.0f) / square_root(total + splat(s.eps_squared)) : Floats{};
+        step(x + e, gradient * scale, lanes);
       });
       break;
     }
