@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support import kernel_cases
 from tests.support.kernel_cases import CASES
-from ultramem_jax.kernels import native
+from ultramem_jax.kernels import calls, native
 from ultramem_jax.kernels.rules import RULES
 from ultramem_jax.kernels.targets import NAMES
 
@@ -55,3 +55,10 @@ def test_a_kernel_computes_what_numpy_does(name, data):
 def test_a_nan_in_a_gradient_is_one_in_the_row(rule):
     for seed in range(5):
         _check(kernel_cases.update_rows(kernel_cases.RandomDraw(seed), [rule], kernel_cases.normal_with_nan))
+
+
+@pytest.mark.parametrize("slot", [-1, 9])
+def test_a_slot_out_of_range_is_an_error(slot):
+    slots = jax.numpy.asarray([0, 3, slot, 3], jax.numpy.int32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"rows_read: a slot is not in \[0, num_slots\)"):
+        jax.block_until_ready(calls.rows_read(slots, 9))

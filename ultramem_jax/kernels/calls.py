@@ -275,9 +275,15 @@ def update_rows(
     return list(done[: len(arrays)]), done[len(arrays)], list(done[len(arrays) + 1 :])
 
 
-def row_mean_squares(reads: tuple[jax.Array, ...]) -> jax.Array:
-    """Returns the means (U,) float32 of the squares of every row's gradient; `reads` as in `update_rows`."""
-    return _call("row_mean_squares", Shape(reads[0].shape, jnp.float32))(*reads)
+def row_mean_squares(reads: tuple[jax.Array, ...], num_slots: int) -> jax.Array:
+    """Returns the means (U,) float32 of the squares of every row's gradient, zero past the last row.
+
+    Args:
+        reads: as in `update_rows`.
+        num_slots: number of rows of the table.
+    """
+    means = Shape(reads[0].shape, jnp.float32)
+    return _call("row_mean_squares", means)(*reads, num_slots=np.int64(num_slots))
 
 
 # ---- n-grams

@@ -170,7 +170,8 @@ def row_sparse(
         means = None
         if part.width_axes and rule.kernel.one_per_row:
             with named_exchange(MEANS_OVER_COLUMNS):
-                means = jax.lax.pmean(calls.row_mean_squares(described), part.width_axes)
+                means = calls.row_mean_squares(described, table.shape[0])
+                means = jax.lax.pmean(means, part.width_axes)
         arrays, structure = jax.tree.flatten((table, moments))
         written, squares, before = calls.update_rows(
             rule.kernel,

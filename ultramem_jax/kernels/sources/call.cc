@@ -3,6 +3,8 @@
 #include <sched.h>
 #include <stdlib.h>
 
+#include "vectors.h"
+
 #ifdef ULTRAMEM_OWN_THREADS
 #include <thread>
 #include <vector>
@@ -141,13 +143,5 @@ char* scratch(int64_t bytes) {
 
 // Names the vector instructions that the library is compiled for.
 extern "C" __attribute__((visibility("default"))) const char* ultramem_instruction_set() {
-#if defined(__AVX512F__)
-  return "AVX-512";
-#elif defined(__AVX2__)
-  return "AVX2";
-#elif defined(__aarch64__)
-  return "NEON";
-#else
-  return "portable vectors";
-#endif
+  return ultramem::kInstructions;
 }

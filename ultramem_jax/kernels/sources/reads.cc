@@ -44,7 +44,13 @@ const char* rows_read(const Call& call) {
   auto *rows = slots_out.as<int32_t>(), *reads = call.result(1).as<int32_t>();
   auto *order = call.result(2).as<int32_t>(), *row_of_read = call.result(3).as<int32_t>();
   auto* entries = reinterpret_cast<Entry*>(scratch(2 * count * static_cast<int64_t>(sizeof(Entry))));
-  for (int64_t i = 0; i < count; i++) entries[i] = static_cast<uint64_t>(static_cast<uint32_t>(slots[i])) << 32 | i;
+  bool in_range = true;
+  for (int64_t i = 0; i < count; i++) {
+    in_range &= slots[i] >= 0 && slots[i] < num_slots;
+    entries[i] = static_cast<uint64_t>(static_cast<uint32_t>(slots[i])) << 32 | i;
+  }
+  // There would be more rows than the results have room for.
+  if (!in_range) return "rows_read: a slot is not in [0, num_slots)";
   const Entry* sorted = sort_by_slot(entries, entries + count, count, num_slots);
   int64_t row = -1;
   for (int64_t i = 0; i < count; i++) {

@@ -300,20 +300,21 @@ const char* update_rows(const Call& call) {
   return nullptr;
 }
 
-// The reads -> means (U,) of the squares of every row's gradient, zero for padding.
+// The reads -> means (U,) of the squares of every row's gradient, zero for padding. Slots from num_slots on are padding,
+// or the one row that stands for the rows of all other devices.
 const char* row_mean_squares(const Call& call) {
   const Reads reads = reads_of(call);
   const Array means_out = call.result(0);
   auto* means = means_out.as<float>();
-  const int64_t num_rows = means_out.size();
+  const int64_t num_slots = call.integer("num_slots");
   const int64_t tasks = std::max<int64_t>(1, std::min(kTasks, reads.count / 64));
-  const int64_t used = reads.count ? reads.row_of_read[reads.count - 1] + 1 : 0;
-  for (int64_t row = used; row < num_rows; row++) means[row] = 0;
+  memset(means, 0, sizeof(float) * means_out.size());
   call.parallel(tasks, [&](int64_t task) {
     auto* g = reinterpret_cast<float*>(scratch(sizeof(float) * reads.width));
     const int64_t end = reads.begin(task + 1, tasks);
     for (int64_t i = reads.begin(task, tasks); i < end;) {
       const int64_t row = reads.row_of_read[i];
+      if (reads.slots[row] >= num_slots) break;
       i = reads.sum_gradient(i, g);
       means[row] = mean_square(g, reads.width);
     }

@@ -18,10 +18,17 @@ namespace ultramem {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define ULTRAMEM_AVX512 1
 constexpr int kLanes = 16;
+constexpr const char* kInstructions = "AVX-512";
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
+constexpr const char* kInstructions = "AVX2";
 #else
 constexpr int kLanes = 4;
+#if defined(__aarch64__)
+constexpr const char* kInstructions = "NEON";
+#else
+constexpr const char* kInstructions = "portable vectors";
+#endif
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
