@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -30,7 +31,7 @@ class HypothesisDraw:
 
 def _check(case):
     compute = functools.partial(case.function, **case.options)
-    results = jax.tree.leaves(compute(*jax.tree.map(jax.numpy.asarray, case.arrays)))
+    results = jax.tree.leaves(compute(*jax.tree.map(jnp.asarray, case.arrays)))
     kernel_cases.check(case, results)
 
 
@@ -51,6 +52,15 @@ def test_a_kernel_computes_what_numpy_does(name, data):
     _check(CASES[name](HypothesisDraw(data)))
 
 
+def test_as_many_keys_are_chosen_as_are_said_to_be_served():
+    most = calls._MOST_SELECTED
+    queries, keys = np.ones((1, 2, 1, 1, 1), np.float32), np.ones((2, 1, 1, most + 1, 1), np.float32)
+    keys[..., 0] = np.arange(most + 1)
+    assert calls.serves_best_keys(queries, keys, most) and not calls.serves_best_keys(queries, keys, most + 1)
+    chosen = calls.best_keys(jnp.asarray(queries), jnp.asarray(keys), jnp.ones((2, 1, 1), jnp.float32), most)
+    np.testing.assert_array_equal(chosen[0], np.broadcast_to(np.arange(most, 0, -1), (2, 1, most)))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_nan_in_a_gradient_is_one_in_the_row(rule):
     for seed in range(5):
@@ -59,6 +69,6 @@ def test_a_nan_in_a_gradient_is_one_in_the_row(rule):
 
 @pytest.mark.parametrize("slot", [-1, 9])
 def test_a_slot_out_of_range_is_an_error(slot):
-    slots = jax.numpy.asarray([0, 3, slot, 3], jax.numpy.int32)
+    slots = jnp.asarray([0, 3, slot, 3], jnp.int32)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"rows_read: a slot is not in \[0, num_slots\)"):
         jax.block_until_ready(calls.rows_read(slots, 9))

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ultramem_jax.config import MeshConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.ops import sharded_lookup
 from ultramem_jax.ops.on_mesh import current_axes, on_mesh, per_token, sum_over_tokens
-from ultramem_jax.ops.owned_rows import owned_reads, pool_owned, score_products_owned
+from ultramem_jax.ops.owned_rows import owned_reads, pooled_of_owned, products_of_owned
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes
 from ultramem_jax.presets import families
 
@@ -157,11 +157,11 @@ def test_what_the_owners_sum_are_parts_of_the_whole():
 
 
 @pytest.mark.parametrize("first", [0, 8, 24])
-def test_owned_rows_are_the_lookup_without_the_others(first, monkeypatch):
+def test_owned_rows_are_the_lookup_without_the_others(first, monkeypatch, without_kernels):
     from ultramem_jax.ops import chunks
 
     p, own = _problem(), 8
-    slots, blocks = jnp.asarray(p.slots), jnp.asarray(p.blocks)
+    slots, blocks, start = jnp.asarray(p.slots), jnp.asarray(p.blocks), jnp.int32(first)
     table = jnp.asarray(p.values[first : first + own], jnp.float32)
     scores, vectors = jnp.asarray(p.scores, jnp.float32), jnp.asarray(p.cotangent, jnp.float32)
     mine = (p.slots >= first) & (p.slots < first + own)
@@ -170,14 +170,15 @@ def test_owned_rows_are_the_lookup_without_the_others(first, monkeypatch):
     pooled = np.stack([(weighed * (p.blocks == e)[..., None]).sum(1) for e in range(E)], axis=1)
     of_reads = np.take_along_axis(p.cotangent, p.blocks[..., None], axis=1)
     products = (rows * of_reads).reshape(T, R, CORES, -1).sum(-1)
+    owned = owned_reads(slots, start, own)
+    assert int(owned.num_owned) == mine.sum()
+    chex.assert_trees_all_equal(owned.places[: mine.sum()], np.flatnonzero(mine))
     for chunk_values in (1 << 22, 2 * D_V * 5):  # at once, and five reads at a time
         monkeypatch.setattr(chunks, "_CHUNK_VALUES", chunk_values)
-        owned = owned_reads(slots, jnp.int32(first), own)
-        assert int(owned.num_owned) == mine.sum()
-        chex.assert_trees_all_equal(owned.places[: mine.sum()], np.flatnonzero(mine))
-        ours = jax.jit(pool_owned, static_argnums=4)(table, owned, blocks, scores, E)
-        chex.assert_trees_all_close(ours, pooled, rtol=1e-5, atol=1e-5)
-        ours = jax.jit(score_products_owned, static_argnums=4)(table, owned, blocks, vectors, CORES)
+        pool = jax.jit(functools.partial(pooled_of_owned, expansion=E))
+        multiply = jax.jit(functools.partial(products_of_owned, cores=CORES))
+        chex.assert_trees_all_close(pool(table, slots, blocks, scores, start), pooled, rtol=1e-5, atol=1e-5)
+        ours = multiply(table, slots, blocks, vectors, start)
         chex.assert_trees_all_close(ours, products, rtol=1e-5, atol=1e-5)
 
 

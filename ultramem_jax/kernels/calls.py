@@ -37,7 +37,13 @@ def _is_computed(*arrays: jax.Array) -> bool:
 
 
 def _is_table(table: jax.Array) -> bool:
-    return table.ndim == 2 and table.dtype in (jnp.float32, jnp.uint16)
+    """Tells whether an array can be a table of `ops.rows`, (N, d) float32 or words, on the device."""
+    return table.ndim == 2 and table.dtype in (jnp.float32, jnp.uint16) and _is_on_device(table)
+
+
+def _is_on_device(array: jax.Array) -> bool:
+    """Tells whether an array is not in the memory of an accelerator's host."""
+    return jax.typeof(array).memory_space != jax.memory.Space.Host
 
 
 # ---- retrieval
@@ -162,7 +168,8 @@ def pool(
 ) -> jax.Array:
     """Returns `ops.lookup.pooled_lookup`, of the rows from slot `first` on: (T, E, d) in the scores' dtype.
 
-    Reads of other rows count as zeros.
+    Reads of other rows count as zeros. A NaN among the scores is in the sum of its block. JAX's sums are
+    matrix products, in which it reaches the token's other blocks too.
     """
     result = Shape((slots.shape[0], expansion, table.shape[1]), scores.dtype)
     return _call("pool", result)(
@@ -219,8 +226,9 @@ def record_reads(
 
 def serves_update(arrays: Sequence[jax.Array], weights: jax.Array, vectors: jax.Array) -> bool:
     """Tells whether `update_rows` serves a table with its state, and reads with these weights and vectors."""
-    stored = all(a.ndim == 2 and a.dtype in (jnp.float32, jnp.uint16, jnp.int32) for a in arrays)
-    return stored and _is_table(arrays[0]) and _is_computed(weights, vectors) and weights.size > 0
+    table, *state = arrays
+    kept = all((a.ndim == 2 and a.dtype == jnp.int32 and _is_on_device(a)) or _is_table(a) for a in state)
+    return _is_table(table) and kept and _is_computed(weights, vectors) and weights.size > 0
 
 
 def update_rows(

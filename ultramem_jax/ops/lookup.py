@@ -102,12 +102,9 @@ def score_products(
         )
 
     kernel = partial(calls.products, cores=cores, apart=apart)
-    return native_or(by_chunks, kernel, serves_lookup(table, slots, vectors), table, slots, blocks, vectors)
-
-
-def serves_lookup(table: jax.Array, slots: jax.Array, values: jax.Array) -> bool:
-    """Tells whether native kernels serve a lookup with these scores or vectors."""
-    return not is_on_host(table) and calls.serves_lookup(table, slots, values)
+    return native_or(
+        by_chunks, kernel, calls.serves_lookup(table, slots, vectors), table, slots, blocks, vectors
+    )
 
 
 def slice_sums(products: jax.Array, cores: int) -> jax.Array:
@@ -160,7 +157,9 @@ def pooled_lookup(
         return pooled.reshape(slots.shape[0], expansion, table.shape[1])
 
     kernel = partial(calls.pool, expansion=expansion, apart=apart)
-    return native_or(by_chunks, kernel, serves_lookup(table, slots, scores), table, slots, blocks, scores)
+    return native_or(
+        by_chunks, kernel, calls.serves_lookup(table, slots, scores), table, slots, blocks, scores
+    )
 
 
 def _forward(
@@ -207,7 +206,7 @@ def row_products(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.
         # There is one block, so that the kernel does not look at `blocks`.
         return calls.products(table, slots, slots, vectors[:, None], cores=1)[..., 0]
 
-    return native_or(by_chunks, kernel, serves_lookup(table, slots, vectors), table, slots, vectors)
+    return native_or(by_chunks, kernel, calls.serves_lookup(table, slots, vectors), table, slots, vectors)
 
 
 def _products_forward(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ultramem_jax.kernels import calls
 from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.ops.chunks import fold_chunks
-from ultramem_jax.ops.lookup import serves_lookup, slice_sums, weighed_rows
+from ultramem_jax.ops.lookup import slice_sums, weighed_rows
 from ultramem_jax.ops.rows import take_rows
 
 
@@ -36,15 +36,9 @@ def pooled_of_owned(
     Returns:
         (T, E, d_v) in the dtype of the scores, summed in float32. Zeros where a token reads no owned row.
     """
-
-    def by_list(
-        table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, first: jax.Array
-    ) -> jax.Array:
-        return pool_owned(table, owned_reads(slots, first, table.shape[0]), blocks, scores, expansion)
-
-    kernel = partial(calls.pool, expansion=expansion)
-    serves = serves_lookup(table, slots, scores)
-    return native_or(by_list, kernel, serves, table, slots, blocks, scores, first)
+    listed, kernel = partial(_pool_listed, expansion=expansion), partial(calls.pool, expansion=expansion)
+    serves = calls.serves_lookup(table, slots, scores)
+    return native_or(listed, kernel, serves, table, slots, blocks, scores, first)
 
 
 def products_of_owned(
@@ -60,16 +54,9 @@ def products_of_owned(
         first: () int32, slot of the first owned row.
         cores: h.
     """
-
-    def by_list(
-        table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, first: jax.Array
-    ) -> jax.Array:
-        owned = owned_reads(slots, first, table.shape[0])
-        return score_products_owned(table, owned, blocks, vectors, cores)
-
-    kernel = partial(calls.products, cores=cores)
-    serves = serves_lookup(table, slots, vectors)
-    return native_or(by_list, kernel, serves, table, slots, blocks, vectors, first)
+    listed, kernel = partial(_multiply_listed, cores=cores), partial(calls.products, cores=cores)
+    serves = calls.serves_lookup(table, slots, vectors)
+    return native_or(listed, kernel, serves, table, slots, blocks, vectors, first)
 
 
 class OwnedReads(NamedTuple):
@@ -93,21 +80,10 @@ def owned_reads(slots: jax.Array, first: jax.Array, num_rows: int) -> OwnedReads
     return OwnedReads(places, owned.sum(dtype=jnp.int32), slots)
 
 
-def pool_owned(
-    table: jax.Array, owned: OwnedReads, blocks: jax.Array, scores: jax.Array, expansion: int
+def _pool_listed(
+    table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, first: jax.Array, expansion: int
 ) -> jax.Array:
-    """Returns the part of `lookup.pooled_lookup`'s sums that owned rows contribute.
-
-    Args:
-        table: (N/P, d_v), the owned rows.
-        owned: the owned ones of T·R reads.
-        blocks: (T, R) int32 in [0, E).
-        scores: (T, R, h).
-        expansion: E.
-
-    Returns:
-        (T, E, d_v) in the dtype of the scores, summed in float32. Zeros where a token reads no owned row.
-    """
+    owned = owned_reads(slots, first, table.shape[0])
     tokens, reads, cores = scores.shape
     blocks, flat = blocks.reshape(-1), scores.reshape(-1, cores)
 
@@ -124,18 +100,10 @@ def pool_owned(
     return pooled.reshape(tokens, expansion, -1).astype(scores.dtype)
 
 
-def score_products_owned(
-    table: jax.Array, owned: OwnedReads, blocks: jax.Array, vectors: jax.Array, cores: int
+def _multiply_listed(
+    table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array, first: jax.Array, cores: int
 ) -> jax.Array:
-    """Returns `lookup.score_products` (T, R, h) of the owned reads, and zeros for the others.
-
-    Args:
-        table: (N/P, d_v), the owned rows.
-        owned: the owned ones of T·R reads.
-        blocks: (T, R) int32 in [0, E).
-        vectors: (T, E, d_v), whose dtype is that of the result.
-        cores: h.
-    """
+    owned = owned_reads(slots, first, table.shape[0])
     (tokens, reads), expansion = blocks.shape, vectors.shape[1]
     blocks, of_blocks = blocks.reshape(-1), vectors.reshape(-1, vectors.shape[-1])
 

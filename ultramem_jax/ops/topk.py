@@ -22,13 +22,14 @@ _SHORT_ROW = 4095
 def top_k(x: jax.Array, k: int, block: int | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the k largest values of every row and their indices.
 
-    The result is that of `jax.lax.top_k`, also for ties, for every row of integers and every row whose k-th
-    largest value is neither zero nor subnormal. Other rows agree with it in all values of at least the
-    smallest normal number, and in their indices. The remaining values may be any of the row's zeros and
-    subnormals, in the order of `jax.lax.top_k`.
+    The result is that of `jax.lax.top_k`, also for ties. Where a native kernel computes, that is true of all
+    rows, NaN included. Elsewhere it is true of rows of up to 4,095 values, of integers, and of rows without
+    NaN whose k-th largest value is neither zero nor subnormal. Longer rows without NaN agree with it in all
+    values of at least the smallest normal number, and in their indices. The remaining values may be any of
+    the row's zeros and subnormals, in the order of `jax.lax.top_k`.
 
     Args:
-        x: (..., K), floats or integers, without NaN.
+        x: (..., K), floats or integers.
         k: at most K.
         block: b, values per tile, a divisor of K; None chooses one.
 

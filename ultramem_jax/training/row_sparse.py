@@ -25,7 +25,7 @@ from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import GradientsOfReads, RowGradients, row_gradients
 from ultramem_jax.ops.rounding import stochastic_round
-from ultramem_jax.ops.rows import is_on_host, put_sorted_rows, stored_dtype, take_sorted_rows, to_stored
+from ultramem_jax.ops.rows import put_sorted_rows, stored_dtype, take_sorted_rows, to_stored
 from ultramem_jax.training.row_rules import RowRule, RowStep
 from ultramem_jax.tree_types import ArrayTree
 
@@ -148,12 +148,7 @@ def row_sparse(
 
     def serves(reads: GradientsOfReads, moments: ArrayTree, table: jax.Array) -> bool:
         arrays = jax.tree.leaves((table, moments))
-        on_device = not any(is_on_host(array) for array in arrays)
-        return (
-            rule.kernel is not None
-            and on_device
-            and calls.serves_update(arrays, reads.scores, reads.cotangent)
-        )
+        return rule.kernel is not None and calls.serves_update(arrays, reads.scores, reads.cotangent)
 
     def update_natively(
         reads: GradientsOfReads,
