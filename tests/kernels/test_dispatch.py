@@ -64,16 +64,6 @@ def _normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def test_values_of_top_k_have_a_derivative():
-    x, weights = _normal(0, 3, 50), _normal(1, 3, 4)
-    values, index = jax.lax.top_k(x, 4)
-    expected = np.zeros(x.shape, np.float32)
-    np.put_along_axis(expected, np.asarray(index), np.asarray(2 * weights * values), axis=1)
-    function = jax.jit(lambda x: (weights * top_k(x, 4)[0] ** 2).sum())
-    np.testing.assert_allclose(jax.grad(function)(x), expected, rtol=1e-6)
-    np.testing.assert_allclose(jax.jvp(function, (x,), (x,))[1], (expected * x).sum(), rtol=1e-6)
-
-
 SLOTS = jnp.asarray(np.random.default_rng(2).integers(0, 20, (6, 4)), jnp.int32)
 INDEX = jnp.asarray(np.random.default_rng(3).integers(0, 9, (6, 2, 2, 3)), jnp.int32)
 TABLE = _normal(1, 20, 8)

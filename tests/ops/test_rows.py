@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from tests.support.users_compiler import memory_analysis
+from ultramem_jax.memory_spaces import is_on_host
 from ultramem_jax.ops.lookup import pooled_lookup, row_products
 from ultramem_jax.ops.rows import (
     from_stored,
-    is_on_host,
     put_sorted_rows,
     stored_dtype,
     take_rows,

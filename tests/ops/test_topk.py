@@ -102,3 +102,20 @@ def test_subnormals_by_hand():
     assert (values[0], index[0]) == (2, 6)
     assert index[1] in range(6) and np.asarray(values)[1] == row[index[1]]
     _assert_equal(row, 1, 2)  # its last value is a normal number
+
+
+@pytest.mark.parametrize("length, zeros", [(50, False), (8192, False), (8192, True)])
+def test_values_have_the_derivative_of_a_gather(length, zeros):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, length)).astype(np.float32)
+    if zeros:
+        x[:] = np.where(rng.random(x.shape) < 0.5, np.float32(0), np.float32(-0.0))
+        x[:, 5000] = 1
+    weights, index = rng.standard_normal((3, 4)).astype(np.float32), np.asarray(top_k(jnp.asarray(x), 4)[1])
+    expected = np.zeros_like(x)
+    np.put_along_axis(expected, index, weights, axis=1)
+    function = jax.jit(lambda x: (weights * top_k(x, 4)[0]).sum())
+    chex.assert_trees_all_equal(jax.grad(function)(x), expected)
+    direction = rng.standard_normal(x.shape).astype(np.float32)
+    of_direction = (expected * direction).sum()
+    chex.assert_trees_all_close(jax.jvp(function, (x,), (direction,))[1], of_direction, rtol=1e-5)

@@ -1,10 +1,10 @@
 """Builds the library of kernels with the system's C++ compiler, once for each machine and version.
 
 The library lies in the user's cache folder, under a hash of all that it depends on: sources, compiler, flags,
-the CPU and the version of jaxlib. A build takes two to four seconds. Then a process of its own checks the
-library, so that one which crashes does not take the user's process with it. A file beside the library holds
-the hash of what has passed. A library that differs from it, as after a full disk, is built again. Processes
-build in turn.
+the CPU and the version of jaxlib. It is checked in a process of its own, because one that crashes would take
+the user's process with it. Build and check take four to ten seconds. A file beside the library holds the hash
+of what has passed. A library that differs from it, as after a full disk, is built again. Processes build in
+turn.
 """
 
 import contextlib
@@ -24,21 +24,22 @@ from pathlib import Path
 from ultramem_jax.files import cache_folder, replace_text, sync_folder
 from ultramem_jax.kernels.compiler import (
     BuildError,
+    Programs,
     compiler_command,
     compiler_version,
     include_flags,
     machine_flags,
-    run,
 )
 
 _SOURCES = Path(__file__).with_name("sources")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden")
 _SECONDS = 60
 """Longest time that a build may take, its check included."""
-_DAYS = 30
-"""Age at which libraries of other sources, compilers or CPUs are removed when another one is built."""
 _UNFINISHED = "build-"
 """Start of the names of folders in which libraries are built."""
+_HOUR, _MONTH = 3600, 30 * 24 * 3600
+"""Seconds after which a build removes folders of other builds, and other libraries. Who needs one of these
+builds it again."""
 
 
 def built_library() -> Path:
@@ -58,7 +59,7 @@ def built_library() -> Path:
                     _tidy(folder)
                     _build(compiler, library)
     except OSError as error:
-        raise BuildError(f"{error.strerror}: {error.filename}") from error
+        raise BuildError(f"{error.strerror}: {error.filename or folder}") from error
     return library
 
 
@@ -107,24 +108,23 @@ def _has_passed(library: Path) -> bool:
 
 def _build(compiler: tuple[str, ...], library: Path) -> None:
     """Compiles the sources in parallel, links them, and checks the library before anyone finds it."""
-    flags, end = [*_FLAGS, *machine_flags(), *include_flags()], time.monotonic() + _SECONDS
-
-    def build(*arguments: str) -> None:
-        run([*compiler, *arguments], max(end - time.monotonic(), 0), _SOURCES)
-
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=_UNFINISHED) as name:
+    flags = [*_FLAGS, *machine_flags(), *include_flags()]
+    with (
+        tempfile.TemporaryDirectory(dir=library.parent, prefix=_UNFINISHED) as name,
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        Programs(_SECONDS) as programs,
+    ):
         folder = Path(name)
 
         def compiled(source: Path) -> str:
             target = str(folder / f"{source.stem}.o")
-            build(*flags, "-c", source.name, "-o", target)
+            programs.run([*compiler, *flags, "-c", source.name, "-o", target], _SOURCES)
             return target
 
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            objects = list(threads.map(compiled, sources()))
+        objects = list(threads.map(compiled, sources()))
         linked = folder / library.name
-        build("-shared", *objects, "-o", str(linked))
-        _check(linked, max(end - time.monotonic(), 0))
+        programs.run([*compiler, "-shared", *objects, "-o", str(linked)], _SOURCES)
+        _check(linked, programs)
         # On disk before they get their names: a machine that stops leaves the whole library, or none.
         sync_folder(folder)
         passed = _hash(linked)
@@ -132,29 +132,39 @@ def _build(compiler: tuple[str, ...], library: Path) -> None:
     replace_text(_passed(library), passed)
 
 
-def _check(library: Path, seconds: float) -> None:
+def _check(library: Path, programs: Programs) -> None:
     """Checks a library in a process of its own.
 
     Raises:
         BuildError: it crashes, or a kernel computes something else than it should.
     """
-    # The process finds the modules that this one has found, from whatever folder it was started.
+    # The process finds the modules that this one has found. -P keeps the working folder out of its path.
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
-    command = [sys.executable, "-m", "ultramem_jax.kernels.self_check", str(library)]
+    command = [sys.executable, "-P", "-m", "ultramem_jax.kernels.self_check", str(library)]
     try:
-        run(command, seconds, JAX_PLATFORMS="cpu", PYTHONPATH=paths)
+        programs.run(command, JAX_PLATFORMS="cpu", PYTHONPATH=paths)
     except BuildError as error:
         raise BuildError(f"the library does not pass its check: {error}") from error
 
 
 def _tidy(folder: Path) -> None:
-    """Removes what killed builds have left, and old libraries. Nobody else must be building."""
+    """Removes what killed builds have left, and old libraries."""
+    # The lock may not reach other machines that share the folder, so a young folder may be in use.
     for unfinished in folder.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if _age(unfinished) > _HOUR:
+            shutil.rmtree(unfinished, ignore_errors=True)
     for library in folder.glob("*.so"):
-        if time.time() - library.stat().st_mtime > _DAYS * 24 * 3600:
+        if _age(library) > _MONTH:
             library.unlink(missing_ok=True)
             _passed(library).unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    """Returns the seconds since a file or folder was changed; 0 if it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 @contextlib.contextmanager
@@ -162,4 +172,7 @@ def _locked(path: Path) -> Iterator[None]:
     """Holds a lock that the processes of this machine share; the system frees it when a process ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:  # to close the file would not be enough if this process has been forked meanwhile
+            fcntl.flock(file, fcntl.LOCK_UN)

@@ -14,6 +14,7 @@ import numpy as np
 
 from ultramem_jax.kernels.rules import RowKernel
 from ultramem_jax.kernels.targets import target
+from ultramem_jax.memory_spaces import is_on_host
 
 Shape = jax.ShapeDtypeStruct
 _MOST_SELECTED = 96
@@ -38,12 +39,7 @@ def _is_computed(*arrays: jax.Array) -> bool:
 
 def _is_table(table: jax.Array) -> bool:
     """Tells whether an array can be a table of `ops.rows`, (N, d) float32 or words, on the device."""
-    return table.ndim == 2 and table.dtype in (jnp.float32, jnp.uint16) and _is_on_device(table)
-
-
-def _is_on_device(array: jax.Array) -> bool:
-    """Tells whether an array is not in the memory of an accelerator's host."""
-    return jax.typeof(array).memory_space != jax.memory.Space.Host
+    return table.ndim == 2 and table.dtype in (jnp.float32, jnp.uint16) and not is_on_host(table)
 
 
 # ---- retrieval
@@ -201,7 +197,10 @@ def products(
 
 
 def rows_read(slots: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns the fields of `ops.lookup.rows_read` for slots (n,) int32, to the bit."""
+    """Returns the fields of `ops.lookup.rows_read` for slots (n,) int32, to the bit.
+
+    When it runs, it fails if a slot is not in [0, num_slots).
+    """
     (n,), num_rows = slots.shape, min(slots.size, num_slots)
     of_rows, of_reads = Shape((num_rows,), jnp.int32), Shape((n,), jnp.int32)
     found = _call("rows_read", (of_rows, of_rows, of_reads, of_reads))(slots, num_slots=np.int64(num_slots))
@@ -227,7 +226,7 @@ def record_reads(
 def serves_update(arrays: Sequence[jax.Array], weights: jax.Array, vectors: jax.Array) -> bool:
     """Tells whether `update_rows` serves a table with its state, and reads with these weights and vectors."""
     table, *state = arrays
-    kept = all((a.ndim == 2 and a.dtype == jnp.int32 and _is_on_device(a)) or _is_table(a) for a in state)
+    kept = all((a.ndim == 2 and a.dtype == jnp.int32 and not is_on_host(a)) or _is_table(a) for a in state)
     return _is_table(table) and kept and _is_computed(weights, vectors) and weights.size > 0
 
 

@@ -1,16 +1,22 @@
 """Finds the system's C++ compiler, and runs it."""
 
-import contextlib
 import functools
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
+from types import TracebackType
 
 import jax
+
+_ERROR = re.compile(r"(\S+: )?(fatal )?error: ")
+"""Start of the line in which a compiler or a linker says what is wrong."""
 
 
 class BuildError(Exception):
@@ -25,10 +31,11 @@ def compiler_command() -> tuple[str, ...]:
     Raises:
         BuildError: there is none.
     """
+    variable = os.environ.get("CXX", "")
     try:
-        wanted = shlex.split(os.environ.get("CXX", ""))
+        wanted = shlex.split(variable)
     except ValueError as error:
-        raise BuildError(f"CXX={os.environ['CXX']}: {error}") from error
+        raise BuildError(f"CXX={variable!r}: {error}") from error
     programs = (wanted[0],) if wanted else ("c++", "g++", "clang++")
     for program in programs:
         if found := shutil.which(program):
@@ -43,7 +50,8 @@ def compiler_version(compiler: tuple[str, ...]) -> str:
     Raises:
         BuildError: it cannot be run.
     """
-    return run([*compiler, "--version"], seconds=10).partition("\n")[0]
+    with Programs(seconds=10) as programs:
+        return programs.run([*compiler, "--version"]).partition("\n")[0]
 
 
 def include_flags() -> list[str]:
@@ -59,48 +67,90 @@ def machine_flags() -> list[str]:
     return ["-mcpu=native"]
 
 
-def run(command: list[str], seconds: float, folder: Path | None = None, **environment: str) -> str:
-    """Returns what a command prints.
+class Programs:
+    """Runs programs, also from several threads, that share a time limit.
 
-    Args:
-        command: the program and its arguments.
-        seconds: longest time that it may take. Then it is killed, with all programs that it has started.
-        folder: where it runs.
-        **environment: variables of its environment that differ from this one's.
-
-    Raises:
-        BuildError: it cannot be run, takes too long, or fails.
+    When its `with` block ends, also by an interrupt, those that still run are killed with all that they have
+    started.
     """
-    name = Path(command[0]).name
-    variables = os.environ | {"LC_ALL": "C"} | environment
+
+    def __init__(self, seconds: float):
+        """Starts the clock: all programs together may take `seconds`."""
+        self._seconds, self._end = seconds, time.monotonic() + seconds
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+        self._is_over = False
+
+    def __enter__(self) -> "Programs":
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Kills what still runs. A later `run` fails."""
+        with self._lock:
+            self._is_over = True
+            for process in self._running:
+                _kill(process)
+
+    def run(self, command: list[str], folder: Path | None = None, **environment: str) -> str:
+        """Returns what a program prints.
+
+        Args:
+            command: the program and its arguments.
+            folder: where it runs.
+            **environment: variables of its environment that differ from this one's.
+
+        Raises:
+            BuildError: it cannot be run, fails, or does not end in time.
+        """
+        name = Path(command[0]).name
+        with self._lock:
+            if self._is_over:
+                raise BuildError(f"{name} was not run: the build is over")
+            process = _started(command, folder, environment)
+            self._running.add(process)
+        with process:
+            try:
+                printed, errors = process.communicate(timeout=max(self._end - time.monotonic(), 0))
+            except subprocess.TimeoutExpired as error:
+                _kill(process)
+                raise BuildError(f"{name} did not end within {self._seconds:g} s") from error
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+        if process.returncode < 0:
+            raise BuildError(f"{name} ended by a signal: {signal.strsignal(-process.returncode)}")
+        if process.returncode:
+            raise BuildError(f"{name} failed: {_reason(errors) or f'exit status {process.returncode}'}")
+        return printed
+
+
+def _started(command: list[str], folder: Path | None, environment: dict[str, str]) -> subprocess.Popen[str]:
     try:
-        # A session of its own is a group of processes that can be killed together.
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             cwd=folder,
-            env=variables,
+            env=os.environ | {"LC_ALL": "C"} | environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
-            start_new_session=True,
+            start_new_session=True,  # a group of processes that can be killed together
         )
     except OSError as error:
-        raise BuildError(f"{name} cannot be run: {error.strerror}") from error
-    with process:
-        try:
-            printed, errors = process.communicate(timeout=seconds)
-        except BaseException as error:
-            with contextlib.suppress(ProcessLookupError):  # an interrupt may come when it has just ended
-                os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise BuildError(f"{name} took longer than {seconds:.2g} s") from error
-            raise
-    if process.returncode < 0:
-        raise BuildError(f"{name} was ended by {signal.Signals(-process.returncode).name}")
-    if process.returncode:
-        lines = errors.splitlines() or [f"exit status {process.returncode}"]
-        # A compiler names its first error first. An exception of Python is on the last line.
-        raise BuildError(f"{name} failed: {next((line for line in lines if 'error' in line), lines[-1])}")
-    return printed
+        raise BuildError(f"{Path(command[0]).name} cannot be run: {error.strerror}") from error
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Kills a program that has not been waited for, and all that it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _reason(errors: str) -> str:
+    """Returns the line that says what is wrong: a compiler's first error, else the last line."""
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return next(filter(_ERROR.match, lines), lines[-1] if lines else "")

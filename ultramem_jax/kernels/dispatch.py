@@ -17,7 +17,8 @@ def native_or(
 ) -> Result:
     """Computes `kernel(*arguments)` in a program for CPU, and `otherwise(*arguments)` elsewhere.
 
-    Its derivatives are those of `otherwise`, also where the kernel computes.
+    Its derivatives are those of `otherwise`, also where the kernel computes. Neither function may close over
+    arrays that are being traced: they are given as arguments.
 
     Args:
         otherwise: the JAX function, which computes the same on every backend.

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 
 from ultramem_jax.kernels import calls
 from ultramem_jax.kernels.dispatch import native_or
+from ultramem_jax.memory_spaces import is_on_host
 from ultramem_jax.ops.chunks import map_chunks
-from ultramem_jax.ops.rows import is_on_host, take_rows
+from ultramem_jax.ops.rows import take_rows
 from ultramem_jax.ops.sorting import sort_with_order
 
 _PoolingSaved = tuple[jax.Array, jax.Array, jax.Array, jax.Array]

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import compute_on as _compute_on
 
+from ultramem_jax.memory_spaces import is_on_host
+
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 # Before jax 0.12 the function is called `compute_on2`, from 0.12 on `compute_on`.
 _run_on: Any = getattr(_compute_on, "compute_on2", None) or _compute_on.compute_on
@@ -40,11 +42,6 @@ def to_stored(rows: jax.Array, stored: jnp.dtype) -> jax.Array:
 def from_stored(rows: jax.Array) -> jax.Array:
     """Decodes rows of a table: stored bits (uint16) become bfloat16, float32 rows stay as they are."""
     return jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
-
-
-def is_on_host(table: jax.Array) -> bool:
-    """Tells whether a table, in a function that is being traced, is in host memory."""
-    return jax.typeof(table).memory_space == _HOST
 
 
 def on_host(function: Callable[..., Result]) -> Callable[..., Result]:

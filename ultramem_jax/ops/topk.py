@@ -8,37 +8,50 @@ cores.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ultramem_jax.kernels import calls
 from ultramem_jax.kernels.dispatch import native_or
+from ultramem_jax.tree_types import ArrayTree
 
 _SHORT_ROW = 4095
 """Longest row that goes to `jax.lax.top_k` whole: for these a second heap would cost more than it saves."""
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def top_k(x: jax.Array, k: int, block: int | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the k largest values of every row and their indices.
 
     The result is that of `jax.lax.top_k`, also for ties. Where a native kernel computes, that is true of all
-    rows, NaN included. Elsewhere it is true of rows of up to 4,095 values, of integers, and of rows without
-    NaN whose k-th largest value is neither zero nor subnormal. Longer rows without NaN agree with it in all
-    values of at least the smallest normal number, and in their indices. The remaining values may be any of
-    the row's zeros and subnormals, in the order of `jax.lax.top_k`.
+    rows, NaN included. Elsewhere it is true of rows that are not cut into tiles, as are none of up to 4,095
+    values, of integers, and of rows without NaN whose k-th largest value is neither zero nor subnormal. Other
+    rows without NaN agree with it in all values of at least the smallest normal number, and in their indices.
+    The remaining values may be any of the row's zeros and subnormals, in the order of `jax.lax.top_k`.
 
     Args:
         x: (..., K), floats or integers.
         k: at most K.
-        block: b, values per tile, a divisor of K; None chooses one.
+        block: b, values per tile, a divisor of K; None chooses one, 1 for short rows.
 
     Returns:
         Values (..., k) of the dtype of x, largest first, equal ones by rising index; and their indices, int32
-        and distinct.
+        and distinct. The values are differentiable.
     """
     serves = calls.serves_top_k(x, k) and block is None
     return native_or(lambda x: _tiled_top_k(x, k, block), lambda x: calls.top_k(x, k), serves, x)
+
+
+@top_k.defjvp
+def _derivative(
+    k: int, block: int | None, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[tuple[jax.Array, jax.Array], ArrayTree]:
+    values, index = top_k(*primals, k, block)
+    of_values = jnp.take_along_axis(*tangents, index, axis=-1, mode="promise_in_bounds")
+    return (values, index), (of_values, np.zeros(index.shape, jax.dtypes.float0))
 
 
 def _tiled_top_k(x: jax.Array, k: int, block: int | None) -> tuple[jax.Array, jax.Array]:

@@ -46,7 +46,8 @@ struct Survivors {
 };
 
 // place[i] = how many of the n survivors come before survivor i. There is room for whole vectors in both arrays.
-[[gnu::noinline]] inline void places(int32_t* ranks, int n, int32_t* place) {
+[[gnu::noinline]]
+inline void places(int32_t* ranks, int n, int32_t* place) {
   for (int i = n; i < (n + kLanes - 1) / kLanes * kLanes; i++) ranks[i] = INT32_MIN;
   const Ints lane = lane_numbers();
   for (int first = 0; first < n; first += kLanes) {
@@ -64,7 +65,8 @@ struct Survivors {
 }
 
 // Keeps the k best survivors, in the order of the row, and returns the rank of the last of them.
-[[gnu::noinline]] inline int32_t keep_best(Survivors& s, int k) {
+[[gnu::noinline]]
+inline int32_t keep_best(Survivors& s, int k) {
   int32_t place[kMostSurvivors + kLanes];
   places(s.ranks, s.count, place);
   int32_t last = INT32_MIN;
@@ -81,7 +83,8 @@ struct Survivors {
 
 // Drops survivors that are not among the k best, and returns a rank that the k best exceed, or, at INT32_MIN, might
 // not. Up to a few more than k are kept: to find about the k-th best by a search is quicker than to rank all.
-[[gnu::noinline]] inline int32_t thin_out(Survivors& s, int k) {
+[[gnu::noinline]]
+inline int32_t thin_out(Survivors& s, int k) {
   const int vectors = (s.count + kLanes - 1) / kLanes;
   for (int i = s.count; i < vectors * kLanes; i++) s.ranks[i] = s.ranks[0];
   Ints lows = splat(INT32_MAX), highs = splat(INT32_MIN);
@@ -119,7 +122,8 @@ struct Survivors {
 
 // Writes the indices of the k best numbers, best first, and, unless `values` is null, their values. If there are fewer
 // survivors, every other number of the row has the lowest rank, and the first ones of these follow.
-[[gnu::noinline]] inline void write_best(Survivors& s, int k, int32_t* indices, float* values) {
+[[gnu::noinline]]
+inline void write_best(Survivors& s, int k, int32_t* indices, float* values) {
   int32_t place[kMostSurvivors + kLanes], sorted[kMostSurvivors], sorted_ranks[kMostSurvivors];
   places(s.ranks, s.count, place);
   for (int i = 0; i < s.count; i++) sorted[place[i]] = s.indices[i], sorted_ranks[place[i]] = s.ranks[i];
@@ -134,7 +138,8 @@ struct Survivors {
 }
 
 // Sorts a row, for a large k. `order` has room for n.
-[[gnu::noinline]] inline void sort_best(const int32_t* ranks, int64_t n, int k, int32_t* order, int32_t* indices, float* values) {
+[[gnu::noinline]]
+inline void sort_best(const int32_t* ranks, int64_t n, int k, int32_t* order, int32_t* indices, float* values) {
   for (int64_t i = 0; i < n; i++) order[i] = static_cast<int32_t>(i);
   std::partial_sort(order, order + k, order + n,
                     [=](int32_t a, int32_t b) { return ranks[a] != ranks[b] ? ranks[a] > ranks[b] : a < b; });
@@ -173,7 +178,8 @@ inline int32_t lower_bound(const int32_t* ranks, int64_t n, int k) {
 }
 
 // Returns a rank that the k best of a row exceed, or, at INT32_MIN, might not.
-[[gnu::noinline]] inline int32_t bound_of_row(const int32_t* ranks, int64_t n, int k) {
+[[gnu::noinline]]
+inline int32_t bound_of_row(const int32_t* ranks, int64_t n, int k) {
   int32_t low = INT32_MIN;
   if (2 * k <= 4 * kLanes) {
     if (n >= 8 * kLanes) low = lower_bound<4>(ranks, n, k);
@@ -187,7 +193,8 @@ inline int32_t lower_bound(const int32_t* ranks, int64_t n, int k) {
 
 // Adds the numbers of a row that exceed the bound, of which the first has the index `first`, and returns the bound: it
 // rises if there are too many.
-[[gnu::noinline]] inline int32_t add_survivors(const int32_t* ranks, int64_t n, int32_t first, int32_t bound, int k, Survivors& s) {
+[[gnu::noinline]]
+inline int32_t add_survivors(const int32_t* ranks, int64_t n, int32_t first, int32_t bound, int k, Survivors& s) {
   const auto add = [&](int64_t at, uint32_t bits) {
     store_chosen(s.ranks + s.count, load_vector<Ints>(ranks + at), bits);
     store_chosen(s.indices + s.count, lane_numbers() + (first + static_cast<int32_t>(at)), bits);
@@ -211,7 +218,8 @@ inline int32_t lower_bound(const int32_t* ranks, int64_t n, int k) {
 }
 
 // Writes the k best of a contiguous row of n ranks; `order` is for `sort_best`.
-[[gnu::noinline]] inline void best_of_row(const int32_t* ranks, int64_t n, int k, int32_t* order, int32_t* indices, float* values) {
+[[gnu::noinline]]
+inline void best_of_row(const int32_t* ranks, int64_t n, int k, int32_t* order, int32_t* indices, float* values) {
   if (k > kMostSelected) return sort_best(ranks, n, k, order, indices, values);
   int32_t kept_ranks[kMostSurvivors + kLanes], kept_indices[kMostSurvivors + kLanes];
   Survivors kept{kept_ranks, kept_indices};

@@ -300,8 +300,8 @@ const char* update_rows(const Call& call) {
   return nullptr;
 }
 
-// The reads -> means (U,) of the squares of every row's gradient, zero for padding. Slots from num_slots on are padding,
-// or the one row that stands for the rows of all other devices.
+// The reads -> means (U,) of the squares of every row's gradient, zero for padding. Slots from num_slots on are
+// padding, or the one row that stands for the rows of all other devices.
 const char* row_mean_squares(const Call& call) {
   const Reads reads = reads_of(call);
   const Array means_out = call.result(0);
