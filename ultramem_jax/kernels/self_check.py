@@ -82,11 +82,17 @@ def _norm() -> bool:
     return np.allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def _products() -> bool:
-    rng = np.random.default_rng(5)
+def _reads(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws a table (50, 24), and the slots and blocks of reads (9, 6) of it."""
     table = rng.integers(-4, 5, (50, 24)).astype(np.float32)
     slots = rng.integers(0, 50, (9, 6)).astype(np.int32)
     blocks = rng.integers(0, 4, (9, 6)).astype(np.int32)
+    return table, slots, blocks
+
+
+def _products() -> bool:
+    rng = np.random.default_rng(5)
+    table, slots, blocks = _reads(rng)
     vectors = rng.integers(-2, 3, (9, 4, 24)).astype(np.float32)
     of_values = table[slots] * np.take_along_axis(vectors, blocks[:, :, None], axis=1)
     expected = of_values.reshape(9, 6, 2, 12).sum(-1)
@@ -107,9 +113,7 @@ def _hashes() -> bool:
 
 def _rows() -> bool:
     rng = np.random.default_rng(2)
-    table = rng.integers(-4, 5, (50, 24)).astype(np.float32)
-    slots = rng.integers(0, 50, (9, 6)).astype(np.int32)
-    blocks = rng.integers(0, 4, (9, 6)).astype(np.int32)
+    table, slots, blocks = _reads(rng)
     weights = rng.integers(-2, 3, (9, 6, 2)).astype(np.float32)
     wide = np.repeat(weights, 12, axis=2)
     of_block = blocks[:, :, None] == np.arange(4)
