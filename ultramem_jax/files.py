@@ -1,6 +1,9 @@
-"""Names the cache folder, and writes files that appear whole or not at all."""
+"""Names the cache folder, writes files that appear whole or not at all, and locks."""
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -42,3 +45,21 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on a file, which is made with its folder.
+
+    The system frees the lock when the process ends.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:  # to close the file would not be enough if this process has been forked meanwhile
+            fcntl.flock(file, fcntl.LOCK_UN)

@@ -270,7 +270,7 @@ def test_a_library_that_cannot_be_loaded_is_not_used(monkeypatch):
 
 def test_a_library_in_a_cache_that_cannot_be_written_is_used(cache, quick, checks, monkeypatch):
     library = build.built_library()
-    monkeypatch.setattr(build, "_locked", None)  # what is there needs no lock, which would be a file
+    monkeypatch.setattr(build, "locked", None)  # what is there needs no lock, which would be a file
     assert build.built_library() == library
     assert native._found().on
 

@@ -4,8 +4,6 @@ The documents of a split, each followed by one end-of-document token, form one s
 not depend on sequences, so one build serves every seq_len.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -30,7 +28,7 @@ from ultramem_jax.data.token_files import (
 )
 from ultramem_jax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from ultramem_jax.errors import UserError, require
-from ultramem_jax.files import cache_folder, sync_folder
+from ultramem_jax.files import cache_folder, locked, sync_folder
 
 _FORMAT = 2
 """Format of the cache. It is raised when the contents of the cache change their meaning."""
@@ -62,7 +60,7 @@ def prepare(config: DataConfig) -> Path:
     if folder.exists():
         return folder
     try:
-        with _locked(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")):
             if not folder.exists():
                 incomplete = folder.with_suffix(".incomplete")
                 shutil.rmtree(incomplete, ignore_errors=True)
@@ -158,12 +156,3 @@ def _tokenize(
 
 def _progress(what: str, num_bytes: int | None) -> tqdm:
     return tqdm(desc=what, total=num_bytes, unit="B", unit_scale=True, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on `path`. The system takes it back if this process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -7,8 +7,6 @@ of what has passed. A library that differs from it, as after a full disk, is bui
 turn.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -17,11 +15,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ultramem_jax.files import cache_folder, replace_text, sync_folder
+from ultramem_jax.files import cache_folder, locked, replace_text, sync_folder
 from ultramem_jax.kernels.compiler import (
     BuildError,
     Programs,
@@ -54,7 +51,7 @@ def built_library() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         library = folder / f"{_key(compiler)}.so"
         if not _has_passed(library):
-            with _locked(folder / "lock"):
+            with locked(folder / "lock"):
                 if not _has_passed(library):
                     _tidy(folder)
                     _build(compiler, library)
@@ -165,14 +162,3 @@ def _age(path: Path) -> float:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock that the processes of this machine share; the system frees it when a process ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # to close the file would not be enough if this process has been forked meanwhile
-            fcntl.flock(file, fcntl.LOCK_UN)
