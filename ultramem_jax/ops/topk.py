@@ -26,11 +26,12 @@ _SHORT_ROW = 4095
 def top_k(x: jax.Array, k: int, block: int | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the k largest values of every row and their indices.
 
-    The result is that of `jax.lax.top_k`, also for ties. Where a native kernel computes, that is true of all
-    rows, NaN included. Elsewhere it is true of rows that are not cut into tiles, as are none of up to 4,095
-    values, of integers, and of rows without NaN whose k-th largest value is neither zero nor subnormal. Other
-    rows without NaN agree with it in all values of at least the smallest normal number, and in their indices.
-    The remaining values may be any of the row's zeros and subnormals, in the order of `jax.lax.top_k`.
+    The result is that of `jax.lax.top_k`, also for ties. Where a native kernel computes, or a row is not cut
+    into tiles, that is true of all rows, NaN included. Without `block`, rows of up to 4,095 values are not
+    cut. Rows that are cut need to be of integers, or to have no NaN and a k-th largest value that is neither
+    zero nor subnormal. Other rows without NaN agree with it in all values of at least the smallest normal
+    number, and in their indices. The remaining values may be any of the row's zeros and subnormals, in the
+    order of `jax.lax.top_k`.
 
     Args:
         x: (..., K), floats or integers.

@@ -22,13 +22,12 @@ constexpr const char* kInstructions = "AVX-512";
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 constexpr const char* kInstructions = "AVX2";
-#else
+#elif defined(__aarch64__)
 constexpr int kLanes = 4;
-#if defined(__aarch64__)
 constexpr const char* kInstructions = "NEON";
 #else
+constexpr int kLanes = 4;
 constexpr const char* kInstructions = "portable vectors";
-#endif
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
