@@ -10,8 +10,8 @@ import shutil
 
 import pytest
 
-from tests.support import kernel_cases
-from tests.support.kernel_cases import CASES, RandomDraw
+from tests.support.kernel_case import RandomDraw, check
+from tests.support.kernel_cases import CASES
 from tests.support.kernel_harness import compile_harness, record, run
 from ultramem_jax.kernels.compiler import machine_flags
 
@@ -30,7 +30,7 @@ def _checked(command, folder, monkeypatch, **environment):
     recorded = [record(case, monkeypatch) for case in cases]
     found, printed = run(command, folder, recorded, **environment)
     for case, results in zip(cases, found, strict=True):
-        kernel_cases.check(case, results)
+        check(case, results)
     return printed
 
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.support import kernel_cases
+from tests.support.kernel_case import RandomDraw, check, normal_with_nan
 from tests.support.kernel_cases import CASES
+from tests.support.row_cases import update_rows
 from ultramem_jax.kernels import calls, native
 from ultramem_jax.kernels.rules import RULES
 from ultramem_jax.kernels.targets import NAMES
@@ -32,7 +33,7 @@ class HypothesisDraw:
 def _check(case):
     compute = functools.partial(case.function, **case.options)
     results = jax.tree.leaves(compute(*jax.tree.map(jnp.asarray, case.arrays)))
-    kernel_cases.check(case, results)
+    check(case, results)
 
 
 def test_every_kernel_has_cases():
@@ -64,7 +65,7 @@ def test_as_many_keys_are_chosen_as_are_said_to_be_served():
 @pytest.mark.parametrize("rule", RULES)
 def test_a_nan_in_a_gradient_is_one_in_the_row(rule):
     for seed in range(5):
-        _check(kernel_cases.update_rows(kernel_cases.RandomDraw(seed), [rule], kernel_cases.normal_with_nan))
+        _check(update_rows(RandomDraw(seed), [rule], normal_with_nan))
 
 
 @pytest.mark.parametrize("slot", [-1, 9])
