@@ -24,7 +24,13 @@ def _imports(path):
 
 FLOORS = (
     # A module imports from floors below its own, and from its own room.
-    ("ultramem_jax.errors", "ultramem_jax.files", "ultramem_jax.memory_spaces", "ultramem_jax.tree_types"),
+    (
+        "ultramem_jax.errors",
+        "ultramem_jax.files",
+        "ultramem_jax.memory_spaces",
+        "ultramem_jax.platforms",
+        "ultramem_jax.tree_types",
+    ),
     ("ultramem_jax.registry",),
     ("ultramem_jax.config",),
     ("ultramem_jax",),

@@ -9,11 +9,7 @@ from jax.sharding import AbstractMesh
 from tests.support.paths import ROOT
 from tests.support.planned import DENSE
 from ultramem_jax import MeshConfig, RunConfig
-from ultramem_jax.planning.compiled_step import (
-    abstract_axes,
-    resolved,
-    simulated_devices,
-)
+from ultramem_jax.planning.programs import abstract_axes, resolved, simulated_devices
 
 
 def test_bytes_per_device_are_those_of_the_shards(compiled):
@@ -43,7 +39,7 @@ def test_a_mesh_of_unknown_size_has_one_device_along_data():
 def test_devices_are_simulated_where_jax_has_not_been_used():
     assert len(simulated_devices(2)) == 2 and len(jax.devices()) == 8
     script = (
-        "from ultramem_jax.planning.compiled_step import simulated_devices as s; "
+        "from ultramem_jax.planning.programs import simulated_devices as s; "
         "print(len(s(12)), s(12)[0].platform)"
     )
     done = subprocess.run(

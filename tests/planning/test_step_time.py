@@ -6,10 +6,8 @@ import pytest
 
 from tests.support.planned import MODEL, ROUND, TINY, by
 from ultramem_jax import MeshConfig
-from ultramem_jax.planning.compiled_step import (
-    DeviceBytes,
-    abstract_axes,
-)
+from ultramem_jax.planning.compiled_step import DeviceBytes
+from ultramem_jax.planning.programs import abstract_axes
 from ultramem_jax.planning.step_time import (
     access_bytes,
     estimate_step,

@@ -5,10 +5,7 @@ import functools
 
 from ultramem_jax import MeshConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.config import DataConfig
-from ultramem_jax.planning.compiled_step import (
-    CompiledStep,
-    compile_step,
-)
+from ultramem_jax.planning.compiled_step import CompiledStep, compile_step
 from ultramem_jax.planning.hardware import Hardware
 from ultramem_jax.presets import families
 

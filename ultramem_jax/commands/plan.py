@@ -20,9 +20,9 @@ from ultramem_jax.cli import command_line
 from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import require
 from ultramem_jax.planning.baseline import BASELINES
-from ultramem_jax.planning.compiled_step import resolved
 from ultramem_jax.planning.hardware import HARDWARE, load_hardware
 from ultramem_jax.planning.plans import lookups, make_plan, planned_runs
+from ultramem_jax.planning.programs import resolved
 from ultramem_jax.planning.records import PlanStudy
 from ultramem_jax.planning.tables import redraw, render, write
 from ultramem_jax.reporting.environment import describe_environment

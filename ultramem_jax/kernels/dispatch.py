@@ -6,6 +6,7 @@ from typing import TypeVar
 import jax
 
 from ultramem_jax.kernels import native
+from ultramem_jax.platforms import platform
 from ultramem_jax.tree_types import ArrayTree
 
 Result = TypeVar("Result")
@@ -26,7 +27,7 @@ def native_or(
         serves: whether the kernel serves these shapes and dtypes.
         *arguments: pytrees of arrays.
     """
-    if not serves or not native.is_on():
+    if not serves or platform() != "cpu" or not native.is_on():
         return otherwise(*arguments)
 
     @jax.custom_jvp

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ultramem_jax.layers.mlp import activated
+from ultramem_jax.platforms import platform
 
 MAX_OVERFLOW_ROWS = 128
 """Most rows of an overflow group: more are mostly padding, fewer do not pay for fetching the weights."""
@@ -353,7 +354,7 @@ def compute_experts(
     `auto` chooses the latter on CPU. Only the latter uses `shape`.
     """
     if implementation == "auto":
-        implementation = "blocks" if jax.default_backend() == "cpu" else "ragged"
+        implementation = "blocks" if platform() == "cpu" else "ragged"
     if implementation == "ragged":
         return ragged_experts(x, gates, weights, plan)
     return block_experts(x, gates, weights, plan, shape)

@@ -6,8 +6,9 @@ first token after the prompts.
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,54 @@ from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.models.transformer import Transformer
 from ultramem_jax.tree_types import ArrayTree
 
+DecodingStep: TypeAlias = Callable[..., tuple[Cache, jax.Array]]
+"""(variables, cache, tokens (B,), counts (B,) int32, seed, number of the token) -> (cache, tokens (B,)). A
+count is 1, or 0 for a sequence that has ended; seed and number are uint32 and decide the draw."""
+
 ENDED = -1
 """Stands in place of the token of a sequence that has ended."""
+
+
+def decoding_step(config: ModelConfig, sampling: Sampling, num_ids: int | None = None) -> DecodingStep:
+    """Returns the step that takes a token of every sequence through a model and samples the next one.
+
+    Compile it with the cache donated.
+
+    Args:
+        config: the model's config.
+        sampling: how a token is chosen.
+        num_ids: only ids below it are sampled; None is all of the model's.
+    """
+
+    def step(
+        variables: dict[str, ArrayTree],
+        cache: Cache,
+        tokens: jax.Array,
+        counts: jax.Array,
+        seed: jax.Array,
+        number: jax.Array,
+    ) -> tuple[Cache, jax.Array]:
+        cache, logits = _apply(config, variables, cache, tokens[:, None], counts)
+        return cache, _choose(sampling, num_ids, logits, seed, number)
+
+    return step
+
+
+def _apply(
+    config: ModelConfig, variables: dict[str, ArrayTree], cache: Cache, tokens: jax.Array, counts: jax.Array
+) -> tuple[Cache, jax.Array]:
+    """Reads tokens (B, C), of which `counts` (B,) are not padding -> the cache and the next logits (B, V)."""
+    inputs = variables | {"cache": cache}
+    logits, left = Transformer(config).apply(inputs, tokens, counts=counts, mutable=["cache"])
+    return left["cache"], logits
+
+
+def _choose(
+    sampling: Sampling, num_ids: int | None, logits: jax.Array, seed: jax.Array, number: jax.Array
+) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits), dtype=jnp.uint32))
+    return sample(logits[:, :num_ids], keys, sampling)
 
 
 class Generator:
@@ -69,13 +116,7 @@ class Generator:
         self._config, self._window, self._stop_id = config, window, stop_id
         self._cache_dtype, self._chunk = cache_dtype, min(prefill_chunk, window)
         self._variables = prepare_for_decoding(config, variables)
-        model, sampling = Transformer(config), sampling or Sampling()
-
-        def apply(
-            variables: dict[str, ArrayTree], cache: Cache, tokens: jax.Array, counts: jax.Array
-        ) -> tuple[Cache, jax.Array]:
-            logits, left = model.apply(variables | {"cache": cache}, tokens, counts=counts, mutable=["cache"])
-            return left["cache"], logits
+        sampling = sampling or Sampling()
 
         def read(
             variables: dict[str, ArrayTree],
@@ -84,27 +125,12 @@ class Generator:
             tokens: jax.Array,
             counts: jax.Array,
         ) -> tuple[Cache, jax.Array]:
-            cache, new = apply(variables, cache, tokens, counts)
+            cache, new = _apply(config, variables, cache, tokens, counts)
             return cache, jnp.where(counts[:, None] > 0, new, logits)
 
-        def choose(logits: jax.Array, seed: jax.Array, number: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(jax.random.key(seed), number)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits), dtype=jnp.uint32))
-            return sample(logits[:, :num_ids], keys, sampling)
-
-        def step(
-            variables: dict[str, ArrayTree],
-            cache: Cache,
-            tokens: jax.Array,
-            counts: jax.Array,
-            *which: jax.Array,
-        ) -> tuple[Cache, jax.Array]:
-            cache, logits = apply(variables, cache, tokens[:, None], counts)
-            return cache, choose(logits, *which)
-
         self._read_chunk = jax.jit(read, donate_argnums=(1, 2))
-        self._choose = jax.jit(choose)
-        self._step = jax.jit(step, donate_argnums=1)
+        self._choose = jax.jit(partial(_choose, sampling, num_ids))
+        self._step = jax.jit(decoding_step(config, sampling, num_ids), donate_argnums=1)
 
     def stream(
         self, prompts: Sequence[Sequence[int] | np.ndarray], num_tokens: int, seed: int = 0

@@ -13,6 +13,7 @@ from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import require
 from ultramem_jax.ops.linear import OutputMajor
+from ultramem_jax.platforms import platform
 from ultramem_jax.tree_types import ArrayTree
 
 _AS_THEY_ARE = ("router",)
@@ -53,9 +54,7 @@ def prepare_for_decoding(config: ModelConfig, variables: dict[str, ArrayTree]) -
         served["output"] = OutputMajor(served["embedding"])
     else:
         served["output"] = _matrix(params["output"], dtype)
-    one_by_one = (
-        config.moe is not None and config.moe.implementation == "auto" and jax.default_backend() == "cpu"
-    )
+    one_by_one = config.moe is not None and config.moe.implementation == "auto" and platform() == "cpu"
     sites = {site.name: site for site in config.sites}
     buffers = variables.get("buffers", {})
     for name, layer in params.items():

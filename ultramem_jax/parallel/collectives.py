@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jax.sharding import Mesh
 
+from ultramem_jax.parallel.program_text import divide_up, operand_bytes, parts, read_program, type_bytes
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -24,20 +26,7 @@ KINDS = (
 )
 """Kinds of collectives that are recognised."""
 
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
-_COMMENT = re.compile(r"/\*.*?\*/")
-_PARENTHESIS = re.compile(r"[()]")
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([^\]]*)\]")
 _COLLECTIVE = re.compile(rf"({'|'.join(KINDS)})(-start)?")
-_CALLED = re.compile(
-    r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations"
-    r"|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
-)
-_OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
-_TRIPS = re.compile(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)')
-"""Pattern of a loop's trip count. Older text has the backend's config as one string with escaped quotes."""
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _LISTED_GROUPS = re.compile(r"replica_groups=\{((?:\{[\d, ]*\}[, ]*)*)\}")
 _IOTA_GROUPS = re.compile(rf"replica_groups=\[([\d,]+)\]<={_IOTA}")
@@ -90,10 +79,10 @@ class Collective:
             case "collective-permute":
                 return self.operand_bytes
             case "all-gather":
-                return _divide_up(self.result_bytes * others, self.group_size)
+                return divide_up(self.result_bytes * others, self.group_size)
             case "all-reduce":
-                return _divide_up(2 * self.operand_bytes * others, self.group_size)
-        return _divide_up(self.operand_bytes * others, self.group_size)
+                return divide_up(2 * self.operand_bytes * others, self.group_size)
+        return divide_up(self.operand_bytes * others, self.group_size)
 
     @property
     def total_bytes(self) -> int:
@@ -115,25 +104,24 @@ def collectives_of(compiled_text: str, mesh: Mesh | None) -> list[Collective]:
     Raises:
         ValueError: the text has no entry computation, or groups in an unknown format.
     """
-    header = re.search(r"^HloModule .*", compiled_text, re.MULTILINE)
-    sizes = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header[0] if header else "")
+    program = read_program(compiled_text)
+    sizes = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", program.header)
     num_devices = math.prod(map(int, sizes))
     if num_devices == 1 and mesh is not None:
         num_devices = mesh.size
-    computations, entry = _computations(compiled_text)
 
-    def walk(computation: str) -> Iterator[Collective]:
-        instructions = computations[computation]
-        for instruction in instructions.values():
-            if not (_COLLECTIVE.search(instruction) or _CALLED.search(instruction)):
+    def walk(name: str) -> Iterator[Collective]:
+        computation = program.computations[name]
+        for instruction in computation.values():
+            if not (_COLLECTIVE.search(instruction.text) or instruction.called):
                 continue
-            result, opcode, operands, attributes = _split(instruction)
+            opcode, result = instruction.opcode, instruction.result
             if match := _COLLECTIVE.fullmatch(opcode):
                 kind = match[1]
-                axes, group_size = _axes_and_size(attributes, num_devices, mesh)
-                put_in = [_operand_bytes(operand, instructions) for operand in _parts(operands)]
+                axes, group_size = _axes_and_size(instruction.attributes, num_devices, mesh)
+                put_in = [operand_bytes(operand, computation) for operand in instruction.operands]
                 if opcode.endswith("-start") and kind != "all-reduce":
-                    result = _parts(result[1:-1])[1]  # (operands, results, what the backend keeps)
+                    result = parts(result[1:-1])[1]  # (operands, results, what the backend keeps)
                 if group_size > 1:
                     yield Collective(
                         kind=kind,
@@ -141,19 +129,18 @@ def collectives_of(compiled_text: str, mesh: Mesh | None) -> list[Collective]:
                         group_size=group_size,
                         # The other operands of a ragged one are the buffer to write to, offsets and sizes.
                         operand_bytes=put_in[0] if kind == "ragged-all-to-all" else sum(put_in),
-                        result_bytes=_bytes(result),
-                        op_name=name[1] if (name := _OP_NAME.search(attributes)) else "",
+                        result_bytes=type_bytes(result),
+                        op_name=instruction.op_name,
                         loop_trip_count=1,
                         in_loop=False,
                         trips_known=True,
                     )
             elif not opcode.endswith(("-done", "-update")):  # these name the computation of their start
-                count = _TRIPS.search(attributes)
-                for role, called in _called(attributes):
+                for role, called in instruction.called:
                     for inner in walk(called):
-                        yield _looped(inner, count, role) if opcode == "while" else inner
+                        yield _looped(inner, instruction.trip_count, role) if opcode == "while" else inner
 
-    return list(walk(entry))
+    return list(walk(program.entry))
 
 
 def summary(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
@@ -164,103 +151,18 @@ def summary(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...
     return dict(total)
 
 
-def _looped(inner: Collective, count: re.Match[str] | None, role: str) -> Collective:
+def _looped(inner: Collective, count: int | None, role: str) -> Collective:
     """Returns a collective of a loop's body or condition, with the loop's count.
 
     The condition runs once more than the body.
     """
-    passes = int(count[1]) + (role == "condition") if count else 1
+    passes = count + (role == "condition") if count is not None else 1
     return replace(
         inner,
         loop_trip_count=inner.loop_trip_count * passes,
         in_loop=True,
         trips_known=inner.trips_known and count is not None,
     )
-
-
-def _computations(text: str) -> tuple[dict[str, dict[str, str]], str]:
-    """Returns each computation's instructions by name, without the name, and the name of the entry.
-
-    Raises:
-        ValueError: the text has no entry computation.
-    """
-    computations: dict[str, dict[str, str]] = {}
-    entry = ""
-    inside: dict[str, str] | None = None
-    for line in text.splitlines():
-        line = _COMMENT.sub("", line)
-        if line.startswith("}"):
-            inside = None
-        elif inside is not None:
-            if match := _INSTRUCTION.match(line):
-                inside[match[1]] = match[2]
-        elif match := _COMPUTATION.match(line):
-            inside = computations[match[2]] = {}
-            entry = match[2] if match[1] else entry
-    if not entry:
-        raise ValueError("no entry computation: this is not the HLO text of a program")
-    return computations, entry
-
-
-def _split(instruction: str) -> tuple[str, str, str, str]:
-    """Splits an instruction into type, opcode, operands and attributes."""
-    end = _closing(instruction, 0) + 1 if instruction.startswith("(") else instruction.index(" ")
-    start = instruction.index("(", end)
-    close = _closing(instruction, start)
-    opcode = instruction[end:start].strip()
-    return instruction[:end], opcode, instruction[start + 1 : close], instruction[close + 1 :]
-
-
-def _closing(text: str, start: int) -> int:
-    """Returns the index at which the parenthesis that opens at `start` closes.
-
-    Raises:
-        ValueError: it does not close.
-    """
-    depth = 0
-    for match in _PARENTHESIS.finditer(text, start):
-        depth += 1 if match[0] == "(" else -1
-        if depth == 0:
-            return match.start()
-    raise ValueError(f"no closing parenthesis in {text!r}")
-
-
-def _parts(text: str) -> list[str]:
-    """Splits a text at commas outside of all brackets."""
-    parts, depth, start = [], 0, 0
-    for position, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            parts.append(text[start:position].strip())
-            start = position + 1
-    return [*parts, text[start:].strip()]
-
-
-def _operand_bytes(operand: str, instructions: dict[str, str]) -> int:
-    """Returns the bytes of an operand, which is printed as a name, with or without its shape before it."""
-    return _bytes(operand if "[" in operand else _split(instructions[operand.lstrip("%")])[0])
-
-
-def _bytes(shape: str) -> int:
-    """Returns the bytes of all arrays in a type.
-
-    Values of less than a byte count as packed. Padding by tiles is not counted.
-    """
-    total = 0
-    for dtype, sizes in _ARRAY.findall(shape):
-        digits = re.search(r"\d+", dtype)
-        bits = int(digits[0]) if digits else 8 if dtype == "pred" else 0  # a token has no bytes
-        numbers = [int(size.removeprefix("<=")) for size in sizes.split(",") if size]
-        total += _divide_up(math.prod(numbers) * bits, 8)
-    return total
-
-
-def _called(attributes: str) -> Iterator[tuple[str, str]]:
-    """Yields the computations that an instruction calls, each with its role, as (role, name)."""
-    for role, names in _CALLED.findall(_STRING.sub("", attributes)):
-        for name in names.strip("{}").split(","):
-            if name:
-                yield role, name.strip().lstrip("%")
 
 
 def _axes_and_size(attributes: str, num_devices: int, mesh: Mesh | None) -> tuple[tuple[str, ...], int]:
@@ -344,7 +246,3 @@ def _connected(pairs: list[list[int]]) -> list[set[int]]:
         joined = sets.get(source, {source}) | sets.get(target, {target})
         sets.update(dict.fromkeys(joined, joined))
     return list(sets.values())
-
-
-def _divide_up(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import choice, require
 from ultramem_jax.planning.baseline import BASELINES, baseline_run, describe_baseline
-from ultramem_jax.planning.compiled_step import DeviceBytes, abstract_axes, compile_step
+from ultramem_jax.planning.compiled_step import DeviceBytes, compile_step
 from ultramem_jax.planning.hardware import Hardware
 from ultramem_jax.planning.partition import Costs, partition_costs
+from ultramem_jax.planning.programs import abstract_axes
 from ultramem_jax.planning.step_time import TimeEstimate, estimate_step
 from ultramem_jax.planning.traffic import Traffic, by_axes, traffic
 

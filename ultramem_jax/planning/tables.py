@@ -5,10 +5,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from ultramem_jax.parallel.mesh import in_words
-from ultramem_jax.planning.compiled_step import DeviceBytes, mesh_sizes
+from ultramem_jax.planning.compiled_step import DeviceBytes
 from ultramem_jax.planning.hardware import Hardware
 from ultramem_jax.planning.partition import TITLES, WAYS, Costs, crossover, verdict
 from ultramem_jax.planning.plans import Plan
+from ultramem_jax.planning.programs import mesh_sizes
 from ultramem_jax.planning.records import PlanStudy
 from ultramem_jax.planning.step_time import TimePart
 from ultramem_jax.planning.traffic import Traffic

@@ -10,7 +10,8 @@ from ultramem_jax.config import exchange_purposes as purposes
 from ultramem_jax.ops.exchanges import purposes_of
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.collectives import Collective
-from ultramem_jax.planning.compiled_step import CompiledStep, mesh_sizes
+from ultramem_jax.planning.compiled_step import CompiledStep
+from ultramem_jax.planning.programs import mesh_sizes
 
 
 @dataclass(frozen=True)
