@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.chunk_values import set_chunk_values
 from ultramem_jax.ops import chunks
 
 # Four tokens at a time, of three values each: the whole, whole chunks, and chunks and a rest.
@@ -13,7 +14,7 @@ _SIZES = {1: {1}, 4: {4}, 5: {4, 1}, 8: {4}, 11: {4, 3}, 12: {4}}
 
 @pytest.fixture(autouse=True)
 def _four_tokens_of_three_values(monkeypatch):
-    monkeypatch.setattr(chunks, "_CHUNK_VALUES", 14)
+    set_chunk_values(monkeypatch, 14)
 
 
 def _arrays(tokens):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.support import oracle
-from ultramem_jax.ops import chunks
+from tests.support.chunk_values import set_chunk_values
 from ultramem_jax.ops import key_scores as ks
 
 _LAYOUTS = {  # H, S, q, r
@@ -68,7 +68,7 @@ def _dense(queries, keys, index):
 def _in_chunks(monkeypatch, chunk, values_per_token, function, *args):
     """`function(*args)`, compiled, with `chunk` tokens at a time."""
     if chunk:
-        monkeypatch.setattr(chunks, "_CHUNK_VALUES", chunk * values_per_token)
+        set_chunk_values(monkeypatch, chunk * values_per_token)
     traced = jax.jit(lambda *args: function(*args)).trace(*args)
     assert ("length=2" in str(traced.jaxpr)) == bool(chunk)  # a loop over two whole chunks
     return traced.lower().compile()(*args)

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ultramem_jax.ops import chunks, lookup
+from tests.support.chunk_values import set_chunk_values
+from ultramem_jax.ops import lookup
 
 
 def _case(seed, tokens=6, reads=8, slots=10, blocks=4, cores=2, width=6):
@@ -147,7 +148,7 @@ def test_chunks_change_nothing(monkeypatch):
         return jax.value_and_grad(total)(args[3])
 
     whole = both()
-    monkeypatch.setattr(chunks, "_CHUNK_VALUES", 3 * 8 * 6)  # three tokens at a time: 7 = 3 + 3 + 1
+    set_chunk_values(monkeypatch, 3 * 8 * 6)  # three tokens at a time: 7 = 3 + 3 + 1
     chunked = both()
     chex.assert_trees_all_close(whole[0], chunked[0], rtol=1e-6)
     chex.assert_trees_all_close(whole[1], chunked[1], rtol=1e-6)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.support import oracle
-from ultramem_jax.ops import chunks
+from tests.support.chunk_values import set_chunk_values
 from ultramem_jax.ops import product_keys as pk
 
 _retrieve_product_keys = jax.jit(pk.retrieve_product_keys, static_argnums=2)
@@ -248,7 +248,7 @@ def test_chunks_of_tokens_find_the_same(monkeypatch):
 
     whole = jax.jit(lambda *a: both(*a))(queries, keys)
     # Three tokens at a time while all keys are scored, one or two while candidates are, six by the grids.
-    monkeypatch.setattr(chunks, "_CHUNK_VALUES", 3 * 2 * 2 * 9)
+    set_chunk_values(monkeypatch, 3 * 2 * 2 * 9)
     chunked = jax.jit(lambda *a: both(*a))(queries, keys)
     chex.assert_trees_all_close(whole, chunked, rtol=1e-6, atol=1e-6)
 

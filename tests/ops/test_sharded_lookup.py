@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests.support.chunk_values import set_chunk_values
 from ultramem_jax.config import MeshConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.ops import sharded_lookup
 from ultramem_jax.ops.on_mesh import current_axes, on_mesh, per_token, sum_over_tokens
@@ -158,7 +159,6 @@ def test_what_the_owners_sum_are_parts_of_the_whole():
 
 @pytest.mark.parametrize("first", [0, 8, 24])
 def test_owned_rows_are_the_lookup_without_the_others(first, monkeypatch, without_kernels):
-    from ultramem_jax.ops import chunks
 
     p, own = _problem(), 8
     slots, blocks, start = jnp.asarray(p.slots), jnp.asarray(p.blocks), jnp.int32(first)
@@ -174,7 +174,7 @@ def test_owned_rows_are_the_lookup_without_the_others(first, monkeypatch, withou
     assert int(owned.num_owned) == mine.sum()
     chex.assert_trees_all_equal(owned.places[: mine.sum()], np.flatnonzero(mine))
     for chunk_values in (1 << 22, 2 * D_V * 5):  # at once, and five reads at a time
-        monkeypatch.setattr(chunks, "_CHUNK_VALUES", chunk_values)
+        set_chunk_values(monkeypatch, chunk_values)
         pool = jax.jit(functools.partial(pooled_of_owned, expansion=E))
         multiply = jax.jit(functools.partial(products_of_owned, cores=CORES))
         chex.assert_trees_all_close(pool(table, slots, blocks, scores, start), pooled, rtol=1e-5, atol=1e-5)

@@ -10,10 +10,10 @@ import optax
 import pytest
 
 from tests.support import row_updates
+from tests.support.chunk_values import set_chunk_values
 from ultramem_jax import ModelConfig, RunConfig, TrainConfig, UserError
 from ultramem_jax.config.row_states import ROW_OPTIMIZERS
 from ultramem_jax.kernels.rules import RowKernel
-from ultramem_jax.ops import chunks
 from ultramem_jax.ops.lookup import RowGradients
 from ultramem_jax.ops.rows import from_stored, stored_dtype, to_stored
 from ultramem_jax.presets import families
@@ -211,7 +211,7 @@ def test_chunks_change_no_bit_and_what_is_overwritten_is_recorded(name, second, 
         return jax.jit(functools.partial(optimizer.update, record=True))(*arguments)
 
     whole = update()
-    monkeypatch.setattr(chunks, "_CHUNK_VALUES", WIDTH * 16 * 6)  # six rows at a time: 20 = 6 + 6 + 6 + 2
+    set_chunk_values(monkeypatch, WIDTH * 16 * 6)  # six rows at a time: 20 = 6 + 6 + 6 + 2
     by_chunks = update()
     for field in ("table", "moments", "before"):
         chex.assert_trees_all_equal(getattr(whole, field), getattr(by_chunks, field))

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from tests.support import row_updates
+from tests.support.chunk_values import set_chunk_values
 from ultramem_jax.kernels.rules import RowKernel
-from ultramem_jax.ops import chunks
 from ultramem_jax.ops.lookup import GradientsOfReads, RowGradients, rows_read
 from ultramem_jax.ops.rows import from_stored, stored_dtype, to_stored
 from ultramem_jax.training.row_rules import RowMoments, adamw
@@ -62,7 +62,7 @@ def test_chunks_of_rows_change_no_bit(monkeypatch):
         arguments = gradients, start, table, jnp.asarray(2), SEED
         whole = jax.jit(optimizer.update, static_argnames="record")(*arguments, record=True)
         with monkeypatch.context() as patch:
-            patch.setattr(chunks, "_CHUNK_VALUES", 3 * 8 * 6)  # six rows at a time: 20 = 6 + 6 + 6 + 2
+            set_chunk_values(patch, 3 * 8 * 6)  # six rows at a time: 20 = 6 + 6 + 6 + 2
             by_chunks = jax.jit(_optimizer(**kept).update, static_argnames="record")(*arguments, record=True)
         for field in ("table", "moments", "before"):
             chex.assert_trees_all_equal(getattr(whole, field), getattr(by_chunks, field))

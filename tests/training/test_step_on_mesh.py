@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.chunk_values import set_chunk_values
 from tests.support.mesh_step import (
     BOTH,
     MEMORY,
@@ -22,7 +23,6 @@ from tests.support.mesh_step import (
 )
 from tests.support.users_compiler import fuse_as_for_users
 from ultramem_jax.config import DataConfig, MeshConfig
-from ultramem_jax.ops import chunks
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.row_sparse import ROW_ARRAYS
@@ -91,7 +91,7 @@ def test_rows_that_go_on_from_one_chunk_to_the_next(monkeypatch):
     # Some reads at a time of 1024, of 16 rows: rows span many chunks.
     config = replace(BOTH, data=DataConfig(seq_len=8))
     expected, *_ = _expected(config, 1)
-    monkeypatch.setattr(chunks, "_CHUNK_VALUES", 7 * ROW_ARRAYS * 4)
+    set_chunk_values(monkeypatch, 7 * ROW_ARRAYS * 4)
     state, *_ = run(config, 1)
     ours, theirs = ((s.tables, s.table_state) for s in (state, expected))
     chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -12,6 +12,7 @@ from ultramem_jax.config.model import layer_name, table_readers
 from ultramem_jax.layers import Attention, Memory, RMSNorm, SharedTables, feed_forward
 from ultramem_jax.layers.caching import CACHE, Chunk, next_chunk
 from ultramem_jax.layers.parameters import matrix, served_parameter
+from ultramem_jax.ops.embedding import embed
 from ultramem_jax.ops.linear import project
 from ultramem_jax.ops.on_mesh import constrain_tokens
 
@@ -89,7 +90,7 @@ class Transformer(nn.Module):
             (config.vocab_size, config.embed_dim),
             jnp.float32,
         )
-        x = constrain_tokens(dropout(embedding.at[tokens].get(mode="clip").astype(dtype)))
+        x = constrain_tokens(dropout(embed(embedding, tokens).astype(dtype)))
         chunk = self._chunk(tokens, counts)
         shared = {
             name: SharedTables(readers[0], name=name)()

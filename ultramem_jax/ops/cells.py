@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from ultramem_jax.kernels import calls
 from ultramem_jax.kernels.dispatch import native_or
+from ultramem_jax.ops.algorithms import algorithms
+from ultramem_jax.ops.cells_by_ranks import best_cells_by_ranks, cell_scores_by_ranks
 from ultramem_jax.ops.chunks import map_chunks
 from ultramem_jax.ops.on_mesh import per_token, per_token_and_sum
 
@@ -69,6 +71,8 @@ best_cells.defvjp(_forward, _backward)
 
 
 def _best_cells(scores: jax.Array, cores: jax.Array, top_m: int) -> _Cells:
+    if algorithms().selection == "ranks":
+        return best_cells_by_ranks(scores, cores, top_m)
     summed = cores.sum(1)
 
     def best(scores: jax.Array) -> jax.Array:
@@ -90,7 +94,9 @@ def _best_cells(scores: jax.Array, cores: jax.Array, top_m: int) -> _Cells:
 def _gradients(
     cotangent: jax.Array, cells: jax.Array, scores: jax.Array, cores: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return jax.vjp(partial(cell_scores, cells=cells), scores, cores)[1](cotangent)
+    by_ranks = algorithms().selection == "ranks"
+    of_cells = cell_scores_by_ranks if by_ranks else cell_scores
+    return jax.vjp(partial(of_cells, cells=cells), scores, cores)[1](cotangent)
 
 
 def cell_scores(scores: jax.Array, cores: jax.Array, cells: jax.Array) -> jax.Array:

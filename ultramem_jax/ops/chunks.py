@@ -6,12 +6,12 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-_CHUNK_VALUES = 1 << 22
-"""Temporary values of a chunk (16 MB of float32). On CPU they stay in the cache and are paged in once. On an
-accelerator they are still enough to fill it."""
+from ultramem_jax.ops.algorithms import algorithms
 
 Result = TypeVar("Result")
 """A pytree of arrays."""
+Total = TypeVar("Total")
+"""A pytree of arrays that are sums over tokens."""
 
 
 def map_chunks(function: Callable[..., Result], values_per_token: int, *arrays: jax.Array) -> Result:
@@ -68,9 +68,40 @@ def fold_chunks(
     return done if count * chunk == tokens else function(done, *(a[count * chunk :] for a in arrays))
 
 
+def scan_chunks(
+    function: Callable[..., tuple[Total, Result]],
+    start: Total,
+    values_per_token: int,
+    *arrays: jax.Array,
+) -> tuple[Total, Result]:
+    """Computes what `fold_chunks` and `map_chunks` compute, for a function that gives both.
+
+    Args:
+        function: maps the total so far and arrays (T, ...), for any T, to the new total and a tree of arrays
+            (T, ...).
+        start: a tree of arrays.
+        values_per_token: number of temporary values that `function` holds for a token.
+        *arrays: (T, ...) each.
+    """
+    tokens = arrays[0].shape[0]
+    chunk = chunk_tokens(values_per_token)
+    if tokens <= chunk:
+        return function(start, *arrays)
+    count = tokens // chunk
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    total, mapped = jax.lax.scan(
+        lambda total, i: function(total, *_chunk(arrays, i * chunk, chunk)), start, numbers
+    )
+    mapped = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), mapped)
+    if count * chunk == tokens:
+        return total, mapped
+    total, rest = function(total, *(a[count * chunk :] for a in arrays))
+    return total, jax.tree.map(lambda *parts: jnp.concatenate(parts), mapped, rest)
+
+
 def chunk_tokens(values_per_token: int) -> int:
     """Returns the number of tokens of a chunk."""
-    return max(_CHUNK_VALUES // values_per_token, 1)
+    return max(algorithms().chunk_values // values_per_token, 1)
 
 
 def _chunk(arrays: tuple[jax.Array, ...], first: jax.Array, size: int) -> tuple[jax.Array, ...]:

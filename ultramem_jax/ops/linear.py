@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from ultramem_jax.platforms import platform
+
 LEAST_ROWS = 4
 """Fewest rows of a bfloat16 product on CPU: a single row does not reach the matrix unit. 1 token against
 100 MB of weights on 2 CPU cores takes 63 ms, padded to 4 rows 8 ms."""
@@ -58,7 +60,7 @@ def project(x: jax.Array, weights: Matrix, result_dtype: DTypeLike | None = None
 def _by_output(x: jax.Array, weights: jax.Array) -> jax.Array:
     """Multiplies x (T, D) with the transpose of weights (F, D) -> (T, F) float32."""
     tokens, contract_last = x.shape[0], (((1,), (1,)), ((), ()))
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = platform() == "cpu"
     if on_cpu and x.dtype == jnp.float32:
         # XLA's kernel packs its right operand before it starts, so the weights are the left one. Without the
         # barrier, XLA would swap the operands to produce the transposed result directly. In bfloat16 this

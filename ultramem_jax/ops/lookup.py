@@ -21,8 +21,8 @@ from ultramem_jax.kernels import calls
 from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.memory_spaces import is_on_host
 from ultramem_jax.ops.chunks import map_chunks
+from ultramem_jax.ops.row_sums import sorted_rows, sums_of_rows
 from ultramem_jax.ops.rows import take_rows
-from ultramem_jax.ops.sorting import sort_with_order
 
 _PoolingSaved = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """Table, slots, blocks and scores, which `pooled_lookup` keeps for its backward pass."""
@@ -249,18 +249,7 @@ def rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
 
 
 def _rows_read(slots: jax.Array, num_slots: int) -> RowsRead:
-    num_reads = slots.size
-    num_rows = min(num_reads, num_slots)
-    ordered, order = sort_with_order(slots, num_slots)
-    first = jnp.concatenate([jnp.ones((1,), bool), ordered[1:] != ordered[:-1]])
-    row_of_read = jnp.cumsum(first.astype(jnp.int32)) - 1
-    past_the_end = num_slots + jnp.arange(num_rows, dtype=jnp.int32)
-    return RowsRead(
-        slots=past_the_end.at[row_of_read].set(ordered),
-        counts=_sum_by_row(jnp.ones_like(row_of_read), row_of_read, num_rows),
-        order=order,
-        row_of_read=row_of_read,
-    )
+    return RowsRead(*sorted_rows(slots, num_slots))
 
 
 def row_gradients(of_reads: GradientsOfReads) -> RowGradients:
@@ -272,11 +261,7 @@ def row_gradients(of_reads: GradientsOfReads) -> RowGradients:
         cotangent[rows.order // blocks.shape[1], blocks.reshape(-1)[rows.order]],
         scores.reshape(-1, scores.shape[-1])[rows.order],
     )
-    return RowGradients(rows.slots, _sum_by_row(per_read, rows.row_of_read, rows.slots.shape[0]))
-
-
-def _sum_by_row(reads: jax.Array, row_of_read: jax.Array, num_rows: int) -> jax.Array:
-    return jax.ops.segment_sum(reads, row_of_read, num_rows, indices_are_sorted=True)
+    return RowGradients(rows.slots, sums_of_rows(per_read, rows.row_of_read, rows.counts))
 
 
 def read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 
 from ultramem_jax.kernels import calls
 from ultramem_jax.kernels.dispatch import native_or
+from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.ops.chunks import fold_chunks
 from ultramem_jax.ops.lookup import slice_sums, weighed_rows
+from ultramem_jax.ops.row_sums import runs_of, sums_of_rows
 from ultramem_jax.ops.rows import take_rows
 
 
@@ -70,32 +72,52 @@ class OwnedReads(NamedTuple):
     """(T·R,) int32: row of each read, counted from `first`; outside [0, N/P) for reads that are not owned."""
 
 
-def owned_reads(slots: jax.Array, first: jax.Array, num_rows: int) -> OwnedReads:
-    """Lists the reads of slots (T, R) int32 that fall into the `num_rows` rows from `first` on."""
+def owned_reads(
+    slots: jax.Array, first: jax.Array, num_rows: int, order: jax.Array | None = None
+) -> OwnedReads:
+    """Lists the reads of slots (T, R) int32 that fall into the `num_rows` rows from `first` on.
+
+    Args:
+        slots: (T, R) int32.
+        first: () int32.
+        num_rows: N/P.
+        order: (T·R,) int32, at least 0, by which owned reads are listed on accelerators; None for their own
+            order, which they always have on CPU.
+    """
     slots = slots.reshape(-1) - first
     owned = (slots >= 0) & (slots < num_rows)
-    place = jnp.where(owned, jnp.cumsum(owned, dtype=jnp.int32) - 1, slots.size)
     reads = jnp.arange(slots.size, dtype=jnp.int32)
-    places = jnp.zeros_like(reads).at[place].set(reads, mode="drop")
-    return OwnedReads(places, owned.sum(dtype=jnp.int32), slots)
+    num_owned = owned.sum(dtype=jnp.int32)
+    if algorithms().sums_by_row == "scatter":
+        place = jnp.where(owned, jnp.cumsum(owned, dtype=jnp.int32) - 1, slots.size)
+        return OwnedReads(jnp.zeros_like(reads).at[place].set(reads, mode="drop"), num_owned, slots)
+    key = jnp.where(owned, reads if order is None else order, jnp.iinfo(jnp.int32).max)
+    places = jax.lax.sort_key_val(key, reads)[1]
+    return OwnedReads(jnp.where(reads < num_owned, places, 0), num_owned, slots)
 
 
 def _pool_listed(
     table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, first: jax.Array, expansion: int
 ) -> jax.Array:
-    owned = owned_reads(slots, first, table.shape[0])
     tokens, reads, cores = scores.shape
-    blocks, flat = blocks.reshape(-1), scores.reshape(-1, cores)
+    count = tokens * reads
+    target = jnp.arange(count, dtype=jnp.int32) // reads * expansion + blocks.reshape(-1)
+    owned = owned_reads(slots, first, table.shape[0], target)
+    flat = scores.reshape(-1, cores)
 
     def add(pooled: jax.Array, number: jax.Array, index: jax.Array) -> jax.Array:
         rows = _owned_rows(table, owned, index).astype(scores.dtype)
         # A chunk can reach beyond the last owned read. The scatter drops what it finds there.
-        target = jnp.where(number < owned.num_owned, index // reads * expansion + blocks[index], len(pooled))
+        to = jnp.where(number < owned.num_owned, target[index], len(pooled))
         weighed = weighed_rows(rows, flat[index])
-        return pooled.at[target].add(weighed, mode="drop", indices_are_sorted=expansion == 1)
+        if algorithms().sums_by_row == "scatter":
+            return pooled.at[to].add(weighed, mode="drop", indices_are_sorted=expansion == 1)
+        runs = runs_of(to, len(pooled) + jnp.arange(to.size, dtype=jnp.int32))
+        sums = sums_of_rows(weighed.astype(jnp.float32), runs.run_of_entry, runs.counts)
+        return pooled.at[runs.values].add(sums, mode="drop", unique_indices=True, indices_are_sorted=True)
 
     zeros = jnp.zeros((tokens * expansion, table.shape[1]), jnp.float32)
-    numbers = jnp.arange(len(owned.places), dtype=jnp.int32)
+    numbers = jnp.arange(count, dtype=jnp.int32)
     pooled = fold_chunks(add, zeros, 2 * table.shape[1], numbers, owned.places, up_to=owned.num_owned)
     return pooled.reshape(tokens, expansion, -1).astype(scores.dtype)
 
@@ -110,8 +132,9 @@ def _multiply_listed(
     def put(products: jax.Array, number: jax.Array, index: jax.Array) -> jax.Array:
         rows = _owned_rows(table, owned, index).astype(vectors.dtype)
         of_reads = of_blocks.at[index // reads * expansion + blocks[index]].get(mode="promise_in_bounds")
-        target = jnp.where(number < owned.num_owned, index, len(products))
-        return products.at[target].set(slice_sums(rows * of_reads, cores), mode="drop")
+        target = jnp.where(number < owned.num_owned, index, len(products) + number)
+        sums = slice_sums(rows * of_reads, cores)
+        return products.at[target].set(sums, mode="drop", unique_indices=True)
 
     zeros = jnp.zeros((tokens * reads, cores), vectors.dtype)
     numbers = jnp.arange(len(owned.places), dtype=jnp.int32)

@@ -17,9 +17,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.ops import small_svd
+from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.ops.cells import best_cells, no_cores
+from ultramem_jax.ops.key_products import candidates_by_products
 from ultramem_jax.ops.key_scores import best_keys, key_scores
+from ultramem_jax.ops.row_sums import counted
 from ultramem_jax.ops.served_keys import ServedKeys, served_candidates
+from ultramem_jax.ops.topk import take_along_last
 
 Keys = jax.Array | ServedKeys
 """Keys (2, S, r, K, d), or those of a served model."""
@@ -95,7 +100,7 @@ def leading_singular_vectors(
     Returns:
         u (H, r) and t (H, r), float32, without a gradient.
     """
-    left, _, right = jnp.linalg.svd(jax.lax.stop_gradient(core).astype(jnp.float32))
+    left, _, right = small_svd.small_svd(core)
     u, t = left[:, :, 0], right[:, 0, :]
     distance = _distance(u, last_u) + _distance(t, last_t)
     mirrored = _distance(-u, last_u) + _distance(-t, last_t)
@@ -141,14 +146,14 @@ def balance_loss(scores: jax.Array, candidates: jax.Array) -> jax.Array:
         () float32, without the weight β.
     """
     num_keys = scores.shape[-1]
-    counts = jnp.zeros((num_keys,), jnp.float32).at[candidates.reshape(-1)].add(1.0)
+    counts = counted(candidates, num_keys).astype(jnp.float32)
     probability = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).mean((0, 1))
     return num_keys * (counts / candidates.size * probability).sum()
 
 
 def singular_values(cores: jax.Array) -> jax.Array:
     """Returns the (H, r) float32 singular values of the sum of `cores` (H, h, r, r), largest first."""
-    return jnp.linalg.svd(cores.astype(jnp.float32).sum(1), compute_uv=False)
+    return small_svd.singular_values(cores.astype(jnp.float32).sum(1))
 
 
 def _candidates(
@@ -157,6 +162,8 @@ def _candidates(
     """Returns the keys (T, 2, H, m) whose cells are compared, and their scores (T, 2, H, r, m)."""
     if isinstance(keys, ServedKeys):
         return served_candidates(queries, keys, top_m)
+    if algorithms().candidates == "products":
+        return candidates_by_products(queries, keys, directions, top_m)
     candidates = best_keys(queries, keys, directions, top_m)
     return candidates, key_scores(queries, keys, candidates)
 
@@ -164,9 +171,5 @@ def _candidates(
 def _retrieved(candidates: jax.Array, scores: jax.Array, cores: jax.Array, top_m: int) -> Retrieved:
     cells, of_cells = best_cells(scores, cores, top_m)
     row, column = jnp.divmod(cells, top_m)
-    return Retrieved(_index(candidates[:, 0], row), _index(candidates[:, 1], column), of_cells, candidates)
-
-
-def _index(values: jax.Array, position: jax.Array) -> jax.Array:
-    """Takes entries along the last axis; every position is known to be in bounds."""
-    return jnp.take_along_axis(values, position, axis=-1, mode="promise_in_bounds")
+    rows, columns = take_along_last(candidates[:, 0], row), take_along_last(candidates[:, 1], column)
+    return Retrieved(rows, columns, of_cells, candidates)

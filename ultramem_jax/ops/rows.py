@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import compute_on as _compute_on
 
 from ultramem_jax.memory_spaces import is_on_host
+from ultramem_jax.platforms import platform
 
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 # Before jax 0.12 the function is called `compute_on2`, from 0.12 on `compute_on`.
@@ -83,7 +84,7 @@ def put_stored_rows(table: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.
 
     # A GPU writes into host memory by itself. If the host wrote, XLA would give it a copy of the table. The
     # TPU's compiler has no other way than the host, and makes no copy.
-    if is_on_host(table) and jax.default_backend() == "tpu":
+    if is_on_host(table) and platform() == "tpu":
         return on_host(put)(table, *jax.device_put((slots, rows), _HOST))
     return put(table, slots, rows)
 

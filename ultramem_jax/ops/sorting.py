@@ -2,12 +2,14 @@
 
 XLA sorts pairs of keys and positions with a comparator that it calls for each comparison. A sort of one array
 of words takes a quarter of that time on CPU (docs/performance.md). So a key and its position share a word
-here. Keys that do not fit are sorted digit by digit, least significant first. The positions in the low bits
-keep each pass stable.
+here. (On accelerators, pairs are sorted.) Keys that do not fit are sorted digit by digit, least significant
+first. The positions in the low bits keep each pass stable.
 """
 
 import jax
 import jax.numpy as jnp
+
+from ultramem_jax.ops.algorithms import algorithms
 
 _WORD_BITS = 32
 _LEAST_DIGIT_BITS = 8
@@ -27,7 +29,7 @@ def sort_with_order(keys: jax.Array, num_values: int) -> tuple[jax.Array, jax.Ar
     count = keys.shape[0]
     position_bits = max((count - 1).bit_length(), 1)
     digit_bits = _WORD_BITS - position_bits
-    if digit_bits < _LEAST_DIGIT_BITS:
+    if digit_bits < _LEAST_DIGIT_BITS or algorithms().sort == "pairs":
         ordered, order = jax.lax.sort_key_val(keys, jnp.arange(count, dtype=jnp.int32))
         return ordered, order
     positions = jnp.arange(count, dtype=jnp.uint32)

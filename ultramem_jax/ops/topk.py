@@ -1,10 +1,10 @@
 """Finds the exact top-k, and stays fast on long rows.
 
-On CPU a native kernel finds it. Elsewhere `jax.lax.top_k` does, which passes a row through a heap of the k
-best, one value at a time. So a long row is cut into tiles. The k tiles with the largest maxima hold the k
-largest values, because each of these k maxima is at least as large as anything in another tile. So the heap
-sees K/b maxima and then k tiles of b values. The maxima are a plain reduction, vectorised and on all CPU
-cores.
+On CPU a native kernel finds it, on accelerators `ultramem_jax.ops.selection`. Elsewhere `jax.lax.top_k` does,
+which passes a row through a heap of the k best, one value at a time. So a long row is cut into tiles. The k
+tiles with the largest maxima hold the k largest values, because each of these k maxima is at least as large
+as anything in another tile. So the heap sees K/b maxima and then k tiles of b values. The maxima are a plain
+reduction, vectorised and on all CPU cores.
 """
 
 import math
@@ -16,6 +16,8 @@ import numpy as np
 
 from ultramem_jax.kernels import calls
 from ultramem_jax.kernels.dispatch import native_or
+from ultramem_jax.ops.algorithms import algorithms
+from ultramem_jax.ops.selection import largest, pick, pick_with_gradient
 from ultramem_jax.tree_types import ArrayTree
 
 _SHORT_ROW = 4095
@@ -51,11 +53,28 @@ def _derivative(
     k: int, block: int | None, primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[tuple[jax.Array, jax.Array], ArrayTree]:
     values, index = top_k(*primals, k, block)
-    of_values = jnp.take_along_axis(*tangents, index, axis=-1, mode="promise_in_bounds")
+    of_values = take_along_last(*tangents, index)
     return (values, index), (of_values, np.zeros(index.shape, jax.dtypes.float0))
 
 
+def take_along_last(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Takes entries of x (..., K) at index (..., k) int32 in [0, K), with a derivative without a scatter."""
+    if algorithms().selection == "heap":
+        return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
+    columns, positions = x.reshape(-1, x.shape[-1]).T, index.reshape(-1, index.shape[-1]).T
+    return pick_with_gradient(columns, positions).T.reshape(index.shape)
+
+
+def _by_ranks(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    columns = x.reshape(-1, x.shape[-1]).T
+    index = largest(columns, k)
+    values = pick(columns, index)
+    return values.T.reshape(*x.shape[:-1], k), index.T.reshape(*x.shape[:-1], k)
+
+
 def _tiled_top_k(x: jax.Array, k: int, block: int | None) -> tuple[jax.Array, jax.Array]:
+    if algorithms().selection == "ranks" and block is None:
+        return _by_ranks(x, k)
     length = x.shape[-1]
     block = _block(length, k) if block is None else block
     num_blocks = length // block

@@ -17,10 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from ultramem_jax.config import exchange_purposes as purposes
 from ultramem_jax.kernels.dispatch import native_or
+from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.ops.chunks import chunk_tokens
 from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.lookup import GradientsOfReads, RowGradients, RowsRead, read_gradients, rows_read
 from ultramem_jax.ops.on_mesh import MeshAxes, island
+from ultramem_jax.ops.row_sums import runs_of, sums_of_rows
 from ultramem_jax.ops.sharded_lookup import first_slot, narrow_blocks, own_cores
 from ultramem_jax.parallel.rules import table_specs
 from ultramem_jax.training.row_sparse import ROW_ARRAYS, RowSparseTransformation, TablePart
@@ -267,16 +269,22 @@ class OwnedTable:
             # Reads of other devices get a row past all rows, and are dropped.
             row = jnp.where(here, row_at(place) - row_at(place[0]), size)
             last = jnp.max(jnp.where(here, row, 0))
-            slots = nowhere.at[row].set(rows.slots.at[row_at(place)].get(mode="clip"), mode="drop")
+            slots = rows.slots.at[row_at(place[0]) + number].get(mode="clip")
+            slots = jnp.where(number <= last, slots, nowhere)
             goes_on = (end < num_reads) & (row_at(end) == row_at(end - 1))
             slots = jnp.where(goes_on & (number == last), nowhere, slots)
             index = rows.order.at[place].get(mode="clip")
             after = _Carry(_Rows({}, {}, squares), {})
             for name, array in parts.items():
-                sums = jnp.zeros((size, array.shape[1]), jnp.float32)
-                sums = sums.at[row].add(
-                    _gradients_of(of_reads[name], index), mode="drop", indices_are_sorted=True
-                )
+                of_chunk = _gradients_of(of_reads[name], index)
+                if algorithms().sums_by_row == "scatter":
+                    sums = jnp.zeros((size, array.shape[1]), jnp.float32)
+                    sums = sums.at[row].add(of_chunk, mode="drop", indices_are_sorted=True)
+                else:
+                    # Reads of other devices come last. They count to the last row, and add nothing.
+                    of_chunk = jnp.where(here[:, None], of_chunk, 0)
+                    runs = runs_of(jnp.minimum(row, last), number)
+                    sums = sums_of_rows(of_chunk, runs.run_of_entry, runs.counts)
                 sums = sums.at[0].add(carried[name])
                 update = optimizer.update(
                     RowGradients(slots_if(finite, slots), sums),
