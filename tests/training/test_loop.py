@@ -294,8 +294,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(conf
     def poisoned(*args, **kwargs):
         step = make(*args, **kwargs)
 
-        def at_four(state, tokens):
-            state, metrics = step(state, tokens)
+        def at_four(state, tokens, halted):
+            state, metrics = step(state, tokens, halted)
             bad = jax.numpy.where(state.step == 4, jax.numpy.nan, metrics["loss"])
             return state, metrics | {"loss": bad}
 

@@ -19,6 +19,10 @@ COMMANDS = {
         "ultramem_jax.commands.count",
         "parameters, FLOPs and bytes read per token of the presets, without building them",
     ),
+    "audit": Command(
+        "ultramem_jax.commands.audit",
+        "what the compilers of GPUs and TPUs make of a step, without the devices",
+    ),
     "plan": Command(
         "ultramem_jax.commands.plan",
         "bytes, collectives and time of a step on any mesh, without its devices",

@@ -19,8 +19,10 @@ from ultramem_jax.models.generation import text_generator
 from ultramem_jax.models.sampling import Sampling
 from ultramem_jax.parallel.distributed import is_first
 from ultramem_jax.presets import preset
+from ultramem_jax.reporting.folders import make_folder
 from ultramem_jax.training.loop import train
 from ultramem_jax.training.metrics import plot_loss_curve
+from ultramem_jax.training.profiling import Profile
 from ultramem_jax.training.restore import load_model
 from ultramem_jax.training.state import model_variables
 
@@ -30,6 +32,9 @@ WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run; empty: runs/<na
 SAMPLE = flags.DEFINE_integer(
     "sample", 0, "tokens to sample from the trained model at the end; 0: none", lower_bound=0
 )
+PROFILE = flags.DEFINE_string(
+    "profile", "", "folder for a profile of a few steps, which xprof and TensorBoard show; empty: none"
+)
 
 
 def main() -> None:
@@ -37,7 +42,10 @@ def main() -> None:
     config = command_line.run_config()
     workdir = pathlib.Path(WORKDIR.value or f"runs/{command_line.config_name()}")
     corpus = load_corpus(config.data)
-    result = train(config, workdir, corpus=corpus)
+    profile = Profile(pathlib.Path(PROFILE.value)) if PROFILE.value else None
+    if profile:
+        make_folder(pathlib.Path(PROFILE.value), "--profile")
+    result = train(config, workdir, corpus=corpus, profile=profile)
     if not result.finished:
         raise Stopped(
             f"stopped at step {result.step} of {config.train.steps}; the same command goes on from there"

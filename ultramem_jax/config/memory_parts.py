@@ -183,6 +183,14 @@ class AddressConfig(Checked):
         """Returns the FLOPs of a token that choose rows from scores, beside products with parameters."""
         return 0
 
+    def kept_bytes(self, site: "MemorySite") -> int:
+        """Returns the bytes of a token that addressing keeps for the backward pass."""
+        return 0
+
+    def choosing_width(self, site: "MemorySite") -> int:
+        """Returns the float32 values of a token that are held at a time while its rows are chosen."""
+        return 0
+
     def stages(self, site: "MemorySite") -> dict[str, Stage]:
         """Returns the stages of addressing in a training step by name, in their order."""
         return {}

@@ -34,17 +34,20 @@ class Algorithms:
     pairs, which takes no gathers between the digits."""
     svd: Literal["library", "small"]
     """How Tucker cores are decomposed (`ops.small_svd`): by the library's solver, or in plain JAX."""
+    loops: Literal["as_needed", "fixed"]
+    """How many chunks of rows an update goes through: as many as there are rows, or always all. A GPU asks
+    the host before each pass of a loop whose length it does not know."""
     chunk_values: int
     """Temporary values of a chunk of tokens (`ops.chunks`)."""
 
 
 _BY_PLATFORM: dict[Platform, Algorithms] = {
     # 16 MB of float32 stay in the cache, and are paged in once.
-    "cpu": Algorithms("heap", "gather", "rows", "scatter", "words", "library", 1 << 22),
+    "cpu": Algorithms("heap", "gather", "rows", "scatter", "words", "library", "as_needed", 1 << 22),
     # A loop over chunks costs a GPU a few launches for each pass. 1 GB of float32 is a hundredth of its
     # memory.
-    "gpu": Algorithms("ranks", "gather", "products", "products", "pairs", "small", 1 << 28),
-    "tpu": Algorithms("ranks", "compare", "products", "products", "pairs", "small", 1 << 27),
+    "gpu": Algorithms("ranks", "gather", "products", "products", "pairs", "small", "fixed", 1 << 28),
+    "tpu": Algorithms("ranks", "compare", "products", "products", "pairs", "small", "as_needed", 1 << 27),
 }
 
 

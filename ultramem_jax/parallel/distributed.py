@@ -178,6 +178,39 @@ def any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
 
 
+class PeriodicQuestion:
+    """Asks in a loop of steps whether a flag is True in any process, once in a while and not in every step.
+
+    All processes ask at the same steps: an answer brings along the step of the next question, which the first
+    process derives from its own speed. A process by itself is asked in every step.
+    """
+
+    def __init__(self, seconds: float = 2.0):
+        """Prepares to ask.
+
+        Args:
+            seconds: about the time between two questions.
+        """
+        self._seconds, self._next = seconds, 0
+
+    def __call__(self, flag: bool, step: int, seconds_per_step: float) -> bool:
+        """Returns whether the flag was True in any process, if it is time to ask; all processes must call it.
+
+        Args:
+            flag: this process's flag, which stays True once it is.
+            step: number of the step, the same in all processes.
+            seconds_per_step: speed of this process; NaN if it is not known yet.
+        """
+        if jax.process_count() == 1:
+            return flag
+        if step < self._next:
+            return False
+        pause = max(int(self._seconds / max(seconds_per_step, 1e-3)), 1) if seconds_per_step > 0 else 1
+        answers = multihost_utils.process_allgather(np.asarray([flag, pause], np.int32))
+        self._next = step + int(answers[0, 1])
+        return bool(answers[:, 0].any())
+
+
 def gather(value: Any) -> list[Any]:
     """Returns the values of all processes, in their order; all processes must call it.
 

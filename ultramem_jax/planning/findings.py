@@ -186,7 +186,7 @@ def _kinds(
     elif opcode in ("copy", "copy-start") and not place.is_fused:
         spaces = {array.is_in_host_memory for array in result if array.shape}
         operand = _operand(instruction, place.computation)
-        if len(spaces) > 1 or operand.is_in_host_memory not in spaces:
+        if len(spaces) > 1 or (spaces and operand.is_in_host_memory not in spaces):
             yield "host", f"{opcode} {result[0]}", 0
     if not place.is_fused and opcode not in _NO_KERNEL:
         for array in result:

@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import pathlib
 import signal
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from ultramem_jax.data import Corpus, load_corpus, train_iterator
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.distributed import (
-    any_process,
+    PeriodicQuestion,
     from_first,
     gather,
     is_first,
@@ -33,7 +33,9 @@ from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.continuing import check_same_run, corpus_identity, say_what_changed
 from ultramem_jax.training.dense_optimizer import Optimizers, make_optimizers
 from ultramem_jax.training.evaluation import Evaluation, Evaluator, TargetBytes, bits_per_byte
+from ultramem_jax.training.in_flight import FinishedStep, StepsInFlight
 from ultramem_jax.training.metrics import MetricWriter
+from ultramem_jax.training.profiling import Profile
 from ultramem_jax.training.refusals import refusals_in_a_line
 from ultramem_jax.training.restore import mend_tokenizer, save_tokenizer
 from ultramem_jax.training.room import require_room, running_out_in_a_line
@@ -43,7 +45,7 @@ from ultramem_jax.training.state import (
     fresh_state,
     model_variables,
 )
-from ultramem_jax.training.step import Metrics, make_train_step
+from ultramem_jax.training.step import Metrics, StepResult, checked_metrics, is_finite, make_train_step
 from ultramem_jax.training.token_maps import for_tokenizer, with_token_maps
 from ultramem_jax.training.undo_log import is_worth_it
 from ultramem_jax.training.window import LossWindow
@@ -53,9 +55,6 @@ from ultramem_jax.tree_types import JsonDict
 log = logging.getLogger(__name__)
 
 _NONE = Evaluation(loss=math.nan, bits_per_byte=math.nan, tokens=0)
-
-_TIMED_STEPS = 1000
-"""Number of last steps that the median speed of a run covers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +81,7 @@ def train(
     *,
     progress: bool = True,
     corpus: Corpus | None = None,
+    profile: Profile | None = None,
 ) -> TrainResult:
     """Trains a new run, or resumes the run that `workdir` holds.
 
@@ -99,6 +99,7 @@ def train(
         workdir: folder of this run, created if it is missing. Several processes share it.
         progress: whether to draw a progress bar on standard error.
         corpus: prepared data, if it is at hand already. Otherwise it is made from `config.data`.
+        profile: what to profile; None for nothing.
 
     Raises:
         UserError: bad input; a checkpoint of another model, text or tokenizer; a workdir that is in use; a
@@ -107,10 +108,16 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     with refusals_in_a_line(workdir), running_out_in_a_line(count_parameters(config.model).total):
-        return _train(config, workdir, progress, corpus)
+        return _train(config, workdir, progress, corpus, profile)
 
 
-def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Corpus | None) -> TrainResult:
+def _train(
+    config: RunConfig,
+    workdir: pathlib.Path,
+    progress: bool,
+    corpus: Corpus | None,
+    profile: Profile | None,
+) -> TrainResult:
     corpus = corpus if corpus is not None else load_corpus(config.data)
     check_vocabulary(config, corpus)
     config, token_map = for_tokenizer(config, corpus.tokenizer)
@@ -171,6 +178,8 @@ def _train(config: RunConfig, workdir: pathlib.Path, progress: bool, corpus: Cor
                 data=data,
                 corpus=corpus_identity(corpus),
                 stop=stop,
+                asked=PeriodicQuestion(),
+                profile=profile or Profile(),
                 window=window,
             )
             shard = functools.partial(shard_batch, axes=axes, batch_size=size)
@@ -232,14 +241,23 @@ class _StepFunction:
         self._checkpoints = checkpoints
         shardings = jax.tree.map(lambda a: a.sharding, state)
         beside = (state.step.sharding,) * (2 if self.records else 1)
-        step = make_train_step(config, optimizers, self.records, axes)
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, *beside))
+        train_step = make_train_step(config, optimizers, self.records, axes)
+
+        def step(state: TrainState, tokens: jax.Array, halted: jax.Array) -> tuple[jax.Array, StepResult]:
+            after = train_step(state, tokens, halted)
+            return halted | ~is_finite(after[1]), after
+
+        shardings = state.step.sharding, (shardings, *beside)
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+        # The device notices a loss that is not finite before the host does, and writes no more rows.
+        self._halted = jax.device_put(np.zeros((), bool), state.step.sharding)
 
     def __call__(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
         if not self.records:
-            return self._step(state, tokens)
+            self._halted, (state, metrics) = self._step(state, tokens, self._halted)
+            return state, metrics
         with self._checkpoints.recorded_step() as undo_log:
-            state, metrics, before = self._step(state, tokens)
+            self._halted, (state, metrics, before) = self._step(state, tokens, self._halted)
             if undo_log is not None:
                 undo_log.record(state.tables, state.table_state, before)
             return state, metrics
@@ -261,6 +279,9 @@ class _Run:
     corpus: JsonDict
     """Identity of the data, as a checkpoint holds it (`continuing.corpus_identity`)."""
     stop: "_StopOnSigterm"
+    asked: PeriodicQuestion
+    """Asks whether any process was asked to stop."""
+    profile: Profile
     window: LossWindow
     validation: Evaluation = _NONE
     """The newest evaluation."""
@@ -279,52 +300,72 @@ class _Run:
         If `unmarked`, it evaluates `start` first.
         """
         train = self.config.train
-        targets = train.batch_size * self.config.data.seq_len
-        seconds: deque[float] = deque(maxlen=_TIMED_STEPS)
-        step, stopping = start, False
+        in_flight, step, stopping = StepsInFlight(), start, False
         bar = tqdm(total=train.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
         with bar:
             if unmarked or start == train.steps:  # a finished run still reports its numbers
                 bar.set_postfix_str("evaluating")
                 stopping = not self._evaluate(step, state, known=not unmarked)
+                in_flight.restart_clock()
             # Compiling makes the first step take up to a minute.
             bar.set_postfix_str("compiling" if step < train.steps else "")
             while step < train.steps and not stopping:
-                began = time.perf_counter()
-                batch = shard(next(self.data)["tokens"])
-                num_bytes = self.target_bytes(batch)
-                state, metrics = step_function(state, batch)
-                loss = self._finite(metrics, step + 1)
-                seconds.append(time.perf_counter() - began)
+                with self.profile.of_step(step + 1):
+                    batch = shard(next(self.data)["tokens"])
+                    num_bytes = self.target_bytes(batch)
+                    state, metrics = step_function(state, batch)
                 step += 1
-                self.window.add(loss, int(num_bytes) / targets)
-                bits = bits_per_byte(loss, int(num_bytes) / targets)
-                speed = targets / float(np.median(list(seconds)[-20:]))
-                said = f"loss {loss:.3f} ({bits:.3f} bits/byte), {speed:,.0f} tokens/s"
-                bar.set_postfix_str(said)
-                bar.update()
+                in_flight.add(step, metrics, num_bytes)
                 last = step == train.steps
-                if last or step % train.log_every == 0:
-                    scalars = {name: float(value) for name, value in metrics.items()}
-                    self._write(step, "train", scalars | self.window.take() | {"tokens_per_second": speed})
+                saved, evaluated = (
+                    _due(step, every, last) for every in (train.checkpoint_every, train.eval_every)
+                )
+                self._account_for(in_flight.finished(wait_for_all=last or saved or evaluated), in_flight, bar)
                 # The signal may reach only one process, or reach them in different steps.
-                stopping = any_process(self.stop.requested) and not last
-                saved = stopping or _due(step, train.checkpoint_every, last)
-                if saved:
+                stopping = self.asked(self.stop.requested, step, in_flight.seconds_per_step()) and not last
+                if stopping:
+                    self._account_for(in_flight.finished(wait_for_all=True), in_flight, bar)
+                if stopping or saved:
                     self._save(step, state, step_function.records)
-                if not stopping and _due(step, train.eval_every, last):
+                if evaluated and not stopping:
+                    said = bar.postfix or ""
                     bar.set_postfix_str("evaluating")
                     stopping = not self._evaluate(step, state)
                     bar.set_postfix_str(said)
                     if stopping and not saved:
                         self._save(step, state, step_function.records)
+                if saved or evaluated:
+                    in_flight.restart_clock()
+        self.profile.stop()
         self.checkpoints.wait()
         if stopping:
             log.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", step)
-        # The first step of a process is left out, because it compiles.
-        speed = targets / float(np.median(list(seconds)[1:])) if len(seconds) > 1 else math.nan
+        speed = self._targets / in_flight.seconds_without_first()
         found = self.validation
         return TrainResult(step, not stopping, found.loss, found.bits_per_byte, speed, state)
+
+    @property
+    def _targets(self) -> int:
+        """Returns the targets of a batch."""
+        return self.config.train.batch_size * self.config.data.seq_len
+
+    def _account_for(self, steps: Iterable[FinishedStep], in_flight: StepsInFlight, bar: tqdm) -> None:
+        """Checks the numbers of steps, shows them and writes the records that are due.
+
+        Raises:
+            UserError: a number is not finite. No later step has been saved.
+        """
+        train = self.config.train
+        for step, metrics, num_bytes in steps:
+            self._require_finite({name: metrics[name] for name in checked_metrics(metrics)}, step)
+            loss, target_bytes = metrics["loss"], num_bytes / self._targets
+            self.window.add(loss, target_bytes)
+            speed = self._targets / in_flight.seconds_per_step()
+            bits = bits_per_byte(loss, target_bytes)
+            bar.set_postfix_str(f"loss {loss:.3f} ({bits:.3f} bits/byte), {speed:,.0f} tokens/s")
+            bar.update()
+            if step == train.steps or step % train.log_every == 0:
+                self._write(step, "train", metrics | self.window.take() | {"tokens_per_second": speed})
 
     def _evaluate(self, step: int, state: TrainState, known: bool = False) -> bool:
         """Evaluates after `step`. Unless the result is known, writes it down and ranks the step's checkpoint.
@@ -332,8 +373,15 @@ class _Run:
         Returns:
             False if SIGTERM interrupted it.
         """
+        asked, batches, began = PeriodicQuestion(), itertools.count(1), time.perf_counter()
+
+        def stop_if_wanted() -> None:
+            number = next(batches)
+            if asked(self.stop.requested, number, (time.perf_counter() - began) / number):
+                raise _Stopped
+
         try:
-            self.validation = self.evaluator(model_variables(state), before_batch=self._stop_if_wanted)
+            self.validation = self.evaluator(model_variables(state), before_batch=stop_if_wanted)
         except _Stopped:
             return False
         found = self.validation
@@ -344,10 +392,6 @@ class _Run:
         if not known:
             self.checkpoints.mark(step, found.loss)
         return True
-
-    def _stop_if_wanted(self) -> None:
-        if any_process(self.stop.requested):
-            raise _Stopped
 
     def _write(self, step: int, split: str, scalars: dict[str, float]) -> None:
         if self.writer is not None:
@@ -364,18 +408,6 @@ class _Run:
             since_record=dataclasses.asdict(self.window),
             recorded=recorded,
         )
-
-    def _finite(self, metrics: Metrics, step: int) -> float:
-        """Returns the loss of a step, after checking that it, its gradient and all that it wrote are finite.
-
-        A state that fails this check is not saved.
-
-        Raises:
-            UserError: one of these numbers is not finite.
-        """
-        names = ["loss", "gradient_norm", "parameter_norm", *(n for n in metrics if n.endswith("/row_norm"))]
-        self._require_finite({name: float(metrics[name]) for name in names}, step)
-        return float(metrics["loss"])
 
     def _require_finite(self, values: dict[str, float], step: int) -> None:
         bad = ", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value))

@@ -89,18 +89,19 @@ class ModuleStep:
         self._record_before, self._axes = record_before, axes
         self._is_dense = config.train.table_gradient == "dense"
 
-    def __call__(self, state: TrainState, batch: ArrayTree) -> StepOutcome:
+    def __call__(self, state: TrainState, batch: ArrayTree, halted: jax.Array | None = None) -> StepOutcome:
         """Returns the state after one step, and what it leaves.
 
         Args:
             state: the state, which should be donated.
             batch: arrays with sequences along their first axis.
+            halted: () bool; where it is True, no row is written. None is False.
 
         Raises:
             ValueError: the objective has inputs, and there are several micro-batches.
         """
         with on_mesh(self._axes):
-            return self._step(state, batch)
+            return self._step(state, batch, halted)
 
     def point(self, state: TrainState, batch: ArrayTree) -> dict[str, ArrayTree]:
         """Returns the point at which `loss` is differentiated."""
@@ -181,7 +182,7 @@ class ModuleStep:
         updates, opt_state = self._optimizers.params.update(gradients, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    def _step(self, state: TrainState, batch: ArrayTree) -> StepOutcome:
+    def _step(self, state: TrainState, batch: ArrayTree, halted: jax.Array | None) -> StepOutcome:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         found = self.accumulate(state, batch, key)
         gradients, metrics, model = found.gradients, found.metrics, self._config.model
@@ -197,6 +198,8 @@ class ModuleStep:
                 usage_metrics[name]["row_norm"] = optax.tree.norm(tables[name])
         else:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+            if halted is not None:
+                finite &= ~halted
             if "inputs" in gradients:
                 finite &= jnp.isfinite(optax.tree.norm(gradients["inputs"]))
             tables, table_state, usage, usage_metrics, before = update_tables(

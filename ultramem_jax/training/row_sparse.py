@@ -20,6 +20,7 @@ import optax
 from ultramem_jax.config.exchange_purposes import MEANS_OVER_COLUMNS
 from ultramem_jax.kernels import calls
 from ultramem_jax.kernels.dispatch import native_or
+from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.ops.chunks import fold_chunks
 from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.hashing import mix
@@ -140,7 +141,9 @@ def row_sparse(
         places = jnp.arange(num_rows, dtype=jnp.int32)
         start = _Carry(arrays, jnp.zeros((), jnp.float32), log)
         # Padding comes last. Where tokens read the same rows, as in a trained model, there is much padding.
-        num_read = jnp.sum(gradients.slots < table.shape[0], dtype=jnp.int32)
+        num_read = None
+        if algorithms().loops == "as_needed":
+            num_read = jnp.sum(gradients.slots < table.shape[0], dtype=jnp.int32)
         (table, moments), norm, log = fold_chunks(
             update_rows, start, ROW_ARRAYS * table.shape[1], places, *gradients, up_to=num_read
         )

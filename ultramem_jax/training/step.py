@@ -1,11 +1,10 @@
 """Makes the training step of a language model, and the step that sums the losses of an evaluation batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from ultramem_jax.config import RunConfig
 from ultramem_jax.models import Transformer
@@ -24,7 +23,10 @@ StepResult: TypeAlias = tuple[TrainState, Metrics] | tuple[TrainState, Metrics, 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns the cross-entropies (B, S) in nats of logits (B, S, V) float32 for targets (B, S)."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    # The logit of a target is found by comparing, so that its derivative is no scatter.
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    chosen = ids == targets[..., None]
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(chosen, logits, 0).sum(-1)
 
 
 def language_model_objective(config: RunConfig, axes: MeshAxes | None = None) -> Objective:
@@ -63,10 +65,10 @@ def make_train_step(
     optimizers: Optimizers,
     record_before: bool = False,
     axes: MeshAxes | None = None,
-) -> Callable[[TrainState, jax.Array], StepResult]:
-    """Returns the step (state, tokens (B, S + 1) int32) -> (state, metrics).
+) -> Callable[..., StepResult]:
+    """Returns the step (state, tokens (B, S + 1) int32, halted=None) -> (state, metrics).
 
-    Compile it with the state donated.
+    Compile it with the state donated. Where `halted` () bool is True, the step writes no row.
 
     Metrics are float32 scalars:
 
@@ -90,12 +92,12 @@ def make_train_step(
     step = ModuleStep(config, optimizers, language_model_objective(config, axes), record_before, axes)
     rate, value_rates = learning_rate(config.train), table_learning_rates(config)
 
-    def train_step(state: TrainState, tokens: jax.Array) -> StepResult:
+    def train_step(state: TrainState, tokens: jax.Array, halted: jax.Array | None = None) -> StepResult:
         rates = {"learning_rate": rate(state.step)}
         for group, value_rate in value_rates.items():
             name = "value_learning_rate" if len(value_rates) == 1 else f"{group}/value_learning_rate"
             rates[name] = value_rate(state.step)
-        after = step(state, tokens)
+        after = step(state, tokens, halted)
         metrics = after.metrics | rates
         if not record_before:
             return after.state, metrics
@@ -103,6 +105,16 @@ def make_train_step(
         return after.state, metrics, after.before
 
     return train_step
+
+
+def is_finite(metrics: Metrics) -> jax.Array:
+    """Returns whether the loss of a step, its gradient and all that it wrote are finite, as () bool."""
+    return jnp.stack([jnp.isfinite(metrics[name]) for name in checked_metrics(metrics)]).all()
+
+
+def checked_metrics(metrics: Iterable[str]) -> list[str]:
+    """Returns the names of the metrics that must be finite."""
+    return ["loss", "gradient_norm", "parameter_norm", *(n for n in metrics if n.endswith("/row_norm"))]
 
 
 def make_eval_step(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ultramem_jax.accounting.model import DTYPE_BYTES
 from ultramem_jax.config.memory import MemoryConfig, MemorySite
 from ultramem_jax.config.memory_kinds import ADDRESSERS
 from ultramem_jax.config.memory_parts import (
@@ -275,6 +276,23 @@ class ProductKeys(AddressConfig):
         grid = 2 * r * r * m + 2 * r * m * m
         cores = self.num_cores * m * (2 * r * r + 2 * r)
         return self.num_heads * (2 * 2 * r * self.num_virtual_keys(site) + grid + cores)
+
+    def kept_bytes(self, site: MemorySite) -> int:
+        """Returns the bytes of a token's queries, candidates and cells.
+
+        Queries are kept before and after their norm. Candidates, 2·H·m of them, have an index and r scores,
+        and cells, H·m of them, an index and h scores, all of four bytes.
+        """
+        b = DTYPE_BYTES[site.context.dtype]
+        queries = 2 * self.num_queries * self.key_dim * (2 * b if self.norm_query else b)
+        candidates = 2 * self.num_heads * self.top_m * (1 + self.num_ranks)
+        cells = self.num_heads * self.top_m * (1 + self.num_cores)
+        taps = b * site.context.embed_dim if self.query_conv_width else 0
+        return queries + 4 * (candidates + cells) + taps
+
+    def choosing_width(self, site: MemorySite) -> int:
+        """Returns the scores of all keys of both sides and every head, by rank and combined."""
+        return 2 * self.num_heads * (self.num_ranks + 1) * self.num_virtual_keys(site)
 
     def stages(self, site: MemorySite) -> dict[str, Stage]:
         """Returns the stages of a training step, with their FLOPs.

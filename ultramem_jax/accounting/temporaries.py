@@ -1,0 +1,139 @@
+"""Derives the temporaries of a step from shapes alone: what a device holds beside state, batch and results.
+
+A training step is largest at one of two moments. When the backward pass begins, everything that it needs has
+been kept, and the logits are there. When rows are updated, the gradients of all dense parameters and of the
+rows of a table are there. A compiler may hold a fifth more or less: it computes some things again, and keeps
+others twice. Padding of layouts is not counted.
+
+The letters are those of the axis legend in `ultramem_jax`; t is the tokens of one device, b the bytes of a
+number in the model's dtype.
+"""
+
+import math
+from collections.abc import Mapping
+
+from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, MLP_MATRICES, count_parameters
+from ultramem_jax.config import ModelConfig, RunConfig
+from ultramem_jax.config.exchange_shapes import axis_roles
+from ultramem_jax.config.memory import MemorySite
+from ultramem_jax.config.model import table_readers
+
+_INT32_BYTES = 4
+_QUERY_CHUNKS = 4
+"""Parts that attention cuts its queries into; a part leaves out the keys after its end."""
+_ROW_ARRAYS = 3
+"""Arrays over all reads of a table that sums by row hold at a time: gradients of reads, of groups, of
+rows."""
+
+
+def training_temporaries(config: RunConfig, sizes: Mapping[str, int], chunk_values: int) -> dict[str, int]:
+    """Returns the bytes of a training step's temporaries on one device, by part, at the larger moment.
+
+    Args:
+        config: the run.
+        sizes: devices along each mesh axis.
+        chunk_values: most float32 values that one chunk of tokens holds (`ops.algorithms`).
+    """
+    model, train = config.model, config.train
+    roles = axis_roles(config, sizes)
+    shards = math.prod(sizes[name] for name in roles["tokens"])
+    sequences = -(-train.batch_size // (shards * train.grad_accumulation))
+    tokens = sequences * config.data.seq_len
+    parameters = count_parameters(model)
+    experts = parameters.experts // math.prod(sizes[name] for name in roles["experts"])
+    gradients = FLOAT32_BYTES * (parameters.dense + experts)
+    kept = _kept_of_memories(model, tokens)
+    backward = {
+        "activations of layers": model.num_layers * tokens * _layer_bytes(model),
+        "attention weights": model.num_layers * _attention_bytes(model, sequences, config.data.seq_len),
+        "reads and pooled values": kept,
+        "logits": FLOAT32_BYTES * tokens * model.vocab_size,
+        "gradients": gradients,
+        "choice of rows": FLOAT32_BYTES * min(chunk_values, tokens * _choosing_width(model)),
+    }
+    update = {
+        "gradients": gradients,
+        "reads and pooled values": kept,
+        "rows of the largest table": _row_bytes(config, tokens * shards // _replicas(roles, sizes)),
+    }
+    return max(backward, update, key=lambda parts: sum(parts.values()))
+
+
+def decoding_temporaries(model: ModelConfig, batch_size: int, cache_length: int) -> dict[str, int]:
+    """Returns the bytes of a decoding step's temporaries, by part; layers follow one after the other.
+
+    Args:
+        model: the model.
+        batch_size: B.
+        cache_length: U.
+    """
+    scores = batch_size * model.num_heads * cache_length
+    return {
+        "activations of a layer": batch_size * _layer_bytes(model),
+        "attention weights": scores * 2 * FLOAT32_BYTES,
+        "logits": 2 * FLOAT32_BYTES * batch_size * model.vocab_size,
+        "choice of rows": FLOAT32_BYTES * batch_size * _choosing_width(model),
+        "reads and pooled values": _kept_of_memories(model, batch_size),
+    }
+
+
+def _layer_bytes(model: ModelConfig) -> int:
+    """Returns what a layer keeps of a token, without attention weights.
+
+    These are the inputs and results of both norms, queries, keys, values, pooled values (also in float32),
+    and the inner activations of the MLP before and after their function. Of experts, each of the k has its
+    rows.
+    """
+    b, d = DTYPE_BYTES[model.dtype], model.embed_dim
+    kv = d // model.num_heads * model.num_kv_heads
+    attention = b * (6 * d + 2 * kv) + FLOAT32_BYTES * d
+    inner = MLP_MATRICES[model.mlp]
+    if model.moe is None:
+        return attention + b * inner * model.mlp_dim
+    inner = MLP_MATRICES[model.moe.activation]
+    return attention + model.moe.top_k * b * (2 * d + inner * model.moe.expert_dim) + FLOAT32_BYTES * d
+
+
+def _attention_bytes(model: ModelConfig, sequences: int, length: int) -> int:
+    """Returns the attention weights of a layer: in float32, in the dtype, and whether dropout kept them."""
+    allowed = (_QUERY_CHUNKS + 1) / (2 * _QUERY_CHUNKS)
+    of_weight = FLOAT32_BYTES + DTYPE_BYTES[model.dtype] + (1 if model.dropout else 0)
+    return round(sequences * model.num_heads * length**2 * allowed * of_weight)
+
+
+def _kept_of_memories(model: ModelConfig, tokens: int) -> int:
+    return sum(tokens * _memory_bytes(site) for site in model.sites)
+
+
+def _memory_bytes(site: MemorySite) -> int:
+    """Returns what a memory keeps of a token: what chose its rows, slots, blocks, weights, and pooled values.
+
+    Pooled values have a cotangent of the same size, and so have products with pre-values.
+    """
+    memory, b = site.config, DTYPE_BYTES[site.context.dtype]
+    pooled = memory.num_blocks * memory.table.value_dim
+    reads = memory.reads_per_token * (2 * _INT32_BYTES + memory.address.weights_per_read * 2 * b)
+    products = (
+        2 * memory.reads_per_token + 2 * memory.table.pre_value_dim if memory.table.pre_value_dim else 0
+    )
+    return reads + b * (2 * pooled + products) + memory.address.kept_bytes(site)
+
+
+def _choosing_width(model: ModelConfig) -> int:
+    return max((site.config.address.choosing_width(site) for site in model.sites), default=0)
+
+
+def _row_bytes(config: RunConfig, tokens: int) -> int:
+    """Returns the arrays over all reads of the table that is read most."""
+    most = 0
+    for readers in table_readers(config.model).values():
+        memory = readers[0].config
+        reads = tokens * config.train.grad_accumulation * memory.reads_per_token * len(readers)
+        most = max(most, _ROW_ARRAYS * FLOAT32_BYTES * reads * max(memory.table.arrays.values()))
+    return most
+
+
+def _replicas(roles: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]) -> int:
+    """Returns the groups of devices that hold each table once; tokens of a group are read at its owners."""
+    owners = roles["slots"] + roles["width"]
+    return math.prod(sizes[name] for name in roles["tokens"] if name not in owners)

@@ -1,0 +1,92 @@
+"""Audits a training or decoding step as the compilers of GPUs and TPUs make it, without any of them.
+
+The step is compiled for a target, and its text is searched for what costs time or memory there: copies of
+tables, sorts of rows, atomic additions, solvers, dense expansions of ragged products, transfers to the host,
+padded arrays. Each comes with the line of source that made it. What a budget forbids ends the command with an
+error. The compilers are in requirements-audit.txt, for an environment of their own.
+
+    ultramem audit --preset=ultramem-151m-x12 --target=h100,tpu-v5p --config.train.batch_size=16
+    ultramem audit --out=experiments/results/audit
+
+Without --target, the command audits all cases of the budget. It leaves out those that --out has already, so
+that the same command goes on after an interruption.
+"""
+
+import pathlib
+
+from absl import flags
+from tqdm import tqdm
+
+from ultramem_jax.cli import command_line
+from ultramem_jax.config import RunConfig
+from ultramem_jax.errors import UserError, at_least, choice, require
+from ultramem_jax.planning import audit_tables
+from ultramem_jax.planning.audit import BUDGET, PROGRAMS, Audit, Case, audit, is_done, load, load_budget, save
+from ultramem_jax.planning.programs import resolved
+from ultramem_jax.planning.targets import CARDS, TPUS, load_target
+from ultramem_jax.reporting import markdown
+from ultramem_jax.reporting.folders import make_folder
+
+BASE_CONFIG = RunConfig()
+TARGET = flags.DEFINE_string(
+    "target",
+    "",
+    f"comma-separated targets: {', '.join(CARDS)}, {', '.join(TPUS)}, a TPU with its topology "
+    "(tpu-v5p:2x2x1), or a text proto that describes a card; empty: the cases of --budget",
+)
+PROGRAM = flags.DEFINE_string(
+    "program", ",".join(PROGRAMS), "comma-separated programs to audit with --target"
+)
+CACHE_LENGTH = flags.DEFINE_integer("cache_length", Case.cache_length, "cache positions of the decoding step")
+BUDGET_FILE = flags.DEFINE_string("budget", str(BUDGET), "JSON file with cases and limits")
+OUT = flags.DEFINE_string(
+    "out", "", "folder for a JSON file per case and a README.md of all; empty: only print"
+)
+
+
+def main() -> None:
+    """Audits, prints and writes what was found, and fails where the budget is broken."""
+    cases, limits = load_budget(pathlib.Path(BUDGET_FILE.value))
+    if TARGET.value:
+        cases = _cases()
+    folder = pathlib.Path(OUT.value) if OUT.value else None
+    if folder:
+        make_folder(folder, "--out")
+    done: list[Audit] = []
+    with tqdm(cases, unit="program", dynamic_ncols=True) as bar:
+        for case in bar:
+            bar.set_postfix_str(case.title)
+            if folder and is_done(case, folder):
+                done.append(load(folder / f"{case.title}.json"))
+                continue
+            done.append(audit(case))
+            if folder:
+                save(done[-1], folder)
+                (folder / "README.md").write_text(audit_tables.document(done, limits), encoding="utf-8")
+    if folder:
+        (folder / "README.md").write_text(audit_tables.document(done, limits), encoding="utf-8")
+        print(markdown.table(audit_tables.summary_rows(done, limits)))
+    else:
+        print(audit_tables.document(done, limits))
+    broken = [f"{one.case.title}: {line}" for one in done for line in one.broken(limits)]
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise UserError(f"the budget is broken: {broken[0]}{more}")
+
+
+def _cases() -> list[Case]:
+    at_least(1, cache_length=CACHE_LENGTH.value)
+    programs = PROGRAM.value.split(",")
+    for program in programs:
+        choice("--program", program, PROGRAMS)
+    targets = TARGET.value.split(",")
+    require(all(targets), "--target", TARGET.value, "must be targets, separated by commas")
+    for target in targets:
+        load_target(target)
+    config, name = resolved(command_line.run_config()), command_line.config_name()
+    return [
+        Case(name, config, program, target, CACHE_LENGTH.value)
+        for target in targets
+        for program in PROGRAMS
+        if program in programs
+    ]

@@ -1,0 +1,263 @@
+"""Audits programs as the compilers of accelerators make them: what is in them, and whether a budget holds.
+
+A case is a model, a program (a training or a decoding step) and a target. The verdict compares what
+`planning.findings` finds with the limits of a budget. It compares temporaries with what
+`accounting.temporaries` derives from shapes before anything is compiled.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import jax
+
+import ultramem_jax
+from ultramem_jax.accounting.temporaries import decoding_temporaries, training_temporaries
+from ultramem_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig, run_config_from_dict, to_dict
+from ultramem_jax.errors import UserError
+from ultramem_jax.ops.algorithms import algorithms
+from ultramem_jax.ops.exchanges import compiled_with_names
+from ultramem_jax.parallel.collectives import collectives_of, summary
+from ultramem_jax.parallel.program_text import read_program
+from ultramem_jax.planning.compiled_step import shard_bytes
+from ultramem_jax.planning.findings import Finding, Findings, find
+from ultramem_jax.planning.programs import (
+    decoding_program,
+    devices_for,
+    mesh_sizes,
+    resolved,
+    training_program,
+)
+from ultramem_jax.planning.targets import load_target
+from ultramem_jax.platforms import targeting
+from ultramem_jax.presets import preset
+from ultramem_jax.reporting.records import keep_record, kept_record
+from ultramem_jax.tree_types import JsonDict
+
+ProgramName: TypeAlias = Literal["train", "decode"]
+PROGRAMS: tuple[ProgramName, ...] = ("train", "decode")
+BUDGET = pathlib.Path(__file__).with_name("budget.json")
+"""The cases that `make audit` compiles, and the limits that they must keep."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Holds what a program may contain at most."""
+
+    table_copies: int
+    sorted_row_width: int
+    """Widest row that may be sorted; arrays of one axis may be sorted at any length."""
+    atomic_scatters: int
+    """Additions of floats at indices that may be equal."""
+    solvers: int
+    dense_ragged: int
+    host_transfers: int
+    unbounded_loops: int
+    temporaries_ratio: float
+    """Largest temporaries, over those that accounting derives."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Names a program to audit."""
+
+    name: str
+    """Name of the model, for files and tables."""
+    config: RunConfig
+    program: ProgramName
+    target: str
+    cache_length: int = 2048
+    """Cache positions of a decoding step; its batch is `train.batch_size`."""
+
+    @property
+    def title(self) -> str:
+        """Returns the name of the case, which is also that of its file."""
+        return f"{self.name}_{self.target.replace(':', '-')}_{self.program}"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Holds what the compiler made of a case."""
+
+    case: Case
+    compiler: str
+    """Package of the compiler and its version; and that of JAX."""
+    code: str
+    """Digest of the library's source, by which an audit is known to be of this code."""
+    seconds: float
+    """Seconds to lower and to compile."""
+    arguments: int
+    """Bytes of the arguments on one device, padding included."""
+    argument_padding: int
+    """Bytes of the arguments that are padding of layouts."""
+    temporaries: int
+    """Bytes that the program holds beside its arguments."""
+    expected_temporaries: Mapping[str, int]
+    """What accounting derived before compiling, in bytes by part."""
+    not_aliased: int
+    """Bytes of results that are not written in place of arguments."""
+    findings: Findings
+    collectives: Mapping[str, int]
+    """Bytes that a device sends in one run, by kind and axes."""
+
+    @property
+    def expected(self) -> int:
+        """Returns the temporaries that accounting derived, in bytes."""
+        return sum(self.expected_temporaries.values())
+
+    def broken(self, limits: Limits) -> list[str]:
+        """Returns the limits that the program breaks, each in one line that names the source."""
+        found = self.findings
+        wide = [sort for sort in found.sorts if sort.width > limits.sorted_row_width]
+        atomic = [scatter for scatter in found.scatters if scatter.what.startswith("atomic")]
+        # Only a GPU asks the host before each pass.
+        loops = [] if self.case.target.startswith("tpu") else found.unbounded_loops
+        counted: tuple[tuple[str, Sequence[Finding], int], ...] = (
+            ("copies of tables", found.table_copies, limits.table_copies),
+            (f"sorts of rows wider than {limits.sorted_row_width}", wide, 0),
+            ("atomic additions of floats", atomic, limits.atomic_scatters),
+            ("solvers", found.solvers, limits.solvers),
+            ("dense expansions of ragged products", found.dense_ragged, limits.dense_ragged),
+            ("transfers to the host", found.host_transfers, limits.host_transfers),
+            ("loops of unknown length", loops, limits.unbounded_loops),
+        )
+        lines = [
+            f"{name}: {len(found)}, at most {most}: "
+            + "; ".join(f"{one.what} ({one.source or 'source unknown'})" for one in found[:3])
+            for name, found, most in counted
+            if len(found) > most
+        ]
+        if self.temporaries > limits.temporaries_ratio * self.expected:
+            lines.append(
+                f"temporaries: {self.temporaries:,} bytes, {self.temporaries / self.expected:.2f} times the "
+                f"{self.expected:,} that accounting derives, at most {limits.temporaries_ratio}"
+            )
+        return lines
+
+
+def load_budget(path: pathlib.Path = BUDGET) -> tuple[list[Case], Limits]:
+    """Reads the cases and limits of a budget.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    with kept_record(path, "a budget") as tree:
+        limits = Limits(**tree["limits"])
+        cases = [
+            _case(name, model, program, target, mesh)
+            for target in {target: None for model in tree["models"].values() for target in model["targets"]}
+            for name, model in tree["models"].items()
+            for program in PROGRAMS
+            if (mesh := model["targets"].get(target)) is not None
+        ]
+    return cases, limits
+
+
+def _case(name: str, model: JsonDict, program: ProgramName, target: str, mesh: JsonDict) -> Case:
+    of = model[program]
+    trains = program == "train"
+    config = RunConfig(
+        model=dataclasses.replace(preset(model["preset"]), **model.get("fields", {})),
+        data=DataConfig(seq_len=of["seq_len"] if trains else DataConfig.seq_len),
+        train=TrainConfig(batch_size=of["batch_size"]),
+        # A model decodes on one device.
+        mesh=MeshConfig(**mesh) if trains else MeshConfig(),
+    )
+    return Case(name, resolved(config), program, target, of.get("cache_length", Case.cache_length))
+
+
+def audit(case: Case) -> Audit:
+    """Compiles a case and looks through the program.
+
+    Raises:
+        UserError: the target's compiler is missing or refuses the program.
+    """
+    target, config, started = load_target(case.target), case.config, time.perf_counter()
+    if case.program == "train":
+        with targeting(target.platform):
+            chunk_values = algorithms().chunk_values
+        expected = training_temporaries(config, mesh_sizes(config.mesh), chunk_values)
+        program = training_program(config, devices_for(config, target), target)
+        state = program.arguments[0]
+        held = jax.tree.leaves((state.tables, state.table_state))
+    else:
+        model, batch = config.model, config.train.batch_size
+        expected = decoding_temporaries(model, batch, case.cache_length)
+        program = decoding_program(model, batch, case.cache_length, target.devices(1)[0], target)
+        held = jax.tree.leaves(program.arguments[0].get("memory", {}))
+    try:
+        with compiled_with_names():
+            compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"{case.title}: the compiler refuses it: {str(error).splitlines()[0]}") from error
+    memory = compiled.memory_analysis()
+    assert memory is not None, "the compiler gives no figures of memory"
+    text = compiled.as_text() or ""
+    arguments = int(memory.argument_size_in_bytes + memory.host_argument_size_in_bytes)
+    exact = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(program.arguments))
+    return Audit(
+        case=case,
+        compiler=f"{target.compiler}, jax {jax.__version__}",
+        code=code_digest(),
+        seconds=time.perf_counter() - started,
+        arguments=arguments,
+        argument_padding=max(arguments - exact, 0),
+        temporaries=int(memory.temp_size_in_bytes),
+        expected_temporaries=expected,
+        not_aliased=int(memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        findings=find(read_program(text), _table_shapes(held)),
+        collectives={
+            f"{kind} along {' × '.join(axes) or 'no axis'}": sent
+            for (kind, axes), sent in summary(collectives_of(text, program.axes.mesh)).items()
+        },
+    )
+
+
+def _table_shapes(held: Sequence[jax.ShapeDtypeStruct]) -> list[tuple[int, ...]]:
+    shapes = (leaf.sharding.shard_shape(leaf.shape) for leaf in held if leaf.sharding is not None)
+    return sorted({shape for shape in shapes if len(shape) > 1})
+
+
+def code_digest() -> str:
+    """Returns a digest of the library's source."""
+    package = pathlib.Path(ultramem_jax.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def save(result: Audit, folder: pathlib.Path) -> None:
+    """Writes an audit as JSON into a folder, under the title of its case."""
+    tree = dataclasses.asdict(result)
+    tree["case"]["config"] = to_dict(result.case.config)
+    keep_record(folder / f"{result.case.title}.json", tree)
+
+
+def load(path: pathlib.Path) -> Audit:
+    """Reads what `save` wrote.
+
+    Raises:
+        UserError: the file cannot be read, or holds no audit.
+    """
+    with kept_record(path, "an audit") as tree:
+        case = Case(**tree["case"] | {"config": run_config_from_dict(tree["case"]["config"])})
+        found: JsonDict = {
+            name: value if isinstance(value, int) else tuple(Finding(**one) for one in value)
+            for name, value in tree["findings"].items()
+        }
+        whole: JsonDict = tree | {"case": case, "findings": Findings(**found)}
+        return Audit(**whole)
+
+
+def is_done(case: Case, folder: pathlib.Path) -> bool:
+    """Tells whether a folder has the audit of a case, of the code as it is."""
+    path = folder / f"{case.title}.json"
+    if not path.is_file():
+        return False
+    done = load(path)
+    return done.case == case and done.code == code_digest()

@@ -1,0 +1,47 @@
+"""Profiles a few steps of a run, for xprof (TensorBoard's profiler) or Perfetto."""
+
+import contextlib
+import logging
+import pathlib
+from collections.abc import Iterator
+
+import jax
+
+log = logging.getLogger(__name__)
+
+
+class Profile:
+    """Records what devices and host do in a few steps, once the run is up to speed."""
+
+    def __init__(self, folder: pathlib.Path | None = None, skip: int = 10, steps: int = 5):
+        """Prepares to record.
+
+        Args:
+            folder: where to write the profile; None records nothing.
+            skip: steps of this process before the first one that is recorded.
+            steps: steps that are recorded.
+        """
+        self._folder, self._skip, self._steps = folder, skip, steps
+        self._seen, self._is_on = 0, False
+
+    @contextlib.contextmanager
+    def of_step(self, step: int) -> Iterator[None]:
+        """Surrounds the dispatch of a step, and names it in the profile."""
+        self._seen += 1
+        if self._folder and self._seen == self._skip + 1:
+            jax.profiler.start_trace(str(self._folder))
+            self._is_on = True
+        if self._is_on and self._seen > self._skip + self._steps:
+            self.stop()
+        if not self._is_on:
+            yield
+            return
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+
+    def stop(self) -> None:
+        """Ends the recording, if it runs, and writes it."""
+        if self._is_on:
+            jax.profiler.stop_trace()
+            self._is_on = False
+            log.info("the profile is in %s", self._folder)
