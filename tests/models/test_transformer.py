@@ -10,7 +10,7 @@ from tests.support.drawn import COLLECTIONS, variables_of
 from ultramem_jax.config import ModelConfig, MoEConfig
 from ultramem_jax.layers import Memory, RMSNorm
 from ultramem_jax.models import Transformer
-from ultramem_jax.models.transformer import Block
+from ultramem_jax.models.block import Block
 from ultramem_jax.presets import families
 
 BASE = ModelConfig(vocab_size=11, embed_dim=16, num_layers=3, num_heads=2, num_kv_heads=1, mlp_dim=24)

@@ -99,6 +99,9 @@ class ModelConfig(Checked):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation, `float32` or `bfloat16`. Dense parameters and experts are always float32;
     `TableConfig.dtype` sets the dtype of tables."""
+    scan_layers: bool = False
+    """Whether equal layers between memories are one scan in training, so that the time to compile does not
+    grow with depth. Parameters and checkpoints are the same; only dropout draws other numbers."""
     rope_theta: float = 10_000.0
     """Base of the rotary position frequencies (RoFormer, arXiv 2104.09864)."""
     norm_eps: float = 1e-5

@@ -5,6 +5,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+NOT_CAST = ("router",)
+"""Two-dimensional parameters of layers that are not multiplied in the computation's dtype."""
+
 
 def matrix(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Any:
     """Returns the parameter `name` of the module, float32 of that shape, or what serving put in its place.

@@ -12,12 +12,10 @@ import jax.numpy as jnp
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import require
+from ultramem_jax.layers.parameters import NOT_CAST
 from ultramem_jax.ops.linear import OutputMajor
 from ultramem_jax.platforms import platform
 from ultramem_jax.tree_types import ArrayTree
-
-_AS_THEY_ARE = ("router",)
-"""Two-dimensional parameters of layers that are not multiplied in the computation's dtype."""
 
 
 def prepare_for_decoding(config: ModelConfig, variables: dict[str, ArrayTree]) -> dict[str, ArrayTree]:
@@ -84,7 +82,7 @@ def _served(layer: Mapping[str, ArrayTree], dtype: jnp.dtype, one_by_one: bool) 
             served[name] = _served(value, dtype, one_by_one)
         elif value.ndim == 3:
             served[name] = tuple(_matrix(w, dtype) for w in value) if one_by_one else value.astype(dtype)
-        elif value.ndim == 2 and name not in _AS_THEY_ARE:
+        elif value.ndim == 2 and name not in NOT_CAST:
             served[name] = _matrix(value, dtype)
         else:
             served[name] = value

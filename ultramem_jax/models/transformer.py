@@ -9,44 +9,14 @@ import jax.numpy as jnp
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.config.model import layer_name, table_readers
-from ultramem_jax.layers import Attention, Memory, RMSNorm, SharedTables, feed_forward
+from ultramem_jax.layers import Memory, RMSNorm, SharedTables
 from ultramem_jax.layers.caching import CACHE, Chunk, next_chunk
 from ultramem_jax.layers.parameters import matrix, served_parameter
+from ultramem_jax.models.block import Block
+from ultramem_jax.models.layer_groups import layer_groups, run_group
 from ultramem_jax.ops.embedding import embed
 from ultramem_jax.ops.linear import project
 from ultramem_jax.ops.on_mesh import constrain_tokens
-
-
-class Block(nn.Module):
-    """Applies one layer: x += Attention(norm(x)); h = norm(x); x += FeedForward(h)."""
-
-    config: ModelConfig
-    feeds_forward: bool = True
-    """True if the layer has a feed-forward. Otherwise a memory stands in its place, and the caller adds
-    it."""
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, *, train: bool, chunk: Chunk | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Applies the layer.
-
-        Args:
-            x: (B, S, D), the residual stream.
-            train: whether dropout is on.
-            chunk: tokens that follow those in the cache, if there is one.
-
-        Returns:
-            x after the layer, and h, the normalised input of its feed-forward, which memories read.
-        """
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        dropout = nn.Dropout(config.dropout, deterministic=not train)
-        h = RMSNorm(config.norm_eps, dtype, name="attention_norm")(x)
-        x = x + dropout(Attention(config, name="attention")(h, train=train, chunk=chunk))
-        h = RMSNorm(config.norm_eps, dtype, name="feed_forward_norm")(x)
-        if not self.feeds_forward:
-            return x, h
-        return x + dropout(feed_forward(config, name="feed_forward")(h, train=train)), h
 
 
 class Transformer(nn.Module):
@@ -64,6 +34,8 @@ class Transformer(nn.Module):
     """
 
     config: ModelConfig
+    remat: str = "none"
+    """What layers compute again in the backward pass, see `TrainConfig.remat`."""
 
     @nn.compact
     def __call__(
@@ -104,17 +76,24 @@ class Transformer(nn.Module):
             return dropout(layer_memory(x, train=train, token_ids=tokens, tables=tables, chunk=chunk))
 
         landing: dict[int, list[jax.Array]] = {}
-        for layer in range(1, config.num_layers + 1):
-            here = [site for site in config.sites if site.span.start == layer]
-            for site in here:
-                if site.span.place == "before":
+        # Parameters are declared, and caches updated, layer by layer.
+        single = chunk is not None or self.is_initializing()
+        groups = [range(layer, layer + 1) for layer in range(1, config.num_layers + 1)]
+        if config.scan_layers and not single:
+            groups = layer_groups(config)
+        for layers in groups:
+            for site in config.sites:
+                if site.span.place == "before" and site.span.start == layers[0]:
                     x = x + read(site, x)
-            feeds_forward = layer in config.feed_forward_layers
-            x, h = Block(config, feeds_forward, name=layer_name(layer))(x, train=train, chunk=chunk)
-            for site in here:
-                if site.span.place != "before":
+            if single or (len(layers) == 1 and self.remat == "none"):
+                feeds_forward = layers[0] in config.feed_forward_layers
+                x, h = Block(config, feeds_forward, name=layer_name(layers[0]))(x, train=train, chunk=chunk)
+            else:
+                x, h = run_group(self, config, layers, x, train, self.remat)
+            for site in config.sites:
+                if site.span.place != "before" and site.span.start == layers[-1]:
                     landing.setdefault(site.span.end, []).append(read(site, h))
-            for y in landing.pop(layer, ()):
+            for y in landing.pop(layers[-1], ()):
                 x = x + y
             x = constrain_tokens(x)
         if counts is not None:

@@ -192,8 +192,12 @@ def require_same_model(directory: Path, there: JsonDict, here: JsonDict) -> None
 
 
 def _of_model(config: JsonDict) -> JsonDict:
-    """Returns the fields that define a model: all except where its tables lie, which a run may change."""
-    model, memories = config["model"], {}
+    """Returns the fields that define a model.
+
+    These are all except where its tables lie and how it is compiled, which a run may change.
+    """
+    model = {name: value for name, value in config["model"].items() if name != "scan_layers"}
+    memories = {}
     for group, memory in model["memories"].items():
         where = ("memory_kind", "partition")
         table = {name: value for name, value in memory["table"].items() if name not in where}

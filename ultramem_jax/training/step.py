@@ -39,7 +39,7 @@ def language_model_objective(config: RunConfig, axes: MeshAxes | None = None) ->
         config: the run's config.
         axes: the axes of the mesh; None for one device.
     """
-    model, logical = Transformer(config.model), logical_axes(config.model)
+    model, logical = Transformer(config.model, config.train.remat), logical_axes(config.model)
 
     def loss(
         variables: Variables, inputs: ArrayTree, tokens: jax.Array, key: jax.Array
