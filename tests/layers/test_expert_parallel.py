@@ -30,6 +30,7 @@ BLOCKS = MoEConfig(
 )
 SWIGLU = replace(BLOCKS, activation="swiglu", normalize_gates=False)
 RAGGED = replace(BLOCKS, implementation="ragged")
+GROUPS = replace(BLOCKS, implementation="groups")
 
 
 def words(value):
@@ -104,6 +105,7 @@ def check(moe, mesh, length=S, crowded=0):
         (SWIGLU, MeshConfig(data=2, memory=4)),
         (SWIGLU, MeshConfig(memory=8)),
         (RAGGED, MeshConfig(data=2, memory=4)),
+        (GROUPS, MeshConfig(data=2, memory=4)),
         (RAGGED, MeshConfig(fsdp=2, tensor=2, memory=2, batch_over_memory=False)),
         (BLOCKS, MeshConfig(fsdp=2, tensor=2, memory=2)),
         (SWIGLU, MeshConfig(data=4, tensor=2)),

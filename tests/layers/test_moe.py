@@ -164,6 +164,9 @@ def layer_outputs(config, seed=0):
         ("blocks", "gelu", True, NUM_EXPERTS),
         ("ragged", "swiglu", True, 2),
         ("ragged", "gelu", False, NUM_EXPERTS),
+        ("groups", "gelu", True, 1),
+        ("groups", "swiglu", False, 2),
+        ("groups", "gelu", True, NUM_EXPERTS),
     ],
 )
 def test_layer_equals_float64(implementation, activation, normalize, k):
@@ -262,7 +265,7 @@ def test_losses_and_gates_reach_the_router():
 
 def test_computes_in_bfloat16_on_float32_parameters():
     # The router is float32 in both, so both choose the same experts.
-    for implementation in ("blocks", "ragged"):
+    for implementation in ("blocks", "ragged", "groups"):
         params, y, sown = layer_outputs(model(implementation, dtype="bfloat16"))
         chex.assert_type(y, jnp.bfloat16)
         assert {w.dtype.name for w in jax.tree.leaves((params, sown))} == {"float32"}

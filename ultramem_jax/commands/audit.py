@@ -8,8 +8,8 @@ error. The compilers are in requirements-audit.txt, for an environment of their 
     ultramem audit --preset=ultramem-151m-x12 --target=h100,tpu-v5p --config.train.batch_size=16
     ultramem audit --out=experiments/results/audit
 
-Without --target, the command audits all cases of the budget. It leaves out those that --out has already, so
-that the same command goes on after an interruption.
+Without --target, the command audits all cases of the budget. It compiles only programs that --out does not
+have yet, so that the same command goes on after an interruption.
 """
 
 import pathlib
@@ -21,7 +21,7 @@ from ultramem_jax.cli import command_line
 from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import UserError, at_least, choice, require
 from ultramem_jax.planning import audit_tables
-from ultramem_jax.planning.audit import BUDGET, PROGRAMS, Audit, Case, audit, is_done, load, load_budget, save
+from ultramem_jax.planning.audit import BUDGET, PROGRAMS, Audit, Auditor, Case, kept, load_budget, save
 from ultramem_jax.planning.programs import resolved
 from ultramem_jax.planning.targets import CARDS, TPUS, load_target
 from ultramem_jax.reporting import markdown
@@ -56,13 +56,11 @@ def main() -> None:
     with tqdm(cases, unit="program", dynamic_ncols=True) as bar:
         for case in bar:
             bar.set_postfix_str(case.title)
-            if folder and is_done(case, folder):
-                done.append(load(folder / f"{case.title}.json"))
-                continue
-            done.append(audit(case))
-            if folder:
+            auditor = Auditor(case)
+            found = kept(case, folder, auditor.digest)
+            done.append(found or auditor.audit())
+            if folder and not found:
                 save(done[-1], folder)
-                (folder / "README.md").write_text(audit_tables.document(done, limits), encoding="utf-8")
     if folder:
         (folder / "README.md").write_text(audit_tables.document(done, limits), encoding="utf-8")
         print(markdown.table(audit_tables.summary_rows(done, limits)))

@@ -41,10 +41,10 @@ class MoEConfig(Checked):
     auxiliary_over_layers: Literal["sum", "mean"] = "sum"
     """Reduction of the two losses over all layers with experts: `sum` (Switch Transformer), or `mean`, as in
     OLMoE's code (arXiv 2409.02060), so that their weight does not grow with depth."""
-    implementation: Literal["auto", "blocks", "ragged"] = "auto"
-    """Implementation of the experts. `blocks`: tokens sorted by expert into padded blocks. `ragged`:
-    `jax.lax.ragged_dot`. `auto` takes `ragged` on GPU and TPU, and `blocks` on CPU, where `ragged_dot`
-    multiplies by every expert."""
+    implementation: Literal["auto", "blocks", "groups", "ragged"] = "auto"
+    """Implementation of the experts, see `layers.experts`. `blocks`: slots of every expert, and a loop over
+    what is beyond. `groups`: padded groups of rows of one expert. `ragged`: a ragged product. `auto` takes
+    the platform's: `blocks` on CPU, `ragged` on TPU and on GPU with tokamax, `groups` on GPU without it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

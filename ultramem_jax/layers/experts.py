@@ -3,7 +3,11 @@
 Exactly k of X experts serve every token, however unequal the experts' loads are. The implementations differ
 only in how the T·k assignments of tokens to experts become matrix products:
 
-- `ragged`: sorts the assignments by expert and uses `jax.lax.ragged_dot`. For GPU and TPU.
+- `ragged`: sorts the assignments by expert and uses a ragged product, `tokamax.ragged_dot` where that is
+  installed, or else `jax.lax.ragged_dot`. For TPU, and for GPU with tokamax.
+- `groups`: cuts the sorted assignments of every expert into groups of Z rows, the last one padded, and
+  computes one batched product over all groups, each with the weights of its expert. Shapes are fixed at any
+  imbalance. For GPU without tokamax, where XLA multiplies every row of a `ragged_dot` by every expert.
 - `blocks`: each expert has C slots for its first C assignments. One batched product over all experts computes
   them, and reads the weights in place. A loop computes assignments beyond C, Z rows of one expert at a time;
   its length is known only at run time. For CPU, where XLA multiplies every row of a `ragged_dot` by every
@@ -16,6 +20,7 @@ Forward and backward at T 4096, D 192, F 384, X 32, k 2, float32, 2 CPU cores, a
 expert has 2.2 times the mean, 2.4 if two experts get everything; only the loop takes 2.1, `ragged` about 25.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ultramem_jax.layers.mlp import activated
+from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.platforms import platform
 
 MAX_OVERFLOW_ROWS = 128
@@ -178,15 +184,84 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def ragged_experts(x: jax.Array, gates: jax.Array, weights: ExpertWeights, plan: Dispatch) -> jax.Array:
-    """Sums gate·expert(x) over a token's k experts, by `jax.lax.ragged_dot`.
+    """Sums gate·expert(x) over a token's k experts, by a ragged product.
 
     Maps x (T, D) and gates (T, k) float32 to (T, D) float32; the products are in x's dtype.
     """
-    dot = partial(lax.ragged_dot, group_sizes=plan.load)
+    dot = partial(_ragged_dot(), group_sizes=plan.load)
     rows = spread(x, plan.order // gates.shape[1], plan.row)
     gate = None if weights.w_gate is None else dot(rows, weights.w_gate.astype(x.dtype))
     inner = activated(dot(rows, weights.w_in.astype(x.dtype)), gate)
     return combine(dot(inner, weights.w_out.astype(x.dtype)), gates, plan.order, plan.row)
+
+
+def has_tokamax() -> bool:
+    """Tells whether tokamax is installed, whose ragged products are fast on GPU and TPU."""
+    return importlib.util.find_spec("tokamax") is not None
+
+
+def _ragged_dot() -> Callable[..., jax.Array]:
+    if platform() == "cpu" or not has_tokamax():
+        return lax.ragged_dot
+    import tokamax
+
+    dot: Callable[..., jax.Array] = tokamax.ragged_dot
+    return dot
+
+
+def group_rows(num_assignments: int, num_experts: int) -> int:
+    """Returns Z of `groups`: a power of two of about half the mean load, from 8 to 128 rows.
+
+    Half a group of padding for every expert is then at most half of the work.
+    """
+    half = max(num_assignments // (2 * num_experts), 1)
+    return min(max(1 << (half.bit_length() - 1), 8), 128)
+
+
+def grouped_experts(x: jax.Array, gates: jax.Array, weights: ExpertWeights, plan: Dispatch) -> jax.Array:
+    """Sums gate·expert(x) over a token's k experts, by groups of rows of one expert.
+
+    The module's docstring explains them. Arguments and result are those of `ragged_experts`.
+    """
+    count, k, num_experts = gates.size, gates.shape[1], plan.load.size
+    rows = group_rows(count, num_experts)
+    num_groups = count // rows + num_experts
+    groups = (plan.load + rows - 1) // rows
+    first = jnp.cumsum(groups, dtype=jnp.int32) - groups
+    number = jnp.arange(num_groups, dtype=jnp.int32)
+    expert = jnp.sum((first + groups)[None, :] <= number[:, None], axis=1, dtype=jnp.int32)
+    expert = jnp.minimum(expert, num_experts - 1)  # groups that nobody needs have no rows
+    rank = (number - first[expert])[:, None] * rows + jnp.arange(rows, dtype=jnp.int32)[None, :]
+    sorted_row = jnp.where(rank < plan.load[expert][:, None], plan.start[expert][:, None] + rank, count)
+    assignment = plan.order.at[sorted_row.reshape(-1)].get(mode="fill", fill_value=count)
+    rank = plan.row - plan.start[plan.expert]
+    place = (first[plan.expert] + rank // rows) * rows + rank % rows
+    place = jnp.where(plan.row < count, place, num_groups * rows)
+    of_groups = jax.tree.map(lambda w: _of_groups(w, expert), weights)
+    buffer = spread(x, assignment // k, place).reshape(num_groups, rows, -1)
+    return combine(_expert(buffer, of_groups).reshape(-1, x.shape[1]), gates, assignment, place)
+
+
+@jax.custom_vjp
+def _of_groups(weights: jax.Array, expert: jax.Array) -> jax.Array:
+    """Returns weights (X, ...) of the expert of every group (G,) -> (G, ...)."""
+    return weights.at[expert].get(mode="promise_in_bounds")
+
+
+def _of_groups_fwd(weights: jax.Array, expert: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _of_groups(weights, expert), (expert, jnp.zeros((weights.shape[0],)))
+
+
+def _of_groups_bwd(residuals: tuple[jax.Array, jax.Array], d_groups: jax.Array) -> tuple[jax.Array, None]:
+    expert, experts = residuals
+    # A product with zeros and ones: a scatter would be atomic, and of few, large rows.
+    belongs = jax.nn.one_hot(expert, experts.shape[0], dtype=d_groups.dtype, axis=0)
+    flat = d_groups.reshape(d_groups.shape[0], -1)
+    sums = jnp.matmul(belongs, flat, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return sums.reshape(-1, *d_groups.shape[1:]).astype(d_groups.dtype), None
+
+
+_of_groups.defvjp(_of_groups_fwd, _of_groups_bwd)
 
 
 def block_experts(
@@ -349,12 +424,16 @@ def compute_experts(
     plan: Dispatch,
     shape: tuple[int, int] | None = None,
 ) -> jax.Array:
-    """Computes `ragged_experts` or `block_experts`, as `MoEConfig.implementation` says.
+    """Computes `ragged_experts`, `grouped_experts` or `block_experts`, by `MoEConfig.implementation`.
 
-    `auto` chooses the latter on CPU. Only the latter uses `shape`.
+    `auto` is the algorithm of the platform. Only `block_experts` uses `shape`.
     """
     if implementation == "auto":
-        implementation = "blocks" if platform() == "cpu" else "ragged"
+        implementation = algorithms().experts
+        if implementation == "groups" and has_tokamax():
+            implementation = "ragged"
     if implementation == "ragged":
         return ragged_experts(x, gates, weights, plan)
+    if implementation == "groups":
+        return grouped_experts(x, gates, weights, plan)
     return block_experts(x, gates, weights, plan, shape)

@@ -73,7 +73,7 @@ def route(logits: jax.Array, top_k: int, normalize_gates: bool) -> Router:
     # On a mesh, the compiler would give all tokens to every device to compute this top-k. It splits the
     # losses by itself.
     experts = per_token(lambda p: topk.top_k(p, top_k)[1].astype(jnp.int32), (lax.stop_gradient(p),))
-    gates = jnp.take_along_axis(p, experts, axis=-1)
+    gates = topk.take_along_last(p, experts)
     if normalize_gates:
         gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
     ids = jnp.arange(num_experts, dtype=jnp.int32)

@@ -34,6 +34,8 @@ class Algorithms:
     pairs, which takes no gathers between the digits."""
     svd: Literal["library", "small"]
     """How Tucker cores are decomposed (`ops.small_svd`): by the library's solver, or in plain JAX."""
+    experts: Literal["blocks", "ragged", "groups"]
+    """How a Mixture of Experts is computed (`layers.experts`). A GPU with tokamax has `ragged`, too."""
     loops: Literal["as_needed", "fixed"]
     """How many chunks of rows an update goes through: as many as there are rows, or always all. A GPU asks
     the host before each pass of a loop whose length it does not know."""
@@ -41,15 +43,32 @@ class Algorithms:
     """Temporary values of a chunk of tokens (`ops.chunks`)."""
 
 
-_BY_PLATFORM: dict[Platform, Algorithms] = {
+_CPU = Algorithms(
+    selection="heap",
+    picks="gather",
+    candidates="rows",
+    sums_by_row="scatter",
+    sort="words",
+    svd="library",
+    experts="blocks",
+    loops="as_needed",
     # 16 MB of float32 stay in the cache, and are paged in once.
-    "cpu": Algorithms("heap", "gather", "rows", "scatter", "words", "library", "as_needed", 1 << 22),
-    # A loop over chunks costs a GPU a few launches for each pass. 1 GB of float32 is a hundredth of its
-    # memory.
-    "gpu": Algorithms("ranks", "gather", "products", "products", "pairs", "small", "fixed", 1 << 28),
-    "tpu": Algorithms("ranks", "compare", "products", "products", "pairs", "small", "as_needed", 1 << 27),
-}
-
+    chunk_values=1 << 22,
+)
+_GPU = Algorithms(
+    selection="ranks",
+    picks="gather",
+    candidates="products",
+    sums_by_row="products",
+    sort="pairs",
+    svd="small",
+    experts="groups",
+    loops="fixed",
+    # Each pass of a loop over chunks costs a few launches. 1 GB of float32 is a hundredth of the memory.
+    chunk_values=1 << 28,
+)
+_TPU = dataclasses.replace(_GPU, picks="compare", experts="ragged", loops="as_needed", chunk_values=1 << 27)
+_BY_PLATFORM: dict[Platform, Algorithms] = {"cpu": _CPU, "gpu": _GPU, "tpu": _TPU}
 
 _CHANGES: ContextVar[dict[str, Any]] = ContextVar("changes", default={})  # noqa: B039
 

@@ -36,10 +36,15 @@ def largest(x: jax.Array, k: int) -> jax.Array:
 
 
 def pick(values: jax.Array, positions: jax.Array) -> jax.Array:
-    """Takes the entries of values (..., n, T) at positions (..., k, T) int32 -> (..., k, T)."""
+    """Takes the entries of values (..., n, T) at positions (..., k, T) int32 -> (..., k, T), to the bit."""
     if algorithms().picks == "gather":
         return jnp.take_along_axis(values, positions, axis=-2, mode="promise_in_bounds")
-    return pick_with_gradient(values, positions)
+    # As integers: a sum of floats would lose subnormals, and the sign of zero.
+    bits = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        return pick_with_gradient(values, positions)
+    taken = pick_with_gradient(jax.lax.bitcast_convert_type(values, bits), positions)
+    return jax.lax.bitcast_convert_type(taken.astype(bits), values.dtype)
 
 
 def pick_with_gradient(values: jax.Array, positions: jax.Array) -> jax.Array:

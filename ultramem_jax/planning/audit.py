@@ -15,7 +15,6 @@ from typing import Literal, TypeAlias
 
 import jax
 
-import ultramem_jax
 from ultramem_jax.accounting.temporaries import decoding_temporaries, training_temporaries
 from ultramem_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig, run_config_from_dict, to_dict
 from ultramem_jax.errors import UserError
@@ -86,8 +85,8 @@ class Audit:
     case: Case
     compiler: str
     """Package of the compiler and its version; and that of JAX."""
-    code: str
-    """Digest of the library's source, by which an audit is known to be of this code."""
+    program: str
+    """Digest of the program before it is compiled, by which an audit is known to be of this program."""
     seconds: float
     """Seconds to lower and to compile."""
     arguments: int
@@ -170,65 +169,72 @@ def _case(name: str, model: JsonDict, program: ProgramName, target: str, mesh: J
     return Case(name, resolved(config), program, target, of.get("cache_length", Case.cache_length))
 
 
-def audit(case: Case) -> Audit:
-    """Compiles a case and looks through the program.
+class Auditor:
+    """Lowers the program of a case, and compiles it if that is wanted."""
 
-    Raises:
-        UserError: the target's compiler is missing or refuses the program.
-    """
-    target, config, started = load_target(case.target), case.config, time.perf_counter()
-    if case.program == "train":
-        with targeting(target.platform):
-            chunk_values = algorithms().chunk_values
-        expected = training_temporaries(config, mesh_sizes(config.mesh), chunk_values)
-        program = training_program(config, devices_for(config, target), target)
-        state = program.arguments[0]
-        held = jax.tree.leaves((state.tables, state.table_state))
-    else:
-        model, batch = config.model, config.train.batch_size
-        expected = decoding_temporaries(model, batch, case.cache_length)
-        program = decoding_program(model, batch, case.cache_length, target.devices(1)[0], target)
-        held = jax.tree.leaves(program.arguments[0].get("memory", {}))
-    try:
-        with compiled_with_names():
-            compiled = program.lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"{case.title}: the compiler refuses it: {str(error).splitlines()[0]}") from error
-    memory = compiled.memory_analysis()
-    assert memory is not None, "the compiler gives no figures of memory"
-    text = compiled.as_text() or ""
-    arguments = int(memory.argument_size_in_bytes + memory.host_argument_size_in_bytes)
-    exact = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(program.arguments))
-    return Audit(
-        case=case,
-        compiler=f"{target.compiler}, jax {jax.__version__}",
-        code=code_digest(),
-        seconds=time.perf_counter() - started,
-        arguments=arguments,
-        argument_padding=max(arguments - exact, 0),
-        temporaries=int(memory.temp_size_in_bytes),
-        expected_temporaries=expected,
-        not_aliased=int(memory.output_size_in_bytes - memory.alias_size_in_bytes),
-        findings=find(read_program(text), _table_shapes(held)),
-        collectives={
-            f"{kind} along {' × '.join(axes) or 'no axis'}": sent
-            for (kind, axes), sent in summary(collectives_of(text, program.axes.mesh)).items()
-        },
-    )
+    def __init__(self, case: Case):
+        """Lowers the program, and derives its temporaries.
+
+        Raises:
+            UserError: the target's compiler is missing, or the mesh does not fit.
+        """
+        self._case, self._started = case, time.perf_counter()
+        target, config = load_target(case.target), case.config
+        if case.program == "train":
+            with targeting(target.platform):
+                chunk_values = algorithms().chunk_values
+            self._expected = training_temporaries(config, mesh_sizes(config.mesh), chunk_values)
+            self._program = training_program(config, devices_for(config, target), target)
+            state = self._program.arguments[0]
+            held = jax.tree.leaves((state.tables, state.table_state))
+        else:
+            model, batch, length = config.model, config.train.batch_size, case.cache_length
+            self._expected = decoding_temporaries(model, batch, length)
+            self._program = decoding_program(model, batch, length, target.devices(1)[0], target)
+            held = jax.tree.leaves(self._program.arguments[0].get("memory", {}))
+        self._tables = _table_shapes(held)
+        self._compiler = f"{target.compiler}, jax {jax.__version__}"
+        text = f"{self._compiler}\n{self._program.lowered.as_text()}"
+        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def audit(self) -> Audit:
+        """Compiles the program and looks through it.
+
+        Raises:
+            UserError: the compiler refuses the program.
+        """
+        try:
+            with compiled_with_names():
+                compiled = self._program.lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self._case.title}: the compiler refuses it: {reason}") from error
+        memory = compiled.memory_analysis()
+        assert memory is not None, "the compiler gives no figures of memory"
+        text = compiled.as_text() or ""
+        arguments = int(memory.argument_size_in_bytes + memory.host_argument_size_in_bytes)
+        exact = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(self._program.arguments))
+        return Audit(
+            case=self._case,
+            compiler=self._compiler,
+            program=self.digest,
+            seconds=time.perf_counter() - self._started,
+            arguments=arguments,
+            argument_padding=max(arguments - exact, 0),
+            temporaries=int(memory.temp_size_in_bytes),
+            expected_temporaries=self._expected,
+            not_aliased=int(memory.output_size_in_bytes - memory.alias_size_in_bytes),
+            findings=find(read_program(text), self._tables),
+            collectives={
+                f"{kind} along {' × '.join(axes) or 'no axis'}": sent
+                for (kind, axes), sent in summary(collectives_of(text, self._program.axes.mesh)).items()
+            },
+        )
 
 
 def _table_shapes(held: Sequence[jax.ShapeDtypeStruct]) -> list[tuple[int, ...]]:
     shapes = (leaf.sharding.shard_shape(leaf.shape) for leaf in held if leaf.sharding is not None)
     return sorted({shape for shape in shapes if len(shape) > 1})
-
-
-def code_digest() -> str:
-    """Returns a digest of the library's source."""
-    package = pathlib.Path(ultramem_jax.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def save(result: Audit, folder: pathlib.Path) -> None:
@@ -254,10 +260,10 @@ def load(path: pathlib.Path) -> Audit:
         return Audit(**whole)
 
 
-def is_done(case: Case, folder: pathlib.Path) -> bool:
-    """Tells whether a folder has the audit of a case, of the code as it is."""
-    path = folder / f"{case.title}.json"
-    if not path.is_file():
-        return False
+def kept(case: Case, folder: pathlib.Path | None, digest: str) -> Audit | None:
+    """Returns the audit of a case that a folder has, if it is of the same program."""
+    path = folder / f"{case.title}.json" if folder else None
+    if path is None or not path.is_file():
+        return None
     done = load(path)
-    return done.case == case and done.code == code_digest()
+    return done if done.program == digest else None
