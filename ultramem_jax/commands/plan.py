@@ -1,8 +1,9 @@
 """Plans a training run on any mesh, without its devices: bytes, collectives and time of a step, per device.
 
-The step is compiled ahead of time for simulated devices, with abstract arrays. This needs no accelerator and
-little memory. The mesh is that of the run, for example --mesh=data:16,memory:64; the axis `data` has one
-device if it is not named or is 0. The plan contains:
+The step is compiled ahead of time, with abstract arrays. This needs no accelerator and little memory. It is
+compiled for simulated devices of the CPU, or with --target by the compiler of a GPU or TPU (see `audit`). The
+mesh is that of the run, for example --mesh=data:16,memory:64; the axis `data` has one device if it is not
+named or is 0. The plan contains:
 
 - the bytes that a device holds, and whether they fit;
 - the bytes that devices send to each other, by purpose, beside the formulas for them;
@@ -10,6 +11,7 @@ device if it is not named or is 0. The plan contains:
 - the bytes that each way of splitting a table sends, and which way sends least.
 
     ultramem plan --preset=ultramem-151m-x12 --mesh=data:4,memory:16 --config.train.batch_size=256
+    ultramem plan --preset=ultramem-151m-x12 --mesh=memory:4 --hardware=tpu-v5p --target=tpu-v5p:2x2x1
 """
 
 import pathlib
@@ -25,12 +27,19 @@ from ultramem_jax.planning.plans import lookups, make_plan, planned_runs
 from ultramem_jax.planning.programs import resolved
 from ultramem_jax.planning.records import PlanStudy
 from ultramem_jax.planning.tables import redraw, render, write
+from ultramem_jax.planning.targets import CARDS, TPUS, load_target
 from ultramem_jax.reporting.environment import describe_environment
 from ultramem_jax.reporting.folders import make_folder
 
 BASE_CONFIG = RunConfig()
 HARDWARE_NAME = flags.DEFINE_string(
     "hardware", "h100", f"{', '.join(HARDWARE)}, or a JSON file with the fields of planning.hardware.Hardware"
+)
+TARGET = flags.DEFINE_string(
+    "target",
+    "",
+    f"compile for {', '.join(CARDS)}, {', '.join(TPUS)}, a TPU with its topology (tpu-v5p:8x8x16), or a text "
+    "proto that describes a card; empty: for simulated devices of the CPU",
 )
 PARTITION = flags.DEFINE_string(
     "partition",
@@ -59,10 +68,11 @@ def main() -> None:
         redraw(pathlib.Path(out))
         return
     hardware = load_hardware(HARDWARE_NAME.value)
+    target = load_target(TARGET.value) if TARGET.value else None
     if out:
         make_folder(out.parent, "--out")
     runs = planned_runs(resolved(command_line.run_config()), PARTITION.value, BASELINE.value)
-    plans = [make_plan(name, config, note, hardware) for name, (config, note) in runs.items()]
+    plans = [make_plan(name, config, note, hardware, target) for name, (config, note) in runs.items()]
     partitions = lookups(plans[0].config, hardware)
     study = PlanStudy(command_line.config_name(), plans, hardware, partitions, describe_environment())
     text = render(study)

@@ -13,6 +13,7 @@ from ultramem_jax.planning.hardware import Hardware
 from ultramem_jax.planning.partition import Costs, partition_costs
 from ultramem_jax.planning.programs import abstract_axes
 from ultramem_jax.planning.step_time import TimeEstimate, estimate_step
+from ultramem_jax.planning.targets import Target
 from ultramem_jax.planning.traffic import Traffic, by_axes, traffic
 
 _LOGGER = logging.getLogger("ultramem_jax.plan")
@@ -30,6 +31,8 @@ class Plan:
     traffic: Sequence[Traffic]
     estimate: TimeEstimate
     note: str = ""
+    compiler: str = ""
+    """Compiler of temporaries and collectives, and its target; empty for the CPU's."""
 
 
 def planned_runs(config: RunConfig, partitions: str, baseline: str) -> dict[str, tuple[RunConfig, str]]:
@@ -62,14 +65,28 @@ def planned_runs(config: RunConfig, partitions: str, baseline: str) -> dict[str,
     return runs
 
 
-def make_plan(name: str, config: RunConfig, note: str, hardware: Hardware) -> Plan:
-    """Compiles the step of one run and estimates its time."""
+def make_plan(
+    name: str, config: RunConfig, note: str, hardware: Hardware, target: Target | None = None
+) -> Plan:
+    """Compiles the step of one run and estimates its time.
+
+    Args:
+        name: name of the plan.
+        config: the run; `resolved`.
+        note: what there is to say about it.
+        hardware: rates and sizes of the devices.
+        target: the devices to compile for; None for simulated devices of the CPU.
+
+    Raises:
+        UserError: the target has no compiler here, or fewer devices.
+    """
     _LOGGER.info("compiling %s", name)
-    step = compile_step(config)
+    step = compile_step(config, target)
     rows = traffic(step)
     parameters = step.gathered_parameters
     estimate = estimate_step(config, step.axes, hardware, step.bytes, parameters, by_axes(rows))
-    return Plan(name, config, step.bytes, step.argument_bytes, rows, estimate, note)
+    compiler = f"{target.compiler} for {target.name}" if target else ""
+    return Plan(name, config, step.bytes, step.argument_bytes, rows, estimate, note, compiler)
 
 
 def lookups(config: RunConfig, hardware: Hardware) -> tuple[int, Costs] | None:

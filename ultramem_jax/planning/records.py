@@ -64,6 +64,7 @@ class PlanStudy:
 def _tree(plan: Plan) -> JsonDict:
     return {
         "note": plan.note,
+        "compiler": plan.compiler,
         "config": to_dict(plan.config),
         "bytes": dataclasses.asdict(plan.bytes),
         "argument_bytes": plan.argument_bytes,
@@ -86,6 +87,7 @@ def _plan(name: str, tree: JsonDict) -> Plan:
         traffic=[Traffic(**row | {"axes": tuple(row["axes"])}) for row in tree["collectives"]],
         estimate=TimeEstimate(tuple(TimePart(**part) for part in time["parts"]), time["tokens"]),
         note=tree["note"],
+        compiler=tree.get("compiler", ""),
     )
 
 

@@ -35,12 +35,19 @@ _ABOUT = (
     "will not reproduce: it keeps much of bfloat16 in float32. Padding, as TPUs pad narrow arrays, is in no "
     "figure."
 )
+_ABOUT_TARGET = (
+    "Nothing was run: the step was compiled ahead of time by {compiler}, with abstract arrays. Bytes of the "
+    "state are exact, without padding of layouts. Temporaries and collectives are those of the program that "
+    "such devices would run."
+)
 _COLLECTIVES = (
     "Bytes are what one device sends in a step, by the algorithms that send least. `compiled` is read from "
-    "the program, `formula` is `ultramem_jax.accounting.step_transfers`. The CPU's compiler exchanges "
-    "bfloat16 as float32, for which `compiled` is up to twice the formula. `by data`: in a loop whose length "
-    "depends on the data; counted are the passes for the expected reads, or those of a balanced load. "
-    "Formulas leave out scalars and the axis `tensor`."
+    "the program, `formula` is `ultramem_jax.accounting.step_transfers`. {compiler}`by data`: in a loop "
+    "whose length depends on the data; counted are the passes for the expected reads, or those of a balanced "
+    "load. Formulas leave out scalars and the axis `tensor`."
+)
+_COLLECTIVES_ON_CPU = (
+    "The CPU's compiler exchanges bfloat16 as float32, for which `compiled` is up to twice the formula. "
 )
 _TIME = (
     "An estimate from published rates, not a measurement. Links: the formula's bytes, and where there is "
@@ -65,13 +72,16 @@ def render(study: PlanStudy) -> str:
     plans, hardware = study.plans, study.hardware
     sizes = mesh_sizes(plans[0].config.mesh)
     devices = math.prod(sizes.values())
-    parts = [f"# Plan: {study.title} on {in_words(sizes)} ({devices:,} × {hardware.name})", _ABOUT]
+    parts = [f"# Plan: {study.title} on {in_words(sizes)} ({devices:,} × {hardware.name})"]
+    compiler = plans[0].compiler
+    parts.append(_ABOUT_TARGET.format(compiler=compiler) if compiler else _ABOUT)
     parts += [f"`{plan.name}`: {plan.note}." for plan in plans if plan.note]
     parts += ["## Bytes per device", markdown.table(byte_rows(plans, hardware))]
     for plan in plans:
         heading = f"## Collectives of a step: {plan.name}"
         parts += [heading, markdown.table(traffic_rows(plan.traffic), ["purpose", "kind", "axes", "times"])]
-    parts += [_COLLECTIVES] if devices > 1 else []
+    collectives = _COLLECTIVES.format(compiler="" if compiler else _COLLECTIVES_ON_CPU)
+    parts += [collectives] if devices > 1 else []
     parts += ["## Time of a step", markdown.table(time_rows(plans))]
     parts += [markdown.table(bound_rows(plans)), _TIME.format(access=hardware.access_bytes)]
     if study.partitions is not None:

@@ -50,7 +50,7 @@ NOTES: dict[str, str] = {
     "engram-151m-x12": (
         "Not a published model: the layers of dense-151m, and an Engram table of 12 times their parameters, "
         "orders 2 and 3 with 8 heads each, rows 512 wide per order, before layers 2 and 7. Its projections "
-        "come on top of the layers."
+        "come on top of the layers. Inferred: what dense-151m infers."
     ),
     "engram-27b-table": (
         "Engram paper, Engram-27B. Published: 5.7 B of 26.7 B parameters in the table, orders 2 and 3 with 8 "
