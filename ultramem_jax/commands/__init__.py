@@ -19,13 +19,13 @@ COMMANDS = {
         "ultramem_jax.commands.count",
         "parameters, FLOPs and bytes read per token of the presets, without building them",
     ),
-    "audit": Command(
-        "ultramem_jax.commands.audit",
-        "what the compilers of GPUs and TPUs make of a step, without the devices",
-    ),
     "plan": Command(
         "ultramem_jax.commands.plan",
         "bytes, collectives and time of a step on any mesh, without its devices",
+    ),
+    "audit": Command(
+        "ultramem_jax.commands.audit",
+        "what the compilers of GPUs and TPUs make of a step, without the devices",
     ),
 }
 """Commands by their names on the command line, in the order in which they are listed."""

@@ -6,7 +6,7 @@ padded arrays. Each comes with the line of source that made it. What a budget fo
 error. The compilers are in requirements-audit.txt, for an environment of their own.
 
     ultramem audit --preset=ultramem-151m-x12 --target=h100,tpu-v5p --config.train.batch_size=16
-    ultramem audit --out=experiments/results/audit
+    ultramem audit --out=audits
 
 Without --target, the command audits all cases of the budget. It compiles only programs that --out does not
 have yet, so that the same command goes on after an interruption.
@@ -38,7 +38,9 @@ PROGRAM = flags.DEFINE_string(
     "program", ",".join(PROGRAMS), "comma-separated programs to audit with --target"
 )
 CACHE_LENGTH = flags.DEFINE_integer("cache_length", Case.cache_length, "cache positions of the decoding step")
-BUDGET_FILE = flags.DEFINE_string("budget", str(BUDGET), "JSON file with cases and limits")
+BUDGET_FILE = flags.DEFINE_string(
+    "budget", "", "JSON file with cases and limits; empty: the budget that comes with the library"
+)
 OUT = flags.DEFINE_string(
     "out", "", "folder for a JSON file per case and a README.md of all; empty: only print"
 )
@@ -46,7 +48,7 @@ OUT = flags.DEFINE_string(
 
 def main() -> None:
     """Audits, prints and writes what was found, and fails where the budget is broken."""
-    cases, limits = load_budget(pathlib.Path(BUDGET_FILE.value))
+    cases, limits = load_budget(pathlib.Path(BUDGET_FILE.value) if BUDGET_FILE.value else BUDGET)
     if TARGET.value:
         cases = _cases()
     folder = pathlib.Path(OUT.value) if OUT.value else None

@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 import jax
 
 from ultramem_jax.accounting.temporaries import decoding_temporaries, training_temporaries
-from ultramem_jax.config import DataConfig, MeshConfig, RunConfig, TrainConfig, run_config_from_dict, to_dict
+from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
 from ultramem_jax.errors import UserError
 from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.ops.exchanges import compiled_with_names
@@ -157,16 +157,27 @@ def load_budget(path: pathlib.Path = BUDGET) -> tuple[list[Case], Limits]:
 
 
 def _case(name: str, model: JsonDict, program: ProgramName, target: str, mesh: JsonDict) -> Case:
-    of = model[program]
-    trains = program == "train"
-    config = RunConfig(
-        model=dataclasses.replace(preset(model["preset"]), **model.get("fields", {})),
-        data=DataConfig(seq_len=of["seq_len"] if trains else DataConfig.seq_len),
-        train=TrainConfig(batch_size=of["batch_size"]),
-        # A model decodes on one device.
-        mesh=MeshConfig(**mesh) if trains else MeshConfig(),
+    of, trains = model[program], program == "train"
+    tree = _merged(to_dict(preset(model["preset"])), model.get("changes", {}))
+    config = run_config_from_dict(
+        {
+            "model": tree,
+            "data": {"seq_len": of["seq_len"]} if trains else {},
+            "train": {"batch_size": of["batch_size"]},
+            # A model decodes on one device.
+            "mesh": mesh if trains else {},
+        }
     )
     return Case(name, resolved(config), program, target, of.get("cache_length", Case.cache_length))
+
+
+def _merged(one: JsonDict, other: JsonDict) -> JsonDict:
+    """Returns a tree with the values of another one in place of its own."""
+    both = dict(one)
+    for key, value in other.items():
+        held = both.get(key)
+        both[key] = _merged(held, value) if isinstance(value, dict) and isinstance(held, dict) else value
+    return both
 
 
 class Auditor:

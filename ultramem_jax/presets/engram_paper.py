@@ -1,30 +1,14 @@
-"""Defines presets with tables like those of Engram (arXiv 2601.07372), in decoders that are not the paper's.
+"""Defines a preset with the table of Engram-27B (arXiv 2601.07372), in a decoder that is not the paper's.
 
 The published model is a Mixture of Experts with another attention and several residual streams. Not all of
-its sizes are published. So `engram-27b-table` serves to count its table and the layers that read it, beside
-plain layers. `engram-151m-x12` has the layers of the UltraMem paper's smallest models, and as many sparse
-parameters as they have.
+its sizes are published. So the preset serves to count the table and the layers that read it, beside plain
+layers.
 """
 
-from dataclasses import replace
-
 from ultramem_jax.config import ModelConfig
-from ultramem_jax.presets import families, ultramem_paper
+from ultramem_jax.presets import families
 
 PRESETS: dict[str, ModelConfig] = {
-    "engram-151m-x12": replace(
-        ultramem_paper.PRESETS["dense-151m"],
-        memories={
-            "engram": families.engram(
-                placement="before@2/before@7",
-                heads_per_order=8,
-                # 12·151 M / (2 layers · 2 orders · 8 heads · 64 numbers per row)
-                rows_per_head=(884_736,),
-                value_dim=64,
-                row_multiple=1024,
-            )
-        },
-    ),
     "engram-27b-table": ModelConfig(
         vocab_size=129_280,
         embed_dim=2560,
@@ -47,11 +31,6 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 NOTES: dict[str, str] = {
-    "engram-151m-x12": (
-        "Not a published model: the layers of dense-151m, and an Engram table of 12 times their parameters, "
-        "orders 2 and 3 with 8 heads each, rows 512 wide per order, before layers 2 and 7. Its projections "
-        "come on top of the layers. Inferred: what dense-151m infers."
-    ),
     "engram-27b-table": (
         "Engram paper, Engram-27B. Published: 5.7 B of 26.7 B parameters in the table, orders 2 and 3 with 8 "
         "heads each, rows 1,280 wide per order, in layers 2 and 15 of 30; rows learn at 5 times the rate, "
