@@ -28,6 +28,7 @@ from ultramem_jax.parallel.distributed import (
     is_first,
     require_same,
 )
+from ultramem_jax.parallel.known_faults import warn_of_known_faults
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, rows_here, shard_batch
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.continuing import check_same_run, corpus_identity, say_what_changed
@@ -118,6 +119,8 @@ def _train(
     corpus: Corpus | None,
     profile: Profile | None,
 ) -> TrainResult:
+    if is_first():
+        warn_of_known_faults()
     corpus = corpus if corpus is not None else load_corpus(config.data)
     check_vocabulary(config, corpus)
     config, token_map = for_tokenizer(config, corpus.tokenizer)
