@@ -41,6 +41,7 @@ FLOORS = (
     ("ultramem_jax.models", "ultramem_jax.reporting"),
     ("ultramem_jax.training",),
     ("ultramem_jax.planning",),
+    ("ultramem_jax.accelerator",),
     ("ultramem_jax.commands",),
     ("ultramem_jax.__main__", "experiments", "experiments.configs"),
     ("experiments.common",),

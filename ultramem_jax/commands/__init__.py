@@ -27,5 +27,9 @@ COMMANDS = {
         "ultramem_jax.commands.audit",
         "what the compilers of GPUs and TPUs make of a step, without the devices",
     ),
+    "accelerator": Command(
+        "ultramem_jax.commands.accelerator",
+        "speed and correctness of the library on this machine's GPU or TPU, under a time limit",
+    ),
 }
 """Commands by their names on the command line, in the order in which they are listed."""

@@ -1,11 +1,11 @@
 """Warns of releases of jaxlib that make programs slow on a device, with the flag or release that mends it."""
 
+import importlib.metadata
 import logging
 import os
 import re
 
 import jax
-import jaxlib
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ _OTHER_FLAG = "--xla_gpu_ftz=true"
 
 def warn_of_known_faults() -> None:
     """Logs a line for each known fault of this jaxlib on this process's devices."""
-    version = jaxlib.__version__
+    version = importlib.metadata.version("jaxlib")
     if line := slow_atomics(
         jax.devices()[0].client.platform_version, version, os.environ.get("XLA_FLAGS", "")
     ):
