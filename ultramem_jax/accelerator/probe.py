@@ -134,7 +134,7 @@ def _sums(share: int) -> Iterator[_Candidate]:
         return sums_of_rows(values[found.order], found.row_of_read, found.counts)
 
     def scattered(rows: jax.Array, values: jax.Array, num_rows: int) -> jax.Array:
-        return jnp.zeros((num_rows, values.shape[1]), jnp.float32).at[rows].add(values)
+        return jnp.zeros((num_rows, values.shape[1]), values.dtype).at[rows].add(values)
 
     for count, width, num_rows in ((688_128, 512, 1_210_000), (262_144, 128, 1 << 20), (8192, 1024, 50_432)):
         count, num_rows = count // share, max(num_rows // share, 128)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, MLP_MATRICES, count_parameters
 from ultramem_jax.config import ModelConfig, RunConfig
-from ultramem_jax.config.exchange_shapes import axis_roles
+from ultramem_jax.config.exchange_shapes import axis_roles, group_rows
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.config.model import table_readers
 
@@ -26,13 +26,16 @@ _ROW_ARRAYS = 3
 rows."""
 
 
-def training_temporaries(config: RunConfig, sizes: Mapping[str, int], chunk_values: int) -> dict[str, int]:
+def training_temporaries(
+    config: RunConfig, sizes: Mapping[str, int], chunk_values: int, groups_experts: bool
+) -> dict[str, int]:
     """Returns the bytes of a training step's temporaries on one device, by part, at the larger moment.
 
     Args:
         config: the run.
         sizes: devices along each mesh axis.
         chunk_values: most float32 values that one chunk of tokens holds (`ops.algorithms`).
+        groups_experts: whether the weights of experts are gathered by groups of rows (`layers.experts`).
     """
     model, train = config.model, config.train
     roles = axis_roles(config, sizes)
@@ -50,6 +53,7 @@ def training_temporaries(config: RunConfig, sizes: Mapping[str, int], chunk_valu
         "logits": FLOAT32_BYTES * tokens * model.vocab_size,
         "gradients": gradients,
         "choice of rows": FLOAT32_BYTES * min(chunk_values, tokens * _choosing_width(model)),
+        "weights of groups": _group_bytes(model, tokens) if groups_experts else 0,
     }
     update = {
         "gradients": gradients,
@@ -59,13 +63,16 @@ def training_temporaries(config: RunConfig, sizes: Mapping[str, int], chunk_valu
     return max(backward, update, key=lambda parts: sum(parts.values()))
 
 
-def decoding_temporaries(model: ModelConfig, batch_size: int, cache_length: int) -> dict[str, int]:
+def decoding_temporaries(
+    model: ModelConfig, batch_size: int, cache_length: int, groups_experts: bool
+) -> dict[str, int]:
     """Returns the bytes of a decoding step's temporaries, by part; layers follow one after the other.
 
     Args:
         model: the model.
         batch_size: B.
         cache_length: U.
+        groups_experts: the same as in `training_temporaries`.
     """
     scores = batch_size * model.num_heads * cache_length
     return {
@@ -74,7 +81,17 @@ def decoding_temporaries(model: ModelConfig, batch_size: int, cache_length: int)
         "logits": 2 * FLOAT32_BYTES * batch_size * model.vocab_size,
         "choice of rows": FLOAT32_BYTES * batch_size * _choosing_width(model),
         "reads and pooled values": _kept_of_memories(model, batch_size),
+        "weights of groups": _group_bytes(model, batch_size) if groups_experts else 0,
     }
+
+
+def _group_bytes(model: ModelConfig, tokens: int) -> int:
+    """Returns the weights of the experts of all groups, of two matrices at a time."""
+    if model.moe is None:
+        return 0
+    assignments, experts = tokens * model.moe.top_k, model.moe.num_experts
+    groups = assignments // group_rows(assignments, experts) + experts
+    return 2 * groups * model.embed_dim * model.moe.expert_dim * DTYPE_BYTES[model.dtype]
 
 
 def _layer_bytes(model: ModelConfig) -> int:

@@ -63,6 +63,7 @@ def main() -> None:
             done.append(found or auditor.audit())
             if folder and not found:
                 save(done[-1], folder)
+                (folder / "README.md").write_text(audit_tables.document(done, limits), encoding="utf-8")
     if folder:
         (folder / "README.md").write_text(audit_tables.document(done, limits), encoding="utf-8")
         print(markdown.table(audit_tables.summary_rows(done, limits)))

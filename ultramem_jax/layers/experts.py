@@ -30,13 +30,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from ultramem_jax.config.exchange_shapes import group_rows
 from ultramem_jax.layers.mlp import activated
 from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.platforms import platform
 
 MAX_OVERFLOW_ROWS = 128
 """Most rows of an overflow group: more are mostly padding, fewer do not pay for fetching the weights."""
+
+
+_GATHERED = "weights of groups"
+"""Name of what the backward pass gathers again."""
 
 
 class ExpertWeights(NamedTuple):
@@ -208,15 +214,6 @@ def _ragged_dot() -> Callable[..., jax.Array]:
     return dot
 
 
-def group_rows(num_assignments: int, num_experts: int) -> int:
-    """Returns Z of `groups`: a power of two of about half the mean load, from 8 to 128 rows.
-
-    Half a group of padding for every expert is then at most half of the work.
-    """
-    half = max(num_assignments // (2 * num_experts), 1)
-    return min(max(1 << (half.bit_length() - 1), 8), 128)
-
-
 def grouped_experts(x: jax.Array, gates: jax.Array, weights: ExpertWeights, plan: Dispatch) -> jax.Array:
     """Sums gate·expert(x) over a token's k experts, by groups of rows of one expert.
 
@@ -236,9 +233,17 @@ def grouped_experts(x: jax.Array, gates: jax.Array, weights: ExpertWeights, plan
     rank = plan.row - plan.start[plan.expert]
     place = (first[plan.expert] + rank // rows) * rows + rank % rows
     place = jnp.where(plan.row < count, place, num_groups * rows)
-    of_groups = jax.tree.map(lambda w: _of_groups(w, expert), weights)
     buffer = spread(x, assignment // k, place).reshape(num_groups, rows, -1)
-    return combine(_expert(buffer, of_groups).reshape(-1, x.shape[1]), gates, assignment, place)
+
+    def compute(buffer: jax.Array, weights: ExpertWeights) -> jax.Array:
+        of_groups = jax.tree.map(lambda w: _of_groups(w.astype(x.dtype), expert), weights)
+        return _expert(buffer, jax.tree.map(lambda w: checkpoint_name(w, _GATHERED), of_groups))
+
+    # The weights of groups are gathered again for the backward pass: kept, they would be several times those
+    # of the experts, in every layer.
+    kept = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
+    y = jax.checkpoint(compute, policy=kept)(buffer, weights)
+    return combine(y.reshape(-1, x.shape[1]), gates, assignment, place)
 
 
 @jax.custom_vjp

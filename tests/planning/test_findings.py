@@ -1,0 +1,142 @@
+"""What is found in programs: on lines of programs for H100 and TPU v5e, and on programs for CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ultramem_jax.parallel.program_text import read_program
+from ultramem_jax.planning.findings import Findings, find
+
+_SOURCE = 'metadata={op_name="OP" source_file="/a/ultramem_jax/ops/x.py" source_line=LINE}'
+_REGIONS = """HloModule step, num_partitions=1
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%second (a: f32[], b: f32[]) -> f32[] {
+  %a.1 = f32[] parameter(0)
+  ROOT %b.1 = f32[] parameter(1)
+}
+
+"""
+
+
+def _program(*lines):
+    body = "\n".join(f"  {line}" for line in lines)
+    parameters = [
+        "%table = f32[1000,64]{1,0} parameter(0)",
+        "%at = s32[50,1]{1,0} parameter(1)",
+        "%rows = f32[50,64]{1,0} parameter(2)",
+        "%scores = f32[70,640]{1,0} parameter(3)",
+        "%words = u32[5000]{0} parameter(4)",
+    ]
+    head = "\n".join(f"  {line}" for line in parameters)
+    return read_program(f"{_REGIONS}ENTRY %main (p: f32[]) -> f32[] {{\n{head}\n{body}\n}}\n")
+
+
+def _at(op, line):
+    return _SOURCE.replace("OP", op).replace("LINE", str(line))
+
+
+def _found(*lines) -> Findings:
+    return find(_program(*lines), [(1000, 64)])
+
+
+def _what(findings):
+    return [(one.what, one.source, one.times) for one in findings]
+
+
+def test_sorts_of_rows_and_of_words():
+    found = _found(
+        "%s = (f32[70,640]{1,0}, s32[70,640]{1,0}) sort(%scores, %scores), dimensions={1}, "
+        + _at("top_k", 3),
+        "%w = u32[5000]{0} sort(%words), dimensions={0}, " + _at("sort", 4),
+        '%k = (f32[70,16]{1,0}, s32[70,16]{1,0}) custom-call(%scores), custom_call_target="__gpu$TopK", '
+        + _at("top_k", 5),
+    )
+    assert [(one.width, one.source) for one in found.sorts] == [
+        (640, "ultramem_jax/ops/x.py:3"),
+        (0, "ultramem_jax/ops/x.py:4"),
+        (640, "ultramem_jax/ops/x.py:5"),
+    ]
+    assert [one.what for one in found.custom_calls] == ["__gpu$TopK"]
+
+
+def test_scatters_by_kind():
+    of = "scatter(%table, %at, %rows), update_window_dims={1}, inserted_window_dims={0}, to_apply="
+    flags = "indices_are_sorted=true, unique_indices=true, "
+    found = _found(
+        f"%a = f32[1000,64]{{1,0}} {of}%add, " + _at("scatter-add", 1),
+        f"%b = f32[1000,64]{{1,0}} {of}%add, {flags}" + _at("scatter-add", 2),
+        f"%c = f32[1000,64]{{1,0}} {of}%second, " + _at("scatter", 3),
+        f"%d = f32[1000,64]{{1,0}} {of}%second, indices_are_sorted=true, " + _at("scatter", 4),
+        f"%e = s32[1000]{{0}} {of}%add, " + _at("scatter-add", 5),
+    )
+    assert [one.what for one in found.scatters] == [
+        "atomic add to f32[1000,64]",
+        "unique add to f32[1000,64]",
+        "any order write to f32[1000,64]",
+        "sorted write to f32[1000,64]",
+        "any order add to s32[1000]",
+    ]
+    assert not found.table_copies  # all of these write in place
+
+
+def test_copies_of_tables():
+    found = _found(
+        "%a = f32[1000,64]{1,0} copy(%table), " + _at("copy", 1),
+        "%b = f32[1000,64]{0,1} transpose(%table), dimensions={1,0}, " + _at("transpose", 2),
+        "%c = f32[50,64]{1,0} copy(%rows), " + _at("copy", 3),
+    )
+    assert _what(found.table_copies) == [
+        ("copy f32[1000,64]", "ultramem_jax/ops/x.py:1", 1),
+        ("transpose f32[1000,64]", "ultramem_jax/ops/x.py:2", 1),
+    ]
+
+
+def test_solvers_ragged_products_and_transfers():
+    found = _found(
+        '%s = f32[2,2]{1,0} custom-call(%rows), custom_call_target="cusolver_gesvdj_ffi", '
+        + _at("jit(f)/svd", 1),
+        "%q = f32[2,2]{1,0} fusion(%rows), kind=kLoop, " + _at("jit(f)/householder_product", 2),
+        "%r = f32[4,50,8]{2,1,0} dot(%rows, %rows), lhs_contracting_dims={1}, "
+        + _at("a/ragged_dot_general", 3),
+        "%n = f32[50,8]{1,0} dot(%rows, %rows), lhs_contracting_dims={1}, " + _at("a/ragged_dot_general", 4),
+        '%h = () custom-call(%rows), custom_call_target="xla_ffi_python_gpu_callback", ' + _at("callback", 5),
+        "%m = f32[50,64]{1,0:S(5)} copy(%rows), " + _at("copy", 6),
+        "%l = f32[50,64]{0,1} copy(%rows), " + _at("copy", 7),
+        "%i = s32[] copy(%at), " + _at("copy", 8),
+    )
+    assert [one.source[-1] for one in found.solvers] == ["1", "2"]
+    assert _what(found.dense_ragged) == [("dot f32[4,50,8]", "ultramem_jax/ops/x.py:3", 1)]
+    assert [one.source[-1] for one in found.host_transfers] == ["5", "6"]
+
+
+def test_padded_arrays():
+    found = _found(
+        "%a = f32[4096,16]{1,0:T(8,128)} negate(%rows), " + _at("neg", 1),
+        "%b = f32[4096,128]{1,0:T(8,128)} negate(%rows), " + _at("neg", 2),
+        "%c = f32[8,2]{1,0:T(8,128)} negate(%rows), " + _at("neg", 3),
+    )
+    assert _what(found.padded) == [("f32[4096,16]{1,0:T(8,128)}: 8 times", "ultramem_jax/ops/x.py:1", 1)]
+
+
+def test_programs_for_cpu():
+    def step(table, at, rows, x, order):
+        x = jax.lax.fori_loop(0, x.shape[0], lambda i, x: x.at[i].mul(2.0), x)
+        x = jax.lax.while_loop(lambda x: x.sum() < order, lambda x: x * 2, x)
+        return table.at[at].add(rows), jnp.sort(x.reshape(4, -1), axis=1)
+
+    arguments = jnp.zeros((1000, 64)), jnp.zeros((50,), jnp.int32), jnp.ones((50, 64)), jnp.ones(40), 1e9
+    compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+    found = find(read_program(compiled.as_text()), [(1000, 64)])
+    assert len(found.unbounded_loops) == 1  # the other one has a count
+    assert [sort.width for sort in found.sorts] == [10]
+    assert found.sorts[0].source.startswith("planning/test_findings.py:")
+    assert found.kernels > 40  # the first loop's body runs 40 times
+    atomic = [one for one in found.scatters if one.what.startswith("atomic")]
+    assert len(atomic) + len(found.unbounded_loops) >= 1  # XLA on CPU may write the scatter as a loop
+    assert np.isfinite(found.kernels)
