@@ -1,0 +1,142 @@
+"""Steps ahead of the host: all are looked at, in order, and no number depends on how many are in flight."""
+
+import json
+import math
+import signal
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ultramem_jax.errors import UserError
+from ultramem_jax.parallel import distributed
+from ultramem_jax.parallel.distributed import PeriodicQuestion
+from ultramem_jax.training import in_flight, loop
+from ultramem_jax.training.in_flight import MOST_AHEAD, StepsInFlight
+from ultramem_jax.training.loop import train
+from ultramem_jax.training.metrics import MetricWriter
+from ultramem_jax.training.profiling import Profile
+
+
+def _add(steps, number):
+    steps.add(number, {"loss": jnp.float32(number)}, jnp.int32(10 * number))
+
+
+def test_steps_come_out_in_order_with_their_numbers():
+    steps = StepsInFlight()
+    _add(steps, 1)
+    # The first step compiles, and may fail: nothing is ahead of it.
+    assert [tuple(one) for one in steps.finished()] == [(1, {"loss": 1.0}, 10)]
+    for number in range(2, 40):
+        _add(steps, number)
+    first = [one.step for one in steps.finished()]
+    assert first == list(range(2, 40 - MOST_AHEAD))  # these steps took no time: as many as may be stay
+    assert [one.step for one in steps.finished(wait_for_all=True)] == list(range(40 - MOST_AHEAD, 40))
+    assert list(steps.finished(wait_for_all=True)) == []
+
+
+def test_slow_steps_are_given_one_ahead(monkeypatch):
+    clock = iter(range(0, 1000, 2))  # two seconds between any two looks at the clock
+    monkeypatch.setattr(in_flight.time, "perf_counter", lambda: float(next(clock)))
+    steps = StepsInFlight()
+    for number in (1, 2, 3):
+        _add(steps, number)
+    assert [one.step for one in steps.finished()] == [1, 2]
+    assert steps.seconds_per_step() == 2.0
+
+
+def test_speeds_leave_out_the_first_step_and_what_is_no_step(monkeypatch):
+    times = iter([0.0, 9.0, 10.0, 100.0, 101.0])  # made, step 1, step 2, restarted, step 3
+    monkeypatch.setattr(in_flight.time, "perf_counter", lambda: next(times))
+    steps = StepsInFlight()
+    assert math.isnan(steps.seconds_per_step()) and math.isnan(steps.seconds_without_first())
+    for number in (1, 2):
+        _add(steps, number)
+        list(steps.finished(wait_for_all=True))
+    steps.restart_clock()
+    _add(steps, 3)
+    list(steps.finished(wait_for_all=True))
+    assert steps.seconds_per_step() == 1.0 and steps.seconds_without_first() == 1.0
+
+
+def _records(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    # Times differ from run to run.
+    return [
+        {name: value for name, value in row.items() if "second" not in name and name != "time"}
+        for row in rows
+    ]
+
+
+def test_no_number_depends_on_the_steps_in_flight(config, tmp_path, monkeypatch):
+    config = replace(config, train=replace(config.train, log_every=1))
+    ahead = train(config, tmp_path / "ahead", progress=False)
+    monkeypatch.setattr(StepsInFlight, "_allowed", lambda self: 0)
+    one_by_one = train(config, tmp_path / "one", progress=False)
+    assert _records(tmp_path / "ahead") == _records(tmp_path / "one")
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), ahead.state, one_by_one.state)
+    assert all(jax.tree.leaves(same))
+
+
+def test_no_row_is_written_after_a_loss_that_is_not_finite(config, tmp_path, monkeypatch):
+    make, tables = loop.make_train_step, []
+
+    def poisoned(*args, **kwargs):
+        step = make(*args, **kwargs)
+
+        def at_three(state, tokens, halted):
+            state, metrics = step(state, tokens, halted)
+            jax.debug.callback(
+                lambda number, values: tables.append((int(number), values)), state.step, state.tables
+            )
+            return state, metrics | {"loss": jnp.where(state.step == 3, jnp.inf, metrics["loss"])}
+
+        return at_three
+
+    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    monkeypatch.setattr(StepsInFlight, "_allowed", lambda self: 3)
+    config = replace(config, train=replace(config.train, checkpoint_every=0, eval_every=0, log_every=100))
+    with pytest.raises(UserError, match=r"^step 3: loss = inf: must be finite; there is no checkpoint yet"):
+        train(config, tmp_path, progress=False)
+    jax.effects_barrier()
+    of_steps = dict(tables)
+    assert len(of_steps) > 3, "the device was ahead of the host"
+    for step in range(1, max(of_steps)):
+        same = all(jax.tree.leaves(jax.tree.map(np.array_equal, of_steps[step], of_steps[step + 1])))
+        assert same == (step >= 3), step
+    assert not (tmp_path / "metrics.jsonl").exists() or not _records(tmp_path)
+
+
+def test_sigterm_is_followed_before_the_next_step(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(MetricWriter, "write", lambda *_: signal.raise_signal(signal.SIGTERM))
+    config = replace(config, train=replace(config.train, log_every=1))
+    assert train(config, tmp_path, progress=False).step == 1
+
+
+def test_processes_ask_each_other_at_the_same_steps(monkeypatch):
+    asked = []
+
+    def gather(answer):
+        asked.append(answer.tolist())
+        return np.stack([answer, [len(asked) == 3, 1]])  # the other process is faster, and stops at last
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    question = PeriodicQuestion(seconds=2.0)
+    answers = [question(False, step, math.nan if step == 1 else 0.5) for step in range(1, 12)]
+    # After the first step, whose speed is not known, in the next; then every four steps of half a second.
+    assert asked == [[0, 1], [0, 4], [0, 4], [0, 4]]
+    assert answers.index(True) + 1 == 6 and sum(answers) == 1
+
+
+def test_one_process_asks_itself_in_every_step():
+    question = PeriodicQuestion(seconds=1e9)
+    assert [question(step == 3, step, 1.0) for step in (1, 2, 3)] == [False, False, True]
+
+
+def test_a_profile_is_of_a_few_steps(config, tmp_path):
+    train(config, tmp_path / "run", progress=False, profile=Profile(tmp_path / "profile", skip=2, steps=2))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
