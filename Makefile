@@ -1,4 +1,5 @@
-# make demo · make test · make test-native · make lint · make docs · make compare · make ablate: each sets up what it needs.
+# make demo · make test · make test-native · make lint · make docs · make compare · make ablate · make audit: each sets up
+# what it needs.
 # Another interpreter: make demo PYTHON=python3.12. What is installed already is not installed again.
 
 PYTHON ?= python3
@@ -6,10 +7,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-native lint format docs compare ablate help
+.PHONY: demo test test-native lint format docs compare ablate audit help
 
 help:
-	@grep '^# make' Makefile
+	@grep -A1 '^# make' Makefile | sed 's/^# //'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -61,3 +62,15 @@ format: $(VENV)/dev.stamp
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	$(BIN)/python -m pytest docs/website/test_site.py
+
+# What GPUs and TPUs would run, by their compilers, in an environment of its own. A whole audit takes about two hours on two
+# CPU cores; what is in the folder already, and has not changed, is not compiled again.
+AUDIT := .venv-audit
+
+$(AUDIT)/stamp: requirements-audit.txt requirements.txt
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet --disable-pip-version-check -r requirements-audit.txt
+	@touch $@
+
+audit: $(AUDIT)/stamp
+	JAX_PLATFORMS=cpu $(AUDIT)/bin/python launch.py audit --out=experiments/results/audit
