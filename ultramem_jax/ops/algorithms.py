@@ -34,6 +34,9 @@ class Algorithms:
     pairs, which takes no gathers between the digits."""
     svd: Literal["library", "small"]
     """How Tucker cores are decomposed (`ops.small_svd`): by the library's solver, or in plain JAX."""
+    layouts: Literal["narrow", "wide"]
+    """How large arrays of a few numbers for each read lie: with the numbers side by side, or, for TPUs, with
+    the reads along the last axis, which is padded to 128."""
     experts: Literal["blocks", "ragged", "groups"]
     """How a Mixture of Experts is computed (`layers.experts`). A GPU with tokamax has `ragged`, too."""
     loops: Literal["as_needed", "fixed"]
@@ -50,6 +53,7 @@ _CPU = Algorithms(
     sums_by_row="scatter",
     sort="words",
     svd="library",
+    layouts="narrow",
     experts="blocks",
     loops="as_needed",
     # 16 MB of float32 stay in the cache, and are paged in once.
@@ -62,12 +66,20 @@ _GPU = Algorithms(
     sums_by_row="products",
     sort="pairs",
     svd="small",
+    layouts="narrow",
     experts="groups",
     loops="fixed",
     # Each pass of a loop over chunks costs a few launches. 1 GB of float32 is a hundredth of the memory.
     chunk_values=1 << 28,
 )
-_TPU = dataclasses.replace(_GPU, picks="compare", experts="ragged", loops="as_needed", chunk_values=1 << 27)
+_TPU = dataclasses.replace(
+    _GPU,
+    picks="compare",
+    layouts="wide",
+    experts="ragged",
+    loops="as_needed",
+    chunk_values=1 << 27,
+)
 _BY_PLATFORM: dict[Platform, Algorithms] = {"cpu": _CPU, "gpu": _GPU, "tpu": _TPU}
 
 _CHANGES: ContextVar[dict[str, Any]] = ContextVar("changes", default={})  # noqa: B039

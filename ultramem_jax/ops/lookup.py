@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from ultramem_jax.kernels import calls
 from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.memory_spaces import is_on_host
+from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.ops.chunks import map_chunks
 from ultramem_jax.ops.row_sums import sorted_rows, sums_of_rows
 from ultramem_jax.ops.rows import take_rows
@@ -259,9 +260,23 @@ def row_gradients(of_reads: GradientsOfReads) -> RowGradients:
     # written once and summed in the order in which it lies.
     per_read = read_gradients(
         cotangent[rows.order // blocks.shape[1], blocks.reshape(-1)[rows.order]],
-        scores.reshape(-1, scores.shape[-1])[rows.order],
+        take_weights(scores, rows.order),
     )
     return RowGradients(rows.slots, sums_of_rows(per_read, rows.row_of_read, rows.counts))
+
+
+def take_weights(scores: jax.Array, reads: jax.Array) -> jax.Array:
+    """Returns the scores (n, h) of some of the reads of scores (T, R, h).
+
+    Args:
+        scores: (T, R, h).
+        reads: (n,) int32, indices of reads, of T·R.
+    """
+    flat = scores.reshape(-1, scores.shape[-1])
+    if algorithms().layouts == "wide":
+        # A TPU would pad h, the last axis, to 128.
+        return jnp.take(flat.T, reads, axis=1, mode="clip").T
+    return flat[reads]
 
 
 def read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:

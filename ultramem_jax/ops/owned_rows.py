@@ -17,7 +17,7 @@ from ultramem_jax.kernels import calls
 from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.ops.chunks import fold_chunks
-from ultramem_jax.ops.lookup import slice_sums, weighed_rows
+from ultramem_jax.ops.lookup import slice_sums, take_weights, weighed_rows
 from ultramem_jax.ops.row_sums import runs_of, sums_of_rows
 from ultramem_jax.ops.rows import take_rows
 
@@ -99,17 +99,16 @@ def owned_reads(
 def _pool_listed(
     table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array, first: jax.Array, expansion: int
 ) -> jax.Array:
-    tokens, reads, cores = scores.shape
+    tokens, reads = scores.shape[:2]
     count = tokens * reads
     target = jnp.arange(count, dtype=jnp.int32) // reads * expansion + blocks.reshape(-1)
     owned = owned_reads(slots, first, table.shape[0], target)
-    flat = scores.reshape(-1, cores)
 
     def add(pooled: jax.Array, number: jax.Array, index: jax.Array) -> jax.Array:
         rows = _owned_rows(table, owned, index).astype(scores.dtype)
         # A chunk can reach beyond the last owned read. The scatter drops what it finds there.
         to = jnp.where(number < owned.num_owned, target[index], len(pooled))
-        weighed = weighed_rows(rows, flat[index])
+        weighed = weighed_rows(rows, take_weights(scores, index))
         if algorithms().sums_by_row == "scatter":
             return pooled.at[to].add(weighed, mode="drop", indices_are_sorted=expansion == 1)
         runs = runs_of(to, len(pooled) + jnp.arange(to.size, dtype=jnp.int32))
@@ -127,19 +126,24 @@ def _multiply_listed(
 ) -> jax.Array:
     owned = owned_reads(slots, first, table.shape[0])
     (tokens, reads), expansion = blocks.shape, vectors.shape[1]
+    count = tokens * reads
     blocks, of_blocks = blocks.reshape(-1), vectors.reshape(-1, vectors.shape[-1])
 
     def put(products: jax.Array, number: jax.Array, index: jax.Array) -> jax.Array:
         rows = _owned_rows(table, owned, index).astype(vectors.dtype)
         of_reads = of_blocks.at[index // reads * expansion + blocks[index]].get(mode="promise_in_bounds")
-        target = jnp.where(number < owned.num_owned, index, len(products) + number)
+        target = jnp.where(number < owned.num_owned, index, count + number)
         sums = slice_sums(rows * of_reads, cores)
+        if algorithms().layouts == "wide":
+            return products.at[:, target].set(sums.T, mode="drop", unique_indices=True)
         return products.at[target].set(sums, mode="drop", unique_indices=True)
 
-    zeros = jnp.zeros((tokens * reads, cores), vectors.dtype)
-    numbers = jnp.arange(len(owned.places), dtype=jnp.int32)
+    # A TPU would pad the cores, if they were the last axis, to 128.
+    is_wide = algorithms().layouts == "wide"
+    zeros = jnp.zeros((cores, count) if is_wide else (count, cores), vectors.dtype)
+    numbers = jnp.arange(count, dtype=jnp.int32)
     products = fold_chunks(put, zeros, 2 * table.shape[1], numbers, owned.places, up_to=owned.num_owned)
-    return products.reshape(tokens, reads, cores)
+    return (products.T if is_wide else products).reshape(tokens, reads, cores)
 
 
 def _owned_rows(table: jax.Array, owned: OwnedReads, index: jax.Array) -> jax.Array:

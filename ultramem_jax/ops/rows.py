@@ -96,4 +96,8 @@ def _take(table: jax.Array, slots: jax.Array, mode: str, indices_are_sorted: boo
     if is_on_host(table):
         get = _run_on(get, compute_type="device_host", out_memory_spaces=_DEVICE)
         slots = jax.device_put(slots, _HOST)
-    return from_stored(get(table, slots))
+    rows = get(table, slots)
+    if platform() == "tpu":
+        # Its compiler would convert the whole table before it gathers, where rows are converted afterwards.
+        rows = jax.lax.optimization_barrier(rows)
+    return from_stored(rows)

@@ -20,7 +20,14 @@ from ultramem_jax.kernels.dispatch import native_or
 from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.ops.chunks import chunk_tokens
 from ultramem_jax.ops.exchanges import named_exchange
-from ultramem_jax.ops.lookup import GradientsOfReads, RowGradients, RowsRead, read_gradients, rows_read
+from ultramem_jax.ops.lookup import (
+    GradientsOfReads,
+    RowGradients,
+    RowsRead,
+    read_gradients,
+    rows_read,
+    take_weights,
+)
 from ultramem_jax.ops.on_mesh import MeshAxes, island
 from ultramem_jax.ops.row_sums import runs_of, sums_of_rows
 from ultramem_jax.ops.sharded_lookup import first_slot, narrow_blocks, own_cores
@@ -313,7 +320,7 @@ def _gradients_of(of_reads: GradientsOfReads, index: jax.Array) -> jax.Array:
     """Returns what each of the reads at `index` (C,) adds to its row's gradient, (C, d)."""
     _, blocks, scores, cotangent = of_reads
     vectors = cotangent[index // blocks.shape[1], blocks.reshape(-1)[index]]
-    return read_gradients(vectors, scores.reshape(-1, scores.shape[-1])[index])
+    return read_gradients(vectors, take_weights(scores, index))
 
 
 def _narrow(reads: Mapping[str, jax.Array], num_blocks: int) -> dict[str, jax.Array]:
