@@ -341,6 +341,9 @@ class TableConfig(Checked):
     memory_kind: Literal["device", "pinned_host"] = "device"
     """Storage of tables and their moments: `device`, or `pinned_host`, host memory, from which each step
     fetches its rows. Use `pinned_host` for tables larger than an accelerator; the results are the same."""
+    prefetch: bool = False
+    """Whether the rows of the next batch are gathered while a step computes. For tables in host memory that
+    tokens address (`engram`), in training on one device; the results are the same to the bit."""
     partition: Literal["slots", "width", "both"] = "slots"
     """Partition of tables over the devices of a mesh (`MeshConfig`): `slots`, rows over the mesh axis
     `memory`; `width`, columns over `memory`; `both`, rows over `memory` and columns over `width`. The results

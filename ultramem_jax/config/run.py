@@ -106,6 +106,21 @@ class RunConfig(Checked):
                 f"must divide the {weights} weights of a read of {path} or be a multiple of them: each "
                 "weighs its own slice of a value",
             )
+        alone = all(getattr(mesh, axis) <= 1 for axis in ("data", "fsdp", "tensor", "memory", "width"))
+        require(
+            not table.prefetch
+            or (memory.address.reads_tokens and alone and self.train.grad_accumulation == 1),
+            f"{path}.table.prefetch",
+            table.prefetch,
+            "must be False unless tokens address the table (hashed_ngrams), the mesh has one device and "
+            "train.grad_accumulation is 1",
+        )
+        require(
+            not table.prefetch or self.train.table_gradient == "row_sparse",
+            f"{path}.table.prefetch",
+            table.prefetch,
+            "must be False while train.table_gradient is 'dense'",
+        )
         reads = self.train.batch_size * self.data.seq_len * memory.reads_per_token
         reads *= len(sites) if table.is_shared else 1
         require(

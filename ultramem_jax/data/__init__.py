@@ -9,6 +9,7 @@ evaluation.
 from ultramem_jax.data.pipeline import (
     Corpus,
     EvalBatches,
+    PeekingIterator,
     SequenceSource,
     eval_batches,
     load_corpus,
@@ -23,6 +24,7 @@ __all__ = [
     "ByteTokenizer",
     "Corpus",
     "EvalBatches",
+    "PeekingIterator",
     "SequenceSource",
     "Tokenizer",
     "eval_batches",

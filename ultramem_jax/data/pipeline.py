@@ -14,6 +14,7 @@ end, fewer targets than the stride, is in no sequence.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -255,3 +256,43 @@ def _checked(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
     if not (len(rows) and rows[0] >= 0 and rows[-1] < batch_size and (np.diff(rows) > 0).all()):
         raise ValueError(f"rows = {rows}: must be rising numbers in [0, {batch_size})")
     return rows
+
+
+class PeekingIterator:
+    """Iterates over batches, shows the next one before it is taken, and keeps a position as Grain's do."""
+
+    def __init__(self, iterator: grain.DatasetIterator):
+        """Wraps an iterator, which must not be used by itself afterwards."""
+        self._iterator = iterator
+        self._next: dict[str, np.ndarray] | None = None
+        self._position: dict[str, Any] | None = None
+        """Position before the batch that was shown."""
+
+    def __iter__(self) -> "PeekingIterator":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._next is None:
+            return next(self._iterator)
+        batch, self._next, self._position = self._next, None, None
+        return batch
+
+    def peek(self) -> dict[str, np.ndarray]:
+        """Returns the next batch, which stays the next one."""
+        if self._next is None:
+            self._position = dict(self._iterator.get_state())
+            self._next = next(self._iterator)
+        return self._next
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position of the next batch."""
+        return dict(self._iterator.get_state()) if self._position is None else self._position
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        self._next = self._position = None
+        self._iterator.set_state(state)
+
+    def start_prefetch(self) -> None:
+        """Starts to read batches in the background."""
+        self._iterator.start_prefetch()

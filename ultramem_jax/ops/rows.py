@@ -50,6 +50,11 @@ def on_host(function: Callable[..., Result]) -> Callable[..., Result]:
     return _run_on(function, compute_type="device_host", out_memory_spaces=_HOST)
 
 
+def take_stored_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
+    """Takes rows (..., d) of a table (N, d) to the device, as the table stores them; else as `take_rows`."""
+    return _take(table, slots, mode="promise_in_bounds")
+
+
 def take_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
     """Takes rows (..., d) of a table (N, d) to the device, decoded to float32 or bfloat16.
 
@@ -57,12 +62,12 @@ def take_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
         table: (N, d), as this module stores it, on the device or in host memory.
         slots: int32 in [0, N), any shape.
     """
-    return _take(table, slots, mode="promise_in_bounds")
+    return from_stored(take_stored_rows(table, slots))
 
 
 def take_sorted_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
     """Takes rows (U, d) of a table at rising slots; slots past the end give copies of the last row."""
-    return _take(table, slots, mode="clip", indices_are_sorted=True)
+    return from_stored(_take(table, slots, mode="clip", indices_are_sorted=True))
 
 
 def put_sorted_rows(table: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
@@ -100,4 +105,4 @@ def _take(table: jax.Array, slots: jax.Array, mode: str, indices_are_sorted: boo
     if platform() == "tpu":
         # Its compiler would convert the whole table before it gathers, where rows are converted afterwards.
         rows = jax.lax.optimization_barrier(rows)
-    return from_stored(rows)
+    return rows

@@ -43,6 +43,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 import ultramem_jax
+from ultramem_jax.data import PeekingIterator
 from ultramem_jax.errors import UserError, whole_number
 from ultramem_jax.parallel import distributed
 from ultramem_jax.training.checkpoint_ranks import NewestAndBest, by_loss, read_losses, write_losses
@@ -244,7 +245,7 @@ class Checkpoints:
         self,
         step: int,
         state: ArrayTree,
-        data_iterator: grain.DatasetIterator | None,
+        data_iterator: grain.DatasetIterator | PeekingIterator | None,
         config: JsonDict,
         corpus: JsonDict,
         validation_loss: float | None = None,
@@ -375,7 +376,7 @@ class Checkpoints:
     def restore(
         self,
         abstract_state: ArrayTree,
-        data_iterator: grain.DatasetIterator | None = None,
+        data_iterator: grain.DatasetIterator | PeekingIterator | None = None,
         step: int | None = None,
         expect_config: JsonDict | None = None,
     ) -> Restored:

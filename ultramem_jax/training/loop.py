@@ -10,15 +10,15 @@ import pathlib
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from ultramem_jax.accounting import count_parameters
-from ultramem_jax.config import RunConfig, to_dict
-from ultramem_jax.data import Corpus, load_corpus, train_iterator
+from ultramem_jax.config import ModelConfig, RunConfig, to_dict
+from ultramem_jax.data import Corpus, PeekingIterator, load_corpus, train_iterator
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.distributed import (
@@ -36,6 +36,7 @@ from ultramem_jax.training.dense_optimizer import Optimizers, make_optimizers
 from ultramem_jax.training.evaluation import Evaluation, Evaluator, TargetBytes, bits_per_byte
 from ultramem_jax.training.in_flight import FinishedStep, StepsInFlight
 from ultramem_jax.training.metrics import MetricWriter
+from ultramem_jax.training.prefetch import Prefetched, gather_ahead, prefetching_sites, slots_of_tokens
 from ultramem_jax.training.profiling import Profile
 from ultramem_jax.training.refusals import refusals_in_a_line
 from ultramem_jax.training.restore import mend_tokenizer, save_tokenizer
@@ -126,8 +127,15 @@ def _train(
     config, token_map = for_tokenizer(config, corpus.tokenizer)
     axes = mesh_axes(config, make_mesh(config.mesh))
     _require_together(config, corpus, workdir)
+    for site in prefetching_sites(config.model):
+        require(
+            axes.mesh.size == 1,
+            f"model.memories.{site.group}.table.prefetch",
+            True,
+            f"must be False on {axes.mesh.size} devices: rows are gathered ahead on one",
+        )
     size = config.train.batch_size
-    data = train_iterator(corpus, size, config.train.seed, rows_here(axes, size))
+    data = PeekingIterator(train_iterator(corpus, size, config.train.seed, rows_here(axes, size)))
     corpus.require_sequences("validation")  # fails now, not after hours of training
     optimizers = make_optimizers(config)
     abstract = abstract_state(config, optimizers, axes)
@@ -243,27 +251,57 @@ class _StepFunction:
         self.records = row_sparse and is_worth_it(state.tables, state.table_state)
         self._checkpoints = checkpoints
         shardings = jax.tree.map(lambda a: a.sharding, state)
-        beside = (state.step.sharding,) * (2 if self.records else 1)
+        sites = prefetching_sites(config.model)
+        beside = (state.step.sharding,) * (1 + self.records + bool(sites))
         train_step = make_train_step(config, optimizers, self.records, axes)
 
-        def step(state: TrainState, tokens: jax.Array, halted: jax.Array) -> tuple[jax.Array, StepResult]:
-            after = train_step(state, tokens, halted)
+        def step(
+            state: TrainState, tokens: jax.Array, halted: jax.Array, *ahead: tuple[Prefetched, jax.Array]
+        ) -> tuple[jax.Array, StepResult]:
+            after = train_step(state, tokens, halted, *ahead)
             return halted | ~is_finite(after[1]), after
 
         shardings = state.step.sharding, (shardings, *beside)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+        self._rows: Prefetched = {}
+        """Rows of the coming batch; empty before the first step."""
+        self._gather = jax.jit(functools.partial(_rows_of, config.model)) if sites else None
         # The device notices a loss that is not finite before the host does, and writes no more rows.
         self._halted = jax.device_put(np.zeros((), bool), state.step.sharding)
 
-    def __call__(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-        if not self.records:
-            self._halted, (state, metrics) = self._step(state, tokens, self._halted)
-            return state, metrics
-        with self._checkpoints.recorded_step() as undo_log:
-            self._halted, (state, metrics, before) = self._step(state, tokens, self._halted)
+    @property
+    def prefetches(self) -> bool:
+        """Tells whether a step wants the next batch, too."""
+        return self._gather is not None
+
+    def __call__(
+        self, state: TrainState, tokens: jax.Array, following: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """Gives the device a step.
+
+        Args:
+            state: the state; donated.
+            tokens: the batch.
+            following: the next batch, if the step `prefetches`.
+        """
+        with self._checkpoints.recorded_step() if self.records else contextlib.nullcontext() as undo_log:
+            state, metrics, *before = self._given(state, tokens, following)
             if undo_log is not None:
-                undo_log.record(state.tables, state.table_state, before)
+                undo_log.record(state.tables, state.table_state, before[0])
             return state, metrics
+
+    def _given(self, state: TrainState, tokens: jax.Array, following: jax.Array | None) -> StepResult:
+        if self._gather is None:
+            self._halted, after = self._step(state, tokens, self._halted)
+            return tuple(after)
+        rows = self._rows or self._gather(state, tokens)
+        self._halted, after = self._step(state, tokens, self._halted, (rows, following))
+        *after, self._rows = after
+        return tuple(after)
+
+
+def _rows_of(model: ModelConfig, state: TrainState, tokens: jax.Array) -> Prefetched:
+    return gather_ahead(model, state.tables, slots_of_tokens(model, state.buffers, tokens))
 
 
 @dataclasses.dataclass
@@ -278,7 +316,7 @@ class _Run:
     """Metric writer of the first process; None in the others."""
     evaluator: Evaluator
     target_bytes: TargetBytes
-    data: Iterator[dict[str, np.ndarray]]
+    data: PeekingIterator
     corpus: JsonDict
     """Identity of the data, as a checkpoint holds it (`continuing.corpus_identity`)."""
     stop: "_StopOnSigterm"
@@ -304,6 +342,7 @@ class _Run:
         """
         train = self.config.train
         in_flight, step, stopping = StepsInFlight(), start, False
+        coming: jax.Array | None = None
         bar = tqdm(total=train.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
         with bar:
             if unmarked or start == train.steps:  # a finished run still reports its numbers
@@ -314,9 +353,13 @@ class _Run:
             bar.set_postfix_str("compiling" if step < train.steps else "")
             while step < train.steps and not stopping:
                 with self.profile.of_step(step + 1):
-                    batch = shard(next(self.data)["tokens"])
+                    tokens = next(self.data)["tokens"]
+                    batch = shard(tokens) if coming is None else coming
+                    if step_function.prefetches:
+                        # After the last step nothing comes, and its own tokens will do.
+                        coming = shard(self.data.peek()["tokens"]) if step + 1 < train.steps else batch
                     num_bytes = self.target_bytes(batch)
-                    state, metrics = step_function(state, batch)
+                    state, metrics = step_function(state, batch, coming)
                 step += 1
                 in_flight.add(step, metrics, num_bytes)
                 last = step == train.steps

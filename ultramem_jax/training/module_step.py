@@ -18,6 +18,7 @@ import optax
 from ultramem_jax.config import RunConfig
 from ultramem_jax.ops.on_mesh import MeshAxes, constrain_tokens, on_mesh
 from ultramem_jax.training.dense_optimizer import Optimizers
+from ultramem_jax.training.prefetch import Prefetched, gather_ahead, with_rows_written
 from ultramem_jax.training.state import TrainState, model_variables
 from ultramem_jax.training.table_gradients import ArraysOfMemories, perturbations
 from ultramem_jax.training.table_updates import record_usage, update_tables
@@ -50,6 +51,8 @@ class StepOutcome(NamedTuple):
     """`TableUpdate.before`; None unless it was asked for."""
     input_gradients: ArrayTree
     """Gradients by `Objective.inputs`."""
+    ahead: Prefetched | None
+    """Rows of the next batch; None unless they were asked for."""
 
 
 class Pass(NamedTuple):
@@ -89,19 +92,27 @@ class ModuleStep:
         self._record_before, self._axes = record_before, axes
         self._is_dense = config.train.table_gradient == "dense"
 
-    def __call__(self, state: TrainState, batch: ArrayTree, halted: jax.Array | None = None) -> StepOutcome:
+    def __call__(
+        self,
+        state: TrainState,
+        batch: ArrayTree,
+        halted: jax.Array | None = None,
+        ahead: tuple[Prefetched, dict[str, jax.Array]] | None = None,
+    ) -> StepOutcome:
         """Returns the state after one step, and what it leaves.
 
         Args:
             state: the state, which should be donated.
             batch: arrays with sequences along their first axis.
             halted: () bool; where it is True, no row is written. None is False.
+            ahead: rows of this batch that were gathered ahead, and the slots of the next batch, whose rows
+                the outcome has (`training.prefetch`); None if every memory gathers its own.
 
         Raises:
             ValueError: the objective has inputs, and there are several micro-batches.
         """
         with on_mesh(self._axes):
-            return self._step(state, batch, halted)
+            return self._step(state, batch, halted, ahead)
 
     def point(self, state: TrainState, batch: ArrayTree) -> dict[str, ArrayTree]:
         """Returns the point at which `loss` is differentiated."""
@@ -118,21 +129,33 @@ class ModuleStep:
         buffers: ArrayTree,
         batch: ArrayTree,
         key: jax.Array,
+        rows: Prefetched | None = None,
     ) -> tuple[jax.Array, tuple[Variables, Metrics]]:
-        """Returns the objective at a point of `point`, and what it leaves."""
+        """Returns the objective at a point of `point`, and what it leaves; `rows` were gathered ahead."""
         variables = model_variables(state) | {"buffers": buffers} | point
+        if rows is not None:
+            variables["prefetched"] = rows
         inputs = variables.pop("inputs", {})
         return self._objective.loss(variables, inputs, batch, key)
 
-    def differentiate(self, state: TrainState, buffers: ArrayTree, batch: ArrayTree, key: jax.Array) -> Pass:
+    def differentiate(
+        self,
+        state: TrainState,
+        buffers: ArrayTree,
+        batch: ArrayTree,
+        key: jax.Array,
+        rows: Prefetched | None = None,
+    ) -> Pass:
         """Returns the gradients of one micro-batch, and what its forward pass leaves."""
         gradients, (sown, metrics) = jax.grad(self.loss, has_aux=True)(
-            self.point(state, batch), state, buffers, batch, key
+            self.point(state, batch), state, buffers, batch, key, rows
         )
         cotangents = gradients.pop("perturbations", {})
         return Pass(gradients, cotangents, sown.get("reads", {}), sown.get("buffers", {}), metrics)
 
-    def accumulate(self, state: TrainState, batch: ArrayTree, key: jax.Array) -> Pass:
+    def accumulate(
+        self, state: TrainState, batch: ArrayTree, key: jax.Array, rows: Prefetched | None = None
+    ) -> Pass:
         """Returns the means of `differentiate` over the micro-batches of a batch.
 
         Raises:
@@ -140,7 +163,7 @@ class ModuleStep:
         """
         micro_batches = self._config.train.grad_accumulation
         if micro_batches == 1:
-            one = self.differentiate(state, state.buffers, batch, key)
+            one = self.differentiate(state, state.buffers, batch, key, rows)
             reads, cotangents = jax.tree.map(lambda a: a[None], (one.reads, one.cotangents))
             return one._replace(reads=reads, cotangents=cotangents)
         if jax.tree.leaves(self._objective.inputs(batch)):
@@ -182,14 +205,22 @@ class ModuleStep:
         updates, opt_state = self._optimizers.params.update(gradients, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    def _step(self, state: TrainState, batch: ArrayTree, halted: jax.Array | None) -> StepOutcome:
+    def _step(
+        self,
+        state: TrainState,
+        batch: ArrayTree,
+        halted: jax.Array | None,
+        ahead: tuple[Prefetched, dict[str, jax.Array]] | None,
+    ) -> StepOutcome:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        found = self.accumulate(state, batch, key)
+        rows, next_slots = ahead if ahead is not None else (None, {})
+        found = self.accumulate(state, batch, key, rows)
         gradients, metrics, model = found.gradients, found.metrics, self._config.model
         tables, table_state = state.tables, state.table_state
         metrics["gradient_norm"] = optax.tree.norm(gradients["params"])
 
         before: RowsOverwritten | None = None
+        following: Prefetched | None = None
         if self._is_dense:
             usage, usage_metrics = record_usage(model, state.usage, found.reads)
             change, table_state = self._optimizers.tables.update(gradients["memory"], table_state, tables)
@@ -202,7 +233,11 @@ class ModuleStep:
                 finite &= ~halted
             if "inputs" in gradients:
                 finite &= jnp.isfinite(optax.tree.norm(gradients["inputs"]))
-            tables, table_state, usage, usage_metrics, before = update_tables(
+            if ahead is not None:
+                following = gather_ahead(model, tables, next_slots)
+                # The tables are written after these reads, or the compiler would copy them.
+                finite, following = jax.lax.optimization_barrier((finite, following))
+            tables, table_state, usage, usage_metrics, before, written = update_tables(
                 model,
                 self._optimizers.rows,
                 state,
@@ -211,6 +246,8 @@ class ModuleStep:
                 finite,
                 self._record_before,
             )
+            if following is not None:
+                following = with_rows_written(model, following, next_slots, written)
         params, opt_state = self.update_params(gradients["params"], state.opt_state, state.params)
         metrics["parameter_norm"] = optax.tree.norm(params)
         state = state.replace(
@@ -223,7 +260,7 @@ class ModuleStep:
             buffers=found.buffers,
         )
         metrics |= flat_metrics(usage_metrics)
-        return StepOutcome(state, metrics, before, gradients.get("inputs", {}))
+        return StepOutcome(state, metrics, before, gradients.get("inputs", {}), following)
 
 
 def flat_metrics(nested: ArrayTree) -> Metrics:

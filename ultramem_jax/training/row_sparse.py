@@ -26,7 +26,7 @@ from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import GradientsOfReads, RowGradients, row_gradients
 from ultramem_jax.ops.rounding import stochastic_round
-from ultramem_jax.ops.rows import put_sorted_rows, stored_dtype, take_sorted_rows, to_stored
+from ultramem_jax.ops.rows import put_stored_rows, stored_dtype, take_sorted_rows, to_stored
 from ultramem_jax.training.row_rules import RowRule, RowStep
 from ultramem_jax.tree_types import ArrayTree
 
@@ -41,6 +41,8 @@ class RowUpdate(NamedTuple):
     """() float32, the norm of the new rows before rounding. It is not finite if any value written is not."""
     before: tuple[jax.Array, ArrayTree] | None
     """The overwritten rows (U, ...) of the table and of its state; None unless `record` was set."""
+    after: jax.Array | None = None
+    """The rows (U, d) that were written to the table, as it stores them; None unless `keep` was set."""
 
 
 class TablePart(NamedTuple):
@@ -61,6 +63,8 @@ class _Carry(NamedTuple):
     """() float32, the sum of the squares of the rows written so far."""
     log: tuple[jax.Array, ArrayTree] | None
     """The rows overwritten so far, (U, ...) each; None unless they are recorded."""
+    kept: jax.Array | None
+    """The rows written to the table so far, (U, d); None unless they are kept."""
 
 
 class RowSparseTransformation(NamedTuple):
@@ -69,10 +73,10 @@ class RowSparseTransformation(NamedTuple):
     init: Callable[[jax.Array], ArrayTree]
     """table (N, d_v) -> moments, the state of the rule."""
     update: Callable[..., RowUpdate]
-    """(gradients, moments, table, step from 0, seed () uint32, record=False, part=TablePart()) ->
+    """(gradients, moments, table, step from 0, seed () uint32, record=False, part=TablePart(), keep=False) ->
     `RowUpdate`. Compile it with table and moments donated. The seed is for rounding, and differs for every
-    array and step. With `record`, the result includes the rows that were overwritten. For a part of a table,
-    slots count from the first slot of the part."""
+    array and step. With `record`, the result includes the rows that were overwritten, with `keep` those that
+    were written. For a part of a table, slots count from the first slot of the part."""
     update_natively: Callable[..., RowUpdate]
     """Does what `update` does by a native kernel, and takes `GradientsOfReads` in place of the gradients."""
     serves: Callable[[GradientsOfReads, ArrayTree, jax.Array], bool]
@@ -105,12 +109,13 @@ def row_sparse(
         seed: jax.Array,
         record: bool = False,
         part: TablePart = TablePart(),  # noqa: B008
+        keep: bool = False,
     ) -> RowUpdate:
         num_rows = gradients.slots.shape[0]
         at = RowStep(step, learning_rate(step), functools.partial(_mean_over_row, axes=part.width_axes))
 
         def update_rows(carry: _Carry, place: jax.Array, slots: jax.Array, gradients: jax.Array) -> _Carry:
-            arrays, norm, log = carry
+            arrays, norm, log, kept = carry
             before = jax.tree.map(lambda a: take_sorted_rows(a, slots), arrays)
             if record:
                 log = jax.tree.map(
@@ -123,15 +128,16 @@ def row_sparse(
             rows, of_rows = jax.tree.map(_in_float32, before)
             after = rule.apply(at, rows, of_rows, gradients)
             leaves, structure = jax.tree.flatten(arrays)
-            written = [
-                put_sorted_rows(
-                    array, slots, rounded(new, array.dtype, slots, mix(jnp.uint32(i), seed), part)
-                )
+            new = [
+                to_stored(rounded(new, array.dtype, slots, mix(jnp.uint32(i), seed), part), array.dtype)
                 for i, (array, new) in enumerate(zip(leaves, jax.tree.leaves(after), strict=True))
             ]
+            written = [put_stored_rows(array, slots, rows) for array, rows in zip(leaves, new, strict=True)]
+            if kept is not None:
+                kept = jax.lax.dynamic_update_slice_in_dim(kept, new[0], place[0], 0)
             padding = slots[:, None] >= table.shape[0]
             norm = norm + jnp.sum(jnp.where(padding, 0.0, after[0] ** 2))
-            return _Carry(jax.tree.unflatten(structure, written), norm, log)
+            return _Carry(jax.tree.unflatten(structure, written), norm, log, kept)
 
         # Chunk by chunk, so that a row stays in the CPU's cache while it is read, updated and written, and no
         # temporary array has the size of all rows.
@@ -139,15 +145,16 @@ def row_sparse(
         if record:
             log = jax.tree.map(lambda a: jnp.zeros((num_rows, *a.shape[1:]), a.dtype), arrays)
         places = jnp.arange(num_rows, dtype=jnp.int32)
-        start = _Carry(arrays, jnp.zeros((), jnp.float32), log)
+        kept = jnp.zeros((num_rows, table.shape[1]), table.dtype) if keep else None
+        start = _Carry(arrays, jnp.zeros((), jnp.float32), log, kept)
         # Padding comes last. Where tokens read the same rows, as in a trained model, there is much padding.
         num_read = None
         if algorithms().loops == "as_needed":
             num_read = jnp.sum(gradients.slots < table.shape[0], dtype=jnp.int32)
-        (table, moments), norm, log = fold_chunks(
+        (table, moments), norm, log, kept = fold_chunks(
             update_rows, start, ROW_ARRAYS * table.shape[1], places, *gradients, up_to=num_read
         )
-        return RowUpdate(table, moments, jnp.sqrt(norm), log)
+        return RowUpdate(table, moments, jnp.sqrt(norm), log, kept)
 
     def serves(reads: GradientsOfReads, moments: ArrayTree, table: jax.Array) -> bool:
         arrays = jax.tree.leaves((table, moments))
@@ -161,6 +168,7 @@ def row_sparse(
         seed: jax.Array,
         record: bool = False,
         part: TablePart = TablePart(),  # noqa: B008
+        keep: bool = False,
     ) -> RowUpdate:
         assert rule.kernel is not None
         rows, *of_reads = reads
@@ -185,7 +193,9 @@ def row_sparse(
         )
         table, moments = jax.tree.unflatten(structure, written)
         overwritten = jax.tree.unflatten(structure, before) if record else None
-        return RowUpdate(table, moments, jnp.sqrt(squares), overwritten)
+        # The host's own memory: to read the rows once more costs little.
+        kept = table.at[rows.slots].get(mode="clip", indices_are_sorted=True) if keep else None
+        return RowUpdate(table, moments, jnp.sqrt(squares), overwritten, kept)
 
     return RowSparseTransformation(rule.init, update, update_natively, serves)
 
@@ -198,6 +208,7 @@ def update_by_reads(
     step: jax.Array,
     seed: jax.Array,
     record: bool = False,
+    keep: bool = False,
 ) -> RowUpdate:
     """Updates the rows that were read, from what their gradients are made of.
 
@@ -206,10 +217,10 @@ def update_by_reads(
     """
 
     def plain(reads: GradientsOfReads, *arguments: ArrayTree) -> RowUpdate:
-        return optimizer.update(row_gradients(reads), *arguments, record)
+        return optimizer.update(row_gradients(reads), *arguments, record, keep=keep)
 
     def native(reads: GradientsOfReads, *arguments: ArrayTree) -> RowUpdate:
-        return optimizer.update_natively(reads, *arguments, record)
+        return optimizer.update_natively(reads, *arguments, record, keep=keep)
 
     serves = optimizer.serves(reads, moments, table)
     return native_or(plain, native, serves, reads, moments, table, step, seed)

@@ -12,13 +12,14 @@ from ultramem_jax.ops.on_mesh import MeshAxes, on_mesh
 from ultramem_jax.parallel.rules import gathered, logical_axes
 from ultramem_jax.training.dense_optimizer import Optimizers, table_learning_rates
 from ultramem_jax.training.module_step import Metrics, ModuleStep, Objective, flat_metrics
+from ultramem_jax.training.prefetch import Prefetched, slots_of_tokens
 from ultramem_jax.training.schedules import learning_rate
 from ultramem_jax.training.state import TrainState
-from ultramem_jax.training.undo_log import RowsOverwritten
 from ultramem_jax.tree_types import ArrayTree, Variables
 
-StepResult: TypeAlias = tuple[TrainState, Metrics] | tuple[TrainState, Metrics, RowsOverwritten]
-"""Result of a training step: the state after it, its metrics and, if asked for, the rows overwritten."""
+StepResult: TypeAlias = tuple[Any, ...]
+"""Result of a training step: the state after it, its metrics and, if asked for, the rows that it overwrote
+(`RowsOverwritten`) and those of the next batch (`Prefetched`)."""
 
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -66,9 +67,11 @@ def make_train_step(
     record_before: bool = False,
     axes: MeshAxes | None = None,
 ) -> Callable[..., StepResult]:
-    """Returns the step (state, tokens (B, S + 1) int32, halted=None) -> (state, metrics).
+    """Returns the step (state, tokens (B, S + 1) int32, halted=None, ahead=None) -> (state, metrics).
 
-    Compile it with the state donated. Where `halted` () bool is True, the step writes no row.
+    Compile it with the state donated. Where `halted` () bool is True, the step writes no row. With `ahead`,
+    rows of this batch that were gathered before (`prefetch.Prefetched`) and the tokens of the next one, the
+    last of the results is the rows of the next batch.
 
     Metrics are float32 scalars:
 
@@ -92,17 +95,23 @@ def make_train_step(
     step = ModuleStep(config, optimizers, language_model_objective(config, axes), record_before, axes)
     rate, value_rates = learning_rate(config.train), table_learning_rates(config)
 
-    def train_step(state: TrainState, tokens: jax.Array, halted: jax.Array | None = None) -> StepResult:
+    def train_step(
+        state: TrainState,
+        tokens: jax.Array,
+        halted: jax.Array | None = None,
+        ahead: tuple[Prefetched, jax.Array] | None = None,
+    ) -> StepResult:
         rates = {"learning_rate": rate(state.step)}
         for group, value_rate in value_rates.items():
             name = "value_learning_rate" if len(value_rates) == 1 else f"{group}/value_learning_rate"
             rates[name] = value_rate(state.step)
-        after = step(state, tokens, halted)
+        rows = None
+        if ahead is not None:
+            rows = ahead[0], slots_of_tokens(config.model, state.buffers, ahead[1])
+        after = step(state, tokens, halted, rows)
         metrics = after.metrics | rates
-        if not record_before:
-            return after.state, metrics
-        assert after.before is not None
-        return after.state, metrics, after.before
+        beside = (after.before, after.ahead)
+        return after.state, metrics, *(one for one in beside if one is not None)
 
     return train_step
 

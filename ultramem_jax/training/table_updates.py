@@ -21,6 +21,7 @@ from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import RowsRead
 from ultramem_jax.ops.on_mesh import current_axes
 from ultramem_jax.training.owned_tables import OfStep, OwnedTable
+from ultramem_jax.training.prefetch import RowsWritten, prefetching_sites
 from ultramem_jax.training.row_sparse import RowSparseTransformation, update_by_reads
 from ultramem_jax.training.slot_usage import SlotUsage, record_reads
 from ultramem_jax.training.state import TrainState
@@ -41,6 +42,8 @@ class TableUpdate(NamedTuple):
     """Metrics per table: those of `record_reads`, and `row_norm`."""
     before: RowsOverwritten | None
     """`RowsBefore` per table and array of it; None unless `record_before` was set."""
+    written: RowsWritten
+    """What was written to the tables of prefetching memories."""
 
 
 def update_tables(
@@ -68,7 +71,7 @@ def update_tables(
     if axes is None:
         return _update_on_one_device(config, optimizers, state, reads, cotangents, finite, record_before)
     assert not record_before
-    after = TableUpdate({}, {}, {}, {}, None)
+    after = TableUpdate({}, {}, {}, {}, None, {})
     seeds = _seeds(state)
     for table, readers in table_readers(config).items():
         of_table = OwnedTable(axes).update(
@@ -118,6 +121,8 @@ def _update_on_one_device(
     rows = {name: rows_if(finite, rows[name]) for name in rows}
     gradients = table_gradients(config, rows, reads, cotangents)
     seeds = _seeds(state)
+    keeping = {site.table for site in prefetching_sites(config)}
+    written: RowsWritten = {}
     tables: dict[str, dict[str, jax.Array]] = {name: {} for name in state.tables}
     table_state: dict[str, dict[str, ArrayTree]] = {name: {} for name in state.tables}
     overwritten: dict[str, dict[str, RowsBefore]] = {name: {} for name in state.tables}
@@ -127,8 +132,17 @@ def _update_on_one_device(
             of_reads, moments = gradients[name][part], state.table_state[name][part]
             seed = seeds[name][part]
             update = update_by_reads(
-                optimizers[name], of_reads, moments, table, state.step, seed, record_before
+                optimizers[name],
+                of_reads,
+                moments,
+                table,
+                state.step,
+                seed,
+                record_before,
+                keep=name in keeping,
             )
+            if update.after is not None:
+                written[name] = of_reads.rows.slots, update.after
             tables[name][part], table_state[name][part] = update.table, update.moments
             norms[name][part] = update.norm
             if update.before is not None:
@@ -139,6 +153,7 @@ def _update_on_one_device(
         {name: usage for name, (usage, _) in recorded.items()},
         {name: of | {"row_norm": optax.tree.norm(norms[name])} for name, (_, of) in recorded.items()},
         overwritten if record_before else None,
+        written,
     )
 
 

@@ -65,6 +65,10 @@ class Table(nn.Module):
         sow(self, "reads", "blocks", blocks)
         if tables is None:
             tables = declare_tables(self, self.site)
+        if self.has_variable("prefetched", "values"):
+            # The row of every read is here already, in the order of the reads.
+            tables = {"values": jnp.asarray(self.get_variable("prefetched", "values"))}
+            slots = jnp.arange(slots.size, dtype=jnp.int32).reshape(slots.shape)
         weights = reads.weights
         if config.table.pre_value_dim:
             weights = weights * self._activations(tables["pre_values"], slots, x)[..., None]
