@@ -30,7 +30,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from ultramem_jax.config.exchange_shapes import group_rows
 from ultramem_jax.layers.mlp import activated
@@ -39,10 +38,6 @@ from ultramem_jax.platforms import platform
 
 MAX_OVERFLOW_ROWS = 128
 """Most rows of an overflow group: more are mostly padding, fewer do not pay for fetching the weights."""
-
-
-_GATHERED = "weights of groups"
-"""Name of what the backward pass gathers again."""
 
 
 class ExpertWeights(NamedTuple):
@@ -235,37 +230,69 @@ def grouped_experts(x: jax.Array, gates: jax.Array, weights: ExpertWeights, plan
     place = jnp.where(plan.row < count, place, num_groups * rows)
     buffer = spread(x, assignment // k, place).reshape(num_groups, rows, -1)
 
-    def compute(buffer: jax.Array, weights: ExpertWeights) -> jax.Array:
-        of_groups = jax.tree.map(lambda w: _of_groups(w.astype(x.dtype), expert), weights)
-        return _expert(buffer, jax.tree.map(lambda w: checkpoint_name(w, _GATHERED), of_groups))
-
-    # The weights of groups are gathered again for the backward pass: kept, they would be several times those
-    # of the experts, in every layer.
-    kept = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-    y = jax.checkpoint(compute, policy=kept)(buffer, weights)
+    y = _experts_of_groups(buffer, weights, expert)
     return combine(y.reshape(-1, x.shape[1]), gates, assignment, place)
 
 
 @jax.custom_vjp
-def _of_groups(weights: jax.Array, expert: jax.Array) -> jax.Array:
-    """Returns weights (X, ...) of the expert of every group (G,) -> (G, ...)."""
-    return weights.at[expert].get(mode="promise_in_bounds")
+def _experts_of_groups(buffer: jax.Array, weights: ExpertWeights, expert: jax.Array) -> jax.Array:
+    """Applies to every group of rows (G, Z, D) the expert (G,) that it belongs to -> (G, Z, D)."""
+    return _expert(buffer, _gathered(weights, expert, buffer.dtype))
 
 
-def _of_groups_fwd(weights: jax.Array, expert: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _of_groups(weights, expert), (expert, jnp.zeros((weights.shape[0],)))
+_GroupResiduals = tuple[jax.Array, jax.Array, jax.Array | None, ExpertWeights, jax.Array]
+"""Rows, both inner products, all experts, and the expert of every group."""
 
 
-def _of_groups_bwd(residuals: tuple[jax.Array, jax.Array], d_groups: jax.Array) -> tuple[jax.Array, None]:
-    expert, experts = residuals
+def _experts_of_groups_fwd(
+    buffer: jax.Array, weights: ExpertWeights, expert: jax.Array
+) -> tuple[jax.Array, _GroupResiduals]:
+    w_in, w_out, w_gate = _gathered(weights, expert, buffer.dtype)
+    inner, gate = buffer @ w_in, None if w_gate is None else buffer @ w_gate
+    return activated(inner, gate) @ w_out, (buffer, inner, gate, weights, expert)
+
+
+def _experts_of_groups_bwd(
+    residuals: _GroupResiduals, d_y: jax.Array
+) -> tuple[jax.Array, ExpertWeights, None]:
+    buffer, inner, gate, weights, expert = residuals
+    # The weights of groups are several times those of the experts. They are gathered again, and not before
+    # the backward pass has come here: so the index depends on it. (A derivative of NaN spoils all of them
+    # anyway.)
+    is_nan = jnp.isnan(d_y[0, 0, 0]).astype(jnp.int32)
+    again = jnp.minimum(expert + is_nan, weights.w_in.shape[0] - 1)
+    w_in, w_out, w_gate = _gathered(weights, again, buffer.dtype)
+    act, act_pullback = jax.vjp(activated, inner, gate)
+    d_inner, d_gate = act_pullback(d_y @ w_out.mT)
+    d_buffer = d_inner @ w_in.mT
+
+    def of_experts(rows: jax.Array, d_rows: jax.Array, like: jax.Array) -> jax.Array:
+        return _sums_of_experts(rows.mT @ d_rows, expert, like)
+
+    d_w_gate = None
+    if w_gate is not None and d_gate is not None and weights.w_gate is not None:
+        d_buffer = d_buffer + d_gate @ w_gate.mT
+        d_w_gate = of_experts(buffer, d_gate, weights.w_gate)
+    d_w_in = of_experts(buffer, d_inner, weights.w_in)
+    d_weights = ExpertWeights(d_w_in, of_experts(act, d_y, weights.w_out), d_w_gate)
+    return d_buffer, d_weights, None
+
+
+_experts_of_groups.defvjp(_experts_of_groups_fwd, _experts_of_groups_bwd)
+
+
+def _gathered(weights: ExpertWeights, expert: jax.Array, dtype: jnp.dtype) -> ExpertWeights:
+    """Returns the weights of the expert of every group, in the dtype of the computation."""
+    return jax.tree.map(lambda w: w.astype(dtype).at[expert].get(mode="promise_in_bounds"), weights)
+
+
+def _sums_of_experts(of_groups: jax.Array, expert: jax.Array, like: jax.Array) -> jax.Array:
+    """Sums arrays of groups (G, ...) over those of every expert -> (X, ...), with the dtype of `like`."""
     # A product with zeros and ones: a scatter would be atomic, and of few, large rows.
-    belongs = jax.nn.one_hot(expert, experts.shape[0], dtype=d_groups.dtype, axis=0)
-    flat = d_groups.reshape(d_groups.shape[0], -1)
+    belongs = jax.nn.one_hot(expert, like.shape[0], dtype=of_groups.dtype, axis=0)
+    flat = of_groups.reshape(of_groups.shape[0], -1)
     sums = jnp.matmul(belongs, flat, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    return sums.reshape(-1, *d_groups.shape[1:]).astype(d_groups.dtype), None
-
-
-_of_groups.defvjp(_of_groups_fwd, _of_groups_bwd)
+    return sums.reshape(like.shape).astype(like.dtype)
 
 
 def block_experts(
