@@ -20,8 +20,20 @@ from tqdm import tqdm
 from ultramem_jax.cli import command_line
 from ultramem_jax.config import RunConfig
 from ultramem_jax.errors import UserError, at_least, choice, require
+from ultramem_jax.files import replace_text
 from ultramem_jax.planning import audit_tables
-from ultramem_jax.planning.audit import BUDGET, PROGRAMS, Audit, Auditor, Case, kept, load_budget, save
+from ultramem_jax.planning.audit import (
+    BUDGET,
+    PROGRAMS,
+    Audit,
+    Auditor,
+    Case,
+    Limits,
+    kept,
+    load,
+    load_budget,
+    save,
+)
 from ultramem_jax.planning.programs import resolved
 from ultramem_jax.planning.targets import CARDS, TPUS, load_target
 from ultramem_jax.reporting import markdown
@@ -41,6 +53,7 @@ CACHE_LENGTH = flags.DEFINE_integer("cache_length", Case.cache_length, "cache po
 BUDGET_FILE = flags.DEFINE_string(
     "budget", "", "JSON file with cases and limits; empty: the budget that comes with the library"
 )
+REDRAW = flags.DEFINE_bool("redraw", False, "compile nothing: write README.md again from the files in --out")
 OUT = flags.DEFINE_string(
     "out", "", "folder for a JSON file per case and a README.md of all; empty: only print"
 )
@@ -49,9 +62,16 @@ OUT = flags.DEFINE_string(
 def main() -> None:
     """Audits, prints and writes what was found, and fails where the budget is broken."""
     cases, limits = load_budget(pathlib.Path(BUDGET_FILE.value) if BUDGET_FILE.value else BUDGET)
+    folder = pathlib.Path(OUT.value) if OUT.value else None
+    if REDRAW.value:
+        require(folder is not None, "--out", OUT.value, "must name the folder that README.md is made from")
+        assert folder is not None
+        order = {case.title: number for number, case in enumerate(cases)}
+        files = sorted(folder.glob("*.json"), key=lambda path: (order.get(path.stem, len(order)), path.stem))
+        _write(folder, [load(path) for path in files], limits)
+        return
     if TARGET.value:
         cases = _cases()
-    folder = pathlib.Path(OUT.value) if OUT.value else None
     if folder:
         make_folder(folder, "--out")
     done: list[Audit] = []
@@ -63,9 +83,9 @@ def main() -> None:
             done.append(found or auditor.audit())
             if folder and not found:
                 save(done[-1], folder)
-                (folder / "README.md").write_text(audit_tables.document(done, limits), encoding="utf-8")
+                _write(folder, done, limits)
     if folder:
-        (folder / "README.md").write_text(audit_tables.document(done, limits), encoding="utf-8")
+        _write(folder, done, limits)
         print(markdown.table(audit_tables.summary_rows(done, limits)))
     else:
         print(audit_tables.document(done, limits))
@@ -73,6 +93,10 @@ def main() -> None:
     if broken:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise UserError(f"the budget is broken: {broken[0]}{more}")
+
+
+def _write(folder: pathlib.Path, done: list[Audit], limits: Limits) -> None:
+    replace_text(folder / "README.md", audit_tables.document(done, limits))
 
 
 def _cases() -> list[Case]:

@@ -11,6 +11,7 @@ _TABLE_FIELDS = {
     "share_ratio": "share_ratio",
     "table_dtype": "dtype",
     "memory_kind": "memory_kind",
+    "prefetch": "prefetch",
     "partition": "partition",
 }
 """Old name of a field -> its name in `TableConfig`."""

@@ -67,7 +67,12 @@ def take_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
 
 def take_sorted_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
     """Takes rows (U, d) of a table at rising slots; slots past the end give copies of the last row."""
-    return from_stored(_take(table, slots, mode="clip", indices_are_sorted=True))
+    return from_stored(take_sorted_stored_rows(table, slots))
+
+
+def take_sorted_stored_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
+    """Takes rows (U, d) as the table stores them; else as `take_sorted_rows`."""
+    return _take(table, slots, mode="clip", indices_are_sorted=True)
 
 
 def put_sorted_rows(table: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:

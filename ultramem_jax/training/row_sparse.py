@@ -11,7 +11,7 @@ rounded stochastically.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,13 @@ from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.hashing import mix
 from ultramem_jax.ops.lookup import GradientsOfReads, RowGradients, row_gradients
 from ultramem_jax.ops.rounding import stochastic_round
-from ultramem_jax.ops.rows import put_stored_rows, stored_dtype, take_sorted_rows, to_stored
+from ultramem_jax.ops.rows import (
+    put_stored_rows,
+    stored_dtype,
+    take_sorted_rows,
+    take_sorted_stored_rows,
+    to_stored,
+)
 from ultramem_jax.training.row_rules import RowRule, RowStep
 from ultramem_jax.tree_types import ArrayTree
 
@@ -41,8 +47,6 @@ class RowUpdate(NamedTuple):
     """() float32, the norm of the new rows before rounding. It is not finite if any value written is not."""
     before: tuple[jax.Array, ArrayTree] | None
     """The overwritten rows (U, ...) of the table and of its state; None unless `record` was set."""
-    after: jax.Array | None = None
-    """The rows (U, d) that were written to the table, as it stores them; None unless `keep` was set."""
 
 
 class TablePart(NamedTuple):
@@ -72,12 +76,13 @@ class RowSparseTransformation(NamedTuple):
 
     init: Callable[[jax.Array], ArrayTree]
     """table (N, d_v) -> moments, the state of the rule."""
-    update: Callable[..., RowUpdate]
+    update: Callable[..., Any]
     """(gradients, moments, table, step from 0, seed () uint32, record=False, part=TablePart(), keep=False) ->
     `RowUpdate`. Compile it with table and moments donated. The seed is for rounding, and differs for every
-    array and step. With `record`, the result includes the rows that were overwritten, with `keep` those that
-    were written. For a part of a table, slots count from the first slot of the part."""
-    update_natively: Callable[..., RowUpdate]
+    array and step. With `record`, the result includes the rows that were overwritten. With `keep`, it is a
+    pair: the `RowUpdate`, and the rows (U, d) that were written, as the table stores them. For a part of a
+    table, slots count from the first slot of the part."""
+    update_natively: Callable[..., Any]
     """Does what `update` does by a native kernel, and takes `GradientsOfReads` in place of the gradients."""
     serves: Callable[[GradientsOfReads, ArrayTree, jax.Array], bool]
     """(gradients, moments, table) -> whether `update_natively` can update this table."""
@@ -110,7 +115,7 @@ def row_sparse(
         record: bool = False,
         part: TablePart = TablePart(),  # noqa: B008
         keep: bool = False,
-    ) -> RowUpdate:
+    ) -> RowUpdate | tuple[RowUpdate, jax.Array]:
         num_rows = gradients.slots.shape[0]
         at = RowStep(step, learning_rate(step), functools.partial(_mean_over_row, axes=part.width_axes))
 
@@ -154,7 +159,8 @@ def row_sparse(
         (table, moments), norm, log, kept = fold_chunks(
             update_rows, start, ROW_ARRAYS * table.shape[1], places, *gradients, up_to=num_read
         )
-        return RowUpdate(table, moments, jnp.sqrt(norm), log, kept)
+        done = RowUpdate(table, moments, jnp.sqrt(norm), log)
+        return done if kept is None else (done, kept)
 
     def serves(reads: GradientsOfReads, moments: ArrayTree, table: jax.Array) -> bool:
         arrays = jax.tree.leaves((table, moments))
@@ -169,7 +175,7 @@ def row_sparse(
         record: bool = False,
         part: TablePart = TablePart(),  # noqa: B008
         keep: bool = False,
-    ) -> RowUpdate:
+    ) -> RowUpdate | tuple[RowUpdate, jax.Array]:
         assert rule.kernel is not None
         rows, *of_reads = reads
         described = (rows.slots, rows.order, rows.row_of_read, *of_reads)
@@ -193,9 +199,9 @@ def row_sparse(
         )
         table, moments = jax.tree.unflatten(structure, written)
         overwritten = jax.tree.unflatten(structure, before) if record else None
-        # The host's own memory: to read the rows once more costs little.
-        kept = table.at[rows.slots].get(mode="clip", indices_are_sorted=True) if keep else None
-        return RowUpdate(table, moments, jnp.sqrt(squares), overwritten, kept)
+        done = RowUpdate(table, moments, jnp.sqrt(squares), overwritten)
+        # The table is in this CPU's own memory: to read the rows once more costs little.
+        return (done, take_sorted_stored_rows(table, rows.slots)) if keep else done
 
     return RowSparseTransformation(rule.init, update, update_natively, serves)
 
@@ -209,17 +215,17 @@ def update_by_reads(
     seed: jax.Array,
     record: bool = False,
     keep: bool = False,
-) -> RowUpdate:
+) -> Any:
     """Updates the rows that were read, from what their gradients are made of.
 
     The arguments are those of `RowSparseTransformation.update`. The native kernel forms a row's gradient when
     it updates the row. JAX forms the gradients of all rows first.
     """
 
-    def plain(reads: GradientsOfReads, *arguments: ArrayTree) -> RowUpdate:
+    def plain(reads: GradientsOfReads, *arguments: ArrayTree) -> Any:
         return optimizer.update(row_gradients(reads), *arguments, record, keep=keep)
 
-    def native(reads: GradientsOfReads, *arguments: ArrayTree) -> RowUpdate:
+    def native(reads: GradientsOfReads, *arguments: ArrayTree) -> Any:
         return optimizer.update_natively(reads, *arguments, record, keep=keep)
 
     serves = optimizer.serves(reads, moments, table)

@@ -141,8 +141,9 @@ def _update_on_one_device(
                 record_before,
                 keep=name in keeping,
             )
-            if update.after is not None:
-                written[name] = of_reads.rows.slots, update.after
+            if name in keeping:
+                update, rows_written = update
+                written[name] = of_reads.rows.slots, rows_written
             tables[name][part], table_state[name][part] = update.table, update.moments
             norms[name][part] = update.norm
             if update.before is not None:
