@@ -106,8 +106,9 @@ def _take(table: jax.Array, slots: jax.Array, mode: str, indices_are_sorted: boo
     if is_on_host(table):
         get = _run_on(get, compute_type="device_host", out_memory_spaces=_DEVICE)
         slots = jax.device_put(slots, _HOST)
-    rows = get(table, slots)
-    if platform() == "tpu":
-        # Its compiler would convert the whole table before it gathers, where rows are converted afterwards.
-        rows = jax.lax.optimization_barrier(rows)
-    return rows
+    if platform() == "tpu" and table.dtype == jnp.float32 and not is_on_host(table):
+        # As words. Where rows are converted to bfloat16 afterwards, the compiler would else gather in
+        # bfloat16, and convert the whole table for that.
+        words = get(jax.lax.bitcast_convert_type(table, jnp.uint32), slots)
+        return jax.lax.bitcast_convert_type(words, jnp.float32)
+    return get(table, slots)
