@@ -8,13 +8,21 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from jax.sharding import Mesh
 
-from ultramem_jax.parallel.program_text import divide_up, operand_bytes, parts, read_program, type_bytes
+from ultramem_jax.parallel.program_text import (
+    ProgramText,
+    divide_up,
+    operand_bytes,
+    parts,
+    read_program,
+    type_bytes,
+    walk,
+)
 
 KINDS = (
     "all-gather",
@@ -104,43 +112,42 @@ def collectives_of(compiled_text: str, mesh: Mesh | None) -> list[Collective]:
     Raises:
         ValueError: the text has no entry computation, or groups in an unknown format.
     """
-    program = read_program(compiled_text)
+    return collectives_in(read_program(compiled_text), mesh)
+
+
+def collectives_in(program: ProgramText, mesh: Mesh | None) -> list[Collective]:
+    """Lists what `collectives_of` lists, of a text that has been read."""
     sizes = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", program.header)
     num_devices = math.prod(map(int, sizes))
     if num_devices == 1 and mesh is not None:
         num_devices = mesh.size
-
-    def walk(name: str) -> Iterator[Collective]:
-        computation = program.computations[name]
-        for instruction in computation.values():
-            if not (_COLLECTIVE.search(instruction.text) or instruction.called):
-                continue
-            opcode, result = instruction.opcode, instruction.result
-            if match := _COLLECTIVE.fullmatch(opcode):
-                kind = match[1]
-                axes, group_size = _axes_and_size(instruction.attributes, num_devices, mesh)
-                put_in = [operand_bytes(operand, computation) for operand in instruction.operands]
-                if opcode.endswith("-start") and kind != "all-reduce":
-                    result = parts(result[1:-1])[1]  # (operands, results, what the backend keeps)
-                if group_size > 1:
-                    yield Collective(
-                        kind=kind,
-                        axes=axes,
-                        group_size=group_size,
-                        # The other operands of a ragged one are the buffer to write to, offsets and sizes.
-                        operand_bytes=put_in[0] if kind == "ragged-all-to-all" else sum(put_in),
-                        result_bytes=type_bytes(result),
-                        op_name=instruction.op_name,
-                        loop_trip_count=1,
-                        in_loop=False,
-                        trips_known=True,
-                    )
-            elif not opcode.endswith(("-done", "-update")):  # these name the computation of their start
-                for role, called in instruction.called:
-                    for inner in walk(called):
-                        yield _looped(inner, instruction.trip_count, role) if opcode == "while" else inner
-
-    return list(walk(program.entry))
+    found = []
+    for place in walk(program):
+        instruction, opcode = place.instruction, place.instruction.opcode
+        match = _COLLECTIVE.fullmatch(opcode)
+        if not match:
+            continue
+        kind, result = match[1], instruction.result
+        axes, group_size = _axes_and_size(instruction.attributes, num_devices, mesh)
+        put_in = [operand_bytes(operand, place.computation) for operand in instruction.operands]
+        if opcode.endswith("-start") and kind != "all-reduce":
+            result = parts(result[1:-1])[1]  # (operands, results, what the backend keeps)
+        if group_size > 1:
+            found.append(
+                Collective(
+                    kind=kind,
+                    axes=axes,
+                    group_size=group_size,
+                    # The other operands of a ragged one are the buffer to write to, offsets and sizes.
+                    operand_bytes=put_in[0] if kind == "ragged-all-to-all" else sum(put_in),
+                    result_bytes=type_bytes(result),
+                    op_name=instruction.op_name,
+                    loop_trip_count=place.runs,
+                    in_loop=place.in_loop,
+                    trips_known=place.runs_known,
+                )
+            )
+    return found
 
 
 def summary(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], int]:
@@ -149,20 +156,6 @@ def summary(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...
     for collective in collectives:
         total[collective.kind, collective.axes] += collective.total_bytes
     return dict(total)
-
-
-def _looped(inner: Collective, count: int | None, role: str) -> Collective:
-    """Returns a collective of a loop's body or condition, with the loop's count.
-
-    The condition runs once more than the body.
-    """
-    passes = count + (role == "condition") if count is not None else 1
-    return replace(
-        inner,
-        loop_trip_count=inner.loop_trip_count * passes,
-        in_loop=True,
-        trips_known=inner.trips_known and count is not None,
-    )
 
 
 def _axes_and_size(attributes: str, num_devices: int, mesh: Mesh | None) -> tuple[tuple[str, ...], int]:

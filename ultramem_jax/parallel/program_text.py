@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
@@ -294,28 +294,41 @@ class Place(NamedTuple):
     instruction: Instruction
     computation: Computation
     """The computation that holds it."""
-    runs: int
-    """Number of its runs in one run of the program; a loop whose count is not known counts as one pass."""
-    is_fused: bool
+    runs: int = 1
+    """Number of its runs in one run of the program: the product over the loops around it. A loop whose count
+    the compiler did not find counts as one pass."""
+    in_loop: bool = False
+    """Whether it is in a loop."""
+    runs_known: bool = True
+    """Whether the compiler found the count of every loop around it; True outside loops."""
+    is_fused: bool = False
     """Whether it is part of another instruction, which is one kernel."""
 
 
 def walk(program: ProgramText) -> Iterator[Place]:
     """Yields the instructions of a program at every place where they are called.
 
-    All branches of a conditional come.
+    Instructions of a computation that is called from two places come twice, and so do all branches of a
+    conditional, although only one of them runs.
     """
-    yield from _walk(program, program.entry, 1, False)
+    yield from _walk(program, program.entry, {})
 
 
-def _walk(program: ProgramText, name: str, runs: int, is_fused: bool) -> Iterator[Place]:
+def _walk(program: ProgramText, name: str, around: dict[str, Any]) -> Iterator[Place]:
     computation = program.computations[name]
     for instruction in computation.values():
-        yield Place(instruction, computation, runs, is_fused)
+        place = Place(instruction, computation, **around)
+        yield place
         opcode = instruction.opcode
         if opcode.endswith(("-done", "-update")):
             continue  # these name the computation of their start
-        passes = (instruction.trip_count or 1) if opcode == "while" else 1
-        inner = is_fused or opcode not in ("while", "conditional", "call")
-        for _, called in instruction.called:
-            yield from _walk(program, called, runs * passes, inner)
+        for role, called in instruction.called:
+            inner = {name: getattr(place, name) for name in ("runs", "in_loop", "runs_known", "is_fused")}
+            if opcode == "while":
+                count = instruction.trip_count
+                # The condition runs once more than the body.
+                inner["runs"] *= 1 if count is None else count + (role == "condition")
+                inner |= {"in_loop": True, "runs_known": place.runs_known and count is not None}
+            elif opcode not in ("conditional", "call"):
+                inner["is_fused"] = True
+            yield from _walk(program, called, inner)

@@ -20,7 +20,7 @@ from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
 from ultramem_jax.errors import UserError
 from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.ops.exchanges import compiled_with_names
-from ultramem_jax.parallel.collectives import collectives_of, summary
+from ultramem_jax.parallel.collectives import collectives_in, summary
 from ultramem_jax.parallel.program_text import read_program
 from ultramem_jax.planning.compiled_step import shard_bytes
 from ultramem_jax.planning.findings import Finding, Findings, find
@@ -223,7 +223,7 @@ class Auditor:
             raise UserError(f"{self._case.title}: the compiler refuses it: {reason}") from error
         memory = compiled.memory_analysis()
         assert memory is not None, "the compiler gives no figures of memory"
-        text = compiled.as_text() or ""
+        text = read_program(compiled.as_text() or "")
         arguments = int(memory.argument_size_in_bytes + memory.host_argument_size_in_bytes)
         exact = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(self._program.arguments))
         return Audit(
@@ -236,10 +236,10 @@ class Auditor:
             temporaries=int(memory.temp_size_in_bytes),
             expected_temporaries=self._expected,
             not_aliased=int(memory.output_size_in_bytes - memory.alias_size_in_bytes),
-            findings=find(read_program(text), self._tables),
+            findings=find(text, self._tables),
             collectives={
                 f"{kind} along {' × '.join(axes) or 'no axis'}": sent
-                for (kind, axes), sent in summary(collectives_of(text, self._program.axes.mesh)).items()
+                for (kind, axes), sent in summary(collectives_in(text, self._program.axes.mesh)).items()
             },
         )
 

@@ -8,9 +8,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ultramem_jax.parallel.program_text import Array, Computation, Instruction, Place, ProgramText, walk
+from ultramem_jax.parallel.program_text import (
+    Array,
+    Computation,
+    Instruction,
+    Place,
+    ProgramText,
+    arrays,
+    walk,
+)
 
-_IN_PLACE = frozenset(
+_FREE = frozenset(
     [
         "parameter",
         "get-tuple-element",
@@ -19,39 +27,17 @@ _IN_PLACE = frozenset(
         "while",
         "conditional",
         "call",
-        "fusion",
-        "scatter",
-        "dynamic-update-slice",
         "optimization-barrier",
-        "copy-done",
-        "async-start",
-        "async-update",
-        "async-done",
         "opt-barrier",
+        "copy-done",
+        "async-done",
+        "async-update",
     ]
 )
+"""Operations that neither start a kernel of their own nor make an array."""
+_IN_PLACE = _FREE | {"fusion", "scatter", "dynamic-update-slice", "async-start"}
 """Operations that do not make an array of their result's size, or write into one in place."""
-_NO_KERNEL = frozenset(
-    [
-        "parameter",
-        "get-tuple-element",
-        "tuple",
-        "bitcast",
-        "while",
-        "conditional",
-        "call",
-        "constant",
-        "iota",
-        "after-all",
-        "partition-id",
-        "replica-id",
-        "optimization-barrier",
-        "copy-done",
-        "async-done",
-        "async-update",
-        "opt-barrier",
-    ]
-)
+_NO_KERNEL = _FREE | {"constant", "iota", "after-all", "partition-id", "replica-id"}
 """Operations that start no kernel of their own."""
 _SOLVERS = re.compile(
     r"(?:^|/)(?:svd|qr|eigh|cholesky|geqrf|geqp3|lu|lu_pivots_to_permutation|householder_product|"
@@ -218,8 +204,7 @@ def _scatter(instruction: Instruction, program: ProgramText) -> str:
 
 def _operand(instruction: Instruction, computation: Computation) -> Array:
     """Returns the first array of the first operand."""
-    operand = instruction.operands[0]
-    found = Instruction("", f"{operand} ()", False).arrays if "[" in operand else []
+    found = arrays(instruction.operands[0])
     if not found:
         found = computation[instruction.operand_names[0]].arrays
     return found[0] if found else Array("token", (), "")
