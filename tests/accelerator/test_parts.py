@@ -1,4 +1,4 @@
-"""What is found out about an accelerator, tried on the CPU with small sizes."""
+"""The parts that find out about an accelerator run on the CPU with small sizes."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What is found in programs: on lines of programs for H100 and TPU v5e, and on programs for CPU."""
+"""Findings come from lines of programs for H100 and TPU v5e, and from programs for CPU."""
 
 import jax
 import jax.numpy as jnp

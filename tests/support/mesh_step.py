@@ -79,8 +79,15 @@ def start(model, train):
 
 def run(config, steps, alone=False):
     """Returns state, losses and last metrics after some steps from the seed 0."""
-    step, abstract, axes = compiled(config, alone)
-    model = replace(config.model, memories={"memory": config.model.memory.changed(partition="slots")})
+    return after_steps(config, compiled(config, alone), steps)
+
+
+def after_steps(config, of_step, steps):
+    """Returns what `run` returns, by a step that is `Compiled`."""
+    step, abstract, axes = of_step
+    model = config.model
+    if model.memories:
+        model = replace(model, memories={"memory": model.memory.changed(partition="slots")})
     state = jax.device_put(start(model, config.train), jax.tree.map(lambda a: a.sharding, abstract))
     losses = []
     for tokens in token_batches(steps, config.train.batch_size, config.data.seq_len + 1):

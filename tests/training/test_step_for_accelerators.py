@@ -3,15 +3,12 @@
 from dataclasses import replace
 
 import chex
-import jax
-import numpy as np
 import pytest
 
-from tests.support.mesh_step import MEMORY, TRAIN, TWO_AXES, V2, lowered, run_config, start
-from tests.support.step_models import FAMILY, MODEL, SMALL, token_batches
+from tests.support.mesh_step import MEMORY, TRAIN, TWO_AXES, V2, Compiled, after_steps, lowered, run_config
+from tests.support.step_models import FAMILY, MODEL, SMALL
 from ultramem_jax.config import DataConfig, MeshConfig, MoEConfig, RunConfig
 from ultramem_jax.ops.algorithms import choosing
-from ultramem_jax.parallel.mesh import shard_batch
 from ultramem_jax.platforms import targeting
 from ultramem_jax.presets import families
 
@@ -35,16 +32,7 @@ MOE = RunConfig(
 def _run_for(config, target, steps, alone, **ways):
     with targeting(target), choosing(**ways):
         step, abstract, axes = lowered(config, alone)
-    step = step.compile()
-    model = config.model
-    if model.memories:
-        model = replace(model, memories={"memory": model.memory.changed(partition="slots")})
-    state = jax.device_put(start(model, config.train), jax.tree.map(lambda a: a.sharding, abstract))
-    losses = []
-    for tokens in token_batches(steps, config.train.batch_size, config.data.seq_len + 1):
-        state, metrics = step(state, shard_batch(np.asarray(tokens), axes))
-        losses.append(float(metrics["loss"]))
-    return state, losses, metrics
+    return after_steps(config, Compiled(step.compile(), abstract, axes), steps)
 
 
 def _assert_equal(config, target, steps=4, alone=True, **ways):

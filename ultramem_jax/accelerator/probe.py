@@ -5,8 +5,6 @@ in models of 151 M parameters. Times are medians of single calls, so that they h
 them.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -14,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.accelerator.timing import median_seconds
 from ultramem_jax.layers.experts import (
     ExpertWeights,
     block_experts,
@@ -31,9 +30,6 @@ from ultramem_jax.ops.selection import largest
 from ultramem_jax.ops.small_svd import small_svd
 from ultramem_jax.ops.sorting import sort_with_order
 from ultramem_jax.tree_types import ArrayTree
-
-_CALLS = 10
-"""Calls that are timed, after one that compiles."""
 
 
 class Timing(NamedTuple):
@@ -74,15 +70,10 @@ def _timed(candidate: _Candidate) -> Timing:
     try:
         with choosing(**candidate.algorithms):
             compiled = jax.jit(candidate.function).lower(*candidate.arguments).compile()
-        result = jax.block_until_ready(compiled(*candidate.arguments))
-        seconds = []
-        for _ in range(_CALLS):
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*candidate.arguments))
-            seconds.append(time.perf_counter() - start)
+        result = compiled(*candidate.arguments)
+        median = median_seconds(lambda: compiled(*candidate.arguments))
     except Exception as error:  # a way that a device does not have is a result
         return Timing(*named, None, None, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}")
-    median = statistics.median(seconds)
     moved = sum(array.nbytes for array in jax.tree.leaves((candidate.arguments, result)))
     return Timing(*named, median * 1e6, moved / median / 1e9)
 

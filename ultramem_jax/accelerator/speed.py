@@ -1,20 +1,19 @@
 """Times training steps of whole models on the default device, and their share of its peak."""
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ultramem_jax.accelerator.timing import median_seconds
 from ultramem_jax.accounting import flops_per_token
 from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.planning.hardware import HARDWARE, Hardware
 from ultramem_jax.presets import preset
 from ultramem_jax.training.dense_optimizer import make_optimizers
-from ultramem_jax.training.state import init_state
+from ultramem_jax.training.state import TrainState, init_state
 from ultramem_jax.training.step import make_train_step
 
 MODELS = ("dense-151m", "ultramem-151m-x12", "moe-151m-2in32")
@@ -73,15 +72,14 @@ def _speed(name: str, model: ModelConfig, batch_size: int, seq_len: int) -> Spee
     )
     step = jax.jit(make_train_step(config, optimizers), donate_argnums=0).lower(state, batches[0]).compile()
     memory = step.memory_analysis()
-    seconds = []
-    for number, batch in enumerate(batches):
-        jax.block_until_ready((state, batch))
-        start = time.perf_counter()
-        state, _ = step(state, batch)
-        jax.block_until_ready(state)
-        if number >= _WARM_UP:
-            seconds.append(time.perf_counter() - start)
-    median, tokens = statistics.median(seconds), batch_size * seq_len
+    coming = iter(jax.block_until_ready([*batches]))
+
+    def next_step() -> TrainState:
+        nonlocal state
+        state, _ = step(state, next(coming))
+        return state
+
+    median, tokens = median_seconds(next_step, _STEPS, _WARM_UP), batch_size * seq_len
     hardware = hardware_of(jax.devices()[0])
     flops = _PASSES * flops_per_token(model, seq_len).total * tokens
     return Speed(

@@ -42,7 +42,7 @@ class Transfer:
 
 
 @dataclass(frozen=True)
-class _Groups(AxisRoles):
+class Groups(AxisRoles):
     """Describes the groups of devices that share tokens and tables. Axes of one device are left out."""
 
     sizes: Mapping[str, int]
@@ -53,7 +53,7 @@ class _Groups(AxisRoles):
     experts: tuple[str, ...]
 
     @classmethod
-    def of(cls, config: RunConfig, sizes: Mapping[str, int]) -> "_Groups":
+    def of(cls, config: RunConfig, sizes: Mapping[str, int]) -> "Groups":
         """Returns the groups of a run on a mesh of these sizes."""
         return cls(sizes, **axis_roles(config, sizes))
 
@@ -65,7 +65,7 @@ class _Groups(AxisRoles):
 class _Transfers:
     """Collects transfers. It drops those within one device and those without bytes."""
 
-    def __init__(self, groups: _Groups):
+    def __init__(self, groups: Groups):
         self._groups = groups
         self.found: list[Transfer] = []
 
@@ -145,7 +145,7 @@ def step_transfers(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Transfe
         config: the run.
         sizes: devices along each axis of the mesh. An axis that is not named has one device.
     """
-    groups = _Groups.of(config, sizes)
+    groups = Groups.of(config, sizes)
     transfers = _Transfers(groups)
     micro_batches = config.train.grad_accumulation
     tokens = config.train.batch_size // micro_batches * config.data.seq_len
@@ -224,7 +224,7 @@ def _lookup(transfers: _Transfers, site: MemorySite, tokens: int) -> None:
 
 
 def _row_updates(
-    transfers: _Transfers, groups: _Groups, config: RunConfig, site: MemorySite, tokens: int
+    transfers: _Transfers, groups: Groups, config: RunConfig, site: MemorySite, tokens: int
 ) -> None:
     """Adds the transfers that bring tokens of other groups to the owners of one memory's table, in a step."""
     memory, table, size = site.config, site.config.table, DTYPE_BYTES[site.context.dtype]
@@ -244,7 +244,7 @@ def _row_updates(
         transfers.add(purposes.MEANS_OVER_COLUMNS, "all-reduce", groups.width, means)
 
 
-def _dense_table(transfers: _Transfers, groups: _Groups, config: RunConfig, site: MemorySite) -> None:
+def _dense_table(transfers: _Transfers, groups: Groups, config: RunConfig, site: MemorySite) -> None:
     """Adds the transfers of dense table gradients: each memory's part, summed over the part's replicas."""
     table = site.num_slots * site.config.table.row_dim * FLOAT32_BYTES / groups.size(groups.owners)
     for _ in range(config.train.grad_accumulation):
@@ -253,7 +253,7 @@ def _dense_table(transfers: _Transfers, groups: _Groups, config: RunConfig, site
     transfers.add(purposes.READS_TO_REPLICAS, "all-gather", groups.replicas, reads * _INT32_BYTES)
 
 
-def _parameters(transfers: _Transfers, groups: _Groups, model: ModelConfig) -> None:
+def _parameters(transfers: _Transfers, groups: Groups, model: ModelConfig) -> None:
     """Adds the transfers of dense parameters."""
     count = count_parameters(model)
     # A tied embedding has one gradient as input and one as output. Devices sum the two separately.
@@ -271,7 +271,7 @@ def _parameters(transfers: _Transfers, groups: _Groups, model: ModelConfig) -> N
         transfers.add(purposes.PARAMETERS_FOR_THE_STEP, "all-gather", ("fsdp",), split)
 
 
-def _tensor(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens: int) -> None:
+def _tensor(transfers: _Transfers, groups: Groups, model: ModelConfig, tokens: int) -> None:
     """Adds the sums over `tensor` in attention and MLPs, forward and backward, for a device's own tokens."""
     if groups.sizes.get("tensor", 1) == 1:
         return
@@ -282,7 +282,7 @@ def _tensor(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens: 
     transfers.add("sums of heads and inner widths", "all-reduce", ("tensor",), sums)
 
 
-def _experts(transfers: _Transfers, groups: _Groups, model: ModelConfig, tokens: int) -> None:
+def _experts(transfers: _Transfers, groups: Groups, model: ModelConfig, tokens: int) -> None:
     """Adds the transfers of the experts of all layers, for a device's own tokens."""
     moe, size = model.moe, DTYPE_BYTES[model.dtype]
     if moe is None:

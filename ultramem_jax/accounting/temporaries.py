@@ -9,18 +9,16 @@ The letters are those of the axis legend in `ultramem_jax`; t is the tokens of o
 number in the model's dtype.
 """
 
-import math
 from collections.abc import Mapping
 
+from ultramem_jax.accounting.communication import Groups
 from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, MLP_MATRICES, count_parameters
 from ultramem_jax.config import ModelConfig, RunConfig
-from ultramem_jax.config.exchange_shapes import axis_roles, group_rows
+from ultramem_jax.config.exchange_shapes import CAUSAL_CHUNKS, group_rows
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.config.model import table_readers
 
 _INT32_BYTES = 4
-_QUERY_CHUNKS = 4
-"""Parts that attention cuts its queries into; a part leaves out the keys after its end."""
 _ROW_ARRAYS = 3
 """Arrays over all reads of a table that sums by row hold at a time: gradients of reads, of groups, of
 rows."""
@@ -38,12 +36,12 @@ def training_temporaries(
         groups_experts: whether the weights of experts are gathered by groups of rows (`layers.experts`).
     """
     model, train = config.model, config.train
-    roles = axis_roles(config, sizes)
-    shards = math.prod(sizes[name] for name in roles["tokens"])
+    groups = Groups.of(config, sizes)
+    shards = groups.size(groups.tokens)
     sequences = -(-train.batch_size // (shards * train.grad_accumulation))
     tokens = sequences * config.data.seq_len
     parameters = count_parameters(model)
-    experts = parameters.experts // math.prod(sizes[name] for name in roles["experts"])
+    experts = parameters.experts // groups.size(groups.experts)
     gradients = FLOAT32_BYTES * (parameters.dense + experts)
     kept = _kept_of_memories(model, tokens)
     backward = {
@@ -58,7 +56,7 @@ def training_temporaries(
     update = {
         "gradients": gradients,
         "reads and pooled values": kept,
-        "rows of the largest table": _row_bytes(config, tokens * shards // _replicas(roles, sizes)),
+        "rows of the largest table": _row_bytes(config, tokens * shards // groups.size(groups.replicas)),
     }
     return max(backward, update, key=lambda parts: sum(parts.values()))
 
@@ -113,7 +111,7 @@ def _layer_bytes(model: ModelConfig) -> int:
 
 def _attention_bytes(model: ModelConfig, sequences: int, length: int) -> int:
     """Returns the attention weights of a layer: in float32, in the dtype, and whether dropout kept them."""
-    allowed = (_QUERY_CHUNKS + 1) / (2 * _QUERY_CHUNKS)
+    allowed = (CAUSAL_CHUNKS + 1) / (2 * CAUSAL_CHUNKS)
     of_weight = FLOAT32_BYTES + DTYPE_BYTES[model.dtype] + (1 if model.dropout else 0)
     return round(sequences * model.num_heads * length**2 * allowed * of_weight)
 
@@ -148,9 +146,3 @@ def _row_bytes(config: RunConfig, tokens: int) -> int:
         reads = tokens * config.train.grad_accumulation * memory.reads_per_token * len(readers)
         most = max(most, _ROW_ARRAYS * FLOAT32_BYTES * reads * max(memory.table.arrays.values()))
     return most
-
-
-def _replicas(roles: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]) -> int:
-    """Returns the groups of devices that hold each table once; tokens of a group are read at its owners."""
-    owners = roles["slots"] + roles["width"]
-    return math.prod(sizes[name] for name in roles["tokens"] if name not in owners)

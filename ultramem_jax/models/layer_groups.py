@@ -22,7 +22,7 @@ _POLICIES = {
     "layers": jax.checkpoint_policies.nothing_saveable,
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""What a layer keeps for its backward pass, by `TrainConfig.remat`."""
+"""Policy of the activations that a layer keeps for its backward pass, by `TrainConfig.remat`."""
 _SOWN = ("losses", "metrics")
 """Collections that a layer sows into."""
 

@@ -35,7 +35,7 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     remat: str = "none"
-    """What layers compute again in the backward pass, see `TrainConfig.remat`."""
+    """Activations that layers compute again in the backward pass, see `TrainConfig.remat`."""
 
     @nn.compact
     def __call__(

@@ -96,7 +96,7 @@ class Audit:
     temporaries: int
     """Bytes that the program holds beside its arguments."""
     expected_temporaries: Mapping[str, int]
-    """What accounting derived before compiling, in bytes by part."""
+    """Temporaries that accounting derived before compiling, in bytes by part."""
     not_aliased: int
     """Bytes of results that are not written in place of arguments."""
     findings: Findings

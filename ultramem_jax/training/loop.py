@@ -7,7 +7,6 @@ import itertools
 import logging
 import math
 import pathlib
-import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -48,6 +47,7 @@ from ultramem_jax.training.state import (
     model_variables,
 )
 from ultramem_jax.training.step import Metrics, StepResult, checked_metrics, is_finite, make_train_step
+from ultramem_jax.training.stopping import EvaluationStopped, StopOnSigterm
 from ultramem_jax.training.token_maps import for_tokenizer, with_token_maps
 from ultramem_jax.training.undo_log import is_worth_it
 from ultramem_jax.training.window import LossWindow
@@ -145,7 +145,7 @@ def _train(
     with (
         owned(workdir) as require_owned,
         Checkpoints(workdir / "checkpoints", train.keep_last, train.keep_best) as checkpoints,
-        _StopOnSigterm() as stop,
+        StopOnSigterm() as stop,
     ):
         window = LossWindow()
         if checkpoints.latest_step() is None:
@@ -319,7 +319,7 @@ class _Run:
     data: PeekingIterator
     corpus: JsonDict
     """Identity of the data, as a checkpoint holds it (`continuing.corpus_identity`)."""
-    stop: "_StopOnSigterm"
+    stop: StopOnSigterm
     asked: PeriodicQuestion
     """Asks whether any process was asked to stop."""
     profile: Profile
@@ -424,11 +424,11 @@ class _Run:
         def stop_if_wanted() -> None:
             number = next(batches)
             if asked(self.stop.requested, number, (time.perf_counter() - began) / number):
-                raise _Stopped
+                raise EvaluationStopped
 
         try:
             self.validation = self.evaluator(model_variables(state), before_batch=stop_if_wanted)
-        except _Stopped:
+        except EvaluationStopped:
             return False
         found = self.validation
         if not known:
@@ -475,28 +475,3 @@ class _Run:
 
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
-
-
-class _Stopped(Exception):
-    """Ends an evaluation during which SIGTERM arrived."""
-
-
-class _StopOnSigterm:
-    """Turns SIGTERM into a request that the loop reads after the current step."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "_StopOnSigterm":
-        try:
-            self._previous = signal.signal(signal.SIGTERM, self._request)
-        except ValueError:  # only the main thread may handle signals; elsewhere they are the caller's
-            self._previous = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _request(self, *_: object) -> None:
-        self.requested = True
