@@ -46,6 +46,30 @@ def test_what_changes_the_activations():
     assert shared["logits"] * 4 == plain["logits"] and shared["gradients"] == plain["gradients"]
 
 
+def test_remat():
+    plain = training_temporaries(_run(DENSE), ALONE, MANY, False)
+    layers = training_temporaries(_run(DENSE, remat="layers"), ALONE, MANY, False)
+    # Every layer keeps its input; the one that is computed again has all of its activations.
+    input_bytes = 128 * 4 * 16
+    assert layers["activations of layers"] == plain["activations of layers"] // 3 + 3 * input_bytes
+    assert layers["attention weights"] * 3 == plain["attention weights"]
+    products = training_temporaries(_run(DENSE, remat="products"), ALONE, MANY, False)
+    # Input, queries, output of attention, keys and values, and the MLP before its function and after.
+    more = 128 * 4 * (2 * 16 + 2 * 8 + 64 + 16)
+    assert products["activations of layers"] == layers["activations of layers"] + 3 * more
+
+
+def test_a_scan_stacks_the_weights_of_its_layers():
+    model = replace(DENSE, scan_layers=True, dtype="bfloat16")
+    of_layer = 2 * 16 * 16 + 2 * 16 * 8 + 2 * 16 * 64
+    parts = training_temporaries(_run(model), ALONE, MANY, False)
+    assert parts["stacked weights"] == 2 * 3 * of_layer
+    # The memory reads after layer 1 and lands after layer 2: nothing is left to scan.
+    apart = training_temporaries(_run(replace(model, memories={"memory": MEMORY})), ALONE, MANY, False)
+    assert apart["stacked weights"] == 0
+    assert training_temporaries(_run(DENSE), ALONE, MANY, False)["stacked weights"] == 0
+
+
 def test_a_memory():
     model = replace(DENSE, memories={"memory": MEMORY})
     parts = training_temporaries(_run(model), ALONE, MANY, False)

@@ -9,7 +9,6 @@ import pytest
 
 from ultramem_jax.config import ModelConfig, MoEConfig, RunConfig, TrainConfig
 from ultramem_jax.models import Transformer
-from ultramem_jax.models.layer_groups import layer_groups
 from ultramem_jax.presets import families
 from ultramem_jax.training.step import language_model_objective
 
@@ -63,7 +62,7 @@ def _gradients(model, variables, remat):
     ],
 )
 def test_memories_stand_between_groups(name, groups):
-    found = layer_groups(MODELS[name])
+    found = MODELS[name].layer_groups
     assert [(group[0], group[-1]) for group in found] == groups
     assert [layer for group in found for layer in group] == list(range(1, 8))
 

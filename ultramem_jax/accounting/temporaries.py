@@ -12,7 +12,13 @@ number in the model's dtype.
 from collections.abc import Mapping
 
 from ultramem_jax.accounting.communication import Groups
-from ultramem_jax.accounting.model import DTYPE_BYTES, FLOAT32_BYTES, MLP_MATRICES, count_parameters
+from ultramem_jax.accounting.model import (
+    DTYPE_BYTES,
+    FLOAT32_BYTES,
+    MLP_MATRICES,
+    Parameters,
+    count_parameters,
+)
 from ultramem_jax.config import ModelConfig, RunConfig
 from ultramem_jax.config.exchange_shapes import CAUSAL_CHUNKS, group_rows
 from ultramem_jax.config.memory import MemorySite
@@ -44,14 +50,18 @@ def training_temporaries(
     experts = parameters.experts // groups.size(groups.experts)
     gradients = FLOAT32_BYTES * (parameters.dense + experts)
     kept = _kept_of_memories(model, tokens)
+    # With remat, the layer that the backward pass is at has all of its activations, and the others only few.
+    whole, few = (model.num_layers, 0) if train.remat == "none" else (1, model.num_layers)
+    of_token = whole * _layer_bytes(model) + few * _kept_bytes(model, train.remat)
     backward = {
-        "activations of layers": model.num_layers * tokens * _layer_bytes(model),
-        "attention weights": model.num_layers * _attention_bytes(model, sequences, config.data.seq_len),
+        "activations of layers": tokens * of_token,
+        "attention weights": whole * _attention_bytes(model, sequences, config.data.seq_len),
         "reads and pooled values": kept,
         "logits": FLOAT32_BYTES * tokens * model.vocab_size,
         "gradients": gradients,
         "choice of rows": FLOAT32_BYTES * min(chunk_values, tokens * _choosing_width(model)),
         "weights of groups": _group_bytes(model, tokens) if groups_experts else 0,
+        "stacked weights": DTYPE_BYTES[model.dtype] * _stacked_weights(model, parameters),
     }
     update = {
         "gradients": gradients,
@@ -107,6 +117,28 @@ def _layer_bytes(model: ModelConfig) -> int:
         return attention + b * inner * model.mlp_dim
     inner = MLP_MATRICES[model.moe.activation]
     return attention + model.moe.top_k * b * (2 * d + inner * model.moe.expert_dim) + FLOAT32_BYTES * d
+
+
+def _kept_bytes(model: ModelConfig, remat: str) -> int:
+    """Returns what a layer keeps of a token with remat.
+
+    That is its input; with `products` also the results of its products with weights: queries, keys, values,
+    the output of attention, and those of the MLP. Products with experts' weights are computed again.
+    """
+    if remat == "layers":
+        return DTYPE_BYTES[model.dtype] * model.embed_dim
+    kv = model.embed_dim // model.num_heads * model.num_kv_heads
+    mlp = model.embed_dim + (MLP_MATRICES[model.mlp] - 1) * model.mlp_dim if model.moe is None else 0
+    return DTYPE_BYTES[model.dtype] * (3 * model.embed_dim + 2 * kv + mlp)
+
+
+def _stacked_weights(model: ModelConfig, parameters: Parameters) -> int:
+    """Counts the weights that a scan over layers stacks: those of all layers, but for groups of one."""
+    if not model.scan_layers:
+        return 0
+    scanned = sum(len(group) for group in model.layer_groups if len(group) > 1)
+    of_layers = parameters.attention + parameters.feed_forward + parameters.router + parameters.experts
+    return of_layers * scanned // model.num_layers
 
 
 def _attention_bytes(model: ModelConfig, sequences: int, length: int) -> int:

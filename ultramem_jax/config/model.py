@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -201,6 +202,22 @@ class ModelConfig(Checked):
         """Returns the layers, from 1, that have a feed-forward: those in which no memory replaces it."""
         stood_in = {site.span.start for site in self.sites if site.span.place == "instead"}
         return tuple(layer for layer in range(1, self.num_layers + 1) if layer not in stood_in)
+
+    @property
+    def layer_groups(self) -> tuple[range, ...]:
+        """Returns the layers, from 1, in groups of equal layers that follow each other directly.
+
+        Memories stand between groups: those that read the last layer's state, or land after it, or come
+        before the next layer.
+        """
+        ends = {0, self.num_layers}
+        for site in self.sites:
+            span = site.span
+            if span.place in ("before", "instead"):
+                ends |= {span.start - 1}
+            if span.place != "before":
+                ends |= {span.start, span.end}
+        return tuple(range(start + 1, end + 1) for start, end in itertools.pairwise(sorted(ends)))
 
 
 def layer_name(number: int) -> str:

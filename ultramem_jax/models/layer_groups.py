@@ -4,7 +4,6 @@ The compiler sees one layer of a group, so that its time does not grow with dept
 of the single layers, by the same names. So a checkpoint has one form, and a run may switch scans on or off.
 """
 
-import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -27,24 +26,6 @@ _SOWN = ("losses", "metrics")
 """Collections that a layer sows into."""
 
 
-def layer_groups(config: ModelConfig) -> list[range]:
-    """Returns the layers, from 1, in groups of equal layers that follow each other directly.
-
-    Memories stand between groups: those that read the last layer's state, or land after it, or come before
-    the next layer.
-    """
-    ends = {config.num_layers}
-    for site in config.sites:
-        if site.span.place == "before":
-            ends |= {site.span.start - 1}
-        else:
-            ends |= {site.span.start, site.span.end}
-        if site.span.place == "instead":
-            ends |= {site.span.start - 1}
-    bounds = sorted(ends | {0})
-    return [range(start + 1, end + 1) for start, end in itertools.pairwise(bounds)]
-
-
 def run_group(
     module: nn.Module, config: ModelConfig, layers: range, x: jax.Array, train: bool, remat: str
 ) -> tuple[jax.Array, jax.Array]:
@@ -56,7 +37,7 @@ def run_group(
     Args:
         module: the model, which holds the layers' parameters and random numbers.
         config: the model's config.
-        layers: a group of `layer_groups`.
+        layers: one of `ModelConfig.layer_groups`.
         x: (B, S, D), the residual stream.
         train: whether dropout is on.
         remat: `TrainConfig.remat`.

@@ -1,6 +1,7 @@
 """Defines the pre-norm decoder: layers of attention and feed-forward, and memories that skip over them."""
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ from ultramem_jax.layers import Memory, RMSNorm, SharedTables
 from ultramem_jax.layers.caching import CACHE, Chunk, next_chunk
 from ultramem_jax.layers.parameters import matrix, served_parameter
 from ultramem_jax.models.block import Block
-from ultramem_jax.models.layer_groups import layer_groups, run_group
+from ultramem_jax.models.layer_groups import run_group
 from ultramem_jax.ops.embedding import embed
 from ultramem_jax.ops.linear import project
 from ultramem_jax.ops.on_mesh import constrain_tokens
@@ -78,9 +79,9 @@ class Transformer(nn.Module):
         landing: dict[int, list[jax.Array]] = {}
         # Parameters are declared, and caches updated, layer by layer.
         single = chunk is not None or self.is_initializing()
-        groups = [range(layer, layer + 1) for layer in range(1, config.num_layers + 1)]
+        groups: Sequence[range] = [range(layer, layer + 1) for layer in range(1, config.num_layers + 1)]
         if config.scan_layers and not single:
-            groups = layer_groups(config)
+            groups = config.layer_groups
         for layers in groups:
             for site in config.sites:
                 if site.span.place == "before" and site.span.start == layers[0]:
