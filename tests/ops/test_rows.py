@@ -16,6 +16,7 @@ from ultramem_jax.ops.rows import (
     to_stored,
 )
 from ultramem_jax.parallel.mesh import one_device
+from ultramem_jax.platforms import targeting
 
 
 def _table(dtype, slots=12, width=6):
@@ -30,7 +31,11 @@ def test_rows_come_out_as_they_went_in(dtype):
     chex.assert_type(table, np.uint16 if dtype == "bfloat16" else np.float32)
     chex.assert_trees_all_equal(from_stored(table), expected)
     slots = np.array([[3, 11], [0, 3]])
-    chex.assert_trees_all_equal(take_rows(table, jnp.asarray(slots)), expected[slots])
+    for wanted in (jnp.float32, jnp.bfloat16):
+        for platform in ("cpu", "gpu", "tpu"):
+            with targeting(platform):
+                taken = take_rows(table, jnp.asarray(slots), jnp.dtype(wanted))
+            chex.assert_trees_all_equal(taken, expected[slots].astype(wanted))
     # Past the end lies the last row.
     chex.assert_trees_all_equal(take_sorted_rows(table, jnp.array([2, 12, 40])), expected[[2, 11, 11]])
 

@@ -12,6 +12,7 @@ Without --target, the command audits all cases of the budget. It compiles only p
 have yet, so that the same command goes on after an interruption.
 """
 
+import logging
 import pathlib
 
 from absl import flags
@@ -29,15 +30,15 @@ from ultramem_jax.planning.audit import (
     Auditor,
     Case,
     Limits,
-    kept,
     load,
     load_budget,
-    save,
 )
 from ultramem_jax.planning.programs import resolved
 from ultramem_jax.planning.targets import CARDS, TPUS, load_target
 from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.folders import make_folder
+
+log = logging.getLogger(__name__)
 
 BASE_CONFIG = RunConfig()
 TARGET = flags.DEFINE_string(
@@ -66,37 +67,56 @@ def main() -> None:
     if REDRAW.value:
         require(folder is not None, "--out", OUT.value, "must name the folder that README.md is made from")
         assert folder is not None
-        order = {case.title: number for number, case in enumerate(cases)}
-        files = sorted(folder.glob("*.json"), key=lambda path: (order.get(path.stem, len(order)), path.stem))
-        _write(folder, [load(path) for path in files], limits)
+        _refuse_broken(_write(folder, limits), limits)
         return
     if TARGET.value:
         cases = _cases()
     if folder:
         make_folder(folder, "--out")
     done: list[Audit] = []
+    refused: list[str] = []
     with tqdm(cases, unit="program", dynamic_ncols=True) as bar:
         for case in bar:
             bar.set_postfix_str(case.title)
-            auditor = Auditor(case)
-            found = kept(case, folder, auditor.digest)
-            done.append(found or auditor.audit())
-            if folder and not found:
-                save(done[-1], folder)
-                _write(folder, done, limits)
-    if folder:
-        _write(folder, done, limits)
+            try:
+                done.append(Auditor(case, folder).audit())
+            except UserError as error:  # the other cases are audited nevertheless
+                refused.append(f"{case.title}: {error}")
+                continue
+            if folder:
+                _write(folder, limits)
+    if folder and done:
         print(markdown.table(audit_tables.summary_rows(done, limits)))
-    else:
+    elif done:
         print(audit_tables.document(done, limits))
+    if refused:
+        raise UserError(refused[0] + _and_more(refused))
+    _refuse_broken(done, limits)
+
+
+def _refuse_broken(done: list[Audit], limits: Limits) -> None:
     broken = [f"{one.case.title}: {line}" for one in done for line in one.broken(limits)]
     if broken:
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise UserError(f"the budget is broken: {broken[0]}{more}")
+        raise UserError(f"the budget is broken: {broken[0]}{_and_more(broken)}")
 
 
-def _write(folder: pathlib.Path, done: list[Audit], limits: Limits) -> None:
-    replace_text(folder / "README.md", audit_tables.document(done, limits))
+def _and_more(lines: list[str]) -> str:
+    return f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+
+
+def _write(folder: pathlib.Path, limits: Limits) -> list[Audit]:
+    """Writes README.md from all audits in the folder, those of the budget's cases first, and returns them."""
+    order = {case.title: number for number, case in enumerate(load_budget()[0])}
+    files = sorted(folder.glob("*.json"), key=lambda path: (order.get(path.stem, len(order)), path.stem))
+    require(bool(files), "--out", str(folder), "must hold audits, the JSON files that this command writes")
+    audits = []
+    for path in files:
+        try:
+            audits.append(load(path))
+        except UserError as error:  # of an older release, for example; the audit of its case replaces it
+            log.warning("left out of %s: %s", folder / "README.md", error)
+    replace_text(folder / "README.md", audit_tables.document(audits, limits))
+    return audits
 
 
 def _cases() -> list[Case]:

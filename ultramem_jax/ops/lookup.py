@@ -96,7 +96,7 @@ def score_products(
             first = jnp.arange(0, blocks.shape[0] * expansion, expansion, dtype=blocks.dtype)[:, None]
             of_blocks = vectors.reshape(-1, vectors.shape[-1])
             of_reads = of_blocks.at[first + blocks].get(mode="promise_in_bounds")
-        return slice_sums(take_rows(table, slots).astype(dtype) * of_reads, cores)
+        return slice_sums(take_rows(table, slots, dtype) * of_reads, cores)
 
     def by_chunks(table: jax.Array, slots: jax.Array, blocks: jax.Array, vectors: jax.Array) -> jax.Array:
         return map_chunks(
@@ -142,7 +142,7 @@ def pooled_lookup(
     """
 
     def pool(table: jax.Array, slots: jax.Array, blocks: jax.Array, scores: jax.Array) -> jax.Array:
-        rows = take_rows(table, slots).astype(scores.dtype)
+        rows = take_rows(table, slots, scores.dtype)
         if apart:
             return weighed_rows(rows, scores)
         # Every core weighs whole rows, although only one slice of each is kept. If the rows were cut into
@@ -176,8 +176,8 @@ def _backward(
     table, slots, blocks, scores = saved
 
     d_scores = score_products(table, slots, blocks, cotangent, scores.shape[-1], apart)
-    tokens = jnp.repeat(jnp.arange(slots.shape[0]), slots.shape[1])
-    per_read = read_gradients(cotangent[tokens, blocks.reshape(-1)], scores.reshape(-1, scores.shape[-1]))
+    reads = jnp.arange(slots.size, dtype=jnp.int32)
+    per_read = read_gradients(_of_reads(cotangent, blocks, reads), scores.reshape(-1, scores.shape[-1]))
     return _table_gradient(table, slots, per_read), None, None, d_scores
 
 
@@ -198,7 +198,7 @@ def row_products(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.
     """
 
     def multiply(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.Array:
-        rows = take_rows(table, slots).astype(vectors.dtype)
+        rows = take_rows(table, slots, vectors.dtype)
         return jnp.einsum("tjd,td->tj", rows, vectors)
 
     def by_chunks(table: jax.Array, slots: jax.Array, vectors: jax.Array) -> jax.Array:
@@ -259,10 +259,23 @@ def row_gradients(of_reads: GradientsOfReads) -> RowGradients:
     # Reads are sorted by slot before their gradients are formed. The largest array here, (T·R, d_v), is then
     # written once and summed in the order in which it lies.
     per_read = read_gradients(
-        cotangent[rows.order // blocks.shape[1], blocks.reshape(-1)[rows.order]],
+        _of_reads(cotangent, blocks, rows.order),
         take_weights(scores, rows.order),
     )
     return RowGradients(rows.slots, sums_of_rows(per_read, rows.row_of_read, rows.counts))
+
+
+def _of_reads(vectors: jax.Array, blocks: jax.Array, reads: jax.Array) -> jax.Array:
+    """Takes the vector (n, d) of the token and block of some reads.
+
+    Args:
+        vectors: (T, E, d).
+        blocks: (T, R) int32 in [0, E), of all reads.
+        reads: (n,) int32, indices of reads, of T·R.
+    """
+    # By one index: a TPU pads an array of pairs to 128 numbers each.
+    index = reads // blocks.shape[1] * vectors.shape[1] + blocks.reshape(-1)[reads]
+    return vectors.reshape(-1, vectors.shape[-1])[index]
 
 
 def take_weights(scores: jax.Array, reads: jax.Array) -> jax.Array:
@@ -289,6 +302,10 @@ def read_gradients(cotangents: jax.Array, scores: jax.Array) -> jax.Array:
 
 def weighed_rows(rows: jax.Array, scores: jax.Array) -> jax.Array:
     """Multiplies each of the h slices of rows (..., d) with its score (..., h)."""
+    if algorithms().layouts == "wide":
+        # As an array, a TPU would pad the scores to 128.
+        parts = jnp.split(rows, scores.shape[-1], axis=-1)
+        return jnp.concatenate([part * scores[..., c, None] for c, part in enumerate(parts)], axis=-1)
     slices = rows.reshape(*scores.shape, -1)
     return (slices * scores[..., None]).reshape(rows.shape)
 

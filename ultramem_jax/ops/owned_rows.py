@@ -105,7 +105,7 @@ def _pool_listed(
     owned = owned_reads(slots, first, table.shape[0], target)
 
     def add(pooled: jax.Array, number: jax.Array, index: jax.Array) -> jax.Array:
-        rows = _owned_rows(table, owned, index).astype(scores.dtype)
+        rows = _owned_rows(table, owned, index, scores.dtype)
         # A chunk can reach beyond the last owned read. The scatter drops what it finds there.
         to = jnp.where(number < owned.num_owned, target[index], len(pooled))
         weighed = weighed_rows(rows, take_weights(scores, index))
@@ -130,7 +130,7 @@ def _multiply_listed(
     blocks, of_blocks = blocks.reshape(-1), vectors.reshape(-1, vectors.shape[-1])
 
     def put(products: jax.Array, number: jax.Array, index: jax.Array) -> jax.Array:
-        rows = _owned_rows(table, owned, index).astype(vectors.dtype)
+        rows = _owned_rows(table, owned, index, vectors.dtype)
         of_reads = of_blocks.at[index // reads * expansion + blocks[index]].get(mode="promise_in_bounds")
         target = jnp.where(number < owned.num_owned, index, count + number)
         sums = slice_sums(rows * of_reads, cores)
@@ -146,6 +146,6 @@ def _multiply_listed(
     return (products.T if is_wide else products).reshape(tokens, reads, cores)
 
 
-def _owned_rows(table: jax.Array, owned: OwnedReads, index: jax.Array) -> jax.Array:
+def _owned_rows(table: jax.Array, owned: OwnedReads, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
     slots = jnp.clip(owned.slots[index], 0, table.shape[0] - 1)
-    return take_rows(table, slots)
+    return take_rows(table, slots, dtype)

@@ -55,14 +55,20 @@ def take_stored_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
     return _take(table, slots, mode="promise_in_bounds")
 
 
-def take_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
-    """Takes rows (..., d) of a table (N, d) to the device, decoded to float32 or bfloat16.
+def take_rows(table: jax.Array, slots: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Takes rows (..., d) of a table (N, d) to the device, in the dtype of the computation.
 
     Args:
         table: (N, d), as this module stores it, on the device or in host memory.
         slots: int32 in [0, N), any shape.
+        dtype: float32 or bfloat16. float32 rows are rounded to nearest if it is bfloat16.
     """
-    return from_stored(take_stored_rows(table, slots))
+    rows = from_stored(take_stored_rows(table, slots))
+    if platform() == "tpu" and rows.dtype == jnp.float32 and dtype == jnp.bfloat16:
+        # The TPU's compiler moves a conversion before the gather and out of the loop around it, and so
+        # converts the whole table. It does not move a rounding.
+        rows = jax.lax.reduce_precision(rows, exponent_bits=8, mantissa_bits=7)
+    return rows.astype(dtype)
 
 
 def take_sorted_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
@@ -106,9 +112,4 @@ def _take(table: jax.Array, slots: jax.Array, mode: str, indices_are_sorted: boo
     if is_on_host(table):
         get = _run_on(get, compute_type="device_host", out_memory_spaces=_DEVICE)
         slots = jax.device_put(slots, _HOST)
-    if platform() == "tpu" and table.dtype == jnp.float32 and not is_on_host(table):
-        # As words. Where rows are converted to bfloat16 afterwards, the compiler would else gather in
-        # bfloat16, and convert the whole table for that.
-        words = get(jax.lax.bitcast_convert_type(table, jnp.uint32), slots)
-        return jax.lax.bitcast_convert_type(words, jnp.float32)
     return get(table, slots)

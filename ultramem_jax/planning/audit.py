@@ -6,7 +6,10 @@ A case is a model, a program (a training or a decoding step) and a target. The v
 """
 
 import dataclasses
+import gzip
 import hashlib
+import logging
+import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -19,11 +22,10 @@ from ultramem_jax.accounting.temporaries import decoding_temporaries, training_t
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
 from ultramem_jax.errors import UserError
 from ultramem_jax.ops.algorithms import algorithms
-from ultramem_jax.ops.exchanges import compiled_with_names
 from ultramem_jax.parallel.collectives import collectives_in, summary
 from ultramem_jax.parallel.program_text import read_program
 from ultramem_jax.planning.compiled_step import shard_bytes
-from ultramem_jax.planning.findings import Finding, Findings, find
+from ultramem_jax.planning.findings import NOTHING, VERSION, Finding, Findings, find
 from ultramem_jax.planning.programs import (
     decoding_program,
     devices_for,
@@ -36,6 +38,8 @@ from ultramem_jax.platforms import targeting
 from ultramem_jax.presets import preset
 from ultramem_jax.reporting.records import keep_record, kept_record
 from ultramem_jax.tree_types import JsonDict
+
+log = logging.getLogger(__name__)
 
 ProgramName: TypeAlias = Literal["train", "decode"]
 PROGRAMS: tuple[ProgramName, ...] = ("train", "decode")
@@ -75,7 +79,9 @@ class Case:
     @property
     def title(self) -> str:
         """Returns the name of the case, which is also that of its file."""
-        return f"{self.name}_{self.target.replace(':', '-')}_{self.program}"
+        # A card's description has a path.
+        target = pathlib.PurePath(self.target).stem.replace(":", "-")
+        return f"{self.name}_{target}_{self.program}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,9 @@ class Audit:
     compiler: str
     """Package of the compiler and its version; and that of JAX."""
     program: str
-    """Digest of the program before it is compiled, by which an audit is known to be of this program."""
+    """Digest of all that the compiler is given. A program with the same one is not compiled again."""
+    finder: int
+    """`findings.VERSION` of the search. After another one, the program's text is searched again."""
     seconds: float
     """Seconds to lower and to compile."""
     arguments: int
@@ -181,15 +189,19 @@ def _merged(one: JsonDict, other: JsonDict) -> JsonDict:
 
 
 class Auditor:
-    """Lowers the program of a case, and compiles it if that is wanted."""
+    """Audits a case: lowers its program, and compiles it unless a folder has an audit of the same program."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, folder: pathlib.Path | None = None):
         """Lowers the program, and derives its temporaries.
+
+        Args:
+            case: what to audit.
+            folder: where audits are kept, with the compressed text of their programs; None for nowhere.
 
         Raises:
             UserError: the target's compiler is missing, or the mesh does not fit.
         """
-        self._case, self._started = case, time.perf_counter()
+        self._case, self._folder, self._started = case, folder, time.perf_counter()
         target, config = load_target(case.target), case.config
         with targeting(target.platform):
             chunk_values, groups = algorithms().chunk_values, algorithms().experts == "groups"
@@ -206,42 +218,93 @@ class Auditor:
             held = jax.tree.leaves(self._program.arguments[0].get("memory", {}))
         self._tables = _table_shapes(held)
         self._compiler = f"{target.compiler}, jax {jax.__version__}"
-        text = f"{self._compiler}\n{self._program.lowered.as_text()}"
-        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        given = (
+            self._compiler,
+            target.kind,
+            target.topology,
+            os.environ.get("XLA_FLAGS", ""),
+            os.environ.get("LIBTPU_INIT_ARGS", ""),
+            self._program.lowered.as_text(),
+        )
+        self._digest = hashlib.sha256("\n".join(given).encode()).hexdigest()[:16]
 
     def audit(self) -> Audit:
-        """Compiles the program and looks through it.
+        """Returns the audit, which is kept in the folder: compiles the program if that is needed.
 
         Raises:
-            UserError: the compiler refuses the program.
+            UserError: the compiler refuses the program, or an audit in the folder cannot be read.
         """
+        done = self._kept()
+        if done is None:
+            done = self._compile()
+        elif done.expected_temporaries == self._expected:
+            return done
+        done = dataclasses.replace(done, case=self._case, expected_temporaries=self._expected)
+        if self._folder is not None:
+            save(done, self._folder)
+        return done
+
+    def _kept(self) -> Audit | None:
+        """Returns the audit of the same program that the folder has, searched again if need be, or None."""
+        if self._folder is None or not (path := self._record_path(self._folder)).is_file():
+            return None
         try:
-            with compiled_with_names():
-                compiled = self._program.lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self._case.title}: the compiler refuses it: {reason}") from error
+            done = load(path)
+        except UserError as error:
+            log.info("%s: audited again: %s", self._case.title, error)
+            return None
+        if done.program != self._digest:
+            return None
+        if done.finder == VERSION:
+            return done
+        text = self._text_path(self._folder)
+        return self._searched(done, gzip.decompress(text.read_bytes()).decode()) if text.is_file() else None
+
+    def _compile(self) -> Audit:
+        compiled = self._program.compile(self._case.title)
         memory = compiled.memory_analysis()
         assert memory is not None, "the compiler gives no figures of memory"
-        text = read_program(compiled.as_text() or "")
         arguments = int(memory.argument_size_in_bytes + memory.host_argument_size_in_bytes)
         exact = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(self._program.arguments))
-        return Audit(
+        text = compiled.as_text() or ""
+        if self._folder is not None:
+            # A record is never beside the text of another program.
+            self._record_path(self._folder).unlink(missing_ok=True)
+            self._text_path(self._folder).write_bytes(gzip.compress(text.encode()))
+        done = Audit(
             case=self._case,
             compiler=self._compiler,
-            program=self.digest,
+            program=self._digest,
+            finder=VERSION,
             seconds=time.perf_counter() - self._started,
             arguments=arguments,
             argument_padding=max(arguments - exact, 0),
             temporaries=int(memory.temp_size_in_bytes),
             expected_temporaries=self._expected,
             not_aliased=int(memory.output_size_in_bytes - memory.alias_size_in_bytes),
-            findings=find(text, self._tables),
+            findings=NOTHING,
+            collectives={},
+        )
+        return self._searched(done, text)
+
+    def _searched(self, audit: Audit, text: str) -> Audit:
+        """Returns the audit with what is in the text of its program."""
+        program = read_program(text)
+        sent = summary(collectives_in(program, self._program.axes.mesh)).items()
+        return dataclasses.replace(
+            audit,
+            finder=VERSION,
+            findings=find(program, self._tables),
             collectives={
-                f"{kind} along {' × '.join(axes) or 'no axis'}": sent
-                for (kind, axes), sent in summary(collectives_in(text, self._program.axes.mesh)).items()
+                f"{kind} along {' × '.join(axes) or 'no axis'}": count for (kind, axes), count in sent
             },
         )
+
+    def _record_path(self, folder: pathlib.Path) -> pathlib.Path:
+        return folder / f"{self._case.title}.json"
+
+    def _text_path(self, folder: pathlib.Path) -> pathlib.Path:
+        return folder / f"{self._case.title}.hlo.gz"
 
 
 def _table_shapes(held: Sequence[jax.ShapeDtypeStruct]) -> list[tuple[int, ...]]:
@@ -270,12 +333,3 @@ def load(path: pathlib.Path) -> Audit:
         }
         whole: JsonDict = tree | {"case": case, "findings": Findings(**found)}
         return Audit(**whole)
-
-
-def kept(case: Case, folder: pathlib.Path | None, digest: str) -> Audit | None:
-    """Returns the audit of a case that a folder has, if it is of the same program."""
-    path = folder / f"{case.title}.json" if folder else None
-    if path is None or not path.is_file():
-        return None
-    done = load(path)
-    return done if done.program == digest else None

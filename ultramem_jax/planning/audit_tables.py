@@ -83,12 +83,15 @@ def details(one: Audit, limits: Limits) -> str:
         if one.case.program == "train"
         else f"batch {config.train.batch_size}, {one.case.cache_length:,} cache positions"
     )
-    lines = [f"{one.compiler}; {shape}; {config.model.num_layers} layers; {config.model.dtype}."]
+    layers = f"{config.model.num_layers} layers" + (", scanned" if config.model.scan_layers else "")
+    remat = f"; remat {config.train.remat}" if config.train.remat != "none" else ""
+    lines = [f"{one.compiler}; {shape}; {layers}; {config.model.dtype}{remat}."]
     lines += [f"- **broken** {line}" for line in one.broken(limits)]
     parts = ["\n".join(lines)]
     expected: list[markdown.Row] = [
         {"temporaries": name, "MB": round(number / _MEGA, 1)}
         for name, number in one.expected_temporaries.items()
+        if number
     ]
     parts.append(markdown.table(expected))
     if one.collectives:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import jax
 
 from ultramem_jax.config import RunConfig
-from ultramem_jax.ops.exchanges import compiled_with_names
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.collectives import Collective, collectives_of
 from ultramem_jax.planning.programs import devices_for, training_program
@@ -75,13 +74,12 @@ def compile_step(config: RunConfig, target: Target | None = None) -> CompiledSte
         target: the devices to compile for; None for simulated devices of the CPU.
 
     Raises:
-        UserError: a batch that does not divide over the mesh, too few devices, or a target without a
-            compiler.
+        UserError: a batch that does not divide over the mesh, too few devices, a target without a
+            compiler, or a step that the compiler refuses.
     """
     program = training_program(config, devices_for(config, target), target)
     state, tokens = program.arguments
-    with compiled_with_names():
-        compiled = program.lowered.compile()
+    compiled = program.compile("the training step")
     memory = compiled.memory_analysis()
     assert memory is not None, "the compiler gives no figures of memory"
     return CompiledStep(

@@ -18,6 +18,8 @@ from ultramem_jax.parallel.program_text import (
     walk,
 )
 
+VERSION = 2
+"""Number of this search. Raise it with every change to what is found."""
 _FREE = frozenset(
     [
         "parameter",
@@ -92,6 +94,10 @@ class Findings:
     host_transfers: Sequence[Finding]
     padded: Sequence[Finding]
     """Arrays of 1 MiB and more whose layout makes them at least twice as large."""
+
+
+NOTHING = Findings(0, *(() for _ in range(9)))
+"""Findings of a program that has not been searched."""
 
 
 def find(program: ProgramText, tables: Sequence[tuple[int, ...]]) -> Findings:

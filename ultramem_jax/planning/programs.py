@@ -22,6 +22,7 @@ from ultramem_jax.models.cache import empty_cache
 from ultramem_jax.models.generation import decoding_step
 from ultramem_jax.models.sampling import Sampling
 from ultramem_jax.models.serving import prepare_for_decoding
+from ultramem_jax.ops.exchanges import compiled_with_names
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.mesh import AXES, make_mesh, mesh_axes, one_device
 from ultramem_jax.planning.targets import Target
@@ -41,6 +42,22 @@ class Program:
     arguments: tuple[ArrayTree, ...]
     """Shapes, dtypes and shardings of its arguments."""
     axes: MeshAxes
+
+    def compile(self, name: str) -> Any:
+        """Compiles the program, with names of mesh axes in its text, and returns JAX's `Compiled`.
+
+        Args:
+            name: what the program is, for the message.
+
+        Raises:
+            UserError: the compiler refuses it, for example because it does not fit into the device's memory.
+        """
+        try:
+            with compiled_with_names():
+                return self.lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{name}: the compiler refuses it: {reason}") from error
 
 
 def training_program(config: RunConfig, devices: Sequence[jax.Device], target: Target | None) -> Program:
