@@ -16,6 +16,30 @@ _REGIONS = """HloModule step, num_partitions=1
   ROOT %sum = f32[] add(%a, %b)
 }
 
+%rounded (a: bf16[], b: bf16[]) -> bf16[] {
+  %a.2 = bf16[] parameter(0)
+  %b.2 = bf16[] parameter(1)
+  %a.3 = f32[] convert(%a.2)
+  %b.3 = f32[] convert(%b.2)
+  %sum.2 = f32[] add(%a.3, %b.3)
+  ROOT %result.2 = bf16[] convert(%sum.2)
+}
+
+%largest (a: f32[], b: f32[]) -> f32[] {
+  %a.4 = f32[] parameter(0)
+  %b.4 = f32[] parameter(1)
+  ROOT %result.4 = f32[] maximum(%a.4, %b.4)
+}
+
+%pass (a: (s32[], f32[1000,64])) -> (s32[], f32[1000,64]) {
+  ROOT %a.5 = (s32[], f32[1000,64]{1,0}) parameter(0)
+}
+
+%more (a: (s32[], f32[1000,64])) -> pred[] {
+  %a.6 = (s32[], f32[1000,64]{1,0}) parameter(0)
+  ROOT %b.6 = pred[] constant(false)
+}
+
 %second (a: f32[], b: f32[]) -> f32[] {
   %a.1 = f32[] parameter(0)
   ROOT %b.1 = f32[] parameter(1)
@@ -74,6 +98,10 @@ def test_scatters_by_kind():
         f"%c = f32[1000,64]{{1,0}} {of}%second, " + _at("scatter", 3),
         f"%d = f32[1000,64]{{1,0}} {of}%second, indices_are_sorted=true, " + _at("scatter", 4),
         f"%e = s32[1000]{{0}} {of}%add, " + _at("scatter-add", 5),
+        f"%f = bf16[1000,64]{{1,0}} {of}%rounded, " + _at("scatter-add", 6),
+        f"%g = f32[1000,64]{{1,0}} {of}%largest, " + _at("scatter-max", 7),
+        "%h = (s32[], f32[1000,64]{1,0}) while(%words), condition=%more, body=%pass, "
+        + _at("jit(f)/scatter-add", 8),
     )
     assert [one.what for one in found.scatters] == [
         "atomic add to f32[1000,64]",
@@ -81,6 +109,9 @@ def test_scatters_by_kind():
         "any order write to f32[1000,64]",
         "sorted write to f32[1000,64]",
         "any order add to s32[1000]",
+        "atomic add to bf16[1000,64]",
+        "atomic maximum to f32[1000,64]",
+        "one by one, scatter-add",
     ]
     assert not found.table_copies  # all of these write in place
 
@@ -88,31 +119,89 @@ def test_scatters_by_kind():
 def test_copies_of_tables():
     found = _found(
         "%a = f32[1000,64]{1,0} copy(%table), " + _at("copy", 1),
-        "%b = f32[1000,64]{0,1} transpose(%table), dimensions={1,0}, " + _at("transpose", 2),
+        "%b = f32[64,1000]{1,0} transpose(%table), dimensions={1,0}, " + _at("transpose", 2),
         "%c = f32[50,64]{1,0} copy(%rows), " + _at("copy", 3),
+        "%d = bf16[125,8,64]{2,1,0} convert(%table), " + _at("convert_element_type", 4),
+        "%e = f32[64000]{0} copy(%table), " + _at("copy", 5),
+        "%f = f32[1024,64]{1,0} pad(%table, %scores), padding=0_24x0_0, " + _at("pad", 6),
+        "%g = f32[1100,64]{1,0} pad(%table, %scores), padding=0_100x0_0, " + _at("pad", 7),
+        "%h = (f32[1000,64]{1,0}, f32[1000,64]{1,0}, u32[]) copy-start(%table), " + _at("copy", 8),
+        "%i = f32[1000,64]{1,0} copy-done(%h), " + _at("copy", 8),
+        "%j = f32[1000,64]{1,0} bitcast(%table), " + _at("reshape", 9),
+        '%k = f32[1000,64]{1,0} custom-call(%table), custom_call_target="x", '
+        "output_to_operand_aliasing={{}: (0, {})}, " + _at("write", 10),
     )
-    assert _what(found.table_copies) == [
-        ("copy f32[1000,64]", "ultramem_jax/ops/x.py:1", 1),
-        ("transpose f32[1000,64]", "ultramem_jax/ops/x.py:2", 1),
+    assert [(one.what, one.source[-1], one.times) for one in found.table_copies] == [
+        ("copy f32[1000,64]", "1", 1),
+        ("transpose f32[64,1000]", "2", 1),
+        ("convert bf16[125,8,64]", "4", 1),
+        ("copy f32[64000]", "5", 1),
+        ("pad f32[1024,64]", "6", 1),
+        ("copy f32[1000,64]", "8", 1),
+    ]
+    moments = find(_program("%a = f32[1000]{0} negate(%rows), " + _at("neg", 1)), [(1000, 64), (1000,)])
+    assert [one.what for one in moments.table_copies] == ["negate f32[1000]"]
+
+
+def test_solvers():
+    found = _found(
+        '%s = (f32[2,2]{1,0}, s32[]) custom-call(%rows), custom_call_target="cusolver_gesvdj_ffi", '
+        + _at("jit(f)/svd", 1),
+        "%t = f32[2,2]{1,0} get-tuple-element(%s), index=0, " + _at("jit(f)/svd", 2),
+        "%q = f32[2,2]{1,0} fusion(%rows), kind=kLoop, " + _at("jit(f)/householder_product", 3),
+        "%e = f32[2,2]{1,0} fusion(%rows), kind=kLoop, " + _at("jit(f)/eig", 4),
+        "%n = f32[2,2]{1,0} fusion(%rows), kind=kLoop, " + _at("jit(f)/weight", 5),
+    )
+    assert [one.source[-1] for one in found.solvers] == ["1", "3", "4"]
+
+
+def test_ragged_products():
+    found = _found(
+        # XLA for an H100 made this of ragged_dot(x[64,32], w[4,32,16]): rows times all groups side by side.
+        "%r = bf16[64,16]{1,0} dot(%rows, %rows), lhs_contracting_dims={1}, "
+        + _at("jit(f)/ragged_dot_general", 1),
+        "%w = bf16[4,32,16]{2,1,0} dot(%rows, %rows), lhs_contracting_dims={1}, "
+        + _at("jit(f)/transpose(jvp())/ragged_dot_general", 2),
+        '%g = (f32[50,8]{1,0}, s8[4]) custom-call(%rows), custom_call_target="__cublas$gemm", '
+        + _at("jit(f)/ragged_dot_general", 3),
+        # Kernels: of the TPU's compiler, and of tokamax.
+        '%t = f32[50,8]{1,0} custom-call(%rows), custom_call_target="tpu_custom_call", '
+        + _at("ragged_dot_general", 4),
+        '%k = f32[50,8]{1,0} custom-call(%rows), custom_call_target="__gpu$xla.gpu.triton", '
+        + _at("jit(ragged_dot)/pallas_call", 5),
+        "%n = f32[50,8]{1,0} dot(%rows, %rows), lhs_contracting_dims={1}, "
+        + _at("ragged_dot/dot_general", 6),
+    )
+    assert [(one.what, one.source[-1]) for one in found.dense_ragged] == [
+        ("dot bf16[64,16]", "1"),
+        ("dot bf16[4,32,16]", "2"),
+        ("__cublas$gemm f32[50,8]", "3"),
     ]
 
 
-def test_solvers_ragged_products_and_transfers():
+def test_transfers_to_the_host():
     found = _found(
-        '%s = f32[2,2]{1,0} custom-call(%rows), custom_call_target="cusolver_gesvdj_ffi", '
-        + _at("jit(f)/svd", 1),
-        "%q = f32[2,2]{1,0} fusion(%rows), kind=kLoop, " + _at("jit(f)/householder_product", 2),
-        "%r = f32[4,50,8]{2,1,0} dot(%rows, %rows), lhs_contracting_dims={1}, "
-        + _at("a/ragged_dot_general", 3),
-        "%n = f32[50,8]{1,0} dot(%rows, %rows), lhs_contracting_dims={1}, " + _at("a/ragged_dot_general", 4),
-        '%h = () custom-call(%rows), custom_call_target="xla_ffi_python_gpu_callback", ' + _at("callback", 5),
-        "%m = f32[50,64]{1,0:S(5)} copy(%rows), " + _at("copy", 6),
-        "%l = f32[50,64]{0,1} copy(%rows), " + _at("copy", 7),
-        "%i = s32[] copy(%at), " + _at("copy", 8),
+        '%h = () custom-call(%rows), custom_call_target="xla_ffi_python_gpu_callback", ' + _at("callback", 1),
+        "%m = f32[50,64]{1,0:S(5)} copy(%rows), " + _at("copy", 2),
+        "%l = f32[50,64]{0,1} copy(%rows), " + _at("copy", 3),
+        "%i = s32[] copy(%at), " + _at("copy", 4),
+        "%g = f32[50,64]{1,0} gather(%m, %at), " + _at("gather", 5),
+        "%s = (f32[50,64]{1,0}, u32[], token[]) send(%rows), channel_id=1, " + _at("send", 6),
+        "%t = (f32[50,64]{1,0}, u32[], token[]) send(%rows), channel_id=2, is_host_transfer=true, "
+        + _at("send", 7),
     )
-    assert [one.source[-1] for one in found.solvers] == ["1", "2"]
-    assert _what(found.dense_ragged) == [("dot f32[4,50,8]", "ultramem_jax/ops/x.py:3", 1)]
-    assert [one.source[-1] for one in found.host_transfers] == ["5", "6"]
+    assert [one.source[-1] for one in found.host_transfers] == ["1", "2", "5", "7"]
+
+
+def test_kernels_are_counted_at_their_start():
+    found = _found(
+        "%a = (f32[50,64]{1,0}, f32[50,64]{1,0}) all-gather-start(%rows), dimensions={0}, " + _at("x", 1),
+        "%b = f32[50,64]{1,0} all-gather-done(%a), " + _at("x", 1),
+        '%c = s32[50,1]{1,0} custom-call(%at), custom_call_target="AssumeGatherIndicesInBound", '
+        + _at("x", 2),
+        "%d = f32[50,64]{1,0} negate(%rows), " + _at("neg", 3),
+    )
+    assert found.kernels == 2 and not found.custom_calls
 
 
 def test_padded_arrays():

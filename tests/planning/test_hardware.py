@@ -7,7 +7,8 @@ import pytest
 
 from tests.support.planned import ROUND
 from ultramem_jax import UserError
-from ultramem_jax.planning.hardware import load_hardware
+from ultramem_jax.planning.hardware import HARDWARE, hardware_of, load_hardware
+from ultramem_jax.planning.targets import CARDS, TPUS
 
 
 def hardware_file(folder, **changed):
@@ -49,3 +50,27 @@ def test_a_file_must_be_a_json_object(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=said):
             load_hardware(str(path))
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA B200", "b200"),
+        # As the compilers of the targets tpu-v5e, tpu-v5p and tpu-v6e call them.
+        ("TPU v5 lite", "tpu-v5e"),
+        ("TPU v5", "tpu-v5p"),
+        ("TPU v6 lite", "tpu-v6e"),
+        # Other clocks and memory than the SXM card.
+        ("NVIDIA H100 PCIe", None),
+        ("cpu", None),
+    ],
+)
+def test_devices_with_published_rates(kind, name):
+    assert hardware_of(kind) is (HARDWARE[name] if name else None)
+
+
+def test_every_target_of_the_audit_has_published_rates():
+    assert {*CARDS, *TPUS} == set(HARDWARE)

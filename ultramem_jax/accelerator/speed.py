@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ultramem_jax.accelerator.timing import median_seconds
 from ultramem_jax.accounting import flops_per_token
 from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from ultramem_jax.planning.hardware import HARDWARE, Hardware
+from ultramem_jax.planning.hardware import hardware_of
 from ultramem_jax.presets import preset
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.state import TrainState, init_state
@@ -57,12 +57,6 @@ def train_speeds(
         yield _speed(name, model, batch_size, seq_len)
 
 
-def hardware_of(device: jax.Device) -> Hardware | None:
-    """Returns the published rates of a device, if they are known."""
-    kind = device.device_kind.lower()
-    return next((found for name, found in HARDWARE.items() if name.rpartition("-")[2] in kind), None)
-
-
 def _speed(name: str, model: ModelConfig, batch_size: int, seq_len: int) -> Speed:
     config = RunConfig(model, DataConfig(seq_len=seq_len), TrainConfig(batch_size=batch_size))
     optimizers = make_optimizers(config)
@@ -80,7 +74,7 @@ def _speed(name: str, model: ModelConfig, batch_size: int, seq_len: int) -> Spee
         return state
 
     median, tokens = median_seconds(next_step, _STEPS, _WARM_UP), batch_size * seq_len
-    hardware = hardware_of(jax.devices()[0])
+    hardware = hardware_of(jax.devices()[0].device_kind)
     flops = _PASSES * flops_per_token(model, seq_len).total * tokens
     return Speed(
         name,

@@ -11,7 +11,7 @@ named or is 0. The plan contains:
 - the bytes that each way of splitting a table sends, and which way sends least.
 
     ultramem plan --preset=ultramem-151m-x12 --mesh=data:4,memory:16 --config.train.batch_size=256
-    ultramem plan --preset=ultramem-151m-x12 --mesh=memory:4 --hardware=tpu-v5p --target=tpu-v5p:2x2x1
+    ultramem plan --preset=ultramem-151m-x12 --mesh=memory:4 --target=tpu-v5p:2x2x1
 """
 
 import pathlib
@@ -33,7 +33,10 @@ from ultramem_jax.reporting.folders import make_folder
 
 BASE_CONFIG = RunConfig()
 HARDWARE_NAME = flags.DEFINE_string(
-    "hardware", "h100", f"{', '.join(HARDWARE)}, or a JSON file with the fields of planning.hardware.Hardware"
+    "hardware",
+    "",
+    f"{', '.join(HARDWARE)}, or a JSON file with the fields of planning.hardware.Hardware; empty: that of "
+    "--target, or h100 without one",
 )
 TARGET = flags.DEFINE_string(
     "target",
@@ -67,7 +70,7 @@ def main() -> None:
         require(bool(out), "--out", OUT.value, "must name the document that is made again")
         redraw(pathlib.Path(out))
         return
-    hardware = load_hardware(HARDWARE_NAME.value)
+    hardware = load_hardware(HARDWARE_NAME.value or _hardware_of_target())
     target = load_target(TARGET.value) if TARGET.value else None
     if out:
         make_folder(out.parent, "--out")
@@ -79,3 +82,12 @@ def main() -> None:
     print(text)
     if out:
         write(out, text, study)
+
+
+def _hardware_of_target() -> str:
+    """Returns the name of the hardware that --target compiles for."""
+    if not TARGET.value:
+        return "h100"
+    name = TARGET.value.partition(":")[0]
+    require(name in HARDWARE, "--hardware", "", f"must be given for --target = {TARGET.value!r}")
+    return name

@@ -25,7 +25,7 @@ from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.parallel.collectives import collectives_in, summary
 from ultramem_jax.parallel.program_text import read_program
 from ultramem_jax.planning.compiled_step import shard_bytes
-from ultramem_jax.planning.findings import NOTHING, VERSION, Finding, Findings, find
+from ultramem_jax.planning.findings import CONTENDED, NOTHING, VERSION, Finding, Findings, find
 from ultramem_jax.planning.programs import (
     decoding_program,
     devices_for,
@@ -55,11 +55,13 @@ class Limits:
     sorted_row_width: int
     """Widest row that may be sorted; arrays of one axis may be sorted at any length."""
     atomic_scatters: int
-    """Additions of floats at indices that may be equal."""
+    """Scatters that combine floats at indices that may be equal, or that are a loop over indices."""
     solvers: int
     dense_ragged: int
     host_transfers: int
     unbounded_loops: int
+    new_result_bytes: int
+    """Bytes of results that are not written in place of arguments: metrics and tokens, but no state."""
     temporaries_ratio: float
     """Largest temporaries, over those that accounting derives."""
 
@@ -120,13 +122,13 @@ class Audit:
         """Returns the limits that the program breaks, each in one line that names the source."""
         found = self.findings
         wide = [sort for sort in found.sorts if sort.width > limits.sorted_row_width]
-        atomic = [scatter for scatter in found.scatters if scatter.what.startswith("atomic")]
+        atomic = [scatter for scatter in found.scatters if scatter.what.startswith(CONTENDED)]
         # Only a GPU asks the host before each pass.
         loops = [] if self.case.target.startswith("tpu") else found.unbounded_loops
         counted: tuple[tuple[str, Sequence[Finding], int], ...] = (
             ("copies of tables", found.table_copies, limits.table_copies),
             (f"sorts of rows wider than {limits.sorted_row_width}", wide, 0),
-            ("atomic additions of floats", atomic, limits.atomic_scatters),
+            ("scatters that are atomic or one by one", atomic, limits.atomic_scatters),
             ("solvers", found.solvers, limits.solvers),
             ("dense expansions of ragged products", found.dense_ragged, limits.dense_ragged),
             ("transfers to the host", found.host_transfers, limits.host_transfers),
@@ -138,6 +140,11 @@ class Audit:
             for name, found, most in counted
             if len(found) > most
         ]
+        if self.not_aliased > limits.new_result_bytes:
+            lines.append(
+                f"results in new arrays: {self.not_aliased:,} bytes, at most {limits.new_result_bytes:,}; "
+                "the state is not updated in place"
+            )
         if self.temporaries > limits.temporaries_ratio * self.expected:
             lines.append(
                 f"temporaries: {self.temporaries:,} bytes, {self.temporaries / self.expected:.2f} times the "
@@ -309,7 +316,7 @@ class Auditor:
 
 def _table_shapes(held: Sequence[jax.ShapeDtypeStruct]) -> list[tuple[int, ...]]:
     shapes = (leaf.sharding.shard_shape(leaf.shape) for leaf in held if leaf.sharding is not None)
-    return sorted({shape for shape in shapes if len(shape) > 1})
+    return sorted({shape for shape in shapes if shape})
 
 
 def save(result: Audit, folder: pathlib.Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ultramem_jax.planning.audit import Audit, Limits
-from ultramem_jax.planning.findings import Finding
+from ultramem_jax.planning.findings import CONTENDED, Finding
 from ultramem_jax.reporting import markdown
 
 _MEGA = 1e6
@@ -48,7 +48,7 @@ def summary_rows(audits: Sequence[Audit], limits: Limits) -> list[markdown.Row]:
     rows: list[markdown.Row] = []
     for one in audits:
         found = one.findings
-        atomic = sum(scatter.what.startswith("atomic") for scatter in found.scatters)
+        atomic = sum(scatter.what.startswith(CONTENDED) for scatter in found.scatters)
         rows.append(
             {
                 "model": one.case.name,
@@ -60,6 +60,7 @@ def summary_rows(audits: Sequence[Audit], limits: Limits) -> list[markdown.Row]:
                 "temporaries, MB": round(one.temporaries / _MEGA),
                 "derived, MB": round(one.expected / _MEGA),
                 "ratio": round(one.temporaries / max(one.expected, 1), 2),
+                "new results, kB": round(one.not_aliased / 1e3),
                 "kernels": found.kernels,
                 "copies of tables": len(found.table_copies),
                 "sorts of rows": sum(sort.width > limits.sorted_row_width for sort in found.sorts),

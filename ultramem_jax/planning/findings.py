@@ -4,6 +4,7 @@ These are copies of tables, sorts, scatters, solvers, dense expansions of ragged
 host and padded arrays, each with the line of source that it comes from.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ultramem_jax.parallel.program_text import (
     walk,
 )
 
-VERSION = 2
+VERSION = 3
 """Number of this search. Raise it with every change to what is found."""
 _FREE = frozenset(
     [
@@ -31,18 +32,17 @@ _FREE = frozenset(
         "call",
         "optimization-barrier",
         "opt-barrier",
-        "copy-done",
-        "async-done",
-        "async-update",
     ]
 )
 """Operations that neither start a kernel of their own nor make an array."""
-_IN_PLACE = _FREE | {"fusion", "scatter", "dynamic-update-slice", "async-start"}
+_IN_PLACE = _FREE | {"fusion", "scatter", "dynamic-update-slice", "async"}
 """Operations that do not make an array of their result's size, or write into one in place."""
 _NO_KERNEL = _FREE | {"constant", "iota", "after-all", "partition-id", "replica-id"}
 """Operations that start no kernel of their own."""
+_NOTES = frozenset(["AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked", "Sharding"])
+"""Custom calls of the TPU's compiler that only carry knowledge about an array."""
 _SOLVERS = re.compile(
-    r"(?:^|/)(?:svd|qr|eigh|cholesky|geqrf|geqp3|lu|lu_pivots_to_permutation|householder_product|"
+    r"(?:^|/)(?:svd|qr|eigh?|cholesky|geqrf|geqp3|lu|lu_pivots_to_permutation|householder_product|"
     r"triangular_solve|schur|hessenberg|tridiagonal\w*)$"
 )
 """Last parts of JAX's paths to operations of linear algebra."""
@@ -53,10 +53,16 @@ _TOP_K_TARGETS = re.compile(r"top_?k|PartialReduce|DeviceRadixSort|cub.*sort", r
 _HOST_TARGETS = re.compile(r"callback|MoveToHost|MoveToDevice|annotate_device_placement", re.I)
 _CUSTOM_CALL = re.compile(r'custom_call_target="([^"]+)"')
 _DIMENSION = re.compile(r"\bdimensions=\{(\d+)\}")
-_RAGGED = re.compile(r"ragged_dot")
+_RAGGED = re.compile(r"(?:^|/)ragged_dot\w*$")
+"""Last part of JAX's path to a ragged product."""
 _DOTS = ("dot", "convolution")
-_GEMMS = re.compile(r"cublas|gemm|cudnn|triton", re.I)
+_GEMMS = re.compile(r"cublas|cudnn|__gpu\$\w*gemm", re.I)
+_COMBINES = ("add", "multiply", "maximum", "minimum")
+CONTENDED = ("atomic", "one by one")
+"""First words of scatters whose updates wait for each other."""
 _LEAST_PADDED_BYTES = 1 << 20
+_MOST_ROWS_ADDED = 0.05
+"""Share of a table's rows by which an array that is taken for a copy of it may be longer."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,15 @@ class Findings:
     sorts: Sequence[Finding]
     """Sorts of rows, and of arrays with one axis (`width` 0)."""
     scatters: Sequence[Finding]
-    """`atomic`: adds floats at indices that may be equal. `unique`, `sorted`, `any order`: all others."""
+    """`atomic`: combines floats at indices that may be equal. `unique`, `sorted`, `any order`: all others.
+    `one by one`: a loop that stands for a scatter."""
     solvers: Sequence[Finding]
     custom_calls: Sequence[Finding]
     """Kernels of libraries and of the compiler."""
     dense_ragged: Sequence[Finding]
     """Ragged products that became a product of every row with every group."""
     host_transfers: Sequence[Finding]
+    """Calls of the host, and what reads or writes host memory; programs for GPUs do not name the latter."""
     padded: Sequence[Finding]
     """Arrays of 1 MiB and more whose layout makes them at least twice as large."""
 
@@ -111,7 +119,7 @@ def find(program: ProgramText, tables: Sequence[tuple[int, ...]]) -> Findings:
     kernels = 0
     for place in walk(program):
         instruction = place.instruction
-        if not place.is_fused and instruction.opcode not in _NO_KERNEL:
+        if not place.is_fused and _starts_kernel(instruction):
             kernels += place.runs
         for kind, what, width in _kinds(place, program, tables):
             key = what, program.source(instruction), width
@@ -143,43 +151,54 @@ def find(program: ProgramText, tables: Sequence[tuple[int, ...]]) -> Findings:
     )
 
 
+def _starts_kernel(instruction: Instruction) -> bool:
+    target = _CUSTOM_CALL.search(instruction.attributes)
+    is_note = target is not None and target[1] in _NOTES
+    # What goes on beside other work is one kernel, at its start.
+    return not (
+        instruction.opcode in _NO_KERNEL or instruction.opcode.endswith(("-done", "-update")) or is_note
+    )
+
+
 def _kinds(
     place: Place, program: ProgramText, tables: Sequence[tuple[int, ...]]
 ) -> Iterator[tuple[str, str, int]]:
-    """Yields (kind, what, width of a sort's rows) of everything that an instruction is."""
+    """Yields (kind, description, width of a sort's rows) for every finding in an instruction."""
     instruction, opcode = place.instruction, place.instruction.opcode
-    result = instruction.arrays
-    target = _CUSTOM_CALL.search(instruction.attributes) if opcode == "custom-call" else None
+    if opcode.endswith(("-done", "-update")):
+        return  # found at its start
+    begins, opcode = opcode.endswith("-start"), opcode.removesuffix("-start")
+    # A start's result also holds its operands, and what the device notes.
+    result = instruction.arrays[:1] if begins else instruction.arrays
+    custom = _CUSTOM_CALL.search(instruction.attributes) if opcode == "custom-call" else None
+    target = custom[1] if custom else ""
     if opcode == "while" and instruction.trip_count is None:
         yield "loop", f"{len(result)} arrays", 0
-    if opcode not in _IN_PLACE:
+    if opcode not in _IN_PLACE and not _is_aliased(instruction):
         for array in result:
-            if array.shape in tables:
+            if any(_is_like(array, table) for table in tables):
                 yield "table", f"{opcode} {array}", 0
-    if opcode == "sort" or (target and _TOP_K_TARGETS.search(target[1])):
+    if opcode in ("sort", "topk") or _TOP_K_TARGETS.search(target):
         dimension = _DIMENSION.search(instruction.attributes)
-        keys = _operand(instruction, place.computation) if target else result[0]
+        keys = result[0] if opcode == "sort" else _operand(instruction, place.computation)
         axis = int(dimension[1]) if dimension else len(keys.shape) - 1
         width = keys.shape[axis] if keys.shape else 0
-        name = target[1] if target else "sort"
-        yield "sort", f"{name} {keys} ({len(result)} arrays)", width if width < keys.size else 0
+        yield "sort", f"{target or opcode} {keys} ({len(result)} arrays)", width if width < keys.size else 0
+    last = instruction.op_name.rpartition("/")[2]
     if opcode == "scatter":
         yield "scatter", _scatter(instruction, program), 0
-    last = instruction.op_name
-    if (target and _SOLVER_TARGETS.search(target[1])) or (_SOLVERS.search(last) and not place.is_fused):
-        yield "solver", f"{target[1] if target else opcode} {last.rpartition('/')[2]}", 0
-    if target:
-        yield "call", target[1], 0
-    is_product = opcode in _DOTS or (target is not None and _GEMMS.search(target[1]) is not None)
-    if is_product and _RAGGED.search(last) and _is_expanded(instruction, place.computation):
-        yield "ragged", f"{opcode} {result[0]}", 0
-    if opcode in ("infeed", "outfeed", "send", "recv") or (target and _HOST_TARGETS.search(target[1])):
-        yield "host", f"{target[1] if target else opcode}", 0
-    elif opcode in ("copy", "copy-start") and not place.is_fused:
-        spaces = {array.is_in_host_memory for array in result if array.shape}
-        operand = _operand(instruction, place.computation)
-        if len(spaces) > 1 or (spaces and operand.is_in_host_memory not in spaces):
-            yield "host", f"{opcode} {result[0]}", 0
+    elif opcode == "while" and last.startswith("scatter"):
+        yield "scatter", f"one by one, {last}", 0
+    solves = _SOLVERS.search(instruction.op_name) and not place.is_fused and opcode not in _NO_KERNEL
+    if _SOLVER_TARGETS.search(target) or solves:
+        yield "solver", f"{target or opcode} {last}", 0
+    if target and target not in _NOTES:
+        yield "call", target, 0
+    if (opcode in _DOTS or _GEMMS.search(target)) and _RAGGED.search(last):
+        # A kernel for ragged products is another kind of call. A plain product has all rows and all groups.
+        yield "ragged", f"{target or opcode} {result[0]}", 0
+    if _goes_to_host(instruction, place.computation):
+        yield "host", f"{target or opcode} {result[0] if result else ''}".rstrip(), 0
     if not place.is_fused and opcode not in _NO_KERNEL:
         for array in result:
             if array.padded_bytes >= max(2 * array.num_bytes, _LEAST_PADDED_BYTES):
@@ -190,22 +209,62 @@ def _kinds(
                 )
 
 
+def _is_like(array: Array, table: tuple[int, ...]) -> bool:
+    """Tells whether an array is a table, also in another shape, in another dtype, or with a few more rows."""
+    if array.size == math.prod(table):
+        return True
+    more_rows = array.size // table[-1] - math.prod(table[:-1]) if array.shape else -1
+    return (
+        len(table) > 1
+        and array.shape[-1:] == table[-1:]
+        and 0 <= more_rows <= _MOST_ROWS_ADDED * math.prod(table[:-1])
+    )
+
+
+def _is_aliased(instruction: Instruction) -> bool:
+    return "output_to_operand_aliasing" in instruction.attributes
+
+
+def _goes_to_host(instruction: Instruction, computation: Computation) -> bool:
+    opcode = instruction.opcode.removesuffix("-start")
+    target = _CUSTOM_CALL.search(instruction.attributes)
+    if opcode in ("infeed", "outfeed") or (target and _HOST_TARGETS.search(target[1])):
+        return True
+    if opcode in ("send", "recv"):
+        return "is_host_transfer=true" in instruction.attributes
+    if opcode in _FREE:
+        return False
+    results = [array for array in instruction.arrays if array.shape]
+    operands = [
+        array
+        for name in instruction.operand_names
+        if name in computation
+        for array in computation[name].arrays
+    ]
+    return any(array.is_in_host_memory for array in (*results, *operands))
+
+
 def _scatter(instruction: Instruction, program: ProgramText) -> str:
     flags = instruction.attributes
     array = instruction.arrays[0]
-    combiner = next(
-        (program.computations[name] for role, name in instruction.called if role == "to_apply"), {}
-    )
-    root = next((inner for inner in combiner.values() if inner.is_root), None)
-    adds = root is not None and root.opcode in ("add", "multiply", "fusion")
+    combiner = next((name for role, name in instruction.called if role == "to_apply"), "")
+    how = next((opcode for opcode in _opcodes(combiner, program) if opcode in _COMBINES), "")
     is_float = re.match(r"bf16|f\d", array.dtype) is not None
     if "unique_indices=true" in flags:
         kind = "unique"
-    elif adds and is_float:
+    elif how and is_float:
         kind = "atomic"
     else:
         kind = "sorted" if "indices_are_sorted=true" in flags else "any order"
-    return f"{kind} {'add to' if adds else 'write to'} {array}"
+    return f"{kind} {f'{how} to' if how else 'write to'} {array}"
+
+
+def _opcodes(name: str, program: ProgramText) -> Iterator[str]:
+    """Yields the operations of a computation and of those that it calls."""
+    for instruction in program.computations.get(name, {}).values():
+        yield instruction.opcode
+        for _, called in instruction.called:
+            yield from _opcodes(called, program)
 
 
 def _operand(instruction: Instruction, computation: Computation) -> Array:
@@ -214,10 +273,3 @@ def _operand(instruction: Instruction, computation: Computation) -> Array:
     if not found:
         found = computation[instruction.operand_names[0]].arrays
     return found[0] if found else Array("token", (), "")
-
-
-def _is_expanded(instruction: Instruction, computation: Computation) -> bool:
-    """Tells whether a ragged product takes more than its own rows: its left side or result has groups."""
-    return any(
-        len(array.shape) > 2 for array in (*instruction.arrays[:1], _operand(instruction, computation))
-    )

@@ -93,7 +93,7 @@ class Target:
     kind: str
     """Name of the TPU (`v5e`) or description of the card as text."""
     topology: str
-    """Number of devices along each axis of a TPU's topology, as in 2x2; of GPUs their number."""
+    """Number of devices along each axis of a TPU's topology, as in 2x2; "" for GPUs."""
 
     @property
     def compiler(self) -> str:
@@ -115,6 +115,8 @@ class Target:
                 f"--target = {self.name!r}: needs the package {package}; install requirements-audit.txt into "
                 "an environment of its own"
             ) from None
+        # The devices of this machine are not needed, and JAX would start all that it has packages for.
+        jax.config.update("jax_platforms", "cpu")
         try:
             found = self._topology(number).devices
         except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -134,9 +136,8 @@ class Target:
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
             return topologies.get_topology_desc(platform="tpu", topology_name=f"{self.kind}:{self.topology}")
-        count = int(self.topology) if self.topology else number
         # Processes of a partition, and devices of a process.
-        hosts = f"1x{math.ceil(count / 8)}x{min(count, 8)}"
+        hosts = f"1x{math.ceil(number / 8)}x{min(number, 8)}"
         return topologies.get_topology_desc("card", platform="cuda", target_config=self.kind, topology=hosts)
 
 
