@@ -50,7 +50,7 @@ MEMBER = """
             name: leaf.sharding for name, leaf in wanted.items()
         }
         saved.save(3, jax.jit(lambda t: jax.tree.map(lambda a: a + 1, t))(restored.state), data, {}, {}, 0.5)
-    of_all = distributed.gather(int(index)), distributed.any_process(index == "1")
+    of_all = distributed.gather(int(index)), any(distributed.gather(index == "1"))
     print(json.dumps([sum(read), data.state, *of_all]))
 """
 

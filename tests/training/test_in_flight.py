@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from dataclasses import fields as fields_of
 from dataclasses import replace
 
 import jax
@@ -18,6 +19,7 @@ from ultramem_jax.training.in_flight import MOST_AHEAD, StepsInFlight
 from ultramem_jax.training.loop import train
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.profiling import Profile
+from ultramem_jax.training.stopping import StopOnSigterm
 
 
 def _add(steps, number):
@@ -28,23 +30,34 @@ def test_steps_come_out_in_order_with_their_numbers():
     steps = StepsInFlight()
     _add(steps, 1)
     # The first step compiles, and may fail: nothing is ahead of it.
-    assert [tuple(one) for one in steps.finished()] == [(1, {"loss": 1.0}, 10)]
+    assert [tuple(one) for one in steps.finished(math.nan)] == [(1, {"loss": 1.0}, 10)]
     for number in range(2, 40):
         _add(steps, number)
-    first = [one.step for one in steps.finished()]
-    assert first == list(range(2, 40 - MOST_AHEAD))  # these steps took no time: as many as may be stay
-    assert [one.step for one in steps.finished(wait_for_all=True)] == list(range(40 - MOST_AHEAD, 40))
-    assert list(steps.finished(wait_for_all=True)) == []
+    first = [one.step for one in steps.finished(1e-9)]
+    assert first == list(range(2, 40 - MOST_AHEAD))
+    assert [one.step for one in steps.finished(1e-9, wait_for_all=True)] == list(range(40 - MOST_AHEAD, 40))
+    assert list(steps.finished(1e-9, wait_for_all=True)) == []
 
 
-def test_slow_steps_are_given_one_ahead(monkeypatch):
-    clock = iter(range(0, 1000, 2))  # two seconds between any two looks at the clock
-    monkeypatch.setattr(in_flight.time, "perf_counter", lambda: float(next(clock)))
+@pytest.mark.parametrize("seconds, ahead", [(2.0, 1), (0.5, 1), (0.2, 2), (0.1, 5), (0.01, MOST_AHEAD)])
+def test_half_a_second_is_in_flight_and_at_least_one_step(seconds, ahead):
     steps = StepsInFlight()
-    for number in (1, 2, 3):
+    for number in range(1, 13):
         _add(steps, number)
-    assert [one.step for one in steps.finished()] == [1, 2]
-    assert steps.seconds_per_step() == 2.0
+    assert [one.step for one in steps.finished(seconds)] == list(range(1, 13 - ahead))
+
+
+def test_the_speed_is_right_if_the_host_reads_several_steps_at_once(monkeypatch):
+    # Data stalls for a second every eight steps; then the host reads what the device has finished meanwhile.
+    reads = [0.0, *(1.25 * (step // 8) + 0.001 * (step % 8) + 1 for step in range(1, 41))]
+    clock = iter(reads)
+    monkeypatch.setattr(in_flight.time, "perf_counter", lambda: next(clock))
+    steps = StepsInFlight()
+    for number in range(1, 41):
+        _add(steps, number)
+        list(steps.finished(math.nan))
+    assert steps.seconds_per_step() == pytest.approx((reads[40] - reads[20]) / 20) == pytest.approx(0.16, 0.2)
+    assert steps.seconds_without_first() == pytest.approx((reads[40] - reads[1]) / 39)
 
 
 def test_speeds_leave_out_the_first_step_and_what_is_no_step(monkeypatch):
@@ -54,10 +67,10 @@ def test_speeds_leave_out_the_first_step_and_what_is_no_step(monkeypatch):
     assert math.isnan(steps.seconds_per_step()) and math.isnan(steps.seconds_without_first())
     for number in (1, 2):
         _add(steps, number)
-        list(steps.finished(wait_for_all=True))
+        list(steps.finished(math.nan, wait_for_all=True))
     steps.restart_clock()
     _add(steps, 3)
-    list(steps.finished(wait_for_all=True))
+    list(steps.finished(math.nan, wait_for_all=True))
     assert steps.seconds_per_step() == 1.0 and steps.seconds_without_first() == 1.0
 
 
@@ -74,7 +87,7 @@ def _records(workdir):
 def test_no_number_depends_on_the_steps_in_flight(config, tmp_path, monkeypatch):
     config = replace(config, train=replace(config.train, log_every=1))
     ahead = train(config, tmp_path / "ahead", progress=False)
-    monkeypatch.setattr(StepsInFlight, "_allowed", lambda self: 0)
+    monkeypatch.setattr(in_flight, "_steps_ahead", lambda seconds: 0)
     one_by_one = train(config, tmp_path / "one", progress=False)
     assert _records(tmp_path / "ahead") == _records(tmp_path / "one")
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), ahead.state, one_by_one.state)
@@ -97,7 +110,7 @@ def test_no_row_is_written_after_a_loss_that_is_not_finite(config, tmp_path, mon
         return at_three
 
     monkeypatch.setattr(loop, "make_train_step", poisoned)
-    monkeypatch.setattr(StepsInFlight, "_allowed", lambda self: 3)
+    monkeypatch.setattr(in_flight, "_steps_ahead", lambda seconds: 3)
     config = replace(config, train=replace(config.train, checkpoint_every=0, eval_every=0, log_every=100))
     with pytest.raises(UserError, match=r"^step 3: loss = inf: must be finite; there is no checkpoint yet"):
         train(config, tmp_path, progress=False)
@@ -116,20 +129,54 @@ def test_sigterm_is_followed_before_the_next_step(config, tmp_path, monkeypatch)
     assert train(config, tmp_path, progress=False).step == 1
 
 
-def test_processes_ask_each_other_at_the_same_steps(monkeypatch):
+def _two_processes(monkeypatch, other):
+    """Lets this process be the first of two; `other` gives what the second one answers, by question."""
     asked = []
 
     def gather(answer):
         asked.append(answer.tolist())
-        return np.stack([answer, [len(asked) == 3, 1]])  # the other process is faster, and stops at last
+        return np.stack([answer, np.asarray(other(len(asked)), answer.dtype)])
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    return asked
+
+
+def test_processes_ask_each_other_at_the_same_steps(monkeypatch):
+    # The other process is faster, and stops at last.
+    asked = _two_processes(monkeypatch, lambda question: (question == 5, 0.01))
     question = PeriodicQuestion(seconds=2.0)
-    answers = [question(False, step, math.nan if step == 1 else 0.5) for step in range(1, 12)]
-    # After the first step, whose speed is not known, in the next; then every four steps of half a second.
-    assert asked == [[0, 1], [0, 4], [0, 4], [0, 4]]
-    assert answers.index(True) + 1 == 6 and sum(answers) == 1
+    answers = [question(False, step, math.nan if step == 1 else 0.5) for step in range(1, 16)]
+    # After the first step, whose speed is not known, in the next; two steps later, and every four of half a
+    # second.
+    np.testing.assert_array_equal(asked, [[0, math.nan], [0, 0.5], [0, 0.5], [0, 0.5], [0, 0.5]])
+    assert [step for step, answer in enumerate(answers, 1) if answer] == [1 + 1 + 2 + 4 + 4]
+    assert question.seconds_per_step == 0.5  # the first process's
+
+
+def test_a_wrong_speed_does_not_silence_the_question(monkeypatch):
+    asked = _two_processes(monkeypatch, lambda question: (False, 1.0))
+    question = PeriodicQuestion(seconds=2.0)
+    for step in range(1, 40):
+        question(False, step, 1e-6)
+    assert len(asked) == 5  # in steps 1, 3, 7, 15 and 31
+
+
+def test_sigterm_in_another_process_ends_an_evaluation(monkeypatch):
+    _two_processes(monkeypatch, lambda question: (question == 3, 0.5))
+    monkeypatch.setattr(loop, "model_variables", lambda state: state)
+    batches = []
+
+    def evaluate(variables, before_batch):
+        for batch in range(400):
+            before_batch()
+            batches.append(batch)
+        raise AssertionError("the whole evaluation ran")
+
+    fields = dict.fromkeys(field.name for field in fields_of(loop._Run))
+    run = loop._Run(**fields | {"evaluator": evaluate, "stop": StopOnSigterm()})
+    assert run._evaluate(7, None) is False
+    assert len(batches) < 10
 
 
 def test_one_process_asks_itself_in_every_step():

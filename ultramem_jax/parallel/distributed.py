@@ -12,6 +12,7 @@ For the same reason a process that fails does not wait for the others (`end_at_o
 import contextlib
 import json
 import logging
+import math
 import os
 import socket
 import sys
@@ -171,18 +172,11 @@ def end_at_once(status: int) -> NoReturn:
     os._exit(status)
 
 
-def any_process(flag: bool) -> bool:
-    """Tells whether the flag is True in any process; all processes must call it."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
-
-
 class PeriodicQuestion:
-    """Asks in a loop of steps whether a flag is True in any process, once in a while and not in every step.
+    """Asks about every two seconds, in a loop of steps, whether a flag is True in any process.
 
-    All processes ask at the same steps: an answer brings along the step of the next question, which the first
-    process derives from its own speed. A process by itself is asked in every step.
+    All processes ask at the same steps, which follow from the speed of the first process. A process by itself
+    is asked in every step.
     """
 
     def __init__(self, seconds: float = 2.0):
@@ -191,7 +185,8 @@ class PeriodicQuestion:
         Args:
             seconds: about the time between two questions.
         """
-        self._seconds, self._next = seconds, 0
+        self._seconds, self._next, self._pause = seconds, 0, 1
+        self._seconds_per_step = math.nan
 
     def __call__(self, flag: bool, step: int, seconds_per_step: float) -> bool:
         """Returns whether the flag was True in any process, if it is time to ask; all processes must call it.
@@ -202,13 +197,22 @@ class PeriodicQuestion:
             seconds_per_step: speed of this process; NaN if it is not known yet.
         """
         if jax.process_count() == 1:
+            self._seconds_per_step = seconds_per_step
             return flag
         if step < self._next:
             return False
-        pause = max(int(self._seconds / max(seconds_per_step, 1e-3)), 1) if seconds_per_step > 0 else 1
-        answers = multihost_utils.process_allgather(np.asarray([flag, pause], np.int32))
-        self._next = step + int(answers[0, 1])
+        answers = multihost_utils.process_allgather(np.asarray([flag, seconds_per_step], np.float32))
+        self._seconds_per_step = float(answers[0, 1])
+        wanted = self._seconds / max(self._seconds_per_step, 1e-3)
+        # A speed that is measured wrongly once does not silence the question for long.
+        self._pause = 1 if math.isnan(wanted) else max(1, min(int(wanted), 2 * self._pause))
+        self._next = step + self._pause
         return bool(answers[:, 0].any())
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Returns the first process's speed at the last question, the same in all processes; NaN before."""
+        return self._seconds_per_step
 
 
 def gather(value: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import math
 import pathlib
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.continuing import check_same_run, corpus_identity, say_what_changed
 from ultramem_jax.training.dense_optimizer import Optimizers, make_optimizers
 from ultramem_jax.training.evaluation import Evaluation, Evaluator, TargetBytes, bits_per_byte
-from ultramem_jax.training.in_flight import FinishedStep, StepsInFlight
+from ultramem_jax.training.in_flight import StepsInFlight
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.prefetch import Prefetched, gather_ahead, prefetching_sites, slots_of_tokens
 from ultramem_jax.training.profiling import Profile
@@ -72,7 +72,7 @@ class TrainResult:
     validation_bits_per_byte: float
     """Loss of the last evaluation, in bits per byte of text; NaN if there was none."""
     tokens_per_second: float
-    """Median speed over the last steps of this process, without evaluations and checkpoints. It is NaN after
+    """Mean speed over the last steps of this process, without evaluations and checkpoints. It is NaN after
     one step."""
     state: TrainState
 
@@ -94,7 +94,7 @@ def train(
     uninterrupted one. Each training record holds the mean `loss` and `bits_per_byte` of the steps since the
     record before it.
 
-    SIGTERM stops the run after the current step, or between two batches of an evaluation, and saves it.
+    SIGTERM stops the run after the steps in flight, or between two batches of an evaluation, and saves it.
 
     Args:
         config: the run's config.
@@ -277,7 +277,7 @@ class _StepFunction:
     def __call__(
         self, state: TrainState, tokens: jax.Array, following: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
-        """Gives the device a step.
+        """Dispatches a step.
 
         Args:
             state: the state; donated.
@@ -366,11 +366,11 @@ class _Run:
                 saved, evaluated = (
                     _due(step, every, last) for every in (train.checkpoint_every, train.eval_every)
                 )
-                self._account_for(in_flight.finished(wait_for_all=last or saved or evaluated), in_flight, bar)
+                self._account_for(in_flight, bar, wait_for_all=last or saved or evaluated)
                 # The signal may reach only one process, or reach them in different steps.
                 stopping = self.asked(self.stop.requested, step, in_flight.seconds_per_step()) and not last
                 if stopping:
-                    self._account_for(in_flight.finished(wait_for_all=True), in_flight, bar)
+                    self._account_for(in_flight, bar, wait_for_all=True)
                 if stopping or saved:
                     self._save(step, state, step_function.records)
                 if evaluated and not stopping:
@@ -395,14 +395,15 @@ class _Run:
         """Returns the targets of a batch."""
         return self.config.train.batch_size * self.config.data.seq_len
 
-    def _account_for(self, steps: Iterable[FinishedStep], in_flight: StepsInFlight, bar: tqdm) -> None:
-        """Checks the numbers of steps, shows them and writes the records that are due.
+    def _account_for(self, in_flight: StepsInFlight, bar: tqdm, wait_for_all: bool) -> None:
+        """Checks the results of finished steps, shows them and writes the records that are due.
 
         Raises:
             UserError: a number is not finite. No later step has been saved.
         """
         train = self.config.train
-        for step, metrics, num_bytes in steps:
+        finished = in_flight.finished(self.asked.seconds_per_step, wait_for_all)
+        for step, metrics, num_bytes in finished:
             self._require_finite({name: metrics[name] for name in checked_metrics(metrics)}, step)
             loss, target_bytes = metrics["loss"], num_bytes / self._targets
             self.window.add(loss, target_bytes)
@@ -419,11 +420,12 @@ class _Run:
         Returns:
             False if SIGTERM interrupted it.
         """
-        asked, batches, began = PeriodicQuestion(), itertools.count(1), time.perf_counter()
+        asked, batches, began = PeriodicQuestion(), itertools.count(), time.perf_counter()
 
         def stop_if_wanted() -> None:
-            number = next(batches)
-            if asked(self.stop.requested, number, (time.perf_counter() - began) / number):
+            done = next(batches)
+            seconds_per_batch = (time.perf_counter() - began) / done if done else math.nan
+            if asked(self.stop.requested, done, seconds_per_batch):
                 raise EvaluationStopped
 
         try:

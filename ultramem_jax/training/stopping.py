@@ -8,7 +8,7 @@ class EvaluationStopped(Exception):
 
 
 class StopOnSigterm:
-    """Turns SIGTERM into a request that the loop reads after the current step."""
+    """Turns SIGTERM into a request that the loop reads; several processes ask about every two seconds."""
 
     def __init__(self) -> None:
         """Prepares to handle the signal, in a `with`."""
