@@ -39,12 +39,12 @@ MODELS = {
 TOKENS = jax.random.randint(jax.random.key(1), (2, 9), 0, 31)
 
 
-def _gradients(model, variables, remat):
+def _gradients(model, variables, remat, tokens=TOKENS):
     """The loss of a batch, its gradient, and the metrics that layers sow."""
     objective = language_model_objective(RunConfig(model=model, train=TrainConfig(remat=remat)))
 
     def loss(params):
-        value, (_, metrics) = objective.loss({**variables, "params": params}, {}, TOKENS, jax.random.key(0))
+        value, (_, metrics) = objective.loss({**variables, "params": params}, {}, tokens, jax.random.key(0))
         return value, metrics
 
     (value, metrics), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
@@ -84,6 +84,23 @@ def test_a_scan_and_remat_compute_the_same(name, remat):
         assert found[1].keys() == metrics.keys()
         chex.assert_trees_all_close(found[1], metrics, rtol=1e-4, atol=1e-6)
         chex.assert_trees_all_close(found[2], gradients, rtol=2e-4, atol=2e-6)
+
+
+def test_gradients_of_experts_are_summed_in_float32_in_a_scan():
+    model = dataclasses.replace(MODELS["moe"], dtype="bfloat16")
+    variables = {"params": Transformer(model).init(jax.random.key(0), TOKENS)["params"]}
+    # Equal tokens go to the same experts, whose gradients are then sums over several groups of rows.
+    tokens = jnp.ones((4, 129), jnp.int32)
+
+    def rounded(scans):
+        """The share of the gradients of experts' weights that bfloat16 can represent."""
+        other = dataclasses.replace(model, scan_layers=scans)
+        _, _, gradients = _gradients(other, variables, "none", tokens)
+        experts = [a for a in jax.tree.leaves(gradients) if a.ndim == 3]
+        same = [(a.astype(jnp.bfloat16).astype(jnp.float32) == a) & (a != 0) for a in experts]
+        return sum(a.sum() for a in same) / sum((a != 0).sum() for a in experts)
+
+    assert rounded(True) < 0.8 and rounded(False) < 0.8
 
 
 def test_a_scanned_layer_is_traced_once():

@@ -44,12 +44,21 @@ def test_the_order_is_that_of_lax_top_k(length, k, picks):
     np.testing.assert_array_equal(found, jax.lax.top_k(jnp.asarray(x), k)[1])
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int8, jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int8, jnp.bfloat16, np.float16])
 def test_other_dtypes(dtype):
     x = np.array(jnp.asarray(np.random.default_rng(0).integers(-90, 90, (7, 300)), dtype))
     if np.dtype(dtype) == np.int32:
         x[0, :4] = 2**31 - 1, -(2**31), -(2**31) + 1, 0
+    if np.dtype(dtype) == np.uint32:
+        x[0, :4] = 2**32 - 1, 2**31, 2**31 - 1, 0
     np.testing.assert_array_equal(_by_ranks(x, 9), jax.lax.top_k(jnp.asarray(x), 9)[1])
+
+
+def test_none_of_a_row():
+    for target in ("cpu", "gpu", "tpu"):
+        with targeting(target):
+            values, index = top_k(jnp.ones((3, 5)), 0)
+        assert values.shape == index.shape == (3, 0)
 
 
 def test_leading_axes_are_rows_of_their_own():

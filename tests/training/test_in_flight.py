@@ -187,3 +187,19 @@ def test_one_process_asks_itself_in_every_step():
 def test_a_profile_is_of_a_few_steps(config, tmp_path):
     train(config, tmp_path / "run", progress=False, profile=Profile(tmp_path / "profile", skip=2, steps=2))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_short_run_is_profiled_and_a_failed_one_leaves_no_profile_running(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "checked_metrics", lambda metrics: [next(iter(metrics))])
+        patch.setattr(loop._Run, "_require_finite", _fail)
+        with pytest.raises(UserError, match="too bad"):
+            train(config, tmp_path / "bad", progress=False, profile=Profile(tmp_path / "first", skip=0))
+    assert list((tmp_path / "first").rglob("*.xplane.pb"))
+    short = replace(config, train=replace(config.train, steps=4))
+    train(short, tmp_path / "run", progress=False, profile=Profile(tmp_path / "second"))
+    assert list((tmp_path / "second").rglob("*.xplane.pb"))
+
+
+def _fail(self, values, step):
+    raise UserError("too bad")

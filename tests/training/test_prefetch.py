@@ -62,6 +62,22 @@ def test_without_kernels(without_kernels):
     _same_bits(_run(True), _run(False))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_table_is_copied(dtype):
+    config = run_config(ENGRAM.changed(rows_per_head=(20_011,), dtype=dtype), MeshConfig(), TRAIN)
+    optimizers = make_optimizers(config)
+    state = jax.eval_shape(lambda: init_state(config, optimizers))
+    (site,), tokens = config.model.sites, jax.eval_shape(lambda: token_batches(1)[0])
+    values = state.tables[site.table]["values"]
+    reads = (tokens.shape[1] - 1) * tokens.shape[0] * site.config.reads_per_token
+    rows = {site.name: {"values": jax.ShapeDtypeStruct((reads, values.shape[1]), values.dtype)}}
+    step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
+    compiled = step.lower(state, tokens, False, (rows, tokens)).compile()
+    shape = f"[{','.join(map(str, values.shape))}]"
+    copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and shape in line]
+    assert not copies
+
+
 def test_rows_that_the_step_in_between_wrote_are_taken_from_it():
     config = run_config(ENGRAM, MeshConfig(), TRAIN).model
     (site,) = config.sites

@@ -61,7 +61,7 @@ def training_temporaries(
         "gradients": gradients,
         "choice of rows": FLOAT32_BYTES * min(chunk_values, tokens * _choosing_width(model)),
         "weights of groups": _group_bytes(model, tokens) if groups_experts else 0,
-        "stacked weights": DTYPE_BYTES[model.dtype] * _stacked_weights(model, parameters),
+        "stacked weights": _stacked_bytes(model, parameters),
     }
     update = {
         "gradients": gradients,
@@ -132,12 +132,16 @@ def _kept_bytes(model: ModelConfig, remat: str) -> int:
     return DTYPE_BYTES[model.dtype] * (3 * model.embed_dim + 2 * kv + mlp)
 
 
-def _stacked_weights(model: ModelConfig, parameters: Parameters) -> int:
-    """Counts the weights that a scan over layers stacks: those of all layers, but for groups of one."""
+def _stacked_bytes(model: ModelConfig, parameters: Parameters) -> int:
+    """Returns the weights that a scan over layers stacks: those of all layers, but for groups of one.
+
+    Those of experts are float32.
+    """
     if not model.scan_layers:
         return 0
     scanned = sum(len(group) for group in model.layer_groups if len(group) > 1)
-    of_layers = parameters.attention + parameters.feed_forward + parameters.router + parameters.experts
+    matrices = parameters.attention + parameters.feed_forward + parameters.router
+    of_layers = DTYPE_BYTES[model.dtype] * matrices + FLOAT32_BYTES * parameters.experts
     return of_layers * scanned // model.num_layers
 
 

@@ -109,11 +109,16 @@ class RunConfig(Checked):
         alone = all(getattr(mesh, axis) <= 1 for axis in ("data", "fsdp", "tensor", "memory", "width"))
         require(
             not table.prefetch
-            or (memory.address.reads_tokens and alone and self.train.grad_accumulation == 1),
+            or (
+                memory.address.reads_tokens
+                and table.pre_value_dim == 0
+                and alone
+                and self.train.grad_accumulation == 1
+            ),
             f"{path}.table.prefetch",
             table.prefetch,
-            "must be False unless tokens address the table (hashed_ngrams), the mesh has one device and "
-            "train.grad_accumulation is 1",
+            "must be False unless tokens address the table (hashed_ngrams), pre_value_dim is 0, the mesh has "
+            "one device and train.grad_accumulation is 1",
         )
         require(
             not table.prefetch or self.train.table_gradient == "row_sparse",

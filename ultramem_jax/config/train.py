@@ -42,7 +42,7 @@ class TrainConfig(Checked):
     clip_norm: float = 1.0
     """Global norm to which the gradient of the dense parameters is clipped. 0 switches clipping off."""
     remat: Literal["none", "products", "layers"] = "none"
-    """Activations that the backward pass computes again to save memory. `none`: no activations. `products`:
+    """Activations that the backward pass computes again to save memory. `none`: keeps all. `products`:
     all of a layer but the results of products with weights. `layers`: all of a layer, from its input.
     Memories keep what they need."""
     table_gradient: Literal["row_sparse", "dense"] = "row_sparse"

@@ -21,7 +21,6 @@ expert has 2.2 times the mean, 2.4 if two experts get everything; only the loop 
 """
 
 import importlib
-import importlib.util
 import math
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +32,7 @@ from jax import lax
 
 from ultramem_jax.config.exchange_shapes import group_rows
 from ultramem_jax.layers.mlp import activated
-from ultramem_jax.ops.algorithms import algorithms
+from ultramem_jax.ops.algorithms import algorithms, has_tokamax
 from ultramem_jax.platforms import platform
 
 MAX_OVERFLOW_ROWS = 128
@@ -197,11 +196,6 @@ def ragged_experts(x: jax.Array, gates: jax.Array, weights: ExpertWeights, plan:
     return combine(dot(inner, weights.w_out.astype(x.dtype)), gates, plan.order, plan.row)
 
 
-def has_tokamax() -> bool:
-    """Tells whether tokamax is installed, whose ragged products are fast on GPU and TPU."""
-    return importlib.util.find_spec("tokamax") is not None
-
-
 def _ragged_dot() -> Callable[..., jax.Array]:
     if platform() == "cpu" or not has_tokamax():
         return lax.ragged_dot
@@ -257,8 +251,8 @@ def _experts_of_groups_bwd(
 ) -> tuple[jax.Array, ExpertWeights, None]:
     buffer, inner, gate, weights, expert = residuals
     # The weights of groups are several times those of the experts. They are gathered again, and not before
-    # the backward pass has come here: so the index depends on it. (A derivative of NaN spoils all of them
-    # anyway.)
+    # the backward pass has come here: so the index depends on it. Where that number is NaN, other experts'
+    # weights are gathered. The gradient's norm is NaN then, too, and the step writes nothing.
     is_nan = jnp.isnan(d_y[0, 0, 0]).astype(jnp.int32)
     again = jnp.minimum(expert + is_nan, weights.w_in.shape[0] - 1)
     w_in, w_out, w_gate = _gathered(weights, again, buffer.dtype)
@@ -461,8 +455,6 @@ def compute_experts(
     """
     if implementation == "auto":
         implementation = algorithms().experts
-        if implementation == "groups" and has_tokamax():
-            implementation = "ragged"
     if implementation == "ragged":
         return ragged_experts(x, gates, weights, plan)
     if implementation == "groups":

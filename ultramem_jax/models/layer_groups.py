@@ -80,11 +80,12 @@ def run_group(
 def _cast(params: ArrayTree, dtype: jnp.dtype) -> ArrayTree:
     """Returns the parameters of a layer with the weights of products in the dtype of the computation.
 
-    The layer would cast them itself. Cast before, the stacked copy has half the bytes.
+    The layer would cast them itself. Cast before, the stacked copy has half the bytes. Experts' weights, of
+    three axes, stay as they are: the sums of their gradients over groups of rows are float32.
     """
 
     def cast(path: tuple[Any, ...], array: jax.Array) -> jax.Array:
-        return array if array.ndim < 2 or path[-1].key in NOT_CAST else array.astype(dtype)
+        return array if array.ndim != 2 or path[-1].key in NOT_CAST else array.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

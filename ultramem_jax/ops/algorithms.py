@@ -1,10 +1,12 @@
 """Chooses algorithms by platform, in one place: change a line here to compute in another way.
 
-Every choice computes the same. Selections agree to the bit, sums up to the rounding of their order.
+Every choice computes the same. Top-k agrees to the bit, sums up to the rounding of their order and terms. So
+keys whose scores differ by less than that may be chosen differently.
 """
 
 import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -38,10 +40,11 @@ class Algorithms:
     """How large arrays of a few numbers for each read lie: with the numbers side by side, or, for TPUs, with
     the reads along the last axis, which is padded to 128."""
     experts: Literal["blocks", "ragged", "groups"]
-    """How a Mixture of Experts is computed (`layers.experts`). A GPU with tokamax has `ragged`, too."""
+    """How a Mixture of Experts is computed (`layers.experts`). With tokamax, a GPU has `ragged`, too."""
     loops: Literal["as_needed", "fixed"]
-    """How many chunks of rows an update goes through: as many as there are rows, or always all. A GPU asks
-    the host before each pass of a loop whose length it does not know."""
+    """How many chunks of rows an update on one device goes through: as many as there are rows, or always all.
+    A GPU asks the host before each pass of a loop whose length it does not know. Owners of split tables
+    always go through as many as they own."""
     chunk_values: int
     """Temporary values of a chunk of tokens (`ops.chunks`)."""
 
@@ -87,7 +90,15 @@ _CHANGES: ContextVar[dict[str, Any]] = ContextVar("changes", default={})  # noqa
 
 def algorithms() -> Algorithms:
     """Returns the algorithms of the platform that is being traced for, with the changes of `choosing`."""
-    return dataclasses.replace(_BY_PLATFORM[platform()], **_CHANGES.get())
+    chosen = _BY_PLATFORM[platform()]
+    if platform() == "gpu" and has_tokamax():
+        chosen = dataclasses.replace(chosen, experts="ragged")
+    return dataclasses.replace(chosen, **_CHANGES.get())
+
+
+def has_tokamax() -> bool:
+    """Tells whether tokamax is installed, whose ragged products are fast on GPU and TPU."""
+    return importlib.util.find_spec("tokamax") is not None
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """Selects the k largest of n values without sorting them, by counting: for GPUs and TPUs.
 
 There `jax.lax.top_k` of more than a few values sorts the whole row, with the positions beside it. Here the
-rank of a value is the number of values that are larger, which is a sum of comparisons: one pass, no data that
-moves. Counting takes n² comparisons, so a long row is first cut into about 4·k tiles. The k tiles of the
-largest maxima hold the k largest values. They are cut again until 4·k values are left.
+rank of a value is the number of values that are larger. That is a sum of comparisons. It takes one pass and
+moves no data. Counting takes n² comparisons, so a long row is first cut into about 4·k tiles. The k tiles of
+the largest maxima hold the k largest values. They are cut again until 4·k values are left.
 
 Values lie along the last axis but one, and tokens along the last. So all work is on whole vectors of tokens,
 however few the values are.
@@ -26,12 +26,14 @@ def largest(x: jax.Array, k: int) -> jax.Array:
     """Returns the positions of the k largest values, in the order of `jax.lax.top_k`, also for NaN and ties.
 
     Args:
-        x: (..., n, T), float32, bfloat16, float16, or integers that int32 holds.
-        k: at most n.
+        x: (..., n, T), float32, bfloat16, float16, or integers of at most 32 bits.
+        k: from 0 to n.
 
     Returns:
         (..., k, T) int32, the largest value's first; of equal values the first one's.
     """
+    if k == 0:
+        return jnp.zeros((*x.shape[:-2], 0, x.shape[-1]), jnp.int32)
     return _largest(_ordered(x), k)
 
 
@@ -75,6 +77,8 @@ def put(values: jax.Array, positions: jax.Array, length: int) -> jax.Array:
 
 def _ordered(x: jax.Array) -> jax.Array:
     """Returns int32 numbers in the order of x: -NaN, -inf, ..., -0, 0, ..., inf, NaN."""
+    if x.dtype == jnp.uint32:
+        return jax.lax.bitcast_convert_type(x ^ jnp.uint32(1 << 31), jnp.int32)
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x.astype(jnp.int32)
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)

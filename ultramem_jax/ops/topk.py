@@ -36,8 +36,8 @@ def top_k(x: jax.Array, k: int, block: int | None = None) -> tuple[jax.Array, ja
     order of `jax.lax.top_k`.
 
     Args:
-        x: (..., K), floats or integers.
-        k: at most K.
+        x: (..., K), floats or integers, of at most 32 bits.
+        k: from 0 to K.
         block: b, values per tile, a divisor of K; None chooses one, 1 for short rows.
 
     Returns:
@@ -58,7 +58,10 @@ def _derivative(
 
 
 def take_along_last(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Takes entries of x (..., K) at index (..., k) int32 in [0, K), with a derivative without a scatter."""
+    """Takes entries of x (..., K) at index (..., k) int32 in [0, K).
+
+    On accelerators, its derivative has no scatter.
+    """
     if algorithms().selection == "heap":
         return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
     columns, positions = x.reshape(-1, x.shape[-1]).T, index.reshape(-1, index.shape[-1]).T

@@ -194,12 +194,13 @@ def require_same_model(directory: Path, there: JsonDict, here: JsonDict) -> None
 def _of_model(config: JsonDict) -> JsonDict:
     """Returns the fields that define a model.
 
-    These are all except where its tables lie and how it is compiled, which a run may change.
+    These are all except where its tables lie, when their rows are gathered and how it is compiled. A run may
+    change those.
     """
     model = {name: value for name, value in config["model"].items() if name != "scan_layers"}
     memories = {}
     for group, memory in model["memories"].items():
-        where = ("memory_kind", "partition")
+        where = ("memory_kind", "partition", "prefetch")
         table = {name: value for name, value in memory["table"].items() if name not in where}
         memories[group] = memory | {"table": table}
     model = model | {"memories": memories}

@@ -344,7 +344,8 @@ class _Run:
         in_flight, step, stopping = StepsInFlight(), start, False
         coming: jax.Array | None = None
         bar = tqdm(total=train.steps, initial=start, unit="step", disable=not progress, dynamic_ncols=True)
-        with bar:
+        self.profile.expect(train.steps - start)
+        with bar, self.profile:
             if unmarked or start == train.steps:  # a finished run still reports its numbers
                 bar.set_postfix_str("evaluating")
                 stopping = not self._evaluate(step, state, known=not unmarked)
@@ -382,7 +383,6 @@ class _Run:
                         self._save(step, state, step_function.records)
                 if saved or evaluated:
                     in_flight.restart_clock()
-        self.profile.stop()
         self.checkpoints.wait()
         if stopping:
             log.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", step)

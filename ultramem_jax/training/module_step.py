@@ -18,7 +18,7 @@ import optax
 from ultramem_jax.config import RunConfig
 from ultramem_jax.ops.on_mesh import MeshAxes, constrain_tokens, on_mesh
 from ultramem_jax.training.dense_optimizer import Optimizers
-from ultramem_jax.training.prefetch import Prefetched, gather_ahead, with_rows_written
+from ultramem_jax.training.prefetch import Prefetched, are_read, gather_ahead, with_rows_written
 from ultramem_jax.training.state import TrainState, model_variables
 from ultramem_jax.training.table_gradients import ArraysOfMemories, perturbations
 from ultramem_jax.training.table_updates import record_usage, update_tables
@@ -235,8 +235,7 @@ class ModuleStep:
                 finite &= jnp.isfinite(optax.tree.norm(gradients["inputs"]))
             if ahead is not None:
                 following = gather_ahead(model, tables, next_slots)
-                # The tables are written after these reads, or the compiler would copy them.
-                finite, following = jax.lax.optimization_barrier((finite, following))
+                finite &= are_read(following)  # as `rows_if` demands of all that reads a table
             tables, table_state, usage, usage_metrics, before, written = update_tables(
                 model,
                 self._optimizers.rows,

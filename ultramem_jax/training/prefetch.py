@@ -22,6 +22,9 @@ RowsWritten: TypeAlias = dict[str, tuple[jax.Array, jax.Array]]
 """Per table, slots (U,) int32, rising, and the rows (U, d_v) that a step wrote there, as the table stores
 them."""
 
+_MOST_ONES = 64
+"""Bits of the widest word."""
+
 
 def prefetching_sites(config: ModelConfig) -> tuple[MemorySite, ...]:
     """Returns the memories whose rows are gathered one step ahead."""
@@ -47,6 +50,17 @@ def gather_ahead(config: ModelConfig, tables: ArrayTree, slots: dict[str, jax.Ar
         site.name: {"values": take_stored_rows(tables[site.table]["values"], slots[site.name])}
         for site in prefetching_sites(config)
     }
+
+
+def are_read(rows: Prefetched) -> jax.Array:
+    """Returns True, () bool, once all values of the rows are there.
+
+    What depends on it follows the gather. The compiler cannot tell that no word has more ones than bits.
+    """
+    arrays = [values for of_memory in rows.values() for values in of_memory.values()]
+    words = [jax.lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}") for a in arrays]
+    ones = [jax.lax.population_count(of_array).max().astype(jnp.int32) for of_array in words]
+    return jnp.stack(ones).max() <= _MOST_ONES
 
 
 def with_rows_written(

@@ -11,18 +11,32 @@ log = logging.getLogger(__name__)
 
 
 class Profile:
-    """Records what devices and host do in a few steps, once the run is up to speed."""
+    """Records what devices and host do in a few steps, once the run is up to speed.
+
+    In a `with`, which ends the recording in every case.
+    """
 
     def __init__(self, folder: pathlib.Path | None = None, skip: int = 10, steps: int = 5):
         """Prepares to record.
 
         Args:
             folder: where to write the profile; None records nothing.
-            skip: steps of this process before the first one that is recorded.
+            skip: steps of this process before the first one that is recorded; fewer in a short run.
             steps: steps that are recorded.
         """
         self._folder, self._skip, self._steps = folder, skip, steps
         self._seen, self._is_on = 0, False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_on:
+            self._stop()
+
+    def expect(self, steps: int) -> None:
+        """Says how many steps this process will do, so that some of them are recorded."""
+        self._skip = max(min(self._skip, steps - self._steps), 0)
 
     @contextlib.contextmanager
     def of_step(self, step: int) -> Iterator[None]:
@@ -32,16 +46,14 @@ class Profile:
             jax.profiler.start_trace(str(self._folder))
             self._is_on = True
         if self._is_on and self._seen > self._skip + self._steps:
-            self.stop()
+            self._stop()
         if not self._is_on:
             yield
             return
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
-    def stop(self) -> None:
-        """Ends the recording, if it runs, and writes it."""
-        if self._is_on:
-            jax.profiler.stop_trace()
-            self._is_on = False
-            log.info("the profile is in %s", self._folder)
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._is_on = False
+        log.info("the profile is in %s", self._folder)

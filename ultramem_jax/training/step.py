@@ -69,9 +69,9 @@ def make_train_step(
 ) -> Callable[..., StepResult]:
     """Returns the step (state, tokens (B, S + 1) int32, halted=None, ahead=None) -> (state, metrics).
 
-    Compile it with the state donated. Where `halted` () bool is True, the step writes no row. With `ahead`,
-    rows of this batch that were gathered before (`prefetch.Prefetched`) and the tokens of the next one, the
-    last of the results is the rows of the next batch.
+    Compile it with the state donated. Where `halted` () bool is True, the step writes no row of a table with
+    row-sparse gradients. With `ahead`, rows of this batch that were gathered before (`prefetch.Prefetched`)
+    and the tokens of the next one, the last of the results is the rows of the next batch.
 
     Metrics are float32 scalars:
 

@@ -139,9 +139,9 @@ def _update_on_one_device(
                 state.step,
                 seed,
                 record_before,
-                keep=name in keeping,
+                keep=name in keeping and part == "values",
             )
-            if name in keeping:
+            if name in keeping and part == "values":
                 update, rows_written = update
                 written[name] = of_reads.rows.slots, rows_written
             tables[name][part], table_state[name][part] = update.table, update.moments
