@@ -1,1 +1,1 @@
-"""Finds out what an accelerator does with the library: what is fast, what is right, how fast it is."""
+"""Measures the library on this machine's accelerator, and compares its results with the CPU."""

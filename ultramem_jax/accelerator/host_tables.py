@@ -9,7 +9,7 @@ from ultramem_jax.accelerator.timing import median_seconds
 from ultramem_jax.ops.rows import put_stored_rows, take_sorted_rows
 
 WAYS = ("gather", "write")
-"""Ways to try. A failed check of XLA ends the process, so that each needs its own."""
+"""Ways to try. Each runs in its own process, because a failed check in XLA ends it."""
 
 
 class HostTable(NamedTuple):

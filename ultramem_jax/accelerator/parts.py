@@ -1,27 +1,32 @@
-"""Runs the parts that find out about an accelerator, each in a process of its own and under a limit.
+"""Runs the parts that measure an accelerator, each in a process of its own and under a limit.
 
-A part writes its records after every line of its table, and the report is written after every part. So what
-was found by then is never lost, whatever ends a part.
+Only these processes use the device: a TPU belongs to one at a time. A part of the library writes its records
+after every line of its table, a benchmark after every measurement that can stand alone. The report is written
+after every part, and when the command is stopped.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from ultramem_jax.accelerator.equality import compare
+from ultramem_jax.accelerator.equality import compare, compare_references
 from ultramem_jax.accelerator.host_tables import WAYS, try_host_table
 from ultramem_jax.accelerator.probe import probe
 from ultramem_jax.accelerator.speed import train_speeds
+from ultramem_jax.errors import UserError
 from ultramem_jax.files import replace_text
 from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.environment import describe_environment
@@ -37,7 +42,7 @@ class Part:
     name: str
     title: str
     seconds: int
-    """Its limit, of 420 seconds for all parts."""
+    """Its limit, where all parts have 420 seconds. Most end earlier, so that the limits add up to more."""
     arguments: tuple[str, ...] = ()
     """Command of a clone that it runs; empty for a part of the library."""
 
@@ -74,43 +79,62 @@ PARTS = (
     *(Part(f"host_{way}", f"Table in host memory: {way}", 30) for way in WAYS),
 )
 """Parts in order of value."""
+_DEVICE = "device.json"
+"""File with the device and the environment, which every part of the library writes."""
 
 
 class Outcome(NamedTuple):
     """Says how a part ended."""
 
     status: int | None
-    """Exit status; None if its time was over."""
+    """Exit status; None if its time was over, or the command was stopped."""
     seconds: float
 
 
-def records_of(name: str, small: bool) -> Iterable[NamedTuple]:
+def records_of(name: str, small: bool, references: pathlib.Path | None) -> Iterable[NamedTuple]:
     """Returns what a part of the library finds, one record after the other.
 
     Args:
         name: name of the part.
         small: small sizes, to try the parts on a CPU.
+        references: folder of reference vectors (`equality.compare_references`); None for none.
     """
     if name == "probe":
         return probe(256 if small else 1)
     if name == "equality":
-        return compare(("ultramem-tiny",), "gpu") if small else compare()
+        of_models = compare(("ultramem-tiny",), "gpu") if small else compare()
+        return itertools.chain(compare_references(references) if references else (), of_models)
     if name == "speed":
         return train_speeds(("ultramem-demo",), 2, 64, "float32") if small else train_speeds()
     return [try_host_table(name.removeprefix("host_"), 1 << (14 if small else 20))]
 
 
-def run_part(name: str, folder: pathlib.Path, small: bool) -> None:
-    """Runs a part of the library in this process, and writes `NAME.json` after every record."""
+def run_part(name: str, folder: pathlib.Path, small: bool, references: pathlib.Path | None = None) -> None:
+    """Runs a part of the library in this process, and writes `NAME.json` after every record.
+
+    Raises:
+        UserError: a record says that something does not hold. All records are written.
+    """
+    device = {"device": jax.devices()[0].device_kind} | describe_environment()
+    _write(folder / _DEVICE, device)
     found: list[markdown.Row] = []
-    for record in records_of(name, small):
+    for record in records_of(name, small, references):
         found.append(record._asdict())
         print("  ".join(markdown.cell(value) for value in record if value not in (None, "")), flush=True)
-        replace_text(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
+        _write(folder / f"{name}.json", found)
+    failed = [row for row in found if row.get("holds") is False]
+    if failed:
+        raise UserError(f"--part = {name!r}: {len(failed)} of {len(found)} do not hold; first {failed[0]}")
+
+
+def _write(path: pathlib.Path, tree: Any) -> None:
+    replace_text(path, json.dumps(tree, indent=1) + "\n")
 
 
 def run_all(folder: pathlib.Path, seconds: float, again: Callable[[str], Sequence[str]], small: bool) -> bool:
     """Runs the parts while there is time, and writes `README.md` after each.
+
+    What an earlier call left in the folder is removed.
 
     Args:
         folder: folder for records, logs and the report.
@@ -124,48 +148,81 @@ def run_all(folder: pathlib.Path, seconds: float, again: Callable[[str], Sequenc
     start = time.monotonic()
     outcomes: dict[str, Outcome | None] = {}
     launch = pathlib.Path("launch.py")
-    for part in PARTS:
-        left = seconds - (time.monotonic() - start)
-        limit = min(part.seconds * seconds / 420, left)
-        if part.arguments and (small or not launch.is_file()):
-            continue  # benchmarks are programs of a clone
-        if limit < min(5, seconds / 100):
+    _remove_old(folder)
+    with _ended_by_sigterm():
+        for part in PARTS:
+            left = seconds - (time.monotonic() - start)
+            limit = min(part.seconds * seconds / 420, left)
+            if part.arguments and (small or not launch.is_file()):
+                continue  # benchmarks are programs of a clone
             outcomes[part.name] = None
-        else:
-            print(f"== {part.title} (at most {limit:.0f} s)", flush=True)
-            results = f"--results={folder / part.name}"
-            command = (
-                [sys.executable, str(launch), *part.arguments, results]
-                if part.arguments
-                else again(part.name)
-            )
-            outcomes[part.name] = _run(command, folder / f"{part.name}.log", limit)
-            print(_tail(folder / f"{part.name}.log"), flush=True)
-        replace_text(folder / "README.md", report(folder, outcomes))
+            if limit >= min(5, seconds / 100):
+                print(f"== {part.title} (at most {limit:.0f} s)", flush=True)
+                results = f"--results={folder / part.name}"
+                command = (
+                    [sys.executable, str(launch), *part.arguments, results]
+                    if part.arguments
+                    else again(part.name)
+                )
+                began, outcome = time.monotonic(), None
+                try:
+                    outcome = _run(command, folder, part.name, limit)
+                finally:
+                    outcomes[part.name] = Outcome(outcome, time.monotonic() - began)
+                    replace_text(folder / "README.md", report(folder, outcomes))
+                print(_tail(folder / f"{part.name}.log"), flush=True)
+            replace_text(folder / "README.md", report(folder, outcomes))
     return all(outcome is not None and outcome.status == 0 for outcome in outcomes.values())
 
 
-def _run(command: Sequence[str], log: pathlib.Path, limit: float) -> Outcome:
-    start = time.monotonic()
-    with log.open("wb") as output:
-        # A group of its own, so that whatever the part starts ends with it.
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+def _remove_old(folder: pathlib.Path) -> None:
+    (folder / _DEVICE).unlink(missing_ok=True)
+    for part in PARTS:
+        for name in (f"{part.name}.json", f"{part.name}.log"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / part.name, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Makes SIGTERM an exit that ends the part which runs, and writes the report."""
+
+    def leave(*_: object) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, leave) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _run(command: Sequence[str], folder: pathlib.Path, name: str, limit: float) -> int | None:
+    """Runs a command and ends all that it started; returns its status, or None if its time was over."""
+    # What a part compiles is not compiled again in the next call.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.resolve() / "compiled")}
+    with (folder / f"{name}.log").open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=cache | os.environ
+        )
         try:
-            status: int | None = process.wait(limit)
+            return process.wait(limit)
         except subprocess.TimeoutExpired:
-            status = None
-            _end(process, signal.SIGTERM)
+            return None
         finally:
-            _end(process, signal.SIGKILL)
-    return Outcome(status, time.monotonic() - start)
+            _end_group(process)
 
 
-def _end(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all that it started: SIGTERM, and SIGKILL some seconds later."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_SECONDS)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _tail(log: pathlib.Path) -> str:
@@ -175,26 +232,29 @@ def _tail(log: pathlib.Path) -> str:
 
 def report(folder: pathlib.Path, outcomes: dict[str, Outcome | None]) -> str:
     """Returns the report of what was found so far, in Markdown."""
-    device = jax.devices()[0]
-    environment = describe_environment()
-    parts = [f"# Accelerator: {device.device_kind}"]
-    parts.append(markdown.table([{"": name, "value": value} for name, value in environment.items()]))
+    record = folder / _DEVICE
+    device = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    parts = [f"# Accelerator: {device.get('device', 'no part has reached it')}"]
+    parts.append(markdown.table([{"": name, "value": value} for name, value in device.items()]))
     rows: list[markdown.Row] = []
-    for part in PARTS:
-        if part.name in outcomes:
-            outcome = outcomes[part.name]
-            ended = "no time left" if outcome is None else _in_words(outcome.status)
-            rows.append(
-                {"part": part.title, "ended": ended, "seconds": round(outcome.seconds) if outcome else None}
-            )
+    for name, outcome in outcomes.items():
+        ended = "no time left" if outcome is None else _in_words(outcome.status)
+        seconds = round(outcome.seconds) if outcome else None
+        rows.append({"part": _title(name), "ended": ended, "seconds": seconds})
     parts.append(markdown.table(rows))
-    for part in PARTS:
-        records = folder / f"{part.name}.json"
+    for name in outcomes:
+        records, results = folder / f"{name}.json", folder / name
         if records.is_file():
-            parts += [f"## {part.title}", markdown.table(json.loads(records.read_text(encoding="utf-8")))]
-        elif part.arguments and part.name in outcomes:
-            parts += [f"## {part.title}", f"Tables and figures are in `{part.name}/`."]
+            table = markdown.table(json.loads(records.read_text(encoding="utf-8")))
+            parts += [f"## {_title(name)}", table]
+        elif results.is_dir():
+            files = ", ".join(f"`{path.name}`" for path in sorted(results.iterdir()))
+            parts += [f"## {_title(name)}", f"In `{name}/`: {files or 'nothing'}."]
     return "\n\n".join(parts) + "\n"
+
+
+def _title(name: str) -> str:
+    return next(part.title for part in PARTS if part.name == name)
 
 
 def _in_words(status: int | None) -> str:

@@ -41,7 +41,8 @@ class Timing(NamedTuple):
     microseconds: float | None
     """Median of the calls; None where it failed."""
     gigabytes_per_second: float | None
-    """Bytes of arguments and results over the time."""
+    """Bytes that must be read and written, over the time: arguments and results, and of a table only the rows
+    that are looked up."""
     error: str = ""
 
 
@@ -52,6 +53,8 @@ class _Candidate(NamedTuple):
     function: Callable[..., ArrayTree]
     arguments: tuple[ArrayTree, ...]
     algorithms: dict[str, str] = {}  # noqa: RUF012
+    unread: int = 0
+    """Bytes of arguments that are not read."""
 
 
 def probe(share: int = 1) -> Iterator[Timing]:
@@ -75,7 +78,7 @@ def _timed(candidate: _Candidate) -> Timing:
     except Exception as error:  # a way that a device does not have is a result
         return Timing(*named, None, None, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}")
     moved = sum(array.nbytes for array in jax.tree.leaves((candidate.arguments, result)))
-    return Timing(*named, median * 1e6, moved / median / 1e9)
+    return Timing(*named, median * 1e6, (moved - candidate.unread) / median / 1e9)
 
 
 def _normal(*shape: int, seed: int = 0, dtype: str = "float32") -> jax.Array:
@@ -167,17 +170,15 @@ def _candidates(share: int) -> Iterator[_Candidate]:
     def by_products(queries: jax.Array, keys: jax.Array) -> jax.Array:
         return candidates_by_products(queries, keys, directions, m)[1].sum()
 
-    for way, function in (("rows", by_rows), ("products", by_products)):
-        for picks in ("gather", "compare"):
-            name = f"{way}, {picks}"
-            gradients = jax.value_and_grad(function, (0, 1))
-            yield _Candidate(
-                "candidates and keys' gradient", name, shape, gradients, (queries, keys), {"picks": picks}
-            )
+    operation, arguments = "candidates and keys' gradient", (queries, keys)
+    yield _Candidate(operation, "rows", shape, jax.value_and_grad(by_rows, (0, 1)), arguments)
+    for picks in ("gather", "compare"):
+        gradients = jax.value_and_grad(by_products, (0, 1))
+        yield _Candidate(operation, f"products, {picks}", shape, gradients, arguments, {"picks": picks})
     scores = _normal(tokens, 2, heads, ranks, m)
     cores = jax.random.uniform(jax.random.key(2), (heads, 2, ranks, ranks))
-    cells = partial(best_cells_by_ranks, top_m=m)
     for picks in ("gather", "compare"):
+        cells = partial(best_cells_by_ranks, top_m=m)  # JAX traces each function only once
         yield _Candidate("best cells", picks, shape, cells, (scores, cores), {"picks": picks})
 
 
@@ -188,9 +189,12 @@ def _lookup(share: int) -> Iterator[_Candidate]:
     weights = _normal(tokens, reads, 2, seed=2, dtype="bfloat16")
     shape = f"{tokens} × {reads} rows of {width} among {slots}"
     gather = lambda table, at: table.at[at].get(mode="promise_in_bounds").astype(jnp.bfloat16)  # noqa: E731
-    yield _Candidate("lookup", "gather alone", shape, gather, (table, at))
+    # Below 0 if rows are read more than once.
+    unread = table.nbytes - at.size * width * table.dtype.itemsize
+    yield _Candidate("lookup", "only gather", shape, gather, (table, at), unread=unread)
     pooled = partial(pooled_lookup, expansion=expansion)
-    yield _Candidate("lookup", "gather and pool", shape, pooled, (table, at, blocks, weights))
+    arguments = table, at, blocks, weights
+    yield _Candidate("lookup", "gather and pool", shape, pooled, arguments, unread=unread)
 
 
 def _experts(share: int) -> Iterator[_Candidate]:

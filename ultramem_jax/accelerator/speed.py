@@ -30,7 +30,7 @@ class Speed(NamedTuple):
     dtype: str
     batch: str
     milliseconds: float
-    """Median of the steps that count."""
+    """Median of the steps that count. The host waits for each, which training does not."""
     tokens_per_second: float
     utilisation: float | None
     """Model FLOPs, 3 times those of a forward pass, over the peak of products; None if that is unknown."""
