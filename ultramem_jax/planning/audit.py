@@ -77,6 +77,15 @@ class Case:
     target: str
     cache_length: int = 2048
     """Cache positions of a decoding step; its batch is `train.batch_size`."""
+    whole_layers: int = 0
+    """Layers of the model, if only some of them are audited, because the compiler needs hours for all; else
+    0."""
+
+    @property
+    def layers(self) -> str:
+        """Returns the number of layers in words."""
+        number = self.config.model.num_layers
+        return f"{number} of {self.whole_layers}" if self.whole_layers else str(number)
 
     @property
     def title(self) -> str:
@@ -161,29 +170,44 @@ def load_budget(path: pathlib.Path = BUDGET) -> tuple[list[Case], Limits]:
     """
     with kept_record(path, "a budget") as tree:
         limits = Limits(**tree["limits"])
+        if not all(isinstance(limit, int | float) for limit in tree["limits"].values()):
+            raise TypeError("limits must be numbers")
+        if not tree["models"]:
+            raise ValueError("models is empty")
         cases = [
-            _case(name, model, program, target, mesh)
+            _case(name, model, program, target, how)
             for target in {target: None for model in tree["models"].values() for target in model["targets"]}
             for name, model in tree["models"].items()
             for program in PROGRAMS
-            if (mesh := model["targets"].get(target)) is not None
+            if (how := model["targets"].get(target)) is not None
         ]
     return cases, limits
 
 
-def _case(name: str, model: JsonDict, program: ProgramName, target: str, mesh: JsonDict) -> Case:
+def _case(name: str, model: JsonDict, program: ProgramName, target: str, how: JsonDict) -> Case:
     of, trains = model[program], program == "train"
-    tree = _merged(to_dict(preset(model["preset"])), model.get("changes", {}))
-    config = run_config_from_dict(
+    load_target(target)
+    config = _merged(to_dict(preset(model["preset"])), model.get("changes", {}))
+    layers = config["num_layers"]
+    if trains:
+        config["num_layers"] = how.get("train_layers", layers)
+    run = run_config_from_dict(
         {
-            "model": tree,
+            "model": config,
             "data": {"seq_len": of["seq_len"]} if trains else {},
             "train": {"batch_size": of["batch_size"]},
             # A model decodes on one device.
-            "mesh": mesh if trains else {},
+            "mesh": how.get("mesh", {}) if trains else {},
         }
     )
-    return Case(name, resolved(config), program, target, of.get("cache_length", Case.cache_length))
+    return Case(
+        name,
+        resolved(run),
+        program,
+        target,
+        of.get("cache_length", Case.cache_length),
+        layers if config["num_layers"] < layers else 0,
+    )
 
 
 def _merged(one: JsonDict, other: JsonDict) -> JsonDict:

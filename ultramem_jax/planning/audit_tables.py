@@ -53,6 +53,7 @@ def summary_rows(audits: Sequence[Audit], limits: Limits) -> list[markdown.Row]:
             {
                 "model": one.case.name,
                 "program": one.case.program,
+                "layers": one.case.layers,
                 "target": one.case.target,
                 "verdict": "broken" if one.broken(limits) else "holds",
                 "arguments, MB": round(one.arguments / _MEGA),
@@ -84,7 +85,7 @@ def details(one: Audit, limits: Limits) -> str:
         if one.case.program == "train"
         else f"batch {config.train.batch_size}, {one.case.cache_length:,} cache positions"
     )
-    layers = f"{config.model.num_layers} layers" + (", scanned" if config.model.scan_layers else "")
+    layers = f"{one.case.layers} layers" + (", scanned" if config.model.scan_layers else "")
     remat = f"; remat {config.train.remat}" if config.train.remat != "none" else ""
     lines = [f"{one.compiler}; {shape}; {layers}; {config.model.dtype}{remat}."]
     lines += [f"- **broken** {line}" for line in one.broken(limits)]
