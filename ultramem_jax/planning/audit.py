@@ -265,31 +265,35 @@ class Auditor:
         Raises:
             UserError: the compiler refuses the program, or an audit in the folder cannot be read.
         """
-        done = self._kept()
-        if done is None:
-            done = self._compile()
-        elif done.expected_temporaries == self._expected:
-            return done
+        kept = self._kept()
+        done = self._current(kept) if kept else self._compile()
         done = dataclasses.replace(done, case=self._case, expected_temporaries=self._expected)
-        if self._folder is not None:
+        if self._folder is not None and done != kept:
             save(done, self._folder)
         return done
 
     def _kept(self) -> Audit | None:
-        """Returns the audit of the same program that the folder has, searched again if need be, or None."""
+        """Returns the audit of the same program that the folder has, or None."""
         if self._folder is None or not (path := self._record_path(self._folder)).is_file():
             return None
         try:
-            done = load(path)
+            found = load(path)
         except UserError as error:
             log.info("%s: audited again: %s", self._case.title, error)
             return None
-        if done.program != self._digest:
-            return None
-        if done.finder == VERSION:
-            return done
+        return found if found.program == self._digest else None
+
+    def _current(self, kept: Audit) -> Audit:
+        """Returns an audit as the search of this release finds it."""
+        assert self._folder is not None
         text = self._text_path(self._folder)
-        return self._searched(done, gzip.decompress(text.read_bytes()).decode()) if text.is_file() else None
+        if kept.finder == VERSION:
+            return kept
+        return (
+            self._searched(kept, gzip.decompress(text.read_bytes()).decode())
+            if text.is_file()
+            else self._compile()
+        )
 
     def _compile(self) -> Audit:
         compiled = self._program.compile(self._case.title)
