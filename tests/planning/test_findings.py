@@ -119,28 +119,42 @@ def test_scatters_by_kind():
 def test_copies_of_tables():
     found = _found(
         "%a = f32[1000,64]{1,0} copy(%table), " + _at("copy", 1),
-        "%b = f32[64,1000]{1,0} transpose(%table), dimensions={1,0}, " + _at("transpose", 2),
+        "%b = bf16[1000,64]{1,0} convert(%table), " + _at("convert_element_type", 2),
         "%c = f32[50,64]{1,0} copy(%rows), " + _at("copy", 3),
-        "%d = bf16[125,8,64]{2,1,0} convert(%table), " + _at("convert_element_type", 4),
-        "%e = f32[64000]{0} copy(%table), " + _at("copy", 5),
-        "%f = f32[1024,64]{1,0} pad(%table, %scores), padding=0_24x0_0, " + _at("pad", 6),
-        "%g = f32[1100,64]{1,0} pad(%table, %scores), padding=0_100x0_0, " + _at("pad", 7),
-        "%h = (f32[1000,64]{1,0}, f32[1000,64]{1,0}, u32[]) copy-start(%table), " + _at("copy", 8),
-        "%i = f32[1000,64]{1,0} copy-done(%h), " + _at("copy", 8),
-        "%j = f32[1000,64]{1,0} bitcast(%table), " + _at("reshape", 9),
-        '%k = f32[1000,64]{1,0} custom-call(%table), custom_call_target="x", '
-        "output_to_operand_aliasing={{}: (0, {})}, " + _at("write", 10),
+        "%d = (f32[1000,64]{1,0}, f32[1000,64]{1,0}, u32[]) copy-start(%table), " + _at("copy", 4),
+        "%e = f32[1000,64]{1,0} copy-done(%d), " + _at("copy", 4),
+        "%f = f32[1000,64]{1,0} bitcast(%table), " + _at("reshape", 5),
+        '%g = f32[1000,64]{1,0} custom-call(%table), custom_call_target="x", '
+        "output_to_operand_aliasing={{}: (0, {})}, " + _at("write", 6),
+        # Of the same size by chance.
+        "%h = pred[1000,64]{1,0} compare(%table, %table), direction=GT, " + _at("gt", 7),
+        "%i = f32[64,1000]{1,0} negate(%scores), " + _at("neg", 8),
     )
     assert [(one.what, one.source[-1], one.times) for one in found.table_copies] == [
         ("copy f32[1000,64]", "1", 1),
-        ("transpose f32[64,1000]", "2", 1),
-        ("convert bf16[125,8,64]", "4", 1),
-        ("copy f32[64000]", "5", 1),
-        ("pad f32[1024,64]", "6", 1),
-        ("copy f32[1000,64]", "8", 1),
+        ("convert bf16[1000,64]", "2", 1),
+        ("copy f32[1000,64]", "4", 1),
     ]
     moments = find(_program("%a = f32[1000]{0} negate(%rows), " + _at("neg", 1)), [(1000, 64), (1000,)])
     assert [one.what for one in moments.table_copies] == ["negate f32[1000]"]
+
+
+def test_copies_of_large_tables_in_other_shapes():
+    lines = (
+        "%a = f32[64,20000]{1,0} transpose(%table), dimensions={1,0}, " + _at("transpose", 1),
+        "%b = bf16[2500,8,64]{2,1,0} convert(%table), " + _at("convert_element_type", 2),
+        "%c = f32[1280000]{0} copy(%table), " + _at("copy", 3),
+        "%d = f32[20480,64]{1,0} pad(%table, %scores), padding=0_480x0_0, " + _at("pad", 4),
+        "%e = f32[22000,64]{1,0} pad(%table, %scores), padding=0_2000x0_0, " + _at("pad", 5),
+        "%f = s32[1280000]{0} negate(%words), " + _at("neg", 6),
+    )
+    found = find(_program(*lines), [(20_000, 64)])
+    assert [(one.what, one.source[-1]) for one in found.table_copies] == [
+        ("transpose f32[64,20000]", "1"),
+        ("convert bf16[2500,8,64]", "2"),
+        ("copy f32[1280000]", "3"),
+        ("pad f32[20480,64]", "4"),
+    ]
 
 
 def test_solvers():

@@ -30,7 +30,7 @@ def test_a_file_describes_a_card(tmp_path):
     path = tmp_path / "my_card.txtpb"
     path.write_text(CARDS["a100"].text())
     target = load_target(str(path))
-    assert (target.name, target.platform, target.kind) == ("my_card", "gpu", CARDS["a100"].text())
+    assert (target.name, target.platform, target.kind) == (str(path), "gpu", CARDS["a100"].text())
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,9 @@ def test_a_file_that_describes_no_card_is_refused(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("a card")
     with pytest.raises(UserError, match="must hold a GpuTargetConfigProto"):
+        load_target(str(path))
+    path.write_text("gpu_device_info { }")
+    with pytest.raises(UserError, match="it has no threads_per_block_limit"):
         load_target(str(path))
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read"):

@@ -7,6 +7,10 @@ others twice. Padding of layouts is not counted.
 
 The letters are those of the axis legend in `ultramem_jax`; t is the tokens of one device, b the bytes of a
 number in the model's dtype.
+
+Training is derived for meshes whose axes `tensor` and `fsdp` have one device; with more, the numbers are too
+large. In decoding the parts are not all there at the same time, so that their sum is more than a program
+holds.
 """
 
 from collections.abc import Mapping

@@ -71,6 +71,8 @@ def main() -> None:
         return
     if TARGET.value:
         cases = _cases()
+    else:
+        _require_no_config()
     if folder:
         make_folder(folder, "--out")
     done: list[Audit] = []
@@ -117,6 +119,17 @@ def _write(folder: pathlib.Path, limits: Limits) -> list[Audit]:
             log.warning("left out of %s: %s", folder / "README.md", error)
     replace_text(folder / "README.md", audit_tables.document(audits, limits))
     return audits
+
+
+def _require_no_config() -> None:
+    """Refuses flags that the cases of a budget do not heed."""
+    given = [name for name in ("program", "cache_length") if flags.FLAGS[name].present]
+    require(
+        not given and command_line.run_config() == BASE_CONFIG,
+        "--target",
+        "",
+        "must name a target to audit a config of your own; without one, the cases of the budget are audited",
+    )
 
 
 def _cases() -> list[Case]:

@@ -19,7 +19,7 @@ from ultramem_jax.parallel.program_text import (
     walk,
 )
 
-VERSION = 3
+VERSION = 4
 """Number of this search. Raise it with every change to what is found."""
 _FREE = frozenset(
     [
@@ -60,7 +60,8 @@ _GEMMS = re.compile(r"cublas|cudnn|__gpu\$\w*gemm", re.I)
 _COMBINES = ("add", "multiply", "maximum", "minimum")
 CONTENDED = ("atomic", "one by one")
 """First words of scatters whose updates wait for each other."""
-_LEAST_PADDED_BYTES = 1 << 20
+_LEAST_BYTES = 1 << 20
+"""Bytes of arrays that are worth a finding."""
 _MOST_ROWS_ADDED = 0.05
 """Share of a table's rows by which an array that is taken for a copy of it may be longer."""
 
@@ -201,7 +202,7 @@ def _kinds(
         yield "host", f"{target or opcode} {result[0] if result else ''}".rstrip(), 0
     if not place.is_fused and opcode not in _NO_KERNEL:
         for array in result:
-            if array.padded_bytes >= max(2 * array.num_bytes, _LEAST_PADDED_BYTES):
+            if array.padded_bytes >= max(2 * array.num_bytes, _LEAST_BYTES):
                 yield (
                     "padded",
                     f"{array}{{{array.layout}}}: {array.padded_bytes / array.num_bytes:.3g} times",
@@ -210,15 +211,19 @@ def _kinds(
 
 
 def _is_like(array: Array, table: tuple[int, ...]) -> bool:
-    """Tells whether an array is a table, also in another shape, in another dtype, or with a few more rows."""
-    if array.size == math.prod(table):
-        return True
-    more_rows = array.size // table[-1] - math.prod(table[:-1]) if array.shape else -1
-    return (
-        len(table) > 1
-        and array.shape[-1:] == table[-1:]
-        and 0 <= more_rows <= _MOST_ROWS_ADDED * math.prod(table[:-1])
-    )
+    """Tells whether an array is a table, in any dtype that holds its values.
+
+    From `_LEAST_BYTES` on, also in another shape or with a few more rows: smaller arrays are too often of the
+    same size by chance.
+    """
+    if array.dtype.startswith(("pred", "s")):
+        return False
+    if array.shape == table or array.num_bytes < _LEAST_BYTES:
+        return array.shape == table
+    rows = math.prod(table[:-1])
+    more_rows = array.size // table[-1] - rows
+    is_longer = array.shape[-1:] == table[-1:] and 0 <= more_rows <= _MOST_ROWS_ADDED * rows
+    return array.size == math.prod(table) or (len(table) > 1 and is_longer)
 
 
 def _is_aliased(instruction: Instruction) -> bool:

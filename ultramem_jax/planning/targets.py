@@ -141,6 +141,24 @@ class Target:
         return topologies.get_topology_desc("card", platform="cuda", target_config=self.kind, topology=hosts)
 
 
+_NEEDED = (
+    "gpu_device_info",
+    "threads_per_block_limit",
+    "threads_per_warp",
+    "shared_memory_per_block",
+    "threads_per_core_limit",
+    "core_count",
+    "fpus_per_core",
+    "block_dim_limit_x",
+    "memory_bandwidth",
+    "clock_rate_ghz",
+    "device_memory_size",
+    "registers_per_block_limit",
+    "cuda_compute_capability",
+)
+"""Fields of a card's description."""
+
+
 def load_target(name: str) -> Target:
     """Returns a target by its name, or for a card that a file describes.
 
@@ -169,6 +187,9 @@ def load_target(name: str) -> Target:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"--target = {name!r}: cannot be read: {error}") from error
-        require("gpu_device_info" in text, "--target", name, "must hold a GpuTargetConfigProto, as text")
-        return Target(path.stem, "gpu", text, "")
+        # XLA divides by some of these, and the process would end without a word.
+        missing = [field for field in _NEEDED if field not in text]
+        allowed = "must hold a GpuTargetConfigProto, as text"
+        require(not missing, "--target", name, f"{allowed}; it has no {', '.join(missing[:1])}")
+        return Target(name, "gpu", text, "")
     raise unknown("target", name, [*CARDS, *TPUS])
