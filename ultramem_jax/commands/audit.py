@@ -63,11 +63,12 @@ OUT = flags.DEFINE_string(
 def main() -> None:
     """Audits, prints and writes what was found, and fails where the budget is broken."""
     cases, limits = load_budget(pathlib.Path(BUDGET_FILE.value) if BUDGET_FILE.value else BUDGET)
+    first = [case.title for case in cases]
     folder = pathlib.Path(OUT.value) if OUT.value else None
     if REDRAW.value:
         require(folder is not None, "--out", OUT.value, "must name the folder that README.md is made from")
         assert folder is not None
-        _refuse_broken(_write(folder, limits), limits)
+        _refuse_broken(_write(folder, limits, first), limits)
         return
     if TARGET.value:
         cases = _cases()
@@ -86,7 +87,7 @@ def main() -> None:
                 refused.append(f"{case.title}: {error}")
                 continue
             if folder:
-                _write(folder, limits)
+                _write(folder, limits, first)
     if folder and done:
         print(markdown.table(audit_tables.summary_rows(done, limits)))
     elif done:
@@ -106,9 +107,9 @@ def _and_more(lines: list[str]) -> str:
     return f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
 
 
-def _write(folder: pathlib.Path, limits: Limits) -> list[Audit]:
-    """Writes README.md from all audits in the folder, those of the budget's cases first, and returns them."""
-    order = {case.title: number for number, case in enumerate(load_budget()[0])}
+def _write(folder: pathlib.Path, limits: Limits, first: list[str]) -> list[Audit]:
+    """Writes README.md from all audits in the folder, those of the titles `first` before all others."""
+    order = {title: number for number, title in enumerate(first)}
     files = sorted(folder.glob("*.json"), key=lambda path: (order.get(path.stem, len(order)), path.stem))
     require(bool(files), "--out", str(folder), "must hold audits, the JSON files that this command writes")
     audits = []
