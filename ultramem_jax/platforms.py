@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import jax
 
 Platform: TypeAlias = Literal["cpu", "gpu", "tpu"]
-"""Platforms that algorithms are chosen for. Every other one is taken for a GPU."""
+"""Platforms that algorithms are chosen for. Other platforms get the algorithms of a GPU."""
 
 _TARGET: ContextVar[Platform | None] = ContextVar("target", default=None)
 

@@ -81,6 +81,7 @@ _TPU = dataclasses.replace(
     layouts="wide",
     experts="ragged",
     loops="as_needed",
+    # 512 MB of float32: a TPU v5e has 16 GB.
     chunk_values=1 << 27,
 )
 _BY_PLATFORM: dict[Platform, Algorithms] = {"cpu": _CPU, "gpu": _GPU, "tpu": _TPU}

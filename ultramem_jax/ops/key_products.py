@@ -1,4 +1,4 @@
-"""Chooses and scores candidates by matrix products of all keys, for accelerators, which gathers no keys.
+"""Chooses and scores candidates by matrix products with all keys, so that accelerators gather no keys.
 
 The shapes are those of `ultramem_jax.ops.key_scores`. Scores of all keys under every rank are one product, of
 which the m best keys of each side and head are kept. The derivative is two products with a matrix that is

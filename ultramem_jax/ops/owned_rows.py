@@ -81,8 +81,8 @@ def owned_reads(
         slots: (T, R) int32.
         first: () int32.
         num_rows: N/P.
-        order: (T·R,) int32, at least 0, by which owned reads are listed on accelerators; None for their own
-            order, which they always have on CPU.
+        order: (T·R,) int32, at least 0: sort key of the owned reads on accelerators. None keeps their order.
+            A CPU ignores it.
     """
     slots = slots.reshape(-1) - first
     owned = (slots >= 0) & (slots < num_rows)

@@ -1,6 +1,6 @@
-"""Sums arrays over equal rows: the reads of a slot, the tokens of an id. On accelerators without a scatter.
+"""Sums arrays over equal rows, such as the reads of a slot or the tokens of an id.
 
-There a scatter-add of floats is made of atomic additions, in an order that changes from run to run, or of a
+On accelerators it uses no scatter. There a scatter-add of floats is made of atomic additions, in an order that changes from run to run, or of a
 loop. Here the reads are sorted by row. Groups of 128 of them are summed by a matrix product each, and a row
 that spans several groups gets the rest from a sum over groups. The order of the additions is always the same.
 """
@@ -62,7 +62,7 @@ def runs_of(ordered: jax.Array, padding: jax.Array) -> Runs:
 
     Args:
         ordered: (n,) int32, never decreasing, with at most U distinct values.
-        padding: (U,) int32, U <= n, what stands in place of the values that there are not.
+        padding: (U,) int32, U <= n, values for the unused entries at the end.
     """
     count, most = ordered.size, padding.size
     first = jnp.concatenate([jnp.ones((1,), bool), ordered[1:] != ordered[:-1]])

@@ -24,7 +24,7 @@ StepResult: TypeAlias = tuple[Any, ...]
 
 def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns the cross-entropies (B, S) in nats of logits (B, S, V) float32 for targets (B, S)."""
-    # The logit of a target is found by comparing, so that its derivative is no scatter.
+    # The logit of a target is found by comparing, so that its derivative has no scatter.
     ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     chosen = ids == targets[..., None]
     return jax.nn.logsumexp(logits, axis=-1) - jnp.where(chosen, logits, 0).sum(-1)
