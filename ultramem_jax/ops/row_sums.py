@@ -1,8 +1,9 @@
 """Sums arrays over equal rows, such as the reads of a slot or the tokens of an id.
 
-On accelerators it uses no scatter. There a scatter-add of floats is made of atomic additions, in an order that changes from run to run, or of a
-loop. Here the reads are sorted by row. Groups of 128 of them are summed by a matrix product each, and a row
-that spans several groups gets the rest from a sum over groups. The order of the additions is always the same.
+On accelerators it uses no scatter. There a scatter-add of floats is made of atomic additions, in an order
+that changes from run to run, or of a loop. Here the reads are sorted by row. Groups of 128 of them are summed
+by a matrix product each, and a row that spans several groups gets the rest from a sum over groups. The order
+of the additions is always the same.
 """
 
 from typing import NamedTuple

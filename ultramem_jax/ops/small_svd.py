@@ -1,8 +1,9 @@
 """Decomposes small square matrices into singular values and vectors, without a library's solver.
 
 A Tucker core has 2 rows, and never more than a few. On an accelerator, XLA calls cuSOLVER for it or makes a
-loop of several hundred operations (docs/performance.md, "What their compilers made"). Two rows have a closed form. Up to eight are rotated until their
-columns are orthogonal, by one-sided Jacobi rotations (Hestenes, 1958).
+loop of several hundred operations (docs/performance.md, "What their compilers made"). Two rows have a closed
+form. Up to eight are rotated until their columns are orthogonal, by one-sided Jacobi rotations (Hestenes,
+1958).
 """
 
 from typing import NamedTuple
