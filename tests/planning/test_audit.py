@@ -209,6 +209,11 @@ def test_a_budget_of_ones_own(tmp_path):
         decode.cache_length == 64 and decode.config.train.batch_size == 3 and decode.config.mesh.memory == 1
     )
     assert decode.config.model.num_layers == 5 and decode.layers == "5"
+    trained = {name: value for name, value in model.items() if name != "decode"}
+    trained |= {"train": model["train"] | {"remat": "layers"}}
+    path.write_text(json.dumps({"limits": dataclasses.asdict(LIMITS), "models": {"mine": trained}}))
+    (only,) = load_budget(path)[0]
+    assert only.program == "train" and only.config.train.remat == "layers"
     whole = {"limits": dataclasses.asdict(LIMITS), "models": {"mine": model}}
     for broken in ({"limits": {}}, {"models": {}}, {"limits": whole["limits"] | {"solvers": "x"}}):
         path.write_text(json.dumps(whole | broken))

@@ -179,7 +179,7 @@ def load_budget(path: pathlib.Path = BUDGET) -> tuple[list[Case], Limits]:
             for target in {target: None for model in tree["models"].values() for target in model["targets"]}
             for name, model in tree["models"].items()
             for program in PROGRAMS
-            if (how := model["targets"].get(target)) is not None
+            if program in model and (how := model["targets"].get(target)) is not None
         ]
     return cases, limits
 
@@ -195,7 +195,7 @@ def _case(name: str, model: JsonDict, program: ProgramName, target: str, how: Js
         {
             "model": config,
             "data": {"seq_len": of["seq_len"]} if trains else {},
-            "train": {"batch_size": of["batch_size"]},
+            "train": {"batch_size": of["batch_size"], "remat": of.get("remat", "none")},
             # A model decodes on one device.
             "mesh": how.get("mesh", {}) if trains else {},
         }
