@@ -3,29 +3,21 @@
 import dataclasses
 import json
 
-import jax
 import pytest
 
+from tests.support.here import Here
 from tests.support.programs import TINY
 from ultramem_jax.errors import UserError
 from ultramem_jax.planning import audit as audits
 from ultramem_jax.planning.audit import load_budget
-from ultramem_jax.planning.targets import Target, load_target
+from ultramem_jax.planning.targets import load_target
 
 DECODING = ("--program=decode", "--cache_length=16")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Here(Target):
-    compiler: str = "this machine's 1.0"
-
-    def devices(self, number):
-        return jax.devices()[:number]
-
-
 @pytest.fixture
 def compilers(monkeypatch):
-    monkeypatch.setattr(audits, "load_target", lambda name: _Here(load_target(name).name, "gpu", name, ""))
+    monkeypatch.setattr(audits, "load_target", lambda name: Here(load_target(name).name, "gpu", name, ""))
 
 
 def test_the_folder_has_all_audits_whatever_was_audited_last(compilers, run, tmp_path):

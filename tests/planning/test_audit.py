@@ -4,9 +4,9 @@ import dataclasses
 import json
 import pathlib
 
-import jax
 import pytest
 
+from tests.support.here import Here
 from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.errors import UserError
 from ultramem_jax.planning import audit as audits
@@ -14,7 +14,7 @@ from ultramem_jax.planning import audit_tables
 from ultramem_jax.planning.audit import PROGRAMS, Audit, Auditor, Case, load, load_budget, save
 from ultramem_jax.planning.findings import NOTHING, VERSION, Finding
 from ultramem_jax.planning.programs import Program, resolved
-from ultramem_jax.planning.targets import Target, load_target
+from ultramem_jax.planning.targets import load_target
 
 COMMITTED = pathlib.Path(__file__).parents[2] / "experiments" / "results" / "audit"
 CASES, LIMITS = load_budget()
@@ -115,20 +115,10 @@ def test_records_come_back(tmp_path):
         load(tmp_path / "small_h100_train.json")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Here(Target):
-    """Stands for a card: its programs are compiled for this machine's CPU."""
-
-    compiler: str = "this machine's 1.0"
-
-    def devices(self, number):
-        return jax.devices()[:number]
-
-
 @pytest.fixture
 def small(monkeypatch):
     """A case that compiles in seconds, and how often something was compiled."""
-    monkeypatch.setattr(audits, "load_target", lambda name: _Here(name, "gpu", "a card", ""))
+    monkeypatch.setattr(audits, "load_target", lambda name: Here(name, "gpu", "a card", ""))
     compiled = []
     compile_program = Program.compile
     monkeypatch.setattr(
@@ -171,7 +161,7 @@ def test_what_cannot_be_kept_is_compiled_again(small, tmp_path, monkeypatch):
     Auditor(case, tmp_path).audit()
     assert len(compiled) == 3
     # Another description of the card is another program.
-    monkeypatch.setattr(audits, "load_target", lambda name: _Here(name, "gpu", "another card", ""))
+    monkeypatch.setattr(audits, "load_target", lambda name: Here(name, "gpu", "another card", ""))
     Auditor(case, tmp_path).audit()
     assert len(compiled) == 4
     Auditor(dataclasses.replace(case, cache_length=32), tmp_path).audit()
