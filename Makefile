@@ -63,8 +63,8 @@ docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	$(BIN)/python -m pytest docs/website/test_site.py
 
-# What GPUs and TPUs would run, by their compilers, in an environment of its own. A whole audit takes about two hours on two
-# CPU cores; what is in the folder already, and has not changed, is not compiled again.
+# What GPUs and TPUs would run, by their compilers, in an environment of its own. A whole audit takes about two hours on one
+# CPU core, and 10 GB; what is in the folder already, and has not changed, is not compiled again.
 AUDIT := .venv-audit
 
 $(AUDIT)/stamp: requirements-audit.txt requirements.txt
@@ -73,4 +73,4 @@ $(AUDIT)/stamp: requirements-audit.txt requirements.txt
 	@touch $@
 
 audit: $(AUDIT)/stamp
-	JAX_PLATFORMS=cpu $(AUDIT)/bin/python launch.py audit --out=experiments/results/audit
+	$(AUDIT)/bin/python launch.py audit --out=experiments/results/audit
