@@ -19,6 +19,7 @@ from ultramem_jax.models.cache import cache_bytes, empty_cache
 from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.ops.linear import OutputMajor
 from ultramem_jax.parallel.mesh import make_mesh
+from ultramem_jax.platforms import targeting
 
 
 def _config(name, **fields):
@@ -37,6 +38,24 @@ def test_prepared_variables_give_the_same_logits_without_a_cache_too(name):
     chex.assert_trees_all_close(
         apply(prepare_for_decoding(config, variables), tokens), apply(variables, tokens), rtol=1e-4, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_experts_on_a_tpu_are_padded_and_give_the_same_logits(activation):
+    config = _config("moe")
+    config = replace(config, moe=replace(config.moe, expert_dim=12, activation=activation))
+    variables = variables_of(config)
+    tokens = np.random.default_rng(0).integers(0, 31, (2, 7)).astype(np.int32)
+    with targeting("tpu"):
+        served = prepare_for_decoding(config, variables)
+        found = jax.jit(Transformer(config).apply)(served, tokens)
+        assert prepare_for_decoding(config, served) is served
+    experts, width = config.moe.num_experts, config.embed_dim
+    of_layer = served["params"]["layer_1"]["feed_forward"]
+    assert of_layer["w_in"].weights.shape == (experts, width, 128)
+    assert of_layer["w_out"].weights.shape == (experts, 128, width)
+    expected = jax.jit(Transformer(config).apply)(variables, tokens)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
 def test_bfloat16_reads_half_the_bytes_and_keeps_what_must_be_float32():

@@ -5,7 +5,7 @@ This module routes tokens and computes the losses and metrics of routing, over a
 CPU.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from ultramem_jax.config import ModelConfig
 from ultramem_jax.layers.expert_parallel import experts_on_mesh
 from ultramem_jax.layers.experts import (
     ExpertWeights,
+    PaddedExperts,
     block_experts,
     block_shape,
     compute_experts,
@@ -97,7 +98,7 @@ class MoE(nn.Module):
     experts with an assignment) and `router_entropy` (nats).
 
     Parameters, float32: `router` (D, X), `w_in` (X, D, F), `w_out` (X, F, D), for SwiGLU `w_gate` (X, D, F).
-    In a model served on CPU each but the router is a tuple of X `OutputMajor`.
+    In a model served on CPU each but the router is a tuple of X `OutputMajor`, on TPU a `PaddedExperts`.
     """
 
     config: ModelConfig
@@ -118,9 +119,9 @@ class MoE(nn.Module):
         into = (moe.num_experts, width, moe.expert_dim)
         out_of = (moe.num_experts, moe.expert_dim, width)
         weights = ExpertWeights(
-            w_in=matrix(self, "w_in", fan_in_normal(batch_axis=(0,)), into),
-            w_out=matrix(self, "w_out", output_normal(self.config.num_layers, (0,)), out_of),
-            w_gate=matrix(self, "w_gate", fan_in_normal(batch_axis=(0,)), into)
+            w_in=self._matrices("w_in", fan_in_normal(batch_axis=(0,)), into),
+            w_out=self._matrices("w_out", output_normal(self.config.num_layers, (0,)), out_of),
+            w_gate=self._matrices("w_gate", fan_in_normal(batch_axis=(0,)), into)
             if moe.activation == "swiglu"
             else None,
         )
@@ -146,6 +147,10 @@ class MoE(nn.Module):
         else:
             y = experts_on_mesh(axes, moe.implementation, tokens, router.gates, weights, router.experts)
         return y.astype(dtype).reshape(batch, length, width)
+
+    def _matrices(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Any:
+        held = matrix(self, name, init, shape)
+        return held.weights if isinstance(held, PaddedExperts) else held
 
 
 def feed_forward(config: ModelConfig, name: str | None = None) -> nn.Module:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import require
+from ultramem_jax.layers.experts import PaddedExperts
 from ultramem_jax.layers.parameters import NOT_CAST
 from ultramem_jax.ops.linear import OutputMajor
 from ultramem_jax.platforms import platform
@@ -24,7 +25,7 @@ def prepare_for_decoding(config: ModelConfig, variables: dict[str, ArrayTree]) -
     The results are the same up to the rounding of sums.
 
     - Matrices are in the dtype of the computation and kept by output (`OutputMajor`). On CPU each expert is
-      kept by itself. In bfloat16 half the bytes are read.
+      kept by itself, on TPU all are padded (`PaddedExperts`). In bfloat16 half the bytes are read.
     - What depends only on a memory's parameters is computed, as its addresser says: product keys are normed,
       and the singular vectors u and t of the Tucker cores are found (`ServedKeys`).
     - Tables stay the same arrays. A step only reads rows of a table.
@@ -81,12 +82,20 @@ def _served(layer: Mapping[str, ArrayTree], dtype: jnp.dtype, one_by_one: bool) 
         if isinstance(value, dict):
             served[name] = _served(value, dtype, one_by_one)
         elif value.ndim == 3:
-            served[name] = tuple(_matrix(w, dtype) for w in value) if one_by_one else value.astype(dtype)
+            served[name] = _experts(name, value.astype(dtype), one_by_one)
         elif value.ndim == 2 and name not in NOT_CAST:
             served[name] = _matrix(value, dtype)
         else:
             served[name] = value
     return served
+
+
+def _experts(name: str, weights: jax.Array, one_by_one: bool) -> ArrayTree:
+    if one_by_one:
+        return tuple(_matrix(of_one, weights.dtype) for of_one in weights)
+    if platform() == "tpu":
+        return PaddedExperts.of(weights, axis=1 if name == "w_out" else 2)
+    return weights
 
 
 def _matrix(weights: jax.Array, dtype: jnp.dtype) -> OutputMajor:
