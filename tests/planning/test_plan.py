@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
+from tests.support.here import Here
 from tests.support.planned import DENSE, ROUND, TINY
 from ultramem_jax import MeshConfig, RunConfig, UserError
 from ultramem_jax.config import to_dict
-from ultramem_jax.planning import tables
+from ultramem_jax.planning import tables, targets
 from ultramem_jax.planning.plans import lookups, planned_runs
 from ultramem_jax.presets import preset
 
@@ -48,6 +50,26 @@ def test_the_plan_is_printed_and_written(run, compiled, tiny_file, tmp_path):
     of_plan = numbers["plans"]["slots"]
     assert of_plan["bytes"] == dataclasses.asdict(compiled.bytes)
     assert of_plan["config"]["mesh"]["memory"] == 4 and list(numbers["partition"]) == ["2", "4", "8"]
+
+
+def test_a_target_compiles_and_names_the_hardware(run, tiny_file, monkeypatch):
+    monkeypatch.setattr(targets, "load_target", lambda name: Here(name, "gpu", "a card", ""))
+    status, printed, err = run("plan", f"--config={tiny_file}", "--target=h200")
+    assert status == 0, err
+    assert "# Plan: tiny on data:2,memory:4 (8 × H200 SXM)" in printed
+    assert "compiled ahead of time by this machine's 1.0 for h200" in printed
+    status, _, err = run("plan", f"--config={tiny_file}", "--target=cards/mine.txtpb")
+    assert status == 2 and "--hardware = '': must be given for --target = 'cards/mine.txtpb'" in err
+
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: it does not fit\nand more")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    status, _, err = run("plan", f"--config={tiny_file}", "--target=h200")
+    assert (
+        status == 2
+        and "the training step: the compiler refuses it: RESOURCE_EXHAUSTED: it does not fit\n" in err
+    )
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from ultramem_jax.accelerator.host_tables import WAYS, try_host_table
 from ultramem_jax.accelerator.probe import probe
 from ultramem_jax.accelerator.speed import train_speeds
 from ultramem_jax.errors import UserError
-from ultramem_jax.files import replace_text
+from ultramem_jax.files import cache_folder, replace_text
 from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.environment import describe_environment
 
@@ -158,19 +158,18 @@ def run_all(folder: pathlib.Path, seconds: float, again: Callable[[str], Sequenc
             outcomes[part.name] = None
             if limit >= min(5, seconds / 100):
                 print(f"== {part.title} (at most {limit:.0f} s)", flush=True)
-                results = f"--results={folder / part.name}"
-                command = (
-                    [sys.executable, str(launch), *part.arguments, results]
-                    if part.arguments
-                    else again(part.name)
-                )
-                began, outcome = time.monotonic(), None
+                command: Sequence[str] = again(part.name)
+                if part.arguments:
+                    results = f"--results={folder / part.name}"
+                    command = [sys.executable, str(launch), *part.arguments, results]
+                log = folder / f"{part.name}.log"
+                began, status = time.monotonic(), None
                 try:
-                    outcome = _run(command, folder, part.name, limit)
+                    status = _run(command, log, limit)
                 finally:
-                    outcomes[part.name] = Outcome(outcome, time.monotonic() - began)
+                    outcomes[part.name] = Outcome(status, time.monotonic() - began)
                     replace_text(folder / "README.md", report(folder, outcomes))
-                print(_tail(folder / f"{part.name}.log"), flush=True)
+                print(_tail(log), flush=True)
             replace_text(folder / "README.md", report(folder, outcomes))
     return all(outcome is not None and outcome.status == 0 for outcome in outcomes.values())
 
@@ -199,11 +198,11 @@ def _ended_by_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _run(command: Sequence[str], folder: pathlib.Path, name: str, limit: float) -> int | None:
+def _run(command: Sequence[str], log: pathlib.Path, limit: float) -> int | None:
     """Runs a command and ends all that it started; returns its status, or None if its time was over."""
     # What a part compiles is not compiled again in the next call.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.resolve() / "compiled")}
-    with (folder / f"{name}.log").open("wb") as output:
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(cache_folder() / "accelerator")}
+    with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=cache | os.environ
         )
