@@ -157,6 +157,19 @@ def test_copies_of_large_tables_in_other_shapes():
     ]
 
 
+def test_gradients_of_all_rows_are_no_copy():
+    found = find(
+        _program(
+            "%a = f32[1000,64]{1,0} gather(%scores, %at), slice_sizes={1,64}, " + _at("gather", 1),
+            "%b = f32[1000,64]{1,0} transpose(%a), dimensions={0,1}, " + _at("gather", 2),
+            "%c = f32[1000,64]{1,0} gather(%table, %at), slice_sizes={1,64}, " + _at("gather", 3),
+            "%d = f32[1000,64]{1,0} add(%a, %a), " + _at("add", 4),
+        ),
+        [(1000, 64)],
+    )
+    assert [one.source[-1] for one in found.table_copies] == ["3", "4"]
+
+
 def test_solvers():
     found = _found(
         '%s = (f32[2,2]{1,0}, s32[]) custom-call(%rows), custom_call_target="cusolver_gesvdj_ffi", '

@@ -19,7 +19,7 @@ from ultramem_jax.parallel.program_text import (
     walk,
 )
 
-VERSION = 4
+VERSION = 5
 """Number of this search. Raise it with every change to what is found."""
 _FREE = frozenset(
     [
@@ -62,6 +62,8 @@ CONTENDED = ("atomic", "one by one")
 """First words of scatters whose updates wait for each other."""
 _LEAST_BYTES = 1 << 20
 """Bytes of arrays that are worth a finding."""
+_SAME_VALUES = frozenset(["bitcast", "copy", "convert", "reshape", "transpose"])
+"""Operations whose result has the values of their operand."""
 _MOST_ROWS_ADDED = 0.05
 """Share of a table's rows by which an array that is taken for a copy of it may be longer."""
 
@@ -177,7 +179,7 @@ def _kinds(
         yield "loop", f"{len(result)} arrays", 0
     if opcode not in _IN_PLACE and not _is_aliased(instruction):
         for array in result:
-            if any(_is_like(array, table) for table in tables):
+            if any(_is_like(array, table) and not _is_gathered(place, table) for table in tables):
                 yield "table", f"{opcode} {array}", 0
     if opcode in ("sort", "topk") or _TOP_K_TARGETS.search(target):
         dimension = _DIMENSION.search(instruction.attributes)
@@ -224,6 +226,19 @@ def _is_like(array: Array, table: tuple[int, ...]) -> bool:
     more_rows = array.size // table[-1] - rows
     is_longer = array.shape[-1:] == table[-1:] and 0 <= more_rows <= _MOST_ROWS_ADDED * rows
     return array.size == math.prod(table) or (len(table) > 1 and is_longer)
+
+
+def _is_gathered(place: Place, table: tuple[int, ...]) -> bool:
+    """Tells whether an instruction gathers as many rows as a table has, from an array that is no table.
+
+    Where every row is read, their gradients are such an array.
+    """
+    instruction: Instruction | None = place.instruction
+    while instruction is not None and instruction.opcode in _SAME_VALUES:
+        instruction = place.computation.get(instruction.operand_names[0])
+    if instruction is None or instruction.opcode != "gather":
+        return False
+    return not _is_like(_operand(instruction, place.computation), table)
 
 
 def _is_aliased(instruction: Instruction) -> bool:

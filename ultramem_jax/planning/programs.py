@@ -25,6 +25,7 @@ from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.ops.exchanges import compiled_with_names
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.mesh import AXES, make_mesh, mesh_axes, one_device
+from ultramem_jax.parallel.table_layouts import by_rows, placements
 from ultramem_jax.planning.targets import Target
 from ultramem_jax.platforms import targeting
 from ultramem_jax.training.dense_optimizer import make_optimizers
@@ -75,11 +76,10 @@ def training_program(config: RunConfig, devices: Sequence[jax.Device], target: T
         axes = mesh_axes(config, make_mesh(config.mesh, devices))
         optimizers = make_optimizers(config)
         state, tokens = abstract_state(config, optimizers, axes), _abstract_batch(config, axes)
-        shardings = jax.tree.map(lambda array: array.sharding, state)
         step = jax.jit(
             make_train_step(config, optimizers, axes=axes),
             donate_argnums=0,
-            out_shardings=(shardings, axes.sharding()),
+            out_shardings=(placements(state), axes.sharding()),
         )
         return Program(step.lower(state, tokens), (state, tokens), axes)
 
@@ -115,11 +115,18 @@ def decoding_program(
         def placed(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=axes.sharding())
 
+        def table(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            how = by_rows(shape.shape, axes.sharding())
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=how)
+
         held = jax.eval_shape(variables)
         cache = jax.eval_shape(lambda: empty_cache(config, batch_size, cache_length, config.dtype))
         tokens = jax.ShapeDtypeStruct((batch_size,), np.int32)
         number = jax.ShapeDtypeStruct((), np.uint32)
-        arguments = jax.tree.map(placed, (held, cache, tokens, tokens, number, number))
+        held = jax.tree.map(placed, held)
+        if "memory" in held:
+            held["memory"] = jax.tree.map(table, held["memory"])
+        arguments = held, *jax.tree.map(placed, (cache, tokens, tokens, number, number))
         step = jax.jit(decoding_step(config, Sampling()), donate_argnums=1)
         return Program(step.lower(*arguments), arguments, axes)
 

@@ -17,6 +17,7 @@ from jax.tree_util import KeyPath
 
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
 from ultramem_jax.errors import UserError
+from ultramem_jax.parallel.table_layouts import laid_out
 from ultramem_jax.training.large_arrays import LARGE_BYTES, array_name, read_large_array
 from ultramem_jax.training.undo_log import UndoRows, put_back
 from ultramem_jax.tree_types import ArrayTree, JsonDict
@@ -121,7 +122,7 @@ def read_state(directory: Path, abstract_state: ArrayTree, partial: bool) -> Arr
     def leave_out_large(key: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
         name = array_name(key)
         if name not in undo and leaf.size * leaf.dtype.itemsize <= LARGE_BYTES:
-            return leaf
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         large[name] = leaf
         return None
 
@@ -134,9 +135,9 @@ def read_state(directory: Path, abstract_state: ArrayTree, partial: bool) -> Arr
     # Orbax leaves the host buffers that it read into in reference cycles, and they must be freed now.
     gc.collect()
 
-    def filled(key: KeyPath, _: jax.ShapeDtypeStruct, restored: jax.Array | None) -> jax.Array:
+    def filled(key: KeyPath, leaf: jax.ShapeDtypeStruct, restored: jax.Array | None) -> jax.Array:
         if restored is not None:
-            return restored
+            return laid_out(restored, leaf)
         name = array_name(key)
         change = functools.partial(put_back, shape=large[name].shape, undo=undo.read(name))
         return read_large_array(directory / "state", name, large[name], change)
@@ -146,7 +147,9 @@ def read_state(directory: Path, abstract_state: ArrayTree, partial: bool) -> Arr
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     # Without one, Orbax takes the sharding of the run that saved, which this machine may not have.
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if leaf.sharding is not None:
+        return leaf
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 

@@ -5,7 +5,6 @@ every table twice. Here TensorStore reads the same files, and only one piece exi
 array is split over devices, a process reads only the parts of its own devices.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
+from jax.experimental.layout import Format
 from jax.tree_util import KeyPath
 
 from ultramem_jax.ops.rows import put_stored_rows
@@ -96,13 +96,14 @@ class _Buffer:
         kind = leaf.sharding.memory_kind
         on_host = kind == "pinned_host"
         sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+        layout = leaf.format.layout
+        here = sharding if layout is None else Format(layout, sharding)
         shape = tuple(s.stop - s.start for s in place)
-        self._put = jax.jit(_scatter, donate_argnums=0, out_shardings=sharding) if on_host else _put
-        self.array = (
-            jax.device_put(np.zeros(shape, leaf.dtype), sharding)
-            if on_host
-            else jnp.zeros(shape, leaf.dtype, device=sharding)
-        )
+        self._put = jax.jit(_scatter if on_host else _put, donate_argnums=0, out_shardings=here)
+        if on_host:
+            self.array = jax.device_put(np.zeros(shape, leaf.dtype), here)
+        else:
+            self.array = jax.jit(lambda: jnp.zeros(shape, leaf.dtype), out_shardings=here)()
 
     def put(self, piece: np.ndarray, place: Place) -> None:
         """Copies its own columns from a piece of some of its rows."""
@@ -113,7 +114,6 @@ class _Buffer:
         self.array = jax.block_until_ready(self._put(self.array, own, start))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def _put(array: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(array, piece, start, 0)
 

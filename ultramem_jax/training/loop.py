@@ -29,6 +29,7 @@ from ultramem_jax.parallel.distributed import (
 )
 from ultramem_jax.parallel.known_faults import warn_of_known_faults
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, rows_here, shard_batch
+from ultramem_jax.parallel.table_layouts import by_rows
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.continuing import check_same_run, corpus_identity, say_what_changed
 from ultramem_jax.training.dense_optimizer import Optimizers, make_optimizers
@@ -251,6 +252,10 @@ class _StepFunction:
         self.records = row_sparse and is_worth_it(state.tables, state.table_state)
         self._checkpoints = checkpoints
         shardings = jax.tree.map(lambda a: a.sharding, state)
+        if row_sparse:
+            tables = state.tables, state.table_state
+            tables, moments = jax.tree.map(lambda a: by_rows(a.shape, a.sharding), tables)
+            shardings = shardings.replace(tables=tables, table_state=moments)
         sites = prefetching_sites(config.model)
         beside = (state.step.sharding,) * (1 + self.records + bool(sites))
         train_step = make_train_step(config, optimizers, self.records, axes)

@@ -13,6 +13,7 @@ from ultramem_jax.errors import require
 from ultramem_jax.models import Transformer
 from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, on_mesh
 from ultramem_jax.parallel.rules import logical_axes, parameter_specs, table_specs
+from ultramem_jax.parallel.table_layouts import by_rows, placement, placements
 from ultramem_jax.training.dense_optimizer import Optimizers
 from ultramem_jax.training.slot_usage import SlotUsage, init_usage
 from ultramem_jax.tree_types import ArrayTree, Variables
@@ -114,7 +115,7 @@ def fresh_state(
             return init_state(config, optimizers, seed)
 
     abstract = abstract or abstract_state(config, optimizers, axes)
-    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    shardings = placements(abstract)
     if all(memory.table.memory_kind == "device" for memory in config.model.memories.values()):
         return jax.jit(init, out_shardings=shardings)(seed)
     # The compiler keeps only what a program's result needs, so each program below draws only its own arrays.
@@ -123,10 +124,11 @@ def fresh_state(
     tables: dict[str, dict[str, jax.Array]] = {name: {} for name in abstract.tables}
     for name, parts in abstract.tables.items():
         for part, table in parts.items():
-            draw = jax.jit(lambda seed, n=name, p=part: init(seed).tables[n][p], out_shardings=table.sharding)
+            how = placement(table)
+            draw = jax.jit(lambda seed, n=name, p=part: init(seed).tables[n][p], out_shardings=how)
             tables[name][part] = draw(seed)
     zeros = jax.tree.map(
-        lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract.table_state
+        lambda a: jax.device_put(np.zeros(a.shape, a.dtype), placement(a)), abstract.table_state
     )
     return rest.replace(tables=tables, table_state=zeros)
 
@@ -149,8 +151,8 @@ def abstract_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) ->
     def placed(tree: ArrayTree, specs: ArrayTree, kind: str | None = None) -> ArrayTree:
         def place(leaf: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
             sharding = axes.sharding(spec)
-            sharding = sharding if kind is None else sharding.with_memory_kind(kind)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            how = sharding if kind is None else by_rows(leaf.shape, sharding.with_memory_kind(kind))
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=how)
 
         return jax.tree.map(place, tree, specs)
 
