@@ -195,6 +195,7 @@ def test_the_main_table_of_a_report_rounds_its_csv_file(path):
 
 REDRAWN = {
     "audit": ("audit", "--redraw", "--out={folder}"),
+    "audit_depth": ("audit", "--redraw", "--budget=experiments/configs/depth.json", "--out={folder}"),
     "bench_decode": ("bench_decode", "--redraw", "--results={folder}"),
     "bench_decode_kernels": ("bench_decode", "--redraw", "--results={folder}"),
     "bench_step": ("bench_step", "--redraw", "--results={folder}"),

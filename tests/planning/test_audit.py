@@ -131,7 +131,7 @@ def small(monkeypatch):
 def test_a_program_is_compiled_once(small, tmp_path, monkeypatch):
     case, compiled = small
     first = Auditor(case, tmp_path).audit()
-    assert compiled == ["small_h100_decode"] and first.findings.kernels > 10
+    assert len(compiled) == 1 and first.findings.kernels > 10
     assert load(tmp_path / "small_h100_decode.json") == first
     assert Auditor(case, tmp_path).audit() == first and len(compiled) == 1
     # Another search looks through the text that was kept.

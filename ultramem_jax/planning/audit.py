@@ -263,7 +263,7 @@ class Auditor:
         """Returns the audit, which is kept in the folder: compiles the program if that is needed.
 
         Raises:
-            UserError: the compiler refuses the program, or an audit in the folder cannot be read.
+            UserError: the compiler refuses the program.
         """
         kept = self._kept()
         done = self._current(kept) if kept else self._compile()
@@ -289,14 +289,12 @@ class Auditor:
         text = self._text_path(self._folder)
         if kept.finder == VERSION:
             return kept
-        return (
-            self._searched(kept, gzip.decompress(text.read_bytes()).decode())
-            if text.is_file()
-            else self._compile()
-        )
+        if not text.is_file():
+            return self._compile()
+        return self._searched(kept, gzip.decompress(text.read_bytes()).decode())
 
     def _compile(self) -> Audit:
-        compiled = self._program.compile(self._case.title)
+        compiled = self._program.compile("the program")
         memory = compiled.memory_analysis()
         assert memory is not None, "the compiler gives no figures of memory"
         arguments = int(memory.argument_size_in_bytes + memory.host_argument_size_in_bytes)
