@@ -60,6 +60,8 @@ def test_the_budget_has_every_model_on_every_target_training_and_decoding():
     part = {case.title for case in CASES if case.whole_layers}
     assert part == {f"ultramem-v2-227m_tpu-{kind}_train" for kind in ("v5e-2x2", "v5p-2x2x1")}
     assert all(case.layers == "4 of 20" for case in CASES if case.whole_layers)
+    batches = {case.title: case.config.train.batch_size for case in CASES if case.program == "train"}
+    assert batches.pop("ultramem-v2-227m_tpu-v5p-2x2x1_train") == 2 and set(batches.values()) == {8}
 
 
 def test_a_clean_program_holds():

@@ -188,14 +188,16 @@ def _case(name: str, model: JsonDict, program: ProgramName, target: str, how: Js
     of, trains = model[program], program == "train"
     load_target(target)
     config = _merged(to_dict(preset(model["preset"])), model.get("changes", {}))
-    layers = config["num_layers"]
+    layers, batch_size = config["num_layers"], of["batch_size"]
     if trains:
         config["num_layers"] = how.get("train_layers", layers)
+        # Where a step reads more rows than its tables have, gradients of rows cannot be told from copies.
+        batch_size = how.get("train_batch", batch_size)
     run = run_config_from_dict(
         {
             "model": config,
             "data": {"seq_len": of["seq_len"]} if trains else {},
-            "train": {"batch_size": of["batch_size"], "remat": of.get("remat", "none")},
+            "train": {"batch_size": batch_size, "remat": of.get("remat", "none")},
             # A model decodes on one device.
             "mesh": how.get("mesh", {}) if trains else {},
         }
