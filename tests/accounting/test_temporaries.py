@@ -64,6 +64,15 @@ def test_a_scan_stacks_the_weights_of_its_layers():
     of_layer = 2 * 16 * 16 + 2 * 16 * 8 + 2 * 16 * 64
     parts = training_temporaries(_run(model), ALONE, MANY, False)
     assert parts["stacked weights"] == 2 * 3 * of_layer
+    plain = training_temporaries(_run(replace(model, scan_layers=False)), ALONE, MANY, False)
+    # Of every token and layer, the inner activations three times more, and three arrays of norms.
+    more = parts["activations of layers"] - plain["activations of layers"]
+    assert more == 128 * 3 * 3 * (2 * 64 + 4 * 16)
+    again = training_temporaries(_run(model, remat="layers"), ALONE, MANY, False)
+    unscanned = training_temporaries(
+        _run(replace(model, scan_layers=False), remat="layers"), ALONE, MANY, False
+    )
+    assert again["activations of layers"] == unscanned["activations of layers"]
     # The memory reads after layer 1 and lands after layer 2: nothing is left to scan.
     apart = training_temporaries(_run(replace(model, memories={"memory": MEMORY})), ALONE, MANY, False)
     assert apart["stacked weights"] == 0

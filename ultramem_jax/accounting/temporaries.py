@@ -57,6 +57,8 @@ def training_temporaries(
     # With remat, the layer that the backward pass is at has all of its activations, and the others only few.
     whole, few = (model.num_layers, 0) if train.remat == "none" else (1, model.num_layers)
     of_token = whole * _layer_bytes(model) + few * _kept_bytes(model, train.remat)
+    if train.remat == "none":
+        of_token += _scanned_layers(model) * _loop_bytes(model)
     backward = {
         "activations of layers": tokens * of_token,
         "attention weights": whole * _attention_bytes(model, sequences, config.data.seq_len),
@@ -141,12 +143,24 @@ def _stacked_bytes(model: ModelConfig, parameters: Parameters) -> int:
 
     Those of experts are float32.
     """
-    if not model.scan_layers:
-        return 0
-    scanned = sum(len(group) for group in model.layer_groups if len(group) > 1)
     matrices = parameters.attention + parameters.feed_forward + parameters.router
     of_layers = DTYPE_BYTES[model.dtype] * matrices + FLOAT32_BYTES * parameters.experts
-    return of_layers * scanned // model.num_layers
+    return of_layers * _scanned_layers(model) // model.num_layers
+
+
+def _scanned_layers(model: ModelConfig) -> int:
+    return sum(len(group) for group in model.layer_groups if len(group) > 1) if model.scan_layers else 0
+
+
+def _loop_bytes(model: ModelConfig) -> int:
+    """Returns what a scanned layer keeps of a token beside `_layer_bytes`.
+
+    A compiler does not compute anything again across the loops of forward and backward pass. So the inner
+    activations are there five times instead of twice, and norms keep three arrays in float32 (the program of
+    `dense-680m` for an H100).
+    """
+    inner = model.mlp_dim if model.moe is None else model.moe.top_k * model.moe.expert_dim
+    return 3 * (DTYPE_BYTES[model.dtype] * inner + FLOAT32_BYTES * model.embed_dim)
 
 
 def _attention_bytes(model: ModelConfig, sequences: int, length: int) -> int:
