@@ -104,6 +104,21 @@ def test_the_moment_when_rows_are_updated():
     assert split["rows of the largest table"] == parts["rows of the largest table"] / 2
 
 
+def test_rows_on_a_tpu_are_padded_and_parts_lie_side_by_side():
+    v2 = families.ultramem_v2(num_keys=6, top_m=3, key_dim=8, value_dim=4000, pre_value_dim=200)
+    model = replace(DENSE, vocab_size=2, num_layers=1, memories={"memory": v2})
+    reads = 128 * model.sites[0].config.reads_per_token
+    for multiple, width in ((1, 4200), (128, 4096 + 256)):
+        parts = training_temporaries(_run(model), ALONE, MANY, False, row_multiple=multiple)
+        assert parts["rows of the largest table"] == 3 * 4 * reads * width
+
+
+def test_tokens_that_are_chosen_by_ranks():
+    plain = decoding_temporaries(DENSE, 3, 8, False)
+    ranks = decoding_temporaries(DENSE, 3, 8, False, by_ranks=True)
+    assert ranks["logits"] == 2 * plain["logits"] == 4 * 4 * 3 * 100
+
+
 def test_shared_tables_have_the_reads_of_all_memories():
     v2 = families.ultramem_v2(
         num_keys=6, top_m=3, key_dim=8, value_dim=4096, pre_value_dim=8, share_ratio=1.0
@@ -111,7 +126,7 @@ def test_shared_tables_have_the_reads_of_all_memories():
     model = replace(DENSE, vocab_size=2, memories={"memory": v2})
     parts = training_temporaries(_run(model), ALONE, MANY, False)
     assert len(model.sites) > 1
-    assert parts["rows of the largest table"] == 3 * 4 * 128 * 3 * 4096 * len(model.sites)
+    assert parts["rows of the largest table"] == 3 * 4 * 128 * 3 * (4096 + 8) * len(model.sites)
 
 
 def test_experts():

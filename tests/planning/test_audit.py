@@ -143,7 +143,7 @@ def test_a_program_is_compiled_once(small, tmp_path, monkeypatch):
     assert again.findings.kernels == 3 and again.finder == VERSION + 1 and len(compiled) == 1
     assert load(tmp_path / "small_h100_decode.json") == again
     # Another derivation is compared with the program that there is.
-    monkeypatch.setattr(audits, "decoding_temporaries", lambda *_: {"logits": 7})
+    monkeypatch.setattr(audits, "decoding_temporaries", lambda *_, **__: {"logits": 7})
     derived = Auditor(case, tmp_path).audit()
     assert derived.expected == 7 and len(compiled) == 1
     assert load(tmp_path / "small_h100_decode.json") == derived

@@ -35,7 +35,11 @@ rows."""
 
 
 def training_temporaries(
-    config: RunConfig, sizes: Mapping[str, int], chunk_values: int, groups_experts: bool
+    config: RunConfig,
+    sizes: Mapping[str, int],
+    chunk_values: int,
+    groups_experts: bool,
+    row_multiple: int = 1,
 ) -> dict[str, int]:
     """Returns the bytes of a training step's temporaries on one device, by part, at the larger moment.
 
@@ -44,6 +48,7 @@ def training_temporaries(
         sizes: devices along each mesh axis.
         chunk_values: most float32 values that one chunk of tokens holds (`ops.algorithms`).
         groups_experts: whether the weights of experts are gathered by groups of rows (`layers.experts`).
+        row_multiple: number whose multiple the width of a row is padded to; 128 on a TPU.
     """
     model, train = config.model, config.train
     groups = Groups.of(config, sizes)
@@ -72,13 +77,15 @@ def training_temporaries(
     update = {
         "gradients": gradients,
         "reads and pooled values": kept,
-        "rows of the largest table": _row_bytes(config, tokens * shards // groups.size(groups.replicas)),
+        "rows of the largest table": _row_bytes(
+            config, tokens * shards // groups.size(groups.replicas), row_multiple
+        ),
     }
     return max(backward, update, key=lambda parts: sum(parts.values()))
 
 
 def decoding_temporaries(
-    model: ModelConfig, batch_size: int, cache_length: int, groups_experts: bool
+    model: ModelConfig, batch_size: int, cache_length: int, groups_experts: bool, by_ranks: bool = False
 ) -> dict[str, int]:
     """Returns the bytes of a decoding step's temporaries, by part; layers follow one after the other.
 
@@ -87,12 +94,14 @@ def decoding_temporaries(
         batch_size: B.
         cache_length: U.
         groups_experts: the same as in `training_temporaries`.
+        by_ranks: whether tokens are chosen by ranks in tiles (`ops.selection`). Then logits and probabilities
+            are also there as ordered integers, and cut into tiles.
     """
     scores = batch_size * model.num_heads * cache_length
     return {
         "activations of a layer": batch_size * _layer_bytes(model),
         "attention weights": scores * 2 * FLOAT32_BYTES,
-        "logits": 2 * FLOAT32_BYTES * batch_size * model.vocab_size,
+        "logits": (4 if by_ranks else 2) * FLOAT32_BYTES * batch_size * model.vocab_size,
         "choice of rows": FLOAT32_BYTES * batch_size * _choosing_width(model),
         "reads and pooled values": _kept_of_memories(model, batch_size),
         "weights of groups": _group_bytes(model, batch_size) if groups_experts else 0,
@@ -192,11 +201,12 @@ def _choosing_width(model: ModelConfig) -> int:
     return max((site.config.address.choosing_width(site) for site in model.sites), default=0)
 
 
-def _row_bytes(config: RunConfig, tokens: int) -> int:
-    """Returns the arrays over all reads of the table that is read most."""
+def _row_bytes(config: RunConfig, tokens: int, multiple: int) -> int:
+    """Returns the arrays over all reads of the table that is read most, of all its parts side by side."""
     most = 0
     for readers in table_readers(config.model).values():
         memory = readers[0].config
         reads = tokens * config.train.grad_accumulation * memory.reads_per_token * len(readers)
-        most = max(most, _ROW_ARRAYS * FLOAT32_BYTES * reads * max(memory.table.arrays.values()))
+        width = sum(-(-width // multiple) * multiple for width in memory.table.arrays.values())
+        most = max(most, _ROW_ARRAYS * FLOAT32_BYTES * reads * width)
     return most

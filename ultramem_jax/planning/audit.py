@@ -237,16 +237,25 @@ class Auditor:
         self._case, self._folder, self._started = case, folder, time.perf_counter()
         target, config = load_target(case.target), case.config
         with targeting(target.platform):
-            chunk_values, groups = algorithms().chunk_values, algorithms().experts == "groups"
+            chosen = algorithms()
+        groups = chosen.experts == "groups"
         if case.program == "train":
             sizes = mesh_sizes(config.mesh)
-            self._expected = training_temporaries(config, sizes, chunk_values, groups)
+            self._expected = training_temporaries(
+                config,
+                sizes,
+                chosen.chunk_values,
+                groups,
+                row_multiple=128 if chosen.layouts == "wide" else 1,
+            )
             self._program = training_program(config, devices_for(config, target), target)
             state = self._program.arguments[0]
             held = jax.tree.leaves((state.tables, state.table_state))
         else:
             model, batch, length = config.model, config.train.batch_size, case.cache_length
-            self._expected = decoding_temporaries(model, batch, length, groups)
+            self._expected = decoding_temporaries(
+                model, batch, length, groups, by_ranks=chosen.selection == "ranks"
+            )
             self._program = decoding_program(model, batch, length, target.devices(1)[0], target)
             held = jax.tree.leaves(self._program.arguments[0].get("memory", {}))
         self._tables = _table_shapes(held)
