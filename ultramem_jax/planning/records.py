@@ -55,7 +55,12 @@ class PlanStudy:
             return cls(
                 title=tree["title"],
                 plans=[_plan(name, of) for name, of in tree["plans"].items()],
-                hardware=Hardware(**tree["hardware"] | {"notes": tuple(tree["hardware"]["notes"])}),
+                hardware=Hardware(
+                    **{
+                        name: tuple(value) if isinstance(value, list) else value
+                        for name, value in tree["hardware"].items()
+                    }
+                ),
                 partitions=tree["partition"] and (tree["partition_tokens"], _costs(tree["partition"])),
                 environment=tree["environment"],
             )
