@@ -52,15 +52,14 @@ class PlanStudy:
             UserError: the file cannot be read, or holds no plan.
         """
         with kept_record(path, "a plan") as tree:
+            hardware: JsonDict = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in tree["hardware"].items()
+            }
             return cls(
                 title=tree["title"],
                 plans=[_plan(name, of) for name, of in tree["plans"].items()],
-                hardware=Hardware(
-                    **{
-                        name: tuple(value) if isinstance(value, list) else value
-                        for name, value in tree["hardware"].items()
-                    }
-                ),
+                hardware=Hardware(**hardware),
                 partitions=tree["partition"] and (tree["partition_tokens"], _costs(tree["partition"])),
                 environment=tree["environment"],
             )
