@@ -10,6 +10,9 @@ import jax
 Platform: TypeAlias = Literal["cpu", "gpu", "tpu"]
 """Platforms that algorithms are chosen for. Other platforms get the algorithms of a GPU."""
 
+LANES = 128
+"""Numbers whose multiple a TPU pads the last axis of an array to."""
+
 _TARGET: ContextVar[Platform | None] = ContextVar("target", default=None)
 
 

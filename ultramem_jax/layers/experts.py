@@ -34,7 +34,7 @@ from jax import lax
 from ultramem_jax.config.exchange_shapes import group_rows
 from ultramem_jax.layers.mlp import activated
 from ultramem_jax.ops.algorithms import algorithms, has_tokamax
-from ultramem_jax.platforms import platform
+from ultramem_jax.platforms import LANES, platform
 
 MAX_OVERFLOW_ROWS = 128
 """Most rows of an overflow group: more are mostly padding, fewer do not pay for fetching the weights."""
@@ -89,7 +89,7 @@ class PaddedExperts:
     @classmethod
     def of(cls, weights: jax.Array, axis: int) -> "PaddedExperts":
         """Pads F, which is an axis of `weights`."""
-        room = [(0, -weights.shape[i] % 128 if i == axis else 0) for i in range(weights.ndim)]
+        room = [(0, -weights.shape[i] % LANES if i == axis else 0) for i in range(weights.ndim)]
         return cls(jnp.pad(weights, room))
 
 

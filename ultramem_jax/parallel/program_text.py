@@ -24,6 +24,7 @@ _CALLED = re.compile(
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TRIPS = re.compile(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)')
 """Pattern of a loop's trip count. Older text has the backend's config as one string with escaped quotes."""
+_CUSTOM_CALL = re.compile(r'custom_call_target="([^"]+)"')
 _FRAME = re.compile(r"\bstack_frame_id=(\d+)")
 _SOURCE = re.compile(r'source_file="([^"]*)" source_line=(\d+)')
 _TABLE_ROW = re.compile(r'(\d+) (?:"([^"]*)"|\{(.*)\})$')
@@ -107,6 +108,17 @@ class Instruction:
     def opcode(self) -> str:
         """Returns the name of the operation, as in `all-gather-start`."""
         return self._parts[1]
+
+    @property
+    def goes_on(self) -> bool:
+        """Tells whether it continues or ends what another one started, whose computation it names."""
+        return self.opcode.endswith(("-done", "-update"))
+
+    @property
+    def custom_call_target(self) -> str:
+        """Returns the name of the function that a custom call calls; "" for other operations."""
+        found = _CUSTOM_CALL.search(self.attributes)
+        return found[1] if found else ""
 
     @property
     def operands(self) -> list[str]:
@@ -320,8 +332,8 @@ def _walk(program: ProgramText, name: str, around: dict[str, Any]) -> Iterator[P
         place = Place(instruction, computation, **around)
         yield place
         opcode = instruction.opcode
-        if opcode.endswith(("-done", "-update")):
-            continue  # these name the computation of their start
+        if instruction.goes_on:
+            continue
         for role, called in instruction.called:
             inner = {name: getattr(place, name) for name in ("runs", "in_loop", "runs_known", "is_fused")}
             if opcode == "while":

@@ -12,10 +12,8 @@ import jax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Sharding
 
-from ultramem_jax.platforms import platform
+from ultramem_jax.platforms import LANES, platform
 from ultramem_jax.tree_types import ArrayTree
-
-_LANES = 128
 
 
 def by_rows(shape: tuple[int, ...], sharding: Sharding) -> Sharding | Format:
@@ -27,7 +25,7 @@ def by_rows(shape: tuple[int, ...], sharding: Sharding) -> Sharding | Format:
     """
     if platform() != "tpu" or len(shape) < 2 or sharding.memory_kind == "pinned_host":
         return sharding
-    if sharding.shard_shape(shape)[-1] % _LANES == 0:
+    if sharding.shard_shape(shape)[-1] % LANES == 0:
         return sharding
     return Format(Layout(tuple(range(len(shape)))), sharding)
 

@@ -34,7 +34,7 @@ from ultramem_jax.planning.programs import (
     training_program,
 )
 from ultramem_jax.planning.targets import load_target
-from ultramem_jax.platforms import targeting
+from ultramem_jax.platforms import LANES, targeting
 from ultramem_jax.presets import preset
 from ultramem_jax.reporting.records import keep_record, kept_record
 from ultramem_jax.tree_types import JsonDict
@@ -246,7 +246,7 @@ class Auditor:
                 sizes,
                 chosen.chunk_values,
                 groups,
-                row_multiple=128 if chosen.layouts == "wide" else 1,
+                row_multiple=LANES if chosen.layouts == "wide" else 1,
             )
             self._program = training_program(config, devices_for(config, target), target)
             state = self._program.arguments[0]

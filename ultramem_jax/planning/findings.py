@@ -51,7 +51,6 @@ _SOLVER_TARGETS = re.compile(
 )
 _TOP_K_TARGETS = re.compile(r"top_?k|PartialReduce|DeviceRadixSort|cub.*sort", re.I)
 _HOST_TARGETS = re.compile(r"callback|MoveToHost|MoveToDevice|annotate_device_placement", re.I)
-_CUSTOM_CALL = re.compile(r'custom_call_target="([^"]+)"')
 _DIMENSION = re.compile(r"\bdimensions=\{(\d+)\}")
 _RAGGED = re.compile(r"(?:^|/)ragged_dot\w*$")
 """Last part of JAX's path to a ragged product."""
@@ -155,12 +154,9 @@ def find(program: ProgramText, tables: Sequence[tuple[int, ...]]) -> Findings:
 
 
 def _starts_kernel(instruction: Instruction) -> bool:
-    target = _CUSTOM_CALL.search(instruction.attributes)
-    is_note = target is not None and target[1] in _NOTES
     # What goes on beside other work is one kernel, at its start.
-    return not (
-        instruction.opcode in _NO_KERNEL or instruction.opcode.endswith(("-done", "-update")) or is_note
-    )
+    is_work = instruction.opcode not in _NO_KERNEL and instruction.custom_call_target not in _NOTES
+    return is_work and not instruction.goes_on
 
 
 def _kinds(
@@ -168,13 +164,12 @@ def _kinds(
 ) -> Iterator[tuple[str, str, int]]:
     """Yields (kind, description, width of a sort's rows) for every finding in an instruction."""
     instruction, opcode = place.instruction, place.instruction.opcode
-    if opcode.endswith(("-done", "-update")):
+    if instruction.goes_on:
         return  # found at its start
     begins, opcode = opcode.endswith("-start"), opcode.removesuffix("-start")
     # A start's result also holds its operands, and what the device notes.
     result = instruction.arrays[:1] if begins else instruction.arrays
-    custom = _CUSTOM_CALL.search(instruction.attributes) if opcode == "custom-call" else None
-    target = custom[1] if custom else ""
+    target = instruction.custom_call_target
     if opcode == "while" and instruction.trip_count is None:
         yield "loop", f"{len(result)} arrays", 0
     if opcode not in _IN_PLACE and not _is_aliased(instruction):
@@ -247,8 +242,7 @@ def _is_aliased(instruction: Instruction) -> bool:
 
 def _goes_to_host(instruction: Instruction, computation: Computation) -> bool:
     opcode = instruction.opcode.removesuffix("-start")
-    target = _CUSTOM_CALL.search(instruction.attributes)
-    if opcode in ("infeed", "outfeed") or (target and _HOST_TARGETS.search(target[1])):
+    if opcode in ("infeed", "outfeed") or _HOST_TARGETS.search(instruction.custom_call_target):
         return True
     if opcode in ("send", "recv"):
         return "is_host_transfer=true" in instruction.attributes
