@@ -190,11 +190,22 @@ def test_an_interrupt_ends_the_compilers(cache, tmp_path, monkeypatch):
             time.sleep(0.05)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        build.built_library()
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            build.built_library()
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert _are_gone(children.read_text().split())
     assert _names(cache) == ["lock"]
+
+
+def test_a_program_that_another_thread_has_waited_for_is_not_killed(monkeypatch):
+    process = subprocess.Popen(["true"], start_new_session=True)
+    process.wait()
+    monkeypatch.setattr(process, "poll", lambda: None)  # as it returns while another thread waits
+    compiler._kill(process)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_a_short_run_is_profiled_and_a_failed_one_leaves_no_profile_running(conf
         patch.setattr(loop, "checked_metrics", lambda metrics: [next(iter(metrics))])
         patch.setattr(loop._Run, "_require_finite", _fail)
         with pytest.raises(UserError, match="too bad"):
-            train(config, tmp_path / "bad", progress=False, profile=Profile(tmp_path / "first", skip=0))
+            train(config, tmp_path / "bad", progress=False, profile=Profile(tmp_path / "first", skip=1))
     assert list((tmp_path / "first").rglob("*.xplane.pb"))
     short = replace(config, train=replace(config.train, steps=4))
     train(short, tmp_path / "run", progress=False, profile=Profile(tmp_path / "second"))
@@ -202,4 +202,5 @@ def test_a_short_run_is_profiled_and_a_failed_one_leaves_no_profile_running(conf
 
 
 def _fail(self, values, step):
-    raise UserError("too bad")
+    if step > 1:
+        raise UserError("too bad")

@@ -61,7 +61,8 @@ def probe(share: int = 1) -> Iterator[Timing]:
     """Yields the time of every candidate.
 
     Args:
-        share: divides the number of tokens, rows and slots, for a quick look on a CPU.
+        share: divides the number of tokens, rows and slots, and the inner width of experts, for a quick look
+            on a CPU.
     """
     for candidates in (_device, _selection, _sums, _sorts, _candidates, _lookup, _experts, _svd):
         for candidate in candidates(share):
@@ -163,14 +164,14 @@ def _candidates(share: int) -> Iterator[_Candidate]:
     directions = jnp.full((2, heads, ranks), 0.7, jnp.float32)
     shape = f"{tokens} tokens, K {num_keys}, m {m}"
 
-    def by_rows(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    def by_rows(queries: jax.Array, keys: jax.Array, directions: jax.Array) -> jax.Array:
         index = best_keys(queries, keys, directions, m)
         return key_scores(queries, keys, index).sum()
 
-    def by_products(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    def by_products(queries: jax.Array, keys: jax.Array, directions: jax.Array) -> jax.Array:
         return candidates_by_products(queries, keys, directions, m)[1].sum()
 
-    operation, arguments = "candidates and keys' gradient", (queries, keys)
+    operation, arguments = "candidates and keys' gradient", (queries, keys, directions)
     yield _Candidate(operation, "rows", shape, jax.value_and_grad(by_rows, (0, 1)), arguments)
     for picks in ("gather", "compare"):
         gradients = jax.value_and_grad(by_products, (0, 1))
@@ -198,7 +199,7 @@ def _lookup(share: int) -> Iterator[_Candidate]:
 
 
 def _experts(share: int) -> Iterator[_Candidate]:
-    tokens, num_experts, k, width, inner = 8192 // share, 32, 2, 1024, 2528
+    tokens, num_experts, k, width, inner = 8192 // share, 32, 2, 1024, max(2528 // share, 128)
     x = _normal(tokens, width, dtype="bfloat16")
     weights = ExpertWeights(
         _normal(num_experts, width, inner) / 32, _normal(num_experts, inner, width) / 50, None
@@ -206,11 +207,18 @@ def _experts(share: int) -> Iterator[_Candidate]:
     gates, experts = jnp.full((tokens, k), 0.5), _integers(num_experts, tokens, k)
     shape = f"{tokens} tokens, {k} of {num_experts}, {width} × {inner}"
     for name, way in (("ragged", ragged_experts), ("groups", grouped_experts), ("blocks", block_experts)):
-
-        def loss(x: jax.Array, weights: ExpertWeights, way: Callable[..., jax.Array] = way) -> jax.Array:
+        # The choice of experts is an argument, or a compiler would sort tokens by expert itself.
+        def loss(
+            x: jax.Array,
+            weights: ExpertWeights,
+            gates: jax.Array,
+            experts: jax.Array,
+            way: Callable[..., jax.Array] = way,
+        ) -> jax.Array:
             return way(x, gates, weights, dispatch_plan(experts, num_experts)).sum()
 
-        yield _Candidate("experts, with gradients", name, shape, jax.grad(loss, (0, 1)), (x, weights))
+        arguments = x, weights, gates, experts
+        yield _Candidate("experts, with gradients", name, shape, jax.grad(loss, (0, 1)), arguments)
 
 
 def _svd(share: int) -> Iterator[_Candidate]:

@@ -1,5 +1,6 @@
 """Finds the system's C++ compiler, and runs it."""
 
+import contextlib
 import functools
 import os
 import platform
@@ -145,9 +146,11 @@ def _started(command: list[str], folder: Path | None, environment: dict[str, str
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """Kills a program that has not been waited for, and all that it has started."""
+    """Kills a program, and all that it has started, unless it has ended and was waited for."""
+    # `poll` also returns None while another thread is just learning that the process has ended.
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _reason(errors: str) -> str:

@@ -21,7 +21,8 @@ class Profile:
 
         Args:
             folder: where to write the profile; None records nothing.
-            skip: steps of this process before the first one that is recorded; fewer in a short run.
+            skip: steps of this process before the first one that is recorded; fewer in a short run, but the
+                first, which compiles, is recorded only where there is no other.
             steps: steps that are recorded.
         """
         self._folder, self._skip, self._steps = folder, skip, steps
@@ -36,7 +37,8 @@ class Profile:
 
     def expect(self, steps: int) -> None:
         """Says how many steps this process will do, so that some of them are recorded."""
-        self._skip = max(min(self._skip, steps - self._steps), 0)
+        fewest = 1 if steps > 1 else 0  # the first step compiles, and would fill the profile
+        self._skip = min(self._skip, max(steps - self._steps, fewest))
 
     @contextlib.contextmanager
     def of_step(self, step: int) -> Iterator[None]:
