@@ -1,5 +1,6 @@
 """Rows gathered one step ahead: the numbers of the plain way, bit for bit, through saves and restarts."""
 
+import functools
 import signal
 from dataclasses import replace
 
@@ -29,12 +30,17 @@ ENGRAM = families.engram(
 )
 
 
+@functools.cache
+def _start(config):
+    return jax.tree.map(np.asarray, jax.jit(lambda: init_state(config, make_optimizers(config)))())
+
+
 def _run(prefetch, steps=5, target="cpu", **table):
     config = run_config(ENGRAM.changed(prefetch=prefetch, **table), MeshConfig(), TRAIN)
     optimizers = make_optimizers(config)
     with targeting(target):
         step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
-        state = jax.jit(lambda: init_state(config, optimizers))()
+        state = jax.device_put(_start(run_config(ENGRAM.changed(**table), MeshConfig(), TRAIN)))
         batches = token_batches(steps)
         if not prefetch:
             for tokens in batches:

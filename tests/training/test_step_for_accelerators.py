@@ -1,5 +1,6 @@
 """The step that accelerators get, with their algorithms, computes what the CPU's does: run here on CPU."""
 
+import functools
 from dataclasses import replace
 
 import chex
@@ -35,8 +36,13 @@ def _run_for(config, target, steps, alone, **ways):
     return after_steps(config, Compiled(step.compile(), abstract, axes), steps)
 
 
+@functools.cache
+def _on_cpu(config, steps, alone):
+    return _run_for(config, "cpu", steps, alone)
+
+
 def _assert_equal(config, target, steps=4, alone=True, **ways):
-    expected, expected_losses, expected_metrics = _run_for(config, "cpu", steps, alone)
+    expected, expected_losses, expected_metrics = _on_cpu(config, steps, alone)
     state, losses, metrics = _run_for(config, target, steps, alone, **ways)
     chex.assert_trees_all_close(losses, expected_losses, rtol=2e-6)
     chex.assert_trees_all_close(metrics, expected_metrics, rtol=2e-4, atol=1e-6)
