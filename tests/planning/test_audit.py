@@ -15,6 +15,7 @@ from ultramem_jax.planning.audit import PROGRAMS, Audit, Auditor, Case, load, lo
 from ultramem_jax.planning.findings import NOTHING, VERSION, Finding
 from ultramem_jax.planning.programs import Program, resolved
 from ultramem_jax.planning.targets import load_target
+from ultramem_jax.presets import families
 
 COMMITTED = pathlib.Path(__file__).parents[2] / "experiments" / "results" / "audit"
 CASES, LIMITS = load_budget()
@@ -88,6 +89,23 @@ def test_a_clean_program_holds():
 def test_what_breaks_the_budget_is_named_with_its_source(found, message):
     (line,) = _with(**found).broken(LIMITS)
     assert line.startswith(message) and "ultramem_jax/ops/x.py:7" in line
+
+
+def test_a_step_that_reads_more_rows_than_a_table_has_is_named():
+    memory = families.ultramem(placement="1:1", num_keys=8, top_m=4, num_heads=2, expansion=1)
+    model = dataclasses.replace(SMALL_MODEL, memories={"memory": memory})
+    broken = {}
+    for batch in (1, 2):  # of 4 tokens, which read 4 of 64 rows twice
+        config = RunConfig(model, DataConfig(seq_len=4), TrainConfig(batch_size=batch))
+        found = _with(table_copies=_one("copy f32[64,9]"))
+        broken[batch] = dataclasses.replace(
+            found, case=dataclasses.replace(found.case, config=config)
+        ).broken(LIMITS)
+    assert len(broken[1]) == 1
+    (line,) = broken[2][1:]
+    assert line.startswith(
+        "a step reads 64 rows of memory_0, which has 64: gradients of rows count as copies"
+    )
 
 
 def test_what_does_not_break_it():

@@ -149,6 +149,8 @@ class Audit:
             for name, found, most in counted
             if len(found) > most
         ]
+        if len(found.table_copies) > limits.table_copies and (crowded := _crowded_table(self.case)):
+            lines.append(f"{crowded}: gradients of rows count as copies; audit a smaller batch")
         if self.not_aliased > limits.new_result_bytes:
             lines.append(
                 f"results in new arrays: {self.not_aliased:,} bytes, at most {limits.new_result_bytes:,}; "
@@ -210,6 +212,22 @@ def _case(name: str, model: JsonDict, program: ProgramName, target: str, how: Js
         of.get("cache_length", Case.cache_length),
         layers if config["num_layers"] < layers else 0,
     )
+
+
+def _crowded_table(case: Case) -> str:
+    """Returns the table of which a training step reads more rows than it has, and both numbers, or ""."""
+    train, tokens = case.config.train, case.config.train.batch_size * case.config.data.seq_len
+    if case.program != "train" or train.table_gradient == "dense":
+        return ""
+    rows: dict[str, int] = {}
+    reads: dict[str, int] = {}
+    for site in case.config.model.sites:
+        rows[site.table] = site.num_slots
+        reads[site.table] = reads.get(site.table, 0) + tokens * site.config.reads_per_token
+    for name, count in rows.items():
+        if reads[name] >= count:
+            return f"a step reads {reads[name]:,} rows of {name}, which has {count:,}"
+    return ""
 
 
 def _merged(one: JsonDict, other: JsonDict) -> JsonDict:
