@@ -102,8 +102,8 @@ def test_a_step_that_reads_more_rows_than_a_table_has_is_named():
             found, case=dataclasses.replace(found.case, config=config)
         ).broken(LIMITS)
     assert len(broken[1]) == 1
-    (line,) = broken[2][1:]
-    assert line.startswith(
+    assert broken[2][1:] == broken[1]
+    assert broken[2][0].startswith(
         "a step reads 64 rows of memory_0, which has 64: gradients of rows count as copies"
     )
 

@@ -150,7 +150,8 @@ class Audit:
             if len(found) > most
         ]
         if len(found.table_copies) > limits.table_copies and (crowded := _crowded_table(self.case)):
-            lines.append(f"{crowded}: gradients of rows count as copies; audit a smaller batch")
+            # First, as it is the cause.
+            lines.insert(0, f"{crowded}: gradients of rows count as copies; audit a smaller batch")
         if self.not_aliased > limits.new_result_bytes:
             lines.append(
                 f"results in new arrays: {self.not_aliased:,} bytes, at most {limits.new_result_bytes:,}; "
