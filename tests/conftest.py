@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 import tempfile
 
 import jax
@@ -55,3 +56,11 @@ def without_kernels():
     """Traces functions without native kernels, for tests of what only JAX's own functions do."""
     with native.turned_off():
         yield
+
+
+@pytest.fixture
+def interruptible():
+    """Handles SIGINT as in a terminal, though parallel workers and jobs in the background ignore it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)

@@ -181,7 +181,7 @@ def test_a_compiler_that_hangs_is_killed_with_its_children(tmp_path, monkeypatch
     assert _are_gone(children.read_text().split())
 
 
-def test_an_interrupt_ends_the_compilers(cache, tmp_path, monkeypatch):
+def test_an_interrupt_ends_the_compilers(interruptible, cache, tmp_path, monkeypatch):
     children = tmp_path / "children"
     _compiler(tmp_path, monkeypatch, SAYS_VERSION, f"echo $$ >> {children}", "exec sleep 1000")
 
@@ -190,13 +190,9 @@ def test_an_interrupt_ends_the_compilers(cache, tmp_path, monkeypatch):
             time.sleep(0.05)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    try:
-        threading.Thread(target=interrupt).start()
-        with pytest.raises(KeyboardInterrupt):
-            build.built_library()
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        build.built_library()
     assert _are_gone(children.read_text().split())
     assert _names(cache) == ["lock"]
 

@@ -1,12 +1,21 @@
 """The step that accelerators get, with their algorithms, computes what the CPU's does: run here on CPU."""
 
-import functools
 from dataclasses import replace
 
 import chex
 import pytest
 
-from tests.support.mesh_step import MEMORY, TRAIN, TWO_AXES, V2, Compiled, after_steps, lowered, run_config
+from tests.support.mesh_step import (
+    MEMORY,
+    TRAIN,
+    TWO_AXES,
+    V2,
+    Compiled,
+    after_steps,
+    lowered,
+    run,
+    run_config,
+)
 from tests.support.step_models import FAMILY, MODEL, SMALL
 from ultramem_jax.config import DataConfig, MeshConfig, MoEConfig, RunConfig
 from ultramem_jax.ops.algorithms import choosing
@@ -36,13 +45,8 @@ def _run_for(config, target, steps, alone, **ways):
     return after_steps(config, Compiled(step.compile(), abstract, axes), steps)
 
 
-@functools.cache
-def _on_cpu(config, steps, alone):
-    return _run_for(config, "cpu", steps, alone)
-
-
 def _assert_equal(config, target, steps=4, alone=True, **ways):
-    expected, expected_losses, expected_metrics = _on_cpu(config, steps, alone)
+    expected, expected_losses, expected_metrics = run(config, steps, alone)
     state, losses, metrics = _run_for(config, target, steps, alone, **ways)
     chex.assert_trees_all_close(losses, expected_losses, rtol=2e-6)
     chex.assert_trees_all_close(metrics, expected_metrics, rtol=2e-4, atol=1e-6)

@@ -218,8 +218,7 @@ def test_dense_tables_are_saved_without_a_log(config, large, one_device, tmp_pat
 # ---- what goes wrong
 
 
-def test_an_interrupt_comes_after_the_record(config, optimizers, held, tmp_path, monkeypatch):
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of a parallel run ignore it
+def test_an_interrupt_comes_after_the_record(interruptible, config, optimizers, held, tmp_path, monkeypatch):
     state = drawn_state(config)
     expected = bits(state)
     record = UndoLog.record
@@ -233,7 +232,7 @@ def test_an_interrupt_comes_after_the_record(config, optimizers, held, tmp_path,
         step = loop._StepFunction(config, optimizers, alone(), state, checkpoints)
         save(checkpoints, 1, state)
         state, _ = step(state, batches(1)[0])
-    assert signal.signal(signal.SIGINT, previous) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with Checkpoints(tmp_path) as checkpoints:
         assert_same_bits(checkpoints.restore(abstract(expected)).state, expected)
 

@@ -206,19 +206,21 @@ def _experts(share: int) -> Iterator[_Candidate]:
     )
     gates, experts = jnp.full((tokens, k), 0.5), _integers(num_experts, tokens, k)
     shape = f"{tokens} tokens, {k} of {num_experts}, {width} × {inner}"
-    for name, way in (("ragged", ragged_experts), ("groups", grouped_experts), ("blocks", block_experts)):
-        # The choice of experts is an argument, or a compiler would sort tokens by expert itself.
-        def loss(
-            x: jax.Array,
-            weights: ExpertWeights,
-            gates: jax.Array,
-            experts: jax.Array,
-            way: Callable[..., jax.Array] = way,
-        ) -> jax.Array:
-            return way(x, gates, weights, dispatch_plan(experts, num_experts)).sum()
 
-        arguments = x, weights, gates, experts
-        yield _Candidate("experts, with gradients", name, shape, jax.grad(loss, (0, 1)), arguments)
+    def loss(
+        x: jax.Array,
+        weights: ExpertWeights,
+        gates: jax.Array,
+        experts: jax.Array,
+        way: Callable[..., jax.Array],
+    ) -> jax.Array:
+        return way(x, gates, weights, dispatch_plan(experts, num_experts)).sum()
+
+    # The choice of experts is an argument, or a compiler would sort tokens by expert itself.
+    arguments = x, weights, gates, experts
+    for name, way in (("ragged", ragged_experts), ("groups", grouped_experts), ("blocks", block_experts)):
+        gradients = jax.grad(partial(loss, way=way), (0, 1))
+        yield _Candidate("experts, with gradients", name, shape, gradients, arguments)
 
 
 def _svd(share: int) -> Iterator[_Candidate]:

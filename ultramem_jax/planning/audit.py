@@ -20,6 +20,7 @@ import jax
 
 from ultramem_jax.accounting.temporaries import decoding_temporaries, training_temporaries
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.errors import UserError
 from ultramem_jax.ops.algorithms import algorithms
 from ultramem_jax.parallel.collectives import collectives_in, summary
@@ -220,14 +221,10 @@ def _crowded_table(case: Case) -> str:
     train, tokens = case.config.train, case.config.train.batch_size * case.config.data.seq_len
     if case.program != "train" or train.table_gradient == "dense":
         return ""
-    rows: dict[str, int] = {}
-    reads: dict[str, int] = {}
-    for site in case.config.model.sites:
-        rows[site.table] = site.num_slots
-        reads[site.table] = reads.get(site.table, 0) + tokens * site.config.reads_per_token
-    for name, count in rows.items():
-        if reads[name] >= count:
-            return f"a step reads {reads[name]:,} rows of {name}, which has {count:,}"
+    for name, readers in table_readers(case.config.model).items():
+        rows, reads = readers[0].num_slots, tokens * readers[0].config.reads_per_token * len(readers)
+        if reads >= rows:
+            return f"a step reads {reads:,} rows of {name}, which has {rows:,}"
     return ""
 
 
