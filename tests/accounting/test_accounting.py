@@ -54,9 +54,15 @@ def test_parameters_of_a_dense_model_by_hand():
 
 
 def test_gains_of_attention_are_as_wide_as_all_its_heads():
-    p = accounting.count_parameters(replace(PLAIN, attention_qk_norm=True))
+    p = accounting.count_parameters(replace(PLAIN, attention_qk_norm="all_heads"))
     assert p.norms == 5 * 8 + 2 * (8 + 4)  # 4 heads of queries and 2 of keys, 2 wide
     assert p.active == 384 + 288
+    # 4 heads of queries and 2 of keys, now 6 wide: 8 × 6 × (4 + 2 + 2 + 4) weights, gains of 6, all biases.
+    p = accounting.count_parameters(
+        replace(PLAIN, head_dim=6, attention_qk_norm="per_head", attention_bias="all")
+    )
+    assert p.attention == 2 * 8 * 6 * 12
+    assert p.norms == 5 * 8 + 2 * (6 + 6 + 24 + 12 + 12 + 8)
 
 
 def test_parameters_of_a_memory_by_hand():
@@ -178,7 +184,9 @@ def test_parameters_of_experts_by_hand():
         replace(
             RING, memories={"memory": RING.memory.changed(query_per_rank=True, expansion=4, num_heads=2)}
         ),
-        replace(PLAIN, attention_qk_norm=True),
+        replace(PLAIN, attention_qk_norm="all_heads"),
+        replace(PLAIN, attention_qk_norm="per_head", attention_bias="all", head_dim=6),
+        replace(PLAIN, attention_bias="qkv", head_dim=4),
         replace(PLAIN, memories={"memory": MEMORY.changed(placement="instead@1/before@2")}),
         replace(MOE, memories={"memory": MEMORY.changed(placement="instead@2")}),
         *(PRESETS[name] for name in sorted(PRESETS)),
@@ -189,6 +197,8 @@ def test_parameters_of_experts_by_hand():
             "full ranks",
             "query per rank",
             "attention norms",
+            "wide heads, biases",
+            "wide heads, biases of keys",
             "instead",
             "instead of experts",
             *sorted(PRESETS),

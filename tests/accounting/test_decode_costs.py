@@ -60,7 +60,7 @@ def test_an_input_embedding_of_its_own_is_read_by_row():
 
 
 def test_gains_of_attention_belong_to_attention():
-    assert cost(replace(PLAIN, attention_qk_norm=True)).attention.bytes == 4 * 2 * (192 + 8 + 8 + 4)
+    assert cost(replace(PLAIN, attention_qk_norm="all_heads")).attention.bytes == 4 * 2 * (192 + 8 + 8 + 4)
 
 
 def test_experts_by_hand():

@@ -50,7 +50,7 @@ OTHERS = {
         CONFIG,
         num_heads=4,
         num_kv_heads=2,
-        attention_qk_norm=True,
+        attention_qk_norm="all_heads",
         memories={},
         moe=MoEConfig(num_experts=16, top_k=2, expert_dim=8, activation="swiglu"),
         tie_embeddings=False,

@@ -18,7 +18,7 @@ SIX = dataclasses.replace(LAYERS, num_layers=6)
 MEMORY = families.ultramem(placement="2:4/5:6", num_keys=8, top_m=3, num_heads=1, key_dim=8, value_dim=8)
 MODELS = {
     "dense": LAYERS,
-    "swiglu": dataclasses.replace(LAYERS, mlp="swiglu", attention_qk_norm=True, tie_embeddings=False),
+    "swiglu": dataclasses.replace(LAYERS, mlp="swiglu", attention_qk_norm="all_heads", tie_embeddings=False),
     "moe": dataclasses.replace(LAYERS, moe=MoEConfig(num_experts=4, top_k=2, expert_dim=8)),
     "ultramem": dataclasses.replace(SIX, memories={"memory": MEMORY}),
     "engram": dataclasses.replace(

@@ -56,6 +56,9 @@ def test_a_config_is_the_same_in_current_fields(tmp_path):
     without = before | {"model": before["model"] | {"memory": None}}
     assert run_config_from_dict(without).model.memories == {}
     assert upgrade_tree(to_dict(config)) == to_dict(config)
+    for flag, words in ((True, "all_heads"), (False, "none")):
+        normed = before | {"model": before["model"] | {"attention_qk_norm": flag}}
+        assert run_config_from_dict(normed).model.attention_qk_norm == words
     odd = before | {"model": before["model"] | {"memory": "x"}}
     with pytest.raises(UserError, match=r"unknown config key 'model\.memory'"):
         run_config_from_dict(odd)

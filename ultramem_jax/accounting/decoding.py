@@ -47,10 +47,10 @@ class DecodeCost:
     """Distinct rows that the step reads from all tables together, measured or else expected. 0 without
     memories."""
     attention: PartCost
-    """Projections and gains of attention: b·L·(2·D² + 2·D·(kv width) + D) bytes, and the gains of
-    `attention_qk_norm`."""
+    """Projections and gains of attention: b·L·(2·D·A·d + 2·D·A_kv·d + D) bytes, and the gains of
+    `attention_qk_norm` and the biases of `attention_bias`."""
     cache: PartCost
-    """Attention over the cache: 4·B·C·D·L FLOPs of scores and weighted sums, and 2·B·C·(kv width)·L·b_c
+    """Attention over the cache: 4·B·C·A·d·L FLOPs of scores and weighted sums, and 2·B·C·A_kv·d·L·b_c
     bytes. The step writes the cache position of the token itself and reads the others."""
     feed_forward: PartCost
     """MLPs, or the router and the chosen experts, b·L·(experts)·c·D·F bytes; with the gain before them."""
@@ -127,7 +127,6 @@ def decode_cost(
     # A token of a causal sequence of length S attends to (S + 1)/2 positions on average. Here that must be C.
     flops = flops_per_token(config, 2 * cache_length - 1)
     layers, width = config.num_layers, config.embed_dim
-    kv_width = config.num_kv_heads * (width // config.num_heads)
 
     attention = parameters.attention + parameters.norms - (layers + 1) * width
     feed_forward = parameters.feed_forward + parameters.router + layers * width
@@ -162,7 +161,7 @@ def decode_cost(
         attention=cost(flops.attention, attention),
         cache=PartCost(
             batch * flops.attention_scores,
-            2 * batch * cache_length * kv_width * layers * DTYPE_BYTES[cache_dtype],
+            2 * batch * cache_length * config.key_width * layers * DTYPE_BYTES[cache_dtype],
         ),
         feed_forward=cost(flops.feed_forward + flops.router, feed_forward + expert_weights),
         memory=cost(memory_flops, of_memory),

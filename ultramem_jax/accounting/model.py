@@ -42,14 +42,15 @@ class Parameters:
     output: int
     """Parameters of the output projection: D·V, or 0 where it is the transposed embedding."""
     attention: int
-    """Parameters of attention: L·(2·D·D + 2·D·(kv heads)·D/A) for query, output, key and value."""
+    """Parameters of attention: L·D·(2·A·d + 2·A_kv·d) for query, output, key and value."""
     feed_forward: int
     """Parameters of the MLPs: L·c·D·F, or 0 where experts replace them."""
     router: int
     """Parameters of the routers: L·D·X."""
     norms: int
     """Gains of norms: (2·L + 1)·D, for one before attention, one before the feed-forward, and one at the end.
-    With `attention_qk_norm` there are L·(D + (kv heads)·D/A) more, for queries and keys of attention."""
+    With `attention_qk_norm` there are L·(A·d + A_kv·d) more for queries and keys of all heads, or L·2·d per
+    head; with `attention_bias` L·(A·d + 2·A_kv·d) biases, and L·D of the output projection."""
     memory: Counter[str]
     """Dense parameters of all memories by group (`memory_parts.Parameter.group`). Product keys have the
     groups `queries`, `keys`, `norms`, `cores` and `conv`; readouts have `projection`, `gate`, ...; pre-values
@@ -239,18 +240,20 @@ class Bytes:
 def count_parameters(config: ModelConfig) -> Parameters:
     """Returns the parameters of a model by component. The fields of `Parameters` document the formulas."""
     d, layers, moe = config.embed_dim, config.num_layers, config.moe
-    kv_width = config.num_kv_heads * (d // config.num_heads)
-    attention_gains = d + kv_width if config.attention_qk_norm else 0
+    qk_width = config.query_width + config.key_width
+    attention_gains = {"none": 0, "all_heads": qk_width, "per_head": 2 * config.head_width}
+    attention_biases = {"none": 0, "qkv": qk_width + config.key_width, "all": qk_width + config.key_width + d}
+    attention_vectors = attention_gains[config.attention_qk_norm] + attention_biases[config.attention_bias]
     expert = MLP_MATRICES[moe.activation] * d * moe.expert_dim if moe else 0
     feeding = len(config.feed_forward_layers)
     of_memories = [parameter for site in config.sites for parameter in site.parameters.values()]
     return Parameters(
         embedding=config.vocab_size * d,
         output=0 if config.tie_embeddings else d * config.vocab_size,
-        attention=layers * (2 * d * d + 2 * d * kv_width),
+        attention=layers * 2 * d * qk_width,
         feed_forward=0 if moe else feeding * MLP_MATRICES[config.mlp] * d * config.mlp_dim,
         router=feeding * d * moe.num_experts if moe else 0,
-        norms=(2 * layers + 1) * d + layers * attention_gains,
+        norms=(2 * layers + 1) * d + layers * attention_vectors,
         experts=feeding * moe.num_experts * expert if moe else 0,
         active_experts=feeding * moe.top_k * expert if moe else 0,
         memory=Counter(_groups(config)),
@@ -276,7 +279,7 @@ def flops_per_token(config: ModelConfig, seq_len: int | None = None) -> Flops:
     for site in config.sites:
         for parameter in site.parameters.values():
             memory[parameter.group] += parameter.flops
-    scores = 2 * config.embed_dim * (seq_len + 1) * config.num_layers if seq_len else 0
+    scores = 2 * config.query_width * (seq_len + 1) * config.num_layers if seq_len else 0
     return Flops(
         attention=weight * parameters.attention,
         feed_forward=weight * (parameters.feed_forward + parameters.active_experts),

@@ -125,8 +125,8 @@ def _layer_bytes(model: ModelConfig) -> int:
     rows.
     """
     b, d = DTYPE_BYTES[model.dtype], model.embed_dim
-    kv = d // model.num_heads * model.num_kv_heads
-    attention = b * (6 * d + 2 * kv) + FLOAT32_BYTES * d
+    q, kv = model.query_width, model.key_width
+    attention = b * (4 * d + 2 * q + 2 * kv) + FLOAT32_BYTES * q
     inner = MLP_MATRICES[model.mlp]
     if model.moe is None:
         return attention + b * inner * model.mlp_dim
@@ -142,9 +142,9 @@ def _kept_bytes(model: ModelConfig, remat: str) -> int:
     """
     if remat == "layers":
         return DTYPE_BYTES[model.dtype] * model.embed_dim
-    kv = model.embed_dim // model.num_heads * model.num_kv_heads
     mlp = model.embed_dim + (MLP_MATRICES[model.mlp] - 1) * model.mlp_dim if model.moe is None else 0
-    return DTYPE_BYTES[model.dtype] * (3 * model.embed_dim + 2 * kv + mlp)
+    of_attention = model.embed_dim + model.query_width + 2 * model.key_width
+    return DTYPE_BYTES[model.dtype] * (model.embed_dim + of_attention + mlp)
 
 
 def _stacked_bytes(model: ModelConfig, parameters: Parameters) -> int:

@@ -8,7 +8,7 @@ valid. The letters are those of the axis legend in `ultramem_jax`.
 from ultramem_jax.config.data import DataConfig
 from ultramem_jax.config.memory import MemoryConfig
 from ultramem_jax.config.mesh import MeshConfig
-from ultramem_jax.config.model import ModelConfig, MoEConfig
+from ultramem_jax.config.model import ModelConfig, MoEConfig, RopeScalingConfig
 from ultramem_jax.config.run import RunConfig
 from ultramem_jax.config.train import TrainConfig
 from ultramem_jax.config.trees import run_config_from_dict, to_dict
@@ -19,6 +19,7 @@ __all__ = [
     "MeshConfig",
     "MoEConfig",
     "ModelConfig",
+    "RopeScalingConfig",
     "RunConfig",
     "TrainConfig",
     "run_config_from_dict",

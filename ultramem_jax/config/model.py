@@ -65,6 +65,34 @@ class MoEConfig(Checked):
 
 
 @dataclass(frozen=True)
+class RopeScalingConfig(Checked):
+    """Configures how rotary frequencies are lowered, for contexts beyond those of pretraining (Llama 3.1).
+
+    With the wavelength 2π/f of a frequency f, and N = `original_length`: frequencies of wavelengths above
+    N / `low_freq_factor` are divided by `factor`, those below N / `high_freq_factor` stay, and those between
+    are interpolated.
+    """
+
+    PREFIX = "model.rope_scaling."
+
+    factor: float = 8.0
+    """Divisor of the low frequencies."""
+    low_freq_factor: float = 1.0
+    """Turns in N positions, at most, of the frequencies that are divided."""
+    high_freq_factor: float = 4.0
+    """Turns in N positions, at least, of the frequencies that stay."""
+    original_length: int = 8192
+    """N, context length of pretraining, in tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "factor", "original_length")
+        self.require(self.low_freq_factor > 0, "low_freq_factor", "must be above 0")
+        allowed = f"must be above low_freq_factor = {self.low_freq_factor}"
+        self.require(self.high_freq_factor > self.low_freq_factor, "high_freq_factor", allowed)
+
+
+@dataclass(frozen=True)
 class ModelConfig(Checked):
     """Configures a pre-norm decoder. `moe` replaces the MLPs and `memories` are added; both are optional."""
 
@@ -78,12 +106,17 @@ class ModelConfig(Checked):
     num_layers: int = 4
     """L, Transformer layers."""
     num_heads: int = 4
-    """A, attention heads; each is D/A wide."""
+    """A, attention heads."""
     num_kv_heads: int = 4
     """Attention heads of keys and values; fewer than `num_heads` is grouped-query attention."""
-    attention_qk_norm: bool = False
-    """True for RMS norms with gain over the queries of all heads and over the keys of all heads (OLMoE, arXiv
-    2409.02060)."""
+    head_dim: int = 0
+    """d, width of an attention head; 0 is D/A."""
+    attention_qk_norm: Literal["none", "all_heads", "per_head"] = "none"
+    """RMS norms with gain of queries and keys, before the rotation: `all_heads`, over those of all heads
+    together (OLMoE, arXiv 2409.02060), or `per_head`, with one gain for all heads (Qwen3)."""
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    """Biases of attention: on the projections to queries, keys and values (`qkv`, Qwen2), or on these and on
+    the output projection (`all`)."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
     """Kind of the MLPs: `gelu` or `swiglu`."""
     mlp_dim: int = 512
@@ -105,6 +138,11 @@ class ModelConfig(Checked):
     grow with depth. Parameters and checkpoints are the same; only dropout draws other numbers."""
     rope_theta: float = 10_000.0
     """Base of the rotary position frequencies (RoFormer, arXiv 2104.09864)."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Scaling of the rotary frequencies, or None."""
+    max_length: int = 0
+    """Longest context in tokens that the model was made for; 0 is unknown. Generation and evaluation of an
+    open model go no further; training does not ask."""
     norm_eps: float = 1e-5
     """Epsilon of RMS norms."""
 
@@ -121,11 +159,15 @@ class ModelConfig(Checked):
         for name, most in LARGEST.items():
             allowed = f"must be at most {most:,}"
             require(getattr(self, name) <= most, f"model.{name}", getattr(self, name), allowed)
+        at_least(0, model__head_dim=self.head_dim, model__max_length=self.max_length)
         require(
-            self.embed_dim % (2 * self.num_heads) == 0,
+            self.head_dim > 0 or self.embed_dim % (2 * self.num_heads) == 0,
             "model.num_heads",
             self.num_heads,
             f"embed_dim / num_heads must be an even number, embed_dim is {self.embed_dim}",
+        )
+        require(
+            self.head_dim % 2 == 0, "model.head_dim", self.head_dim, "must be even: features turn in pairs"
         )
         require(
             self.num_heads % self.num_kv_heads == 0,
@@ -142,6 +184,21 @@ class ModelConfig(Checked):
                 isinstance(memory, MemoryConfig), f"model.memories.{name}", memory, "must be a MemoryConfig"
             )
         _ = self.sites  # reports a malformed placement now, not when the model is built
+
+    @property
+    def head_width(self) -> int:
+        """Returns d, the width of an attention head."""
+        return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def query_width(self) -> int:
+        """Returns A·d, the width of the queries of all heads, and of their pooled values."""
+        return self.num_heads * self.head_width
+
+    @property
+    def key_width(self) -> int:
+        """Returns A_kv·d, the width of the keys of all heads, and of the values."""
+        return self.num_kv_heads * self.head_width
 
     @functools.cached_property
     def sites(self) -> tuple[MemorySite, ...]:

@@ -24,8 +24,9 @@ def upgrade_tree(tree: JsonDict) -> JsonDict:
 
     Up to version 0.2 a model had at most one memory, `model.memory`, of product keys, and all its fields were
     in one dict. The upgraded tree names that memory `memory`, as its parameters are named in the checkpoints
-    of these versions.
+    of these versions. Up to then, too, `model.attention_qk_norm` was a boolean, whose True is `all_heads`.
     """
+    tree = _with_qk_norm_in_words(tree)
     if not is_old_tree(tree):
         return tree
     model = dict(tree["model"])
@@ -44,6 +45,14 @@ def upgrade_tree(tree: JsonDict) -> JsonDict:
         "readout": {"kind": "projection"} | readout,
     }
     return tree | {"model": model | {"memories": {"memory": own | parts}}}
+
+
+def _with_qk_norm_in_words(tree: JsonDict) -> JsonDict:
+    model = tree.get("model") if isinstance(tree, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("attention_qk_norm"), bool):
+        return tree
+    words = "all_heads" if model["attention_qk_norm"] else "none"
+    return tree | {"model": model | {"attention_qk_norm": words}}
 
 
 def is_old_tree(tree: object) -> bool:

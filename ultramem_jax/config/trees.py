@@ -10,7 +10,7 @@ from ultramem_jax.config.memory import MemoryConfig
 from ultramem_jax.config.memory_kinds import ADDRESSERS, READOUTS
 from ultramem_jax.config.memory_parts import TableConfig
 from ultramem_jax.config.mesh import MeshConfig
-from ultramem_jax.config.model import ModelConfig, MoEConfig
+from ultramem_jax.config.model import ModelConfig, MoEConfig, RopeScalingConfig
 from ultramem_jax.config.old_configs import upgrade_tree
 from ultramem_jax.config.run import RunConfig
 from ultramem_jax.config.train import TrainConfig
@@ -46,6 +46,7 @@ def _part(cls: type, field: str, tree: object, path: str) -> object:
         (RunConfig, "train"): TrainConfig,
         (RunConfig, "mesh"): MeshConfig,
         (ModelConfig, "moe"): MoEConfig,
+        (ModelConfig, "rope_scaling"): RopeScalingConfig,
         (MemoryConfig, "address"): ADDRESSERS,
         (MemoryConfig, "table"): TableConfig,
         (MemoryConfig, "readout"): READOUTS,

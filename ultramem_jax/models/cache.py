@@ -37,8 +37,7 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: str = 
     """
     at_least(1, batch_size=batch_size, cache_length=length)
     choice("cache_dtype", dtype, CACHE_DTYPES)
-    head_dim = config.embed_dim // config.num_heads
-    shape = (batch_size * config.num_kv_heads, length, head_dim)
+    shape = (batch_size * config.num_kv_heads, length, config.head_width)
     cache: Cache = {
         "visible": jnp.zeros((batch_size, length), bool),
         "lengths": jnp.zeros((batch_size,), jnp.int32),

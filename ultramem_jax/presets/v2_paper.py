@@ -21,7 +21,7 @@ _LAYERS_227M = ModelConfig(
     num_layers=20,
     num_heads=12,
     num_kv_heads=12,
-    attention_qk_norm=True,
+    attention_qk_norm="all_heads",
     mlp="swiglu",
     mlp_dim=2496,
 )
@@ -31,7 +31,7 @@ _LAYERS_1B = ModelConfig(
     num_layers=16,
     num_heads=16,
     num_kv_heads=16,
-    attention_qk_norm=True,
+    attention_qk_norm="all_heads",
     mlp="swiglu",
     mlp_dim=6784,
     tie_embeddings=False,
