@@ -15,8 +15,8 @@ from ultramem_jax.config.memory import MemoryConfig, MemorySite, memory_of
 from ultramem_jax.config.memory_parts import ModelContext
 from ultramem_jax.config.placement import Span
 from ultramem_jax.errors import guards_a_denominator, require
+from ultramem_jax.interop.entries import Entry, transposed
 from ultramem_jax.interop.hyper_values import Hyper, integer, number, of_hyper, value
-from ultramem_jax.interop.names import Entry, transposed
 
 MODULE = "memory_0"
 """Name of the layer in trees of variables."""

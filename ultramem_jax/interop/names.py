@@ -1,76 +1,22 @@
-"""Maps entries of the authors' state dict to variables of this project, and converts their layouts.
+"""Lists the entries of the authors' state dicts of single layers, with the layouts of their variables.
 
 The authors keep linear maps as (out, in), keys with their heads first and ranks last, and every Tucker core
 as a separate array.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ultramem_jax.errors import require
+from ultramem_jax.interop.entries import Entry, transposed
 from ultramem_jax.interop.hyper import Reference
 
-Path = tuple[str, ...]
 TABLES = "tables"
 """Name of the module that holds the tables."""
 _MOST_NUMBERS = 2**48
 """Bounds the size of an array: a petabyte in float32. At larger shapes NumPy would fail with its own
 errors."""
-
-
-def same(array: np.ndarray) -> np.ndarray:
-    """Returns the array as it is."""
-    return array
-
-
-def transposed(array: np.ndarray) -> np.ndarray:
-    """Returns the matrix of a linear map, (out, in), as (in, out), and back."""
-    return array.T
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Describes one variable, and the array or arrays of the state dict that it consists of."""
-
-    path: Path
-    """Collection, module and name of the variable."""
-    names: tuple[str, ...]
-    """Names in the state dict: one name, or for `cores` one per core, the second axis of the variable."""
-    shape: tuple[int, ...]
-    """Shape of the array under each name."""
-    to_variable: Callable[[np.ndarray], np.ndarray] = same
-    to_state: Callable[[np.ndarray], np.ndarray] = same
-    """Inverse of `to_variable`."""
-    constant: bool = False
-    """True for an integer array that is kept as a `Constant` with its dtype."""
-    limit: int | None = None
-    """Exclusive upper bound of a constant's numbers. None means a permutation, in which each number occurs
-    once."""
-
-    def pack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Returns the variable from the arrays under `names`, each of shape `shape`."""
-        return np.stack(arrays, axis=1) if self._in_parts else self.to_variable(arrays[0])
-
-    def unpack(self, variable: np.ndarray) -> list[np.ndarray]:
-        """Returns the arrays under `names` from the variable. It is the inverse of `pack`."""
-        parts = np.moveaxis(variable, 1, 0) if self._in_parts else [self.to_state(variable)]
-        return [np.array(part, order="C") for part in parts]
-
-    @property
-    def variable_shape(self) -> tuple[int, ...]:
-        """Returns the shape of the variable."""
-        if self._in_parts:
-            return (self.shape[0], len(self.names), *self.shape[1:])
-        # A view of a single number takes no memory, whatever the shape.
-        return self.pack([np.broadcast_to(np.float32(0), self.shape)]).shape
-
-    @property
-    def _in_parts(self) -> bool:
-        return self.path[-1] == "cores"
 
 
 def entries(reference: Reference) -> list[Entry]:
@@ -180,7 +126,7 @@ def _ultramem_entries(layer: _Layer) -> list[Entry]:
             to_variable=lambda keys: keys.transpose(1, 0, 4, 2, 3),  # to (side, head, rank, K, d_k)
             to_state=lambda keys: keys.transpose(1, 0, 3, 4, 2),
         ),
-        replace(cores, names=tuple(f"{cores.names[0]}.{core}" for core in range(address.num_cores))),
+        replace(cores, names=tuple(f"{cores.names[0]}.{i}" for i in range(address.num_cores)), axis=1),
         layer.entry("permutation", "shuffle_index", (num_keys**2,), collection="buffers", constant=True),
     ]
     for name, reference_name in (("row_direction", "tucker_core_u"), ("column_direction", "tucker_core_v")):

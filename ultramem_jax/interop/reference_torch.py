@@ -27,9 +27,10 @@ from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.interop.constant import Constant
 from ultramem_jax.interop.engram import MODULE, EngramReference
+from ultramem_jax.interop.entries import Entry, Path
 from ultramem_jax.interop.hyper import Reference
 from ultramem_jax.interop.hyper_values import Hyper
-from ultramem_jax.interop.names import TABLES, Entry, Path, entries
+from ultramem_jax.interop.names import TABLES, entries
 from ultramem_jax.interop.safetensors_files import read_safetensors, write_safetensors
 from ultramem_jax.layers.memory.memory import Memory, SharedTables
 from ultramem_jax.tree_types import Variables

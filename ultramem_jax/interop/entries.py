@@ -1,0 +1,70 @@
+"""Maps the entries of a state dict to variables of this project, and converts between their layouts."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+Path = tuple[str, ...]
+
+
+def same(array: np.ndarray) -> np.ndarray:
+    """Returns the array as it is."""
+    return array
+
+
+def transposed(array: np.ndarray) -> np.ndarray:
+    """Returns the matrix of a linear map, (out, in), as (in, out), and back."""
+    return array.T
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Describes one variable, and the array or arrays of the state dict that it consists of."""
+
+    path: Path
+    """Collection, modules and name of the variable."""
+    names: tuple[str, ...]
+    """Names in the state dict: one name, or with `axis` one for each index of that axis."""
+    shape: tuple[int, ...]
+    """Shape of the array under each name."""
+    to_variable: Callable[[np.ndarray], np.ndarray] = same
+    to_state: Callable[[np.ndarray], np.ndarray] = same
+    """Inverse of `to_variable`."""
+    axis: int | None = None
+    """Axis of the variable along which the arrays are stacked; None for a variable that is one array."""
+    constant: bool = False
+    """True for an array of integers."""
+    limit: int | None = None
+    """Exclusive upper bound of a constant's numbers. None means a permutation, in which each number occurs
+    once."""
+
+    def pack(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
+        """Returns the variable from the arrays under `names`, each of shape `shape`; takes one at a time."""
+        stacked: np.ndarray | None = None
+        for index, array in enumerate(arrays):
+            part = self.to_variable(array)
+            if self.axis is None:
+                return part
+            if stacked is None:
+                stacked = np.empty(self.variable_shape, part.dtype)
+            np.moveaxis(stacked, self.axis, 0)[index] = part
+        assert stacked is not None
+        return stacked
+
+    def unpack(self, variable: np.ndarray) -> list[np.ndarray]:
+        """Returns the arrays under `names` from the variable, in C order. It is the inverse of `pack`."""
+        return [np.array(self.part(variable, index), order="C") for index in range(len(self.names))]
+
+    def part(self, variable: np.ndarray, index: int) -> np.ndarray:
+        """Returns the array under the name of an index, as a view of the variable where that is possible."""
+        return self.to_state(variable if self.axis is None else np.moveaxis(variable, self.axis, 0)[index])
+
+    @property
+    def variable_shape(self) -> tuple[int, ...]:
+        """Returns the shape of the variable."""
+        # A view of a single number takes no memory, whatever the shape.
+        shape = self.to_variable(np.broadcast_to(np.float32(0), self.shape)).shape
+        if self.axis is None:
+            return shape
+        return (*shape[: self.axis], len(self.names), *shape[self.axis :])
