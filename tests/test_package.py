@@ -25,6 +25,8 @@ CHEX = "chex>=0.1.90,<0.3"
 IMPORTED_AS = {
     "absl-py": "absl",
     "orbax-checkpoint": "orbax",
+    "lm-eval": "lm_eval",
+    "pyyaml": "yaml",
     "tensorflow-datasets": "tensorflow_datasets",
 }
 NOT_IMPORTED = {"array_record", "importlib_resources"}
@@ -37,10 +39,10 @@ def _listed(name):
 
 
 def test_requirements_are_those_of_the_package_and_its_extras():
-    everything = PROJECT["dependencies"] + EXTRAS["tfds"] + EXTRAS["tensorboard"]
+    everything = PROJECT["dependencies"] + EXTRAS["tfds"] + EXTRAS["tensorboard"] + EXTRAS["gguf"]
     assert _listed("requirements.txt") == sorted([*everything, CHEX])
     # `-r requirements.txt` brings what the extra `dev` gets from the other extras, and chex.
-    runtime = {"ultramem_jax[tfds,tensorboard]", CHEX}
+    runtime = {"ultramem_jax[tfds,tensorboard,gguf]", CHEX}
     assert runtime <= set(EXTRAS["dev"])
     assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text().splitlines()
     assert _listed("requirements-dev.txt") == sorted(set(EXTRAS["dev"]) - runtime)
@@ -50,7 +52,8 @@ def test_requirements_are_those_of_the_package_and_its_extras():
 def test_the_library_imports_what_it_requires():
     imported = set().union(*map(imported_packages, (ROOT / "ultramem_jax").rglob("*.py")))
     imported -= {*sys.stdlib_module_names, "ultramem_jax", "_typeshed"}  # only mypy reads `_typeshed`
-    required = PROJECT["dependencies"] + EXTRAS["tfds"] + EXTRAS["tensorboard"]
+    extras = [EXTRAS[name] for name in ("tfds", "tensorboard", "gguf", "lm_eval")]
+    required = sum(extras, PROJECT["dependencies"])
     names = {re.match(r"[\w-]+", line)[0] for line in required} - NOT_IMPORTED
     assert imported == {IMPORTED_AS.get(name, name) for name in names}
 

@@ -11,7 +11,7 @@ from ultramem_jax.config.mesh import MeshConfig
 from ultramem_jax.config.model import ModelConfig, MoEConfig, RopeScalingConfig
 from ultramem_jax.config.run import RunConfig
 from ultramem_jax.config.train import TrainConfig
-from ultramem_jax.config.trees import run_config_from_dict, to_dict
+from ultramem_jax.config.trees import model_config_from_dict, run_config_from_dict, to_dict
 
 __all__ = [
     "DataConfig",
@@ -22,6 +22,7 @@ __all__ = [
     "RopeScalingConfig",
     "RunConfig",
     "TrainConfig",
+    "model_config_from_dict",
     "run_config_from_dict",
     "to_dict",
 ]

@@ -38,6 +38,16 @@ def run_config_from_dict(tree: JsonDict) -> RunConfig:
     return config
 
 
+def model_config_from_dict(tree: JsonDict) -> ModelConfig:
+    """Returns the `ModelConfig` that `to_dict` of this version converted to a tree.
+
+    Raises:
+        UserError: an unknown key, or a value that is not allowed.
+    """
+    config: ModelConfig = _build(ModelConfig, tree, "model")
+    return config
+
+
 def _part(cls: type, field: str, tree: object, path: str) -> object:
     """Returns the value of a field: the config that its tree describes, or the tree itself for a value."""
     parts: dict[tuple[type, str], type | Registry] = {

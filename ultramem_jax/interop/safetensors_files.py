@@ -5,6 +5,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ import safetensors.numpy
 
 from ultramem_jax.errors import UserError, require
 
-_DTYPES: dict[str, np.dtype] = {
+DTYPES: dict[str, np.dtype] = {
     code: np.dtype(dtype)
     for code, dtype in {
         "F64": np.float64,
@@ -47,15 +48,15 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for a writer
         raise UserError(f"{path}: cannot be read: not a regular file")
-    _require_dtypes(path)
+    require_dtypes(path)
     try:
         return safetensors.numpy.load_file(path)
     except (FileNotFoundError, ValueError):  # ValueError: a path with a zero byte
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: not a whole .safetensors file: {_one_line(error)}") from None
+        raise UserError(f"{path}: not a whole .safetensors file: {one_line(error)}") from None
 
 
 def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, object]) -> None:
@@ -82,23 +83,28 @@ def write_safetensors(path: str | os.PathLike[str], state: Mapping[str, object])
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written: {_one_line(error)}") from None
+        raise UserError(f"{path}: cannot be written: {one_line(error)}") from None
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
 
 
-def _require_dtypes(path: str | os.PathLike[str]) -> None:
+def require_dtypes(path: str | os.PathLike[str]) -> None:
     """Refuses arrays that NumPy cannot hold. The format's own reader reports a broken header."""
     try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(size, _LONGEST_HEADER)))
+        header, _ = header_of(path)
         dtypes = {name: str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return
     for name, dtype in dtypes.items():
-        require(dtype in _DTYPES, f"{path}: {name}.dtype", dtype, f"must be one of {', '.join(_DTYPES)}")
+        require(dtype in DTYPES, f"{path}: {name}.dtype", dtype, f"must be one of {', '.join(DTYPES)}")
+
+
+def header_of(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
+    """Returns what the header of a file says of its tensors, unchecked, and where their bytes start."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(min(size, _LONGEST_HEADER))), 8 + size
 
 
 def _storable(name: str, value: object) -> np.ndarray:
@@ -108,8 +114,8 @@ def _storable(name: str, value: object) -> np.ndarray:
         array = np.asarray(value, order="C")
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"{name}: must be an array of numbers, not a {type(value).__name__}") from None
-    known = array.dtype.newbyteorder("=") in _DTYPES.values()
-    allowed = f"cannot be written; allowed are {', '.join(dtype.name for dtype in _DTYPES.values())}"
+    known = array.dtype.newbyteorder("=") in DTYPES.values()
+    allowed = f"cannot be written; allowed are {', '.join(dtype.name for dtype in DTYPES.values())}"
     require(known, f"{name}.dtype", array.dtype.name, allowed)
     return array
 
@@ -120,5 +126,6 @@ def _umask() -> int:
     return mask
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Returns the message of an error without line ends."""
     return " ".join(str(error).split())

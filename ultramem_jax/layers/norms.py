@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x (..., d) of any float dtype to (..., d) in `dtype`.
 
-        The gain is the parameter `scale` (d,), float32.
+        The gain is the parameter `scale` (d,), float32, or another dtype in a model that was loaded so.
         """
         gain = self.param("scale", nn.initializers.constant(self.gain_init), (x.shape[-1],), jnp.float32)
-        return rms_norm(x.astype(jnp.float32), gain, self.eps).astype(self.dtype)
+        return rms_norm(x.astype(jnp.float32), gain.astype(jnp.float32), self.eps).astype(self.dtype)

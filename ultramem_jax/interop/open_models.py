@@ -1,0 +1,235 @@
+"""Loads open models into a `Transformer`, and writes models in the form in which open models come.
+
+    config, variables = load("SmolLM2-135M")          # a folder of Hugging Face, or a .gguf file
+    logits = Transformer(config).apply(variables, ids)
+    save("again", config, variables)
+
+Folders hold `config.json` and one or several `.safetensors` files; `hf_config.FAMILIES` lists the families of
+models. Files are GGUF, of any type of weights that the package `gguf` decodes. Whole checkpoints of the
+UltraMem authors' OLMoE code load as well (`olmo_checkpoints`). Models with memories are written under names
+of this project (`hf_names`), and load again.
+"""
+
+import dataclasses
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.errors import UserError, choice, require
+from ultramem_jax.interop import hf_config, hf_folder
+from ultramem_jax.interop.entries import Entry
+from ultramem_jax.interop.gguf_models import open_gguf_model
+from ultramem_jax.interop.hf_names import entries
+from ultramem_jax.interop.olmo_checkpoints import is_olmo_checkpoint, load_olmo, read_olmo_config
+from ultramem_jax.interop.safetensors_stream import TensorToWrite
+from ultramem_jax.interop.stored_tensors import StoredTensors
+from ultramem_jax.tree_types import ArrayTree, JsonDict, Variables
+
+__all__ = ["load", "read_config", "save"]
+
+_DTYPES = ("float32", "float16", "bfloat16")
+"""Dtypes of stored weights, and of saved ones."""
+_NAMED = 4
+"""Number of tensors that an error names."""
+
+
+def load(
+    path: str | os.PathLike[str],
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    *,
+    ignore: Collection[str] = (),
+) -> tuple[ModelConfig, Variables]:
+    """Loads a model: its config, and the variables with which `Transformer(config)` computes it.
+
+    Tensors are read one by one, and only when the config, all names and all shapes are known to be right. So
+    host memory holds the model and about two tensors more.
+
+    Args:
+        path: a folder of Hugging Face or of the UltraMem authors' code, or a `.gguf` file.
+        dtype: dtype of the computation, and of all variables but those of memories. With None variables keep
+            the dtype of the file (float32 if the file has quantised ones), and the computation is in float32.
+        ignore: fields of `config.json` that would be refused as unknown, and do not change the model.
+
+    Returns:
+        The config, and `params`, `memory` and `buffers` on the first device.
+
+    Raises:
+        UserError: the path is no such model; the config asks for what is not computed here, or contradicts
+            the tensors; a file is broken; a tensor is missing, unknown, misshapen or of another dtype.
+    """
+    if dtype is not None:
+        choice("dtype", dtype, ("float32", "bfloat16"))
+    path = Path(path)
+    if is_olmo_checkpoint(path):
+        return load_olmo(path, dtype)
+    tree, where, tensors = _opened(path)
+    config = hf_config.model_config(tree, where, ignore)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
+    if config.moe is not None:  # before a list of so many names is made
+        allowed = f"must be at most the {len(tensors.shapes):,} tensors of {tensors.where}"
+        number = config.moe.num_experts
+        require(number <= len(tensors.shapes), f"{where}: number of experts", number, allowed)
+    expected = entries(config, hf_config.expert_names(tree["model_type"]))
+    _check(expected, tensors, config.tie_embeddings)
+    variables: dict[str, ArrayTree] = {"params": {}, "memory": {}, "buffers": {}}
+    for entry in expected:
+        cast = dtype if _is_of_layers(config, entry) else None
+        _put(variables, entry, _read(entry, tensors, cast))
+    return config, variables
+
+
+def read_config(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -> ModelConfig:
+    """Returns the config that `load` returns, without reading the tensors.
+
+    Arguments and errors are those of `load`.
+    """
+    path = Path(path)
+    if is_olmo_checkpoint(path):
+        return read_olmo_config(path)
+    tree, where, _ = _opened(path)
+    return hf_config.model_config(tree, where, ignore)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    variables: Mapping[str, ArrayTree],
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a model in Hugging Face's form: `config.json` and one or several `.safetensors` files.
+
+    A model that a family of Hugging Face computes is written as that family (Mistral as Llama, which is the
+    same). Others, such as models with memories, are written as `ultramem_jax`, which only this project reads.
+    Tensors are written one by one. The folder appears whole or not at all.
+
+    Args:
+        folder: the folder, which must be new or empty.
+        config: the model.
+        variables: its `params`, `memory` and `buffers`, as `load` and `training.restore.load_model` return
+            them.
+        dtype: dtype of all tensors but those of memories: `float32`, `float16` or `bfloat16`. None keeps
+            that of each variable, so that what was loaded without a dtype is written bit for bit.
+        shard_bytes: most bytes of a file.
+
+    Raises:
+        UserError: the folder is in use or cannot be written; a variable is missing, extra or misshapen.
+    """
+    if dtype is not None:
+        choice("dtype", dtype, _DTYPES)
+    model_type = hf_config.family_of(config)
+    tensors: dict[str, TensorToWrite] = {}
+    unknown = {path for path, _ in _leaves(variables)}
+    for entry in entries(config, hf_config.expert_names(model_type)):
+        variable = _variable(variables, entry)
+        unknown.discard(entry.path)
+        stored = entry.part(np.empty(entry.variable_shape, variable.dtype), 0).dtype
+        if dtype is not None and _is_of_layers(config, entry):
+            stored = jnp.dtype(dtype)
+        for index, name in enumerate(entry.names):
+            tensors[name] = _to_write(entry, variable, index, stored)
+    extra = ["/".join(path) for path in sorted(unknown)]
+    require(not extra, "variables", extra[:_NAMED], "must be those of the config's model")
+    dtypes = {tensor.dtype.name for tensor in tensors.values() if jnp.issubdtype(tensor.dtype, jnp.floating)}
+    tree = hf_config.hf_tree(config, "float32" if "float32" in dtypes else min(dtypes))
+    hf_folder.write_folder(Path(folder), tree, tensors, shard_bytes)
+
+
+def _opened(path: Path) -> tuple[JsonDict, str, StoredTensors]:
+    """Returns a config in Hugging Face's form, where it stands, and the tensors."""
+    if path.is_dir():
+        file = path / hf_folder.CONFIG
+        require(
+            file.exists(), "model", str(path), f"must be a folder with {hf_folder.CONFIG}, or a .gguf file"
+        )
+        return hf_folder.read_json(file), str(file), hf_folder.FolderTensors(path)
+    require(path.exists(), "model", str(path), "must be a folder or a .gguf file, and there is none")
+    if path.suffix == ".safetensors":
+        raise UserError(f"model = {str(path)!r}: must be the folder, which also has {hf_folder.CONFIG}")
+    tree, tensors = open_gguf_model(path)
+    return tree, str(path), tensors
+
+
+def _is_of_layers(config: ModelConfig, entry: Entry) -> bool:
+    """Tells whether a variable is a dense parameter of the layers, embeddings or output, not of a memory."""
+    return entry.path[0] == "params" and entry.path[1] not in {site.name for site in config.sites}
+
+
+def _check(expected: Collection[Entry], tensors: StoredTensors, tied: bool) -> None:
+    """Refuses tensors that are missing, unknown, misshapen or of a dtype without floats."""
+    shapes, where = tensors.shapes, tensors.where
+    missing = [name for entry in expected for name in entry.names if name not in shapes]
+    if missing:
+        raise UserError(f"{where}: has no tensor {_some(missing)}, which its config needs")
+    known = {name for entry in expected for name in entry.names}
+    extra = sorted(name for name in shapes if name not in known and not _needless(name, tied))
+    if extra:
+        raise UserError(f"{where}: has the tensor {_some(extra)}, which a model of its config does not have")
+    for entry in expected:
+        for name in entry.names:
+            shape = shapes[name]
+            require(shape == entry.shape, f"{where}: {name}.shape", shape, f"must be {entry.shape}")
+            dtype = tensors.dtype(name)
+            if entry.constant:
+                require("int" in dtype, f"{where}: {name}.dtype", dtype, "must be one of integers")
+            else:
+                allowed = f"must be {', '.join(_DTYPES)} or a quantised one of GGUF"
+                quantised = dtype.upper() == dtype and dtype.isascii() and not dtype.startswith("I")
+                require(dtype in _DTYPES or quantised, f"{where}: {name}.dtype", dtype, allowed)
+
+
+def _needless(name: str, tied: bool) -> bool:
+    """Tells whether a tensor says nothing new: rotary frequencies, or the tied output once more."""
+    return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _read(entry: Entry, tensors: StoredTensors, dtype: str | None) -> jax.Array:
+    variable = entry.pack(tensors.read(name) for name in entry.names)
+    if dtype is not None:
+        variable = variable.astype(jnp.dtype(dtype))
+    return jnp.asarray(variable)
+
+
+def _put(variables: dict[str, Any], entry: Entry, value: jax.Array) -> None:
+    *modules, name = entry.path
+    for module in modules:
+        variables = variables.setdefault(module, {})
+    variables[name] = value
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    found = []
+    for name, value in tree.items():
+        found += _leaves(value, (*path, name)) if isinstance(value, Mapping) else [((*path, name), value)]
+    return found
+
+
+def _variable(variables: Mapping[str, Any], entry: Entry) -> Any:
+    found: Any = variables
+    for name in entry.path:
+        if not isinstance(found, Mapping) or name not in found:
+            raise UserError(f"variables: has no {'/'.join(entry.path)}, which the config's model needs")
+        found = found[name]
+    shape = np.shape(found)
+    allowed = f"must be {entry.variable_shape}, as in the config's model"
+    require(shape == entry.variable_shape, f"variables: {'/'.join(entry.path)}.shape", shape, allowed)
+    return found
+
+
+def _to_write(entry: Entry, variable: Any, index: int, dtype: np.dtype) -> TensorToWrite:
+    return TensorToWrite(
+        dtype, entry.shape, lambda: entry.part(np.asarray(variable), index).astype(dtype, copy=False)
+    )
