@@ -4,19 +4,28 @@ By default the splits are cut into disjoint sequences of data.seq_len tokens. --
 them instead, so that each target has more context. The mesh on which the run was trained does not matter.
 
     ultramem evaluate --workdir=runs/demo --checkpoint=best --splits=test
+
+With --tasks it evaluates tasks of lm-evaluation-harness instead: its own, which download their data, or those
+that YAML files in --tasks_path describe.
+
+    ultramem evaluate --workdir=runs/demo --tasks=hellaswag,arc_easy --limit=100
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
 
 from absl import flags
 
 from ultramem_jax.cli.arguments import check_names
-from ultramem_jax.data import SPLITS, load_corpus
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.data import SPLITS, Tokenizer, load_corpus
+from ultramem_jax.errors import UserError
 from ultramem_jax.reporting import markdown
 from ultramem_jax.training.continuing import check_corpus
 from ultramem_jax.training.evaluation import Evaluator
 from ultramem_jax.training.restore import load_model
+from ultramem_jax.tree_types import ArrayTree
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder of the run")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "`last`, `best` (validation loss), or a step")
@@ -36,13 +45,68 @@ BATCHES = flags.DEFINE_integer(
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     None,
-    "sequences in a batch; by default as many as in a training step, which may be too many for one device",
+    "sequences in a batch; by default as many as in a training step, which may be too many for one device; "
+    "with --tasks by default 8",
     lower_bound=1,
 )
+TASKS = flags.DEFINE_list(
+    "tasks",
+    None,
+    "tasks of lm-evaluation-harness to evaluate instead of splits; `paper`: the ten of the UltraMem paper",
+)
+TASKS_PATH = flags.DEFINE_string("tasks_path", "", "folder with further tasks, as YAML files")
+LIMIT = flags.DEFINE_integer("limit", 0, "documents per task, the first ones; 0: all", lower_bound=0)
+NUM_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", None, "examples in each prompt of a task; by default the task's own number", lower_bound=0
+)
+
+_OF_SPLITS = ("splits", "stride", "batches")
+_OF_TASKS = ("tasks_path", "limit", "num_fewshot")
 
 
 def main() -> None:
-    """Evaluates the checkpoint and prints a table with a row per split."""
+    """Evaluates the checkpoint and prints a table with a row per split, or per metric of each task."""
+    if TASKS.value is None:
+        _check_absent(_OF_TASKS, "needs --tasks")
+        _evaluate_splits()
+    else:
+        _check_absent(_OF_SPLITS, "is for splits, and --tasks evaluates tasks instead")
+        _evaluate_tasks()
+
+
+def _check_absent(names: Sequence[str], reason: str) -> None:
+    for name in names:
+        if flags.FLAGS[name].present:
+            raise UserError(f"--{name} = {flags.FLAGS[name].value!r}: {reason}")
+
+
+def _evaluate_tasks() -> None:
+    from ultramem_jax.interop import lm_eval  # noqa: F401  # says what is missing before anything is loaded
+
+    loaded = load_model(WORKDIR.value, CHECKPOINT.value)
+    print(f"step {loaded.step} of {WORKDIR.value}")
+    print(task_table(loaded.config.model, loaded.variables, loaded.tokenizer, loaded.config.data.seq_len))
+
+
+def task_table(
+    config: ModelConfig, variables: dict[str, ArrayTree], tokenizer: Tokenizer, max_length: int
+) -> str:
+    """Returns the table of the tasks that the flags name, for a model that reads up to `max_length` tokens.
+
+    Raises:
+        UserError: lm-evaluation-harness is not installed, or a task is not known or cannot be loaded.
+    """
+    # The harness takes seconds to import, and may not be installed.
+    from ultramem_jax.interop.lm_eval import UltramemLM, evaluate_tasks, result_rows
+
+    batch_size = BATCH_SIZE.value or 8
+    model = UltramemLM(config, variables, tokenizer, max_length=max_length, batch_size=batch_size)
+    options = {"limit": LIMIT.value or None, "num_fewshot": NUM_FEWSHOT.value}
+    results = evaluate_tasks(model, TASKS.value or [], TASKS_PATH.value, **options)
+    return markdown.table(result_rows(results))
+
+
+def _evaluate_splits() -> None:
     splits = SPLIT_NAMES.value
     check_names("splits", splits, SPLITS)
     loaded = load_model(WORKDIR.value, CHECKPOINT.value)
