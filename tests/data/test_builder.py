@@ -1,5 +1,6 @@
 """The cache: what is built is whole, is built once, and is the stream of tokens itself."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,9 +12,11 @@ import chex
 import numpy as np
 import pytest
 
+from tests.data.trained_tokenizers import byte_level, sentencepiece
 from ultramem_jax import DataConfig, UserError
-from ultramem_jax.data import builder
+from ultramem_jax.data import builder, load_corpus, open_tokenizer
 from ultramem_jax.data.builder import cache_root, prepare
+from ultramem_jax.data.pre_tokenizers import PRE_TOKENIZERS
 from ultramem_jax.data.sources import SPLITS, open_source
 from ultramem_jax.data.token_files import open_tokens, read_description, tokens_path
 
@@ -58,6 +61,52 @@ def test_tokens_are_the_documents_each_followed_by_one_eos(tmp_path, fields):
         assert description["num_documents"][split] == len(documents) == (found == tokenizer.eos_id).sum()
         assert description["num_bytes"][split] == sum(map(len, documents))
     assert description["corpus_hash"] == source.survey().key
+
+
+def test_documents_begin_and_end_as_the_tokenizer_of_a_file_says(tmp_path):
+    sentencepiece().save(str(tmp_path / "tokenizer.json"))
+    config = folder_config(tmp_path, tokenizer=str(tmp_path / "tokenizer.json"))
+    corpus = load_corpus(config)
+    tokenizer = open_tokenizer(tmp_path)
+    assert corpus.tokenizer.fingerprint == tokenizer.fingerprint
+    assert tokenizer.start_ids == (1,) and tokenizer.eos_id == 2
+    for split in SPLITS:
+        documents = [d.data for d in open_source(config).documents(split)]
+        expected = [i for data in documents for i in (1, *tokenizer.encode(data), 2)]
+        found = open_tokens(corpus.folder, split)
+        assert found.tolist() == expected
+        assert tokenizer.decode(found) == b"".join(documents)
+        assert corpus.num_bytes[split] == sum(map(len, documents))
+
+
+def test_a_corpus_belongs_to_the_contents_of_the_tokenizers_file(tmp_path, monkeypatch):
+    file = tmp_path / "tokenizer.json"
+    byte_level(PRE_TOKENIZERS["gpt-2"]).save(str(file))
+    config = folder_config(tmp_path, tokenizer=tmp_path)  # the folder, as a path
+    first, kept = prepare(config), open_tokenizer(file)
+    moved = dataclasses.replace(config, tokenizer=str(file.rename(tmp_path / "moved.json")))
+    monkeypatch.setattr(builder, "_build", lambda *_: pytest.fail("built again"))
+    assert prepare(moved) == first == load_corpus(config, kept).folder
+    monkeypatch.undo()
+    byte_level(PRE_TOKENIZERS["smollm"]).save(str(tmp_path / "moved.json"))
+    assert prepare(moved) != first
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (
+            "byte",
+            r"data\.tokenizer = 'byte': no such file; must be 'bytes', 'bpe', a tokenizer\.json, a folder",
+        ),
+        ("no/tokenizer.json", r"data\.tokenizer = 'no/tokenizer\.json': no such file"),
+        ("", r"data\.tokenizer = '': must be 'bytes', 'bpe' or a file"),
+    ],
+)
+def test_a_tokenizer_that_is_nowhere(config, tokenizer, message):
+    with pytest.raises(UserError, match=message):
+        prepare(dataclasses.replace(config, tokenizer=tokenizer))
+    assert not Path(config.cache_dir).exists()
 
 
 @pytest.mark.parametrize(
@@ -124,6 +173,7 @@ def test_ids_beyond_16_bits(config, monkeypatch):
     class WideTokenizer(builder.ByteTokenizer):
         vocab_size = 70_001
         eos_id = 70_000
+        start_ids = (70_000,)
 
         def encode(self, data):
             return super().encode(data) + 69_000
@@ -162,8 +212,9 @@ def test_only_what_is_needed_stays(config):
 
 KILLED = """
 import os, signal, sys
+from tests.data.trained_tokenizers import byte_level, sentencepiece
 from ultramem_jax import DataConfig
-from ultramem_jax.data import builder
+from ultramem_jax.data import builder, load_corpus, open_tokenizer
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -9,14 +9,14 @@ import pytest
 import tokenizers as library
 from tokenizers import models, pre_tokenizers, trainers
 
-from ultramem_jax.data import tokenizers
+from ultramem_jax.data import byte_level
 from ultramem_jax.data.canonical_ids import canonical_ids, normalised
 from ultramem_jax.data.tokenizers import EOS_TOKEN, BpeTokenizer, ByteTokenizer
 
 
 def _bpe(tokens):
     """A tokenizer with the 256 bytes, the end-of-document token and `tokens`, in this order."""
-    characters = tokenizers._byte_characters()
+    characters = byte_level.byte_characters()
     written = [characters[byte] for byte in range(256)] + [EOS_TOKEN]
     for token in tokens:
         written.append("".join(characters[byte] for byte in token))

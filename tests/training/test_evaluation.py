@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from tests.data.trained_tokenizers import sentencepiece
 from ultramem_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
-from ultramem_jax.data import load_corpus
+from ultramem_jax.data import load_corpus, open_tokenizer
 from ultramem_jax.models import Transformer
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes, one_device
 from ultramem_jax.presets import families
 from ultramem_jax.training.dense_optimizer import make_optimizers
-from ultramem_jax.training.evaluation import Evaluation, Evaluator, bits_per_byte
+from ultramem_jax.training.evaluation import Evaluation, Evaluator, TargetBytes, bits_per_byte
 from ultramem_jax.training.loop import train
 from ultramem_jax.training.metrics import read_metrics
 from ultramem_jax.training.restore import load_model
@@ -124,6 +125,23 @@ def test_bits_per_byte_are_all_bits_over_all_bytes():
     assert bits_per_byte(np.log(2) * 3, 1) == pytest.approx(3.0)
     assert bits_per_byte(np.log(2) * 3, 4) == pytest.approx(0.75)
     assert bits_per_byte(1.0, 0) == math.inf
+
+
+def test_bytes_of_targets_are_those_of_the_text_before_which_a_tokenizer_puts_a_blank(tmp_path):
+    sentencepiece().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(tmp_path)
+    documents = [b"the cat", b"", b" sat on", "\n漢字か \n the mat".encode()]
+    stream = [i for data in documents for i in (1, *tokenizer.encode(data).tolist(), 2)]
+    count = TargetBytes(tokenizer, one_device())
+    assert int(count(np.array([stream]))) == sum(map(len, documents))
+    # The same targets in windows of three, each of which begins where the one before ends.
+    padded = [*stream, *[0] * 3]
+    windows = np.array([padded[start : start + 4] for start in range(0, len(stream) - 1, 3)])
+    mask = np.arange(windows[:, 1:].size).reshape(-1, 3) < len(stream) - 1
+    assert int(count(windows, mask)) == sum(map(len, documents))
+    # The same token stands for one byte more inside a document.
+    (first,) = tokenizer.encode(b" ")[:1]
+    assert [int(count(np.array([[before, first]]))) for before in (1, 2, 300)] == [0, 0, 1]
 
 
 def test_perplexity_is_of_a_token():

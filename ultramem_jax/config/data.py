@@ -1,7 +1,6 @@
 """Configures the training data: corpus, tokenizer and sequence length."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from ultramem_jax.config.field_types import Checked, FilePath
 from ultramem_jax.config.limits import LARGEST
@@ -20,8 +19,9 @@ class DataConfig(Checked):
     path: FilePath = ""
     """File or folder of `enwik8` (plain or .gz) or `text`; for `tfds:NAME` the data folder of TFDS, or empty
     for its default."""
-    tokenizer: Literal["bytes", "bpe"] = "bytes"
-    """Tokenizer: `bytes`, or `bpe`, byte-pair encoding trained on the training split of the corpus."""
+    tokenizer: FilePath = "bytes"
+    """Tokenizer: `bytes`; `bpe`, byte-pair encoding trained on the training split of the corpus; or that of
+    another model: a `tokenizer.json`, a folder that holds one, or a GGUF file."""
     bpe_vocab_size: int = 8192
     """Vocabulary size of `bpe`, with the end-of-document token."""
     seq_len: int = 256
@@ -31,6 +31,7 @@ class DataConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.tokenizer != "", "data.tokenizer", self.tokenizer, "must be 'bytes', 'bpe' or a file")
         at_least(2, data__seq_len=self.seq_len)
         at_least(258, data__bpe_vocab_size=self.bpe_vocab_size)
         most = LARGEST["vocab_size"]

@@ -1,7 +1,8 @@
 """Builds a corpus: tokenizes it once, into a folder of the cache.
 
-The documents of a split, each followed by one end-of-document token, form one stream of tokens. Streams do
-not depend on sequences, so one build serves every seq_len.
+The documents of a split, each followed by one end-of-document token, form one stream of tokens. A tokenizer
+of another model may also have a token that begins each of them. Streams do not depend on sequences, so one
+build serves every seq_len.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from ultramem_jax.data.token_files import (
     tokens_path,
     write_description,
 )
+from ultramem_jax.data.tokenizer_files import ALLOWED, open_tokenizer
 from ultramem_jax.data.tokenizers import BpeTokenizer, ByteTokenizer, Tokenizer
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.files import cache_folder, locked, sync_folder
@@ -34,29 +36,38 @@ _FORMAT = 2
 """Format of the cache. It is raised when the contents of the cache change their meaning."""
 
 
-def prepare(config: DataConfig) -> Path:
+def prepare(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
     """Returns the folder of the tokenized corpus, and builds it first if it is not in the cache.
 
     The folder gets its name by a rename when it is whole and on disk, so a folder of that name is always
     whole, also after a loss of power. A lock lets one process of a machine build while the others wait. The
     next process removes what a killed one left behind.
 
+    Args:
+        config: describes the corpus.
+        tokenizer: the tokenizer of a file, for a `config.tokenizer` that names one; None opens it.
+
     Raises:
-        UserError: see `open_source`; a cache folder that cannot be written; an empty training split for
-            `bpe`.
+        UserError: see `open_source`, and `open_tokenizer` for that of a file; a cache folder that cannot be
+            written; an empty training split for `bpe`.
     """
+    if tokenizer is None:
+        tokenizer = file_tokenizer(config)
     source = open_source(config)
     survey = source.survey()
     require(survey.num_bytes != 0, "data.path", config.path, "must hold some text; all documents are empty")
+    kind = config.tokenizer if tokenizer is None else "file"
     settings = {
         "format": _FORMAT,
         "corpus": survey.key,
-        "tokenizer": config.tokenizer,
-        "bpe_vocab_size": config.bpe_vocab_size if config.tokenizer == "bpe" else None,
+        "tokenizer": kind,
+        "bpe_vocab_size": config.bpe_vocab_size if kind == "bpe" else None,
     }
+    if tokenizer is not None:
+        settings["tokenizer_hash"] = tokenizer.fingerprint
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     label = re.sub(r"\W+", "_", config.dataset)
-    folder = cache_root(config) / f"{label}-{config.tokenizer}-{key[:16]}"
+    folder = cache_root(config) / f"{label}-{kind}-{key[:16]}"
     if folder.exists():
         return folder
     try:
@@ -66,7 +77,7 @@ def prepare(config: DataConfig) -> Path:
                 shutil.rmtree(incomplete, ignore_errors=True)
                 incomplete.mkdir()
                 try:
-                    _build(config, source, survey.num_bytes, incomplete)
+                    _build(config, tokenizer, source, survey.num_bytes, incomplete)
                     sync_folder(incomplete)
                     os.rename(incomplete, folder)
                 finally:
@@ -84,14 +95,31 @@ def cache_root(config: DataConfig) -> Path:
     return Path(config.cache_dir).expanduser() if config.cache_dir else cache_folder()
 
 
+def file_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """Returns the tokenizer of the file that `config.tokenizer` names, or None if it names no file.
+
+    Raises:
+        UserError: there is no such file; see `open_tokenizer`.
+    """
+    if config.tokenizer in ("bytes", "bpe"):
+        return None
+    there = Path(config.tokenizer).expanduser().exists()
+    require(there, "data.tokenizer", config.tokenizer, f"no such file; must be 'bytes', 'bpe', {ALLOWED}")
+    return open_tokenizer(config.tokenizer)
+
+
 def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
     """Returns the tokenizer that the corpus in `folder` was made with.
 
     Raises:
-        UserError: the folder's `tokenizer.json` is damaged, or is not the tokenizer of its tokens.
+        UserError: the folder's `tokenizer.json` is damaged, or is not the tokenizer of its tokens; for a
+            tokenizer of a file see `file_tokenizer`.
     """
     if config.tokenizer == "bytes":
         return ByteTokenizer()
+    of_file = file_tokenizer(config)
+    if of_file is not None:
+        return of_file
     path = folder / "tokenizer.json"
     again = made_again(folder)
     try:
@@ -103,11 +131,13 @@ def load_tokenizer(config: DataConfig, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _build(config: DataConfig, source: Source, num_bytes: int | None, folder: Path) -> None:
-    """Writes the tokenizer and the tokens of `source` into `folder`."""
-    tokenizer: Tokenizer = ByteTokenizer()
-    if config.tokenizer == "bpe":
-        tokenizer = _train_bpe(source, config.bpe_vocab_size, folder)
+def _build(
+    config: DataConfig, tokenizer: Tokenizer | None, source: Source, num_bytes: int | None, folder: Path
+) -> None:
+    """Writes the tokens of `source` into `folder`, and the tokenizer if it is trained here."""
+    if tokenizer is None:
+        trained = config.tokenizer == "bpe"
+        tokenizer = _train_bpe(source, config.bpe_vocab_size, folder) if trained else ByteTokenizer()
     write_description(folder, _tokenize(config.dataset, source, tokenizer, num_bytes, folder))
 
 
@@ -130,13 +160,16 @@ def _tokenize(
 ) -> Description:
     """Writes the stream of tokens of each split, and returns their description."""
     corpus_hash = CorpusHash()
+    # The end of the document before stands for the beginning where the tokenizer has no token for it.
+    before = np.array([i for i in tokenizer.start_ids if i != tokenizer.eos_id], np.int32)
+    end = np.array([tokenizer.eos_id], np.int32)
     tokens, text, documents = (dict.fromkeys(SPLITS, 0) for _ in range(3))
     with _progress(f"tokenizing {dataset}", num_bytes) as bar:
         for split in SPLITS:
             with open(tokens_path(folder, split), "wb") as file:
                 for document in source.documents(split):
                     corpus_hash.update(split, document)
-                    ids = np.append(tokenizer.encode(document.data), np.int32(tokenizer.eos_id))
+                    ids = np.concatenate([before, tokenizer.encode(document.data), end])
                     append_tokens(file, ids, tokenizer.vocab_size)
                     tokens[split] += len(ids)
                     text[split] += len(document.data)

@@ -37,7 +37,7 @@ def canonical_ids(tokenizer: Tokenizer) -> np.ndarray:
     found: dict[Hashable, int] = {}
     canonical = np.empty(tokenizer.vocab_size, np.int32)
     for i in range(tokenizer.vocab_size):
-        text = None if i in special else _text(tokenizer.decode([i]))
+        text = None if i in special else _text(tokenizer.decode([i], continuing=True))
         # A token without text uses its id as its key, because no text equals a number.
         key = i if text is None else normalised(text)
         canonical[i] = found.setdefault(key, len(found))

@@ -81,7 +81,7 @@ class Corpus:
     """The sha256 over split, name and bytes of every document. It says which data a result was measured
     on."""
     num_tokens: dict[str, int]
-    """Tokens per split, one end-of-document token per document included."""
+    """Tokens per split, with those that begin and end each document."""
     num_bytes: dict[str, int]
     """Bytes of the documents, per split."""
     folder: Path
@@ -131,19 +131,28 @@ class Corpus:
         require(size > self.seq_len, "data.seq_len", self.seq_len, allowed)
 
 
-def load_corpus(config: DataConfig) -> Corpus:
+def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """Returns the corpus that `config` describes, and tokenizes it into the cache first if needed.
 
     If several processes have joined, the first one looks first. So it is the one that shows the progress.
 
+    Args:
+        config: describes the corpus.
+        tokenizer: the tokenizer of the file that `config.tokenizer` names, such as the copy in the folder of
+            a run; None opens the file. It is ignored where `config.tokenizer` names none.
+
     Raises:
         UserError: see `builder.prepare`.
     """
+    if config.tokenizer in ("bytes", "bpe"):
+        tokenizer = None
+    elif tokenizer is None:
+        tokenizer = builder.file_tokenizer(config)
     with first_before_others():
-        folder = builder.prepare(config)
+        folder = builder.prepare(config, tokenizer)
     description = read_description(folder)
     return Corpus(
-        tokenizer=builder.load_tokenizer(config, folder),
+        tokenizer=builder.load_tokenizer(config, folder) if tokenizer is None else tokenizer,
         seq_len=config.seq_len,
         corpus_hash=description["corpus_hash"],
         num_tokens=description["num_tokens"],

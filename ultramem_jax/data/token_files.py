@@ -27,7 +27,7 @@ class Description(TypedDict):
     """The `Tokenizer.fingerprint`."""
     vocab_size: int
     num_tokens: dict[str, int]
-    """Tokens per split, end-of-document tokens included."""
+    """Tokens per split, with those that begin and end each document."""
     num_bytes: dict[str, int]
     """Bytes per split, only of the documents."""
     num_documents: dict[str, int]

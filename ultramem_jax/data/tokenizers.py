@@ -1,14 +1,12 @@
 """Turns bytes into token ids and back: raw bytes, or byte-pair encoding trained on the corpus.
 
 Both are lossless for every byte string, text or not. Both have one end-of-document token, which no document
-can produce by itself.
+can produce by itself. `file_tokenizers` has a third kind, tokenizers of other models.
 """
 
 import functools
 import hashlib
 import itertools
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from ultramem_jax.data.byte_level import byte_characters, checked_ids, content_hash, read_backend, text_runs
 from ultramem_jax.errors import UserError
 from ultramem_jax.files import replace_text
 
@@ -34,15 +33,23 @@ class Tokenizer(Protocol):
 
     @property
     def name(self) -> str:
-        """Returns the name of the tokenizer in `DataConfig.tokenizer`."""
+        """Returns `bytes` or `bpe`, as in `DataConfig.tokenizer`, or a short name of the file."""
 
     @property
     def vocab_size(self) -> int:
-        """Returns V, the number of ids, including the end-of-document token."""
+        """Returns V, the largest id plus one, including the end-of-document token and other special ones."""
 
     @property
     def eos_id(self) -> int:
         """Returns the id of the end-of-document token."""
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """Returns the ids that stand before a document or a prompt, at least one.
+
+        They are the tokens that the tokenizer itself puts in front of a text, such as Llama's BOS. Where it
+        puts none, it is the end-of-document token, which is before each document of a corpus.
+        """
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -50,17 +57,36 @@ class Tokenizer(Protocol):
 
     @property
     def id_bytes(self) -> np.ndarray:
-        """Returns the bytes that each id stands for, (V,) int32; 0 for the end-of-document token."""
+        """Returns the bytes that each id stands for, (V,) int32; 0 for special tokens."""
+
+    @property
+    def first_id_bytes(self) -> np.ndarray:
+        """Returns the bytes that each id stands for as the first of a document's text, (V,) int32.
+
+        They are `id_bytes`, but one less where a tokenizer puts a blank before the text that the token
+        contains.
+        """
 
     @property
     def fingerprint(self) -> str:
         """Returns a hash of the map from bytes to ids, 64 hexadecimal digits; equal vocabularies have one."""
 
-    def encode(self, data: bytes) -> np.ndarray:
-        """Returns the ids of one document, (num_tokens,) int32, without an end-of-document token."""
+    def encode(self, data: bytes, special: bool = False) -> np.ndarray:
+        """Returns the ids of one document, (num_tokens,) int32, without `start_ids` and `eos_id`.
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """Returns the bytes of `ids`. End-of-document tokens yield nothing.
+        Args:
+            data: the document.
+            special: whether the written forms of special tokens, as chat templates have them, become their
+                ids. Otherwise they are text like any other, and no text yields a special token.
+        """
+
+    def decode(self, ids: Sequence[int] | np.ndarray, continuing: bool = False) -> bytes:
+        """Returns the bytes of `ids`. Special tokens yield nothing.
+
+        Args:
+            ids: ids in [0, V).
+            continuing: whether other text precedes them. Otherwise they begin a document, and the blank that
+                the tokenizer put before its text, if it puts one, is left out.
 
         Raises:
             ValueError: an id outside the vocabulary.
@@ -74,24 +100,25 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id = 256
     special_ids = frozenset({256})
-    id_bytes = np.append(np.ones(256, np.int32), np.int32(0))
+    start_ids = (256,)
+    id_bytes = first_id_bytes = np.append(np.ones(256, np.int32), np.int32(0))
     fingerprint = hashlib.sha256(b"bytes").hexdigest()
 
-    def encode(self, data: bytes) -> np.ndarray:
-        """Returns the bytes as ids; see `Tokenizer.encode`.
+    def encode(self, data: bytes, special: bool = False) -> np.ndarray:
+        """Returns the bytes as ids; see `Tokenizer.encode`. No special token has a written form.
 
         >>> ByteTokenizer().encode(b"hi").tolist()
         [104, 105]
         """
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+    def decode(self, ids: Sequence[int] | np.ndarray, continuing: bool = False) -> bytes:
         """Returns the ids as bytes; see `Tokenizer.decode`.
 
         >>> ByteTokenizer().decode([104, 105, 256])
         b'hi'
         """
-        array = _check_ids(ids, self.vocab_size)
+        array = checked_ids(ids, self.vocab_size)
         return array[array != self.eos_id].astype(np.uint8).tobytes()
 
 
@@ -112,27 +139,22 @@ class BpeTokenizer:
         self.vocab_size: int = backend.get_vocab_size()
         id_of = backend.get_vocab()
         self.eos_id: int = id_of[EOS_TOKEN]
+        self.start_ids = (self.eos_id,)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset({self.eos_id, *(i for i, token in added.items() if token.special)})
-        characters = _byte_characters()
+        characters = byte_characters()
         byte_of = {character: byte for byte, character in characters.items()}
         self._bytes_of_id = [b""] * self.vocab_size
         for token, i in id_of.items():
             if i != self.eos_id:
                 self._bytes_of_id[i] = bytes(byte_of[character] for character in token)
         self._id_of_byte = np.array([id_of[characters[byte]] for byte in range(256)], np.int32)
-        self.id_bytes = np.array([len(data) for data in self._bytes_of_id], np.int32)
+        self.id_bytes = self.first_id_bytes = np.array([len(data) for data in self._bytes_of_id], np.int32)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Returns a hash of everything that decides which ids a text becomes; see `Tokenizer.fingerprint`."""
-        tree = json.loads(self._backend.to_str())
-        # Merges are pairs in newer versions of the library, and strings with a blank in older ones.
-        merges = tree["model"]["merges"]
-        tree["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
-        del tree["version"]
-        content = json.dumps(_without_nothing(tree), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return content_hash(self._backend)
 
     @classmethod
     def train(cls, documents: Iterable[bytes], vocab_size: int) -> "BpeTokenizer":
@@ -158,22 +180,24 @@ class BpeTokenizer:
         """
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: must be a file, the tokenizer of byte-level BPE")
+        allowed = "must be a tokenizer of byte-level BPE"
+        backend = read_backend(path, allowed)
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except (
-            BaseException
-        ) as error:  # the library raises Exception itself or, where it panics, a BaseException
-            reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
-            raise UserError(f"{path}: must be a tokenizer of byte-level BPE: {reason}") from None
+            return cls(backend)
+        except LookupError as error:
+            raise UserError(f"{path}: {allowed}: {type(error).__name__}: {error}") from None
 
     def save(self, path: Path) -> None:
         """Writes the JSON of the `tokenizers` library. The file appears whole or not at all."""
         replace_text(path, self._backend.to_str(pretty=True))
 
-    def encode(self, data: bytes) -> np.ndarray:
+    def encode(self, data: bytes, special: bool = False) -> np.ndarray:
         """Returns the ids of a document; see `Tokenizer.encode`."""
+        if special:
+            parts = data.split(EOS_TOKEN.encode())
+            between = np.array([self.eos_id], np.int32)
+            ends = [ids for part in parts for ids in (self.encode(part), between)]
+            return np.concatenate(ends[:-1])
         ids: list[np.ndarray] = [np.empty(0, np.int32)]
         runs = _runs(data)
         while group := list(itertools.islice(runs, _PIECES_PER_CALL)):
@@ -186,34 +210,9 @@ class BpeTokenizer:
                     ids.append(self._id_of_byte[np.frombuffer(run, np.uint8)])
         return np.concatenate(ids)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> bytes:
+    def decode(self, ids: Sequence[int] | np.ndarray, continuing: bool = False) -> bytes:
         """Returns the bytes of ids; see `Tokenizer.decode`."""
-        return b"".join(self._bytes_of_id[i] for i in _check_ids(ids, self.vocab_size))
-
-
-def _without_nothing(tree: object) -> object:
-    """Returns the tree without null or false entries, which a later version of the library may add."""
-    if isinstance(tree, dict):
-        return {key: _without_nothing(value) for key, value in tree.items() if value not in (None, False)}
-    return [_without_nothing(value) for value in tree] if isinstance(tree, list) else tree
-
-
-def _check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
-    array = np.asarray(ids, np.int64).reshape(-1)
-    if array.size and not (array.min() >= 0 and array.max() < vocab_size):
-        raise ValueError(f"ids must be in [0, {vocab_size}), got {array.min()} to {array.max()}")
-    return array
-
-
-def _byte_characters() -> dict[int, str]:
-    """Returns byte -> the printable character that byte-level BPE writes for it (GPT-2's table).
-
-    Printable Latin-1 characters stand for themselves. The other 68 bytes use the characters from 256 on.
-    """
-    own = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    table = {byte: chr(byte) for byte in own}
-    others = (byte for byte in range(256) if byte not in own)
-    return table | {byte: chr(256 + i) for i, byte in enumerate(others)}
+        return b"".join(self._bytes_of_id[i] for i in checked_ids(ids, self.vocab_size))
 
 
 def _pieces(data: bytes) -> Iterator[bytes]:
@@ -234,14 +233,5 @@ def _pieces(data: bytes) -> Iterator[bytes]:
 
 
 def _runs(data: bytes) -> Iterator[str | bytes]:
-    """Yields a document as runs of valid UTF-8 (str) and of bytes that are not (bytes), in order."""
-    for piece in _pieces(data):
-        try:
-            yield piece.decode("utf-8")
-            continue
-        except UnicodeDecodeError:
-            # "surrogateescape" turns each undecodable byte b into the lone surrogate 0xDC00 + b.
-            text = piece.decode("utf-8", "surrogateescape")
-        for i, run in enumerate(re.split("([\udc80-\udcff]+)", text)):
-            if run:
-                yield run.encode("utf-8", "surrogateescape") if i % 2 else run
+    """Yields the runs of `text_runs` of every piece of a document."""
+    return (run for piece in _pieces(data) for run in text_runs(piece))

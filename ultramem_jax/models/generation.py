@@ -245,12 +245,18 @@ def text_generator(
 
 
 def stream_texts(
-    generator: TokenStream, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
+    generator: TokenStream,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    num_tokens: int,
+    seed: int = 0,
+    *,
+    special: bool = False,
 ) -> Iterator[list[str]]:
     """Yields continuations of texts, piece by piece.
 
-    The end-of-document token goes before each prompt, because documents follow it in training. So a prompt
-    may be empty.
+    Before each prompt goes what stands before documents in training: the tokenizer's own first tokens, or the
+    end-of-document token. So a prompt may be empty.
 
     Args:
         generator: the result of `text_generator`.
@@ -258,19 +264,26 @@ def stream_texts(
         prompts: texts. A byte that is not UTF-8 is the lone surrogate that Python reads it as.
         num_tokens: the most tokens for each.
         seed: seed of the sampling.
+        special: whether written forms of special tokens in the prompts become these tokens, as in
+            `Tokenizer.encode`. A prompt that begins with the first tokens does not get them again.
 
     Yields:
         The next piece of each text. If several tokens make up a character, it comes with the last of them.
         What is not UTF-8 comes as U+FFFD.
     """
     texts = [prompt.encode(errors="surrogateescape") for prompt in prompts]
-    ids = [[tokenizer.eos_id, *tokenizer.encode(text).tolist()] for text in texts]
+    start = list(tokenizer.start_ids)
+    ids = [tokenizer.encode(text, special).tolist() for text in texts]
+    ids = [prompt if prompt[: len(start)] == start else start + prompt for prompt in ids]
+    # After an empty prompt, the first token is the first of a document.
+    continuing = [prompt != start for prompt in ids]
     readers = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
     for tokens in generator.stream(ids, num_tokens, seed):
         yield [
-            "" if token == ENDED else reader.decode(tokenizer.decode([token]))
-            for token, reader in zip(tokens.tolist(), readers, strict=True)
+            "" if token == ENDED else reader.decode(tokenizer.decode([token], continued))
+            for token, reader, continued in zip(tokens.tolist(), readers, continuing, strict=True)
         ]
+        continuing = [True] * len(prompts)
     yield [reader.decode(b"", final=True) for reader in readers]
 
 

@@ -43,13 +43,22 @@ class TargetBytes:
     """Counts the bytes of text that the targets of a batch stand for.
 
     Tokens differ in length from one part of a text to another. So losses per byte need the bytes of exactly
-    those targets that were scored. End-of-document tokens stand for no bytes: what a model spends on them is
-    charged to the text.
+    those targets that were scored. Special tokens, as those that end documents, stand for no bytes: what a
+    model spends on them is charged to the text.
+
+    Some tokenizers put a blank before a document, which is not a byte of it. So the first token of a document
+    may stand for one byte less than elsewhere.
     """
 
     def __init__(self, tokenizer: Tokenizer, axes: MeshAxes):
-        lengths = tokenizer.id_bytes
-        self._lengths = jax.make_array_from_callback(lengths.shape, axes.sharding(P()), lengths.__getitem__)
+        lengths, first = tokenizer.id_bytes, tokenizer.first_id_bytes
+        begins = np.zeros(len(lengths), bool)
+        if not np.array_equal(lengths, first):
+            begins[[tokenizer.eos_id, *tokenizer.start_ids]] = True
+        self._lengths, self._first, self._begins = (
+            jax.make_array_from_callback(of_ids.shape, axes.sharding(P()), of_ids.__getitem__)
+            for of_ids in (lengths, first, begins)
+        )
 
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Returns the bytes of the targets of tokens (B, S + 1), as () int32.
@@ -58,14 +67,27 @@ class TargetBytes:
             tokens: the batch, on the mesh.
             mask: (B, S); targets whose mask is 0 do not count. None counts all.
         """
-        return _bytes_of_targets(self._lengths, tokens, mask)
+        return _bytes_of_targets(self._lengths, self._first, self._begins, tokens, mask)
 
 
 # The sum is on every device: a scalar has no axis to be split along.
 @jax.jit
-def _bytes_of_targets(lengths: jax.Array, tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _bytes_of_targets(
+    lengths: jax.Array, first: jax.Array, begins: jax.Array, tokens: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    """Returns the bytes of the targets.
+
+    Args:
+        lengths: (V,) int32, the bytes of every id.
+        first: (V,) int32, the bytes of every id as the first of a document.
+        begins: (V,) bool, whether a document begins after an id.
+        tokens: (B, S + 1).
+        mask: (B, S) or None.
+    """
     # Targets are ids of the tokenizer, or padding, which the mask leaves out.
-    of_targets = lengths.at[tokens[:, 1:]].get(mode="clip")
+    at_start = begins.at[tokens[:, :-1]].get(mode="clip")
+    inside, at_first = (of_ids.at[tokens[:, 1:]].get(mode="clip") for of_ids in (lengths, first))
+    of_targets = jnp.where(at_start, at_first, inside)
     return of_targets.sum() if mask is None else jnp.where(mask > 0, of_targets, 0).sum()
 
 

@@ -6,8 +6,8 @@ import pathlib
 
 import jax
 
-from ultramem_jax.config import RunConfig
-from ultramem_jax.data import BpeTokenizer, ByteTokenizer, Tokenizer
+from ultramem_jax.config import DataConfig, RunConfig
+from ultramem_jax.data import BpeTokenizer, ByteTokenizer, FileTokenizer, Tokenizer, open_tokenizer
 from ultramem_jax.errors import UserError, whole_number
 from ultramem_jax.parallel.mesh import one_device
 from ultramem_jax.training.checkpoint_reading import saved_config
@@ -79,13 +79,15 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
 
 
 def save_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
-    """Keeps a trained tokenizer with the run, so that the model loads without its corpus.
+    """Keeps the tokenizer with the run, so that the model loads without its corpus and the tokenizer's file.
 
     Raises:
         OSError: it cannot be written.
     """
     if isinstance(tokenizer, BpeTokenizer):
         tokenizer.save(workdir / _TOKENIZER_FILE)
+    elif isinstance(tokenizer, FileTokenizer):
+        tokenizer.save(workdir)
 
 
 def mend_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
@@ -96,10 +98,10 @@ def mend_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
         OSError: it cannot be written.
     """
     path = workdir / _TOKENIZER_FILE
-    if not isinstance(tokenizer, BpeTokenizer):
+    if not isinstance(tokenizer, BpeTokenizer | FileTokenizer):
         return
     try:
-        there = BpeTokenizer.load(path)
+        there = _kept(workdir, trained=isinstance(tokenizer, BpeTokenizer))
     except UserError as error:
         if path.is_dir():
             raise UserError(f"{error}; {_AGAIN}") from None
@@ -110,16 +112,34 @@ def mend_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
         check_tokenizer(identity, there, str(path), workdir, _AGAIN)
 
 
+def kept_tokenizer(data: DataConfig, workdir: str | pathlib.Path) -> Tokenizer | None:
+    """Returns the copy that a run keeps of a file's tokenizer, if the file itself is no longer there.
+
+    With it `load_corpus` resumes a run on a machine that does not have the file.
+
+    Raises:
+        UserError: the copy is damaged.
+    """
+    lost = data.tokenizer not in ("bytes", "bpe") and not pathlib.Path(data.tokenizer).expanduser().exists()
+    folder = pathlib.Path(workdir)
+    return _kept(folder, trained=False) if lost and (folder / _TOKENIZER_FILE).is_file() else None
+
+
 def _tokenizer(config: RunConfig, workdir: pathlib.Path, corpus: JsonDict) -> Tokenizer:
     if config.data.tokenizer == "bytes":
         return ByteTokenizer()
-    path = workdir / _TOKENIZER_FILE
     try:
-        tokenizer = BpeTokenizer.load(path)
+        tokenizer = _kept(workdir, trained=config.data.tokenizer == "bpe")
     except UserError as error:
         raise UserError(f"{error}; {_AGAIN}") from None
-    check_tokenizer(corpus, tokenizer, str(path), workdir, _AGAIN)
+    check_tokenizer(corpus, tokenizer, str(workdir / _TOKENIZER_FILE), workdir, _AGAIN)
     return tokenizer
+
+
+def _kept(workdir: pathlib.Path, trained: bool) -> Tokenizer:
+    """Returns the tokenizer in the folder of a run: one that was trained on its corpus, or of a file."""
+    path = workdir / _TOKENIZER_FILE
+    return BpeTokenizer.load(path) if trained else open_tokenizer(path)
 
 
 def _step(checkpoints: Checkpoints, checkpoint: str | int) -> int | None:

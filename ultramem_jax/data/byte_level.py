@@ -1,0 +1,84 @@
+"""Holds what tokenizers share: the characters of bytes, runs of text, and reading and hashing files."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from ultramem_jax.errors import UserError
+
+
+def byte_characters() -> dict[int, str]:
+    """Returns byte -> the printable character that byte-level BPE writes for it (GPT-2's table).
+
+    Printable Latin-1 characters stand for themselves. The other 68 bytes use the characters from 256 on.
+    """
+    own = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    table = {byte: chr(byte) for byte in own}
+    others = (byte for byte in range(256) if byte not in own)
+    return table | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def text_runs(data: bytes) -> Iterator[str | bytes]:
+    """Yields bytes as runs of valid UTF-8 (str) and of bytes that are not (bytes), in order."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        # "surrogateescape" turns each undecodable byte b into the lone surrogate 0xDC00 + b.
+        text = data.decode("utf-8", "surrogateescape")
+    else:
+        if text:
+            yield text
+        return
+    for i, run in enumerate(re.split("([\udc80-\udcff]+)", text)):
+        if run:
+            yield run.encode("utf-8", "surrogateescape") if i % 2 else run
+
+
+def content_hash(backend: tokenizers.Tokenizer) -> str:
+    """Returns a hash of everything that decides which ids a text becomes, 64 hexadecimal digits."""
+    tree = json.loads(backend.to_str())
+    # Merges are pairs in newer versions of the library, and strings with a blank in older ones.
+    if "merges" in tree["model"]:
+        merges = tree["model"]["merges"]
+        tree["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    del tree["version"]
+    content = json.dumps(_without_nothing(tree), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def read_backend(path: Path, allowed: str) -> tokenizers.Tokenizer:
+    """Reads a `tokenizer.json`.
+
+    Raises:
+        UserError: there is none, or the library cannot read it; `allowed` says what it must be.
+    """
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises Exception itself or, where it panics, a BaseException
+        raise UserError(f"{path}: {allowed}: {' '.join(str(error).split())}") from None
+
+
+def checked_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+    """Returns ids as an array (n,) int64.
+
+    Raises:
+        ValueError: an id is not in [0, vocab_size).
+    """
+    array = np.asarray(ids, np.int64).reshape(-1)
+    if array.size and not (array.min() >= 0 and array.max() < vocab_size):
+        raise ValueError(f"ids must be in [0, {vocab_size}), got {array.min()} to {array.max()}")
+    return array
+
+
+def _without_nothing(tree: object) -> object:
+    """Returns the tree without null or false entries, which a later version of the library may add."""
+    if isinstance(tree, dict):
+        return {key: _without_nothing(value) for key, value in tree.items() if value not in (None, False)}
+    return [_without_nothing(value) for value in tree] if isinstance(tree, list) else tree
