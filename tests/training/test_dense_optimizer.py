@@ -73,6 +73,7 @@ def test_moments_are_those_that_accounting_counts(name):
 def test_every_parameter_is_a_matrix_or_known_not_to_be():
     names = {name.split("/")[-1] for name in LOGICAL_AXES}
     matrices, others = {name for (name,) in muon_matrices(MODEL)}, {"embedding", "output", "scale"}
+    others |= {f"{of}_bias" for of in ("query", "key", "value", "output")} | {"lora_a", "lora_b"}
     assert names == matrices | others and not matrices & others
     of_memory = {names[-1] for names in muon_matrices(MODELS["pre-values"]) if len(names) == 2}
     assert of_memory == {"query", "pre_projection", "projection"}

@@ -5,8 +5,9 @@ in this order, whatever the order of the flags:
 
 1. `--config=FILE`: a Python file with `get_config() -> RunConfig`, or the name of a recipe.
 2. `--preset=NAME`: replaces the model.
-3. `--mesh=AXIS:SIZE,...`: sets the sizes of the mesh axes.
-4. `--config.part.field=value`: overrides single fields.
+3. Flags of the command's own (`ConfigFlag`), in the order in which it lists them.
+4. `--mesh=AXIS:SIZE,...`: sets the sizes of the mesh axes.
+5. `--config.part.field=value`: overrides single fields.
 """
 
 import contextlib
@@ -18,11 +19,12 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
-from ml_collections.config_flags import config_flags
+from ml_collections.config_flags import config_flags as ml_config_flags
 
 from ultramem_jax.cli.arguments import HELP, take, take_integer
 from ultramem_jax.cli.config_help import fields_help, presets_help, wrapped
@@ -65,12 +67,23 @@ _OF_ONE_MEMORY = re.compile(r"(--?(?:no)?)config\.model\.memory\.([^=]+)((?:=.*)
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?")
 
 
+class ConfigFlag(NamedTuple):
+    """Describes a flag of a command that changes its config before single fields are overridden."""
+
+    name: str
+    help: str
+    """Text of `--help`, which begins with the flag."""
+    apply: Callable[[JsonDict, str], None]
+    """Changes the config, a nested dict, by the value of the flag."""
+
+
 def run(
     main: Callable[[], None],
     argv: list[str],
     usage: str,
     base: RunConfig | None = None,
     together: bool = False,
+    config_flags: Sequence[ConfigFlag] = (),
 ) -> int:
     """Parses flags, runs a command and returns the exit status.
 
@@ -83,6 +96,7 @@ def run(
         base: config that `--config` and `--preset` change; None if the command has none.
         together: whether the command can run in several processes. It then takes the flags that say which
             process this one is.
+        config_flags: flags of the command that change `base`.
 
     Returns:
         0 if all went well; 2 after an error of the user's or a file that the system refuses (with one line on
@@ -93,9 +107,9 @@ def run(
     with plain_log() as logger:
         try:
             if base is not None:
-                argv = _define_config(argv, base)
+                argv = _define_config(argv, base, config_flags)
             if any(flag in HELP for flag in argv[1:]):
-                print(f"{usage}\n\n{_flag_help(main.__module__, base, together)}")
+                print(f"{usage}\n\n{_flag_help(main.__module__, base, together, config_flags)}")
                 return 0
             member = None
             if together:
@@ -153,9 +167,15 @@ def config_file() -> pathlib.Path | None:
     return _file
 
 
+def config_flag(name: str) -> str | None:
+    """Returns the value that the command line gave to a `ConfigFlag`; None if the flag is absent."""
+    return _given.get(name)
+
+
 _program = "ultramem"
 _name = "run"
 _file: pathlib.Path | None = None
+_given: dict[str, str] = {}
 
 
 def _parse(argv: list[str]) -> None:
@@ -165,9 +185,10 @@ def _parse(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
 
 
-def _define_config(argv: list[str], base: RunConfig) -> list[str]:
-    """Defines the flag `config` from file, preset and mesh; returns the command line without those flags."""
+def _define_config(argv: list[str], base: RunConfig, own: Sequence[ConfigFlag]) -> list[str]:
+    """Defines the flag `config` from the flags that make it; returns the command line without those flags."""
     global _name, _file
+    _given.clear()
     tree = to_dict(base)
     file, rest = take(argv, "config")
     preset_name, rest = take(rest, "preset")
@@ -179,6 +200,11 @@ def _define_config(argv: list[str], base: RunConfig) -> list[str]:
     if preset_name is not None:
         tree["model"] = to_dict(preset(preset_name))
         _name = preset_name
+    for flag in own:
+        value, rest = take(rest, flag.name)
+        if value is not None:
+            _given[flag.name] = value
+            flag.apply(tree, value)
     if mesh is not None:
         tree["mesh"] |= _mesh(mesh)
     rest = [_spelled_out(argument, tree) for argument in rest]
@@ -186,7 +212,7 @@ def _define_config(argv: list[str], base: RunConfig) -> list[str]:
         if match := _OVERRIDE.fullmatch(argument):
             _check_key(tree, match[1])
     with _sys_argv(rest):
-        config_flags.DEFINE_config_dict("config", ConfigDict(tree), "the run; --config.part.field=value")
+        ml_config_flags.DEFINE_config_dict("config", ConfigDict(tree), "the run; --config.part.field=value")
     return rest
 
 
@@ -307,16 +333,20 @@ def _check_key(tree: JsonDict, key: str) -> None:
         raise UserError(f"--config.{key}: is a group of fields; set one of {', '.join(sorted(node))}")
 
 
-def _flag_help(module: str, base: RunConfig | None, together: bool) -> str:
+def _flag_help(
+    module: str, base: RunConfig | None, together: bool, config_flags: Sequence[ConfigFlag]
+) -> str:
     entries: list[str] = []
     own_models = hasattr(sys.modules[module], "CONFIG_HELP")
     if base is not None:
         # A command that chooses its own models describes what its --config takes.
         entries += getattr(sys.modules[module], "CONFIG_HELP", _CONFIG_HELP)
+        entries += [flag.help for flag in config_flags]
         entries.append(_MESH_HELP)
     if together:
         entries += _PROCESSES_HELP
-    own = FLAGS.flags_by_module_dict().get(module, [])
+    modules = (module, *getattr(sys.modules[module], "FLAG_MODULES", ()))
+    own = [flag for one in modules for flag in FLAGS.flags_by_module_dict().get(one, [])]
     entries += [f"--{flag.name}: {flag.help} (default {flag.default!r})" for flag in own]
     lines = [line for entry in entries for line in wrapped(entry)]
     if base is not None:

@@ -15,7 +15,11 @@ from ultramem_jax.errors import UserError, require, unknown
 
 @dataclass(frozen=True)
 class Command:
-    """Describes a command: a module with a `main()`, flags and, if it takes `--config`, a `BASE_CONFIG`."""
+    """Describes a command: a module with a `main()`, and flags.
+
+    If it takes `--config`, it also has a `BASE_CONFIG`, and it may have `CONFIG_FLAGS`, each a
+    `command_line.ConfigFlag`. `FLAG_MODULES` names other modules that define flags of it.
+    """
 
     module: str
     """Dotted name of the module; it is imported only when the command runs."""
@@ -65,7 +69,8 @@ def launch(
     module = importlib.import_module(command.module)
     base = getattr(module, "BASE_CONFIG", None)
     argv = [f"{program} {name}", *flags]
-    return command_line.run(module.main, argv, module.__doc__ or "", base, command.in_several_processes)
+    own = getattr(module, "CONFIG_FLAGS", ())
+    return command_line.run(module.main, argv, module.__doc__ or "", base, command.in_several_processes, own)
 
 
 def version() -> str:

@@ -10,10 +10,15 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "ultramem_jax.commands.evaluate",
-        "validation and test bits per byte of a checkpoint, optionally with a sliding window",
+        "bits per byte, or tasks of lm-evaluation-harness, of a checkpoint or an open model",
     ),
     "generate": Command(
-        "ultramem_jax.commands.generate", "continue a prompt, or a batch of prompts, with a checkpoint"
+        "ultramem_jax.commands.generate",
+        "continue a prompt, or a batch of prompts, with a checkpoint or an open model",
+    ),
+    "export": Command(
+        "ultramem_jax.commands.export",
+        "write a checkpoint as a folder in Hugging Face's form, with its tokenizer",
     ),
     "count": Command(
         "ultramem_jax.commands.count",

@@ -12,7 +12,13 @@ from ultramem_jax.models.generation import ENDED, Generator, continue_texts, str
 
 
 def write_continuations(
-    generator: Generator, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    num_tokens: int,
+    seed: int = 0,
+    *,
+    special: bool = False,
 ) -> str:
     """Writes prompts with their continuations to standard output, and returns a line on speed.
 
@@ -25,6 +31,7 @@ def write_continuations(
         prompts: texts to continue, as one batch.
         num_tokens: tokens to add to each prompt, at most.
         seed: seed of the sampling.
+        special: see `stream_texts`.
 
     Returns:
         A line that says how many tokens there were and how long they took.
@@ -32,11 +39,11 @@ def write_continuations(
     timed = _Timed(generator)
     if len(prompts) == 1:
         write(prompts[0])
-        for (piece,) in stream_texts(timed, tokenizer, prompts, num_tokens, seed):
+        for (piece,) in stream_texts(timed, tokenizer, prompts, num_tokens, seed, special=special):
             write(piece)
         write("\n")
     else:
-        texts = continue_texts(timed, tokenizer, prompts, num_tokens, seed)
+        texts = continue_texts(timed, tokenizer, prompts, num_tokens, seed, special=special)
         shown = (f"{prompt!r}:\n{prompt}{text}\n" for prompt, text in zip(prompts, texts, strict=True))
         write("\n".join(shown))
     return timed.summary()

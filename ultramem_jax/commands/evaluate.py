@@ -1,4 +1,4 @@
-"""Evaluates a run's checkpoint on the validation and test split, on any devices: loss and bits per byte.
+"""Evaluates a run's checkpoint or an open model: bits per byte of a corpus, or tasks.
 
 By default the splits are cut into disjoint sequences of data.seq_len tokens. --stride slides a window over
 them instead, so that each target has more context. The mesh on which the run was trained does not matter.
@@ -9,6 +9,10 @@ With --tasks it evaluates tasks of lm-evaluation-harness instead: its own, which
 that YAML files in --tasks_path describe.
 
     ultramem evaluate --workdir=runs/demo --tasks=hellaswag,arc_easy --limit=100
+
+With --model it evaluates an open model, a folder of Hugging Face or a GGUF file, on any corpus:
+
+    ultramem evaluate --model=model.gguf --dataset=text --path=book.txt --splits=test
 """
 
 from collections.abc import Sequence
@@ -18,17 +22,18 @@ from decimal import Decimal
 from absl import flags
 
 from ultramem_jax.cli.arguments import check_names
-from ultramem_jax.config import ModelConfig
-from ultramem_jax.data import SPLITS, Tokenizer, load_corpus
+from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, given_model, run_of_model
+from ultramem_jax.config import DataConfig, ModelConfig, RunConfig
+from ultramem_jax.data import SPLITS, Corpus, Tokenizer, load_corpus
 from ultramem_jax.errors import UserError
 from ultramem_jax.reporting import markdown
 from ultramem_jax.training.continuing import check_corpus
 from ultramem_jax.training.evaluation import Evaluator
-from ultramem_jax.training.restore import load_model
+from ultramem_jax.training.restore import LoadedModel
 from ultramem_jax.tree_types import ArrayTree
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder of the run")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "`last`, `best` (validation loss), or a step")
+FLAG_MODULES = (given_model.__module__,)
+
 SPLIT_NAMES = flags.DEFINE_list(
     "splits", ["validation", "test"], "splits to evaluate, of " + ", ".join(SPLITS)
 )
@@ -46,8 +51,16 @@ BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     None,
     "sequences in a batch; by default as many as in a training step, which may be too many for one device; "
-    "with --tasks by default 8",
+    "with --tasks by default 8, else with --model 1",
     lower_bound=1,
+)
+DATASET = flags.DEFINE_string("dataset", "stdlib", "corpus for --model, as data.dataset of a run")
+PATH = flags.DEFINE_string("path", "", "file or folder of --dataset, as data.path of a run")
+SEQ_LEN = flags.DEFINE_integer(
+    "seq_len",
+    None,
+    "context of --model in tokens; by default the longest that it was made for, but at most 1,024",
+    lower_bound=2,
 )
 TASKS = flags.DEFINE_list(
     "tasks",
@@ -60,12 +73,15 @@ NUM_FEWSHOT = flags.DEFINE_integer(
     "num_fewshot", None, "examples in each prompt of a task; by default the task's own number", lower_bound=0
 )
 
-_OF_SPLITS = ("splits", "stride", "batches")
+_OF_SPLITS = ("splits", "stride", "batches", "dataset", "path")
 _OF_TASKS = ("tasks_path", "limit", "num_fewshot")
+_OF_MODELS = ("dataset", "path", "seq_len")
 
 
 def main() -> None:
-    """Evaluates the checkpoint and prints a table with a row per split, or per metric of each task."""
+    """Evaluates the model and prints a table with a row per split, or per metric of each task."""
+    if not MODEL.value:
+        _check_absent(_OF_MODELS, "needs --model; a run has its own")
     if TASKS.value is None:
         _check_absent(_OF_TASKS, "needs --tasks")
         _evaluate_splits()
@@ -83,9 +99,9 @@ def _check_absent(names: Sequence[str], reason: str) -> None:
 def _evaluate_tasks() -> None:
     from ultramem_jax.interop import lm_eval  # noqa: F401  # says what is missing before anything is loaded
 
-    loaded = load_model(WORKDIR.value, CHECKPOINT.value)
-    print(f"step {loaded.step} of {WORKDIR.value}")
-    print(task_table(loaded.config.model, loaded.variables, loaded.tokenizer, loaded.config.data.seq_len))
+    given = given_model()
+    print(given.title)
+    print(task_table(given.config, given.variables, given.tokenizer, SEQ_LEN.value or given.max_length))
 
 
 def task_table(
@@ -109,21 +125,19 @@ def task_table(
 def _evaluate_splits() -> None:
     splits = SPLIT_NAMES.value
     check_names("splits", splits, SPLITS)
-    loaded = load_model(WORKDIR.value, CHECKPOINT.value)
-    corpus = load_corpus(loaded.config.data)
-    check_corpus(loaded.corpus, corpus, WORKDIR.value)
+    given = given_model()
+    config, corpus = _corpus_of_run(given.run) if given.run is not None else _corpus_of_flags(given)
     stride = corpus.checked_stride(STRIDE.value)
     for split in splits:
         corpus.require_sequences(split)  # checks all splits before the first one takes its time
-    config = loaded.config
     if BATCH_SIZE.value is not None:
         train = replace(config.train, batch_size=BATCH_SIZE.value, grad_accumulation=1)
         config = replace(config, train=train)
     evaluate = Evaluator(config, corpus)
-    print(f"step {loaded.step} of {WORKDIR.value}, corpus {corpus.corpus_hash[:12]}")
+    print(f"{given.title}, corpus {corpus.corpus_hash[:12]}")
     rows = []
     for split in splits:
-        found = evaluate(loaded.variables, split, BATCHES.value, stride=stride, progress=True)
+        found = evaluate(given.variables, split, BATCHES.value, stride=stride, progress=True)
         row = {
             "split": split,
             "tokens scored": found.tokens,
@@ -134,6 +148,18 @@ def _evaluate_splits() -> None:
         }
         rows.append(row)
     print(markdown.table(rows))
+
+
+def _corpus_of_run(run: LoadedModel) -> tuple[RunConfig, Corpus]:
+    corpus = load_corpus(run.config.data, run.tokenizer)
+    check_corpus(run.corpus, corpus, WORKDIR.value)
+    return run.config, corpus
+
+
+def _corpus_of_flags(given: GivenModel) -> tuple[RunConfig, Corpus]:
+    seq_len = SEQ_LEN.value or given.max_length
+    data = DataConfig(DATASET.value, PATH.value, tokenizer=MODEL.value, seq_len=seq_len)
+    return run_of_model(given, data, batch_size=1), load_corpus(data, given.tokenizer)
 
 
 def context(seq_len: int, stride: int) -> str:

@@ -1,8 +1,10 @@
-"""Continues a prompt, or a batch of prompts, with a run's checkpoint, and writes the text as it is generated.
+"""Continues a prompt, or a batch of prompts, and writes the text as it is generated.
 
-The text goes to standard output. At the end, a line on standard error says how long it took.
+The model is a run's checkpoint, or an open model: a folder of Hugging Face or a GGUF file. The text goes to
+standard output. At the end, a line on standard error says how long it took.
 
     ultramem generate --workdir=runs/demo --prompt='import ' --num_tokens=100
+    ultramem generate --model=model.gguf --prompt='The capital of France is' --temperature=0
 """
 
 import sys
@@ -10,14 +12,14 @@ import sys
 from absl import flags
 
 from ultramem_jax.commands.continuations import write_continuations
+from ultramem_jax.commands.given_model import GivenModel, given_model
 from ultramem_jax.data import Tokenizer
 from ultramem_jax.models.cache import CACHE_DTYPES
 from ultramem_jax.models.generation import Generator, text_generator
 from ultramem_jax.models.sampling import Sampling
-from ultramem_jax.training.restore import load_model
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder of the run")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "`last`, `best` (validation loss), or a step")
+FLAG_MODULES = (given_model.__module__,)
+
 PROMPT = flags.DEFINE_multi_string(
     "prompt",
     ["def "],
@@ -40,14 +42,25 @@ CACHE_DTYPE = flags.DEFINE_enum(
     "dtype of the cached keys and values",
 )
 WINDOW = flags.DEFINE_integer(
-    "window", 0, "maximum context length in tokens; 0: data.seq_len, the length in training", lower_bound=0
+    "window",
+    0,
+    "maximum context length in tokens; 0: data.seq_len, the length in training; of an open model as much as "
+    "is needed, up to the longest that it was made for",
+    lower_bound=0,
+)
+SPECIAL = flags.DEFINE_bool(
+    "special_tokens",
+    False,
+    "whether written forms of special tokens in a prompt, such as <|im_start|>, become these tokens",
 )
 
 
 def main() -> None:
     """Writes the prompts and their continuations."""
     generator, tokenizer = _load()
-    summary = write_continuations(generator, tokenizer, PROMPT.value, NUM_TOKENS.value, SEED.value)
+    summary = write_continuations(
+        generator, tokenizer, PROMPT.value, NUM_TOKENS.value, SEED.value, special=SPECIAL.value
+    )
     print(summary, file=sys.stderr)
 
 
@@ -55,13 +68,26 @@ def _load() -> tuple[Generator, Tokenizer]:
     """Returns the generator that the flags describe, and its tokenizer; keeps nothing else that it loads."""
     # Made first: a value that is not allowed is reported before anything is read.
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
-    loaded = load_model(WORKDIR.value, CHECKPOINT.value)
+    given = given_model()
     generator = text_generator(
-        loaded.config.model,
-        loaded.variables,
-        loaded.tokenizer,
-        window=WINDOW.value or loaded.config.data.seq_len,
+        given.config,
+        given.variables,
+        given.tokenizer,
+        window=WINDOW.value or _window(given),
         sampling=sampling,
         cache_dtype=CACHE_DTYPE.value,
     )
-    return generator, loaded.tokenizer
+    return generator, given.tokenizer
+
+
+def _window(given: GivenModel) -> int:
+    """Returns the context of a run, or the positions that the prompts need with what is added to them.
+
+    A step attends to all positions of the cache, so an open model does not get its longest context.
+    """
+    if given.run is not None:
+        return given.max_length
+    prompts = [prompt.encode(errors="surrogateescape") for prompt in PROMPT.value]
+    longest = max(len(given.tokenizer.encode(prompt, SPECIAL.value)) for prompt in prompts)
+    needed = longest + len(given.tokenizer.start_ids) + NUM_TOKENS.value
+    return min(needed, given.config.max_length or needed)

@@ -4,6 +4,10 @@ The same command again resumes from the newest complete checkpoint in --workdir.
 and ends the process with status 75, which means: not done yet, run the same command again.
 
     ultramem train --config=demo --workdir=runs/demo --sample=300
+
+A run may begin with an open model, a folder of Hugging Face or a GGUF file, and with memories added to it:
+
+    ultramem train --init_from=model.gguf --add_memory=engram --config.train.trainable=^engram
 """
 
 import pathlib
@@ -12,6 +16,7 @@ from absl import flags
 
 from ultramem_jax import RunConfig
 from ultramem_jax.cli import command_line
+from ultramem_jax.commands import beginnings
 from ultramem_jax.commands.continuations import write_continuations
 from ultramem_jax.data import load_corpus
 from ultramem_jax.errors import Stopped
@@ -21,12 +26,14 @@ from ultramem_jax.parallel.distributed import is_first
 from ultramem_jax.presets import preset
 from ultramem_jax.reporting.folders import make_folder
 from ultramem_jax.training.loop import train
+from ultramem_jax.training.lora import merged
 from ultramem_jax.training.metrics import plot_loss_curve
 from ultramem_jax.training.profiling import Profile
-from ultramem_jax.training.restore import load_model
+from ultramem_jax.training.restore import kept_tokenizer, load_model
 from ultramem_jax.training.state import model_variables
 
 BASE_CONFIG = RunConfig(model=preset("ultramem-tiny"))
+CONFIG_FLAGS = beginnings.FLAGS
 
 WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run; empty: runs/<name of the preset or config>")
 SAMPLE = flags.DEFINE_integer(
@@ -41,11 +48,12 @@ def main() -> None:
     """Trains the model, draws the loss curve, and prints commands to run next."""
     config = command_line.run_config()
     workdir = pathlib.Path(WORKDIR.value or f"runs/{command_line.config_name()}")
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, kept_tokenizer(config.data, workdir))
     profile = Profile(pathlib.Path(PROFILE.value)) if PROFILE.value else None
     if profile:
         make_folder(pathlib.Path(PROFILE.value), "--profile")
-    result = train(config, workdir, corpus=corpus, profile=profile)
+    initial = beginnings.initial_of_flags(config)
+    result = train(config, workdir, corpus=corpus, profile=profile, initial=initial)
     if not result.finished:
         raise Stopped(
             f"stopped at step {result.step} of {config.train.steps}; the same command goes on from there"
@@ -68,7 +76,7 @@ def main() -> None:
         alone = len(result.state.step.sharding.device_set) == 1
         generator = text_generator(
             config.model,
-            model_variables(result.state) if alone else load_model(workdir).variables,
+            merged(model_variables(result.state), config.train) if alone else load_model(workdir).variables,
             corpus.tokenizer,
             window=config.data.seq_len,
             sampling=Sampling(temperature=0.7),

@@ -281,6 +281,14 @@ class ReadoutConfig(Checked):
         return False
 
     @property
+    def last_factors(self) -> tuple[str, ...]:
+        """Returns the parameters that make the output zero when they are zero, while they can still learn.
+
+        They are the last factor of the output, and the biases beside it. None means the values of the table.
+        """
+        return ()
+
+    @property
     def power(self) -> float:
         """Returns the mean square of the factor by which the readout multiplies pooled values."""
         return 1.0

@@ -1,5 +1,6 @@
 """Configures the training of a model: steps, optimizers, evaluations and checkpoints."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,17 @@ class TrainConfig(Checked):
     rows of a table that were read, but not to gains and biases."""
     clip_norm: float = 1.0
     """Global norm to which the gradient of the dense parameters is clipped. 0 switches clipping off."""
+    trainable: str = ""
+    """Regular expression of the parameters that learn, searched in names such as `layer_3/attention/w_query`.
+    Tables are named `ultramem_0/values`, or `ultramem_tables/values` if shared. Other parameters stay as they
+    are, without gradient and without optimizer state. Empty matches all."""
+    lora_rank: int = 0
+    """Rank r of LoRA's factors (arXiv 2106.09685), 0 for none. The matrices that they adapt must not learn
+    themselves: `trainable=lora/` trains only the factors."""
+    lora_alpha: float = 16.0
+    """α of LoRA, whose products are weighted by α/r."""
+    lora_targets: str = "attention/w_(query|value)$"
+    """Regular expression of the matrices of layers that LoRA adapts; those of experts cannot be."""
     remat: Literal["none", "products", "layers"] = "none"
     """Activations that the backward pass computes again to save memory. `none`: keeps all. `products`:
     all of a layer but the results of products with weights. `layers`: all of a layer, from its input.
@@ -91,6 +103,12 @@ class TrainConfig(Checked):
         at_least(0, train__weight_decay=self.weight_decay, train__learning_rate=self.learning_rate)
         fraction(train__warmup_fraction=self.warmup_fraction, train__b1=self.b1, train__b2=self.b2)
         fraction(train__momentum=self.momentum)
+        at_least(0, train__lora_rank=self.lora_rank, train__lora_alpha=self.lora_alpha)
+        for name in ("trainable", "lora_targets"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                self.require(False, name, f"must be a regular expression: {error}")
         guards_a_denominator("train.eps", self.eps)
         require(self.steps < 2**31, "train.steps", self.steps, "must be below 2**31: int32")
         require(self.seed < 2**32, "train.seed", self.seed, "must be below 2**32")

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from ultramem_jax.data.byte_level import byte_characters, checked_ids, content_hash, read_backend, text_runs
-from ultramem_jax.errors import UserError
+from ultramem_jax.errors import UserError, require
 from ultramem_jax.files import replace_text
 
 EOS_TOKEN = "<|endoftext|>"
@@ -91,6 +91,21 @@ class Tokenizer(Protocol):
         Raises:
             ValueError: an id outside the vocabulary.
         """
+
+
+def require_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+    """Refuses a tokenizer that makes ids which a model does not have.
+
+    Args:
+        tokenizer: the tokenizer.
+        vocab_size: V of the model.
+        where: what the tokenizer comes from, for the message.
+
+    Raises:
+        UserError: the tokenizer has more ids than the model.
+    """
+    allowed = f"must be at least the {tokenizer.vocab_size} ids of {where}, {tokenizer.name!r}"
+    require(tokenizer.vocab_size <= vocab_size, "model.vocab_size", vocab_size, allowed)
 
 
 class ByteTokenizer:

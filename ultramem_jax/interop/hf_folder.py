@@ -1,9 +1,10 @@
 """Opens and writes the folder of a model in Hugging Face's form: `config.json` and `.safetensors` files."""
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,6 @@ from ultramem_jax.tree_types import JsonDict
 CONFIG = "config.json"
 _ONE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_SHARD_BYTES = 5 * 10**9
-"""Most bytes of a file: 5 GB, as in most folders of open models."""
 
 
 class FolderTensors:
@@ -90,16 +89,12 @@ def _indexed(folder: Path) -> dict[str, TensorInFile]:
     return {name: found[file][name] for name, file in files.items()}
 
 
-def write_folder(
-    folder: Path, config: JsonDict, tensors: Mapping[str, TensorToWrite], shard_bytes: int = _SHARD_BYTES
-) -> None:
-    """Writes a folder, which appears whole or not at all.
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which gets its name when the block ends without an error.
 
     Args:
         folder: must not exist yet, or be empty.
-        config: contents of `config.json`.
-        tensors: tensors by name.
-        shard_bytes: most bytes of a file.
 
     Raises:
         UserError: the folder has something in it, or cannot be written.
@@ -112,7 +107,7 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            _write(partial, config, tensors, shard_bytes)
+            yield partial
             os.rename(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -120,7 +115,20 @@ def write_folder(
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
-def _write(folder: Path, config: JsonDict, tensors: Mapping[str, TensorToWrite], shard_bytes: int) -> None:
+def write_folder(
+    folder: Path, config: JsonDict, tensors: Mapping[str, TensorToWrite], shard_bytes: int
+) -> None:
+    """Writes a model into a folder.
+
+    Args:
+        folder: a folder of the caller's own (`new_folder`).
+        config: contents of `config.json`.
+        tensors: tensors by name.
+        shard_bytes: most bytes of a file.
+
+    Raises:
+        OSError: the system refuses.
+    """
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     metadata = {"format": "pt"}  # transformers asks for this word, whatever wrote the file
     parts = shards(tensors, shard_bytes)

@@ -14,14 +14,18 @@ import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.data import BpeTokenizer, FileTokenizer, Tokenizer
+from ultramem_jax.data.tokenizer_files import TOKENIZER_FILE
+from ultramem_jax.data.tokenizers import require_vocabulary
 from ultramem_jax.errors import UserError, choice, require
+from ultramem_jax.gguf_files import open_gguf
 from ultramem_jax.interop import hf_config, hf_folder
 from ultramem_jax.interop.entries import Entry
 from ultramem_jax.interop.gguf_models import open_gguf_model
@@ -29,10 +33,12 @@ from ultramem_jax.interop.hf_names import entries
 from ultramem_jax.interop.olmo_checkpoints import is_olmo_checkpoint, load_olmo, read_olmo_config
 from ultramem_jax.interop.safetensors_stream import TensorToWrite
 from ultramem_jax.interop.stored_tensors import StoredTensors
-from ultramem_jax.tree_types import ArrayTree, JsonDict, Variables
+from ultramem_jax.tree_types import ArrayTree, JsonDict
 
-__all__ = ["load", "read_config", "save"]
+__all__ = ["has_tokenizer", "load", "read_config", "save"]
 
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of a file that `save` writes, unless it is told otherwise: as in most open models."""
 _DTYPES = ("float32", "float16", "bfloat16")
 """Dtypes of stored weights, and of saved ones."""
 _NAMED = 4
@@ -41,10 +47,10 @@ _NAMED = 4
 
 def load(
     path: str | os.PathLike[str],
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    dtype: str | None = None,
     *,
     ignore: Collection[str] = (),
-) -> tuple[ModelConfig, Variables]:
+) -> tuple[ModelConfig, dict[str, ArrayTree]]:
     """Loads a model: its config, and the variables with which `Transformer(config)` computes it.
 
     Tensors are read one by one, and only when the config, all names and all shapes are known to be right. So
@@ -65,13 +71,14 @@ def load(
     """
     if dtype is not None:
         choice("dtype", dtype, ("float32", "bfloat16"))
-    path = Path(path)
+    path, computed = Path(path), cast(Literal["float32", "bfloat16"] | None, dtype)
     if is_olmo_checkpoint(path):
-        return load_olmo(path, dtype)
+        config, of_olmo = load_olmo(path, computed)
+        return config, dict(of_olmo)
     tree, where, tensors = _opened(path)
     config = hf_config.model_config(tree, where, ignore)
-    if dtype is not None:
-        config = dataclasses.replace(config, dtype=dtype)
+    if computed is not None:
+        config = dataclasses.replace(config, dtype=computed)
     if config.moe is not None:  # before a list of so many names is made
         allowed = f"must be at most the {len(tensors.shapes):,} tensors of {tensors.where}"
         number = config.moe.num_experts
@@ -80,8 +87,8 @@ def load(
     _check(expected, tensors, config.tie_embeddings)
     variables: dict[str, ArrayTree] = {"params": {}, "memory": {}, "buffers": {}}
     for entry in expected:
-        cast = dtype if _is_of_layers(config, entry) else None
-        _put(variables, entry, _read(entry, tensors, cast))
+        wanted = dtype if _is_of_layers(config, entry) else None
+        _put(variables, entry, _read(entry, tensors, wanted))
     return config, variables
 
 
@@ -97,13 +104,26 @@ def read_config(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -
     return hf_config.model_config(tree, where, ignore)
 
 
+def has_tokenizer(path: str | os.PathLike[str]) -> bool:
+    """Tells whether a model comes with a tokenizer that `data.open_tokenizer` opens at the same path.
+
+    Raises:
+        UserError: the path is a file, and no GGUF file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return (path / TOKENIZER_FILE).is_file()
+    return "tokenizer.ggml.model" in open_gguf(path).fields
+
+
 def save(
     folder: str | os.PathLike[str],
     config: ModelConfig,
     variables: Mapping[str, ArrayTree],
     *,
+    tokenizer: Tokenizer | None = None,
     dtype: str | None = None,
-    shard_bytes: int = 5 * 10**9,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model in Hugging Face's form: `config.json` and one or several `.safetensors` files.
 
@@ -116,6 +136,8 @@ def save(
         config: the model.
         variables: its `params`, `memory` and `buffers`, as `load` and `training.restore.load_model` return
             them.
+        tokenizer: written beside the model, so that `data.open_tokenizer` opens the folder. Bytes as tokens
+            need no file.
         dtype: dtype of all tensors but those of memories: `float32`, `float16` or `bfloat16`. None keeps
             that of each variable, so that what was loaded without a dtype is written bit for bit.
         shard_bytes: most bytes of a file.
@@ -140,7 +162,15 @@ def save(
     require(not extra, "variables", extra[:_NAMED], "must be those of the config's model")
     dtypes = {tensor.dtype.name for tensor in tensors.values() if jnp.issubdtype(tensor.dtype, jnp.floating)}
     tree = hf_config.hf_tree(config, "float32" if "float32" in dtypes else min(dtypes))
-    hf_folder.write_folder(Path(folder), tree, tensors, shard_bytes)
+    if tokenizer is not None:
+        require_vocabulary(tokenizer, config.vocab_size, "tokenizer")
+        tree |= {"bos_token_id": tokenizer.start_ids[0], "eos_token_id": tokenizer.eos_id}
+    with hf_folder.new_folder(Path(folder)) as new:
+        hf_folder.write_folder(new, tree, tensors, shard_bytes)
+        if isinstance(tokenizer, BpeTokenizer):
+            tokenizer.save(new / TOKENIZER_FILE)
+        elif isinstance(tokenizer, FileTokenizer):
+            tokenizer.save(new)
 
 
 def _opened(path: Path) -> tuple[JsonDict, str, StoredTensors]:

@@ -1,4 +1,4 @@
-"""Describes what the loader of open models needs of a file format: named tensors, which are read one by one."""
+"""Describes what the loader of open models needs of a format: named tensors, which are read one by one."""
 
 from collections.abc import Mapping
 from typing import Protocol

@@ -128,7 +128,8 @@ class MoE(nn.Module):
         w_router = self.param("router", fan_in_normal(), (width, moe.num_experts), jnp.float32)
 
         # bfloat16 would round close probabilities to ties (Switch Transformer, section 2.4).
-        router = route(tokens.astype(jnp.float32) @ w_router.astype(jnp.float32), moe.top_k, moe.normalize_gates)
+        logits = tokens.astype(jnp.float32) @ w_router.astype(jnp.float32)
+        router = route(logits, moe.top_k, moe.normalize_gates)
         share = 1 / len(self.config.feed_forward_layers) if moe.auxiliary_over_layers == "mean" else 1.0
         sow(self, "losses", "load_balance", share * moe.load_balance_weight * router.load_balance)
         sow(self, "losses", "router_z", share * moe.router_z_weight * router.router_z)

@@ -288,8 +288,14 @@ def stream_texts(
 
 
 def continue_texts(
-    generator: TokenStream, tokenizer: Tokenizer, prompts: Sequence[str], num_tokens: int, seed: int = 0
+    generator: TokenStream,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    num_tokens: int,
+    seed: int = 0,
+    *,
+    special: bool = False,
 ) -> list[str]:
     """Returns the whole continuations; arguments as for `stream_texts`."""
-    pieces = stream_texts(generator, tokenizer, prompts, num_tokens, seed)
+    pieces = stream_texts(generator, tokenizer, prompts, num_tokens, seed, special=special)
     return ["".join(of_text) for of_text in zip(*pieces, strict=True)]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.model import layer_name
+from ultramem_jax.errors import require
 from ultramem_jax.layers.parameters import NOT_CAST
 from ultramem_jax.models.block import Block
 from ultramem_jax.ops.on_mesh import constrain_tokens
@@ -69,6 +70,9 @@ def run_group(
         x, h, sown = one(carry[0], *layer)
         return (x, h), sown
 
+    alike = len({jax.tree.structure(of) for of in params}) == 1
+    adapts = "must be False while train.lora_targets adapts matrices of only some layers"
+    require(alike, "model.scan_layers", config.scan_layers, adapts)
     stacked = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *params)
     start = x, jnp.zeros(x.shape, config.dtype)
     (x, h), sown = jax.lax.scan(body, start, (stacked, keys))
@@ -85,9 +89,14 @@ def _cast(params: ArrayTree, dtype: jnp.dtype) -> ArrayTree:
     """
 
     def cast(path: tuple[Any, ...], array: jax.Array) -> jax.Array:
-        return array if array.ndim != 2 or path[-1].key in NOT_CAST else array.astype(dtype)
+        return array if array.ndim != 2 or _is_any_of(NOT_CAST, path) else array.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _is_any_of(names: tuple[str, ...], path: tuple[Any, ...]) -> bool:
+    """Tells whether a leaf is a parameter of one of the names, and not a part of an adapted matrix."""
+    return isinstance(path[-1], jax.tree_util.DictKey) and path[-1].key in names
 
 
 def _put(module: nn.Module, layer: int, sown: ArrayTree) -> None:

@@ -33,8 +33,26 @@ class OutputMajor:
         return self.rows.shape[1], self.rows.shape[0]
 
 
-Matrix = jax.Array | OutputMajor
-"""Weights (D, F): trained ones, in float32, or served ones."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRankSum:
+    """Holds a matrix (D, F) as a sum of weights and a product of low rank, as LoRA adapts them."""
+
+    weights: jax.Array
+    """(D, F)."""
+    a: jax.Array
+    """(D, r)."""
+    b: jax.Array
+    """(r, F)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of the matrix, (D, F)."""
+        return self.weights.shape
+
+
+Matrix = jax.Array | OutputMajor | LowRankSum
+"""Weights (D, F): trained ones, in float32, served ones, or adapted ones."""
 
 
 def project(x: jax.Array, weights: Matrix, result_dtype: DTypeLike | None = None) -> jax.Array:
@@ -49,6 +67,9 @@ def project(x: jax.Array, weights: Matrix, result_dtype: DTypeLike | None = None
         weights: cast to that dtype. Products with an `OutputMajor` are summed in float32.
         result_dtype: dtype of the sums; that of x if None.
     """
+    if isinstance(weights, LowRankSum):
+        low = project(project(x, weights.a), weights.b, result_dtype)
+        return project(x, weights.weights, result_dtype) + low
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weights, OutputMajor):
         product = _by_output(rows, weights.rows.astype(x.dtype)).astype(result_dtype or x.dtype)

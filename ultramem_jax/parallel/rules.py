@@ -33,6 +33,8 @@ LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     "experts/w_gate": ("expert", "embed", "mlp"),
     "experts/w_out": ("expert", "mlp", "embed"),
     "scale": (None,),
+    "lora_a": (None, None),
+    "lora_b": (None, None),
 }
 """Logical axes of the parameters of layers, by name, or by module and name if several modules use the name.
 `experts` are those of a Mixture of Experts, whose names are otherwise those of the MLP. The function

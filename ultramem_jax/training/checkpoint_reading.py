@@ -207,7 +207,10 @@ def _of_model(config: JsonDict) -> JsonDict:
         table = {name: value for name, value in memory["table"].items() if name not in where}
         memories[group] = memory | {"table": table}
     model = model | {"memories": memories}
-    return {"model": model, "data": {"tokenizer": config["data"]["tokenizer"]}}
+    # A tokenizer from a file is known by its hash, which is compared elsewhere: the file may have moved.
+    tokenizer = config["data"]["tokenizer"]
+    kind = tokenizer if tokenizer in ("bytes", "bpe") else "a file's"
+    return {"model": model, "data": {"tokenizer": kind}}
 
 
 def differences(there: Any, here: Any, name: str = "") -> Differences:

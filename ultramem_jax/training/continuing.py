@@ -21,6 +21,9 @@ _FIXED = (
     "train.table_gradient",
     "train.optimizer",
     "train.row_optimizer",
+    "train.trainable",
+    "train.lora_rank",
+    "train.lora_targets",
 )
 """Settings that must not change. Without them a position in the data, or the optimizer's state, has no
 meaning."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import ModelConfig, RunConfig, to_dict
 from ultramem_jax.data import Corpus, PeekingIterator, load_corpus, train_iterator
+from ultramem_jax.data.tokenizers import require_vocabulary
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.distributed import (
@@ -35,11 +36,12 @@ from ultramem_jax.training.continuing import check_same_run, corpus_identity, sa
 from ultramem_jax.training.dense_optimizer import Optimizers, make_optimizers
 from ultramem_jax.training.evaluation import Evaluation, Evaluator, TargetBytes, bits_per_byte
 from ultramem_jax.training.in_flight import StepsInFlight
+from ultramem_jax.training.initial import Initial
 from ultramem_jax.training.metrics import MetricWriter
 from ultramem_jax.training.prefetch import Prefetched, gather_ahead, prefetching_sites, slots_of_tokens
 from ultramem_jax.training.profiling import Profile
 from ultramem_jax.training.refusals import refusals_in_a_line
-from ultramem_jax.training.restore import mend_tokenizer, save_tokenizer
+from ultramem_jax.training.restore import kept_tokenizer, mend_tokenizer, save_tokenizer
 from ultramem_jax.training.room import require_room, running_out_in_a_line
 from ultramem_jax.training.state import (
     TrainState,
@@ -85,6 +87,7 @@ def train(
     progress: bool = True,
     corpus: Corpus | None = None,
     profile: Profile | None = None,
+    initial: Callable[[], Initial] | None = None,
 ) -> TrainResult:
     """Trains a new run, or resumes the run that `workdir` holds.
 
@@ -103,6 +106,8 @@ def train(
         progress: whether to draw a progress bar on standard error.
         corpus: prepared data, if it is at hand already. Otherwise it is made from `config.data`.
         profile: what to profile; None for nothing.
+        initial: loads the variables with which a new run begins. A run that resumes does not call it; None
+            draws all.
 
     Raises:
         UserError: bad input; a checkpoint of another model, text or tokenizer; a workdir that is in use; a
@@ -111,7 +116,7 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     with refusals_in_a_line(workdir), running_out_in_a_line(count_parameters(config.model).total):
-        return _train(config, workdir, progress, corpus, profile)
+        return _train(config, workdir, progress, corpus, profile, initial)
 
 
 def _train(
@@ -120,10 +125,11 @@ def _train(
     progress: bool,
     corpus: Corpus | None,
     profile: Profile | None,
+    initial: Callable[[], Initial] | None,
 ) -> TrainResult:
     if is_first():
         warn_of_known_faults()
-    corpus = corpus if corpus is not None else load_corpus(config.data)
+    corpus = corpus if corpus is not None else load_corpus(config.data, kept_tokenizer(config.data, workdir))
     check_vocabulary(config, corpus)
     config, token_map = for_tokenizer(config, corpus.tokenizer)
     axes = mesh_axes(config, make_mesh(config.mesh))
@@ -154,7 +160,9 @@ def _train(
                 save_tokenizer(corpus.tokenizer, workdir)
             # The seed is an argument, so that a compilation cache needs only one program for all seeds.
             seed = np.uint32(config.train.seed)
-            state, start = fresh_state(config, optimizers, axes, seed, abstract), 0
+            given = initial() if initial is not None else None
+            state, start = fresh_state(config, optimizers, axes, seed, abstract, given), 0
+            del given
             if token_map is not None:
                 state = state.replace(buffers=with_token_maps(config.model, state.buffers, token_map))
         else:
@@ -204,13 +212,7 @@ def check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
     Raises:
         UserError: the tokenizer has more ids than `model.vocab_size`.
     """
-    size = corpus.tokenizer.vocab_size
-    require(
-        size <= config.model.vocab_size,
-        "model.vocab_size",
-        config.model.vocab_size,
-        f"must be at least the {size} ids of the tokenizer {config.data.tokenizer!r}",
-    )
+    require_vocabulary(corpus.tokenizer, config.model.vocab_size, "the tokenizer")
 
 
 def _require_together(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) -> None:

@@ -22,6 +22,7 @@ from ultramem_jax.training.prefetch import Prefetched, are_read, gather_ahead, w
 from ultramem_jax.training.state import TrainState, model_variables
 from ultramem_jax.training.table_gradients import ArraysOfMemories, perturbations
 from ultramem_jax.training.table_updates import record_usage, update_tables
+from ultramem_jax.training.trainable import overlaid, selected
 from ultramem_jax.training.undo_log import RowsOverwritten
 from ultramem_jax.tree_types import ArrayTree, Variables
 
@@ -117,10 +118,18 @@ class ModuleStep:
     def point(self, state: TrainState, batch: ArrayTree) -> dict[str, ArrayTree]:
         """Returns the point at which `loss` is differentiated."""
         inputs = self._objective.inputs(batch)
-        point = {"params": state.params} | ({"inputs": inputs} if jax.tree.leaves(inputs) else {})
+        point = self._learning(state) | ({"inputs": inputs} if jax.tree.leaves(inputs) else {})
         if self._is_dense:
-            return point | {"memory": state.tables}
-        return point | {"perturbations": perturbations(self._config.model, self._objective.num_tokens(batch))}
+            return point
+        learning = [table for table, parts in state.table_state.items() if parts]
+        zeros = perturbations(self._config.model, self._objective.num_tokens(batch), learning)
+        return point | {"perturbations": zeros}
+
+    def _learning(self, state: TrainState) -> dict[str, ArrayTree]:
+        """Returns the parameters that learn, and in the dense way also the tables, by collection."""
+        pattern = self._config.train.trainable
+        trees = {"params": state.params} | ({"memory": state.tables} if self._is_dense else {})
+        return {name: selected(tree, pattern) for name, tree in trees.items()}
 
     def loss(
         self,
@@ -132,7 +141,10 @@ class ModuleStep:
         rows: Prefetched | None = None,
     ) -> tuple[jax.Array, tuple[Variables, Metrics]]:
         """Returns the objective at a point of `point`, and what it leaves; `rows` were gathered ahead."""
-        variables = model_variables(state) | {"buffers": buffers} | point
+        held = model_variables(state)
+        learning = {name: point[name] for name in ("params", "memory") if name in point}
+        variables = held | {"buffers": buffers} | point
+        variables |= {name: overlaid(held[name], tree) for name, tree in learning.items()}
         if rows is not None:
             variables["prefetched"] = rows
         inputs = variables.pop("inputs", {})
@@ -188,8 +200,7 @@ class ModuleStep:
             return constrain_tokens(parts, axis=1)
 
         keys = jax.random.split(key, micro_batches)
-        start = {"params": state.params} | ({"memory": state.tables} if self._is_dense else {})
-        zeros = jax.tree.map(jnp.zeros_like, start)
+        zeros = jax.tree.map(jnp.zeros_like, self._learning(state))
         (total, buffers), (reads, cotangents, metrics) = jax.lax.scan(
             body, (zeros, state.buffers), (jax.tree.map(split, batch), keys)
         )
@@ -201,7 +212,7 @@ class ModuleStep:
     def update_params(
         self, gradients: ArrayTree, opt_state: ArrayTree, params: ArrayTree
     ) -> tuple[ArrayTree, ArrayTree]:
-        """Returns the dense parameters and their optimizer state after a step."""
+        """Returns the dense parameters that learn, and their optimizer state, after a step."""
         updates, opt_state = self._optimizers.params.update(gradients, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
@@ -223,8 +234,9 @@ class ModuleStep:
         following: Prefetched | None = None
         if self._is_dense:
             usage, usage_metrics = record_usage(model, state.usage, found.reads)
-            change, table_state = self._optimizers.tables.update(gradients["memory"], table_state, tables)
-            tables = optax.apply_updates(tables, change)
+            learning = self._learning(state)["memory"]
+            change, table_state = self._optimizers.tables.update(gradients["memory"], table_state, learning)
+            tables = overlaid(tables, optax.apply_updates(learning, change))
             for name in tables:
                 usage_metrics[name]["row_norm"] = optax.tree.norm(tables[name])
         else:
@@ -247,11 +259,12 @@ class ModuleStep:
             )
             if following is not None:
                 following = with_rows_written(model, following, next_slots, written)
-        params, opt_state = self.update_params(gradients["params"], state.opt_state, state.params)
+        learning = self._learning(state)["params"]
+        params, opt_state = self.update_params(gradients["params"], state.opt_state, learning)
         metrics["parameter_norm"] = optax.tree.norm(params)
         state = state.replace(
             step=state.step + 1,
-            params=params,
+            params=overlaid(state.params, params),
             opt_state=opt_state,
             tables=tables,
             table_state=table_state,

@@ -76,6 +76,9 @@ def with_rows_written(
     """
     fresh: Prefetched = {}
     for site in prefetching_sites(config):
+        if site.table not in written:  # the table does not learn
+            fresh[site.name] = ahead[site.name]
+            continue
         wanted, (at, rows) = slots[site.name], written[site.table]
         place = jnp.minimum(jnp.searchsorted(at, wanted).astype(jnp.int32), at.size - 1)
         is_written = at[place] == wanted

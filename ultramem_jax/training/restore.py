@@ -14,6 +14,7 @@ from ultramem_jax.training.checkpoint_reading import saved_config
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.continuing import check_tokenizer, tokenizer_identity
 from ultramem_jax.training.dense_optimizer import make_optimizers
+from ultramem_jax.training.lora import merged
 from ultramem_jax.training.state import abstract_state, reaches
 from ultramem_jax.tree_types import ArrayTree, JsonDict
 
@@ -29,8 +30,9 @@ class LoadedModel:
 
     config: RunConfig
     variables: dict[str, ArrayTree]
-    """`params`, `memory` and `buffers`; moments are not read. Tables are as `ultramem_jax.ops.rows` stores
-    them: `from_stored(table)` decodes the stored bits to bfloat16."""
+    """`params`, `memory` and `buffers`; moments are not read. LoRA's factors are merged into the matrices
+    that they adapt. Tables are as `ultramem_jax.ops.rows` stores them: `from_stored(table)` decodes the
+    stored bits to bfloat16."""
     tokenizer: Tokenizer
     step: int
     corpus: JsonDict
@@ -65,13 +67,14 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
         # An empty collection (a model without memories) is not an entry of the checkpoint.
         wanted = {name: tree for name, tree in parts.items() if jax.tree.leaves(tree)}
         restored = checkpoints.restore_subtree(wanted, meta.step).state
+    variables = {
+        "params": restored["params"],
+        "memory": restored.get("tables", {}),
+        "buffers": restored.get("buffers", {}),
+    }
     return LoadedModel(
         config=config,
-        variables={
-            "params": restored["params"],
-            "memory": restored.get("tables", {}),
-            "buffers": restored.get("buffers", {}),
-        },
+        variables=merged(variables, config.train),
         tokenizer=_tokenizer(config, pathlib.Path(workdir), meta.corpus),
         step=meta.step,
         corpus=meta.corpus,

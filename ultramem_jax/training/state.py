@@ -15,8 +15,14 @@ from ultramem_jax.ops.on_mesh import MeshAxes, current_axes, on_mesh
 from ultramem_jax.parallel.rules import logical_axes, parameter_specs, table_specs
 from ultramem_jax.parallel.table_layouts import by_rows, placement, placements
 from ultramem_jax.training.dense_optimizer import Optimizers
+from ultramem_jax.training.initial import Initial, placed, with_zero_outputs, without
+from ultramem_jax.training.lora import with_factors
 from ultramem_jax.training.slot_usage import SlotUsage, init_usage
+from ultramem_jax.training.trainable import overlaid, require_some, selected
 from ultramem_jax.tree_types import ArrayTree, Variables
+
+_LORA_STREAM = 0x10A
+"""Number of the stream of random numbers that draws LoRA's factors, apart from the model's own."""
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -25,14 +31,14 @@ class TrainState(flax.struct.PyTreeNode):
     step: jax.Array
     """() int32, the number of steps done."""
     params: ArrayTree
-    """Dense parameters: the `params` collection."""
+    """Dense parameters: the `params` collection, and LoRA's factors (`training.lora`)."""
     opt_state: optax.OptState
-    """State of the optimizer of the dense parameters, as optax keeps it."""
+    """State of the optimizer of the dense parameters that learn, as optax keeps it."""
     tables: dict[str, dict[str, jax.Array]]
     """The `memory` collection: per table `values` (N, d_v) and, if there are any, `pre_values` (N, d_p)."""
     table_state: ArrayTree
-    """State of the tables' optimizer. In the row-sparse way it is, per array of a table, the state of its
-    `RowRule`, which is empty for plain SGD. In the dense way it is optax's state."""
+    """State of the tables' optimizer. In the row-sparse way it is, per array of a table that learns, the
+    state of its `RowRule`, which is empty for plain SGD. In the dense way it is optax's state."""
     usage: dict[str, SlotUsage]
     """`SlotUsage` of each table, by the name of the table."""
     buffers: ArrayTree
@@ -68,18 +74,22 @@ def state_of(config: RunConfig, optimizers: Optimizers, variables: Variables, se
         variables: `params` and, with memories, `memory` and `buffers`, named as in the model of `config`.
         seed: () uint32, of the random numbers of all steps.
     """
-    params, tables = variables["params"], variables.get("memory", {})
-    if config.train.table_gradient == "dense":
-        table_state: ArrayTree = optimizers.tables.init(tables)
+    tables, train = variables.get("memory", {}), config.train
+    lora_key = jax.random.fold_in(jax.random.key(seed), _LORA_STREAM)
+    params = with_factors(variables["params"], train, lora_key)
+    require_some(params, tables, train.trainable)
+    learning = selected(tables, train.trainable)
+    if train.table_gradient == "dense":
+        table_state: ArrayTree = optimizers.tables.init(learning)
     else:
         table_state = {
-            name: {part: optimizers.rows[name].init(rows) for part, rows in table.items()}
-            for name, table in tables.items()
+            name: {part: optimizers.rows[name].init(rows) for part, rows in learning.get(name, {}).items()}
+            for name in tables
         }
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizers.params.init(params),
+        opt_state=optimizers.params.init(selected(params, train.trainable)),
         tables=tables,
         table_state=table_state,
         usage={name: init_usage(table["values"].shape[0]) for name, table in tables.items()},
@@ -94,6 +104,7 @@ def fresh_state(
     axes: MeshAxes,
     seed: np.uint32,
     abstract: TrainState | None = None,
+    initial: Initial | None = None,
 ) -> TrainState:
     """Returns the state at step 0, each array placed as `abstract_state` says.
 
@@ -108,29 +119,46 @@ def fresh_state(
         seed: seed of all draws.
         abstract: the result of `abstract_state`, where it is at hand. Otherwise the model is traced once more
             for it.
+        initial: variables that are not drawn; None draws all.
+
+    Raises:
+        UserError: `initial` has other variables, or other shapes, than the model of the config.
     """
+    initial = initial or Initial({})
+    trees = initial.trees()
 
     def init(seed: jax.Array) -> TrainState:
         with on_mesh(axes):
-            return init_state(config, optimizers, seed)
+            state = init_state(config, optimizers, seed)
+        zeroed = with_zero_outputs(config.model, state.params, state.tables, initial.grafted)
+        return state.replace(params=zeroed[0], tables=zeroed[1])
+
+    def drawn(state: TrainState) -> TrainState:
+        """Returns the state without what is given."""
+        return state.replace(**{field: without(getattr(state, field), of) for field, of in trees.items()})
 
     abstract = abstract or abstract_state(config, optimizers, axes)
-    shardings = placements(abstract)
-    if all(memory.table.memory_kind == "device" for memory in config.model.memories.values()):
-        return jax.jit(init, out_shardings=shardings)(seed)
+    given = {field: placed(of, getattr(abstract, field), field) for field, of in trees.items()}
+    wanted = drawn(abstract)
     # The compiler keeps only what a program's result needs, so each program below draws only its own arrays.
-    small = shardings.replace(tables={}, table_state={})
-    rest = jax.jit(lambda seed: init(seed).replace(tables={}, table_state={}), out_shardings=small)(seed)
-    tables: dict[str, dict[str, jax.Array]] = {name: {} for name in abstract.tables}
-    for name, parts in abstract.tables.items():
-        for part, table in parts.items():
-            how = placement(table)
-            draw = jax.jit(lambda seed, n=name, p=part: init(seed).tables[n][p], out_shardings=how)
-            tables[name][part] = draw(seed)
-    zeros = jax.tree.map(
-        lambda a: jax.device_put(np.zeros(a.shape, a.dtype), placement(a)), abstract.table_state
-    )
-    return rest.replace(tables=tables, table_state=zeros)
+    if all(memory.table.memory_kind == "device" for memory in config.model.memories.values()):
+        state = jax.jit(lambda seed: drawn(init(seed)), out_shardings=placements(wanted))(seed)
+    else:
+        small = placements(wanted).replace(tables={}, table_state={})
+        state = jax.jit(
+            lambda seed: drawn(init(seed)).replace(tables={}, table_state={}), out_shardings=small
+        )(seed)
+        tables: dict[str, dict[str, jax.Array]] = {name: {} for name in wanted.tables}
+        for name, parts in wanted.tables.items():
+            for part, table in parts.items():
+                how = placement(table)
+                draw = jax.jit(lambda seed, n=name, p=part: init(seed).tables[n][p], out_shardings=how)
+                tables[name][part] = draw(seed)
+        zeros = jax.tree.map(
+            lambda a: jax.device_put(np.zeros(a.shape, a.dtype), placement(a)), abstract.table_state
+        )
+        state = state.replace(tables=tables, table_state=zeros)
+    return state.replace(**{field: overlaid(getattr(state, field), of) for field, of in given.items()})
 
 
 def abstract_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) -> TrainState:

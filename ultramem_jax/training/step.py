@@ -11,6 +11,7 @@ from ultramem_jax.models import Transformer
 from ultramem_jax.ops.on_mesh import MeshAxes, on_mesh
 from ultramem_jax.parallel.rules import gathered, logical_axes
 from ultramem_jax.training.dense_optimizer import Optimizers, table_learning_rates
+from ultramem_jax.training.lora import adapted
 from ultramem_jax.training.module_step import Metrics, ModuleStep, Objective, flat_metrics
 from ultramem_jax.training.prefetch import Prefetched, slots_of_tokens
 from ultramem_jax.training.schedules import learning_rate
@@ -45,7 +46,7 @@ def language_model_objective(config: RunConfig, axes: MeshAxes | None = None) ->
     def loss(
         variables: Variables, inputs: ArrayTree, tokens: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, tuple[Variables, Metrics]]:
-        whole = {**variables, "params": gathered(variables["params"], axes, logical)}
+        whole = {**variables, "params": adapted(gathered(variables["params"], axes, logical), config.train)}
         logits, sown = model.apply(
             whole,
             tokens[:, :-1],
@@ -77,8 +78,8 @@ def make_train_step(
 
     - `loss`: nats per token, without auxiliary losses;
     - `auxiliary_loss`;
-    - `gradient_norm`: of the dense parameters, before clipping;
-    - `parameter_norm` and `learning_rate`;
+    - `gradient_norm`: of the dense parameters that learn, before clipping;
+    - `parameter_norm`: of the dense parameters that learn; `learning_rate`;
     - with memories `value_learning_rate`, and per memory the metrics of the layer;
     - per table the metrics of `record_reads`, and `row_norm`: the norm of the rows that the step wrote, or of
       the whole table in the dense way.
@@ -142,7 +143,8 @@ def make_eval_step(
 
     def eval_step(variables: Variables, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         with on_mesh(axes):
-            whole = dict(variables) | {"params": gathered(variables["params"], axes, logical)}
+            params = adapted(gathered(variables["params"], axes, logical), config.train)
+            whole = dict(variables) | {"params": params}
             logits: Any = model.apply(whole, tokens[:, :-1])
         of_sequences = (token_losses(logits, tokens[:, 1:]) * mask).sum(1)
         # The factor is 1, or 0 for a sequence without counted targets. It keeps the two sums apart: the

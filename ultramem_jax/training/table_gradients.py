@@ -1,6 +1,6 @@
 """Collects what the gradients of every table's rows are made of: reads, and their cotangents."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeAlias
 
 import jax
@@ -15,8 +15,15 @@ ArraysOfMemories: TypeAlias = Mapping[str, Mapping[str, jax.Array]]
 """Arrays by memory and kind: what memories sow into `reads`, or the cotangents of `perturbations`."""
 
 
-def perturbations(config: ModelConfig, num_tokens: int) -> dict[str, dict[str, jax.Array]]:
+def perturbations(
+    config: ModelConfig, num_tokens: int, learning: Collection[str]
+) -> dict[str, dict[str, jax.Array]]:
     """Returns the zeros that are added to the reads. Their gradients are the cotangents of the reads.
+
+    Args:
+        config: the model's config.
+        num_tokens: T.
+        learning: names of the tables that learn; memories of others get nothing.
 
     Returns:
         Per memory `pooled` (T, blocks, d_v) and, with pre-values, `products` (T, R), in the model's dtype. On
@@ -25,6 +32,8 @@ def perturbations(config: ModelConfig, num_tokens: int) -> dict[str, dict[str, j
     dtype = jnp.dtype(config.dtype)
     found = {}
     for site in config.sites:
+        if site.table not in learning:
+            continue
         memory = site.config
         shape = pooled_shape(num_tokens, memory.num_blocks, memory.table.value_dim)
         found[site.name] = {"pooled": jnp.zeros(shape, dtype)}
@@ -73,7 +82,7 @@ def table_gradients(
 
     Args:
         config: the model's config.
-        rows: the result of `rows_of_tables`.
+        rows: the result of `rows_of_tables`, of the tables that learn.
         reads: what the memories sowed into `reads`.
         cotangents: gradients with respect to `perturbations`.
 
@@ -82,6 +91,8 @@ def table_gradients(
     """
     gradients: dict[str, dict[str, GradientsOfReads]] = {}
     for table, sites in table_readers(config).items():
+        if table not in rows:
+            continue
         readers = [site.name for site in sites]
         read = {key: _together([reads[name][key] for name in readers]) for key in reads[readers[0]]}
         cotangent = {

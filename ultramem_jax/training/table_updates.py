@@ -1,5 +1,7 @@
 """Updates the tables, from what a step read and the cotangents of that.
 
+An array of a table learns if the optimizer has a state for it; any other stays as it is.
+
 On one device, the rows of every table are sorted, and their gradients are summed and given to the optimizer.
 On a mesh, each device does this for the rows and columns that it owns, over the reads of all tokens
 (`owned_tables`). The forward and the backward pass bring reads and cotangents to the owners
@@ -62,7 +64,8 @@ def update_tables(
         optimizers: the optimizers of the rows, by the name of their table.
         state: the state before the step. Its tables and their moments are updated in place.
         reads: what the memories sowed into `reads`, with a leading axis of micro-batches.
-        cotangents: gradients with respect to `perturbations`, with the same axis.
+        cotangents: gradients with respect to `perturbations`, with the same axis. Memories whose tables do
+            not learn have none.
         finite: () bool. Unless it holds, no row is written. It must depend on every gradient that is computed
             from rows (see `rows_if`).
         record_before: whether to return the rows as they were. This works only on one device.
@@ -74,16 +77,22 @@ def update_tables(
     after = TableUpdate({}, {}, {}, {}, None, {})
     seeds = _seeds(state)
     for table, readers in table_readers(config).items():
+        parts, moments = state.tables[table], state.table_state[table]
+        if not moments:  # the table does not learn
+            of = OwnedTable(axes).record(state.usage[table], {s.name: reads[s.name] for s in readers})
+            after.tables[table], after.table_state[table], after.usage[table] = parts, moments, of[0]
+            after.metrics[table] = of[1] | {"row_norm": jnp.zeros((), jnp.float32)}
+            continue
         of_table = OwnedTable(axes).update(
             optimizers[table],
-            state.tables[table],
-            state.table_state[table],
+            {part: parts[part] for part in moments},
+            moments,
             state.usage[table],
             {site.name: reads[site.name] for site in readers},
             {site.name: cotangents[site.name] for site in readers},
             OfStep(finite, state.step, seeds[table]),
         )
-        after.tables[table], after.table_state[table] = of_table.parts, of_table.moments
+        after.tables[table], after.table_state[table] = parts | of_table.parts, of_table.moments
         after.usage[table], after.metrics[table] = of_table.usage, of_table.metrics
     return after
 
@@ -118,7 +127,7 @@ def _update_on_one_device(
     reads, cotangents = _side_by_side(reads), _side_by_side(cotangents)
     rows = rows_of_tables(config, reads)
     recorded = _record(state.usage, rows)
-    rows = {name: rows_if(finite, rows[name]) for name in rows}
+    rows = {name: rows_if(finite, rows[name]) for name in rows if state.table_state[name]}
     gradients = table_gradients(config, rows, reads, cotangents)
     seeds = _seeds(state)
     keeping = {site.table for site in prefetching_sites(config)}
@@ -129,6 +138,9 @@ def _update_on_one_device(
     norms: dict[str, dict[str, jax.Array]] = {name: {} for name in state.tables}
     for name, parts in state.tables.items():
         for part, table in parts.items():
+            if part not in state.table_state[name]:  # it does not learn
+                tables[name][part] = table
+                continue
             of_reads, moments = gradients[name][part], state.table_state[name][part]
             seed = seeds[name][part]
             update = update_by_reads(
@@ -152,10 +164,14 @@ def _update_on_one_device(
         tables,
         table_state,
         {name: usage for name, (usage, _) in recorded.items()},
-        {name: of | {"row_norm": optax.tree.norm(norms[name])} for name, (_, of) in recorded.items()},
+        {name: of | {"row_norm": _norm(norms[name])} for name, (_, of) in recorded.items()},
         overwritten if record_before else None,
         written,
     )
+
+
+def _norm(of_parts: dict[str, jax.Array]) -> jax.Array:
+    return optax.tree.norm(of_parts) if of_parts else jnp.zeros((), jnp.float32)
 
 
 def _record(

@@ -63,6 +63,11 @@ class ContextGate(ReadoutConfig):
             found["conv"] = Parameter((self.conv_width, d), (None, "embed"), "conv", "weights")
         return found
 
+    @property
+    def last_factors(self) -> tuple[str, ...]:
+        """Returns W_v and b_v: without them v is zero, and so are u and its convolution."""
+        return ("value_projection", "value_bias")
+
     def extra_flops(self, site: MemorySite) -> int:
         """Returns 2·D, the FLOPs of the product of key and hidden state."""
         return 2 * site.context.embed_dim

@@ -30,6 +30,11 @@ class Projection(ReadoutConfig):
         return self.sum_blocks
 
     @property
+    def last_factors(self) -> tuple[str, ...]:
+        """Returns the projection, or nothing if the values of the table are the output."""
+        return ("projection",) if self.project_values else ()
+
+    @property
     def power(self) -> float:
         """Returns the gate's mean square, E[SiLU(z)²] for z ~ N(0, 1), or 1 without a gate."""
         from ultramem_jax.layers.memory.initializers import second_moment

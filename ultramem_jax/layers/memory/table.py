@@ -97,9 +97,9 @@ class Table(nn.Module):
         return nn.gelu(products, approximate=False) if config.pre_value_activation == "gelu" else products
 
     def _perturbed(self, name: str, value: jax.Array) -> jax.Array:
-        # A perturbation has the shape of a batch, so it belongs to the training step. Initialisation must not
-        # make it a variable of the layer.
-        return value if self.is_initializing() else self.perturb(name, value)
+        # A perturbation has the shape of a batch, so it belongs to the training step: initialisation must not
+        # make it a variable of the layer. A step has none for a table that does not learn.
+        return self.perturb(name, value) if self.has_variable("perturbations", name) else value
 
 
 def draw_table(key: jax.Array, num_slots: int, width: int, std: float, dtype: str = "float32") -> jax.Array:
