@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support.assertions import refused
 from ultramem_jax import gguf_files
 from ultramem_jax.errors import UserError
 from ultramem_jax.gguf_files import open_gguf
@@ -47,15 +48,6 @@ def by_hand(path, fields=(), tensors=(), magic=b"GGUF", version=3, data=bytes(25
         head += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
     path.write_bytes(head + bytes(-len(head) % 32) + data)
     return path
-
-
-def refused(call, *said):
-    """The one line with which `call` refuses its input."""
-    with pytest.raises(UserError) as error:
-        call()
-    message = str(error.value)
-    assert all(words in message for words in said) and "\n" not in message, message
-    return message
 
 
 def random(*shape):

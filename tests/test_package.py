@@ -93,7 +93,7 @@ def test_the_command_says_its_version_and_lists_its_commands(installed, tmp_path
     assert re.match(rf"ultramem_jax {re.escape(ultramem_jax.__version__)} \(jax \d", done.stdout), done.stderr
     listed = _run(installed, tmp_path, sys.executable, "-m", "ultramem_jax").stdout
     commands = re.findall(r"^  (\w+) ", listed, re.MULTILINE)
-    assert commands == ["train", "evaluate", "generate", "count", "plan", "audit", "accelerator"]
+    assert commands == ["train", "evaluate", "generate", "export", "count", "plan", "audit", "accelerator"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
+from tests.support.assertions import refused
 from tests.support.gguf_models import (
     ARCHITECTURES,
     CLASSES,
@@ -28,16 +29,6 @@ from tests.support.gguf_models import (
 )
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop.gguf_models import open_gguf_model
-
-
-def refused(call, *said):
-    """The one line with which `call` refuses its input."""
-    with pytest.raises(UserError) as error:
-        call()
-    message = str(error.value)
-    assert all(words in message for words in said) and "\n" not in message, message
-    return message
-
 
 CONFIG = {
     "hidden_act": "silu",

@@ -9,21 +9,12 @@ import numpy as np
 import pytest
 
 from tests.support import synthetic
-from ultramem_jax.errors import UserError
+from tests.support.assertions import refused
 from ultramem_jax.interop.hyper import Reference
 from ultramem_jax.interop.reference_torch import dump, load, read_safetensors, write_safetensors
 
 HYPER = synthetic.CASES["v1_three_heads"]
 STATE = synthetic.random_state(HYPER, 0)
-
-
-def refused(call, *said):
-    """The one line with which `call` refuses its input."""
-    with pytest.raises(UserError) as error:
-        call()
-    message = str(error.value)
-    assert all(words in message for words in said) and "\n" not in message, message
-    return message
 
 
 def file_of(path, dtype, bits, name="query_norm.weight"):

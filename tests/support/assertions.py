@@ -1,8 +1,22 @@
-"""Holds the comparisons that chex does not have."""
+"""Holds the comparisons that chex does not have, and that of an error."""
+
+from collections.abc import Callable
 
 import chex
 import jax
 import numpy as np
+import pytest
+
+from ultramem_jax.errors import UserError
+
+
+def refused(call: Callable[[], object], *said: str) -> str:
+    """Returns the one line with which `call` refuses its input, and asserts what is in it."""
+    with pytest.raises(UserError) as error:
+        call()
+    message = str(error.value)
+    assert all(words in message for words in said) and "\n" not in message, message
+    return message
 
 
 def assert_same_bits(actual: chex.ArrayTree, expected: chex.ArrayTree) -> None:

@@ -1,11 +1,42 @@
 """Maps the entries of a state dict to variables of this project, and converts between their layouts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ultramem_jax.errors import UserError
+
 Path = tuple[str, ...]
+_NAMED = 8
+"""Number of entries that an error names."""
+
+
+def compare_names(given: Iterable[str], expected: Sequence[str], what: str, whose: str) -> None:
+    """Refuses names that are missing, or that should not be there.
+
+    Args:
+        given: names that are there.
+        expected: names that must be there, and no others.
+        what: what has the names, for the message.
+        whose: what does not have the others, for the message: "the layers do".
+
+    Raises:
+        UserError: they differ; the message gives the first names of each kind.
+    """
+    there, known = set(given), set(expected)
+    missing = [name for name in expected if name not in there]
+    extra = sorted(there - known, key=str)
+    complaints = [f"has no {_some(missing)}"] if missing else []
+    complaints += [f"has {_some(extra)}, which {whose} not have"] if extra else []
+    if complaints:
+        raise UserError(f"{what} {'; it '.join(complaints)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    """Returns the names, or only the first of many: a file of another model lacks thousands."""
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, names[:_NAMED])) + more
 
 
 def same(array: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ Two differences from the authors' code remain:
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ import numpy as np
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError, choice, require
+from ultramem_jax.interop.entries import compare_names
 from ultramem_jax.interop.olmo_config import (
     CONFIG_FILE,
     Dtype,
@@ -42,8 +43,6 @@ from ultramem_jax.interop.olmo_files import FLOATS, INTEGERS, OlmoTensors, open_
 from ultramem_jax.interop.olmo_names import Stored, query_norm_name, stored_tensors
 from ultramem_jax.tree_types import Variables
 
-_NAMED = 8
-"""Number of tensors that an error names."""
 _UNREAD = "transformer.full_memory_layer."
 """Prefix of the table that the authors' Memory+ declares even in a model without memories."""
 
@@ -80,7 +79,9 @@ def load_olmo(
         expected = stored_tensors(model)
         has_memories = model.reference is not None
         ignored = () if has_memories else tuple(name for name in tensors.names if name.startswith(_UNREAD))
-        _compare_names(tensors, [name for one in expected for name in one.names], ignored)
+        given = [name for name in tensors.names if name not in ignored]
+        names = [name for one in expected for name in one.names]
+        compare_names(given, names, tensors.where, "the model does")
         for one in expected:
             for name in one.names:
                 tensors.check(name, one.shape, INTEGERS if one.permutation else FLOATS, one.parts)
@@ -124,23 +125,6 @@ def _opened(
 def _qk_norm(section: Mapping[str, Any], tensors: OlmoTensors) -> QkNorm:
     """Returns what a norm of queries is over: one head in the authors' code, all heads in that of OLMoE."""
     return "all_heads" if tensors.shape(query_norm_name(0)) == (section["d_model"],) else "per_head"
-
-
-def _compare_names(tensors: OlmoTensors, expected: Sequence[str], ignored: Sequence[str]) -> None:
-    """Raises an error that names the tensors that are missing, or that the model does not have."""
-    given, known = set(tensors.names), set(expected)
-    missing = [name for name in expected if name not in given]
-    extra = sorted(given - known - set(ignored))
-    complaints = [f"has no {_some(missing)}"] if missing else []
-    complaints += [f"has {_some(extra)}, which the model does not have"] if extra else []
-    if complaints:
-        raise UserError(f"{tensors.where} {'; it '.join(complaints)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    """Returns the names, or only the first of many: a file of another model lacks thousands."""
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(map(repr, names[:_NAMED])) + more
 
 
 def _read(tensors: OlmoTensors, one: Stored, name: str) -> np.ndarray:

@@ -27,7 +27,7 @@ from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.interop.constant import Constant
 from ultramem_jax.interop.engram import MODULE, EngramReference
-from ultramem_jax.interop.entries import Entry, Path
+from ultramem_jax.interop.entries import Entry, Path, compare_names
 from ultramem_jax.interop.hyper import Reference
 from ultramem_jax.interop.hyper_values import Hyper
 from ultramem_jax.interop.names import TABLES, entries
@@ -48,8 +48,7 @@ __all__ = [
 Loaded: TypeAlias = dict[str, dict[str, dict[str, jax.Array | Constant]]]
 """Variables of a module: collection -> module -> name -> array."""
 _LOSSES = "losses"
-_NAMED = 8
-"""Number of entries that an error names."""
+_LAYERS = "the layers do"
 
 
 class _EngramLayer(nn.Module):
@@ -204,7 +203,7 @@ def load(
         state = read_safetensors(state)
     _require_mapping("state", state, "a dict of arrays by name, or the path of a .safetensors file")
     reference, expected = _of(hyper)
-    _compare_names(state, [name for entry in expected for name in entry.names], "the state dict")
+    compare_names(state, [name for entry in expected for name in entry.names], "the state dict", _LAYERS)
     variables: Loaded = {}
     for entry in expected:
         arrays = [_checked(name, state[name], entry, allow_nonfinite) for name in entry.names]
@@ -238,7 +237,7 @@ def dump(variables: Variables, hyper: Hyper) -> dict[str, np.ndarray]:
         "/".join(map(str, path)): value
         for path, value in _flatten({name: variables.get(name, {}) for name in collections})
     }
-    _compare_names(given, ["/".join(entry.path) for entry in expected], "the tree of variables")
+    compare_names(given, ["/".join(entry.path) for entry in expected], "the tree of variables", _LAYERS)
     state: dict[str, np.ndarray] = {}
     for entry in expected:
         path = "/".join(entry.path)
@@ -280,22 +279,6 @@ def _hook_backward(ones: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, ja
 
 
 _with_gradient_of.defvjp(_hook_forward, _hook_backward)
-
-
-def _compare_names(given: Mapping[str, object], expected: Sequence[str], what: str) -> None:
-    """Raises an error that names the entries that are missing from `given`, or that it should not have."""
-    missing = [name for name in expected if name not in given]
-    extra = sorted(set(given) - set(expected), key=str)
-    complaints = [f"has no {_some(missing)}"] if missing else []
-    complaints += [f"has {_some(extra)}, which the layers do not have"] if extra else []
-    if complaints:
-        raise UserError(f"{what} {'; it '.join(complaints)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    """Returns the names, or only the first of many: a file of another model lacks thousands."""
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(map(repr, names[:_NAMED])) + more
 
 
 def _require_mapping(field: str, value: object, allowed: str) -> None:

@@ -65,6 +65,33 @@ def _apply(
     return left["cache"], logits
 
 
+def read_chunk(
+    config: ModelConfig,
+    variables: dict[str, ArrayTree],
+    cache: Cache,
+    logits: jax.Array,
+    tokens: jax.Array,
+    counts: jax.Array,
+) -> tuple[Cache, jax.Array]:
+    """Reads a chunk of every prompt into the cache.
+
+    Compile it with cache and logits donated.
+
+    Args:
+        config: the model's config.
+        variables: those of `prepare_for_decoding`.
+        cache: what was read before.
+        logits: (B, V), those after the tokens before.
+        tokens: (B, C).
+        counts: (B,) int32, tokens of each prompt that are not padding.
+
+    Returns:
+        The cache, and the logits (B, V) after each prompt's tokens; those of a prompt without any stay.
+    """
+    cache, new = _apply(config, variables, cache, tokens, counts)
+    return cache, jnp.where(counts[:, None] > 0, new, logits)
+
+
 def _choose(
     sampling: Sampling, num_ids: int | None, logits: jax.Array, seed: jax.Array, number: jax.Array
 ) -> jax.Array:
@@ -118,17 +145,7 @@ class Generator:
         self._variables = prepare_for_decoding(config, variables)
         sampling = sampling or Sampling()
 
-        def read(
-            variables: dict[str, ArrayTree],
-            cache: Cache,
-            logits: jax.Array,
-            tokens: jax.Array,
-            counts: jax.Array,
-        ) -> tuple[Cache, jax.Array]:
-            cache, new = _apply(config, variables, cache, tokens, counts)
-            return cache, jnp.where(counts[:, None] > 0, new, logits)
-
-        self._read_chunk = jax.jit(read, donate_argnums=(1, 2))
+        self._read_chunk = jax.jit(partial(read_chunk, config), donate_argnums=(1, 2))
         self._choose = jax.jit(partial(_choose, sampling, num_ids))
         self._step = jax.jit(decoding_step(config, sampling, num_ids), donate_argnums=1)
 

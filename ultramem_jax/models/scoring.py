@@ -15,6 +15,7 @@ import numpy as np
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import at_least, choice, require
 from ultramem_jax.models.cache import CACHE_DTYPES, Cache, empty_cache
+from ultramem_jax.models.generation import read_chunk
 from ultramem_jax.models.sampling import likeliest
 from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.models.transformer import Transformer
@@ -102,7 +103,7 @@ class Scorer:
         self._variables = prepare_for_decoding(config, variables)
         fitting = LOGITS_BYTES // (4 * batch_size * config.vocab_size)
         self._longest_piece_chunk = min(_LONGEST_CHUNK, 1 << max(fitting, 1).bit_length() - 1)
-        self._read_context = jax.jit(functools.partial(_read_context, config), donate_argnums=(1, 2))
+        self._read_context = jax.jit(functools.partial(read_chunk, config), donate_argnums=(1, 2))
         self._read_pieces = jax.jit(functools.partial(_read_pieces, config), donate_argnums=1)
         self._first_tokens = jax.jit(_first_tokens)
 
@@ -226,20 +227,6 @@ class Scorer:
 def _round(rows: list[_Row], k: int) -> list[np.ndarray]:
     """Returns the k-th piece of each row, and for a row that has fewer a single token, which is not read."""
     return [row.pieces[k] if k < len(row.pieces) else np.zeros(1, np.int32) for row in rows]
-
-
-def _read_context(
-    config: ModelConfig,
-    variables: dict[str, ArrayTree],
-    cache: Cache,
-    logits: jax.Array,
-    tokens: jax.Array,
-    counts: jax.Array,
-) -> tuple[Cache, jax.Array]:
-    """Reads tokens (B, C), of which `counts` (B,) are not padding -> the cache and the next logits (B, V)."""
-    inputs = variables | {"cache": cache}
-    new, left = Transformer(config).apply(inputs, tokens, counts=counts, mutable=["cache"])
-    return left["cache"], jnp.where(counts[:, None] > 0, new, logits)
 
 
 def _read_pieces(
