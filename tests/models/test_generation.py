@@ -131,6 +131,19 @@ def test_other_models_too_decode_as_their_full_passes_say(config):
         assert found.tolist() == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
+def test_long_prompts_are_read_in_chunks_of_several_sizes():
+    # 300 tokens in chunks of 256 and 64: a product of 256 rows has its operands in another order.
+    layers = ModelConfig(vocab_size=50, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_dim=16)
+    variables = _variables(layers)
+    prompt = np.random.default_rng(2).integers(0, 50, 300)
+    generator = Generator(layers, variables, window=310, sampling=GREEDY)
+    found = generator.generate([prompt, prompt[:70]], 4)
+    for start, continuation in zip((prompt, prompt[:70]), found, strict=True):
+        ids = jnp.asarray([[*start, *continuation]], jnp.int32)
+        logits = jax.jit(Transformer(layers).apply)(variables, ids)[0]
+        assert continuation.tolist() == logits[len(start) - 1 : -1].argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("window", [6, 1])
 def test_of_a_window_that_is_full_the_newer_half_is_read_again(variables, window):
     generator = Generator(CONFIG, variables, window=window, sampling=GREEDY, prefill_chunk=4)

@@ -1,8 +1,8 @@
 """Generates text from a model: it reads prompts in chunks into a cache, then adds one token after another.
 
-Two programs of the model are compiled for a batch. One reads a chunk of every prompt. The other takes a token
-of every sequence and samples the next one. Both update the cache in place. A third, small program samples the
-first token after the prompts.
+Programs of the model are compiled for a batch. One for each of up to three sizes reads a chunk of every
+prompt. Another takes a token of every sequence and samples the next one. They update the cache in place. A
+small program samples the first token after the prompts.
 """
 
 import codecs
@@ -27,6 +27,8 @@ DecodingStep: TypeAlias = Callable[..., tuple[Cache, jax.Array]]
 """(variables, cache, tokens (B,), counts (B,) int32, seed, number of the token) -> (cache, tokens (B,)). A
 count is 1, or 0 for a sequence that has ended; seed and number are uint32 and decide the draw."""
 
+_SMALLEST_CHUNK = 64
+"""Tokens of the smallest chunk of a prompt: each size is a program."""
 ENDED = -1
 """Stands in place of the token of a sequence that has ended."""
 
@@ -117,7 +119,7 @@ class Generator:
         stop_id: int | None = None,
         num_ids: int | None = None,
         cache_dtype: str = "float32",
-        prefill_chunk: int = 64,
+        prefill_chunk: int = 256,
     ):
         """Prepares the model for decoding.
 
@@ -130,7 +132,8 @@ class Generator:
             stop_id: ends a sequence, and is not part of it. None means that no token does.
             num_ids: only ids below it are sampled, those that the tokenizer has; None is all of the model's.
             cache_dtype: dtype of keys and values, see `empty_cache`.
-            prefill_chunk: tokens of each prompt that are read at a time.
+            prefill_chunk: the most tokens of each prompt that are read at a time. Shorter prompts, and what
+                remains of longer ones, are read in smaller chunks, down to 64.
 
         Raises:
             UserError: a value that is not allowed.
@@ -141,7 +144,7 @@ class Generator:
             allowed = f"must be in [1, {config.vocab_size}], the model's vocabulary"
             require(1 <= num_ids <= config.vocab_size, "num_ids", num_ids, allowed)
         self._config, self._window, self._stop_id = config, window, stop_id
-        self._cache_dtype, self._chunk = cache_dtype, min(prefill_chunk, window)
+        self._cache_dtype, self._chunks = cache_dtype, _chunk_sizes(min(prefill_chunk, window))
         self._variables = prepare_for_decoding(config, variables)
         sampling = sampling or Sampling()
 
@@ -216,17 +219,20 @@ class Generator:
         """
         seen = [sequence[-most:] for sequence in sequences]
         lengths = np.array([len(sequence) for sequence in seen], np.int32)
-        chunks = -(-int(lengths.max()) // self._chunk)
-        tokens = np.zeros((len(seen), chunks * self._chunk), np.int32)
+        smallest = self._chunks[-1]
+        tokens = np.zeros((len(seen), _rounded(int(lengths.max()), smallest)), np.int32)
         for row, sequence in zip(tokens, seen, strict=True):
             row[: len(sequence)] = sequence
-        positions = -(-self._window // self._chunk) * self._chunk
+        positions = _rounded(self._window, smallest)
         cache = empty_cache(self._config, len(seen), positions, self._cache_dtype)
         logits = jnp.zeros((len(seen), self._config.vocab_size), jnp.float32)
-        for first in range(0, tokens.shape[1], self._chunk):
-            counts = np.clip(lengths - first, 0, self._chunk)
-            part = tokens[:, first : first + self._chunk]
+        first = 0
+        while (left := tokens.shape[1] - first) > 0:
+            chunk = next(size for size in self._chunks if size <= left)
+            counts = np.clip(lengths - first, 0, chunk)
+            part = tokens[:, first : first + chunk]
             cache, logits = self._read_chunk(self._variables, cache, logits, part, counts)
+            first += chunk
         return cache, logits, int(lengths.max())
 
     def _check(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> None:
@@ -236,6 +242,18 @@ class Generator:
             allowed = f"ids must be in [0, {self._config.vocab_size})"
             inside = min(prompt) >= 0 and max(prompt) < self._config.vocab_size
             require(bool(inside), f"prompts[{number}]", f"{min(prompt)} to {max(prompt)}", allowed)
+
+
+def _chunk_sizes(largest: int) -> tuple[int, ...]:
+    """Returns the sizes of chunks, largest first: up to 64 tokens, and doubles of that up to `largest`."""
+    sizes = [min(largest, _SMALLEST_CHUNK)]
+    while 2 * sizes[-1] <= largest:
+        sizes.append(2 * sizes[-1])
+    return tuple(reversed(sizes))
+
+
+def _rounded(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 class TokenStream(Protocol):
