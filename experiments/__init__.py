@@ -37,5 +37,9 @@ EXPERIMENTS = {
         "experiments.large_table.run",
         "a training with a table of many gigabytes, stopped and resumed, and its host memory",
     ),
+    "open_models": Command(
+        "experiments.open_models.run",
+        "a real open model: bits per byte, continuations, and speed beside other programs",
+    ),
 }
 """Experiments by their names on the command line, in the order in which they are listed."""
