@@ -58,3 +58,7 @@ def test_a_folder_named_by_it_is_no_checkpoint(tmp_path):
         (tmp_path / name).mkdir()
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.all_steps() == [4]
+
+
+def test_a_message_is_one_line_whatever_a_name_holds():
+    assert str(UserError("a\nb.json: has  no\r\n 'x'")) == "a b.json: has  no 'x'"

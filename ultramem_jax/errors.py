@@ -17,6 +17,10 @@ class UserError(ValueError):
     The command line prints only the message, without a traceback, and exits with status 2.
     """
 
+    def __init__(self, message: object = ""):
+        """Makes the message one line: names of files and fields may hold line ends."""
+        super().__init__(re.sub(r"\s*[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ", str(message)))
+
 
 class Stopped(Exception):
     """Reports that a signal ended the work early; it is saved, and the same command continues from there.

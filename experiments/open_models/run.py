@@ -66,7 +66,7 @@ PROMPT_TOKENS = flags.DEFINE_integer(
 )
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "tokens that are decoded after it", lower_bound=1)
 PREFILL_CHUNK = flags.DEFINE_integer(
-    "prefill_chunk", 64, "tokens of a prompt that this library reads at a time", lower_bound=1
+    "prefill_chunk", 256, "tokens of a prompt that this library reads at a time", lower_bound=1
 )
 ROUNDS = flags.DEFINE_integer(
     "rounds", 7, f"turns of each program that count, after {speed.WARM_UP} that do not", lower_bound=1

@@ -179,10 +179,10 @@ def _about_programs(study: Study) -> Iterable[str]:
 def _quality(study: Study) -> Iterable[str]:
     yield markdown.table(quality_rows(study))
     yield (
-        "Lower is better. Bits of all tokens over the bytes of the text. A token is predicted from those before it in its "
-        "document: from at least half of the model's context, in windows that overlap by a half. Every "
-        "document begins after the tokenizer's own first tokens, and its end is not predicted. What open "
-        "models were trained on may hold these texts."
+        "Lower is better: bits of all tokens over the bytes of the text. A token is predicted from those "
+        "before it in its document: from at least half of the model's context, in windows that overlap by a "
+        "half. Every document begins after the tokenizer's own first tokens, and its end is not predicted. "
+        "What open models were trained on may hold these texts."
     )
     yield "\n".join(
         f"- {text.name}: {text.num_bytes:,} bytes, documents: {text.documents}, sha256 `{text.sha256}`."

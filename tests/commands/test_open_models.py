@@ -45,6 +45,19 @@ def test_a_run_resumes_without_the_file_of_its_tokenizer(run, text, model, tmp_p
     assert np.array_equal(given["params"]["layer_1"]["attention"]["w_query"], layer)
 
 
+def test_an_exported_model_of_bytes_is_a_model(run, text, tmp_path):
+    tiny = ["--preset=dense-tiny", "--config.model.embed_dim=16", "--config.model.num_layers=1"]
+    tiny.append("--config.model.mlp_dim=16")
+    status, _, err = run("train", *tiny, *text, *SHORT, f"--workdir={tmp_path / 'run'}")
+    assert status == 0, err
+    status, out, err = run("export", f"--workdir={tmp_path / 'run'}", f"--folder={tmp_path / 'out'}")
+    assert status == 0 and "ultramem_jax, tokens are bytes" in out, err
+    flags = ["--prompt=the slot", "--temperature=0", "--num_tokens=5"]
+    _, of_run, _ = run("generate", f"--workdir={tmp_path / 'run'}", *flags)
+    status, of_export, err = run("generate", f"--model={tmp_path / 'out'}", *flags)
+    assert status == 0 and of_export == of_run, err
+
+
 REFUSED = {
     "no such model": (["train", "--init_from=nowhere"], "model = 'nowhere': must be a folder or a .gguf"),
     "unknown memory": (["train", "--add_memory=ultramen"], "unknown memory to add 'ultramen': did you mean"),

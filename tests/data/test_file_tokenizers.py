@@ -374,3 +374,13 @@ def test_a_broken_gguf_file_gets_one_line(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"no such thing")
     with pytest.raises(UserError, match=r"model\.gguf"):
         open_tokenizer(tmp_path / "model.gguf")
+
+
+def test_ids_beyond_any_vocabulary(tmp_path):
+    """The library would take gigabytes for them."""
+    tree = json.loads(byte_level(PRE_TOKENIZERS["gpt-2"]).to_str())
+    tree["model"]["vocab"]["C"] = 2**31 - 1
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"tokenizer.json: largest id = 2147483647: must be below 16,777,216"):
+        open_tokenizer(path)

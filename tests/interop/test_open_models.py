@@ -15,6 +15,7 @@ import pytest
 from tests.support import assertions
 from ultramem_jax import ModelConfig, MoEConfig
 from ultramem_jax.config import RopeScalingConfig
+from ultramem_jax.data import BpeTokenizer, ByteTokenizer, open_tokenizer
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop import open_models
 from ultramem_jax.interop.safetensors_files import read_safetensors, write_safetensors
@@ -194,6 +195,7 @@ CONFIGS = {
         "layer_types = ['full_attention', 'sliding_attention']",
     ),
     "windows that are used": ("qwen2", dict(use_sliding_window=True, sliding_window=8), "sliding_window = 8"),
+    "no word of a window": ("mistral", dict(sliding_window="absent"), "sliding_window = None: must be null"),
     "an activation": ("llama", dict(hidden_act="gelu"), "hidden_act = 'gelu': must be 'silu'"),
     "biases of the MLP": ("llama", dict(mlp_bias=True), "mlp_bias = True: must be False"),
     "biases": ("mistral", dict(attention_bias=True), "attention_bias = True"),
@@ -273,7 +275,14 @@ def test_configs_that_are_refused(case, tmp_path):
 
 
 def test_what_does_not_change_a_model_is_passed_over(tmp_path):
-    notes = dict(use_cache=False, torch_dtype="float32", _name_or_path="x", bos_token_id=7, unknown=None)
+    notes = dict(
+        use_mrope=False,
+        use_cache=False,
+        torch_dtype="float32",
+        _name_or_path="x",
+        bos_token_id=7,
+        unknown=None,
+    )
     folder = changed(tmp_path, "qwen2", **notes, use_sliding_window=False, sliding_window=8, our_note="x")
     refused(folder, "our_note = 'x': is not known here")
     config, _ = open_models.load(folder, ignore=["our_note"])
@@ -306,6 +315,10 @@ TENSORS = {
         lambda s: s.update({NORM: s[NORM].astype(np.int8)}),
         f"{NORM}.dtype = 'int8': must be float32",
     ),
+    "an output that is not tied": (
+        lambda s: s.update({"lm_head.weight": 2 * s["model.embed_tokens.weight"]}),
+        "tie_word_embeddings = True: must be False: lm_head.weight is not the embedding",
+    ),
     "doubles": (lambda s: s.update({NORM: s[NORM].astype(np.float64)}), f"{NORM}.dtype = 'float64'"),
 }
 
@@ -313,7 +326,13 @@ TENSORS = {
 @pytest.mark.parametrize("case", TENSORS)
 def test_tensors_that_are_refused(case, tmp_path):
     edit, said = TENSORS[case]
-    refused(edited(tmp_path, "llama", edit), said, "edited")
+    refused(edited(tmp_path, "smollm2" if "tied" in case else "llama", edit), said, "edited")
+
+
+def test_experts_of_two_dtypes(tmp_path):
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    folder = edited(tmp_path, "olmoe", lambda s: s.update({name: s[name].astype(np.float16)}))
+    refused(folder, f"{name}.dtype = 'float16': must be that of model.layers.0.mlp.experts.0.up_proj.weight")
 
 
 def test_tensors_that_say_nothing_new(tmp_path):
@@ -362,6 +381,33 @@ def test_broken_indices(tmp_path):
     file = folder / whole["weight_map"][first]
     file.write_bytes(file.read_bytes()[:-1])
     refused(with_map(whole["weight_map"]), file.name, "not a whole .safetensors file")
+
+
+def test_maps_of_memories_stay_in_range(tmp_path):
+    config = OWN["two kinds"]
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), dict(shapes))
+    wrong = variables["buffers"]["engram_0"] | {"canonical_ids": jnp.full((29,), 29, jnp.int32)}
+    variables["buffers"] = variables["buffers"] | {"engram_0": wrong}
+    open_models.save(tmp_path / "m", config, variables)
+    refused(tmp_path / "m", "range of model.memory_buffers.engram_0.canonical_ids = (29, 29): must be within")
+
+
+def test_tokenizers_are_named(tmp_path):
+    config = ModelConfig(vocab_size=280, embed_dim=16, num_layers=1, mlp_dim=20)
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), dict(shapes))
+    assert open_models.tokenizer_of(HERE / "llama") is None
+    open_models.save(tmp_path / "bytes", config, variables, tokenizer=ByteTokenizer())
+    assert open_models.tokenizer_of(tmp_path / "bytes") == "bytes"
+    bpe = BpeTokenizer.train([b"the cat sat on the mat " * 20], 270)
+    open_models.save(tmp_path / "bpe", config, variables, tokenizer=bpe)
+    assert open_models.tokenizer_of(tmp_path / "bpe") == str(tmp_path / "bpe")
+    assert open_tokenizer(tmp_path / "bpe").encode(b"the cat").tolist() == bpe.encode(b"the cat").tolist()
+    settings = json.loads((tmp_path / "bpe" / "tokenizer_config.json").read_text())
+    # Or transformers would choose a class by the type of the model, with a pre-tokenizer of its own.
+    assert settings == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    assert open_models.read_config(tmp_path / "bpe") == config
 
 
 def test_nothing_is_overwritten_or_half_written(tmp_path):

@@ -145,6 +145,8 @@ def test_patterns_that_are_refused():
         drawn_state(RunConfig(MODEL, train=replace(TRAIN, **LORA | dict(trainable=""))))
     with pytest.raises(UserError, match=r"train\.lora_rank = -1: must be at least 0"):
         replace(TRAIN, lora_rank=-1)
+    with pytest.raises(UserError, match=r"trainable = 'norm': must match LoRA's factors, such as 'lora/'"):
+        drawn_state(RunConfig(MODEL, train=replace(TRAIN, **LORA | dict(trainable="norm"))))
     some = replace(TRAIN, **LORA | dict(lora_targets="layer_1/attention"))
     scanned = RunConfig(replace(MODEL, scan_layers=True), train=some)
     with pytest.raises(

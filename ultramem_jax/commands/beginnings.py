@@ -1,5 +1,6 @@
 """Begins the config and the variables of a run with an open model, and adds memories to it."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +12,19 @@ from ultramem_jax.presets.grafts import GRAFTS, graft
 from ultramem_jax.training.initial import Initial
 from ultramem_jax.tree_types import JsonDict
 
+log = logging.getLogger(__name__)
+
 _INIT_FROM, _ADD_MEMORY = "init_from", "add_memory"
 
 
 def _begin_with_model(tree: JsonDict, path: str) -> None:
     """Replaces the model, and the tokenizer if the model has one."""
     tree["model"] = to_dict(open_models.read_config(path))
-    if open_models.has_tokenizer(path):
-        tree["data"]["tokenizer"] = path
+    tokenizer = open_models.tokenizer_of(path)
+    if tokenizer is not None:
+        tree["data"]["tokenizer"] = tokenizer
+    else:
+        log.warning("%s has no tokenizer: set data.tokenizer to that of its training", path)
 
 
 def _add_memories(tree: JsonDict, names: str) -> None:

@@ -24,8 +24,8 @@ from absl import flags
 from ultramem_jax.cli.arguments import check_names
 from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, given_model, run_of_model
 from ultramem_jax.config import DataConfig, ModelConfig, RunConfig
-from ultramem_jax.data import SPLITS, Corpus, Tokenizer, load_corpus
-from ultramem_jax.errors import UserError
+from ultramem_jax.data import SPLITS, ByteTokenizer, Corpus, Tokenizer, load_corpus
+from ultramem_jax.errors import UserError, require
 from ultramem_jax.reporting import markdown
 from ultramem_jax.training.continuing import check_corpus
 from ultramem_jax.training.evaluation import Evaluator
@@ -101,7 +101,15 @@ def _evaluate_tasks() -> None:
 
     given = given_model()
     print(given.title)
-    print(task_table(given.config, given.variables, given.tokenizer, SEQ_LEN.value or given.max_length))
+    print(task_table(given.config, given.variables, given.tokenizer, _length(given)))
+
+
+def _length(given: GivenModel) -> int:
+    """Returns the context in tokens, which must not exceed what an open model was made for."""
+    most = given.config.max_length
+    if SEQ_LEN.value and most and given.run is None:
+        require(SEQ_LEN.value <= most, "--seq_len", SEQ_LEN.value, f"must be at most {most}, the model's own")
+    return SEQ_LEN.value or given.max_length
 
 
 def task_table(
@@ -157,8 +165,8 @@ def _corpus_of_run(run: LoadedModel) -> tuple[RunConfig, Corpus]:
 
 
 def _corpus_of_flags(given: GivenModel) -> tuple[RunConfig, Corpus]:
-    seq_len = SEQ_LEN.value or given.max_length
-    data = DataConfig(DATASET.value, PATH.value, tokenizer=MODEL.value, seq_len=seq_len)
+    tokenizer = "bytes" if isinstance(given.tokenizer, ByteTokenizer) else MODEL.value
+    data = DataConfig(DATASET.value, PATH.value, tokenizer=tokenizer, seq_len=_length(given))
     return run_of_model(given, data, batch_size=1), load_corpus(data, given.tokenizer)
 
 

@@ -1,11 +1,12 @@
 """Loads the model of a command: the checkpoint of a run, or an open model with its tokenizer."""
 
+import pathlib
 from typing import NamedTuple
 
 from absl import flags
 
 from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from ultramem_jax.data import Tokenizer, open_tokenizer
+from ultramem_jax.data import ByteTokenizer, Tokenizer, open_tokenizer
 from ultramem_jax.data.tokenizers import require_vocabulary
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop import open_models
@@ -57,7 +58,9 @@ def given_model() -> GivenModel:
     for flag in (WORKDIR, CHECKPOINT):
         if flag.present:
             raise UserError(f"--{flag.name} = {flag.value!r}: must not be given with --model")
-    tokenizer = open_tokenizer(MODEL.value)
+    tokenizer: Tokenizer = ByteTokenizer()
+    if not pathlib.Path(MODEL.value).is_dir() or open_models.tokenizer_of(MODEL.value) != "bytes":
+        tokenizer = open_tokenizer(MODEL.value)
     config = open_models.read_config(MODEL.value)
     require_vocabulary(tokenizer, config.vocab_size, f"the tokenizer of --model = {MODEL.value!r}")
     config, variables = open_models.load(MODEL.value, DTYPE.value)

@@ -5,11 +5,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 
-from ultramem_jax.errors import UserError
+from ultramem_jax.config.limits import LARGEST
+from ultramem_jax.errors import UserError, require
 
 
 def byte_characters() -> dict[int, str]:
@@ -58,11 +60,40 @@ def read_backend(path: Path, allowed: str) -> tokenizers.Tokenizer:
         UserError: there is none, or the library cannot read it; `allowed` says what it must be.
     """
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except (KeyboardInterrupt, SystemExit):
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {allowed}: {' '.join(str(error).split())}") from None
+    return backend_of(text, str(path), allowed)
+
+
+def backend_of(text: str, where: str, allowed: str) -> tokenizers.Tokenizer:
+    """Returns the tokenizer that a JSON text describes.
+
+    Args:
+        text: the JSON.
+        where: what it comes from, for messages.
+        allowed: what it must be, for messages.
+
+    Raises:
+        UserError: the library cannot read it, or an id is larger than any vocabulary.
+    """
+    try:
+        _require_ids(json.loads(text), where)
+        return tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:  # the library raises Exception itself or, where it panics, a BaseException
-        raise UserError(f"{path}: {allowed}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: {allowed}: {' '.join(str(error).split())}") from None
+
+
+def _require_ids(tree: Any, where: str) -> None:
+    """Refuses ids for which the library would take gigabytes."""
+    vocabulary = tree["model"]["vocab"]
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [token["id"] for token in tree.get("added_tokens") or ()]
+    most = LARGEST["vocab_size"]
+    largest = max((i for i in ids if isinstance(i, int)), default=0)
+    require(largest < most, f"{where}: largest id", largest, f"must be below {most:,}")
 
 
 def checked_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import processors
 
-from ultramem_jax.data.byte_level import checked_ids, content_hash, text_runs
+from ultramem_jax.data.byte_level import backend_of, checked_ids, content_hash, text_runs
 from ultramem_jax.data.cutting import cut_places, pieces
 from ultramem_jax.data.token_bytes import (
     Tree,
@@ -99,8 +99,7 @@ class FileTokenizer:
             OSError: they cannot be written.
         """
         # The tokenizer comes last: where it is, both are.
-        extra = {"eos_token": self._backend.id_to_token(self.eos_id)}
-        replace_text(folder / "tokenizer_config.json", json.dumps(extra, indent=1))
+        save_settings(folder, self._backend.id_to_token(self.eos_id) or "")
         replace_text(folder / "tokenizer.json", self._backend.to_str(pretty=True))
 
     def encode(self, data: bytes, special: bool = False) -> np.ndarray:
@@ -139,7 +138,9 @@ class FileTokenizer:
         for text in ("a", "0", " ", "\n"):  # a small vocabulary may have no token for some
             try:
                 encoding = self._backend.encode(text)
-            except Exception:  # the library raises Exception itself where nothing stands for what is unknown
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:  # as for `read_backend`; a text may have no token for what is unknown
                 continue
             text_begins = next((i for i, added in enumerate(encoding.special_tokens_mask) if not added), None)
             if text_begins is not None:
@@ -154,7 +155,9 @@ class FileTokenizer:
         """
         try:
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises Exception itself
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # as for `read_backend`
             raise UserError(f"{self._where}: cannot encode a text: {' '.join(str(error).split())}") from None
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
@@ -167,10 +170,23 @@ class FileTokenizer:
         if case not in self._backends:
             tree = self._without_prefix if case[1] else self._tree
             tree = tree if special else without_special(tree, self.special_ids)
-            backend = tokenizers.Tokenizer.from_str(json.dumps(tree))
+            backend = backend_of(json.dumps(tree), self._where, "must be a tokenizer.json")
             backend.encode_special_tokens = not special
             self._backends[case] = backend
         return self._backends[case]
+
+
+def save_settings(folder: Path, eos_token: str) -> None:
+    """Writes the `tokenizer_config.json` that says which token ends a document.
+
+    It also names the class with which transformers reads a `tokenizer.json` as it is: by the type of a model,
+    it would choose one that brings a pre-tokenizer of its own.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token}
+    replace_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1))
 
 
 def starting_with(backend: tokenizers.Tokenizer, ids: Iterable[int]) -> None:

@@ -20,6 +20,7 @@ OWN_FAMILY = "ultramem_jax"
 """Value of `model_type` in configs of models that no family of Hugging Face has; also the field that holds
 the `ModelConfig`."""
 _FORMAT = 1
+_NO_WINDOW = "must be null: a Mistral without the field has a window of 4,096 tokens"
 
 
 class Family(NamedTuple):
@@ -94,6 +95,8 @@ def _model(fields: Fields, model_type: str, family: Family) -> dict[str, Any]:
     else:
         fields.only("attention_bias", family.qkv_bias)
     if fields.of("use_sliding_window", bool, not model_type.startswith("qwen")):
+        # Without the field, Mistral has a window of 4,096 tokens.
+        fields.require(model_type != "mistral" or fields.has("sliding_window"), "sliding_window", _NO_WINDOW)
         fields.only("sliding_window", None)
     else:
         fields.of("sliding_window", int, None)
@@ -246,6 +249,8 @@ def family_of(config: ModelConfig) -> str:
     if config.memories:
         return OWN_FAMILY
     moe, norm, bias = config.moe, config.attention_qk_norm, config.attention_bias
+    if config.embed_dim % config.num_heads:  # which all families require, whatever the width of a head
+        return OWN_FAMILY
     whole = config.query_width == config.embed_dim
     if moe is not None:
         plain = moe.activation == "swiglu" and whole

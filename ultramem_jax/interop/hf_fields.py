@@ -6,6 +6,8 @@ from typing import Any
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.tree_types import JsonDict
 
+BYTES = "ultramem_jax_bytes"
+"""Field of a saved config that says that the tokens are bytes, which need no tokenizer's file."""
 _NO_MATTER = frozenset(
     [
         # What wrote the file, and how its classes are called.
@@ -24,7 +26,9 @@ _NO_MATTER = frozenset(
         # Layers with a window, which `use_sliding_window` and `layer_types` rule out.
         "max_window_layers",
         # Notes of converters.
-        *("is_llama_config", "unsloth_version", "unsloth_fixed"),
+        *("is_llama_config", "unsloth_version", "unsloth_fixed", "max_sequence_length"),
+        # Of this project, read elsewhere.
+        BYTES,
     ]
 )
 """Fields that do not change what a model computes."""
@@ -36,6 +40,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0,),
     "rope_interleaved": (False,),
     "use_sliding_window": (False,),
+    "use_mrope": (False,),
     "quantization_config": (None,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -58,6 +63,10 @@ class Fields:
 
     def __contains__(self, name: str) -> bool:
         return self._tree.get(name) is not None
+
+    def has(self, name: str) -> bool:
+        """Tells whether a field is there, also if it is null."""
+        return name in self._tree
 
     def of(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
         """Returns a field of a type; null and a field that is missing are the default.

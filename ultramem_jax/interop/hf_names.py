@@ -134,7 +134,8 @@ def _of_memories(config: ModelConfig) -> Iterator[Entry]:
                     yield Entry(path, (full,), variable.shape, _bits, _from_bits)
                 else:
                     whole = jnp.issubdtype(variable.dtype, jnp.integer)
-                    yield Entry(path, (full,), variable.shape, constant=whole)
+                    limits = {"permutation": variable.size, "canonical_ids": config.vocab_size}
+                    yield Entry(path, (full,), variable.shape, constant=whole, limit=limits.get(name))
 
 
 def _bits(rows: np.ndarray) -> np.ndarray:

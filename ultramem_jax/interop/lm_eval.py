@@ -53,7 +53,8 @@ class UltramemLM(TemplateLM):
 
     It does what the harness's own adapter of Hugging Face models does (`HFLM`), with these differences:
     contexts that choices share are read once; a continuation may be longer than the window (see `Scorer`),
-    and so may a generation (see `generate_until`).
+    and so may a generation (see `generate_until`). A beginning-of-sequence token is never scored, where the
+    other scores it in rolling perplexities. Written forms of special tokens in a task stay text.
     """
 
     def __init__(

@@ -21,21 +21,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultramem_jax.config import ModelConfig
-from ultramem_jax.data import BpeTokenizer, FileTokenizer, Tokenizer
+from ultramem_jax.data import BpeTokenizer, ByteTokenizer, FileTokenizer, Tokenizer
+from ultramem_jax.data.file_tokenizers import save_settings
 from ultramem_jax.data.tokenizer_files import TOKENIZER_FILE
-from ultramem_jax.data.tokenizers import require_vocabulary
+from ultramem_jax.data.tokenizers import EOS_TOKEN, require_vocabulary
 from ultramem_jax.errors import UserError, choice, require
 from ultramem_jax.gguf_files import open_gguf
 from ultramem_jax.interop import hf_config, hf_folder
 from ultramem_jax.interop.entries import Entry, compare_names
 from ultramem_jax.interop.gguf_models import open_gguf_model
+from ultramem_jax.interop.hf_fields import BYTES
 from ultramem_jax.interop.hf_names import entries
 from ultramem_jax.interop.olmo_checkpoints import is_olmo_checkpoint, load_olmo, read_olmo_config
 from ultramem_jax.interop.safetensors_stream import TensorToWrite
 from ultramem_jax.interop.stored_tensors import StoredTensors
 from ultramem_jax.tree_types import ArrayTree, JsonDict
 
-__all__ = ["has_tokenizer", "load", "read_config", "save"]
+__all__ = ["load", "read_config", "save", "tokenizer_of"]
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of a file that `save` writes, unless it is told otherwise: as in most open models."""
@@ -102,16 +104,19 @@ def read_config(path: str | os.PathLike[str], *, ignore: Collection[str] = ()) -
     return hf_config.model_config(tree, where, ignore)
 
 
-def has_tokenizer(path: str | os.PathLike[str]) -> bool:
-    """Tells whether a model comes with a tokenizer that `data.open_tokenizer` opens at the same path.
+def tokenizer_of(path: str | os.PathLike[str]) -> str | None:
+    """Returns what `DataConfig.tokenizer` must be for a model: its own path or `bytes`, None if not known.
 
     Raises:
-        UserError: the path is a file, and no GGUF file.
+        UserError: the path is a file, and no GGUF file; or its config is broken.
     """
     path = Path(path)
-    if path.is_dir():
-        return (path / TOKENIZER_FILE).is_file()
-    return "tokenizer.ggml.model" in open_gguf(path).fields
+    if not path.is_dir():
+        return str(path) if "tokenizer.ggml.model" in open_gguf(path).fields else None
+    if (path / TOKENIZER_FILE).is_file():
+        return str(path)
+    config = path / hf_folder.CONFIG
+    return "bytes" if config.is_file() and hf_folder.read_json(config).get(BYTES) is True else None
 
 
 def save(
@@ -135,7 +140,7 @@ def save(
         variables: its `params`, `memory` and `buffers`, as `load` and `training.restore.load_model` return
             them.
         tokenizer: written beside the model, so that `data.open_tokenizer` opens the folder. Bytes as tokens
-            need no file.
+            need no file, only a field of the config.
         dtype: dtype of all tensors but those of memories: `float32`, `float16` or `bfloat16`. None keeps
             that of each variable, so that what was loaded without a dtype is written bit for bit.
         shard_bytes: most bytes of a file.
@@ -162,10 +167,12 @@ def save(
     if tokenizer is not None:
         require_vocabulary(tokenizer, config.vocab_size, "tokenizer")
         tree |= {"bos_token_id": tokenizer.start_ids[0], "eos_token_id": tokenizer.eos_id}
+        tree |= {BYTES: True} if isinstance(tokenizer, ByteTokenizer) else {}
     with hf_folder.new_folder(Path(folder)) as new:
         hf_folder.write_folder(new, tree, tensors, shard_bytes)
         if isinstance(tokenizer, BpeTokenizer):
             tokenizer.save(new / TOKENIZER_FILE)
+            save_settings(new, EOS_TOKEN)
         elif isinstance(tokenizer, FileTokenizer):
             tokenizer.save(new)
 
@@ -197,17 +204,29 @@ def _check(expected: Collection[Entry], tensors: StoredTensors, tied: bool) -> N
     compare_names(
         given, [name for entry in expected for name in entry.names], where, "a model of its config does"
     )
+    if tied and "lm_head.weight" in shapes:
+        output, embedding = (tensors.read(f"{of}.weight") for of in ("lm_head", "model.embed_tokens"))
+        same = np.array_equal(output, embedding)
+        contradicts = "must be False: lm_head.weight is not the embedding"
+        require(same, f"{where}: tie_word_embeddings", tied, contradicts)
     for entry in expected:
         for name in entry.names:
             shape = shapes[name]
             require(shape == entry.shape, f"{where}: {name}.shape", shape, f"must be {entry.shape}")
             dtype = tensors.dtype(name)
+            alike = _read_as(dtype) == _read_as(tensors.dtype(entry.names[0]))
+            require(alike, f"{where}: {name}.dtype", dtype, f"must be that of {entry.names[0]}")
             if entry.constant:
                 require("int" in dtype, f"{where}: {name}.dtype", dtype, "must be one of integers")
             else:
                 allowed = f"must be {', '.join(_DTYPES)} or a quantised one of GGUF"
                 quantised = dtype.upper() == dtype and dtype.isascii() and not dtype.startswith("I")
                 require(dtype in _DTYPES or quantised, f"{where}: {name}.dtype", dtype, allowed)
+
+
+def _read_as(dtype: str) -> str:
+    """Returns the dtype in which a stored dtype is read: quantised weights become float32."""
+    return dtype if dtype in _DTYPES or "int" in dtype else "float32"
 
 
 def _needless(name: str, tied: bool) -> bool:
@@ -217,6 +236,10 @@ def _needless(name: str, tied: bool) -> bool:
 
 def _read(entry: Entry, tensors: StoredTensors, dtype: str | None) -> jax.Array:
     variable = entry.pack(tensors.read(name) for name in entry.names)
+    if entry.constant and entry.limit is not None:  # rows are read at these numbers without a check
+        inside = variable.min() >= 0 and variable.max() < entry.limit
+        span, allowed = (int(variable.min()), int(variable.max())), f"must be within [0, {entry.limit})"
+        require(bool(inside), f"{tensors.where}: range of {entry.names[0]}", span, allowed)
     if dtype is not None:
         variable = variable.astype(jnp.dtype(dtype))
     return jnp.asarray(variable)

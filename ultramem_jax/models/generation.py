@@ -144,12 +144,15 @@ class Generator:
             allowed = f"must be in [1, {config.vocab_size}], the model's vocabulary"
             require(1 <= num_ids <= config.vocab_size, "num_ids", num_ids, allowed)
         self._config, self._window, self._stop_id = config, window, stop_id
-        self._cache_dtype, self._chunks = cache_dtype, _chunk_sizes(min(prefill_chunk, window))
+        self._chunks = _chunk_sizes(min(prefill_chunk, window))
         self._variables = prepare_for_decoding(config, variables)
         sampling = sampling or Sampling()
 
         self._read_chunk = jax.jit(partial(read_chunk, config), donate_argnums=(1, 2))
         self._choose = jax.jit(partial(_choose, sampling, num_ids))
+        # One program: made one by one, the 60 arrays of 30 layers take 30 ms.
+        empty = partial(empty_cache, config, dtype=cache_dtype)
+        self._empty_cache = jax.jit(empty, static_argnums=(0, 1))
         self._step = jax.jit(decoding_step(config, sampling, num_ids), donate_argnums=1)
 
     def stream(
@@ -224,7 +227,7 @@ class Generator:
         for row, sequence in zip(tokens, seen, strict=True):
             row[: len(sequence)] = sequence
         positions = _rounded(self._window, smallest)
-        cache = empty_cache(self._config, len(seen), positions, self._cache_dtype)
+        cache = self._empty_cache(len(seen), positions)
         logits = jnp.zeros((len(seen), self._config.vocab_size), jnp.float32)
         first = 0
         while (left := tokens.shape[1] - first) > 0:

@@ -23,6 +23,7 @@ _FIXED = (
     "train.row_optimizer",
     "train.trainable",
     "train.lora_rank",
+    "train.lora_alpha",
     "train.lora_targets",
 )
 """Settings that must not change. Without them a position in the data, or the optimizer's state, has no

@@ -1,7 +1,8 @@
 """Begins a run with the variables of another model, and grafts memories that it does not have.
 
 A grafted memory adds nothing at first: the last factor of its output that learns is zero
-(`ReadoutConfig.last_factors`). So the logits of step 0 are those of the other model, to the bit. Rows have no
+(`ReadoutConfig.last_factors`). So the logits of step 0 are those of the other model, in float32 to the bit.
+(In bfloat16 XLA rounds the residual stream where a memory is added, and elsewhere may not.) Rows have no
 gradient through a zero, and so the factor learns first.
 """
 

@@ -46,6 +46,8 @@ def with_factors(params: ArrayTree, train: TrainConfig, key: jax.Array) -> Array
         drawn = jax.random.normal(jax.random.fold_in(key, number), (width, rank), jnp.float32)
         pair = {A: drawn * width**-0.5, B: jnp.zeros((rank, out), jnp.float32)}
         _put(factors, name, pair)
+    learns = names(selected({LORA: factors}, train.trainable))
+    require(bool(learns), "train.trainable", train.trainable, "must match LoRA's factors, such as 'lora/'")
     return {**params, LORA: factors}
 
 
