@@ -158,7 +158,12 @@ class Study:
         if not self.speeds and not self.absent:
             timed = ("settings", "environment", "speeds", "peers", "absent")
             found = dataclasses.replace(found, **{name: getattr(earlier, name) for name in timed})
-        return found
+        if found == self:
+            return self
+        # The report names one command for the speeds, and one for the parts of the other run.
+        other = self if found.environment is earlier.environment else earlier
+        command = other.environment.get("command", "")
+        return dataclasses.replace(found, environment=found.environment | {"command of other parts": command})
 
     def speed(self, program: str, dtype: str) -> Speed | None:
         """Returns the times of a program; None if it was not timed."""

@@ -150,13 +150,15 @@ def test_all_parts(result, folder, own, run, tmp_path):
 def test_parts_are_kept_until_they_are_measured_again():
     model, settings = Model("m", 1, "", 2), Settings(4, 2, 1, 4)
     timed = Speed("ultramem_jax", "float32", 8, (1.0,), (2.0,), 0.0, 3)
-    earlier = Study({"cpu": "a"}, settings, model, speeds=[timed], peers={"torch": "2"})
-    later = Study({"cpu": "b"}, Settings(9, 9, 9, 9), model, continuations=["text"])
+    earlier = Study({"command": "a"}, settings, model, speeds=[timed], peers={"torch": "2"})
+    later = Study({"command": "b"}, Settings(9, 9, 9, 9), model, continuations=["text"])
     both = later.with_parts_of(earlier)
     assert both.speeds == [timed] and both.continuations == ["text"] and both.peers == {"torch": "2"}
-    assert both.settings == settings and both.environment == {"cpu": "a"}  # those of the speeds
-    again = Study({"cpu": "c"}, settings, model, speeds=[timed])
-    assert again.with_parts_of(both).environment == {"cpu": "c"}
+    # Those of the speeds, and the other command.
+    assert both.settings == settings
+    assert both.environment == {"command": "a", "command of other parts": "b"}
+    again = Study({"command": "c"}, settings, model, speeds=[timed])
+    assert again.with_parts_of(both).environment["command"] == "c"
     other = Study({"cpu": "d"}, settings, Model("n", 1, "", 2))
     assert other.with_parts_of(both) == other
 
