@@ -199,6 +199,7 @@ REDRAWN = {
     "bench_decode": ("bench_decode", "--redraw", "--results={folder}"),
     "bench_decode_kernels": ("bench_decode", "--redraw", "--results={folder}"),
     "bench_step": ("bench_step", "--redraw", "--results={folder}"),
+    "open_models": ("open_models", "--redraw", "--out={folder}"),
     "plan": ("plan", "--redraw", "--out={folder}/slots_1b.md"),
 }
 """A folder with studies that are kept as JSON -> the command that makes its reports again."""
@@ -319,8 +320,8 @@ def test_every_config_names_a_command_that_can_be_given(run, config, monkeypatch
     words = shlex.split(said(config)["Command"])
     parsed = []
 
-    def parse_alone(main, argv, usage, base, together):
-        return original(lambda: parsed.append(command_line.run_config()), argv, usage, base, together)
+    def parse_alone(main, argv, usage, base, *rest):
+        return original(lambda: parsed.append(command_line.run_config()), argv, usage, base, *rest)
 
     original = command_line.run
     monkeypatch.setattr(command_line, "run", parse_alone)
