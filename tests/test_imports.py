@@ -28,6 +28,7 @@ FLOORS = (
         "ultramem_jax.errors",
         "ultramem_jax.files",
         "ultramem_jax.memory_spaces",
+        "ultramem_jax.nested",
         "ultramem_jax.platforms",
         "ultramem_jax.tree_types",
     ),

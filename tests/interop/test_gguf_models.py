@@ -172,7 +172,7 @@ def test_metadata_that_change_nothing(tmp_path):
 
 
 def llama3_divisors(factor, low=1.0, high=4.0, context=8192, width=HEAD_WIDTH):
-    """What Llama 3.1 divides the frequencies of the rotary embedding by."""
+    """Returns the divisors of the rotary frequencies in Llama 3.1."""
     divisors = []
     for i in range(width // 2):
         wavelength = 2 * math.pi * THETA ** (2 * i / width)

@@ -128,7 +128,7 @@ KEYS = "tokenizer.ggml."
 
 
 def tokenizer_fields(backend: tokenizers.Tokenizer, name: str) -> dict:
-    """What a converter writes of byte-level BPE."""
+    """Returns the fields that a converter writes of byte-level BPE."""
     tree = json.loads(backend.to_str())
     added = {token["id"]: token["special"] for token in tree["added_tokens"]}
     size = backend.get_vocab_size()

@@ -1,4 +1,4 @@
-"""What does not learn stays to the bit and has no state; what learns does so as in a whole training."""
+"""Frozen parameters stay to the bit and have no state; the others learn as in a whole training."""
 
 import functools
 from dataclasses import replace
@@ -253,7 +253,7 @@ LAST = {
     **{kind: (set(), {f"{kind}_0/values"}) for kind in ("pkm", "peer")},
     "engram": ({"engram_0/value_projection", "engram_0/value_bias"}, set()),
 }
-"""What is zero at first: dense parameters, and arrays of tables."""
+"""Arrays that are zero at first: dense parameters, and those of tables."""
 
 
 def grafted(kind):

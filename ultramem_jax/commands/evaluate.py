@@ -22,8 +22,8 @@ from decimal import Decimal
 from absl import flags
 
 from ultramem_jax.cli.arguments import check_names
-from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, given_model, run_of_model
-from ultramem_jax.config import DataConfig, ModelConfig, RunConfig
+from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, given_model
+from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.data import SPLITS, ByteTokenizer, Corpus, Tokenizer, load_corpus
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.reporting import markdown
@@ -167,7 +167,8 @@ def _corpus_of_run(run: LoadedModel) -> tuple[RunConfig, Corpus]:
 def _corpus_of_flags(given: GivenModel) -> tuple[RunConfig, Corpus]:
     tokenizer = "bytes" if isinstance(given.tokenizer, ByteTokenizer) else MODEL.value
     data = DataConfig(DATASET.value, PATH.value, tokenizer=tokenizer, seq_len=_length(given))
-    return run_of_model(given, data, batch_size=1), load_corpus(data, given.tokenizer)
+    run = RunConfig(given.config, data, TrainConfig(batch_size=1))
+    return run, load_corpus(data, given.tokenizer)
 
 
 def context(seq_len: int, stride: int) -> str:

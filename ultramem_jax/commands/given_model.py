@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.config import ModelConfig
 from ultramem_jax.data import ByteTokenizer, Tokenizer, open_tokenizer
 from ultramem_jax.data.tokenizers import require_vocabulary
 from ultramem_jax.errors import UserError
@@ -36,7 +36,7 @@ class GivenModel(NamedTuple):
     """Context in tokens. Of a run, the length in training; of an open model, the longest that it was made
     for, but at most 1,024."""
     title: str
-    """What it is, for a line of output."""
+    """Name of the model, for a line of output."""
     run: LoadedModel | None
     """The run, if it is one."""
 
@@ -66,14 +66,3 @@ def given_model() -> GivenModel:
     config, variables = open_models.load(MODEL.value, DTYPE.value)
     length = min(config.max_length or _LONGEST, _LONGEST)
     return GivenModel(config, variables, tokenizer, length, MODEL.value, None)
-
-
-def run_of_model(given: GivenModel, data: DataConfig, batch_size: int) -> RunConfig:
-    """Returns the config of a run that would train an open model, to evaluate it.
-
-    Args:
-        given: the model.
-        data: the corpus to evaluate it on.
-        batch_size: sequences of a batch.
-    """
-    return RunConfig(given.config, data, TrainConfig(batch_size=batch_size))

@@ -19,7 +19,7 @@ _KEYS = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 """Types of tokens, `tokenizer.ggml.token_type`."""
 _BLANK = "\u2581"
-"""What SentencePiece writes for a blank."""
+"""Character that SentencePiece writes for a blank."""
 
 
 def gguf_tokenizer(fields: Mapping[str, object], where: str) -> tuple[tokenizers.Tokenizer, int]:

@@ -41,6 +41,7 @@ from ultramem_jax.interop.olmo_config import (
 from ultramem_jax.interop.olmo_fields import check_section
 from ultramem_jax.interop.olmo_files import FLOATS, INTEGERS, OlmoTensors, open_tensors
 from ultramem_jax.interop.olmo_names import Stored, query_norm_name, stored_tensors
+from ultramem_jax.nested import put
 from ultramem_jax.tree_types import Variables
 
 _UNREAD = "transformer.full_memory_layer."
@@ -91,7 +92,7 @@ def load_olmo(
             for path, value in one.pieces([_read(tensors, one, name) for name in one.names]):
                 of_memory = path[0] != "params" or path[1] in of_memories
                 kind = "int32" if one.permutation else "float32" if of_memory else dtype or value.dtype
-                _put(variables, path, jnp.asarray(value, kind))
+                put(variables, path, jnp.asarray(value, kind))
     return model.config, variables
 
 
@@ -142,11 +143,3 @@ def _read(tensors: OlmoTensors, one: Stored, name: str) -> np.ndarray:
         allowed = f"must be {array.size}: each address once"
         require(distinct == array.size, f"{tensors.where}: {name}", f"{distinct} distinct addresses", allowed)
     return array
-
-
-def _put(variables: dict[str, Any], path: tuple[str, ...], value: object) -> None:
-    """Puts a leaf into a tree of dicts."""
-    *modules, name = path
-    for module in modules:
-        variables = variables.setdefault(module, {})
-    variables[name] = value

@@ -35,6 +35,7 @@ from ultramem_jax.interop.hf_names import entries
 from ultramem_jax.interop.olmo_checkpoints import is_olmo_checkpoint, load_olmo, read_olmo_config
 from ultramem_jax.interop.safetensors_stream import TensorToWrite
 from ultramem_jax.interop.stored_tensors import StoredTensors
+from ultramem_jax.nested import at, leaves, put
 from ultramem_jax.tree_types import ArrayTree, JsonDict
 
 __all__ = ["load", "read_config", "save", "tokenizer_of"]
@@ -88,7 +89,7 @@ def load(
     variables: dict[str, ArrayTree] = {"params": {}, "memory": {}, "buffers": {}}
     for entry in expected:
         wanted = dtype if _is_of_layers(config, entry) else None
-        _put(variables, entry, _read(entry, tensors, wanted))
+        put(variables, entry.path, _read(entry, tensors, wanted))
     return config, variables
 
 
@@ -153,7 +154,7 @@ def save(
     model_type = hf_config.family_of(config)
     tensors: dict[str, TensorToWrite] = {}
     expected = entries(config, hf_config.expert_names(model_type))
-    given = ["/".join(path) for path, _ in _leaves(variables)]
+    given = ["/".join(path) for path, _ in leaves(variables)]
     compare_names(given, ["/".join(entry.path) for entry in expected], "variables", "the config's model does")
     for entry in expected:
         variable = _variable(variables, entry)
@@ -245,24 +246,8 @@ def _read(entry: Entry, tensors: StoredTensors, dtype: str | None) -> jax.Array:
     return jnp.asarray(variable)
 
 
-def _put(variables: dict[str, Any], entry: Entry, value: jax.Array) -> None:
-    *modules, name = entry.path
-    for module in modules:
-        variables = variables.setdefault(module, {})
-    variables[name] = value
-
-
-def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    found = []
-    for name, value in tree.items():
-        found += _leaves(value, (*path, name)) if isinstance(value, Mapping) else [((*path, name), value)]
-    return found
-
-
 def _variable(variables: Mapping[str, Any], entry: Entry) -> Any:
-    found: Any = variables
-    for name in entry.path:
-        found = found[name]
+    found = at(variables, entry.path)
     shape = np.shape(found)
     allowed = f"must be {entry.variable_shape}, as in the config's model"
     require(shape == entry.variable_shape, f"variables: {'/'.join(entry.path)}.shape", shape, allowed)

@@ -27,12 +27,13 @@ from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.interop.constant import Constant
 from ultramem_jax.interop.engram import MODULE, EngramReference
-from ultramem_jax.interop.entries import Entry, Path, compare_names
+from ultramem_jax.interop.entries import Entry, compare_names
 from ultramem_jax.interop.hyper import Reference
 from ultramem_jax.interop.hyper_values import Hyper
 from ultramem_jax.interop.names import TABLES, entries
 from ultramem_jax.interop.safetensors_files import read_safetensors, write_safetensors
 from ultramem_jax.layers.memory.memory import Memory, SharedTables
+from ultramem_jax.nested import leaves
 from ultramem_jax.tree_types import Variables
 
 __all__ = [
@@ -235,7 +236,7 @@ def dump(variables: Variables, hyper: Hyper) -> dict[str, np.ndarray]:
     collections = {entry.path[0] for entry in expected}
     given = {
         "/".join(map(str, path)): value
-        for path, value in _flatten({name: variables.get(name, {}) for name in collections})
+        for path, value in leaves({name: variables.get(name, {}) for name in collections})
     }
     compare_names(given, ["/".join(entry.path) for entry in expected], "the tree of variables", _LAYERS)
     state: dict[str, np.ndarray] = {}
@@ -321,13 +322,3 @@ def _checked(name: str, value: object, entry: Entry, allow_nonfinite: bool) -> n
         allowed = f"must be finite, {bad.size:,} of {numbers.size:,} are not; allow_nonfinite=True takes them"
         require(allow_nonfinite, name, bad[:1].tolist(), allowed)
     return numbers
-
-
-def _flatten(tree: Mapping[str, object], path: Path = ()) -> list[tuple[Path, object]]:
-    flat = []
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat += _flatten(value, (*path, name))
-        else:
-            flat.append(((*path, name), value))
-    return flat

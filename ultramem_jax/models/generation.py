@@ -223,10 +223,10 @@ class Generator:
         seen = [sequence[-most:] for sequence in sequences]
         lengths = np.array([len(sequence) for sequence in seen], np.int32)
         smallest = self._chunks[-1]
-        tokens = np.zeros((len(seen), _rounded(int(lengths.max()), smallest)), np.int32)
+        tokens = np.zeros((len(seen), rounded_up(int(lengths.max()), smallest)), np.int32)
         for row, sequence in zip(tokens, seen, strict=True):
             row[: len(sequence)] = sequence
-        positions = _rounded(self._window, smallest)
+        positions = rounded_up(self._window, smallest)
         cache = self._empty_cache(len(seen), positions)
         logits = jnp.zeros((len(seen), self._config.vocab_size), jnp.float32)
         first = 0
@@ -255,7 +255,8 @@ def _chunk_sizes(largest: int) -> tuple[int, ...]:
     return tuple(reversed(sizes))
 
 
-def _rounded(number: int, step: int) -> int:
+def rounded_up(number: int, step: int) -> int:
+    """Returns the smallest multiple of `step` that is at least `number`."""
     return -(-number // step) * step
 
 

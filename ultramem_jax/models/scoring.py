@@ -15,7 +15,7 @@ import numpy as np
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import at_least, choice, require
 from ultramem_jax.models.cache import CACHE_DTYPES, Cache, empty_cache
-from ultramem_jax.models.generation import read_chunk
+from ultramem_jax.models.generation import read_chunk, rounded_up
 from ultramem_jax.models.sampling import likeliest
 from ultramem_jax.models.serving import prepare_for_decoding
 from ultramem_jax.models.transformer import Transformer
@@ -159,7 +159,7 @@ class Scorer:
         # The last token of a piece is not read. Pieces come longest first, so the first round reads most.
         reads = [max(len(piece) for piece in pieces) - 1 for pieces in rounds]
         chunk = _bucket(reads[0], self._longest_piece_chunk)
-        cache, logits = self._read_contexts(rows, _rounded(reads[0], chunk))
+        cache, logits = self._read_contexts(rows, rounded_up(reads[0], chunk))
 
         # The logits after the contexts predict the first token of every piece.
         targets = self._padded(
@@ -195,7 +195,7 @@ class Scorer:
         """Returns a cache with the rows' contexts and `room` more positions, and the next logits (B, V)."""
         longest = max(len(row.context) for row in rows)
         chunk = _bucket(longest, _LONGEST_CHUNK)
-        positions = self._positions(max(_rounded(longest, chunk), longest + room))
+        positions = self._positions(max(rounded_up(longest, chunk), longest + room))
         cache = empty_cache(self._config, self._batch_size, positions, self._cache_dtype)
         logits = jnp.zeros((self._batch_size, self._config.vocab_size), jnp.float32)
         for first in range(0, longest, chunk):
@@ -208,9 +208,9 @@ class Scorer:
 
     def _positions(self, needed: int) -> int:
         """Returns the length of a cache with at least `needed` positions, one of few."""
-        most = _rounded(self._max_length, _LONGEST_CHUNK) + _LONGEST_CHUNK
+        most = rounded_up(self._max_length, _LONGEST_CHUNK) + _LONGEST_CHUNK
         if needed > most:  # a long context beside a long continuation
-            return _rounded(needed, most)
+            return rounded_up(needed, most)
         length = _FEWEST_POSITIONS
         while length < needed:
             length *= 4
@@ -312,8 +312,3 @@ def _bucket(length: int, longest: int) -> int:
 def _power_of_two(number: int) -> int:
     """Returns the smallest power of two that is at least `number`, and at least 1."""
     return 1 << max(number - 1, 0).bit_length()
-
-
-def _rounded(number: int, step: int) -> int:
-    """Returns the smallest multiple of `step` that is at least `number`."""
-    return -(-number // step) * step

@@ -6,7 +6,6 @@ adapts. A product with an adapted matrix is x·W + (x·A)·((α/r)·B): W has no
 size is made.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from ultramem_jax.config import TrainConfig
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.layers.parameters import NOT_CAST
+from ultramem_jax.nested import at, leaves, put
 from ultramem_jax.ops.linear import LowRankSum
 from ultramem_jax.training.trainable import names, overlaid, selected
 from ultramem_jax.tree_types import ArrayTree, Variables
@@ -45,7 +45,7 @@ def with_factors(params: ArrayTree, train: TrainConfig, key: jax.Array) -> Array
         (width, out), rank = matrix.shape, train.lora_rank
         drawn = jax.random.normal(jax.random.fold_in(key, number), (width, rank), jnp.float32)
         pair = {A: drawn * width**-0.5, B: jnp.zeros((rank, out), jnp.float32)}
-        _put(factors, name, pair)
+        put(factors, name.split("/"), pair)
     learns = names(selected({LORA: factors}, train.trainable))
     require(bool(learns), "train.trainable", train.trainable, "must match LoRA's factors, such as 'lora/'")
     return {**params, LORA: factors}
@@ -55,7 +55,7 @@ def _targets(params: ArrayTree, train: TrainConfig) -> dict[str, jax.Array]:
     """Returns the matrices of layers whose names match `lora_targets`, by name."""
     field, pattern = "train.lora_targets", train.lora_targets
     layers = {name: of for name, of in params.items() if name.startswith("layer_")}
-    found = {name: _at(layers, name) for name in names(selected(layers, pattern))}
+    found = {"/".join(path): matrix for path, matrix in leaves(selected(layers, pattern))}
     matrices = {
         name: matrix
         for name, matrix in found.items()
@@ -63,7 +63,7 @@ def _targets(params: ArrayTree, train: TrainConfig) -> dict[str, jax.Array]:
     }
     example = "layer_1/attention/w_query"
     require(bool(matrices), field, pattern, f"must match matrices of layers, such as {example}")
-    learning = names(selected({name: of for name, of in layers.items()}, train.trainable))
+    learning = names(selected(layers, train.trainable))
     both = next((name for name in matrices if name in learning), None)
     if both is not None:
         allowed = f"must not match {both}, which LoRA adapts; 'lora/' matches only the factors"
@@ -106,20 +106,7 @@ def _combined(params: ArrayTree, combine: Any) -> ArrayTree:
     model = {name: value for name, value in params.items() if name != LORA}
     changed: dict[str, Any] = {}
     for name in {name.rpartition("/")[0]: None for name in names(params[LORA])}:
-        pair = _at(params[LORA], name)
-        _put(changed, name, combine(_at(model, name), pair[A], pair[B]))
+        path = name.split("/")
+        pair = at(params[LORA], path)
+        put(changed, path, combine(at(model, path), pair[A], pair[B]))
     return overlaid(model, changed)
-
-
-def _at(tree: Mapping[str, Any], name: str) -> Any:
-    found: Any = tree
-    for module in name.split("/"):
-        found = found[module]
-    return found
-
-
-def _put(tree: dict[str, Any], name: str, value: Any) -> None:
-    *modules, last = name.split("/")
-    for module in modules:
-        tree = tree.setdefault(module, {})
-    tree[last] = value

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ultramem_jax.errors import require
+from ultramem_jax.nested import leaves, put
 from ultramem_jax.tree_types import ArrayTree
 
 _SHOWN = 4
@@ -17,18 +18,10 @@ _SHOWN = 4
 
 def selected(tree: ArrayTree, pattern: str) -> dict[str, ArrayTree]:
     """Returns the part of a nested dict whose leaves have names in which the regular expression is found."""
-    return _selected(tree, re.compile(pattern), ())
-
-
-def _selected(tree: ArrayTree, pattern: re.Pattern[str], path: tuple[str, ...]) -> dict[str, ArrayTree]:
     found: dict[str, ArrayTree] = {}
-    for name, value in tree.items():
-        inner = (*path, name)
-        if isinstance(value, Mapping):
-            if of_module := _selected(value, pattern, inner):
-                found[name] = of_module
-        elif pattern.search("/".join(inner)):
-            found[name] = value
+    for path, value in leaves(tree):
+        if re.search(pattern, "/".join(path)):
+            put(found, path, value)
     return found
 
 
@@ -41,13 +34,9 @@ def overlaid(tree: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Arra
     return found
 
 
-def names(tree: ArrayTree, path: tuple[str, ...] = ()) -> list[str]:
+def names(tree: ArrayTree) -> list[str]:
     """Returns the names of all leaves of a nested dict."""
-    found: list[str] = []
-    for name, value in tree.items():
-        inner = (*path, name)
-        found += names(value, inner) if isinstance(value, Mapping) else ["/".join(inner)]
-    return found
+    return ["/".join(path) for path, _ in leaves(tree)]
 
 
 def require_some(params: ArrayTree, tables: ArrayTree, pattern: str) -> None:
