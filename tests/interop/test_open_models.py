@@ -390,7 +390,10 @@ def test_maps_of_memories_stay_in_range(tmp_path):
     wrong = variables["buffers"]["engram_0"] | {"canonical_ids": jnp.full((29,), 29, jnp.int32)}
     variables["buffers"] = variables["buffers"] | {"engram_0": wrong}
     open_models.save(tmp_path / "m", config, variables)
-    refused(tmp_path / "m", "range of model.memory_buffers.engram_0.canonical_ids = (29, 29): must be within")
+    refused(
+        tmp_path / "m",
+        "model.memory_buffers.engram_0.canonical_ids = (29, 29): its range must be within [0, 29)",
+    )
 
 
 def test_tokenizers_are_named(tmp_path):

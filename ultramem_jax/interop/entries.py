@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ultramem_jax.errors import UserError
+from ultramem_jax.errors import UserError, require
 
 Path = tuple[str, ...]
 _NAMED = 8
@@ -37,6 +37,27 @@ def _some(names: Sequence[str]) -> str:
     """Returns the names, or only the first of many: a file of another model lacks thousands."""
     more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
     return ", ".join(map(repr, names[:_NAMED])) + more
+
+
+def check_constant(array: np.ndarray, limit: int | None, field: str) -> None:
+    """Refuses integers that are out of range: a layer reads rows at such numbers without checking them.
+
+    Args:
+        array: integers.
+        limit: exclusive upper bound. None means a permutation, in which each number occurs once.
+        field: name of the array, for the message.
+
+    Raises:
+        UserError: a number is not in [0, limit), or the array is no permutation.
+    """
+    most = array.size if limit is None else limit
+    span = (int(array.min()), int(array.max()))
+    require(span[0] >= 0 and span[1] < most, field, span, f"its range must be within [0, {most})")
+    if limit is None:
+        seen = np.zeros(array.size, np.bool_)
+        seen[array] = True
+        distinct = int(np.count_nonzero(seen))
+        require(distinct == array.size, field, f"{distinct} distinct addresses", f"must be {array.size}")
 
 
 def same(array: np.ndarray) -> np.ndarray:

@@ -37,6 +37,8 @@ class ExpertNames(NamedTuple):
 EXPERTS = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
 MIXTRAL_EXPERTS = ExpertNames("block_sparse_moe", "w1", "w3", "w2")
 
+BOUNDED = ("permutation", "canonical_ids")
+"""Buffers of integers at which rows are read; kinds of memory of one's own may have others."""
 _OF_MEMORIES = {"params": "memories", "memory": "memory_tables", "buffers": "memory_buffers"}
 """Collection -> the part of a name that stands for it."""
 
@@ -134,8 +136,8 @@ def _of_memories(config: ModelConfig) -> Iterator[Entry]:
                     yield Entry(path, (full,), variable.shape, _bits, _from_bits)
                 else:
                     whole = jnp.issubdtype(variable.dtype, jnp.integer)
-                    limits = {"permutation": variable.size, "canonical_ids": config.vocab_size}
-                    yield Entry(path, (full,), variable.shape, constant=whole, limit=limits.get(name))
+                    limit = config.vocab_size if name == "canonical_ids" else None
+                    yield Entry(path, (full,), variable.shape, constant=whole, limit=limit)
 
 
 def _bits(rows: np.ndarray) -> np.ndarray:

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultramem_jax.config import ModelConfig
-from ultramem_jax.errors import UserError, choice, require
-from ultramem_jax.interop.entries import compare_names
+from ultramem_jax.errors import UserError, choice
+from ultramem_jax.interop.entries import check_constant, compare_names
 from ultramem_jax.interop.olmo_config import (
     CONFIG_FILE,
     Dtype,
@@ -131,15 +131,5 @@ def _qk_norm(section: Mapping[str, Any], tensors: OlmoTensors) -> QkNorm:
 def _read(tensors: OlmoTensors, one: Stored, name: str) -> np.ndarray:
     array = tensors.read(name, one.parts)
     if one.permutation:
-        inside = array.min() >= 0 and array.max() < array.size
-        limits = (int(array.min()), int(array.max()))
-        require(
-            bool(inside), f"{tensors.where}: {name}", limits, f"its range must be within [0, {array.size})"
-        )
-        # The layer reads at these addresses without checking them.
-        seen = np.zeros(array.size, np.bool_)
-        seen[array] = True
-        distinct = int(np.count_nonzero(seen))
-        allowed = f"must be {array.size}: each address once"
-        require(distinct == array.size, f"{tensors.where}: {name}", f"{distinct} distinct addresses", allowed)
+        check_constant(array, None, f"{tensors.where}: {name}")
     return array

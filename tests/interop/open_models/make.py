@@ -8,16 +8,6 @@ It needs torch and transformers (5.24 made what is committed), which the project
 import pathlib
 
 import numpy as np
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    OlmoeConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
 
 HERE = pathlib.Path(__file__).parent
 SIZES = dict(
@@ -40,20 +30,29 @@ LLAMA3 = dict(
     high_freq_factor=3.0,
     original_max_position_embeddings=32,
 )
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES, attention_bias=True, rope_parameters=LLAMA3),
-    "mistral": MistralConfig(**SIZES, head_dim=6, sliding_window=None),
-    "smollm2": LlamaConfig(**SIZES, tie_word_embeddings=True, rms_norm_eps=1e-5),
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES, head_dim=6),
-    "olmoe": OlmoeConfig(**SIZES, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False),
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2, sliding_window=None),
-}
+
+
+def configs():
+    """Returns the config of every family, by the name of its folder."""
+    import transformers as t  # here, because collecting tests must not need it
+
+    return {
+        "llama": t.LlamaConfig(**SIZES, attention_bias=True, rope_parameters=LLAMA3),
+        "mistral": t.MistralConfig(**SIZES, head_dim=6, sliding_window=None),
+        "smollm2": t.LlamaConfig(**SIZES, tie_word_embeddings=True, rms_norm_eps=1e-5),
+        "qwen2": t.Qwen2Config(**SIZES, tie_word_embeddings=True),
+        "qwen3": t.Qwen3Config(**SIZES, head_dim=6),
+        "olmoe": t.OlmoeConfig(**SIZES, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False),
+        "mixtral": t.MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2, sliding_window=None),
+    }
 
 
 def main() -> None:
     """Writes config, weights and the logits of a batch, (2, 19, 29) float64, for every family."""
-    for seed, (name, config) in enumerate(CONFIGS.items()):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for seed, (name, config) in enumerate(configs().items()):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
         for parameter in model.parameters():
