@@ -18,10 +18,9 @@ Two differences from the authors' code remain:
 - Where UltraMemV2 has a query per Tucker rank, see `released_queries` of `load_olmo`.
 """
 
-import contextlib
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -76,23 +75,23 @@ def load_olmo(
             is not computed here; a tensor is missing, extra, misshapen, of another kind of dtype, not finite,
             or no permutation.
     """
-    with _opened(pathlib.Path(folder), dtype, released_queries) as (model, tensors):
-        expected = stored_tensors(model)
-        has_memories = model.reference is not None
-        ignored = () if has_memories else tuple(name for name in tensors.names if name.startswith(_UNREAD))
-        given = [name for name in tensors.names if name not in ignored]
-        names = [name for one in expected for name in one.names]
-        compare_names(given, names, tensors.where, "the model does")
-        for one in expected:
-            for name in one.names:
-                tensors.check(name, one.shape, INTEGERS if one.permutation else FLOATS, one.parts)
-        of_memories = {site.name for site in model.config.sites}
-        variables: dict[str, Any] = {"params": {}, "memory": {}, "buffers": {}}
-        for one in expected:
-            for path, value in one.pieces([_read(tensors, one, name) for name in one.names]):
-                of_memory = path[0] != "params" or path[1] in of_memories
-                kind = "int32" if one.permutation else "float32" if of_memory else dtype or value.dtype
-                put(variables, path, jnp.asarray(value, kind))
+    model, tensors = _opened(pathlib.Path(folder), dtype, released_queries)
+    expected = stored_tensors(model)
+    has_memories = model.reference is not None
+    ignored = () if has_memories else tuple(name for name in tensors.names if name.startswith(_UNREAD))
+    given = [name for name in tensors.names if name not in ignored]
+    names = [name for one in expected for name in one.names]
+    compare_names(given, names, tensors.where, "the model does")
+    for one in expected:
+        for name in one.names:
+            tensors.check(name, one.shape, INTEGERS if one.permutation else FLOATS, one.parts)
+    of_memories = {site.name for site in model.config.sites}
+    variables: dict[str, Any] = {"params": {}, "memory": {}, "buffers": {}}
+    for one in expected:
+        for path, value in one.pieces([_read(tensors, one, name) for name in one.names]):
+            of_memory = path[0] != "params" or path[1] in of_memories
+            kind = "int32" if one.permutation else "float32" if of_memory else dtype or value.dtype
+            put(variables, path, jnp.asarray(value, kind))
     return model.config, variables
 
 
@@ -102,14 +101,12 @@ def read_olmo_config(folder: str | os.PathLike[str]) -> ModelConfig:
     Raises:
         UserError: the folder is no such checkpoint, or the config is not one that is computed here.
     """
-    with _opened(pathlib.Path(folder), None, False) as (model, _):
-        return model.config
+    return _opened(pathlib.Path(folder), None, False)[0].config
 
 
-@contextlib.contextmanager
 def _opened(
     folder: pathlib.Path, dtype: Dtype | None, released_queries: bool
-) -> Iterator[tuple[OlmoModel, OlmoTensors]]:
+) -> tuple[OlmoModel, OlmoTensors]:
     """Opens a checkpoint whose config is computed here. The arguments are those of `load_olmo`."""
     of_compute: Dtype = dtype or "float32"
     choice("dtype", of_compute, ("float32", "bfloat16"))
@@ -119,8 +116,8 @@ def _opened(
     check_section(section, where)
     # The number of files does not depend on the norm of queries and keys, which only the tensors show.
     parts = olmo_model(section, where, "per_head", of_compute, released_queries).table_parts
-    with open_tensors(folder, parts) as tensors:
-        yield olmo_model(section, where, _qk_norm(section, tensors), of_compute, released_queries), tensors
+    tensors = open_tensors(folder, parts)
+    return olmo_model(section, where, _qk_norm(section, tensors), of_compute, released_queries), tensors
 
 
 def _qk_norm(section: Mapping[str, Any], tensors: OlmoTensors) -> QkNorm:

@@ -1,17 +1,16 @@
 """Reads the tensors of an OLMo checkpoint from its `.safetensors` files, one by one."""
 
 import base64
-import contextlib
 import io
 import pathlib
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from ultramem_jax.errors import UserError, require
+from ultramem_jax.interop.safetensors_stream import TensorInFile, tensors_in
 
 MODEL_FILE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -32,15 +31,15 @@ class OlmoTensors:
     The first file holds all tensors. The others, of the other ranks, are read only for the tables.
     """
 
-    def __init__(self, files: Sequence[tuple[str, Any]]):
-        self._files = [(path, file, _names(path, list(file.keys()))) for path, file in files]
-        self.where = self._files[0][0]
+    def __init__(self, files: Sequence[tuple[str, dict[str, TensorInFile]]]):
+        self._files = files
+        self.where = files[0][0]
         """Path of the first file, for messages."""
 
     @property
     def names(self) -> list[str]:
         """Returns the names of the tensors in the first file."""
-        return list(self._files[0][2])
+        return list(self._files[0][1])
 
     def check(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], parts: int = 1) -> None:
         """Raises `UserError` unless each of the first `parts` files has the tensor as it must be.
@@ -52,18 +51,17 @@ class OlmoTensors:
             parts: number of files that hold columns of the tensor.
         """
         expected = (*shape[:-1], shape[-1] // parts)
-        for path, file, names in self._files[:parts]:
-            if name not in names:
+        for path, tensors in self._files[:parts]:
+            if name not in tensors:
                 raise UserError(f"{path} has no {name!r}")
-            stored = file.get_slice(names[name])
-            found, dtype = tuple(stored.get_shape()), stored.get_dtype()
+            found, dtype = tensors[name].shape, tensors[name].dtype
             require(found == expected, f"{path}: {name}.shape", found, f"must be {expected}")
             require(dtype in dtypes, f"{path}: {name}.dtype", dtype, f"must be one of {', '.join(dtypes)}")
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Returns the shape of a tensor in the first file, or None if it is not there."""
-        _, file, names = self._files[0]
-        return tuple(file.get_slice(names[name]).get_shape()) if name in names else None
+        tensors = self._files[0][1]
+        return tensors[name].shape if name in tensors else None
 
     def read(self, name: str, parts: int = 1) -> np.ndarray:
         """Returns a tensor that passed `check`, in host memory of its own.
@@ -73,7 +71,7 @@ class OlmoTensors:
         Raises:
             UserError: a number is not finite, or not in float32; the file cannot be read.
         """
-        arrays = (self._read_part(*one, name) for one in self._files[:parts])
+        arrays = (_finite(f"{path}: {name}", tensors[name].read()) for path, tensors in self._files[:parts])
         first = next(arrays)
         if parts == 1:
             return first
@@ -84,25 +82,21 @@ class OlmoTensors:
             whole[..., i * width : (i + 1) * width] = array
         return whole
 
-    @staticmethod
-    def _read_part(path: str, file: Any, names: Mapping[str, str], name: str) -> np.ndarray:
-        try:
-            array: np.ndarray = file.get_tensor(names[name])
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
-        if np.issubdtype(array.dtype, np.integer):
-            return array
-        with np.errstate(over="ignore"):
-            numbers = array.astype(np.float32) if array.dtype == np.float64 else array
-        bad = numbers.size - np.count_nonzero(np.isfinite(numbers))
-        allowed = f"must be finite and in float32, {bad:,} of {numbers.size:,} numbers are not"
-        require(bad == 0, f"{path}: {name}", numbers[~np.isfinite(numbers)][:1].tolist(), allowed)
-        return numbers
+
+def _finite(field: str, array: np.ndarray) -> np.ndarray:
+    """Returns a tensor, in float32 if it has 64 bits; refuses floats that are not finite."""
+    if np.issubdtype(array.dtype, np.integer):
+        return array
+    with np.errstate(over="ignore"):
+        numbers = array.astype(np.float32) if array.dtype == np.float64 else array
+    bad = numbers.size - np.count_nonzero(np.isfinite(numbers))
+    allowed = f"must be finite and in float32, {bad:,} of {numbers.size:,} numbers are not"
+    require(bad == 0, field, numbers[~np.isfinite(numbers)][:1].tolist(), allowed)
+    return numbers
 
 
-@contextlib.contextmanager
-def open_tensors(folder: pathlib.Path, parts: int) -> Iterator[OlmoTensors]:
-    """Opens the files of a checkpoint.
+def open_tensors(folder: pathlib.Path, parts: int) -> OlmoTensors:
+    """Reads the headers of the files of a checkpoint.
 
     Args:
         folder: folder of the checkpoint.
@@ -112,12 +106,11 @@ def open_tensors(folder: pathlib.Path, parts: int) -> Iterator[OlmoTensors]:
         UserError: a file is missing or broken, or has names that cannot be decoded.
     """
     folders = [folder] if parts == 1 else [folder / f"rank_{rank}" for rank in range(parts)]
-    with contextlib.ExitStack() as stack:
-        files = [(str(one / MODEL_FILE), stack.enter_context(_opened(one))) for one in folders]
-        yield OlmoTensors(files)
+    return OlmoTensors([(str(one / MODEL_FILE), _tensors(one)) for one in folders])
 
 
-def _opened(folder: pathlib.Path) -> Any:
+def _tensors(folder: pathlib.Path) -> dict[str, TensorInFile]:
+    """Returns the tensors of the file in a folder, by their names in the state dict."""
     path = folder / MODEL_FILE
     if not path.is_file():
         if (folder / "model.pt").exists():
@@ -125,12 +118,8 @@ def _opened(folder: pathlib.Path) -> Any:
         sharded = "; unshard it with the authors' scripts/unshard.py"
         hint = sharded if any((folder / name).exists() for name in ("model", "model_and_optim")) else ""
         raise UserError(f"{path}: no such file{hint}")
-    try:
-        return safetensors.safe_open(path, framework="np")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: not a whole .safetensors file: {_one_line(error)}") from None
+    stored = tensors_in(path)
+    return {name: stored[key] for name, key in _names(str(path), list(stored)).items()}
 
 
 def _names(path: str, keys: Sequence[str]) -> dict[str, str]:
@@ -175,7 +164,3 @@ def _without_wrappers(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
