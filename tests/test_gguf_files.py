@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.assertions import refused
+from tests.support.gguf_models import finished
 from ultramem_jax import gguf_files
 from ultramem_jax.errors import UserError
 from ultramem_jax.gguf_files import open_gguf
@@ -23,14 +24,7 @@ def write(path, tensors, fields=None, **writer):
     file = gguf.GGUFWriter(path, "llama", **writer)
     for key, value in (fields or {}).items():
         file.add_key_value(key, *value)
-    for name, tensor in tensors.items():
-        data, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
-        file.add_tensor(name, data, raw_dtype=kind)
-    file.write_header_to_file()
-    file.write_kv_data_to_file()
-    file.write_tensors_to_file()
-    file.close()
-    return path
+    return finished(file, path, tensors)
 
 
 def text(string):

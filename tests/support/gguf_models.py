@@ -109,11 +109,8 @@ def fields_of(model_type):
     return fields
 
 
-def write(path, tensors, fields, architecture="llama", other=()):
-    file = gguf.GGUFWriter(path, architecture)
-    for key, value in [*((f"{architecture}.{k}", v) for k, v in fields.items()), *dict(other).items()]:
-        add = {bool: file.add_bool, int: file.add_uint32, float: file.add_float32, str: file.add_string}
-        add.get(type(value), file.add_array)(key, value)
+def finished(file, path, tensors):
+    """Writes the file with tensors, which are arrays or (bytes, type), and returns the path."""
     for name, tensor in tensors.items():
         data, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
         file.add_tensor(name, data, raw_dtype=kind)
@@ -122,6 +119,14 @@ def write(path, tensors, fields, architecture="llama", other=()):
     file.write_tensors_to_file()
     file.close()
     return path
+
+
+def write(path, tensors, fields, architecture="llama", other=()):
+    file = gguf.GGUFWriter(path, architecture)
+    for key, value in [*((f"{architecture}.{k}", v) for k, v in fields.items()), *dict(other).items()]:
+        add = {bool: file.add_bool, int: file.add_uint32, float: file.add_float32, str: file.add_string}
+        add.get(type(value), file.add_array)(key, value)
+    return finished(file, path, tensors)
 
 
 KEYS = "tokenizer.ggml."
