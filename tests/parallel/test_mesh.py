@@ -176,10 +176,12 @@ def test_every_parameter_of_every_preset_has_a_rule():
         (p.moe is not None, *(frozenset(site.parameters) for site in p.sites[:1])): p
         for p in PRESETS.values()
     }
-    for model in of_family.values():
-        config = RunConfig(model)
+    adapters = TrainConfig(lora_rank=2, trainable="lora/")
+    runs = [RunConfig(model) for model in of_family.values()]
+    runs.append(RunConfig(replace(MODEL, attention_bias="all"), train=adapters))
+    for config in runs:
         params = abstract_state(config, make_optimizers(config), axes).params
-        parameter_specs(params, axes, logical_axes(model))  # raises for an unknown name
+        parameter_specs(params, axes, logical_axes(config.model))  # raises for an unknown name
         for path, _ in jax.tree_util.tree_leaves_with_path(params):
             used.add(path[-1].key)
     assert {rule.split("/")[-1] for rule in LOGICAL_AXES} - used <= {"output", "w_gate"}
