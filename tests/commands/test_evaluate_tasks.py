@@ -1,11 +1,11 @@
 """`launch.py evaluate --tasks`: a table of what the library finds, or one line that says what is wrong."""
 
 import json
-import sys
 
 import pytest
 import yaml
 
+from tests.support.absent import take_away
 from tests.support.small_run import train_tiny
 from ultramem_jax.reporting import markdown
 from ultramem_jax.training.restore import load_model
@@ -45,7 +45,8 @@ def tasks(tmp_path_factory):
 
 
 def test_the_table_has_what_the_library_finds(run, workdir, tasks):
-    from ultramem_jax.interop.lm_eval import UltramemLM, evaluate_tasks, result_rows
+    from ultramem_jax.interop.lm_eval import UltramemLM
+    from ultramem_jax.interop.lm_eval_tasks import evaluate_tasks, result_rows
 
     loaded = load_model(workdir)
     model = UltramemLM(loaded.config.model, loaded.variables, loaded.tokenizer, max_length=16, batch_size=4)
@@ -78,9 +79,7 @@ def test_a_bad_value_gets_one_line_that_says_what_is_allowed(run, workdir, case)
 
 
 def test_without_the_harness_one_line_says_how_to_install_it(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "ultramem_jax.interop.lm_eval", raising=False)
-    monkeypatch.delattr("ultramem_jax.interop.lm_eval", raising=False)
+    take_away(monkeypatch, "lm_eval", "ultramem_jax.interop.lm_eval", "ultramem_jax.interop.lm_eval_tasks")
     status, out, err = run("evaluate", "--workdir=nowhere", "--tasks=slots")
     assert (status, out) == (2, "")
     assert err == 'error: needs lm-evaluation-harness: pip install "ultramem_jax[lm_eval]"\n'

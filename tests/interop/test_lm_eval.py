@@ -5,7 +5,6 @@ import json
 import math
 import pathlib
 import re
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.support.absent import take_away
 from tests.support.drawn import variables_of
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.data import BpeTokenizer, ByteTokenizer
@@ -26,8 +26,9 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
-from ultramem_jax.interop import lm_eval as adapter  # noqa: E402
-from ultramem_jax.interop.lm_eval import UltramemLM, evaluate_tasks, result_rows  # noqa: E402
+from ultramem_jax.interop import lm_eval_tasks  # noqa: E402
+from ultramem_jax.interop.lm_eval import UltramemLM  # noqa: E402
+from ultramem_jax.interop.lm_eval_tasks import evaluate_tasks, result_rows  # noqa: E402
 
 WINDOW, EOS = 32, 256
 CONFIG = ModelConfig(
@@ -375,7 +376,7 @@ def test_the_tasks_of_the_paper_are_tasks_of_the_harness():
 def few_tasks(tasks, monkeypatch):
     """The harness without its own tasks, which take seconds to list."""
     monkeypatch.setattr(
-        adapter,
+        lm_eval_tasks,
         "TaskManager",
         lambda include_path, **_: TaskManager(include_path=include_path, include_defaults=False),
     )
@@ -451,7 +452,8 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
 
 
 def test_without_the_harness_one_line_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "ultramem_jax.interop.lm_eval")
-    with pytest.raises(UserError, match=re.escape('pip install "ultramem_jax[lm_eval]"')):
-        importlib.import_module("ultramem_jax.interop.lm_eval")
+    modules = "ultramem_jax.interop.lm_eval", "ultramem_jax.interop.lm_eval_tasks"
+    take_away(monkeypatch, "lm_eval", *modules)
+    for module in modules:
+        with pytest.raises(UserError, match=re.escape('pip install "ultramem_jax[lm_eval]"')):
+            importlib.import_module(module)

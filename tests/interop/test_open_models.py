@@ -194,6 +194,11 @@ CONFIGS = {
         dict(layer_types=["full_attention", "sliding_attention"]),
         "layer_types = ['full_attention', 'sliding_attention']",
     ),
+    "types of one layer of two": (
+        "qwen3",
+        dict(layer_types=["full_attention"]),
+        "layer_types = ['full_attention']: must be 'full_attention' for each of 2 layers",
+    ),
     "windows that are used": ("qwen2", dict(use_sliding_window=True, sliding_window=8), "sliding_window = 8"),
     "no word of a window": ("mistral", dict(sliding_window="absent"), "sliding_window = None: must be null"),
     "an activation": ("llama", dict(hidden_act="gelu"), "hidden_act = 'gelu': must be 'silu'"),

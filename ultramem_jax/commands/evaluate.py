@@ -97,7 +97,7 @@ def _check_absent(names: Sequence[str], reason: str) -> None:
 
 
 def _evaluate_tasks() -> None:
-    from ultramem_jax.interop import lm_eval  # noqa: F401  # says what is missing before anything is loaded
+    from ultramem_jax.interop import lm_eval_tasks  # noqa: F401  # says what is missing before anything is loaded
 
     given = given_model()
     print(given.title)
@@ -121,7 +121,8 @@ def task_table(
         UserError: lm-evaluation-harness is not installed, or a task is not known or cannot be loaded.
     """
     # The harness takes seconds to import, and may not be installed.
-    from ultramem_jax.interop.lm_eval import UltramemLM, evaluate_tasks, result_rows
+    from ultramem_jax.interop.lm_eval import UltramemLM
+    from ultramem_jax.interop.lm_eval_tasks import evaluate_tasks, result_rows
 
     batch_size = BATCH_SIZE.value or 8
     model = UltramemLM(config, variables, tokenizer, max_length=max_length, batch_size=batch_size)

@@ -108,10 +108,11 @@ class Fields:
         """
         for name, values in _ONLY.items():
             self.only(name, *values)
-        if "layer_types" in self._tree:
-            kinds = self.of("layer_types", list, [])
-            allowed = "must be 'full_attention' in all layers"
-            self.require(all(kind == "full_attention" for kind in kinds), "layer_types", allowed)
+        if "layer_types" in self:
+            kinds = self.of("layer_types", list)
+            layers = self.of("num_hidden_layers", int, len(kinds))
+            allowed = f"must be 'full_attention' for each of {layers} layers"
+            self.require(kinds == ["full_attention"] * layers, "layer_types", allowed)
         allowed = "is not known here, and may change the computation; `ignore` of load passes it over"
         for name, value in self._tree.items():
             known = name in self._seen or name in _NO_MATTER or name.startswith("_") or name in ignore
