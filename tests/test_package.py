@@ -49,10 +49,20 @@ def test_requirements_are_those_of_the_package_and_its_extras():
     assert _listed("requirements-docs.txt") == sorted(EXTRAS["docs"])
 
 
+def test_extras_are_named_as_every_pip_knows_them():
+    # A pip before 23.3 compares what is asked for as it is written with the normalised name in the package:
+    # it installs nothing for `[lm_eval]`, and says nothing.
+    assert all(re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", name) for name in EXTRAS)
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "ultramem_jax").rglob("*.py")]
+    text = "".join(file.read_text() for file in files)
+    named = ",".join(re.findall(r"""(?:ultramem_jax|["']\.)\[([\w,-]+)\]["']""", text)).split(",")
+    assert set(named) == {"tfds", "tensorboard", "gguf", "lm-eval", "tokamax"} <= set(EXTRAS)
+
+
 def test_the_library_imports_what_it_requires():
     imported = set().union(*map(imported_packages, (ROOT / "ultramem_jax").rglob("*.py")))
     imported -= {*sys.stdlib_module_names, "ultramem_jax", "_typeshed"}  # only mypy reads `_typeshed`
-    extras = [EXTRAS[name] for name in ("tfds", "tensorboard", "gguf", "lm_eval")]
+    extras = [EXTRAS[name] for name in ("tfds", "tensorboard", "gguf", "lm-eval")]
     required = sum(extras, PROJECT["dependencies"])
     names = {re.match(r"[\w-]+", line)[0] for line in required} - NOT_IMPORTED
     assert imported == {IMPORTED_AS.get(name, name) for name in names}

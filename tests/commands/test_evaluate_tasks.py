@@ -82,4 +82,4 @@ def test_without_the_harness_one_line_says_how_to_install_it(run, monkeypatch):
     take_away(monkeypatch, "lm_eval", "ultramem_jax.interop.lm_eval", "ultramem_jax.interop.lm_eval_tasks")
     status, out, err = run("evaluate", "--workdir=nowhere", "--tasks=slots")
     assert (status, out) == (2, "")
-    assert err == 'error: needs lm-evaluation-harness: pip install "ultramem_jax[lm_eval]"\n'
+    assert err == 'error: needs lm-evaluation-harness: pip install "ultramem_jax[lm-eval]"\n'

@@ -455,5 +455,5 @@ def test_without_the_harness_one_line_says_how_to_install_it(monkeypatch):
     modules = "ultramem_jax.interop.lm_eval", "ultramem_jax.interop.lm_eval_tasks"
     take_away(monkeypatch, "lm_eval", *modules)
     for module in modules:
-        with pytest.raises(UserError, match=re.escape('pip install "ultramem_jax[lm_eval]"')):
+        with pytest.raises(UserError, match=re.escape('pip install "ultramem_jax[lm-eval]"')):
             importlib.import_module(module)

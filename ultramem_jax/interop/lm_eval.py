@@ -28,7 +28,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
-    raise UserError('needs lm-evaluation-harness: pip install "ultramem_jax[lm_eval]"') from error
+    raise UserError('needs lm-evaluation-harness: pip install "ultramem_jax[lm-eval]"') from error
 
 log = logging.getLogger(__name__)
 
