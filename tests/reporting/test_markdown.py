@@ -15,6 +15,10 @@ def test_columns_to_the_left_are_those_of_words_or_those_asked_for():
     assert markdown.table(rows).splitlines()[1] == "| :---- | :---- |"
 
 
+def test_a_column_of_single_characters_has_a_rule():
+    assert markdown.table([{"n": 2, "x": "a"}]) == "|  n | x  |\n| -: | :- |\n|  2 | a  |"
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

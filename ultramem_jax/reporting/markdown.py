@@ -33,7 +33,8 @@ def table(rows: Sequence[Mapping[str, object]], left: Collection[str] | None = N
         left = [name for name in names if not all(_is_number(row.get(name)) for row in rows)]
     cells = [[_escaped(name) for name in names]]
     cells += [[_escaped(cell(row.get(name))) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    # The rule below a column needs a hyphen and a colon: readers of Markdown take a bare colon for text.
+    widths = [max(2, *(len(line[i]) for line in cells)) for i in range(len(names))]
     flush_left = [name in left for name in names]
     rule = [
         ":" + "-" * (w - 1) if at_left else "-" * (w - 1) + ":"
