@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shutil
+from dataclasses import replace
 
 import chex
 import jax
@@ -388,16 +389,19 @@ def test_broken_indices(tmp_path):
     refused(with_map(whole["weight_map"]), file.name, "not a whole .safetensors file")
 
 
-def test_maps_of_memories_stay_in_range(tmp_path):
+@pytest.mark.parametrize("ids", [29, 23])
+def test_maps_of_memories_stay_in_range(ids, tmp_path):
     config = OWN["two kinds"]
+    engram = config.memories["engram"].changed(num_canonical_ids=ids)
+    config = replace(config, memories=config.memories | {"engram": engram})
     shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     variables = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), dict(shapes))
-    wrong = variables["buffers"]["engram_0"] | {"canonical_ids": jnp.full((29,), 29, jnp.int32)}
+    wrong = variables["buffers"]["engram_0"] | {"canonical_ids": jnp.full((29,), ids, jnp.int32)}
     variables["buffers"] = variables["buffers"] | {"engram_0": wrong}
     open_models.save(tmp_path / "m", config, variables)
     refused(
         tmp_path / "m",
-        "model.memory_buffers.engram_0.canonical_ids = (29, 29): its range must be within [0, 29)",
+        f"model.memory_buffers.engram_0.canonical_ids = ({ids}, {ids}): its range must be within [0, {ids})",
     )
 
 

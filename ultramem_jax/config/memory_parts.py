@@ -226,6 +226,14 @@ class AddressConfig(Checked):
         """Returns the memory's buffers that depend on the tokenizer, by name."""
         return {}
 
+    def index_buffers(self, site: "MemorySite") -> "dict[str, int | None]":
+        """Returns the buffers of integers at which rows are read, by name, with their exclusive upper bounds.
+
+        They are read without checks, so files are checked for them. A bound of None stands for a permutation,
+        in which each number below the size of the buffer occurs once.
+        """
+        return {}
+
     def balance_numbers(self, site: "MemorySite") -> int:
         """Returns the count of float32 numbers that a micro-batch all-reduces for balance losses."""
         return 0

@@ -137,6 +137,7 @@ class EngramReference:
             ("lookup_table",),
             (self.site.context.vocab_size,),
             constant=True,
+            index=True,
             limit=self.config.value_of("num_canonical_ids"),
         )
         return [*found, tokens]

@@ -39,7 +39,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:_NAMED])) + more
 
 
-def check_constant(array: np.ndarray, limit: int | None, field: str) -> None:
+def check_index(array: np.ndarray, limit: int | None, field: str) -> None:
     """Refuses integers that are out of range: a layer reads rows at such numbers without checking them.
 
     Args:
@@ -87,9 +87,10 @@ class Entry:
     """Axis of the variable along which the arrays are stacked; None for a variable that is one array."""
     constant: bool = False
     """True for an array of integers."""
+    index: bool = False
+    """True for a constant at whose numbers rows are read, which `check_index` checks."""
     limit: int | None = None
-    """Exclusive upper bound of a constant's numbers. None means a permutation, in which each number occurs
-    once."""
+    """Exclusive upper bound of an index. None means a permutation, in which each number occurs once."""
 
     def pack(self, arrays: Iterable[np.ndarray]) -> np.ndarray:
         """Returns the variable from the arrays under `names`, each of shape `shape`; takes one at a time."""

@@ -13,6 +13,7 @@ Memories have no names there. In a folder that this project writes they are call
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -37,8 +38,6 @@ class ExpertNames(NamedTuple):
 EXPERTS = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
 MIXTRAL_EXPERTS = ExpertNames("block_sparse_moe", "w1", "w3", "w2")
 
-BOUNDED = ("permutation", "canonical_ids")
-"""Buffers of integers at which rows are read; kinds of memory of one's own may have others."""
 _OF_MEMORIES = {"params": "memories", "memory": "memory_tables", "buffers": "memory_buffers"}
 """Collection -> the part of a name that stands for it."""
 
@@ -127,6 +126,7 @@ def _linear(path: Path, name: str, width_out: int, width_in: int) -> Entry:
 def _of_memories(config: ModelConfig) -> Iterator[Entry]:
     tokens = jnp.zeros((1, 2), jnp.int32)
     variables = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)
+    indices = {site.name: site.config.address.index_buffers(site) for site in config.sites}
     for collection, word in _OF_MEMORIES.items():
         modules = {site.name: None for site in config.sites} | {site.table: None for site in config.sites}
         for module in modules:
@@ -136,8 +136,9 @@ def _of_memories(config: ModelConfig) -> Iterator[Entry]:
                     yield Entry(path, (full,), variable.shape, _bits, _from_bits)
                 else:
                     whole = jnp.issubdtype(variable.dtype, jnp.integer)
-                    limit = config.vocab_size if name == "canonical_ids" else None
-                    yield Entry(path, (full,), variable.shape, constant=whole, limit=limit)
+                    entry = Entry(path, (full,), variable.shape, constant=whole)
+                    bounds = indices.get(module, {})
+                    yield replace(entry, index=True, limit=bounds[name]) if name in bounds else entry
 
 
 def _bits(rows: np.ndarray) -> np.ndarray:

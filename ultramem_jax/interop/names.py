@@ -127,7 +127,9 @@ def _ultramem_entries(layer: _Layer) -> list[Entry]:
             to_state=lambda keys: keys.transpose(1, 0, 3, 4, 2),
         ),
         replace(cores, names=tuple(f"{cores.names[0]}.{i}" for i in range(address.num_cores)), axis=1),
-        layer.entry("permutation", "shuffle_index", (num_keys**2,), collection="buffers", constant=True),
+        layer.entry(
+            "permutation", "shuffle_index", (num_keys**2,), collection="buffers", constant=True, index=True
+        ),
     ]
     for name, reference_name in (("row_direction", "tucker_core_u"), ("column_direction", "tucker_core_v")):
         found.append(

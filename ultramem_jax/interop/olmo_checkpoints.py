@@ -28,7 +28,7 @@ import numpy as np
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.errors import UserError, choice
-from ultramem_jax.interop.entries import check_constant, compare_names
+from ultramem_jax.interop.entries import check_index, compare_names
 from ultramem_jax.interop.olmo_config import (
     CONFIG_FILE,
     Dtype,
@@ -128,5 +128,5 @@ def _qk_norm(section: Mapping[str, Any], tensors: OlmoTensors) -> QkNorm:
 def _read(tensors: OlmoTensors, one: Stored, name: str) -> np.ndarray:
     array = tensors.read(name, one.parts)
     if one.permutation:
-        check_constant(array, None, f"{tensors.where}: {name}")
+        check_index(array, None, f"{tensors.where}: {name}")
     return array

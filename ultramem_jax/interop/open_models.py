@@ -28,10 +28,10 @@ from ultramem_jax.data.tokenizers import EOS_TOKEN, require_vocabulary
 from ultramem_jax.errors import UserError, choice, require
 from ultramem_jax.gguf_files import open_gguf
 from ultramem_jax.interop import hf_config, hf_folder
-from ultramem_jax.interop.entries import Entry, check_constant, compare_names
+from ultramem_jax.interop.entries import Entry, check_index, compare_names
 from ultramem_jax.interop.gguf_models import open_gguf_model
 from ultramem_jax.interop.hf_fields import BYTES
-from ultramem_jax.interop.hf_names import BOUNDED, entries
+from ultramem_jax.interop.hf_names import entries
 from ultramem_jax.interop.olmo_checkpoints import is_olmo_checkpoint, load_olmo, read_olmo_config
 from ultramem_jax.interop.safetensors_stream import TensorToWrite
 from ultramem_jax.interop.stored_tensors import StoredTensors
@@ -237,8 +237,8 @@ def _needless(name: str, tied: bool) -> bool:
 
 def _read(entry: Entry, tensors: StoredTensors, dtype: str | None) -> jax.Array:
     variable = entry.pack(tensors.read(name) for name in entry.names)
-    if entry.constant and entry.path[-1] in BOUNDED:
-        check_constant(variable, entry.limit, f"{tensors.where}: {entry.names[0]}")
+    if entry.index:
+        check_index(variable, entry.limit, f"{tensors.where}: {entry.names[0]}")
     if dtype is not None:
         variable = variable.astype(jnp.dtype(dtype))
     return jnp.asarray(variable)

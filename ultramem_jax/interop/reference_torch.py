@@ -27,7 +27,7 @@ from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.interop.constant import Constant
 from ultramem_jax.interop.engram import MODULE, EngramReference
-from ultramem_jax.interop.entries import Entry, check_constant, compare_names
+from ultramem_jax.interop.entries import Entry, check_index, compare_names
 from ultramem_jax.interop.hyper import Reference
 from ultramem_jax.interop.hyper_values import Hyper
 from ultramem_jax.interop.names import TABLES, entries
@@ -301,7 +301,8 @@ def _checked(name: str, value: object, entry: Entry, allow_nonfinite: bool) -> n
     if entry.constant:
         whole = np.issubdtype(array.dtype, np.integer)
         require(whole, f"{name}.dtype", array.dtype.name, "must be one of integers")
-        check_constant(array, entry.limit, name)
+        if entry.index:
+            check_index(array, entry.limit, name)
         return array
     # NumPy would convert other dtypes too: it drops imaginary parts, parses strings and counts booleans.
     if not jnp.issubdtype(array.dtype, jnp.floating):

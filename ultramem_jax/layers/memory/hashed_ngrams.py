@@ -270,6 +270,10 @@ class HashedNgrams(AddressConfig):
         mapped[: len(canonical_ids)] = canonical_ids
         return {"canonical_ids": mapped}
 
+    def index_buffers(self, site: MemorySite) -> dict[str, int | None]:
+        """Returns the map from tokens to canonical ids, if tokens are mapped."""
+        return {"canonical_ids": self.num_canonical_ids} if self.num_canonical_ids else {}
+
     def near_slots(self, num_slots: float) -> "list[HashedNgrams]":
         """Returns the config with rows per head scaled so that the first memory has about `num_slots` rows.
 

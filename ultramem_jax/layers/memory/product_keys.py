@@ -334,6 +334,10 @@ class ProductKeys(AddressConfig):
 
         return {"keys": served_keys(site, self, params, buffers)}
 
+    def index_buffers(self, site: MemorySite) -> dict[str, int | None]:
+        """Returns the permutation of the explicit shuffle."""
+        return {"permutation": None} if self.shuffle == "explicit" else {}
+
     def initial(self, site: MemorySite) -> MemoryInit:
         """Returns the initialisation of table and readout that `init` names."""
         from ultramem_jax.layers.memory.initializers import memory_init
