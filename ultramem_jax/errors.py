@@ -33,6 +33,11 @@ class Stopped(Exception):
     """Exit status EX_TEMPFAIL of sysexits.h."""
 
 
+def one_line(error: BaseException) -> str:
+    """Returns the message of an error with single spaces, and without line ends."""
+    return " ".join(str(error).split())
+
+
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raises `UserError` "field = value: allowed" unless `condition` holds."""
     if not condition:

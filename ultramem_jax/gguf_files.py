@@ -18,7 +18,7 @@ from typing import IO
 
 import numpy as np
 
-from ultramem_jax.errors import UserError, require
+from ultramem_jax.errors import UserError, one_line, require
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -137,7 +137,7 @@ class GgufFile:
                 file.seek(start)
                 numbers = _plain(file, kind, count) if kind.name in _PLAIN else _decoded(file, kind, count)
         except (OSError, EOFError) as error:
-            raise UserError(f"{self.path}: {name} cannot be read: {_one_line(error)}") from None
+            raise UserError(f"{self.path}: {name} cannot be read: {one_line(error)}") from None
         return numbers.reshape(shape)
 
 
@@ -161,7 +161,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
             fields = head.fields()
             return GgufFile(path, fields, head.stored(tensors, _alignment(path, fields), package))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 def _require_regular(path: str | os.PathLike[str]) -> None:
@@ -170,7 +170,7 @@ def _require_regular(path: str | os.PathLike[str]) -> None:
     except (FileNotFoundError, ValueError):  # ValueError: a path with a zero byte
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
     if not regular:  # a pipe would wait for a writer
         raise UserError(f"{path}: cannot be read: not a regular file")
 
@@ -357,7 +357,3 @@ def _alignment(path: str | os.PathLike[str], fields: Mapping[str, object]) -> in
 def _aligned(position: int, alignment: int) -> int:
     """Returns the first multiple of `alignment` from `position` on."""
     return -(-position // alignment) * alignment
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -18,7 +18,6 @@ Two properties of FBGEMM's wheel for CPUs (`fbgemm-gpu-cpu` 1.8.0) matter for a 
 """
 
 import importlib.util
-import os
 import time
 import warnings
 from functools import partial
@@ -31,6 +30,7 @@ import optax
 
 from experiments.common.model_steps import traced
 from ultramem_jax.ops.lookup import GradientsOfReads, pooled_lookup, rows_read, score_products
+from ultramem_jax.reporting.environment import cpu_cores
 from ultramem_jax.training.row_rules import SquareSums, adagrad_row
 from ultramem_jax.training.row_sparse import row_sparse, update_by_reads
 
@@ -52,8 +52,7 @@ def torch_on_all_cores() -> Any:
     """
     import torch
 
-    affinity = getattr(os, "sched_getaffinity", None)
-    torch.set_num_threads(len(affinity(0)) if affinity else os.cpu_count() or 1)
+    torch.set_num_threads(cpu_cores())
     return torch
 
 

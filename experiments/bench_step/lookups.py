@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from experiments.bench_step.fbgemm import FbgemmLookup, OwnLookup, is_installed
-from experiments.common.timing import WARM_UP
+from experiments.common.timing import WARM_UP, in_turns
 
 FBGEMM = "FBGEMM, PyTorch"
 WAYS = 3
@@ -68,15 +68,15 @@ def measure(
         FBGEMM: FbgemmLookup(num_slots, width),
     }
     found = {name: LookupResult(num_slots, name, [], []) for name in ways}
-    order = list(ways)
-    for number, batch in enumerate(_batches(num_slots, tokens, reads, width, WARM_UP + repeats)):
+    rounds = WARM_UP + repeats
+    batches = _batches(num_slots, tokens, reads, width, rounds)
+    for (number, order), batch in zip(in_turns(ways, rounds), batches, strict=True):
         for name in order:
             forward, backward = ways[name].step(*batch)
             if number >= WARM_UP:
                 found[name].forward_ms.append(1e3 * forward)
                 found[name].backward_ms.append(1e3 * backward)
             tick()
-        order = order[1:] + order[:1]
     return list(found.values())
 
 

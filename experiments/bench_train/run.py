@@ -9,7 +9,6 @@ Batches are random ids: what a step takes does not depend on the text.
 """
 
 import dataclasses
-import statistics
 import sys
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from experiments.common import machine, report
 from experiments.common.model_steps import draw_tokens, model_contender
-from experiments.common.timing import WARM_UP, Timing, needed, race, spread
+from experiments.common.timing import WARM_UP, Timing, needed, race, spread, times_as_fast
 from ultramem_jax import ModelConfig, RunConfig
 from ultramem_jax.accounting import flops_per_token
 from ultramem_jax.baselines.matching import SYSTEMS, match, verify_match
@@ -100,11 +99,10 @@ def _ways(base: RunConfig, models: Mapping[str, ModelConfig]) -> dict[str, _Way]
 def _rows(
     timings: Mapping[str, Timing], models: Mapping[str, ModelConfig], tokens: int
 ) -> list[markdown.Row]:
-    def times_as_fast(name: str, other: str) -> float | None:
+    def beside(name: str, other: str) -> float | None:
         if other not in timings or other == name:
             return None
-        pairs = zip(timings[other].ms, timings[name].ms, strict=True)
-        return statistics.median(theirs / ours for theirs, ours in pairs)
+        return times_as_fast(timings[name].ms, timings[other].ms)
 
     rows: list[markdown.Row] = []
     for name, timing in timings.items():
@@ -117,8 +115,8 @@ def _rows(
                 "ms": median,
                 "p10–p90": f"{low:.1f}–{high:.1f}",
                 "tokens/s": round(1e3 * tokens / median),
-                "times as fast as dense": times_as_fast(name, "dense"),
-                "times as fast as by XLA": times_as_fast(name, name + _BY_XLA),
+                "times as fast as dense": beside(name, "dense"),
+                "times as fast as by XLA": beside(name, name + _BY_XLA),
             }
         )
     return rows

@@ -1,15 +1,18 @@
 """Times steps in turn: chooses steps that fit into host memory together, and measures what they take."""
 
 import itertools
+import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
 
 from ultramem_jax.tree_types import ArrayTree
+
+T = TypeVar("T")
 
 WARM_UP = 3
 """Rounds of warm-up, before the rounds that count."""
@@ -160,8 +163,7 @@ def race(
     batch = draw(0)
     running = {name: contender.start(batch) for name, contender in contenders.items()}
     ms: dict[str, list[float]] = {name: [] for name in contenders}
-    order = list(contenders)
-    for number in range(WARM_UP + repeats):
+    for number, order in in_turns(contenders, WARM_UP + repeats):
         batch = jax.block_until_ready(draw(number))
         for name in order:
             start = time.perf_counter()
@@ -169,13 +171,26 @@ def race(
             if number >= WARM_UP:
                 ms[name].append(1e3 * (time.perf_counter() - start))
             tick()
-        # Rotates the order: no step always runs after the same other step and gains from what that one left
-        # in the cache.
-        order = order[1:] + order[:1]
     timings = {
         name: Timing(ms[name], *(run.planned_bytes() or (None, None))) for name, run in running.items()
     }
     return timings, {name: run.state for name, run in running.items()}
+
+
+def in_turns(contenders: Iterable[T], rounds: int) -> Iterator[tuple[int, list[T]]]:
+    """Yields the number of each round, and the order in which contenders take their turns in it.
+
+    The order rotates: none always runs after the same other one and gains from what that left in the cache.
+    """
+    order = list(contenders)
+    for number in range(rounds):
+        yield number, order
+        order = order[1:] + order[:1]
+
+
+def times_as_fast(times: Sequence[float], other: Sequence[float]) -> float:
+    """Returns how many times as fast the first is as the other: the median of the ratios of a round."""
+    return statistics.median(theirs / ours for ours, theirs in zip(times, other, strict=True))
 
 
 def spread(ms: Sequence[float]) -> tuple[float, float, float]:

@@ -13,11 +13,12 @@ import numpy as np
 from experiments.open_models import peer_process
 from experiments.open_models.model_file import ModelFile
 from experiments.open_models.records import DTYPES, FLOAT32
-from experiments.open_models.speed import Timed, cpu_cores
+from experiments.open_models.speed import Timed
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.accounting.model import DTYPE_BYTES
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop import open_models
+from ultramem_jax.reporting.environment import cpu_cores
 
 _PACKAGES = {"transformers": ("torch", "transformers"), "llama.cpp": ("llama-cpp-python",)}
 """Packages that each program needs."""

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.open_models.records import Quality, Text
+from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.data import Tokenizer
 from ultramem_jax.data.sources import Source, enwik8_source, stdlib_source
@@ -89,7 +90,6 @@ def measure(
     texts: dict[str, list[bytes]],
     *,
     trained_on: str,
-    parameters: int,
 ) -> list[Quality]:
     """Returns how well a model predicts each text.
 
@@ -101,7 +101,6 @@ def measure(
         context: most tokens that it reads at once.
         texts: documents by name of the text.
         trained_on: text that it was trained on, in words.
-        parameters: number of its parameters.
     """
     scorer = Scorer(config, variables, max_length=context, batch_size=_BATCH)
     found = []
@@ -115,7 +114,7 @@ def measure(
             Quality(
                 model=name,
                 trained_on=trained_on,
-                parameters=parameters,
+                parameters=count_parameters(config).total,
                 context=context,
                 text=text,
                 num_bytes=sum(map(len, documents)),

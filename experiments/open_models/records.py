@@ -7,7 +7,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -206,11 +205,6 @@ class Study:
                 peers=dict(read["peers"]),
                 absent=dict(read["absent"]),
             )
-
-
-def times_as_fast(seconds: Sequence[float], other: Sequence[float]) -> float:
-    """Returns how many times as fast the first is as the other: the median of the ratios of a round."""
-    return statistics.median(theirs / mine for mine, theirs in zip(seconds, other, strict=True))
 
 
 def same_beginning(tokens: Sequence[int], other: Sequence[int]) -> int:

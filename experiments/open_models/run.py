@@ -42,7 +42,7 @@ from ultramem_jax.cli.arguments import check_names
 from ultramem_jax.data import open_tokenizer
 from ultramem_jax.errors import require
 from ultramem_jax.interop import open_models
-from ultramem_jax.reporting.environment import describe_environment
+from ultramem_jax.reporting.environment import cpu_cores, describe_environment
 from ultramem_jax.reporting.folders import make_folder
 from ultramem_jax.training.restore import LoadedModel, load_model
 
@@ -95,7 +95,7 @@ def main() -> None:
         texts, qualities = _quality(model) if "quality" in PART_NAMES.value else ([], [])
         continuations = _continuations(model) if "continuations" in PART_NAMES.value else []
         speeds, peers, absent = _speeds(model, work) if "speed" in PART_NAMES.value else ([], {}, {})
-    settings = Settings(PROMPT_TOKENS.value, NEW_TOKENS.value, speed.cpu_cores(), PREFILL_CHUNK.value)
+    settings = Settings(PROMPT_TOKENS.value, NEW_TOKENS.value, cpu_cores(), PREFILL_CHUNK.value)
     about = Model(model.name, model.num_bytes, model.sha256, parameters)
     study = Study(environment, settings, about, texts, qualities, continuations, speeds, peers, absent)
     kept = pathlib.Path(OUT.value) / f"{study.stem}.json"
@@ -124,7 +124,6 @@ def _quality(model: ModelFile) -> tuple[list[Text], list[Quality]]:
         CONTEXT.value,
         texts,
         trained_on="data of its authors",
-        parameters=count_parameters(config).total,
     )
     del variables
     for name, loaded in own.items():
@@ -136,7 +135,6 @@ def _quality(model: ModelFile) -> tuple[list[Text], list[Quality]]:
             loaded.config.data.seq_len,
             texts,
             trained_on=_trained_on(loaded),
-            parameters=count_parameters(loaded.config.model).total,
         )
     return [quality.describe_text(name, documents) for name, documents in texts.items()], found
 

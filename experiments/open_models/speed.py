@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.common.timing import in_turns
 from experiments.open_models.records import FLOAT32, OURS, Speed, same_beginning
 from ultramem_jax.accounting import count_parameters
+from ultramem_jax.accounting.model import DTYPE_BYTES
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop import open_models
 from ultramem_jax.models.cache import Cache, empty_cache
@@ -26,12 +28,6 @@ _REST_SECONDS = 0.3
 """Time between two turns, in which the threads of a library that wait in a loop give up and sleep."""
 _CLOSE = 1e-3
 """Largest difference of two float32 programs' logits, over their standard deviation: rounding makes 1e-5."""
-
-
-def cpu_cores() -> int:
-    """Returns the number of CPU cores that this process may use, as XLA does."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class Timed(NamedTuple):
@@ -89,7 +85,7 @@ class Ours:
         """
         self.config, variables = open_models.load(path, dtype)
         self.dtype = dtype
-        self.weight_bytes = count_parameters(self.config).total * jnp.dtype(dtype).itemsize
+        self.weight_bytes = DTYPE_BYTES[dtype] * count_parameters(self.config).total
         self._variables = prepare_for_decoding(self.config, dict(variables))
         self._generator = Generator(
             self.config,
@@ -149,16 +145,13 @@ def race(
                 f"standard deviation, must be at most {_CLOSE}"
             )
     turns: list[list[Timed]] = [[] for _ in contenders]
-    order = list(range(len(contenders)))
-    for number in range(WARM_UP + rounds):
+    for number, order in in_turns(range(len(contenders)), WARM_UP + rounds):
         for index in order:
             time.sleep(_REST_SECONDS)
             timed = contenders[index].run(ids, new_tokens)
             if number >= WARM_UP:
                 turns[index].append(timed)
             tick()
-        # Rotates the order: no program always runs after the same other one.
-        order = order[1:] + order[:1]
     first = turns[0][0].tokens
     return [
         Speed(

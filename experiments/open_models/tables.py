@@ -5,8 +5,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
+from experiments.common.timing import times_as_fast
 from experiments.open_models import figures
-from experiments.open_models.records import DTYPES, OURS, Continuation, Quality, Study, times_as_fast
+from experiments.open_models.records import DTYPES, OURS, Continuation, Quality, Study
 from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.markdown import Row
 

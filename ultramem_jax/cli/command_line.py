@@ -30,7 +30,7 @@ from ultramem_jax.cli.arguments import HELP, take, take_integer
 from ultramem_jax.cli.config_help import fields_help, presets_help, wrapped
 from ultramem_jax.cli.plain_log import plain_log
 from ultramem_jax.config import RunConfig, run_config_from_dict, to_dict
-from ultramem_jax.errors import Stopped, UserError, unknown, whole_number
+from ultramem_jax.errors import Stopped, UserError, one_line, unknown, whole_number
 from ultramem_jax.parallel import distributed
 from ultramem_jax.parallel.distributed import HEARTBEAT_TIMEOUT, INITIALIZATION_TIMEOUT, Membership
 from ultramem_jax.parallel.mesh import AXES
@@ -118,7 +118,7 @@ def run(
             with _joined(member, logger):
                 main()
         except (UserError, flags.Error) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
             status = 2
         except OSError as error:
             if error.filename is None:

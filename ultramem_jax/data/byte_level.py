@@ -1,5 +1,6 @@
 """Holds what tokenizers share: the characters of bytes, runs of text, and reading and hashing files."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -11,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from ultramem_jax.config.limits import LARGEST
-from ultramem_jax.errors import UserError, require
+from ultramem_jax.errors import UserError, one_line, require
 
 
 def byte_characters() -> dict[int, str]:
@@ -57,33 +58,27 @@ def read_backend(path: Path, allowed: str) -> tokenizers.Tokenizer:
     """Reads a `tokenizer.json`.
 
     Raises:
-        UserError: there is none, or the library cannot read it; `allowed` says what it must be.
+        UserError: there is none, the library cannot read it (`allowed` says what it must be), or an id is
+            larger than any vocabulary.
     """
-    try:
+    with library_errors(f"{path}: {allowed}"):
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {allowed}: {' '.join(str(error).split())}") from None
-    return backend_of(text, str(path), allowed)
+        _require_ids(json.loads(text), str(path))
+        return tokenizers.Tokenizer.from_str(text)
 
 
-def backend_of(text: str, where: str, allowed: str) -> tokenizers.Tokenizer:
-    """Returns the tokenizer that a JSON text describes.
+@contextlib.contextmanager
+def library_errors(message: str) -> Iterator[None]:
+    """Makes any error of the library `tokenizers` a `UserError`: the message, and the library's reason.
 
-    Args:
-        text: the JSON.
-        where: what it comes from, for messages.
-        allowed: what it must be, for messages.
-
-    Raises:
-        UserError: the library cannot read it, or an id is larger than any vocabulary.
+    The library raises Exception itself or, where it panics, a BaseException.
     """
     try:
-        _require_ids(json.loads(text), where)
-        return tokenizers.Tokenizer.from_str(text)
+        yield
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
-    except BaseException as error:  # the library raises Exception itself or, where it panics, a BaseException
-        raise UserError(f"{where}: {allowed}: {' '.join(str(error).split())}") from None
+    except BaseException as error:
+        raise UserError(f"{message}: {one_line(error)}") from None
 
 
 def _require_ids(tree: Any, where: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import processors
 
-from ultramem_jax.data.byte_level import backend_of, checked_ids, content_hash, text_runs
+from ultramem_jax.data.byte_level import checked_ids, content_hash, library_errors, text_runs
 from ultramem_jax.data.cutting import cut_places, pieces
 from ultramem_jax.data.token_bytes import (
     Tree,
@@ -137,10 +137,9 @@ class FileTokenizer:
         """Returns the ids that the tokenizer puts before a text."""
         for text in ("a", "0", " ", "\n"):  # a small vocabulary may have no token for some
             try:
-                encoding = self._backend.encode(text)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException:  # as for `read_backend`; a text may have no token for what is unknown
+                with library_errors(self._where):
+                    encoding = self._backend.encode(text)
+            except UserError:
                 continue
             text_begins = next((i for i, added in enumerate(encoding.special_tokens_mask) if not added), None)
             if text_begins is not None:
@@ -153,12 +152,8 @@ class FileTokenizer:
         Raises:
             UserError: the library cannot encode them, as the file has no token for what is unknown.
         """
-        try:
+        with library_errors(f"{self._where}: cannot encode a text"):
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # as for `read_backend`
-            raise UserError(f"{self._where}: cannot encode a text: {' '.join(str(error).split())}") from None
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def _backend_for(self, special: bool, continuing: bool) -> tokenizers.Tokenizer:
@@ -170,7 +165,8 @@ class FileTokenizer:
         if case not in self._backends:
             tree = self._without_prefix if case[1] else self._tree
             tree = tree if special else without_special(tree, self.special_ids)
-            backend = backend_of(json.dumps(tree), self._where, "must be a tokenizer.json")
+            with library_errors(f"{self._where}: must be a tokenizer.json"):
+                backend = tokenizers.Tokenizer.from_str(json.dumps(tree))
             backend.encode_special_tokens = not special
             self._backends[case] = backend
         return self._backends[case]

@@ -14,7 +14,7 @@ from ultramem_jax.data.byte_level import read_backend
 from ultramem_jax.data.file_tokenizers import FileTokenizer, starting_with
 from ultramem_jax.data.gguf_tokenizers import gguf_tokenizer
 from ultramem_jax.data.local_files import is_regular
-from ultramem_jax.errors import UserError
+from ultramem_jax.errors import UserError, one_line
 from ultramem_jax.gguf_files import open_gguf
 from ultramem_jax.tree_types import JsonDict
 
@@ -89,7 +89,7 @@ def _neighbours(file: Path) -> dict[str, JsonDict]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: must be JSON in UTF-8: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path}: must be JSON in UTF-8: {one_line(error)}") from None
         if not isinstance(content, dict):
             raise UserError(f"{path}: must be a JSON object, it is {type(content).__name__}")
         found[name] = content

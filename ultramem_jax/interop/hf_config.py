@@ -95,7 +95,6 @@ def _model(fields: Fields, model_type: str, family: Family) -> dict[str, Any]:
     else:
         fields.only("attention_bias", family.qkv_bias)
     if fields.of("use_sliding_window", bool, not model_type.startswith("qwen")):
-        # Without the field, Mistral has a window of 4,096 tokens.
         fields.require(model_type != "mistral" or fields.has("sliding_window"), "sliding_window", _NO_WINDOW)
         fields.only("sliding_window", None)
     else:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultramem_jax.errors import UserError, require
+from ultramem_jax.errors import UserError, one_line, require
 from ultramem_jax.interop.lm_eval import UltramemLM
 from ultramem_jax.interop.paper_tasks import expanded
 
@@ -97,8 +97,7 @@ def _described(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{what}: cannot be loaded: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{what}: cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ultramem_jax.errors import UserError, require
+from ultramem_jax.errors import UserError, one_line, require
 
 DTYPES: dict[str, np.dtype] = {
     code: np.dtype(dtype)
@@ -124,8 +124,3 @@ def _umask() -> int:
     mask = os.umask(0o077)  # it can only be read by setting it
     os.umask(mask)
     return mask
-
-
-def one_line(error: Exception) -> str:
-    """Returns the message of an error without line ends."""
-    return " ".join(str(error).split())

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import safetensors
 
-from ultramem_jax.errors import UserError, require
-from ultramem_jax.interop.safetensors_files import DTYPES, header_of, one_line, require_dtypes
+from ultramem_jax.errors import UserError, one_line, require
+from ultramem_jax.interop.safetensors_files import DTYPES, header_of, require_dtypes
 
 
 class TensorInFile(NamedTuple):

@@ -42,7 +42,7 @@ def describe_environment() -> dict[str, str]:
         found["commit"] = commit
     found["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     found["cpu"] = _cpu_model()
-    found["cores"] = str(_cores())
+    found["cores"] = str(cpu_cores())
     if memory := host_memory_bytes():
         found["memory"] = f"{memory / _GIB:.1f} GiB"
     found["os"] = _operating_system()
@@ -139,7 +139,7 @@ def _cpu_model() -> str:
     return (match[1].strip() if match else "") or platform.processor() or platform.machine()
 
 
-def _cores() -> int:
+def cpu_cores() -> int:
     """Returns the number of CPU cores that this process may use; in a container these can be fewer."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
