@@ -13,22 +13,30 @@ def cache_folder() -> Path:
     return Path(path).expanduser() if path else Path.home() / ".cache" / "ultramem_jax"
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replaces a file atomically, as UTF-8: if the process ends, the old file or the new one is there.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path to write to, which then replaces a file atomically, unless an error occurs.
 
-    The caller must ensure that there is only one writer at a time.
+    If the process ends, the old file or the new one is there. The caller must ensure that there is only one
+    writer at a time.
 
     Raises:
         OSError: the system refuses; the error names the file, also when the disk is full.
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file by a text in UTF-8; see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def sync_folder(folder: Path) -> None:

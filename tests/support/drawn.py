@@ -45,7 +45,10 @@ def _shapes(model: ModelConfig) -> dict:
 def drawn_state(config: RunConfig) -> TrainState:
     """Returns a state at step 0 on the first device, with `variables_of` its model."""
     variables = variables_of(config.model, config.train.seed)
-    return state_of(config, make_optimizers(config), variables, jnp.uint32(config.train.seed))
+    state = state_of(config, make_optimizers(config), variables, jnp.uint32(config.train.seed))
+    rng = np.random.default_rng(config.train.seed)
+    drawn = {name: rng.uniform(0, 3, of.shape).astype(np.float32) for name, of in state.background.items()}
+    return state.replace(background=jax.tree.map(jnp.asarray, drawn))
 
 
 def _drawn(path: tuple, leaf: jax.ShapeDtypeStruct, rng: np.random.Generator) -> jax.Array:

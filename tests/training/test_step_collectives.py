@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 
 from tests.support.mesh_step import (
+    BOTH,
     MEMORY,
     MICRO_BATCHES,
     SAME_TOKENS,
+    TRAIN,
     TWO_AXES,
     V2,
     compiled,
@@ -36,6 +38,9 @@ SENDERS = {
     "same tokens": SAME_TOKENS,
     "fsdp": run_config(MEMORY, MeshConfig(data=2, fsdp=2, memory=2)),
     "balance": run_config(V2.changed(num_keys=64, pre_value_dim=4), MESH),
+    "selected rows": replace(
+        BOTH, train=replace(TRAIN, slots_per_step=5, slot_score="kl", background="counts.npz")
+    ),
     "tensor": run_config(MEMORY, MeshConfig(data=2, tensor=2, memory=2)),
     "n-grams by slots": run_config(NGRAMS, MESH),
     "n-grams by both": run_config(NGRAMS.changed(partition="both"), TWO_AXES),

@@ -22,6 +22,7 @@ from ultramem_jax.config import MemoryConfig, ModelConfig, RunConfig
 from ultramem_jax.config import exchange_purposes as purposes
 from ultramem_jax.config.exchange_shapes import AxisRoles, axis_roles, block_bytes, exchange_capacity
 from ultramem_jax.config.memory import MemorySite
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.config.row_states import takes_means
 
 _INT32_BYTES = 4
@@ -132,7 +133,8 @@ def step_transfers(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Transfe
     devices that hold the same part of a table: slots, blocks, scores and cotangents of all tokens, with
     d_v/P_w columns. With `batch_over_memory` off, all devices of a group have the same tokens. Then nothing
     is gathered within the group, and sums are all-reduces. A mean over each row (one second moment, or
-    Adagrad's sum per row) adds an all-reduce of 4 bytes per row if columns are split.
+    Adagrad's sum per row) adds an all-reduce of 4 bytes per row if columns are split. A selection of rows
+    (`train.slots_per_step`, t) adds an all-gather of 4·t·P_s bytes per table over P_s: scores of the best.
 
     Dense parameters have an all-reduce of 4 bytes each (8 for a tied embedding, and for keys with a balance
     loss), once per micro-batch, over all axes that split tokens. With `fsdp` an all-gather precedes it.
@@ -157,6 +159,7 @@ def step_transfers(config: RunConfig, sizes: Mapping[str, int]) -> tuple[Transfe
         _experts(transfers, groups, config.model, tokens // groups.size(groups.tokens))
     for site in config.model.sites:
         _row_updates(transfers, groups, config, site, tokens * micro_batches)
+    _selections(transfers, groups, config, tokens * micro_batches)
     return _summed(transfers.found)
 
 
@@ -242,6 +245,15 @@ def _row_updates(
         # One mean for every position in the chunks of reads that owners process, of values and of pre-values.
         means = reads / groups.size(groups.slots) * FLOAT32_BYTES * len(table.arrays)
         transfers.add(purposes.MEANS_OVER_COLUMNS, "all-reduce", groups.width, means)
+
+
+def _selections(transfers: _Transfers, groups: Groups, config: RunConfig, tokens: int) -> None:
+    """Adds the scores that owners of rows exchange to select the rows that a step may change."""
+    parts = groups.size(groups.slots)
+    for sites in table_readers(config.model).values():
+        reads = sum(tokens * site.config.reads_per_token for site in sites)
+        best = min(config.train.slots_per_step, reads, sites[0].num_slots // parts + 1)
+        transfers.add(purposes.SELECTION_OF_ROWS, "all-gather", groups.slots, parts * best * FLOAT32_BYTES)
 
 
 def _dense_table(transfers: _Transfers, groups: Groups, config: RunConfig, site: MemorySite) -> None:

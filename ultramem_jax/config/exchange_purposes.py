@@ -21,6 +21,7 @@ INPUT_GRADIENTS_TO_TOKENS = "gradients of inputs to tokens"
 # Update of the rows.
 READS_AND_COTANGENTS_TO_REPLICAS = "reads and cotangents to replicas"
 READS_TO_REPLICAS = "reads to replicas"
+SELECTION_OF_ROWS = "scores of the best rows"
 MEANS_OVER_COLUMNS = "means over the columns of rows"
 GRADIENTS_OF_TABLES = "gradients of tables"
 

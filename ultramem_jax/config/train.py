@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from ultramem_jax.config.field_types import Checked
+from ultramem_jax.config.field_types import Checked, FilePath
 from ultramem_jax.config.row_states import RowArray, RowOptimizer, row_arrays
 from ultramem_jax.errors import at_least, fraction, guards_a_denominator, require
 
@@ -74,6 +74,14 @@ class TrainConfig(Checked):
     row_rounding: Literal["stochastic", "nearest"] = "stochastic"
     """Rounding of bfloat16 rows and moments: `stochastic`, unbiased however small the update, or
     `nearest`."""
+    slots_per_step: int = 0
+    """Rows t of each table that a step may change: those with the best `slot_score` among the rows that it
+    read (sparse memory fine-tuning, arXiv 2510.15103). 0 changes all of them."""
+    slot_score: Literal["tf_idf", "kl", "reads"] = "tf_idf"
+    """Score of rows for `slots_per_step`, see `ultramem_jax.training.slot_selection`: `tf_idf` and `kl`
+    compare a step's reads with those of `background`, `reads` counts them alone."""
+    background: FilePath = ""
+    """File of background reads for `slot_score`, as the command `background` writes it."""
     seed: int = 0
     """Seed of initialisation, dropout and the order of the data."""
     log_every: int = 10
@@ -132,6 +140,7 @@ class TrainConfig(Checked):
             "must be 'row_sparse' while train.row_optimizer is 'adamw_catch_up': it asks which rows are read",
         )
         self._check_row_options()
+        self._check_selection()
         require(
             self.batch_size % self.grad_accumulation == 0,
             "train.grad_accumulation",
@@ -154,6 +163,25 @@ class TrainConfig(Checked):
             self.momentum,
             f"must be {plain_momentum} {without}: only 'sgd_momentum' has one",
         )
+
+    def _check_selection(self) -> None:
+        """Raises `UserError` for a selection of rows without its parts, or parts without a selection."""
+        at_least(0, train__slots_per_step=self.slots_per_step)
+        selects, score = self.slots_per_step > 0, self.slot_score
+        self.require(
+            not selects or self.table_gradient == "row_sparse",
+            "table_gradient",
+            "must be 'row_sparse' while train.slots_per_step is above 0",
+        )
+        if not selects:
+            self.require(score == "tf_idf", "slot_score", "must be 'tf_idf' while train.slots_per_step is 0")
+        wanted = selects and score != "reads"
+        if wanted:
+            allowed = f"must name the file of background reads that the score {score!r} compares with"
+            self.require(self.background != "", "background", f"{allowed} (command `background`)")
+        else:
+            reason = "train.slots_per_step is 0" if not selects else f"train.slot_score is {score!r}"
+            self.require(self.background == "", "background", f"must be empty while {reason}")
 
     @property
     def row_arrays(self) -> tuple[RowArray, ...]:

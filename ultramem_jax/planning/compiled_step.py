@@ -110,7 +110,7 @@ def state_bytes(state: TrainState, tokens: jax.ShapeDtypeStruct) -> DeviceBytes:
         optimizer=of(state.opt_state),
         tables=of(state.tables),
         row_moments=of(state.table_state),
-        slots_seen=of(state.usage),
+        slots_seen=of((state.usage, state.background)),
         other_state=of((state.step, state.buffers, state.seed)),
         batch=of(tokens),
         temporaries=0,

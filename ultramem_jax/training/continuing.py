@@ -22,6 +22,8 @@ _FIXED = (
     "train.optimizer",
     "train.row_optimizer",
     "train.trainable",
+    "train.slots_per_step",
+    "train.slot_score",
     "train.lora_rank",
     "train.lora_alpha",
     "train.lora_targets",

@@ -25,14 +25,14 @@ class Initial(NamedTuple):
     """Describes what a new run begins with, where it does not draw numbers."""
 
     variables: Variables
-    """`params`, `memory` and `buffers`, of float dtypes of any width. What is not in them is drawn. The run
-    takes the arrays over: they may be gone after its first step."""
+    """`params`, `memory` and `buffers`, of float dtypes of any width, and `background` (`TrainState`). What
+    is not in them is drawn. The run takes the arrays over: they may be gone after its first step."""
     grafted: Collection[str] = ()
     """Names in `ModelConfig.memories` of memories whose output begins at zero."""
 
     def trees(self) -> dict[str, Mapping[str, Any]]:
         """Returns the variables by the field of `TrainState` that holds them."""
-        fields = {"params": "params", "memory": "tables", "buffers": "buffers"}
+        fields = {"params": "params", "memory": "tables", "buffers": "buffers", "background": "background"}
         return {field: self.variables.get(name, {}) for name, field in fields.items()}
 
 

@@ -43,6 +43,7 @@ from ultramem_jax.training.profiling import Profile
 from ultramem_jax.training.refusals import refusals_in_a_line
 from ultramem_jax.training.restore import kept_tokenizer, mend_tokenizer, save_tokenizer
 from ultramem_jax.training.room import require_room, running_out_in_a_line
+from ultramem_jax.training.slot_selection import background_of
 from ultramem_jax.training.state import (
     TrainState,
     abstract_state,
@@ -160,7 +161,9 @@ def _train(
                 save_tokenizer(corpus.tokenizer, workdir)
             # The seed is an argument, so that a compilation cache needs only one program for all seeds.
             seed = np.uint32(config.train.seed)
-            given = initial() if initial is not None else None
+            background = {"background": background_of(config)}
+            given = initial() if initial is not None else Initial({})
+            given = given._replace(variables={**given.variables, **background})
             state, start = fresh_state(config, optimizers, axes, seed, abstract, given), 0
             del given
             if token_map is not None:

@@ -19,6 +19,7 @@ from ultramem_jax.config import RunConfig
 from ultramem_jax.ops.on_mesh import MeshAxes, constrain_tokens, on_mesh
 from ultramem_jax.training.dense_optimizer import Optimizers
 from ultramem_jax.training.prefetch import Prefetched, are_read, gather_ahead, with_rows_written
+from ultramem_jax.training.slot_selection import selection_of
 from ultramem_jax.training.state import TrainState, model_variables
 from ultramem_jax.training.table_gradients import ArraysOfMemories, perturbations
 from ultramem_jax.training.table_updates import record_usage, update_tables
@@ -256,6 +257,7 @@ class ModuleStep:
                 found.cotangents,
                 finite,
                 self._record_before,
+                selection_of(self._config.train),
             )
             if following is not None:
                 following = with_rows_written(model, following, next_slots, written)

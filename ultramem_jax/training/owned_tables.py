@@ -33,6 +33,7 @@ from ultramem_jax.ops.row_sums import runs_of, sums_of_rows
 from ultramem_jax.ops.sharded_lookup import first_slot, narrow_blocks, own_cores
 from ultramem_jax.parallel.rules import table_specs
 from ultramem_jax.training.row_sparse import ROW_ARRAYS, RowSparseTransformation, TablePart
+from ultramem_jax.training.slot_selection import Selection
 from ultramem_jax.training.slot_usage import SlotUsage, record_reads
 from ultramem_jax.training.table_gradients import ArraysOfMemories, rows_if, slots_if
 from ultramem_jax.tree_types import ArrayTree
@@ -100,6 +101,8 @@ class OwnedTable:
         reads: ArraysOfMemories,
         cotangents: ArraysOfMemories,
         of_step: OfStep,
+        select: Selection | None = None,
+        background: jax.Array | None = None,
     ) -> OwnedTableUpdate:
         """Updates the rows that were read.
 
@@ -111,6 +114,8 @@ class OwnedTable:
             reads: per memory that reads the table, what it sowed, with a leading axis of micro-batches.
             cotangents: per memory, the cotangents of its perturbations, with the same axis.
             of_step: whether to write at all, the step, and a seed for every array.
+            select: selects the rows to update; None is all that were read.
+            background: (N,) float32, what `select` takes from the background, if it does.
 
         Returns:
             Arrays, their moments, usage and metrics after the step.
@@ -127,10 +132,15 @@ class OwnedTable:
             reads: ArraysOfMemories,
             cotangents: ArraysOfMemories,
             of_step: OfStep,
+            background: jax.Array | None,
         ) -> tuple[dict[str, jax.Array], dict[str, ArrayTree], SlotUsage, dict[str, jax.Array]]:
             with named_exchange(purposes.READS_AND_COTANGENTS_TO_REPLICAS):
                 read, cotangent = self._of_all_tokens(reads), self._of_all_tokens(cotangents)
             rows, usage, metrics = self._recorded(usage, read["slots"])
+            if select is not None:
+                num_reads, num_slots = read["slots"].size, len(usage.seen)
+                rows, of_selection = select(rows, num_reads, num_slots, background, axes.slots)
+                metrics |= of_selection
             of_reads = self._gradients_of_reads(rows, read, cotangent)
             served = (optimizer.serves(of_reads[name], moments[name], array) for name, array in parts.items())
             by_chunks, by_kernel = partial(self._by_chunks, optimizer), partial(self._by_kernel, optimizer)
@@ -142,9 +152,10 @@ class OwnedTable:
                     squares = jax.lax.psum(squares, axes.owners)
             return parts, moments, usage, metrics | {"row_norm": jnp.sqrt(squares)}
 
-        specs = (*in_parts, self._specs(reads), self._specs(cotangents), P())
+        of_background = table_specs(background, axes)
+        specs = (*in_parts, self._specs(reads), self._specs(cotangents), P(), of_background)
         update = island(axes, local, specs, (*in_parts, P()))
-        return OwnedTableUpdate(*update(parts, moments, usage, reads, cotangents, of_step))
+        return OwnedTableUpdate(*update(parts, moments, usage, reads, cotangents, of_step, background))
 
     def record(self, usage: SlotUsage, reads: ArraysOfMemories) -> tuple[SlotUsage, dict[str, jax.Array]]:
         """Returns the usage of the table after the step, and its metrics.

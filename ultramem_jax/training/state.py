@@ -17,6 +17,7 @@ from ultramem_jax.parallel.table_layouts import by_rows, placement, placements
 from ultramem_jax.training.dense_optimizer import Optimizers
 from ultramem_jax.training.initial import Initial, placed, with_zero_outputs, without
 from ultramem_jax.training.lora import with_factors
+from ultramem_jax.training.slot_selection import needs_background
 from ultramem_jax.training.slot_usage import SlotUsage, init_usage
 from ultramem_jax.training.trainable import overlaid, require_some, selected
 from ultramem_jax.tree_types import ArrayTree, Variables
@@ -41,6 +42,9 @@ class TrainState(flax.struct.PyTreeNode):
     state of its `RowRule`, which is empty for plain SGD. In the dense way it is optax's state."""
     usage: dict[str, SlotUsage]
     """`SlotUsage` of each table, by the name of the table."""
+    background: dict[str, jax.Array]
+    """Per table what the selection of rows takes from the background, (N,) float32
+    (`slot_selection.background_weights`). It is empty unless the run selects rows by it."""
     buffers: ArrayTree
     """The `buffers` collection: the last rank-1 vectors and the stored permutations."""
     seed: jax.Array
@@ -73,6 +77,8 @@ def state_of(config: RunConfig, optimizers: Optimizers, variables: Variables, se
         optimizers: the result of `make_optimizers`.
         variables: `params` and, with memories, `memory` and `buffers`, named as in the model of `config`.
         seed: () uint32, of the random numbers of all steps.
+
+    Weights of the background are zeros: they come from a file, by `Initial`.
     """
     tables, train = variables.get("memory", {}), config.train
     lora_key = jax.random.fold_in(jax.random.key(seed), _LORA_STREAM)
@@ -92,10 +98,19 @@ def state_of(config: RunConfig, optimizers: Optimizers, variables: Variables, se
         opt_state=optimizers.params.init(selected(params, train.trainable)),
         tables=tables,
         table_state=table_state,
-        usage={name: init_usage(table["values"].shape[0]) for name, table in tables.items()},
+        usage={name: init_usage(_num_slots(table)) for name, table in tables.items()},
+        background={
+            name: jnp.zeros(_num_slots(table), jnp.float32)
+            for name, table in tables.items()
+            if needs_background(train)
+        },
         buffers=variables.get("buffers", {}),
         seed=seed,
     )
+
+
+def _num_slots(table: dict[str, jax.Array]) -> int:
+    return table["values"].shape[0]
 
 
 def fresh_state(
@@ -198,6 +213,7 @@ def abstract_state(config: RunConfig, optimizers: Optimizers, axes: MeshAxes) ->
         tables={name: placed(of, table_specs(of, axes), kinds[name]) for name, of in state.tables.items()},
         table_state=of_tables(state.table_state),
         usage=placed(state.usage, table_specs(state.usage, axes)),
+        background=placed(state.background, table_specs(state.background, axes)),
     )
 
 

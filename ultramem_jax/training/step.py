@@ -81,8 +81,8 @@ def make_train_step(
     - `gradient_norm`: of the dense parameters that learn, before clipping;
     - `parameter_norm`: of the dense parameters that learn; `learning_rate`;
     - with memories `value_learning_rate`, and per memory the metrics of the layer;
-    - per table the metrics of `record_reads`, and `row_norm`: the norm of the rows that the step wrote, or of
-      the whole table in the dense way.
+    - per table the metrics of `record_reads`, with a selection of rows `selected_reads_share`, and
+      `row_norm`: the norm of the rows that the step wrote, or of the whole table in the dense way.
 
     Args:
         config: the run's config.

@@ -25,6 +25,7 @@ from ultramem_jax.ops.on_mesh import current_axes
 from ultramem_jax.training.owned_tables import OfStep, OwnedTable
 from ultramem_jax.training.prefetch import RowsWritten, prefetching_sites
 from ultramem_jax.training.row_sparse import RowSparseTransformation, update_by_reads
+from ultramem_jax.training.slot_selection import Selection
 from ultramem_jax.training.slot_usage import SlotUsage, record_reads
 from ultramem_jax.training.state import TrainState
 from ultramem_jax.training.table_gradients import ArraysOfMemories, rows_if, rows_of_tables, table_gradients
@@ -56,6 +57,7 @@ def update_tables(
     cotangents: ArraysOfMemories,
     finite: jax.Array,
     record_before: bool = False,
+    select: Selection | None = None,
 ) -> TableUpdate:
     """Updates the rows that were read.
 
@@ -69,10 +71,13 @@ def update_tables(
         finite: () bool. Unless it holds, no row is written. It must depend on every gradient that is computed
             from rows (see `rows_if`).
         record_before: whether to return the rows as they were. This works only on one device.
+        select: selects the rows to update; None is all that were read.
     """
     axes = current_axes()
     if axes is None:
-        return _update_on_one_device(config, optimizers, state, reads, cotangents, finite, record_before)
+        return _update_on_one_device(
+            config, optimizers, state, reads, cotangents, finite, record_before, select
+        )
     assert not record_before
     after = TableUpdate({}, {}, {}, {}, None, {})
     seeds = _seeds(state)
@@ -91,6 +96,8 @@ def update_tables(
             {site.name: reads[site.name] for site in readers},
             {site.name: cotangents[site.name] for site in readers},
             OfStep(finite, state.step, seeds[table]),
+            select,
+            state.background.get(table),
         )
         after.tables[table], after.table_state[table] = parts | of_table.parts, of_table.moments
         after.usage[table], after.metrics[table] = of_table.usage, of_table.metrics
@@ -123,11 +130,18 @@ def _update_on_one_device(
     cotangents: ArraysOfMemories,
     finite: jax.Array,
     record_before: bool,
+    select: Selection | None,
 ) -> TableUpdate:
     reads, cotangents = _side_by_side(reads), _side_by_side(cotangents)
     rows = rows_of_tables(config, reads)
     recorded = _record(state.usage, rows)
-    rows = {name: rows_if(finite, rows[name]) for name in rows if state.table_state[name]}
+    rows = {name: rows[name] for name in rows if state.table_state[name]}
+    if select is not None:
+        for name, of in rows.items():
+            num_slots = len(state.usage[name].seen)
+            rows[name], metrics = select(of, of.order.size, num_slots, state.background.get(name))
+            recorded[name][1].update(metrics)
+    rows = {name: rows_if(finite, of) for name, of in rows.items()}
     gradients = table_gradients(config, rows, reads, cotangents)
     seeds = _seeds(state)
     keeping = {site.table for site in prefetching_sites(config)}

@@ -1,0 +1,140 @@
+"""Counts how background text reads the slots of every table, and keeps the counts in a file.
+
+Fine-tuning that should not forget compares its own reads with these counts (`training.slot_selection`). What
+they cost per batch depends on its reads; the counts themselves are two int32 per slot.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.config.model import table_readers
+from ultramem_jax.errors import UserError, one_line, require
+from ultramem_jax.files import replacing
+from ultramem_jax.models import Transformer
+from ultramem_jax.training.table_gradients import rows_of_tables
+from ultramem_jax.tree_types import Variables
+
+_DESCRIPTION = "description"
+
+
+class BackgroundReads(NamedTuple):
+    """Holds how batches of background text read the slots of one table."""
+
+    batches: np.ndarray
+    """(N,) int32, the number of batches that read each slot."""
+    reads: np.ndarray
+    """(N,) int32, the number of reads of each slot, at most 2³¹ - 1."""
+    num_batches: int
+    """|B|, all batches."""
+
+
+class _Counts(NamedTuple):
+    """Holds the counts of one table on the device; see `BackgroundReads`."""
+
+    batches: jax.Array
+    reads: jax.Array
+
+
+def count_reads(
+    config: ModelConfig, variables: Variables, batches: Iterable[np.ndarray]
+) -> dict[str, BackgroundReads]:
+    """Returns the reads of every table of a model, over batches of text.
+
+    Args:
+        config: the model's config.
+        variables: its `params`, `memory` and `buffers`.
+        batches: token ids (B, S) int32, all of one shape.
+
+    Raises:
+        UserError: the model has no memory, or there is no batch.
+    """
+    require(bool(config.memories), "model.memories", {}, "must name a memory, whose reads can be counted")
+    tables = table_readers(config)
+    counts = {
+        table: _Counts(*(jnp.zeros(readers[0].num_slots, jnp.int32) for _ in _Counts._fields))
+        for table, readers in tables.items()
+    }
+    count = jax.jit(partial(_counted, config), donate_argnums=0)
+    num_batches = 0
+    for tokens in batches:
+        counts = count(counts, variables, tokens)
+        num_batches += 1
+    require(num_batches > 0, "batches", num_batches, "must be at least 1")
+    return {
+        table: BackgroundReads(np.asarray(of.batches), np.asarray(of.reads), num_batches)
+        for table, of in counts.items()
+    }
+
+
+def _counted(
+    config: ModelConfig, counts: dict[str, _Counts], variables: Variables, tokens: jax.Array
+) -> dict[str, _Counts]:
+    """Returns the counts with those of a batch (B, S)."""
+    _, sown = Transformer(config).apply(variables, tokens, mutable=["reads"])
+    return {
+        table: _added(counts[table], rows.slots, rows.counts)
+        for table, rows in rows_of_tables(config, sown["reads"]).items()
+    }
+
+
+def _added(counts: _Counts, slots: jax.Array, reads: jax.Array) -> _Counts:
+    before = counts.reads.at[slots].get(mode="fill", fill_value=0)
+    most = jnp.iinfo(jnp.int32).max
+    after = jnp.where(before > most - reads, most, before + reads)
+    write = partial(dict, mode="drop", unique_indices=True, indices_are_sorted=True)
+    return _Counts(counts.batches.at[slots].add(1, **write()), counts.reads.at[slots].set(after, **write()))
+
+
+def save_background(
+    path: str | os.PathLike[str], background: Mapping[str, BackgroundReads], about: Mapping[str, Any]
+) -> None:
+    """Writes the reads of all tables into one file, which appears whole or not at all.
+
+    Args:
+        path: the file; its folder must exist.
+        background: the result of `count_reads`.
+        about: what else to say in the file, for JSON, such as the corpus and the batch's shape.
+
+    Raises:
+        UserError: the system refuses.
+    """
+    arrays = {
+        f"{table}/{name}": getattr(of, name) for table, of in background.items() for name in _Counts._fields
+    }
+    num_batches = next(iter(background.values())).num_batches
+    description = {"num_batches": num_batches, "tables": list(background), **about}
+    try:
+        with replacing(Path(path)) as partial_path, partial_path.open("wb") as file:
+            np.savez(file, **arrays, **{_DESCRIPTION: np.array(json.dumps(description))})
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def load_background(path: str | os.PathLike[str]) -> dict[str, BackgroundReads]:
+    """Returns the reads of all tables that `save_background` wrote.
+
+    Raises:
+        UserError: there is no such file, or it is another one or a broken one.
+    """
+    allowed = "must be a file that the command `background` has written"
+    try:
+        with open(path, "rb") as opened, np.load(opened) as file:
+            description = json.loads(str(file[_DESCRIPTION]))
+            return {
+                table: BackgroundReads(
+                    *(file[f"{table}/{name}"] for name in _Counts._fields), description["num_batches"]
+                )
+                for table in description["tables"]
+            }
+    except (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"train.background = {os.fspath(path)!r}: {allowed}: {one_line(error)}") from None
