@@ -20,6 +20,10 @@ COMMANDS = {
         "ultramem_jax.commands.export",
         "write a checkpoint as a folder in Hugging Face's form, with its tokenizer",
     ),
+    "background": Command(
+        "ultramem_jax.commands.background",
+        "count how text reads the slots of a memory, for fine-tuning that keeps what it has learned",
+    ),
     "count": Command(
         "ultramem_jax.commands.count",
         "parameters, FLOPs and bytes read per token of the presets, without building them",

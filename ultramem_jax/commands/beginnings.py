@@ -1,4 +1,4 @@
-"""Begins the config and the variables of a run with an open model, and adds memories to it."""
+"""Begins the config and the variables of a run with another model, and adds memories to it."""
 
 import logging
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from ultramem_jax.errors import UserError
 from ultramem_jax.interop import open_models
 from ultramem_jax.presets.grafts import GRAFTS, graft
 from ultramem_jax.training.initial import Initial
+from ultramem_jax.training.restore import is_run, load_model, run_config, tokenizer_of
 from ultramem_jax.tree_types import JsonDict
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,10 @@ _INIT_FROM, _ADD_MEMORY = "init_from", "add_memory"
 
 def _begin_with_model(tree: JsonDict, path: str) -> None:
     """Replaces the model, and the tokenizer if the model has one."""
+    if is_run(path):
+        run = run_config(path)
+        tree["model"], tree["data"]["tokenizer"] = to_dict(run.model), tokenizer_of(path, run.data)
+        return
     tree["model"] = to_dict(open_models.read_config(path))
     tokenizer = open_models.tokenizer_of(path)
     if tokenizer is not None:
@@ -44,8 +49,8 @@ def _add_memories(tree: JsonDict, names: str) -> None:
 FLAGS = (
     ConfigFlag(
         _INIT_FROM,
-        f"--{_INIT_FROM}=FOLDER|FILE.gguf: an open model, whose weights a new run begins with; its config "
-        "replaces the model's, and its tokenizer becomes data.tokenizer",
+        f"--{_INIT_FROM}=FOLDER|FILE.gguf: an open model, or the folder of another run, whose weights a new "
+        "run begins with; its config replaces the model's, and its tokenizer becomes data.tokenizer",
         _begin_with_model,
     ),
     ConfigFlag(
@@ -69,7 +74,11 @@ def initial_of_flags(config: RunConfig) -> Callable[[], Initial] | None:
         return None
 
     def load() -> Initial:
-        theirs, variables = open_models.load(Path(path))
+        if is_run(path):
+            run = load_model(path)
+            theirs, variables = run.config.model, run.variables
+        else:
+            theirs, variables = open_models.load(Path(path))
         return Initial(
             variables, grafted=[name for name in config.model.memories if name not in theirs.memories]
         )

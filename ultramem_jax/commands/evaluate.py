@@ -22,9 +22,9 @@ from decimal import Decimal
 from absl import flags
 
 from ultramem_jax.cli.arguments import check_names
-from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, given_model
-from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from ultramem_jax.data import SPLITS, ByteTokenizer, Corpus, Tokenizer, load_corpus
+from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, corpus_for, given_model
+from ultramem_jax.config import ModelConfig, RunConfig, TrainConfig
+from ultramem_jax.data import SPLITS, Corpus, Tokenizer, load_corpus
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.reporting import markdown
 from ultramem_jax.training.continuing import check_corpus
@@ -166,10 +166,8 @@ def _corpus_of_run(run: LoadedModel) -> tuple[RunConfig, Corpus]:
 
 
 def _corpus_of_flags(given: GivenModel) -> tuple[RunConfig, Corpus]:
-    tokenizer = "bytes" if isinstance(given.tokenizer, ByteTokenizer) else MODEL.value
-    data = DataConfig(DATASET.value, PATH.value, tokenizer=tokenizer, seq_len=_length(given))
-    run = RunConfig(given.config, data, TrainConfig(batch_size=1))
-    return run, load_corpus(data, given.tokenizer)
+    data, corpus = corpus_for(given, DATASET.value, PATH.value, _length(given))
+    return RunConfig(given.config, data, TrainConfig(batch_size=1)), corpus
 
 
 def context(seq_len: int, stride: int) -> str:

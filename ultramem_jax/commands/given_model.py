@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from absl import flags
 
-from ultramem_jax.config import ModelConfig
-from ultramem_jax.data import ByteTokenizer, Tokenizer, open_tokenizer
+from ultramem_jax.config import DataConfig, ModelConfig
+from ultramem_jax.data import ByteTokenizer, Corpus, Tokenizer, load_corpus, open_tokenizer
 from ultramem_jax.data.tokenizers import require_vocabulary
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop import open_models
@@ -66,3 +66,21 @@ def given_model() -> GivenModel:
     config, variables = open_models.load(MODEL.value, DTYPE.value)
     length = min(config.max_length or _LONGEST, _LONGEST)
     return GivenModel(config, variables, tokenizer, length, MODEL.value, None)
+
+
+def corpus_for(given: GivenModel, dataset: str, path: str, seq_len: int) -> tuple[DataConfig, Corpus]:
+    """Returns any corpus, tokenized for a model.
+
+    Args:
+        given: the model.
+        dataset: as `DataConfig.dataset`.
+        path: as `DataConfig.path`.
+        seq_len: S.
+
+    Raises:
+        UserError: see `load_corpus`.
+    """
+    # The tokenizer is at hand, so that its file needs no name of its own.
+    of_bytes = isinstance(given.tokenizer, ByteTokenizer)
+    data = DataConfig(dataset, path, tokenizer="bytes" if of_bytes else given.title, seq_len=seq_len)
+    return data, load_corpus(data, given.tokenizer)

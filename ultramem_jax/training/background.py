@@ -91,8 +91,9 @@ def _added(counts: _Counts, slots: jax.Array, reads: jax.Array) -> _Counts:
     before = counts.reads.at[slots].get(mode="fill", fill_value=0)
     most = jnp.iinfo(jnp.int32).max
     after = jnp.where(before > most - reads, most, before + reads)
-    write = partial(dict, mode="drop", unique_indices=True, indices_are_sorted=True)
-    return _Counts(counts.batches.at[slots].add(1, **write()), counts.reads.at[slots].set(after, **write()))
+    # Slots past the last row read are padding, and are dropped.
+    batches = counts.batches.at[slots].add(1, mode="drop", unique_indices=True, indices_are_sorted=True)
+    return _Counts(batches, counts.reads.at[slots].set(after, mode="drop", unique_indices=True))
 
 
 def save_background(
@@ -108,14 +109,14 @@ def save_background(
     Raises:
         UserError: the system refuses.
     """
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{table}/{name}": getattr(of, name) for table, of in background.items() for name in _Counts._fields
     }
     num_batches = next(iter(background.values())).num_batches
     description = {"num_batches": num_batches, "tables": list(background), **about}
     try:
         with replacing(Path(path)) as partial_path, partial_path.open("wb") as file:
-            np.savez(file, **arrays, **{_DESCRIPTION: np.array(json.dumps(description))})
+            np.savez(file, **arrays | {_DESCRIPTION: np.array(json.dumps(description))})
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 
@@ -132,7 +133,7 @@ def load_background(path: str | os.PathLike[str]) -> dict[str, BackgroundReads]:
             description = json.loads(str(file[_DESCRIPTION]))
             return {
                 table: BackgroundReads(
-                    *(file[f"{table}/{name}"] for name in _Counts._fields), description["num_batches"]
+                    file[f"{table}/batches"], file[f"{table}/reads"], description["num_batches"]
                 )
                 for table in description["tables"]
             }

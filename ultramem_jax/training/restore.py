@@ -81,6 +81,33 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
     )
 
 
+def run_config(workdir: str | pathlib.Path) -> RunConfig:
+    """Returns the config that the newest checkpoint of a run holds, without reading its arrays.
+
+    Raises:
+        UserError: no such folder, or no whole checkpoint.
+    """
+    folder = pathlib.Path(workdir) / "checkpoints"
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        meta = checkpoints.read_meta()
+    return saved_config(folder / str(meta.step), meta.config)
+
+
+def is_run(folder: str | pathlib.Path) -> bool:
+    """Tells whether a folder is that of a run, by its checkpoints."""
+    return (pathlib.Path(folder) / "checkpoints").is_dir()
+
+
+def tokenizer_of(workdir: str | pathlib.Path, data: DataConfig) -> str:
+    """Returns what `DataConfig.tokenizer` must be for another run with the tokenizer of this one.
+
+    Args:
+        workdir: folder of the run.
+        data: its data.
+    """
+    return "bytes" if data.tokenizer == "bytes" else str(pathlib.Path(workdir) / _TOKENIZER_FILE)
+
+
 def save_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
     """Keeps the tokenizer with the run, so that the model loads without its corpus and the tokenizer's file.
 

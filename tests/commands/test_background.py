@@ -1,0 +1,67 @@
+"""Counting background reads, and a run that begins with another run and changes only some of its rows."""
+
+import json
+
+import chex
+import numpy as np
+
+from ultramem_jax.training.background import load_background
+from ultramem_jax.training.restore import load_model
+
+MEMORY = "--config.model.memories.ultramem"
+TINY = [
+    "--preset=ultramem-tiny",
+    "--config.model.embed_dim=16",
+    "--config.model.num_layers=1",
+    "--config.model.mlp_dim=16",
+    f"{MEMORY}.placement=1:1",
+    f"{MEMORY}.address.num_keys=24",
+    "--config.train.steps=2",
+    "--config.train.batch_size=4",
+    "--config.train.eval_batches=1",
+    "--config.data.seq_len=16",
+]
+
+
+def test_a_run_begins_with_another_and_changes_only_some_of_its_rows(run, text, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    status, _, err = run("train", *TINY, *text, f"--workdir={first}")
+    assert status == 0, err
+
+    refused = {
+        "--path=x": "--path = 'x': needs --dataset",
+        "--output=nowhere/x.npz": "--output = 'nowhere/x.npz': must be in a folder that exists",
+        "--dataset=stdlip": "did you mean 'stdlib'",
+    }
+    for flag, said in refused.items():
+        status, _, err = run("background", f"--workdir={first}", flag)
+        assert status == 2 and said in err.splitlines()[-1], err
+
+    status, out, err = run("background", f"--workdir={first}", "--batches=3")
+    assert status == 0, err
+    path = first / "background.npz"
+    (of,) = load_background(path).values()
+    before = load_model(first)
+    memory = before.config.model.memories["ultramem"]
+    assert of.num_batches == 3 and of.reads.sum() == 3 * 4 * 16 * memory.reads_per_token
+    assert len(of.reads) == memory.address.own_slots
+    assert (of.batches <= 3).all() and ((of.batches > 0) == (of.reads > 0)).all()
+    assert f"background reads: {path}" in out and "3 batches of 4 x 16 tokens of train" in out
+    assert f"{(of.reads > 0).mean():.1%}" in out
+    with np.load(path) as file:
+        about = json.loads(str(file["description"]))
+    assert about["split"] == "train" and about["batch"] == [4, 16] and len(about["corpus_hash"]) == 64
+
+    selecting = [
+        f"--config.train.background={path}",
+        "--config.train.slots_per_step=3",
+        "--config.train.trainable=/values$",
+    ]
+    status, _, err = run("train", f"--init_from={first}", *text, *TINY[6:], *selecting, f"--workdir={second}")
+    assert status == 0, err
+    after = load_model(second)
+    (name,) = before.variables["memory"]
+    tables = [np.asarray(of.variables["memory"][name]["values"]) for of in (before, after)]
+    assert 3 <= (tables[0] != tables[1]).any(1).sum() <= 6  # two steps of three rows
+    chex.assert_trees_all_equal(before.variables["params"], after.variables["params"])
+    assert after.config.model == before.config.model
