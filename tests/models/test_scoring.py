@@ -164,6 +164,16 @@ def test_few_programs_are_compiled(scorer):
     assert scorer._read_pieces._cache_size() <= 5
 
 
+def test_scores_of_other_variables_need_no_other_programs(variables, scorer):
+    pairs = _pairs()[:4]
+    scorer.score(pairs)
+    programs = scorer._read_context._cache_size(), scorer._read_pieces._cache_size()
+    other = variables_of(CONFIG, seed=4)
+    _assert_equal(other, pairs, scorer.with_variables(other).score(pairs))
+    assert (scorer._read_context._cache_size(), scorer._read_pieces._cache_size()) == programs
+    _assert_equal(variables, pairs, scorer.score(pairs))
+
+
 BAD = {
     "an empty context": (
         dict(),

@@ -4,6 +4,7 @@ A context is read into a cache once, and all of its continuations are scored fro
 asks for. What is read has one of a few lengths, so few programs are compiled.
 """
 
+import copy
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
@@ -106,6 +107,15 @@ class Scorer:
         self._read_context = jax.jit(functools.partial(read_chunk, config), donate_argnums=(1, 2))
         self._read_pieces = jax.jit(functools.partial(_read_pieces, config), donate_argnums=1)
         self._first_tokens = jax.jit(_first_tokens)
+
+    def with_variables(self, variables: dict[str, ArrayTree]) -> "Scorer":
+        """Returns a scorer of other variables of the same model, such as later ones of a training.
+
+        The two share their compiled programs.
+        """
+        other = copy.copy(self)
+        other._variables = prepare_for_decoding(self._config, variables)
+        return other
 
     def score(self, pairs: Iterable[tuple[Ids, Ids]]) -> list[Score]:
         """Returns the score of each pair, in order; arguments and errors are those of `stream`."""
