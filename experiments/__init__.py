@@ -37,6 +37,10 @@ EXPERIMENTS = {
         "experiments.large_table.run",
         "a training with a table of many gigabytes, stopped and resumed, and its host memory",
     ),
+    "forgetting": Command(
+        "experiments.forgetting.run",
+        "new facts, taught by sparse memory fine-tuning and three other ways, and what is forgotten",
+    ),
     "open_models": Command(
         "experiments.open_models.run",
         "a real open model: bits per byte, continuations, and speed beside other programs",

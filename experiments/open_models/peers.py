@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.common.model_file import ModelFile
 from experiments.open_models import peer_process
-from experiments.open_models.model_file import ModelFile
 from experiments.open_models.records import DTYPES, FLOAT32
 from experiments.open_models.speed import Timed
 from ultramem_jax.accounting import count_parameters

@@ -22,9 +22,10 @@ import tempfile
 from absl import flags
 from tqdm import tqdm
 
-from experiments.open_models import model_file, quality, speed, tables
+from experiments.common import model_file
+from experiments.common.model_file import ModelFile
+from experiments.open_models import quality, speed, tables
 from experiments.open_models.continuations import continue_prompts
-from experiments.open_models.model_file import ModelFile
 from experiments.open_models.peers import load_peers, peer_process_of
 from experiments.open_models.records import (
     DTYPES,

@@ -68,7 +68,7 @@ REFUSED = {
         "--workdir = 'y': must not be given with",
     ),
     "a dtype of a run": (["generate", "--dtype=bfloat16"], "--dtype = 'bfloat16': needs --model"),
-    "text for a run": (["evaluate", "--dataset=text"], "--dataset = 'text': needs --model"),
+    "a context for a run": (["evaluate", "--seq_len=64"], "--seq_len = 64: needs --model"),
     "no folder": (["export", "--workdir=x"], "--folder"),
     "no run to export": (["export", "--workdir=nowhere", "--folder=new"], "nowhere"),
 }

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.open_models import model_file, quality, speed, tables
+from experiments.common import model_file
+from experiments.open_models import quality, speed, tables
 from experiments.open_models.continuations import PROMPTS
 from experiments.open_models.peers import Peer, PeerError, load_peers, peer_process_of
 from experiments.open_models.records import Model, Quality, Settings, Speed, Study

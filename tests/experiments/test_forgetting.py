@@ -1,0 +1,233 @@
+"""Lessons of the experiment: what a method may change, what is not repeated, and what the report says."""
+
+import csv
+import dataclasses
+import itertools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.forgetting import study as study_module
+from experiments.forgetting import tables
+from experiments.forgetting.examination import Sizes
+from experiments.forgetting.methods import METHODS
+from experiments.forgetting.mixture import write_mixture
+from experiments.forgetting.records import Point, Sequel, Speed, Study, Teaching
+from experiments.forgetting.study import Classroom, best_rate
+from experiments.forgetting.systems import Curriculum
+from experiments.forgetting.teaching import Lesson, Pupil, packed, run_config, teach
+from tests.support.drawn import variables_of
+from ultramem_jax.config import DataConfig, ModelConfig
+from ultramem_jax.data import ByteTokenizer
+from ultramem_jax.data.facts import Population, biography, queries
+from ultramem_jax.presets import families
+from ultramem_jax.training.background import BackgroundReads, save_background
+from ultramem_jax.training.trainable import names
+
+MODEL = ModelConfig(
+    embed_dim=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    mlp_dim=16,
+    memories={
+        "memory": families.memory_plus(placement="1:1", num_keys=16, top_m=4, num_heads=2, value_dim=16)
+    },
+)
+LESSON = Lesson(("One two.", "Three."), steps=4, batch_size=2, seq_len=32, measure_every=2, enough=0.9)
+CURRICULUM = Curriculum(
+    before=Population(0, 1),
+    new=1,
+    copies=1,
+    mixture_bytes=1000,
+    mixture_share=0.5,
+    lesson=LESSON,
+    sizes=Sizes(batches=1, batch_size=2, seq_len=128, choices=1),
+    background_batches=1,
+)
+
+
+@pytest.fixture(scope="module")
+def pupil(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pupil") / "background.npz"
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 9, 256).astype(np.int32)
+    save_background(path, {"memory_tables": BackgroundReads(counts, counts, 8)}, {})
+    variables = jax.tree.map(np.asarray, variables_of(MODEL))
+    return Pupil("small", MODEL, variables, ByteTokenizer(), str(path))
+
+
+def point(step=0, **known):
+    plain = dict(
+        learned=0.0,
+        learned_held_out=0.0,
+        learned_by_likelihood=None,
+        learned_nats=3.0,
+        kept=1.0,
+        kept_nats=1.0,
+        bits_per_byte=2.0,
+    )
+    return Point(step=step, **plain | known)
+
+
+def changed(pupil, variables):
+    """Names of the leaves that a lesson has changed."""
+    found = set()
+    for name, before, after in zip(
+        names(variables), jax.tree.leaves(pupil.variables), jax.tree.leaves(variables), strict=True
+    ):
+        if not np.array_equal(before, after) and not name.startswith("buffers"):
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_method_changes_what_it_says(pupil, method):
+    lesson = replace(LESSON, texts=[biography(of, 0) for of in Population(0, 2).people()])
+    steps = []
+    record, variables = teach(pupil, method, method.rates[0], lesson, lambda step, _: point(step), seed=1)
+    steps = [one.step for one in record.points]
+    assert steps == [0, 2, 4] and record.method == method.name and record.rate == method.rates[0]
+    values = "memory/memory_tables/values"
+    moved = changed(pupil, variables)
+    if method.name == "full fine-tuning":
+        assert {values, "params/embedding", "params/layer_1/attention/w_query"} < moved
+    elif method.name == "LoRA":
+        assert moved == {f"params/layer_1/attention/w_{name}" for name in ("query", "value")}
+    else:
+        assert moved == {values}
+        table = variables["memory"]["memory_tables"]["values"]
+        rows = (table != pupil.variables["memory"]["memory_tables"]["values"]).any(1).sum()
+        assert 0 < rows <= (method.settings.get("slots_per_step", 64) * 4)
+    config = run_config(pupil, method, 0.5, lesson, seed=1)
+    assert config.train.learning_rate == 0.5 and config.train.weight_decay == 0.0
+    assert config.train.slots_per_step == method.settings.get("slots_per_step", 0) == record.slots
+
+
+def test_a_lesson_ends_when_enough_is_learned(pupil):
+    lesson, seen = replace(LESSON, steps=8), []
+
+    def measure(step, variables):
+        seen.append(step)
+        return point(step, learned=step / 4)
+
+    record, _ = teach(pupil, METHODS[2], 1e-3, lesson, measure, seed=0)
+    assert seen == [0, 2, 4] and record.at(0.5).step == 2 and record.at(2.0) is None
+
+
+def test_texts_are_packed_one_after_the_other():
+    lesson = replace(LESSON, texts=["ab", "c", "def"], batch_size=2, seq_len=5)
+    batches = list(itertools.islice(packed(lesson, ByteTokenizer(), seed=0), 5))
+    assert all(batch.shape == (2, 6) and batch.dtype == np.int32 for batch in batches)
+    stream = np.concatenate([batch.reshape(-1) for batch in batches])
+    words = "".join(chr(token) if token < 256 else "|" for token in stream).split("|")
+    for start in range(0, 15, 3):  # every round has each text once
+        assert sorted(words[start : start + 3]) == ["ab", "c", "def"]
+    assert words[:3] != words[3:6] or words[3:6] != words[6:9]
+
+
+def test_the_best_rate_forgets_least_of_those_that_learn_enough():
+    def run(rate, **known):
+        return Teaching("s", "m", rate, 0, 0, [point(), point(9, **known)], 1.0)
+
+    runs = [
+        run(0.1, learned=0.5, kept=1.0),
+        run(0.2, learned=0.95, kept=0.6),
+        run(0.3, learned=0.91, kept=0.8, bits_per_byte=2.5),
+        run(0.4, learned=0.99, kept=0.8, bits_per_byte=2.4),
+        run(0.5, learned=0.99, kept=1.0, bits_per_byte=float("nan")),
+    ]
+    assert best_rate(runs, 0.9) == 0.4
+    assert best_rate(runs[:1] + runs[4:], 0.9) == 0.1
+    assert best_rate([run(0.1, learned=0.2), run(0.2, learned=0.3, kept=0.1)], 0.9) == 0.2
+
+
+def test_runs_that_have_ended_are_not_repeated(pupil, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("a slot is read\n" * 2000)
+    monkeypatch.setenv("ULTRAMEM_CACHE", str(tmp_path / "cache"))
+    text = DataConfig("text", str(tmp_path / "text.txt"))
+    method = replace(METHODS[0], rates=(1e-2,))
+    room = Classroom(pupil, CURRICULUM, text, tmp_path / "runs")
+    taught = room.teach(method, seeds=2)
+    sequel = room.teach_in_sequence(method, lessons=2, seed=0)
+    assert [len(left) for left in sequel.left] == [1, 2] and len(sequel.kept) == 2
+    assert [run.seed for run in taught] == [0, 1] and {run.rate for run in taught} == {1e-2}
+    first = taught[0].points[0]
+    assert 0 <= first.kept <= 1 and first.bits_per_byte > 1 and first.learned_by_likelihood is None
+
+    monkeypatch.setattr(study_module, "teach", None)  # what is called again fails
+    again = Classroom(pupil, CURRICULUM, text, tmp_path / "runs")
+    assert again.teach(method, seeds=2) == taught and again.teach_in_sequence(method, 2, 0) == sequel
+    with pytest.raises(TypeError):
+        again.teach(method, seeds=3)
+
+
+def some_study():
+    def run(system, method, seed, **known):
+        points = [point(kept=0.8), point(10, **dict(learned=0.5) | known), point(20, **known)]
+        return Teaching(system, method, 1e-3, 64, seed, points, 2.0)
+
+    sparse, full = METHODS[0].name, METHODS[4].name
+    teachings = [
+        run("A", sparse, 0, learned=0.9, kept=0.8, bits_per_byte=2.0),
+        run("A", sparse, 1, learned=1.0, kept=0.56, bits_per_byte=2.2),
+        run("A", full, 0, learned=1.0, kept=0.2, bits_per_byte=3.0),
+        run("A", full, 1, learned=1.0, kept=0.0, bits_per_byte=3.0),
+    ]
+    sequel = Sequel("A", sparse, 1e-3, 0, [[1.0], [0.5, 0.75]], [0.8, 0.4], [2.0, 2.5])
+    speeds = [Speed(65536, "all rows", 10.0, 1.0, 5_000_000), Speed(65536, "kl", 11.0, 1.1, None)]
+    return Study({"devices": "2 × cpu (cpu)"}, speeds, teachings[:1], teachings, [sequel])
+
+
+def test_the_report_says_what_was_measured(tmp_path):
+    study = some_study()
+    paths = tables.write(study, tmp_path)
+    assert sorted(path.name for path in paths) == [
+        "forgetting.csv",
+        "forgetting.json",
+        "forgetting.md",
+        "forgetting.png",
+        "forgetting_sequence.png",
+    ]
+    text = paths[0].read_text()
+    # Lost: (1 - 0.8/0.8, 1 - 0.56/0.8) and (1 - 0.2/0.8, 1).
+    assert "15 ± 21 %" in text and "88 ± 18 %" in text
+    row = next(line for line in text.splitlines() if "full fine-tuning" in line and "88 ±" in line)
+    assert [cell.strip() for cell in row.split("|")[5:8]] == ["100 %", "0 %", "80 %"] and "3.000" in row
+    assert "by 71 % with LoRA" in text and "| kl " in text
+    last = next(line for line in text.splitlines() if "62 %" in line)
+    assert "50 %" in last and "75 %" in last and "40 %" in last and "2.500" in last
+    with (tmp_path / "forgetting.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and rows[2]["learned"] == "0.9" and rows[2]["step"] == "20"
+    assert Study.load(tmp_path / "forgetting.json") == study
+
+
+def test_a_later_study_keeps_other_systems(tmp_path):
+    study = some_study()
+    later = Study(study.environment, [], [], [replace(study.teachings[0], system="B")], [])
+    together = later.with_parts_of(study)
+    assert [run.system for run in together.teachings] == ["A"] * 4 + ["B"]
+    assert together.speeds == study.speeds and together.sequels == study.sequels
+    again = replace(study, speeds=[]).with_parts_of(study)
+    assert dataclasses.asdict(again) == dataclasses.asdict(study)
+
+
+def test_a_mixture_has_its_share_of_people(tmp_path, monkeypatch):
+    from experiments.forgetting import mixture
+    from ultramem_jax.data.sources import FileSource
+
+    (tmp_path / "background").write_bytes(b"background " * 20_000)
+    monkeypatch.setattr(mixture, "enwik8_source", lambda path: FileSource("enwik8", tmp_path / path))
+    people = Population(0, 5)
+    path = write_mixture(tmp_path / "mixture", "background", 60_000, people, 0.4)
+    text = path.read_text()
+    assert len(text) >= 60_000
+    of_people = sum(len(part) for part in text.split("\n\n") if "background" not in part)
+    assert of_people / len(text) == pytest.approx(0.4, abs=0.02)
+    for query in queries(people.people(), "statement", max_choices=1):
+        assert text.count(query.answer) > 5
+    path.write_text("kept")
+    assert write_mixture(path, "nowhere", 60_000, people, 0.4).read_text() == "kept"
