@@ -15,7 +15,8 @@ class DataConfig(Checked):
 
     dataset: str = "stdlib"
     """Corpus: `stdlib` (the sources of Python's standard library), `enwik8` or `text` (both read from
-    `path`), or `tfds:NAME`."""
+    `path`), `tfds:NAME`, or `facts:FIRST-END[xCOPIES][@SEED]` (biographies of the made-up people FIRST to
+    END - 1, each in COPIES paraphrases; see `data.facts`)."""
     path: FilePath = ""
     """File or folder of `enwik8` (plain or .gz) or `text`; for `tfds:NAME` the data folder of TFDS, or empty
     for its default."""

@@ -1,4 +1,4 @@
-"""Reads documents: from this Python's own sources, enwik8, text files and folders, or TFDS by name.
+"""Reads documents: this Python's own sources, enwik8, text files and folders, TFDS by name, or made-up facts.
 
 A source yields the documents of each split in a fixed order. These rules decide the split:
 
@@ -6,7 +6,8 @@ A source yields the documents of each split in a fixed order. These rules decide
   stays in its split when other files are added or removed;
 - single files (`enwik8`, `text`): contiguous, the first 90 %, the next 5 %, the rest;
 - `tfds:NAME`: the splits that the dataset has; a missing validation or test split is the last part of
-  `train`.
+  `train`;
+- `facts:PEOPLE`: the same people in other words, see `facts.Population.texts`.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ultramem_jax.config import DataConfig
+from ultramem_jax.data.facts import Population
 from ultramem_jax.data.local_files import is_regular, other_than_text, read, regular_files
 from ultramem_jax.errors import UserError, require, unknown
 
@@ -87,7 +89,7 @@ def open_source(config: DataConfig) -> Source:
 
     Raises:
         UserError: an unknown dataset; a path that is missing, empty, unreadable or not what it is said to be;
-            a TFDS dataset that cannot be obtained.
+            a TFDS dataset that cannot be obtained; people that there are not.
     """
     dataset, path = config.dataset, os.path.expanduser(config.path)
     if dataset == "stdlib":
@@ -99,7 +101,10 @@ def open_source(config: DataConfig) -> Source:
         return text_source(path)
     if dataset.startswith("tfds:"):
         return TfdsSource(dataset.removeprefix("tfds:"), path)
-    raise unknown("data.dataset", dataset, ("stdlib", "enwik8", "text", "tfds:NAME"))
+    if dataset.startswith("facts:"):
+        require(not path, "data.path", path, f"must be empty with data.dataset = {dataset!r}")
+        return FactsSource(dataset.removeprefix("facts:"))
+    raise unknown("data.dataset", dataset, ("stdlib", "enwik8", "text", "tfds:NAME", "facts:FIRST-END"))
 
 
 def split_of(name: str) -> str:
@@ -227,6 +232,22 @@ def text_source(path: str) -> FolderSource | FileSource:
     kind = other_than_text(root)
     require(kind is None, "data.path", path, f"{allowed}; this file is {kind}")
     return FileSource(root.name, root)
+
+
+class FactsSource:
+    """Makes biographies of people who do not exist, `FIRST-END[xCOPIES][@SEED]`; see `data.facts`."""
+
+    def __init__(self, people: str):
+        self._population = Population.parse(people)
+
+    def documents(self, split: str) -> Iterator[Document]:
+        """Yields the documents of a split; see `Population.texts`."""
+        for name, text in self._population.texts(split):
+            yield Document(name, text.encode())
+
+    def survey(self) -> Survey:
+        """Identifies the documents by the people, since it is known what they say."""
+        return Survey(self._population.key, None)
 
 
 class TfdsSource:

@@ -1,0 +1,154 @@
+"""Measures how many of the facts of `data.facts` a model holds: accuracy, and bits of knowledge.
+
+asked = facts.queries(facts.Population.parse("0-1000").people(), "statement")
+found = recall(Scorer(config, variables, max_length=256), tokenizer, asked)
+found.greedy, found.stored_bits, found.bits_per_parameter(num_parameters)
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from ultramem_jax.data.fact_words import ATTRIBUTES
+from ultramem_jax.data.facts import Query
+from ultramem_jax.data.tokenizers import Tokenizer
+from ultramem_jax.errors import at_least, require
+from ultramem_jax.models.scoring import Ids, Score
+
+
+class PairScorer(Protocol):
+    """Describes what `recall` needs of a `Scorer`."""
+
+    def score(self, pairs: Iterable[tuple[Ids, Ids]]) -> list[Score]:
+        """Returns the score of each context with its continuation, in order."""
+
+
+class AttributeRecall(NamedTuple):
+    """Holds what a model knows of one attribute."""
+
+    num_queries: int
+    greedy: float
+    """Fraction of the queries whose answer greedy decoding writes, to the full stop."""
+    by_likelihood: float
+    """Fraction of the queries whose answer is more likely than every other of its choices."""
+    nats: float
+    """Mean of the answers' negative log-probabilities, with the full stop."""
+    stored_bits: float
+    """Lower bound of what the model knows of the attribute, in bits; see `Recall.stored_bits`."""
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Holds what a model knows, by attribute and over all queries."""
+
+    attributes: dict[str, AttributeRecall]
+    """Results of each attribute that was asked for."""
+
+    @property
+    def num_queries(self) -> int:
+        """Returns the number of queries."""
+        return sum(one.num_queries for one in self.attributes.values())
+
+    @property
+    def greedy(self) -> float:
+        """Returns the fraction of all queries whose answer greedy decoding writes, to the full stop."""
+        return self._mean([one.greedy for one in self.attributes.values()])
+
+    @property
+    def by_likelihood(self) -> float:
+        """Returns the fraction of all queries whose answer is more likely than its other choices."""
+        return self._mean([one.by_likelihood for one in self.attributes.values()])
+
+    @property
+    def nats(self) -> float:
+        """Returns the mean negative log-probability of all answers, each with its full stop."""
+        return self._mean([one.nats for one in self.attributes.values()])
+
+    @property
+    def stored_bits(self) -> float:
+        """Returns a lower bound of the knowledge of values, in bits, over all people that were asked about.
+
+        It is the sum over attributes of max(0, N·log2(D) - L / ln 2), for N people, an attribute of D values,
+        and L the nats of all N answers. Without the maximum it is the part on values of the bound of
+        Allen-Zhu and Li (arXiv 2404.05405): N·log2(S / e^p), S the product of all D, and p the nats of all
+        answers of a person, on average. What differs:
+
+        - Bits of names are not counted: prompts give the names.
+        - An attribute counts at least 0, since a code can do without the model for one bit. The maximum is
+          not over single answers: it would count guesses that were right and not those that were wrong.
+        - The full stop counts into the nats, which only lowers the bound.
+        """
+        return math.fsum(one.stored_bits for one in self.attributes.values())
+
+    def bits_per_parameter(self, num_parameters: int) -> float:
+        """Returns `stored_bits` per parameter, the capacity ratio of Allen-Zhu and Li without names.
+
+        Raises:
+            UserError: less than one parameter.
+        """
+        at_least(1, num_parameters=num_parameters)
+        return self.stored_bits / num_parameters
+
+    def _mean(self, values: list[float]) -> float:
+        counts = [one.num_queries for one in self.attributes.values()]
+        return math.fsum(np.multiply(values, counts)) / self.num_queries
+
+
+def recall(scorer: PairScorer, tokenizer: Tokenizer, queries: Sequence[Query]) -> Recall:
+    """Asks a model for facts.
+
+    Every choice of every query is scored. So `max_choices` of `facts.queries` decides the cost, and with one
+    choice all measures but `by_likelihood`, which is 1 then, come at the cost of the answers alone.
+
+    Args:
+        scorer: a `Scorer` of the model. Its `max_length` must hold the longest prompt with its answer, or
+            names are cut off.
+        tokenizer: the one that the model was trained with.
+        queries: at most one for each attribute of a person, in one form, from `facts.queries`.
+
+    Raises:
+        UserError: no queries, or two for one fact.
+    """
+    at_least(1, queries=len(queries))
+    different = {(query.person.seed, query.person.index, query.attribute) for query in queries}
+    allowed = f"must ask for each fact once, asks for {len(different)} different ones"
+    require(len(different) == len(queries), "queries", len(queries), allowed)
+    answers = [
+        (query.answer, *(other for other in query.choices if other != query.answer)) for query in queries
+    ]
+    pairs = [
+        pair_ids(tokenizer, query.prompt, answer)
+        for query, of_query in zip(queries, answers, strict=True)
+        for answer in of_query
+    ]
+    scores = iter(scorer.score(pairs))
+    found: dict[str, list[tuple[bool, bool, float]]] = {}
+    for query, of_query in zip(queries, answers, strict=True):
+        right, *others = [next(scores) for _ in of_query]
+        likeliest = all(right.total > other.total for other in others)
+        found.setdefault(query.attribute, []).append((right.greedy, likeliest, -right.total))
+    return Recall({attribute: _of_attribute(attribute, results) for attribute, results in found.items()})
+
+
+def pair_ids(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the ids of a prompt, after the tokenizer's `start_ids`, and those of the answer.
+
+    Together they are the ids of the whole text. They are cut where the ids of the prompt alone end, or before
+    the first token in which these differ: a token that spans both texts belongs to the answer.
+    """
+    whole, before = (tokenizer.encode(text.encode()) for text in (prompt + answer, prompt))
+    length = min(len(whole), len(before))
+    differs = np.append(whole[:length] != before[:length], True)
+    cut = int(differs.argmax())
+    return np.concatenate([np.array(tokenizer.start_ids, np.int32), whole[:cut]]), whole[cut:]
+
+
+def _of_attribute(attribute: str, results: list[tuple[bool, bool, float]]) -> AttributeRecall:
+    """Returns the measures over results: whether greedy, whether the likeliest choice, and nats."""
+    count = len(results)
+    greedy, likeliest, nats = (math.fsum(column) for column in zip(*results, strict=True))
+    bits = count * math.log2(len(ATTRIBUTES[attribute].values)) - nats / math.log(2)
+    return AttributeRecall(count, greedy / count, likeliest / count, nats / count, max(0.0, bits))
