@@ -49,7 +49,7 @@ class Curriculum:
 FOR_GRAFTED = Curriculum(
     before=Population(0, 32),
     new=16,
-    copies=8,
+    copies=32,
     mixture_bytes=1_200_000,
     mixture_share=0.5,
     lesson=Lesson((), steps=60, batch_size=4, seq_len=96, measure_every=10, enough=0.9),
@@ -59,7 +59,7 @@ FOR_GRAFTED = Curriculum(
 FOR_OWN = Curriculum(
     before=Population(0, 100),
     new=32,
-    copies=16,
+    copies=32,
     mixture_bytes=8_000_000,
     mixture_share=0.3,
     lesson=Lesson((), steps=400, batch_size=8, seq_len=256, measure_every=40, enough=0.9),
