@@ -57,10 +57,10 @@ FOR_GRAFTED = Curriculum(
     background_batches=100,
 )
 FOR_OWN = Curriculum(
-    before=Population(0, 100),
+    before=Population(0, 50),
     new=32,
     copies=32,
-    mixture_bytes=8_000_000,
+    mixture_bytes=6_000_000,
     mixture_share=0.3,
     lesson=Lesson((), steps=400, batch_size=8, seq_len=256, measure_every=40, enough=0.9),
     sizes=Sizes(batches=16, batch_size=16, seq_len=256, choices=20),
@@ -88,7 +88,7 @@ def own_pupil(name: str, enwik8: str, work: Path) -> Pupil:
     config = RunConfig(
         preset(OWN[name]),
         DataConfig("text", str(mixture), seq_len=256),
-        TrainConfig(steps=2000, batch_size=16, learning_rate=3e-3, eval_every=500, checkpoint_every=500),
+        TrainConfig(steps=1200, batch_size=16, learning_rate=3e-3, eval_every=400, checkpoint_every=200),
     )
     return _prepared(name, FOR_OWN, config, work / f"{OWN[name]}_base", None)
 

@@ -12,7 +12,7 @@ import pytest
 from tests.support.documents import GUIDES, blocks, python_blocks, write_files
 from tests.support.fixtures import one_device, standard_promotion  # noqa: F401
 from tests.support.gguf_models import write_small_smollm2
-from tests.support.guides import DEVICES, commands, smaller
+from tests.support.guides import DEVICES, OF_TEXT, commands, smaller
 from tests.support.programs import on_one_device  # noqa: F401
 from ultramem_jax.cli import command_line, local_processes
 from ultramem_jax.config.memory_kinds import ADDRESSERS
@@ -123,6 +123,35 @@ def test_an_open_model_is_continued_trained_and_exported(run, folder, monkeypatc
         "generate", "--model=smollm2_folder", "--prompt=The capital of France is", "--temperature=0"
     )
     assert status == 0 and out == shown[0]
+
+
+def test_new_facts_change_some_rows_and_nothing_else(run, folder, capsys):
+    words, *given = commands("learn_without_forgetting")
+    status, _, err = run(*smaller(words), *(f"--config.{field}" for field in OF_TEXT))
+    assert status == 0, err
+    assert [words[0] for words in given] == ["background", "train", *["evaluate"] * 3, "forgetting"]
+    shown = []
+    for words in given[:-1]:  # the last one takes hours
+        if "--dataset=stdlib" in words:
+            words = ["--dataset=text" if word == "--dataset=stdlib" else word for word in words]
+            words.append("--path=my_text")
+        batches = [] if words[0] == "train" else ["--batches=2"]
+        status, out, err = run(*smaller(words), *batches)
+        assert status == 0, (words, err)
+        shown.append(out)
+    assert "background reads: runs/demo/background.npz" in shown[0] and "| ultramem_0 " in shown[0]
+    assert all("| validation " in out for out in shown[2:])
+    record = next(r for r in read_metrics("runs/taught/metrics.jsonl") if r["split"] == "train")
+    assert 0 < record["ultramem_0/selected_reads_share"] <= 1
+
+    names = {}
+    for block in python_blocks(GUIDES / "learn_without_forgetting.md"):
+        exec(block, names)
+    told = capsys.readouterr().out
+    assert "completed exactly" in told and len(names["people"]) == 20
+    # One step, of at most 64 rows of the one table.
+    assert 0 < names["changed"].sum() <= 64 and f"ultramem_0: {names['changed'].sum()} of" in told
+    chex.assert_trees_all_equal(names["before"]["params"], names["after"]["params"])
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ SMALL_MEMORY = {
     "engram-tiny": ("placement=before@1", "rows_per_head=(64,)"),
 }
 """Fields of the memory, by preset."""
+OF_TEXT = ("data.dataset=text", "data.path=my_text")
 QUICK = ("batch_size=8", "eval_batches=1", "log_every=1")
 STEPS = re.compile(r"--config\.train\.steps=(\d+)")
 DEVICES = 8
@@ -44,14 +45,15 @@ def smaller(words):
         return words
     words = [STEPS.sub(lambda m: f"--config.train.steps={max(int(m[1]) // 500, 1)}", word) for word in words]
     if any(word.startswith("--init_from=") for word in words):
-        fields = ("data.dataset=text", "data.path=my_text", "data.seq_len=32")
+        of_text = () if "--config.data.dataset" in " ".join(words) else OF_TEXT
+        fields = (*of_text, "data.seq_len=32")
         return [*words, *(f"--config.train.{field}" for field in QUICK), *(f"--config.{f}" for f in fields)]
     preset = next((word.removeprefix("--preset=") for word in words if word.startswith("--preset=")), None)
     memory = SMALL_MEMORY[preset or "ultramem-tiny"]
     model = [*SMALL, *(f"memory.{field}" for field in memory)]
     words += [f"--config.model.{field}" for field in model] + [f"--config.train.{field}" for field in QUICK]
     if "--config.data.dataset=text" not in words and not any(word.startswith("--config=") for word in words):
-        words += ["--config.data.dataset=text", "--config.data.path=my_text"]
+        words += [f"--config.{field}" for field in OF_TEXT]
     return words
 
 
