@@ -35,12 +35,12 @@ def _start(config):
     return jax.tree.map(np.asarray, jax.jit(lambda: init_state(config, make_optimizers(config)))())
 
 
-def _run(prefetch, steps=5, target="cpu", **table):
-    config = run_config(ENGRAM.changed(prefetch=prefetch, **table), MeshConfig(), TRAIN)
+def _run(prefetch, steps=5, target="cpu", train=TRAIN, **table):
+    config = run_config(ENGRAM.changed(prefetch=prefetch, **table), MeshConfig(), train)
     optimizers = make_optimizers(config)
     with targeting(target):
         step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
-        state = jax.device_put(_start(run_config(ENGRAM.changed(**table), MeshConfig(), TRAIN)))
+        state = jax.device_put(_start(run_config(ENGRAM.changed(**table), MeshConfig(), train)))
         batches = token_batches(steps)
         if not prefetch:
             for tokens in batches:
@@ -62,6 +62,11 @@ def _same_bits(one, other):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_steps_are_those_of_the_plain_way(dtype, target):
     _same_bits(_run(True, dtype=dtype, target=target), _run(False, dtype=dtype, target=target))
+
+
+def test_steps_that_change_selected_rows_are_those_of_the_plain_way():
+    selecting = replace(TRAIN, slots_per_step=7, slot_score="reads")
+    _same_bits(_run(True, train=selecting), _run(False, train=selecting))
 
 
 def test_without_kernels(without_kernels):
