@@ -24,6 +24,10 @@ COMMANDS = {
         "ultramem_jax.commands.background",
         "count how text reads the slots of a memory, for fine-tuning that keeps what it has learned",
     ),
+    "inspect": Command(
+        "ultramem_jax.commands.inspect",
+        "an HTML page of what a text reads in the memories, of knock-outs, or a model with edited rows",
+    ),
     "count": Command(
         "ultramem_jax.commands.count",
         "parameters, FLOPs and bytes read per token of the presets, without building them",

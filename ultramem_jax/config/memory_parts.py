@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from ultramem_jax.config.field_types import Checked
+from ultramem_jax.errors import UserError
 from ultramem_jax.tree_types import ArrayTree
 
 if TYPE_CHECKING:
@@ -318,6 +319,21 @@ class ReadoutConfig(Checked):
     def cache(self, site: "MemorySite") -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the arrays that decoding keeps of each sequence: name -> shape without B, and dtype."""
         return {}
+
+    def value_matrix(self, site: "MemorySite", params: ArrayTree, block: int) -> "jax.Array | None":
+        """Returns the matrix (d_v, D) that the pooled values of a block pass, or None if they are the output.
+
+        Biases, and factors that depend on the hidden state, are not part of it. `inspection` asks for it.
+
+        Args:
+            site: the memory.
+            params: its parameters by name.
+            block: the block, in [0, E).
+
+        Raises:
+            UserError: this kind of readout does not say.
+        """
+        raise UserError(f"readout.kind = {self.kind!r}: must be a kind whose config has `value_matrix`")
 
     def readout(self, site: "MemorySite", name: str | None = None) -> "nn.Module":
         """Returns the module (pooled (T, E, d_v), h (B, S, D), chunk) -> (B, S, D)."""

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Literal
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.config.memory_kinds import READOUTS
 from ultramem_jax.config.memory_parts import Parameter, ReadoutConfig
+from ultramem_jax.tree_types import ArrayTree
 
 if TYPE_CHECKING:
+    import jax
     from flax import linen as nn
 
 _MOST_WIDTH = 256
@@ -81,6 +83,12 @@ class ContextGate(ReadoutConfig):
     def look_back(self) -> int:
         """Returns the number of positions that the convolution looks back."""
         return max(self.conv_width - 1, 0) * self.conv_dilation
+
+    def value_matrix(self, site: MemorySite, params: ArrayTree, block: int) -> "jax.Array | None":
+        """Returns the rows of W_v that a read's row meets; α, b_v and the convolution are left out."""
+        width = site.config.table.value_dim
+        matrix: jax.Array = params["value_projection"][block * width : (block + 1) * width]
+        return matrix
 
     def readout(self, site: MemorySite, name: str | None = None) -> "nn.Module":
         """Returns the Flax module of this readout, `ContextGateReadout`."""

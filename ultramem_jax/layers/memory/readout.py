@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Literal
 from ultramem_jax.config.memory import MemoryConfig, MemorySite
 from ultramem_jax.config.memory_kinds import READOUTS
 from ultramem_jax.config.memory_parts import ModelContext, Parameter, ReadoutConfig
+from ultramem_jax.tree_types import ArrayTree
 
 if TYPE_CHECKING:
+    import jax
     from flax import linen as nn
 
 
@@ -81,6 +83,11 @@ class Projection(ReadoutConfig):
             shape = (site.config.num_blocks * width, d)
             found["projection"] = Parameter(shape, (None, "embed"), "projection")
         return found
+
+    def value_matrix(self, site: MemorySite, params: ArrayTree, block: int) -> "jax.Array | None":
+        """Returns the rows of the projection that a block's values meet; the gate is left out."""
+        width = site.config.table.value_dim
+        return params["projection"][block * width : (block + 1) * width] if self.project_values else None
 
     def readout(self, site: MemorySite, name: str | None = None) -> "nn.Module":
         """Returns the Flax module of this readout, `ProjectionReadout`."""

@@ -1,0 +1,244 @@
+"""Looks inside the memories of a model: writes an HTML file that shows what each token of a text reads.
+
+A click on a token shows its slots, and a click on a slot its strongest contexts in a corpus, the tokens that
+it promotes, how often it is read, its nearest slots, and what the text costs without it. The file loads
+nothing from elsewhere. The model is a run's checkpoint or an open model.
+
+    ultramem inspect --workdir=runs/demo --text='def parse_args(self, args=None):' --out=inspect.html
+    ultramem inspect --model=exported --dataset=text --path=book.txt --text_file=page.txt
+
+The corpus is read once; by default it is the training split of the run's own. Slots can be knocked out
+together, for the loss of the text without them:
+
+    ultramem inspect --text='def ' --knock_out=ultramem_0:123,ultramem_1:77
+
+Or rows are changed, and the model is saved as a new run (of an open model: as a new folder), in which nothing
+else differs:
+
+    ultramem inspect --edit=ultramem_0:123=zero --edit=ultramem_0:5=swap:6 --save_to=runs/edited
+"""
+
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, corpus_for, given_model
+from ultramem_jax.data import SPLITS, Corpus, EvalBatches, eval_batches, load_corpus
+from ultramem_jax.errors import UserError, require
+from ultramem_jax.files import replace_text
+from ultramem_jax.inspection import (
+    Edit,
+    edit,
+    knock_out,
+    page,
+    parse_edit,
+    row_changes,
+    save_edited_run,
+    trace,
+)
+from ultramem_jax.inspection.edits import Changes
+from ultramem_jax.inspection.knock_outs import parse_slots
+from ultramem_jax.inspection.tracing import encoded
+from ultramem_jax.interop import open_models
+from ultramem_jax.reporting import markdown
+from ultramem_jax.training.metrics import METRICS_FILE, read_metrics
+from ultramem_jax.tree_types import JsonDict
+
+FLAG_MODULES = (given_model.__module__,)
+
+TEXT = flags.DEFINE_string("text", None, "text to trace through the model")
+TEXT_FILE = flags.DEFINE_string("text_file", None, "file with that text")
+OUT = flags.DEFINE_string("out", "inspect.html", "HTML file to write")
+CORPUS = flags.DEFINE_bool(
+    "corpus",
+    None,
+    "whether to read a corpus for contexts and counts; by default if there is one: a run's, or --dataset",
+)
+DATASET = flags.DEFINE_string("dataset", None, "corpus, as data.dataset of a run; by default the run's own")
+PATH = flags.DEFINE_string("path", "", "file or folder of --dataset, as data.path of a run")
+SPLIT = flags.DEFINE_enum("split", "train", SPLITS, "split of the corpus to read")
+BATCHES = flags.DEFINE_integer(
+    "batches", 100, "batches to read, spread evenly over the split; 0: all of it", lower_bound=0
+)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size",
+    None,
+    "sequences in a batch; by default as many as in a training step of the run, or 4 with --model",
+    lower_bound=1,
+)
+CARDS = flags.DEFINE_integer(
+    "cards", 400, "slots of the text to look into, those that its tokens read most strongly", lower_bound=0
+)
+KNOCK_OUT = flags.DEFINE_list(
+    "knock_out", [], "slots to knock out together, MEMORY:SLOT,...: the loss of the text without them"
+)
+EDIT = flags.DEFINE_multi_string(
+    "edit",
+    [],
+    "change of a row, MEMORY:SLOT=zero, =scale:FACTOR, =copy:SLOT (the row of another slot), =swap:SLOT or "
+    "=values:FILE.npy; several are made in order; no page is written",
+)
+SAVE_TO = flags.DEFINE_string("save_to", None, "folder of the edited model, which must be new or empty")
+
+
+def main() -> None:
+    """Writes the page, or the edited model."""
+    text = _text()
+    require(bool(SAVE_TO.value) or not EDIT.value, "--edit", EDIT.value, "needs --save_to")
+    require(bool(EDIT.value) or SAVE_TO.value is None, "--save_to", SAVE_TO.value, "needs --edit")
+    both = bool(EDIT.value and KNOCK_OUT.value)
+    require(not both, "--knock_out", KNOCK_OUT.value, "must not be given with --edit")
+    given = given_model()
+    require(
+        bool(given.config.memories), "--model" if MODEL.value else "--workdir", given.title, "has no memory"
+    )
+    if text is not None:
+        length = len(encoded(given.config, given.tokenizer, text))
+        require(
+            length <= given.max_length, "tokens of the text", length, f"must be at most {given.max_length}"
+        )
+    if EDIT.value:
+        _edit(given, text)
+    else:
+        assert text is not None
+        _inspect(given, text)
+
+
+def _text() -> bytes | None:
+    """Returns the text of the flags; None if there is none and none is needed."""
+    require(
+        TEXT.value is None or TEXT_FILE.value is None,
+        "--text_file",
+        TEXT_FILE.value,
+        "must not be given with --text",
+    )
+    if TEXT_FILE.value is not None:
+        return pathlib.Path(TEXT_FILE.value).read_bytes()
+    if TEXT.value is not None:
+        return TEXT.value.encode(errors="surrogateescape")
+    if not EDIT.value:
+        raise UserError("--text: must be given, or --text_file")
+    return None
+
+
+# ---- the page
+
+
+def _inspect(given: GivenModel, text: bytes) -> None:
+    out = pathlib.Path(OUT.value)
+    require(
+        out.parent.is_dir() and not out.is_dir(), "--out", str(out), "must be a file in a folder that exists"
+    )
+    slots = parse_slots(given.config, "--knock_out", KNOCK_OUT.value)
+    corpus = _corpus(given)
+    options: JsonDict = {}
+    if corpus is not None:
+        size = BATCH_SIZE.value or (given.run.config.train.batch_size if given.run is not None else 4)
+        batches = eval_batches(corpus, SPLIT.value, size, BATCHES.value)
+        options = {
+            "batches": _tokens(batches),
+            "corpus_name": f"{len(batches):,} batches of the {SPLIT.value} split",
+            "corpus_tokens": len(batches.indices) * corpus.seq_len,
+        }
+    metrics = pathlib.Path(WORKDIR.value) / METRICS_FILE
+    if given.run is not None and metrics.is_file():
+        options["records"] = read_metrics(metrics)
+    written = page(
+        given.config,
+        given.variables,
+        given.tokenizer,
+        text,
+        knocked_out=slots,
+        title=given.title,
+        cards=CARDS.value,
+        progress=_bar,
+        **options,
+    )
+    replace_text(out, written)
+    if slots:
+        found = knock_out(given.config, given.variables, given.tokenizer, text, slots)
+        losses = (float(of[1:].mean(dtype=np.float64)) for of in (found.losses, found.without))
+        before, after = losses
+        number = sum(map(len, slots.values()))
+        print(f"without {number} slots: {before:.4f} -> {after:.4f} nats per token ({after - before:+.4f})")
+    print(f"{out} ({len(written) / 1000:,.0f} kB): {out.resolve().as_uri()}")
+
+
+def _corpus(given: GivenModel) -> Corpus | None:
+    """Returns the corpus to read, or None if there is none, or none is wanted."""
+    if CORPUS.value is False:
+        for flag in (DATASET, PATH):
+            require(not flag.present, f"--{flag.name}", flag.value, "must not be given with --nocorpus")
+        return None
+    if DATASET.value is not None:
+        return corpus_for(given, DATASET.value, PATH.value, given.max_length)[1]
+    require(not PATH.present, "--path", PATH.value, "needs --dataset")
+    if given.run is not None:
+        return load_corpus(given.run.config.data, given.tokenizer)
+    require(
+        not CORPUS.value, "--corpus", True, "needs --dataset with --model, whose training text is not known"
+    )
+    return None
+
+
+def _tokens(batches: EvalBatches) -> Iterator[np.ndarray]:
+    """Yields the ids of each batch, with -1 in the rows that pad the last one."""
+    for batch in batches:
+        there = batch["mask"].any(1, keepdims=True)
+        yield np.where(there, batch["tokens"][:, :-1], -1)
+
+
+def _bar(what: str, total: int) -> Callable[[int], object]:
+    """Draws a progress bar on standard error, which stays when it is full."""
+    bar = tqdm(total=total, desc=what, unit_scale=True, file=sys.stderr)
+
+    def update(done: int) -> None:
+        bar.update(done)
+        if bar.n >= total:
+            bar.close()
+
+    return update
+
+
+# ---- edits
+
+
+def _edit(given: GivenModel, text: bytes | None) -> None:
+    save_to = SAVE_TO.value or ""
+    edits = [parse_edit(given.config, entry, "--edit") for entry in EDIT.value]
+    if text is not None:
+        _print_losses(given, edits, text)
+    if given.run is not None:
+        # The state of the run is read once more, with its optimizers' moments.
+        given.variables.clear()
+        changes = save_edited_run(WORKDIR.value, given.run.step, edits, save_to, given.tokenizer)
+    else:
+        changes = row_changes(given.config, given.variables["memory"], edits)
+        edited = edit(given.config, given.variables, edits)
+        open_models.save(save_to, given.config, edited, tokenizer=given.tokenizer)
+    print(_changes_in_words(changes))
+    flag = "model" if MODEL.value else "workdir"
+    print(f"edited model: {save_to}; look at it with --{flag}={save_to}")
+
+
+def _print_losses(given: GivenModel, edits: list[Edit], text: bytes) -> None:
+    edited = edit(given.config, given.variables, edits)
+    before, after = (
+        trace(given.config, variables, given.tokenizer, text).loss for variables in (given.variables, edited)
+    )
+    print(f"edited: {before:.4f} -> {after:.4f} nats per token ({after - before:+.4f})")
+
+
+def _changes_in_words(changes: Changes) -> str:
+    """Returns a table of the rows that differ; no row, in words."""
+    rows = [
+        {"table": table, "array": part, "slot": int(slot), "numbers that differ": int((old != new).sum())}
+        for table, parts in changes.items()
+        for part, change in parts.items()
+        for slot, old, new in zip(*change, strict=True)
+    ]
+    return markdown.table(rows) if rows else "no row differs: the edits leave every bit as it is"
