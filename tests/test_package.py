@@ -95,6 +95,7 @@ def _run(site, folder, *command):
 def test_the_wheel_has_types_and_recipes(installed):
     package = installed / "ultramem_jax"
     assert (package / "py.typed").exists() and (package / "recipes" / "demo.py").exists()
+    assert (package / "inspection" / "page" / "page.js").exists()
     assert not (installed / "experiments").exists() and not (installed / "tests").exists()
 
 
@@ -103,7 +104,7 @@ def test_the_command_says_its_version_and_lists_its_commands(installed, tmp_path
     assert re.match(rf"ultramem_jax {re.escape(ultramem_jax.__version__)} \(jax \d", done.stdout), done.stderr
     listed = _run(installed, tmp_path, sys.executable, "-m", "ultramem_jax").stdout
     commands = re.findall(r"^  (\w+) ", listed, re.MULTILINE)
-    assert commands == ["train", "evaluate", "generate", "export", "count", "plan", "audit", "accelerator"]
+    assert commands == list(COMMANDS) and {"train", "evaluate", "inspect"} < set(commands)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

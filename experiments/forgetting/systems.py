@@ -118,6 +118,6 @@ def _prepared(
 def _count(loaded: LoadedModel, curriculum: Curriculum, path: Path) -> None:
     corpus = load_corpus(loaded.config.data, loaded.tokenizer)
     batches = eval_batches(corpus, "train", curriculum.lesson.batch_size, curriculum.background_batches)
-    texts = (batch["tokens"][:, :-1] for batch in batches)
+    texts = (batch["tokens"][batch["mask"].any(1), :-1] for batch in batches)
     counts = count_reads(loaded.config.model, loaded.variables, texts)
     save_background(path, counts, {"corpus_hash": corpus.corpus_hash})

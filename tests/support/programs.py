@@ -49,17 +49,14 @@ def text(tmp_path_factory):
 def _forget_flags():
     """Forgets all flags: a process parses its flags once, and here programs follow each other in one."""
     values = flags.FLAGS
-    own = [
-        flag.name
-        for module, defined in values.flags_by_module_dict().items()
-        if module.startswith(("experiments.", "ultramem_jax.commands.", "ml_collections."))
-        for flag in defined
-    ]
+    rooms = ("experiments.", "ultramem_jax.commands.", "ml_collections.")
+    by_module = {m: of for m, of in values.flags_by_module_dict().items() if m.startswith(rooms)}
+    own = [flag.name for defined in by_module.values() for flag in defined]
     for name in {*own, *(n for n in values if n == "config" or n.startswith("config."))}:
         delattr(values, name)
     values.unparse_flags()
     modules = {command.module for command in (COMMANDS | EXPERIMENTS).values()}
-    for module in modules | {"ultramem_jax.commands.given_model"}:
+    for module in modules | {m for m in by_module if m.startswith("ultramem_jax.commands.")}:
         sys.modules.pop(module, None)
 
 

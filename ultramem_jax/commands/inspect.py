@@ -26,8 +26,9 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, corpus_for, given_model
-from ultramem_jax.data import SPLITS, Corpus, EvalBatches, eval_batches, load_corpus
+from ultramem_jax.commands.given_corpus import DATASET, PATH, SPLIT, given_batches, given_corpus, texts
+from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, given_model
+from ultramem_jax.data import Corpus, EvalBatches
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.files import replace_text
 from ultramem_jax.inspection import (
@@ -48,7 +49,7 @@ from ultramem_jax.reporting import markdown
 from ultramem_jax.training.metrics import METRICS_FILE, read_metrics
 from ultramem_jax.tree_types import JsonDict
 
-FLAG_MODULES = (given_model.__module__,)
+FLAG_MODULES = (given_model.__module__, given_corpus.__module__)
 
 TEXT = flags.DEFINE_string("text", None, "text to trace through the model")
 TEXT_FILE = flags.DEFINE_string("text_file", None, "file with that text")
@@ -57,18 +58,6 @@ CORPUS = flags.DEFINE_bool(
     "corpus",
     None,
     "whether to read a corpus for contexts and counts; by default if there is one: a run's, or --dataset",
-)
-DATASET = flags.DEFINE_string("dataset", None, "corpus, as data.dataset of a run; by default the run's own")
-PATH = flags.DEFINE_string("path", "", "file or folder of --dataset, as data.path of a run")
-SPLIT = flags.DEFINE_enum("split", "train", SPLITS, "split of the corpus to read")
-BATCHES = flags.DEFINE_integer(
-    "batches", 100, "batches to read, spread evenly over the split; 0: all of it", lower_bound=0
-)
-BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size",
-    None,
-    "sequences in a batch; by default as many as in a training step of the run, or 4 with --model",
-    lower_bound=1,
 )
 CARDS = flags.DEFINE_integer(
     "cards", 400, "slots of the text to look into, those that its tokens read most strongly", lower_bound=0
@@ -137,10 +126,9 @@ def _inspect(given: GivenModel, text: bytes) -> None:
     corpus = _corpus(given)
     options: JsonDict = {}
     if corpus is not None:
-        size = BATCH_SIZE.value or (given.run.config.train.batch_size if given.run is not None else 4)
-        batches = eval_batches(corpus, SPLIT.value, size, BATCHES.value)
+        batches = given_batches(given, corpus)
         options = {
-            "batches": _tokens(batches),
+            "batches": _padded(batches),
             "corpus_name": f"{len(batches):,} batches of the {SPLIT.value} split",
             "corpus_tokens": len(batches.indices) * corpus.seq_len,
         }
@@ -174,22 +162,14 @@ def _corpus(given: GivenModel) -> Corpus | None:
         for flag in (DATASET, PATH):
             require(not flag.present, f"--{flag.name}", flag.value, "must not be given with --nocorpus")
         return None
-    if DATASET.value is not None:
-        return corpus_for(given, DATASET.value, PATH.value, given.max_length)[1]
-    require(not PATH.present, "--path", PATH.value, "needs --dataset")
-    if given.run is not None:
-        return load_corpus(given.run.config.data, given.tokenizer)
-    require(
-        not CORPUS.value, "--corpus", True, "needs --dataset with --model, whose training text is not known"
-    )
-    return None
+    known = DATASET.value is not None or given.run is not None
+    return given_corpus(given) if known or CORPUS.value or PATH.present else None
 
 
-def _tokens(batches: EvalBatches) -> Iterator[np.ndarray]:
-    """Yields the ids of each batch, with -1 in the rows that pad the last one."""
-    for batch in batches:
-        there = batch["mask"].any(1, keepdims=True)
-        yield np.where(there, batch["tokens"][:, :-1], -1)
+def _padded(batches: EvalBatches) -> Iterator[np.ndarray]:
+    """Yields the ids of each batch in one shape; -1 pads the last one."""
+    for ids in texts(batches):
+        yield np.pad(ids, ((0, batches.batch_size - len(ids)), (0, 0)), constant_values=-1)
 
 
 def _bar(what: str, total: int) -> Callable[[int], object]:

@@ -53,7 +53,7 @@ def count_reads(
     Args:
         config: the model's config.
         variables: its `params`, `memory` and `buffers`.
-        batches: token ids (B, S) int32, all of one shape.
+        batches: token ids (B, S) int32, without padding. Each new shape is compiled.
 
     Raises:
         UserError: the model has no memory, or there is no batch.
