@@ -154,6 +154,29 @@ def test_new_facts_change_some_rows_and_nothing_else(run, folder, capsys):
     chex.assert_trees_all_equal(names["before"]["params"], names["after"]["params"])
 
 
+def test_a_page_shows_a_memory_and_an_edit_changes_its_rows(run, folder, capsys):
+    words, *given = commands("look_inside")
+    status, _, err = run(*smaller(words), *(f"--config.{field}" for field in OF_TEXT))
+    assert status == 0, err
+    shown = []
+    for words in given:
+        status, out, err = run(*words)
+        assert status == 0, (words, err)
+        shown.append(out)
+    assert "parse_args" in (folder / "inspect.html").read_text()
+    assert "without 2 slots: " in shown[1] and "edited: " in shown[2] and "| validation " in shown[3]
+    before, after = (load_model(f"runs/{name}").variables["memory"] for name in ("demo", "edited"))
+    rows = [np.asarray(of["ultramem_0"]["values"]) for of in (before, after)]
+    assert np.flatnonzero((rows[0] != rows[1]).any(1)).tolist() == [5, 6, 123]
+    chex.assert_trees_all_equal(rows[1][[5, 6]], rows[0][[6, 5]])
+    assert not rows[1][123].any()
+
+    for block in python_blocks(GUIDES / "look_inside.md"):
+        exec(block, {})
+    told = capsys.readouterr().out
+    assert "promotes [" in told and "nats per token" in told
+
+
 @pytest.fixture
 def own_memory():
     """Takes the memory of the guide out of the registry after a test that imports it."""

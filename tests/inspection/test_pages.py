@@ -105,7 +105,7 @@ def test_nothing_leaves_its_place(written):
 
 
 def test_text_that_can_be_seen():
-    assert visible("a\tb\r\x00\x7f\x85\u202e\u2028\ue000") == "a⇥b␍␀␡\\u0085\\u202e\\u2028\\ue000"
+    assert visible("a\tb\r\x00\x7f\x85\u202e\u2028\ue000") == "a⇥b\\x0d\\x00\\x7f\\u0085\\u202e\\u2028\\ue000"
     texts = TokenTexts(ByteTokenizer())
     assert texts.token(0xE2) == "\\xe2" and texts.token(256) == "⟨end of text⟩"
     assert texts.text([-1, *"é\n".encode(), 0xFF, 256, 65]) == "é↵\ufffd⟨end of text⟩A"

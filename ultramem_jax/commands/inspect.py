@@ -10,7 +10,7 @@ nothing from elsewhere. The model is a run's checkpoint or an open model.
 The corpus is read once; by default it is the training split of the run's own. Slots can be knocked out
 together, for the loss of the text without them:
 
-    ultramem inspect --text='def ' --knock_out=ultramem_0:123,ultramem_1:77
+    ultramem inspect --text='def ' --knock_out=ultramem_0:123,ultramem_0:77
 
 Or rows are changed, and the model is saved as a new run (of an open model: as a new folder), in which nothing
 else differs:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from ultramem_jax.data import Tokenizer
 
-_NAMED = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+_NAMED = {"\n": "↵", "\t": "⇥"}
 
 
 class TokenTexts:
@@ -58,7 +58,7 @@ def visible(text: str) -> str:
     r"""Returns a text in which characters that control, join or reorder others are written out.
 
     >>> visible("a\nb\x00")
-    'a↵b␀'
+    'a↵b\\x00'
     """
     return "".join(map(_visible, text))
 
@@ -67,10 +67,8 @@ def _visible(character: str) -> str:
     if character in _NAMED:
         return _NAMED[character]
     code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
+    if code < 0x20 or code == 0x7F:
+        return f"\\x{code:02x}"
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
         return f"\\u{code:04x}"
     return character
