@@ -163,7 +163,7 @@ def test_a_page_shows_a_memory_and_an_edit_changes_its_rows(run, folder, capsys)
         status, out, err = run(*words)
         assert status == 0, (words, err)
         shown.append(out)
-    assert "parse_args" in (folder / "inspect.html").read_text()
+    assert "Inside a memory" in (folder / "inspect.html").read_text() and "inspect.html (" in shown[0]
     assert "without 2 slots: " in shown[1] and "edited: " in shown[2] and "| validation " in shown[3]
     before, after = (load_model(f"runs/{name}").variables["memory"] for name in ("demo", "edited"))
     rows = [np.asarray(of["ultramem_0"]["values"]) for of in (before, after)]
