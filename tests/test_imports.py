@@ -153,7 +153,7 @@ def test_nobody_imports_a_kind_of_memory(path):
 
 CONFIGS = ("data", "mesh", "model", "run", "train", "trees", "exchange_shapes")
 ASKING = (
-    *("accounting", "baselines", "parallel", "models", "planning", "training"),
+    *("accounting", "baselines", "parallel", "models", "planning", "training", "inspection"),
     *(f"config/{name}.py" for name in CONFIGS),
     "layers/memory/memory.py",
 )

@@ -1,7 +1,5 @@
 """A trace has the reads that the definitions of the memories give, and the losses of the logits."""
 
-from dataclasses import replace
-
 import flax.linen as nn
 import jax
 import numpy as np
@@ -12,7 +10,7 @@ from tests.support import engram_oracle, oracle
 from tests.support.memory_cases import addressing_of
 from ultramem_jax.errors import UserError
 from ultramem_jax.inspection import trace
-from ultramem_jax.inspection.names import heads, order_of_reads
+from ultramem_jax.inspection.names import order_of_reads
 from ultramem_jax.layers import Memory
 from ultramem_jax.models import Transformer
 from ultramem_jax.presets import families
@@ -102,7 +100,7 @@ def test_reads_of_ngrams_are_the_hashes(traced):
 
 def test_heads_of_other_addresses():
     def names(memory):
-        return [tuple(head) for head in heads(replace(BASE, memories={"m": memory}).sites[0])]
+        return [tuple(head) for head in memory.address.heads]
 
     single = families.per_layer_embedding(placement="before@1", value_dim=4)
     assert names(single) == [("single tokens", 1)]

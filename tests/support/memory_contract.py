@@ -192,6 +192,7 @@ def counted_equals_real_shapes(model):
         assert declared == shapes["params"][site.name]
         assert all(len(p.axes) == len(p.shape) for p in site.parameters.values())
         assert shapes["memory"][site.table]["values"][0] == site.num_slots
+        assert site.config.reads_per_token % len(site.config.address.heads) == 0
 
 
 def restored_equals_saved(model, folder):

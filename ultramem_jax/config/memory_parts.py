@@ -90,6 +90,15 @@ class Stage(NamedTuple):
     """True if the backward pass repeats the products of the stage twice, by input and by weight."""
 
 
+class Head(NamedTuple):
+    """Describes reads of a token that belong together: those of a head, or of n-grams of one order."""
+
+    name: str
+    """Name of the head, for people."""
+    order: int
+    """n, the number of tokens that decide these reads, the last one included; 0 if h decides them."""
+
+
 class MemoryInit(NamedTuple):
     """Gives the initialisation of table and readout, so that scores and values fit each other."""
 
@@ -141,6 +150,11 @@ class AddressConfig(Checked):
     def reads_per_token(self) -> int:
         """Returns R, the rows that a token reads."""
         raise NotImplementedError
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Returns the heads among which the R reads of a token are divided evenly, in their order."""
+        return (Head("head 1", 0),)
 
     @property
     def num_blocks(self) -> int:

@@ -1,7 +1,6 @@
-"""Finds memories, tables and slots by the names and numbers that a user gives, and names heads."""
+"""Finds memories, tables and slots by the names and numbers that a user gives."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -9,15 +8,6 @@ from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.config.model import table_readers
 from ultramem_jax.errors import require, unknown
-
-
-class Head(NamedTuple):
-    """Describes reads of a token that belong together: those of a head, or of n-grams of one order."""
-
-    name: str
-    """Name of the head, for people."""
-    order: int
-    """n, the number of tokens that decide these reads, the last one included; 0 if h decides them."""
 
 
 def require_memories(config: ModelConfig) -> None:
@@ -72,27 +62,7 @@ def checked_slots(config: ModelConfig, table: str, slots: Iterable[int] | np.nda
     return array.astype(np.int32)
 
 
-def heads(site: MemorySite) -> tuple[Head, ...]:
-    """Returns the heads among which the R reads of a token are divided evenly, in their order.
-
-    A memory that tokens address has a head for each order of n-grams: the longest one comes last, and is one
-    token longer than what decoding keeps.
-    """
-    address = site.config.address
-    number, *factors = address.reads_in_words.split("·")
-    count = int(number) if factors and number.isdecimal() else 1
-    count = count if count and address.reads_per_token % count == 0 else 1
-    if not address.reads_tokens:
-        return tuple(Head(f"head {i + 1}", 0) for i in range(count))
-    kept = [shape[0] for shape, _ in address.cache(site).values()]
-    longest = 1 + max(kept, default=0)
-    orders = [max(longest - count + 1 + i, 1) for i in range(count)]
-    return tuple(Head("single tokens" if n == 1 else f"{n}-grams", n) for n in orders)
-
-
 def order_of_reads(site: MemorySite) -> np.ndarray:
     """Returns the number of tokens that decide each read, (R,) int32; see `Head.order`."""
-    found = heads(site)
-    return np.repeat([head.order for head in found], site.config.reads_per_token // len(found)).astype(
-        np.int32
-    )
+    orders = np.array([head.order for head in site.config.address.heads], np.int32)
+    return np.repeat(orders, site.config.reads_per_token // len(orders))

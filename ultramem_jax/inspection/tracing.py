@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ultramem_jax.config import ModelConfig
+from ultramem_jax.config.memory_parts import Head
 from ultramem_jax.data import Tokenizer
 from ultramem_jax.errors import require
-from ultramem_jax.inspection.names import Head, heads, require_memories
+from ultramem_jax.inspection.names import require_memories
 from ultramem_jax.models import Transformer
 from ultramem_jax.tree_types import Variables
 
@@ -84,7 +85,7 @@ def trace(config: ModelConfig, variables: Variables, tokenizer: Tokenizer, text:
     for site in config.sites:
         slots, blocks, weights = (np.asarray(reads[site.name][of]) for of in ("slots", "blocks", "weights"))
         memories[site.name] = MemoryReads(
-            site.table, heads(site), slots, blocks, weights.astype(np.float32, copy=False)
+            site.table, site.config.address.heads, slots, blocks, weights.astype(np.float32, copy=False)
         )
     pieces = tuple(tokenizer.decode(ids[i : i + 1], continuing=i > 0) for i in range(len(ids)))
     return Trace(ids, pieces, np.asarray(losses)[0], memories)

@@ -21,6 +21,7 @@ from ultramem_jax.config.memory_kinds import ADDRESSERS
 from ultramem_jax.config.memory_parts import (
     MAX_SLOTS,
     AddressConfig,
+    Head,
     MemoryInit,
     ModelContext,
     TableLayout,
@@ -136,6 +137,11 @@ class HashedNgrams(AddressConfig):
     def slots_hint(self) -> str:
         """Returns a hint for error messages: the field that rounds the rows up, in parentheses."""
         return " (address.row_multiple rounds them up)"
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Returns the orders of n-grams; each has the reads of its K hashes."""
+        return tuple(Head("single tokens" if n == 1 else f"{n}-grams", n) for n in self.orders)
 
     @property
     def reads_in_words(self) -> str:

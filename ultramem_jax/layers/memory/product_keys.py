@@ -19,6 +19,7 @@ from ultramem_jax.config.memory_kinds import ADDRESSERS
 from ultramem_jax.config.memory_parts import (
     MAX_SLOTS,
     AddressConfig,
+    Head,
     MemoryInit,
     ModelContext,
     Parameter,
@@ -382,6 +383,11 @@ class ProductKeys(AddressConfig):
     def own_slots(self) -> int:
         """Returns n², the slots that a memory adds to the model."""
         return self.num_keys**2
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Returns the H heads; each has the reads of its m best cells."""
+        return tuple(Head(f"head {i + 1}", 0) for i in range(self.num_heads))
 
     @property
     def reads_in_words(self) -> str:
