@@ -41,6 +41,10 @@ EXPERIMENTS = {
         "experiments.forgetting.run",
         "new facts, taught by sparse memory fine-tuning and three other ways, and what is forgotten",
     ),
+    "recall": Command(
+        "experiments.recall.run",
+        "facts that a model of given compute holds, against its sparse parameters",
+    ),
     "open_models": Command(
         "experiments.open_models.run",
         "a real open model: bits per byte, continuations, and speed beside other programs",

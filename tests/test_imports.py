@@ -60,6 +60,7 @@ FLOORS = (
             "forgetting",
             "large_table",
             "open_models",
+            "recall",
             "row_states",
         )
     ),

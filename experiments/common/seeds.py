@@ -85,7 +85,7 @@ def train_over_seeds(
         UserError: a folder holds a run of another config.
         Stopped: SIGTERM came.
     """
-    _remember_compilations(pathlib.Path(workdir) / "compiled")
+    remember_compilations(pathlib.Path(workdir) / "compiled")
     results: dict[str, list[Result]] = {name: [] for name in configs}
     # All configs of a seed come before the next seed, so that an interrupted experiment has every config.
     for seed in range(seeds):
@@ -157,7 +157,7 @@ def median_speed(runs: Iterable[Result]) -> int | None:
     return round(statistics.median(speeds)) if speeds else None
 
 
-def _remember_compilations(folder: pathlib.Path) -> None:
+def remember_compilations(folder: pathlib.Path) -> None:
     """Keeps compiled programs in a folder.
 
     The programs of a config are the same for every seed, and after an interruption.

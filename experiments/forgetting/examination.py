@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from experiments.forgetting.records import Point
 from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -53,17 +54,19 @@ class Examiner:
         data = DataConfig(text.dataset, text.path, tokenizer=kind, seq_len=sizes.seq_len)
         self._evaluate = Evaluator(RunConfig(config, data, train), load_corpus(data, tokenizer))
 
-    def __call__(
-        self, step: int, variables: dict[str, ArrayTree], new: Sequence[Person], before: Sequence[Person]
-    ) -> Point:
-        """Returns what a model knows.
+    def exam(self, new: Sequence[Person], before: Sequence[Person]) -> "LessonExam":
+        """Returns the exam of a lesson.
 
         Args:
-            step: steps of teaching so far.
-            variables: its variables.
-            new: people that it is being taught.
-            before: people that it was taught before.
+            new: people that are taught.
+            before: people that were taught before.
         """
+        return LessonExam(self, new, before)
+
+    def known(
+        self, step: int, variables: dict[str, ArrayTree], new: Sequence[Person], before: Sequence[Person]
+    ) -> Point:
+        """Returns what a model knows after some steps; people are those of `exam`."""
         scorer, choices = self._scorer.with_variables(variables), self._sizes.choices
         asked = {
             "new": queries(new, "statement", max_choices=choices),
@@ -87,3 +90,21 @@ class Examiner:
         """Returns the share of the facts of people that greedy decoding completes exactly."""
         asked = queries(people, "statement", max_choices=1)
         return recall(self._scorer.with_variables(variables), self._tokenizer, asked).greedy
+
+
+class LessonExam(NamedTuple):
+    """Measures what a model knows in the course of a lesson."""
+
+    examiner: Examiner
+    new: Sequence[Person]
+    """People that are taught."""
+    before: Sequence[Person]
+    """People that were taught before."""
+
+    def learned(self, variables: dict[str, ArrayTree]) -> float:
+        """Returns the share of the new facts that greedy decoding completes exactly."""
+        return self.examiner.greedy(variables, self.new)
+
+    def point(self, step: int, variables: dict[str, ArrayTree]) -> Point:
+        """Returns all that is measured after a step."""
+        return self.examiner.known(step, variables, self.new, self.before)

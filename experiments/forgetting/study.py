@@ -3,18 +3,17 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from experiments.forgetting.examination import Examiner
 from experiments.forgetting.methods import Method
-from experiments.forgetting.records import Point, Sequel, Teaching
+from experiments.forgetting.records import Sequel, Teaching
 from experiments.forgetting.systems import Curriculum
 from experiments.forgetting.teaching import Pupil, teach
 from ultramem_jax.config import DataConfig
 from ultramem_jax.data.facts import Person, Population, biography
-from ultramem_jax.tree_types import ArrayTree
 
 _TUNING = 1_000_000
 """First person of those on whom rates are tuned."""
@@ -44,7 +43,8 @@ class Classroom:
 
     def tune(self, method: Method) -> list[Teaching]:
         """Returns a run for each rate of a method, on people whom no other part teaches."""
-        return [self._taught(method, rate, _TUNING, 0, "tuning") for rate in method.rates]
+        rates = self._curriculum.rates[method.name]
+        return [self._taught(method, rate, _TUNING, 0, "tuning") for rate in rates]
 
     def teach(self, method: Method, seeds: int) -> list[Teaching]:
         """Returns a run for each seed, at the best rate of a method; each seed has people of its own."""
@@ -62,11 +62,12 @@ class Classroom:
         pupil, groups = self._pupil, []
         sequel = Sequel(pupil.system, method.name, rate, seed, [], [], [])
         for number in range(lessons):
-            first = _SEQUENCE + seed * _OF_SEED + number * self._curriculum.new
-            people = self._people(first)
+            first = _SEQUENCE + seed * _OF_SEED + number * self._curriculum.new_in_sequence
+            people = self._people(first, self._curriculum.new_in_sequence)
             groups.append(people)
             lesson = replace(self._curriculum.lesson, texts=self._texts(people))
-            record, variables = teach(pupil, method, rate, lesson, self._measure(people), seed)
+            exam = self._examiner.exam(people, self._before)
+            record, variables = teach(pupil, method, rate, lesson, exam, seed)
             pupil = dataclasses.replace(pupil, variables=variables)
             sequel.left.append([self._examiner.greedy(variables, group) for group in groups])
             sequel.kept.append(record.points[-1].kept)
@@ -78,9 +79,9 @@ class Classroom:
         path = self._path(part, method, f"{rate:g}_seed_{seed}")
         if path.exists():
             return Teaching.load(path)
-        people = self._people(first)
+        people = self._people(first, self._curriculum.new)
         lesson = replace(self._curriculum.lesson, texts=self._texts(people))
-        record, _ = teach(self._pupil, method, rate, lesson, self._measure(people), seed)
+        record, _ = teach(self._pupil, method, rate, lesson, self._examiner.exam(people, self._before), seed)
         record.save(path)
         return record
 
@@ -88,14 +89,11 @@ class Classroom:
         words = (re.sub(r"\W+", "_", of).strip("_").lower() for of in (self._pupil.system, method.name))
         return self._folder.joinpath(part, *words, f"{name}.json")
 
-    def _people(self, first: int) -> list[Person]:
-        return list(Population(first, first + self._curriculum.new).people())
+    def _people(self, first: int, number: int) -> list[Person]:
+        return list(Population(first, first + number).people())
 
     def _texts(self, people: Sequence[Person]) -> list[str]:
         return [biography(of, which) for which in range(self._curriculum.copies) for of in people]
-
-    def _measure(self, people: Sequence[Person]) -> Callable[[int, dict[str, ArrayTree]], Point]:
-        return lambda step, variables: self._examiner(step, variables, people, self._before)
 
 
 def best_rate(runs: Sequence[Teaching], enough: float) -> float:

@@ -33,6 +33,8 @@ class Curriculum:
     """People whom it knows before it is taught others."""
     new: int
     """People of a lesson."""
+    new_in_sequence: int
+    """People of each lesson of a sequence."""
     copies: int
     """Paraphrases of each of them."""
     mixture_bytes: int
@@ -41,6 +43,8 @@ class Curriculum:
     """Share of people in that text."""
     lesson: Lesson
     """The lesson, without its texts."""
+    rates: dict[str, tuple[float, ...]]
+    """Learning rates among which the best is chosen, on other people, by the name of the method."""
     sizes: Sizes
     background_batches: int
     """Batches of the mixture whose reads are the background."""
@@ -49,21 +53,55 @@ class Curriculum:
 FOR_GRAFTED = Curriculum(
     before=Population(0, 32),
     new=16,
+    new_in_sequence=8,
     copies=32,
     mixture_bytes=1_200_000,
     mixture_share=0.5,
-    lesson=Lesson((), steps=60, batch_size=4, seq_len=96, measure_every=10, enough=0.9),
+    lesson=Lesson(
+        texts=(),
+        steps=60,
+        batch_size=4,
+        seq_len=96,
+        check_every=5,
+        measure_every=20,
+        enough=0.7,
+        slots=1024,
+    ),
+    rates={
+        "sparse memory, AdamW": (1e-2, 3e-2, 1e-1),
+        "sparse memory, SGD": (300.0, 1000.0, 3000.0),
+        "full memory": (1e-3, 3e-3, 1e-2),
+        "LoRA": (1e-3, 3e-3, 1e-2),
+        "full fine-tuning": (1e-5, 3e-5, 1e-4),
+    },
     sizes=Sizes(batches=8, batch_size=4, seq_len=256, choices=1),
     background_batches=100,
 )
 FOR_OWN = Curriculum(
     before=Population(0, 50),
     new=32,
+    new_in_sequence=12,
     copies=32,
     mixture_bytes=6_000_000,
     mixture_share=0.3,
-    lesson=Lesson((), steps=400, batch_size=8, seq_len=256, measure_every=40, enough=0.9),
-    sizes=Sizes(batches=16, batch_size=16, seq_len=256, choices=20),
+    lesson=Lesson(
+        texts=(),
+        steps=500,
+        batch_size=8,
+        seq_len=256,
+        check_every=25,
+        measure_every=100,
+        enough=0.7,
+        slots=8192,
+    ),
+    rates={
+        "sparse memory, AdamW": (1e-2, 3e-2, 1e-1),
+        "sparse memory, SGD": (300.0, 1000.0, 3000.0),
+        "full memory": (1e-3, 3e-3, 1e-2),
+        "LoRA": (3e-3, 1e-2, 3e-2),
+        "full fine-tuning": (1e-4, 3e-4, 1e-3),
+    },
+    sizes=Sizes(batches=16, batch_size=16, seq_len=256, choices=1),
     background_batches=200,
 )
 

@@ -94,7 +94,7 @@ def _teaching(study: Study) -> list[str]:
     seeds = len({run.seed for run in study.teachings})
     about = (
         f"Means over {seeds} lessons with other people each, and the standard deviation of what is lost. A "
-        "lesson ends at the first measurement at which greedy decoding completes 90 % of the new facts, or "
+        "lesson ends at the first measurement at which greedy decoding completes 70 % of the new facts, or "
         "after its last step. `lost` is the share of the facts known before that greedy decoding does not "
         "complete any more; bits per byte are on the validation split of enwik8."
     )

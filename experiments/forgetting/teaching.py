@@ -4,8 +4,9 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -35,10 +36,14 @@ class Lesson:
     """Most steps."""
     batch_size: int
     seq_len: int
+    check_every: int
+    """Steps after which it is checked again whether enough is learned."""
     measure_every: int
-    """Steps between two measurements."""
+    """Steps between two whole measurements, a multiple of `check_every`."""
     enough: float
     """Share of the new facts at which the teaching ends."""
+    slots: int
+    """Rows of a table that a step may change, where the method selects."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,22 @@ class Pupil:
     """Path of the background reads of its tables."""
 
 
+class Exam(Protocol):
+    """Measures what a model knows in the course of a lesson."""
+
+    def learned(self, variables: dict[str, ArrayTree]) -> float:
+        """Returns the share of the new facts that it has learned, in [0, 1]."""
+
+    def point(self, step: int, variables: dict[str, ArrayTree]) -> Point:
+        """Returns all that is measured after a step."""
+
+
 def teach(
     pupil: Pupil,
     method: Method,
     rate: float,
     lesson: Lesson,
-    measure: Callable[[int, dict[str, ArrayTree]], Point],
+    exam: Exam,
     seed: int,
 ) -> tuple[Teaching, dict[str, ArrayTree]]:
     """Teaches a model until it has learned enough, or has taken all steps.
@@ -70,12 +85,12 @@ def teach(
         method: how it is taught.
         rate: peak of the learning rate.
         lesson: what it is taught, and for how long.
-        measure: (step, variables) -> what a model with these variables knows.
+        exam: what is measured on the way.
         seed: of the order of the texts, and of new parameters.
 
     Returns:
-        The record of the run, and the variables after it, on the host. A run whose loss is not finite any
-        more ends there.
+        The record of the run, and the variables after it, on the host. A run whose loss is not finite ends
+        with the measurement before.
     """
     began = time.perf_counter()
     config = run_config(pupil, method, rate, lesson, seed)
@@ -83,20 +98,24 @@ def teach(
     given = Initial({**pupil.variables, "background": background_of(config)})
     state = fresh_state(config, optimizers, one_device(), np.uint32(seed), initial=given)
     step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
-    points = [measure(0, merged(model_variables(state), config.train))]
+    points = [exam.point(0, merged(model_variables(state), config.train))]
     batches = packed(lesson, pupil.tokenizer, seed)
     with tqdm(total=lesson.steps, desc=f"{pupil.system}: {method.name}", unit="step", leave=False) as bar:
         for number in range(1, lesson.steps + 1):
-            state, _ = step(state, next(batches))
+            state, metrics = step(state, next(batches))
             bar.update()
-            if number % lesson.measure_every and number < lesson.steps:
+            last = number == lesson.steps
+            if number % lesson.check_every and not last:
                 continue
-            points.append(measure(number, merged(model_variables(state), config.train)))
-            last = points[-1]
-            bar.set_postfix_str(
-                f"learned {last.learned:.0%}, kept {last.kept:.0%}, {last.bits_per_byte:.3f} bits"
-            )
-            if last.learned >= lesson.enough or not math.isfinite(last.bits_per_byte):
+            if not math.isfinite(float(metrics["loss"])):
+                break
+            variables = merged(model_variables(state), config.train)
+            ends = last or exam.learned(variables) >= lesson.enough
+            if ends or number % lesson.measure_every == 0:
+                points.append(exam.point(number, variables))
+                known = f"learned {points[-1].learned:.0%}, kept {points[-1].kept:.0%}"
+                bar.set_postfix_str(f"{known}, {points[-1].bits_per_byte:.3f} bits/byte")
+            if ends:
                 break
     slots = config.train.slots_per_step
     seconds = time.perf_counter() - began
@@ -114,7 +133,7 @@ def run_config(pupil: Pupil, method: Method, rate: float, lesson: Lesson, seed: 
         final_lr_fraction=1.0,
         weight_decay=0.0,
     )
-    train = method.train_config(rate, plain, pupil.background)
+    train = method.train_config(rate, plain, lesson.slots, pupil.background)
     # The rate is tuned for each method, so that of rows needs no multiple.
     memories = {
         name: replace(memory, value_lr_multiple=1.0, value_lr_final_multiple=1.0)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -36,14 +37,25 @@ MODEL = ModelConfig(
         "memory": families.memory_plus(placement="1:1", num_keys=16, top_m=4, num_heads=2, value_dim=16)
     },
 )
-LESSON = Lesson(("One two.", "Three."), steps=4, batch_size=2, seq_len=32, measure_every=2, enough=0.9)
+LESSON = Lesson(
+    ("One two.", "Three."),
+    steps=4,
+    batch_size=2,
+    seq_len=32,
+    check_every=1,
+    measure_every=2,
+    enough=0.9,
+    slots=5,
+)
 CURRICULUM = Curriculum(
     before=Population(0, 1),
     new=1,
+    new_in_sequence=1,
     copies=1,
     mixture_bytes=1000,
     mixture_share=0.5,
     lesson=LESSON,
+    rates={method.name: (1e-2,) for method in METHODS},
     sizes=Sizes(batches=1, batch_size=2, seq_len=128, choices=1),
     background_batches=1,
 )
@@ -72,6 +84,20 @@ def point(step=0, **known):
     return Point(step=step, **plain | known)
 
 
+class Known(NamedTuple):
+    """An exam in which a model learns so much in every step."""
+
+    a_step: float
+    steps: list
+
+    def learned(self, variables):
+        self.steps.append(len(self.steps) + 1)
+        return self.a_step * len(self.steps)
+
+    def point(self, step, variables):
+        return point(step, learned=self.a_step * step)
+
+
 def changed(pupil, variables):
     """Names of the leaves that a lesson has changed."""
     found = set()
@@ -86,10 +112,10 @@ def changed(pupil, variables):
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_a_method_changes_what_it_says(pupil, method):
     lesson = replace(LESSON, texts=[biography(of, 0) for of in Population(0, 2).people()])
-    steps = []
-    record, variables = teach(pupil, method, method.rates[0], lesson, lambda step, _: point(step), seed=1)
-    steps = [one.step for one in record.points]
-    assert steps == [0, 2, 4] and record.method == method.name and record.rate == method.rates[0]
+    rate = 1.0 if method.settings.get("row_optimizer") == "sgd" else 1e-2
+    record, variables = teach(pupil, method, rate, lesson, Known(0.0, []), seed=1)
+    assert [one.step for one in record.points] == [0, 2, 4]
+    assert record.method == method.name and record.rate == rate
     values = "memory/memory_tables/values"
     moved = changed(pupil, variables)
     if method.name == "full fine-tuning":
@@ -100,21 +126,23 @@ def test_a_method_changes_what_it_says(pupil, method):
         assert moved == {values}
         table = variables["memory"]["memory_tables"]["values"]
         rows = (table != pupil.variables["memory"]["memory_tables"]["values"]).any(1).sum()
-        assert 0 < rows <= (method.settings.get("slots_per_step", 64) * 4)
+        assert 0 < rows <= (5 * 4 if method.selects else 256)
     config = run_config(pupil, method, 0.5, lesson, seed=1)
     assert config.train.learning_rate == 0.5 and config.train.weight_decay == 0.0
-    assert config.train.slots_per_step == method.settings.get("slots_per_step", 0) == record.slots
+    assert config.train.slots_per_step == (5 if method.selects else 0) == record.slots
 
 
 def test_a_lesson_ends_when_enough_is_learned(pupil):
-    lesson, seen = replace(LESSON, steps=8), []
+    lesson, exam = replace(LESSON, steps=8, check_every=1, measure_every=2), Known(0.31, [])
+    record, _ = teach(pupil, METHODS[2], 1e-3, lesson, exam, seed=0)
+    assert exam.steps == [1, 2, 3] and [point.step for point in record.points] == [0, 2, 3]
+    assert record.at(0.5).step == 2 and record.at(2.0) is None
 
-    def measure(step, variables):
-        seen.append(step)
-        return point(step, learned=step / 4)
 
-    record, _ = teach(pupil, METHODS[2], 1e-3, lesson, measure, seed=0)
-    assert seen == [0, 2, 4] and record.at(0.5).step == 2 and record.at(2.0) is None
+def test_a_lesson_that_diverges_ends_with_the_measurement_before(pupil):
+    lesson = replace(LESSON, steps=8, check_every=2, measure_every=2)
+    record, _ = teach(pupil, METHODS[4], 1e30, lesson, Known(0.0, []), seed=0)
+    assert [point.step for point in record.points] in ([0], [0, 2])
 
 
 def test_texts_are_packed_one_after_the_other():
@@ -148,7 +176,7 @@ def test_runs_that_have_ended_are_not_repeated(pupil, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("a slot is read\n" * 2000)
     monkeypatch.setenv("ULTRAMEM_CACHE", str(tmp_path / "cache"))
     text = DataConfig("text", str(tmp_path / "text.txt"))
-    method = replace(METHODS[0], rates=(1e-2,))
+    method = METHODS[0]
     room = Classroom(pupil, CURRICULUM, text, tmp_path / "runs")
     taught = room.teach(method, seeds=2)
     sequel = room.teach_in_sequence(method, lessons=2, seed=0)

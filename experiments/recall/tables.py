@@ -1,0 +1,183 @@
+"""Makes the report of `recall` from its measurements."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from pathlib import Path
+
+from experiments.common import report
+from experiments.recall import figures
+from experiments.recall.records import Run, Study
+from experiments.recall.systems import DENSE
+from experiments.recall.trials import best_rate
+from ultramem_jax.reporting import markdown
+from ultramem_jax.reporting.markdown import Row, significant
+
+NAME = "recall"
+_FLAT = 0.02
+"""Share of all bits below which a doubling of the sparse parameters counts as no gain."""
+
+
+def write(study: Study, folder: Path) -> list[Path]:
+    """Writes the report (`.md`), its table (`.csv`), the measurements (`.json`) and the figure.
+
+    Returns:
+        The paths; the report comes first.
+    """
+    raw = study.save(folder / f"{NAME}.json")
+    text, table = report.write_table(
+        [row(study, runs) for runs in groups(study.runs)],
+        folder / NAME,
+        "Facts held at equal compute, against sparse parameters",
+        study.environment,
+        notes(study),
+        {
+            "What it shows": in_words(study),
+            "Learning rates": [_tuning_note(study), markdown.table(tuning_rows(study))],
+        },
+        {"bits held against parameters, by system": f"{NAME}.png"},
+    )
+    return [text, table, raw, figures.plot(study, folder / f"{NAME}.png")]
+
+
+def groups(runs: Sequence[Run]) -> list[list[Run]]:
+    """Returns the runs of each system and size together: systems as they come, sizes in increasing order."""
+    systems = {run.system: number for number, run in reversed(list(enumerate(runs)))}
+    ordered = sorted(runs, key=lambda run: (systems[run.system], run.size, run.seed))
+    return [list(of) for _, of in itertools.groupby(ordered, key=lambda run: (run.system, run.size))]
+
+
+def row(study: Study, runs: Sequence[Run]) -> Row:
+    """Returns the row of a system of one size: counts, and means over its runs."""
+    first, share = runs[0], [study.share(run) for run in runs]
+    speeds = [run.tokens_per_second for run in runs if run.tokens_per_second is not None]
+    return {
+        "system": first.system,
+        "size": f"{first.size}×" if first.size else "",
+        "shape": first.shape,
+        "parameters": first.parameters,
+        "sparse parameters": first.sparse_parameters,
+        "FLOPs per token": first.flops,
+        "rate": _plain(first.rate),
+        "statements": _mean(runs, lambda run: run.statements.greedy),
+        "held-out statements": _mean(runs, lambda run: run.held_out.greedy),
+        "questions": _mean(runs, lambda run: run.questions.greedy),
+        "bits": _mean(runs, lambda run: run.statements.stored_bits),
+        "share of all bits": statistics.fmean(share),
+        "± (share)": statistics.stdev(share) if len(share) > 1 else None,
+        "bits/parameter": _mean(runs, lambda run: run.bits_per_parameter),
+        "bits/sparse parameter": _mean(runs, lambda run: run.bits_per_sparse_parameter or 0.0) or None,
+        "tokens/s": round(statistics.median(speeds)) if speeds else None,
+    }
+
+
+def tuning_rows(study: Study) -> list[Row]:
+    """Returns a row for each system: the share of all bits that it holds at each rate, and its best rate."""
+    rates = sorted({run.rate for run in study.tunings})
+    rows = []
+    for runs in groups(study.tunings):
+        held = {run.rate: study.share(run) for run in runs}
+        found: Row = {"system": runs[0].system, "size": f"{runs[0].size}×" if runs[0].size else ""}
+        rows.append(
+            found | {f"{rate:g}": held.get(rate) for rate in rates} | {"chosen": _plain(best_rate(runs))}
+        )
+    return rows
+
+
+def notes(study: Study) -> list[str]:
+    """Explains how all runs were trained, and how to read the columns."""
+    seeds = len({run.seed for run in study.runs})
+    averaged = f"Means over {seeds} seeds, ± one standard deviation" if seeds > 1 else "One seed"
+    return [
+        study.training,
+        f"{study.people:,} people, whose values have {study.all_bits:,.0f} bits. `size`: sparse parameters, "
+        "in multiples of the dense model's, without embeddings. All systems have the same FLOPs per token, "
+        "within 2 %; attention scores and logits, equal for all, are left out.",
+        "`statements`: facts of all people that greedy decoding completes exactly after templates that were "
+        "trained; `held-out statements`: after templates that no text has; `questions`: about the people "
+        "about whom no text asks a question, in templates that were trained with others.",
+        "`bits`: what the model knows of the values, by the answers after trained templates; a lower bound "
+        "(Allen-Zhu and Li, arXiv 2404.05405, without the bits of names). `bits/parameter` counts all "
+        "parameters, with embeddings. They find 1 bit per parameter after 100 exposures of a fact, and 2 "
+        "after 1,000. With fewer, a model shows what it learns in that time, not what it could hold.",
+        f"{averaged}; the same people and batches for every system. tokens/s: median training speed, on a "
+        "machine that other work may have shared; not a benchmark.",
+    ]
+
+
+def in_words(study: Study) -> list[str]:
+    """Says how much each system holds, and where its curve bends. All of it is computed."""
+    by_system: dict[str, dict[int, list[Run]]] = {}
+    for runs in groups(study.runs):
+        by_system.setdefault(runs[0].system, {})[runs[0].size] = runs
+    dense = by_system.pop(DENSE, {}).get(0)
+    words = []
+    if dense:
+        words.append(
+            f"The dense model holds {_share(study, dense):.0%} of all bits, "
+            f"{significant(_mean(dense, lambda run: run.bits_per_parameter), 2)} per parameter."
+        )
+    for system, sizes in by_system.items():
+        words.append(f"{system}: {_of_system(study, sizes)}{_beside(study, sizes, dense)}")
+    return words
+
+
+def bend(shares: dict[int, float]) -> int | None:
+    """Returns the size from which on no doubling adds `_FLAT` of all bits; None if the last one does.
+
+    Args:
+        shares: share of all bits by size, in increasing order.
+    """
+    bent = None
+    for (small, low), (large, high) in reversed(list(itertools.pairwise(shares.items()))):
+        if (high - low) / math.log2(large / small) >= _FLAT:
+            break
+        bent = small
+    return bent
+
+
+def _of_system(study: Study, sizes: dict[int, list[Run]]) -> str:
+    shares = {size: _share(study, runs) for size, runs in sizes.items()}
+    first, last = min(shares), max(shares)
+    most = max(shares, key=lambda size: shares[size])
+    if first == last:
+        return f"{shares[first]:.0%} of all bits at {first}×"
+    flat = bend(shares)
+    bends = f"from {flat}× on, no doubling" if flat else "the last doubling still"
+    return (
+        f"{shares[first]:.0%} of all bits at {first}×, {shares[last]:.0%} at {last}×, most at {most}× "
+        f"({shares[most]:.0%}); {bends} adds {_FLAT:.0%} or more"
+    )
+
+
+def _beside(study: Study, sizes: dict[int, list[Run]], dense: Sequence[Run] | None) -> str:
+    """Says at how many sizes, and in how many runs of a seed, a system holds more than the dense model."""
+    if not dense:
+        return "."
+    of_seed = {run.seed: study.share(run) for run in dense}
+    pairs = [
+        study.share(run) > of_seed[run.seed] for runs in sizes.values() for run in runs if run.seed in of_seed
+    ]
+    return f". It holds more than the dense model of the same seed in {sum(pairs)} of {len(pairs)} runs."
+
+
+def _tuning_note(study: Study) -> str:
+    return (
+        "Share of all bits at each learning rate, one run each, with a seed that no other run has. The best "
+        "rate of a system is that of all its sizes. A blank is a run whose loss became infinite."
+    )
+
+
+def _plain(rate: float) -> Decimal:
+    """Returns a rate that tables show with its own digits."""
+    return Decimal(f"{rate:g}")
+
+
+def _share(study: Study, runs: Sequence[Run]) -> float:
+    return statistics.fmean(study.share(run) for run in runs)
+
+
+def _mean(runs: Sequence[Run], value: Callable[[Run], float]) -> float:
+    return statistics.fmean(map(value, runs))
