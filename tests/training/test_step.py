@@ -143,18 +143,26 @@ def test_compiled_step_holds_nothing_of_the_tables_size(shared, micro_batches):
     assert step.lower(state, tokens).compile().memory_analysis().temp_size_in_bytes > table
 
 
+SELECTING = dict(slots_per_step=512, background="counts.npz")
+
+
 @pytest.mark.parametrize(
-    ("stored", "share", "record"),
-    [("float32", 0.05, False), ("float32", 0.05, True), ("bfloat16", 0.1, True)],
+    ("stored", "share", "record", "selection"),
+    [
+        ("float32", 0.05, False, {}),
+        ("float32", 0.05, True, {}),
+        ("float32", 0.05, True, SELECTING),
+        ("bfloat16", 0.1, True, {}),
+    ],
 )
-def test_temporaries_at_four_million_slots_are_a_small_share_of_the_table(stored, share, record):
+def test_temporaries_at_four_million_slots_are_a_small_share_of_the_table(stored, share, record, selection):
     # The shape of the benchmark: 512 tokens, 4,194,304 slots of 128 values, R = 64 reads a token.
     memory = families.ultramem(
         placement="1:1", num_keys=2048, top_m=32, num_heads=2, key_dim=64, value_dim=128, dtype=stored
     )
     # Temporaries are those of the reads, float32 in either case: twice the share of a table half as large.
     table = 2048**2 * 128 * (4 if stored == "float32" else 2)
-    train = replace(TRAIN, batch_size=2)
+    train = replace(TRAIN, batch_size=2, **selection)
     if stored == "bfloat16":
         train = replace(train, row_moment_dtype="bfloat16", row_second_moment="row")
     config = RunConfig(replace(MODEL, num_layers=1, embed_dim=256, memories={"memory": memory}), train=train)
