@@ -19,6 +19,8 @@ class Method:
     """Fields of `TrainConfig`."""
     selects: bool = False
     """Whether a step may change only some of the rows that its batch reads."""
+    share: float = 1.0
+    """Multiple of the rows that a step of the lesson may change, where it selects."""
 
     def train_config(self, rate: float, base: TrainConfig, slots: int, background: str) -> TrainConfig:
         """Returns the settings of a run.
@@ -29,12 +31,16 @@ class Method:
             slots: rows of a table that a step may change, where it selects.
             background: path of the background reads.
         """
-        selection: dict[str, Any] = dict(slots_per_step=slots, background=background) if self.selects else {}
+        selection: dict[str, Any] = {}
+        if self.selects:
+            compares = self.settings.get("slot_score") != "reads"
+            selection = dict(slots_per_step=round(self.share * slots), background=background * compares)
         return replace(base, learning_rate=rate, **self.settings, **selection)
 
 
+SPARSE = Method("sparse memory, AdamW", dict(trainable=_ROWS), selects=True)
 METHODS = (
-    Method("sparse memory, AdamW", dict(trainable=_ROWS), selects=True),
+    SPARSE,
     Method("sparse memory, SGD", dict(trainable=_ROWS, row_optimizer="sgd"), selects=True),
     Method("full memory", dict(trainable=_ROWS)),
     Method(
@@ -44,3 +50,11 @@ METHODS = (
     Method("full fine-tuning", dict(trainable="")),
 )
 """Methods that are compared at equal learning."""
+VARIANTS = (
+    replace(SPARSE, name="an eighth of the rows", share=1 / 8),
+    replace(SPARSE, name="half of the rows", share=1 / 2),
+    replace(SPARSE, name="twice the rows", share=2),
+    replace(SPARSE, name="KL divergence", settings=SPARSE.settings | dict(slot_score="kl")),
+    replace(SPARSE, name="most read rows", settings=SPARSE.settings | dict(slot_score="reads")),
+)
+"""Variants of `SPARSE`, at its learning rate."""

@@ -119,6 +119,8 @@ class Study:
     """Runs by which rates were chosen."""
     teachings: list[Teaching]
     """Runs at the chosen rates, over seeds."""
+    variants: list[Teaching]
+    """Runs of variants of sparse memory fine-tuning."""
     sequels: list[Sequel]
 
     def with_parts_of(self, earlier: "Study") -> "Study":
@@ -128,6 +130,7 @@ class Study:
             self.speeds or earlier.speeds,
             _with_others(self.tunings, earlier.tunings),
             _with_others(self.teachings, earlier.teachings),
+            _with_others(self.variants, earlier.variants),
             _with_others(self.sequels, earlier.sequels),
         )
 
@@ -152,6 +155,7 @@ class Study:
                 [Speed(**record) for record in read["speeds"]],
                 [Teaching.of(record) for record in read["tunings"]],
                 [Teaching.of(record) for record in read["teachings"]],
+                [Teaching.of(record) for record in read["variants"]],
                 [Sequel(**record) for record in read["sequels"]],
             )
 

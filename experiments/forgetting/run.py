@@ -11,6 +11,7 @@ learning: a lesson ends when the model completes 70 % of the new facts.
 
 - speed: what the selection of rows costs in a training step;
 - teaching: what a lesson leaves of other facts and of enwik8, over seeds;
+- variants: the same for other numbers of rows and other scores in sparse memory fine-tuning;
 - sequence: ten lessons one after the other, and what is left of each.
 
 Every run that has ended is kept in --workdir. The same command goes on where it was stopped.
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from experiments.common import model_file
 from experiments.common.seeds import remember_compilations
 from experiments.forgetting import speed, systems, tables
-from experiments.forgetting.methods import METHODS
+from experiments.forgetting.methods import METHODS, VARIANTS
 from experiments.forgetting.records import Study
 from experiments.forgetting.study import Classroom
 from ultramem_jax.cli.arguments import check_names
@@ -37,7 +38,7 @@ from ultramem_jax.errors import require
 from ultramem_jax.reporting.environment import describe_environment
 from ultramem_jax.reporting.folders import make_folder
 
-PARTS = ("speed", "teaching", "sequence")
+PARTS = ("speed", "teaching", "variants", "sequence")
 
 ENWIK8 = flags.DEFINE_string("enwik8", "", "enwik8, plain or .gz")
 MODEL = flags.DEFINE_string(
@@ -73,7 +74,7 @@ def main() -> None:
     make_folder(RESULTS.value, "results")
     work = pathlib.Path(make_folder(WORKDIR.value, "workdir"))
     remember_compilations(work / "compiled")
-    study = Study(describe_environment(), [], [], [], [])
+    study = Study(describe_environment(), [], [], [], [], [])
     if "speed" in PART_NAMES.value:
         with tqdm(desc="speed", unit="step") as bar:
             study.speeds.extend(speed.measure(REPEATS.value, bar.update))
@@ -84,6 +85,8 @@ def main() -> None:
                 study.teachings.extend(classroom.teach(method, SEEDS.value))
             if "sequence" in taught:
                 study.sequels.append(classroom.teach_in_sequence(method, LESSONS.value, seed=0))
+        if "variants" in taught:
+            study.variants.extend(run for method in VARIANTS for run in classroom.vary(method, SEEDS.value))
         _write(study.with_parts_of(Study.load(kept)) if kept.exists() else study, results)
     if not taught:
         _write(study.with_parts_of(Study.load(kept)) if kept.exists() else study, results)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.forgetting.examination import Examiner
-from experiments.forgetting.methods import Method
+from experiments.forgetting.methods import SPARSE, Method
 from experiments.forgetting.records import Sequel, Teaching
 from experiments.forgetting.systems import Curriculum
 from experiments.forgetting.teaching import Pupil, teach
@@ -49,9 +49,12 @@ class Classroom:
     def teach(self, method: Method, seeds: int) -> list[Teaching]:
         """Returns a run for each seed, at the best rate of a method; each seed has people of its own."""
         rate = best_rate(self.tune(method), self._curriculum.lesson.enough)
-        return [
-            self._taught(method, rate, _TEACHING + seed * _OF_SEED, seed, "teaching") for seed in range(seeds)
-        ]
+        return self._over_seeds(method, rate, seeds)
+
+    def vary(self, method: Method, seeds: int) -> list[Teaching]:
+        """Returns what `teach` returns, at the best rate of `SPARSE`."""
+        rate = best_rate(self.tune(SPARSE), self._curriculum.lesson.enough)
+        return self._over_seeds(method, rate, seeds)
 
     def teach_in_sequence(self, method: Method, lessons: int, seed: int) -> Sequel:
         """Returns what is left of each lesson after the later ones, at the best rate of a method."""
@@ -74,6 +77,10 @@ class Classroom:
             sequel.bits_per_byte.append(record.points[-1].bits_per_byte)
         sequel.save(path)
         return sequel
+
+    def _over_seeds(self, method: Method, rate: float, seeds: int) -> list[Teaching]:
+        firsts = [_TEACHING + seed * _OF_SEED for seed in range(seeds)]
+        return [self._taught(method, rate, first, seed, "teaching") for seed, first in enumerate(firsts)]
 
     def _taught(self, method: Method, rate: float, first: int, seed: int, part: str) -> Teaching:
         path = self._path(part, method, f"{rate:g}_seed_{seed}")

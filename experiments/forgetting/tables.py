@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.common.report import write_csv
 from experiments.forgetting import figures
-from experiments.forgetting.methods import METHODS
+from experiments.forgetting.methods import METHODS, SPARSE, VARIANTS, Method
 from experiments.forgetting.records import Point, Sequel, Study, Teaching
 from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.markdown import Row
@@ -44,6 +44,8 @@ def report(study: Study) -> str:
     parts = ["# What models forget when they learn new facts"]
     if study.teachings:
         parts += ["## At equal learning", *_teaching(study)]
+    if study.variants:
+        parts += ["## Rows and scores", *_variants(study)]
     if study.sequels:
         parts += ["## Lessons one after the other", *_sequence(study)]
     if study.tunings:
@@ -85,12 +87,7 @@ def lost(run: Teaching) -> float:
 
 
 def _teaching(study: Study) -> list[str]:
-    rows = [
-        _teaching_row(of)
-        for system in _systems(study.teachings)
-        for method in METHODS
-        if (of := [r for r in study.teachings if (r.system, r.method) == (system, method.name)])
-    ]
+    rows = _rows(study.teachings, METHODS)
     seeds = len({run.seed for run in study.teachings})
     about = (
         f"Means over {seeds} lessons with other people each, and the standard deviation of what is lost. A "
@@ -102,12 +99,34 @@ def _teaching(study: Study) -> list[str]:
     return [about, markdown.table(rows), image, _PUBLISHED]
 
 
+def _variants(study: Study) -> list[str]:
+    of_sparse = [run for run in study.teachings if run.method == SPARSE.name]
+    about = (
+        f"Variants of `{SPARSE.name}`, at its learning rate: other numbers of rows that a step may change, "
+        "and rows chosen by KL divergence, or by their reads alone."
+    )
+    systems = {run.system for run in study.variants}
+    beside = [run for run in of_sparse if run.system in systems]
+    return [about, markdown.table(_rows([*beside, *study.variants], (SPARSE, *VARIANTS)))]
+
+
+def _rows(runs: Sequence[Teaching], methods: Sequence[Method]) -> list[Row]:
+    """Returns a row for each system and method that has runs."""
+    return [
+        _teaching_row(of)
+        for system in _systems(runs)
+        for method in methods
+        if (of := [run for run in runs if (run.system, run.method) == (system, method.name)])
+    ]
+
+
 def _teaching_row(runs: Sequence[Teaching]) -> Row:
     first, last = [run.points[0] for run in runs], [run.points[-1] for run in runs]
     return {
         "system": runs[0].system,
         "method": runs[0].method,
         "rate": runs[0].rate,
+        "rows a step": runs[0].slots or None,
         "steps": _mean(last, "step"),
         "learned": _percent(_mean(last, "learned")),
         "held-out templates": _percent(_mean(last, "learned_held_out")),
