@@ -47,7 +47,7 @@ MODEL = flags.DEFINE_string(
 SYSTEMS = flags.DEFINE_list(
     "systems",
     list(systems.OWN),
-    "small models to teach, of " + ", ".join(systems.OWN) + "; none with --model",
+    "small models to teach, with --model also none; of " + ", ".join(systems.OWN),
 )
 PART_NAMES = flags.DEFINE_list("parts", list(PARTS), "what to measure, of " + ", ".join(PARTS))
 SEEDS = flags.DEFINE_integer("seeds", 3, "lessons of each method, each with other people", lower_bound=1)
