@@ -16,7 +16,7 @@ from ultramem_jax.config.memory import MemorySite
 from ultramem_jax.config.model import table_readers
 from ultramem_jax.errors import at_least, require
 from ultramem_jax.inspection.contexts import Contexts, Found
-from ultramem_jax.inspection.names import checked_slots, order_of_reads, require_memories, table_of
+from ultramem_jax.inspection.names import order_of_reads, require_memories, slots_by_table
 from ultramem_jax.inspection.ngrams import SharedRows
 from ultramem_jax.inspection.tracing import Reads, reads_of
 from ultramem_jax.inspection.usage import most_read
@@ -85,12 +85,10 @@ def corpus_pass(
     at_least(1, k=k, most=most, ngrams=ngrams)
     at_least(0, before=before, after=after)
     readers = table_readers(config)
-    chosen: dict[str, set[int]] = {table: set() for table in readers}
-    for name, rows in (slots or {}).items():
-        table = table_of(config, name)
-        chosen[table].update(checked_slots(config, table, rows).tolist())
+    given = slots_by_table(config, slots or {})
+    chosen = {table: np.unique(given.get(table, np.empty(0))).astype(np.int64) for table in readers}
     passes = {
-        table: _TablePass(sites, np.array(sorted(chosen[table]), np.int64), k, most, ngrams, (before, after))
+        table: _TablePass(sites, chosen[table], k, most, ngrams, (before, after))
         for table, sites in readers.items()
     }
     seen = num_tokens = num_batches = 0

@@ -18,7 +18,7 @@ import numpy as np
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.data import Tokenizer
 from ultramem_jax.errors import at_least, require
-from ultramem_jax.inspection.names import checked_slots, require_memories, table_of
+from ultramem_jax.inspection.names import checked_slots, require_memories, slots_by_table, table_of
 from ultramem_jax.inspection.tracing import encoded, token_losses
 from ultramem_jax.layers.memory.table import Table
 from ultramem_jax.models import Transformer
@@ -63,10 +63,8 @@ def knock_out(
         UserError: an unknown memory, or a slot that its table does not have; else as `trace`.
     """
     require_memories(config)
-    of_tables: dict[str, list[int]] = {site.table: [] for site in config.sites}
-    for name, rows in slots.items():
-        table = table_of(config, name)
-        of_tables[table].extend(checked_slots(config, table, rows).tolist())
+    nothing = {site.table: np.empty(0, np.int32) for site in config.sites}
+    of_tables = nothing | slots_by_table(config, slots)
     ids = encoded(config, tokenizer, text)
     # One program serves all lists of slots up to a power of two.
     size = 1 << max(max(map(len, of_tables.values())) - 1, 0).bit_length()

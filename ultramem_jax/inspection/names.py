@@ -1,6 +1,6 @@
 """Finds memories, tables and slots by the names and numbers that a user gives."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -60,6 +60,25 @@ def checked_slots(config: ModelConfig, table: str, slots: Iterable[int] | np.nda
     for slot in array[(array < 0) | (array >= rows)][:1]:
         require(False, f"slot of {table}", int(slot), f"must be in [0, {rows})")
     return array.astype(np.int32)
+
+
+def slots_by_table(
+    config: ModelConfig, slots: Mapping[str, Iterable[int] | np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns the slots of each table that is named, (n,) int32, over all memories that read it.
+
+    Args:
+        config: the model.
+        slots: rows, by the name of a table or of a memory that reads it.
+
+    Raises:
+        UserError: an unknown memory, or a slot that its table does not have.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for name, rows in slots.items():
+        table = table_of(config, name)
+        found.setdefault(table, []).append(checked_slots(config, table, rows))
+    return {table: np.concatenate(parts) for table, parts in found.items()}
 
 
 def order_of_reads(site: MemorySite) -> np.ndarray:

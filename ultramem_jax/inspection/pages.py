@@ -32,7 +32,7 @@ from ultramem_jax.inspection.cards import (
 )
 from ultramem_jax.inspection.corpus import CorpusReads, corpus_pass
 from ultramem_jax.inspection.knock_outs import knock_out
-from ultramem_jax.inspection.names import checked_slots, site_of, table_of
+from ultramem_jax.inspection.names import site_of, slots_by_table
 from ultramem_jax.inspection.texts import TokenTexts
 from ultramem_jax.inspection.tracing import MemoryReads, Trace, trace
 from ultramem_jax.inspection.usage import training_curves, usage
@@ -96,10 +96,7 @@ def page(
     traced = trace(config, variables, tokenizer, text)
     by = strengths(config, variables, traced)
     ways = strongest_first(traced, by, cards)
-    given = {
-        table_of(config, name): checked_slots(config, table_of(config, name), rows)
-        for name, rows in (knocked_out or {}).items()
-    }
+    given = slots_by_table(config, knocked_out or {})
     corpus = None
     if batches is not None:
         chosen = {
@@ -124,7 +121,7 @@ def page(
     texts = TokenTexts(tokenizer)
     data: JsonDict = {
         "subtitle": f"{title} · {_in_words(config)}",
-        "note": _note(traced, texts),
+        "note": _note(traced),
         "tokens": [_token(traced, texts, i) for i in range(len(traced.ids))],
         "memories": {
             name: _memory(config, name, of, by[name], reads) for name, of in traced.memories.items()
@@ -160,13 +157,12 @@ def _in_words(config: ModelConfig) -> str:
     return f"{config.num_layers} layers of width {config.embed_dim} · {'; '.join(memories)}"
 
 
-def _note(traced: Trace, texts: TokenTexts) -> str:
-    size = sum(len(piece) for piece in traced.pieces)
+def _note(traced: Trace) -> str:
     nats = float(np.nansum(traced.losses.astype(np.float64)))
-    per_byte = f", {nats / np.log(2) / size:.2f} bits per byte" if size else ""
+    bits = nats / np.log(2) / traced.num_bytes
     return (
-        f"{len(traced.ids):,} tokens, mean loss {traced.loss:.3f} nats{per_byte}. Arrow keys move between "
-        "tokens; underlined tokens read the slot that is shown."
+        f"{len(traced.ids):,} tokens, mean loss {traced.loss:.3f} nats, {bits:.2f} bits per byte. Arrow keys move "
+        "between tokens; underlined tokens read the slot that is shown."
     )
 
 

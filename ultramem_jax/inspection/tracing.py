@@ -11,7 +11,7 @@ import numpy as np
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.memory_parts import Head
 from ultramem_jax.data import Tokenizer
-from ultramem_jax.errors import require
+from ultramem_jax.errors import UserError, require
 from ultramem_jax.inspection.names import require_memories
 from ultramem_jax.models import Transformer
 from ultramem_jax.tree_types import Variables
@@ -55,6 +55,8 @@ class Trace:
     """(S,) int32."""
     pieces: tuple[bytes, ...]
     """Bytes of each token; empty for special tokens."""
+    num_bytes: int
+    """Bytes of the text."""
     losses: np.ndarray
     """(S,) float32, the loss of each token after those before it, in nats; NaN for the first."""
     memories: dict[str, MemoryReads]
@@ -87,20 +89,28 @@ def trace(config: ModelConfig, variables: Variables, tokenizer: Tokenizer, text:
         memories[site.name] = MemoryReads(
             site.table, site.config.address.heads, slots, blocks, weights.astype(np.float32, copy=False)
         )
-    pieces = tuple(tokenizer.decode(ids[i : i + 1], continuing=i > 0) for i in range(len(ids)))
-    return Trace(ids, pieces, np.asarray(losses)[0], memories)
+    # Some tokenizers put a blank before a document, which is no byte of the text.
+    first = len(tokenizer.start_ids)
+    pieces = tuple(tokenizer.decode(ids[i : i + 1], continuing=i > first) for i in range(len(ids)))
+    return Trace(ids, pieces, len(_bytes_of(text)), np.asarray(losses)[0], memories)
 
 
 def encoded(config: ModelConfig, tokenizer: Tokenizer, text: str | bytes) -> np.ndarray:
     """Returns the ids of a text, with those that start a document: (S,) int32; errors as in `trace`."""
-    data = text.encode(errors="surrogateescape") if isinstance(text, str) else text
-    ids = tokenizer.encode(data)
+    ids = tokenizer.encode(_bytes_of(text))
     require(len(ids) > 0, "text", text, "must have at least one token")
     ids = np.concatenate([np.asarray(tokenizer.start_ids, np.int32), ids])
     most = config.max_length or len(ids)
     allowed = f"must be at most {most}, the model's longest context"
     require(len(ids) <= most, "tokens of the text", len(ids), allowed)
     return ids
+
+
+def _bytes_of(text: str | bytes) -> bytes:
+    try:
+        return text.encode(errors="surrogateescape") if isinstance(text, str) else text
+    except UnicodeEncodeError as error:
+        raise UserError(f"text = {text!r}: must be text, {error.reason}") from None
 
 
 def token_losses(logits: jax.Array, tokens: jax.Array) -> jax.Array:

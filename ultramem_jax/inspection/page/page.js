@@ -296,7 +296,7 @@
     const tile = (value, label) => el("div", { class: "tile" }, el("b", {}, value), el("span", {}, label));
     $("tiles").replaceChildren(...(use ? [
       tile(whole(of.slots), "slots"),
-      tile(percent(use.never), "are never read"),
+      tile(percent(use.never), "are not read by the corpus"),
       tile(percent(use.top), "of all reads go to the top 1 %"),
       tile(`${short(use.entropy)} nats`, `of entropy, ${percent(use.entropy_share)} of log N`),
       tile(whole(use.reads), `reads by ${whole(data.corpus.tokens)} tokens`),
