@@ -30,7 +30,7 @@ def test_a_run_begins_with_another_and_changes_only_some_of_its_rows(run, text, 
 
     refused = {
         "--path=x": "--path = 'x': needs --dataset",
-        "--output=nowhere/x.npz": "--output = 'nowhere/x.npz': must be in a folder that exists",
+        "--output=nowhere/x.npz": "--output = 'nowhere/x.npz': must be a file in a folder that exists",
         "--dataset=stdlip": "did you mean 'stdlib'",
     }
     for flag, said in refused.items():

@@ -56,6 +56,19 @@ def traced():
     return trace(MODEL, variables(), TOKENIZER, TEXTS[1])
 
 
+def test_readers_of_a_slot_are_known_whatever_is_shown(traced):
+    few = data_of(page(MODEL, variables(), TOKENIZER, TEXTS[1], cards=6, neighbours=0, reads=1))
+    assert all(len(reads) == 1 for of in few["memories"].values() for heads in of["reads"] for reads in heads)
+    for name, of in few["memories"].items():
+        known = {read[0] for heads in of["reads"] for reads in heads for read in reads}
+        known |= {int(slot) for slot in few["tables"][of["table"]]["cards"]}
+        told = {(read[0], t) for t, heads in enumerate(of["reads"]) for reads in heads for read in reads}
+        told |= {(slot, token) for slot, token, _ in of["weaker"]}
+        slots = traced.memories[name].slots
+        everything = {(int(slot), t) for t, row in enumerate(slots) for slot in row}
+        assert {pair for pair in everything if pair[0] in known} <= told <= everything
+
+
 def test_the_data_are_those_of_the_analyses(written, traced):
     data = data_of(written)
     assert [token["loss"] for token in data["tokens"]][1:] == pytest.approx(

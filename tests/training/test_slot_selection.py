@@ -275,6 +275,17 @@ def test_a_file_of_background_reads_comes_back_or_is_refused(tmp_path):
         path.unlink() if content is None else path.write_bytes(content)
         with pytest.raises(UserError, match=r"^train\.background = '.*counts\.npz': must be a file that the"):
             load_background(path)
+    ours = background["ultramem_0"]
+    for wrong in (
+        ours._replace(batches=ours.batches[:-1]),
+        ours._replace(batches=ours.batches[:, None], reads=ours.reads[:, None]),
+        ours._replace(reads=ours.reads.astype(np.float32)),
+        ours._replace(num_batches=0),
+        ours._replace(num_batches="x"),
+    ):
+        save_background(path, background | {"ultramem_0": wrong}, {"num_batches": wrong.num_batches})
+        with pytest.raises(UserError, match=r"must be a file that the command .*: (other|counts)"):
+            load_background(path)
     with pytest.raises(UserError, match=r"nowhere/counts\.npz: No such file or directory"):
         save_background(tmp_path / "nowhere" / "counts.npz", background, {})
     with pytest.raises(UserError, match=r"model\.memories = \{\}: must name a memory"):
@@ -334,3 +345,11 @@ def test_a_file_of_another_model_is_refused(config, tmp_path):
 def test_settings_that_do_nothing_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         TrainConfig(**fields)
+
+
+def test_a_selection_needs_a_table_that_learns():
+    selecting = TrainConfig(slots_per_step=3, slot_score="reads")
+    with pytest.raises(UserError, match=r"train\.slots_per_step = 3: must be 0 without a memory"):
+        RunConfig(MODEL, train=selecting)
+    with pytest.raises(UserError, match=r"train\.trainable = 'attention': must match a table, such as"):
+        drawn_state(RunConfig(MANY, train=replace(selecting, trainable="attention")))

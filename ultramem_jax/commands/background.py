@@ -10,6 +10,7 @@ a run names in `train.background`, with `train.slots_per_step` rows of each tabl
 By default the text is the training split of the run's own corpus. An open model (--model) needs --dataset.
 """
 
+import os
 import pathlib
 
 import numpy as np
@@ -57,8 +58,9 @@ def main() -> None:
 def _output() -> pathlib.Path:
     """Returns the file to write, and refuses one that cannot be written before anything is counted."""
     beside = pathlib.Path(MODEL.value or WORKDIR.value)
-    path = pathlib.Path(OUTPUT.value) if OUTPUT.value else beside / "background.npz"
-    require(path.parent.is_dir(), "--output", str(path), "must be in a folder that exists")
+    path = pathlib.Path(OUTPUT.value).expanduser() if OUTPUT.value else beside / "background.npz"
+    is_file = path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()
+    require(is_file, "--output", str(path), "must be a file in a folder that exists and can be written to")
     return path
 
 

@@ -22,12 +22,17 @@ from decimal import Decimal
 from absl import flags
 
 from ultramem_jax.cli.arguments import check_names
-from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, corpus_for, given_model
+from ultramem_jax.commands.given_model import (
+    MODEL,
+    GivenModel,
+    corpus_for,
+    corpus_of_run,
+    given_model,
+)
 from ultramem_jax.config import ModelConfig, RunConfig, TrainConfig
-from ultramem_jax.data import SPLITS, Corpus, Tokenizer, load_corpus
+from ultramem_jax.data import SPLITS, Corpus, Tokenizer
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.reporting import markdown
-from ultramem_jax.training.continuing import check_corpus
 from ultramem_jax.training.evaluation import Evaluator
 from ultramem_jax.tree_types import ArrayTree
 
@@ -166,9 +171,7 @@ def _corpus(given: GivenModel) -> tuple[RunConfig, Corpus]:
     run = given.run
     if run is not None and DATASET.value is None:
         _check_absent(("path",), "needs --dataset; a run has its own")
-        corpus = load_corpus(run.config.data, run.tokenizer)
-        check_corpus(run.corpus, corpus, WORKDIR.value)
-        return run.config, corpus
+        return run.config, corpus_of_run(run)
     data, corpus = corpus_for(given, DATASET.value or "stdlib", PATH.value, _length(given))
     train = run.config.train if run is not None else TrainConfig(batch_size=1)
     return RunConfig(given.config, data, train), corpus

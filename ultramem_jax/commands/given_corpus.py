@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from absl import flags
 
-from ultramem_jax.commands.given_model import GivenModel, corpus_for
-from ultramem_jax.data import SPLITS, Corpus, EvalBatches, eval_batches, load_corpus
+from ultramem_jax.commands.given_model import GivenModel, corpus_for, corpus_of_run
+from ultramem_jax.data import SPLITS, Corpus, EvalBatches, eval_batches
 from ultramem_jax.errors import UserError, require
 
 DATASET = flags.DEFINE_string("dataset", None, "corpus, as data.dataset of a run; by default the run's own")
@@ -34,7 +34,7 @@ def given_corpus(given: GivenModel) -> Corpus:
     require(not PATH.present, "--path", PATH.value, "needs --dataset")
     if given.run is None:
         raise UserError("--dataset: must be given with --model, whose training text is not known")
-    return load_corpus(given.run.config.data, given.tokenizer)
+    return corpus_of_run(given.run)
 
 
 def given_batches(given: GivenModel, corpus: Corpus) -> EvalBatches:

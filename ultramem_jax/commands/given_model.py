@@ -10,6 +10,7 @@ from ultramem_jax.data import ByteTokenizer, Corpus, Tokenizer, load_corpus, ope
 from ultramem_jax.data.tokenizers import require_vocabulary
 from ultramem_jax.errors import UserError
 from ultramem_jax.interop import open_models
+from ultramem_jax.training.continuing import check_corpus
 from ultramem_jax.training.restore import LoadedModel, load_model
 from ultramem_jax.tree_types import ArrayTree
 
@@ -68,6 +69,17 @@ def given_model() -> GivenModel:
     return GivenModel(config, variables, tokenizer, length, MODEL.value, None)
 
 
+def corpus_of_run(run: LoadedModel) -> Corpus:
+    """Returns the corpus that a run was trained on.
+
+    Raises:
+        UserError: the text is another one now; see also `load_corpus`.
+    """
+    corpus = load_corpus(run.config.data, run.tokenizer)
+    check_corpus(run.corpus, corpus, WORKDIR.value)
+    return corpus
+
+
 def corpus_for(given: GivenModel, dataset: str, path: str, seq_len: int) -> tuple[DataConfig, Corpus]:
     """Returns any corpus, tokenized for a model.
 
@@ -82,5 +94,7 @@ def corpus_for(given: GivenModel, dataset: str, path: str, seq_len: int) -> tupl
     """
     # The tokenizer is at hand, so that its file needs no name of its own.
     of_bytes = isinstance(given.tokenizer, ByteTokenizer)
-    data = DataConfig(dataset, path, tokenizer="bytes" if of_bytes else given.title, seq_len=seq_len)
+    kind = "bytes" if of_bytes else given.title
+    cache = given.run.config.data.cache_dir if given.run is not None else ""
+    data = DataConfig(dataset, path, tokenizer=kind, seq_len=seq_len, cache_dir=cache)
     return data, load_corpus(data, given.tokenizer)

@@ -27,6 +27,13 @@ class RunConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_mesh()
+        slots = self.train.slots_per_step
+        require(
+            slots == 0 or bool(self.model.memories),
+            "train.slots_per_step",
+            slots,
+            "must be 0 without a memory",
+        )
         for group, memory in self.model.memories.items():
             for name, plain in (("dtype", "float32"), ("memory_kind", "device")):
                 value = getattr(memory.table, name)

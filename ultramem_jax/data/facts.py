@@ -55,7 +55,7 @@ class Query(NamedTuple):
     answer: str
     """A blank, the value and a full stop, so that the beginning of a longer value is not an answer."""
     choices: tuple[str, ...]
-    """Answers with the right one among them, at a place that does not tell it."""
+    """Answers with the right one among them; their order does not depend on which is right."""
 
 
 def person(index: int, seed: int = 0) -> Person:
@@ -161,7 +161,7 @@ class Population:
         Population(first=0, end=1000, copies=4, seed=7)
 
         Raises:
-            UserError: a text that is none of these, or people that there are not.
+            UserError: a text that is none of these, or indices outside [0, `NUM_NAMES`).
         """
         found = _SPEC.fullmatch(spec)
         if found is None:

@@ -89,7 +89,7 @@ def open_source(config: DataConfig) -> Source:
 
     Raises:
         UserError: an unknown dataset; a path that is missing, empty, unreadable or not what it is said to be;
-            a TFDS dataset that cannot be obtained; people that there are not.
+            a TFDS dataset that cannot be obtained; people beyond the last one.
     """
     dataset, path = config.dataset, os.path.expanduser(config.path)
     if dataset == "stdlib":

@@ -11,7 +11,7 @@ import html
 import importlib.resources
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -119,13 +119,13 @@ def page(
         ways, corpus, traced, text, neighbours, progress
     )
     texts = TokenTexts(tokenizer)
+    memories = {name: _memory(config, name, of, by[name], reads) for name, of in traced.memories.items()}
+    _without_unknown(memories, made)
     data: JsonDict = {
         "subtitle": f"{title} · {_in_words(config)}",
         "note": _note(traced),
         "tokens": [_token(traced, texts, i) for i in range(len(traced.ids))],
-        "memories": {
-            name: _memory(config, name, of, by[name], reads) for name, of in traced.memories.items()
-        },
+        "memories": memories,
         "tables": _tables(config, variables, corpus, made, records, traced, most, reads),
         "corpus": None if corpus is None else {"tokens": corpus.num_tokens, "name": corpus_name},
     }
@@ -161,8 +161,8 @@ def _note(traced: Trace) -> str:
     nats = float(np.nansum(traced.losses.astype(np.float64)))
     bits = nats / np.log(2) / traced.num_bytes
     return (
-        f"{len(traced.ids):,} tokens, mean loss {traced.loss:.3f} nats, {bits:.2f} bits per byte. Arrow keys move "
-        "between tokens; underlined tokens read the slot that is shown."
+        f"{len(traced.ids):,} tokens, mean loss {traced.loss:.3f} nats, {bits:.2f} bits per byte. Arrow keys "
+        "move between tokens; underlined tokens read the slot that is shown."
     )
 
 
@@ -177,18 +177,21 @@ def _token(traced: Trace, texts: TokenTexts, i: int) -> JsonDict:
 
 
 def _memory(config: ModelConfig, name: str, of: MemoryReads, scores: np.ndarray, most: int) -> JsonDict:
-    """Returns the reads of a text in one memory, the strongest ones of each token and head."""
+    """Returns the reads of a text in one memory: the strongest of each token and head, and the weaker."""
     site = site_of(config, name)
     weighs = site.config.varying_weights > 0
     in_blocks = site.config.num_blocks > 1 and not site.config.reads_apart
     per_head = of.slots.shape[1] // len(of.heads)
-    tokens = []
+    tokens, weaker = [], []
     for token in range(len(of.slots)):
         heads = []
         for head in range(len(of.heads)):
             numbers = np.arange(head * per_head, (head + 1) * per_head)
-            order = numbers[np.argsort(-np.abs(scores[token, numbers]), kind="stable")][:most]
-            heads.append([_read(of, scores, token, read, weighs, in_blocks) for read in order])
+            order = numbers[np.argsort(-np.abs(scores[token, numbers]), kind="stable")]
+            heads.append([_read(of, scores, token, read, weighs, in_blocks) for read in order[:most]])
+            weaker += [
+                [int(of.slots[token, read]), token, rounded(scores[token, read], 3)] for read in order[most:]
+            ]
         tokens.append(heads)
     measure = "weight of each read" if weighs else "length of each row, as rows have no weights here"
     if weighs and of.weights.shape[2] > 1:
@@ -201,7 +204,18 @@ def _memory(config: ModelConfig, name: str, of: MemoryReads, scores: np.ndarray,
         "per_head": per_head,
         "cut": per_head > most,
         "reads": tokens,
+        "weaker": weaker,
     }
+
+
+def _without_unknown(memories: JsonDict, cards: Mapping[str, Collection[int]]) -> None:
+    """Leaves out weaker reads of slots that the page shows nowhere."""
+    known = {table: set(of) for table, of in cards.items()}
+    for memory in memories.values():
+        for heads in memory["reads"]:
+            known[memory["table"]].update(read[0] for reads in heads for read in reads)
+    for memory in memories.values():
+        memory["weaker"] = [read for read in memory["weaker"] if read[0] in known[memory["table"]]]
 
 
 def _read(

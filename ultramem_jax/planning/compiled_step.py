@@ -40,6 +40,8 @@ class DeviceBytes:
     """Activations, gradients and all else that the compiled program holds beside its arguments."""
     on_host: int = 0
     """Tables and row moments in host memory, in bytes; not part of `total`."""
+    background: int = 0
+    """What a selection of rows takes from the background, four bytes per slot; 0 without one."""
 
     @property
     def arguments(self) -> int:
@@ -110,7 +112,8 @@ def state_bytes(state: TrainState, tokens: jax.ShapeDtypeStruct) -> DeviceBytes:
         optimizer=of(state.opt_state),
         tables=of(state.tables),
         row_moments=of(state.table_state),
-        slots_seen=of((state.usage, state.background)),
+        slots_seen=of(state.usage),
+        background=of(state.background),
         other_state=of((state.step, state.buffers, state.seed)),
         batch=of(tokens),
         temporaries=0,

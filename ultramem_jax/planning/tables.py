@@ -22,6 +22,7 @@ _HELD = {
     "tables": "tables",
     "row_moments": "row moments",
     "slots_seen": "record of slots seen",
+    "background": "background of selected rows",
     "other_state": "buffers and counters",
     "batch": "batch",
     "temporaries": "activations and temporaries",

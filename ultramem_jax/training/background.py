@@ -6,7 +6,6 @@ they cost per batch depends on its reads; the counts themselves are two int32 pe
 
 import json
 import os
-import zipfile
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -124,18 +123,36 @@ def save_background(
 def load_background(path: str | os.PathLike[str]) -> dict[str, BackgroundReads]:
     """Returns the reads of all tables that `save_background` wrote.
 
+    Args:
+        path: the file; "~" is the home folder.
+
     Raises:
         UserError: there is no such file, or it is another one or a broken one.
     """
-    allowed = "must be a file that the command `background` has written"
     try:
-        with open(path, "rb") as opened, np.load(opened) as file:
+        with open(Path(path).expanduser(), "rb") as opened, np.load(opened) as file:
             description = json.loads(str(file[_DESCRIPTION]))
+            number = description["num_batches"]
             return {
-                table: BackgroundReads(
-                    file[f"{table}/batches"], file[f"{table}/reads"], description["num_batches"]
-                )
+                table: _checked(BackgroundReads(file[f"{table}/batches"], file[f"{table}/reads"], number))
                 for table in description["tables"]
             }
-    except (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    # What a broken archive of arrays raises is not documented, and is of many kinds.
+    except Exception as error:
+        allowed = "must be a file that the command `background` has written"
         raise UserError(f"train.background = {os.fspath(path)!r}: {allowed}: {one_line(error)}") from None
+
+
+def _checked(of: BackgroundReads) -> BackgroundReads:
+    """Returns the reads of a file, if they are such reads.
+
+    Raises:
+        ValueError: they are not.
+    """
+    alike = of.batches.shape == of.reads.shape and of.reads.ndim == 1
+    integers = all(np.issubdtype(array.dtype, np.integer) for array in (of.batches, of.reads))
+    if not (alike and integers and type(of.num_batches) is int and of.num_batches >= 1):
+        raise ValueError("other arrays")
+    if of.batches.min(initial=0) < 0 or of.reads.min(initial=0) < 0 or of.batches.max() > of.num_batches:
+        raise ValueError("counts that cannot be")
+    return of

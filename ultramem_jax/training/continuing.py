@@ -28,8 +28,8 @@ _FIXED = (
     "train.lora_alpha",
     "train.lora_targets",
 )
-"""Settings that must not change. Without them a position in the data, or the optimizer's state, has no
-meaning."""
+"""Settings that must not change. Without them a position in the data, or a part of the state, has no meaning;
+or parameters that a run has promised not to change would change."""
 
 
 def corpus_identity(corpus: Corpus) -> JsonDict:
@@ -131,6 +131,9 @@ def check_same_run(meta: Meta, config: RunConfig, corpus: Corpus, workdir: Path)
 def say_what_changed(meta: Meta, config: RunConfig, workdir: Path) -> None:
     """Logs each setting that differs from the checkpoint's, and how learning rates jump because of it."""
     before, changed = _changes(meta, config, workdir)
+    if "train.background" in changed:
+        del changed["train.background"]
+        log.info("train.background is not read again: the checkpoint holds what the run has taken from it")
     for name, (then, now) in changed.items():
         log.info("%s = %s from step %d on, %s before", name, shown(now), meta.step + 1, shown(then))
     for line in _jumps(before, config, meta.step):

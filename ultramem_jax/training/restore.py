@@ -94,8 +94,9 @@ def run_config(workdir: str | pathlib.Path) -> RunConfig:
 
 
 def is_run(folder: str | pathlib.Path) -> bool:
-    """Tells whether a folder is that of a run, by its checkpoints."""
-    return (pathlib.Path(folder) / "checkpoints").is_dir()
+    """Tells whether a folder is that of a run: it has checkpoints, and no model in Hugging Face's form."""
+    folder = pathlib.Path(folder)
+    return (folder / "checkpoints").is_dir() and not (folder / "config.json").exists()
 
 
 def tokenizer_of(workdir: str | pathlib.Path, data: DataConfig) -> str:

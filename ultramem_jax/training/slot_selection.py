@@ -130,7 +130,7 @@ def selection_of(train: TrainConfig) -> Selection | None:
 
 
 def best_rows(scores: jax.Array, counts: jax.Array, most: int, axes: tuple[str, ...] = ()) -> jax.Array:
-    """Returns the rows with the largest scores: their indices, rising, and U for every missing one.
+    """Returns the rows with the largest scores: their indices, rising, padded with U.
 
     Args:
         scores: (U,) float32.
@@ -164,8 +164,7 @@ def kept_rows(rows: RowsRead, kept: jax.Array, num_slots: int) -> RowsRead:
 
     Returns:
         k + 1 rows, of which at least the last one is padding. The reads of the rows that are kept come first,
-        in their order. All other reads belong to the first row of padding, and which of them it is, is not
-        said.
+        in their order. All other reads belong to the first row of padding, in an unspecified order.
     """
     num_rows, size, num_reads = rows.slots.shape[0], kept.shape[0], rows.order.shape[0]
     found, at = kept < num_rows, jnp.minimum(kept, num_rows - 1)

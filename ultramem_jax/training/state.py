@@ -72,19 +72,21 @@ def init_state(config: RunConfig, optimizers: Optimizers, seed: jax.Array | None
 def state_of(config: RunConfig, optimizers: Optimizers, variables: Variables, seed: jax.Array) -> TrainState:
     """Returns the state at step 0 of a module with these variables.
 
+    Weights of the background are zeros: they come from a file, by `Initial`.
+
     Args:
         config: the run's config; says how tables are trained.
         optimizers: the result of `make_optimizers`.
         variables: `params` and, with memories, `memory` and `buffers`, named as in the model of `config`.
         seed: () uint32, of the random numbers of all steps.
-
-    Weights of the background are zeros: they come from a file, by `Initial`.
     """
     tables, train = variables.get("memory", {}), config.train
     lora_key = jax.random.fold_in(jax.random.key(seed), _LORA_STREAM)
     params = with_factors(variables["params"], train, lora_key)
     require_some(params, tables, train.trainable)
     learning = selected(tables, train.trainable)
+    allowed = "must match a table, such as '/values$', while train.slots_per_step is above 0"
+    require(not train.slots_per_step or bool(learning), "train.trainable", train.trainable, allowed)
     if train.table_gradient == "dense":
         table_state: ArrayTree = optimizers.tables.init(learning)
     else:

@@ -42,11 +42,13 @@
   /** Returns [token -> strongest score] of a slot over all memories that read its table. */
   function scoresOf(name, slot) {
     const found = new Map();
+    const add = (at, token, score) => {
+      if (at === slot && Math.abs(score) >= Math.abs(found.get(token) ?? 0)) found.set(token, score);
+    };
     for (const one of names) {
       if (data.memories[one].table !== name) continue;
-      data.memories[one].reads.forEach((heads, token) => heads.forEach((list) => list.forEach(([at, score]) => {
-        if (at === slot && Math.abs(score) > Math.abs(found.get(token) ?? 0)) found.set(token, score);
-      })));
+      data.memories[one].reads.forEach((heads, token) => heads.forEach((list) => list.forEach(([at, score]) => add(at, token, score))));
+      data.memories[one].weaker.forEach(([at, token, score]) => add(at, token, score));
     }
     return found;
   }
@@ -136,7 +138,8 @@
   /** Returns the number that colours each token, or null, with the range of its scale. */
   function colouring() {
     if (state.colour === "slot") {
-      const scores = scoresOf(state.table, state.slot), weighs = memory().weighs;
+      const scores = scoresOf(state.table, state.slot);
+      const weighs = names.some((one) => data.memories[one].table === state.table && data.memories[one].weighs);
       const values = data.tokens.map((_, i) => (scores.has(i) ? (weighs ? scores.get(i) : 1) : null));
       return { values, most: largest(values.filter((x) => x != null)), signs: weighs, up: "--up", down: "--down", unit: weighs ? "weight" : "" };
     }
