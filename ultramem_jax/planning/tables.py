@@ -22,7 +22,6 @@ _HELD = {
     "tables": "tables",
     "row_moments": "row moments",
     "slots_seen": "record of slots seen",
-    "background": "background of selected rows",
     "other_state": "buffers and counters",
     "batch": "batch",
     "temporaries": "activations and temporaries",
@@ -108,6 +107,8 @@ def byte_rows(plans: Sequence[Plan], hardware: Hardware) -> list[markdown.Row]:
     rows = [
         row(words, {name: getattr(of, field) for name, of in held.items()}) for field, words in _HELD.items()
     ]
+    if any(of.background for of in held.values()):
+        rows.append(row("background of selected rows", {name: of.background for name, of in held.items()}))
     if any(of.on_host for of in held.values()):
         on_host = {name: of.on_host for name, of in held.items()}
         rows.append(row("tables and moments in the host's memory", on_host))
