@@ -102,11 +102,12 @@
     const from = Math.min(4, data.tokens.length - 1);
     state.token = data.tokens.reduce((best, token, i) => (i > from && token.loss > (data.tokens[best].loss ?? -1) ? i : best), from);
     if (["text", "tables"].includes(given.get("tab"))) state.tab = given.get("tab");
-    if (data.memories[given.get("memory")]) state.memory = given.get("memory");
+    if (Object.hasOwn(data.memories, given.get("memory"))) state.memory = given.get("memory");
     if (number("token") >= 0 && number("token") < data.tokens.length) state.token = number("token");
     if (number("head") >= 0 && number("head") < memory().heads.length) state.head = number("head");
-    if (table(given.get("shown"))) state.shown = given.get("shown");
-    if (table(given.get("table")) && number("slot") >= 0) Object.assign(state, { table: given.get("table"), slot: number("slot") });
+    const knows = (key) => Object.hasOwn(data.tables, given.get(key));
+    if (knows("shown")) state.shown = given.get("shown");
+    if (knows("table") && number("slot") >= 0 && number("slot") < table(given.get("table")).slots) Object.assign(state, { table: given.get("table"), slot: number("slot") });
     else Object.assign(state, firstSlot(state.token));
     if (available(given.get("colour")) && ["loss", "slot", "knock", "given"].includes(given.get("colour"))) state.colour = given.get("colour");
   }
@@ -231,6 +232,7 @@
     if (one && one.rank) facts.push(["rank ", el("b", {}, whole(one.rank)), ` of ${whole(of.slots)}`]);
     facts.push([el("b", {}, whole(scores.size)), ` of ${whole(data.tokens.length)} tokens here`]);
     if (one && of.blocks > 1) facts.push(["block ", el("b", {}, String(one.block))]);
+    if (one && one.up && one.weight != null) facts.push(["read with ", el("b", {}, short(one.weight)), ` by ${one.memory}`]);
     const parts = one ? [...promotion(one), ...contexts(one), ...effect(one), ...ngrams(one), ...nearest(name, one)] : [];
     $("card").replaceChildren(
       el("div", { class: "head" }, el("h2", {}, "Slot ", el("span", { class: "slot" }, whole(slot))), el("span", { class: "note" }, name)),
@@ -246,8 +248,7 @@
       return el("div", { class: "scores" }, entries.map(([token, score]) =>
         el("div", {}, el("span", { class: "tok" }, token), bar(score / most, negative))));
     };
-    const by = one.weight == null ? "" : ` · read with ${short(one.weight)} by ${one.memory}`;
-    return [part("Promotes" + by, false, list(one.up, false)), part("Suppresses", false, list(one.down, true))];
+    return [part("Promotes", false, list(one.up, false)), part("Suppresses", false, list(one.down, true))];
   }
 
   function contexts(one) {
