@@ -19,6 +19,10 @@ from ultramem_jax.errors import at_least, require
 from ultramem_jax.models.scoring import Ids, Score
 
 
+_SCORED_TOGETHER = 1024
+"""Queries whose ids and scores are held at a time."""
+
+
 class PairScorer(Protocol):
     """Describes what `recall` needs of a `Scorer`."""
 
@@ -116,20 +120,22 @@ def recall(scorer: PairScorer, tokenizer: Tokenizer, queries: Sequence[Query]) -
     different = {(query.person.seed, query.person.index, query.attribute) for query in queries}
     allowed = f"must ask for each fact once, asks for {len(different)} different ones"
     require(len(different) == len(queries), "queries", len(queries), allowed)
-    answers = [
-        (query.answer, *(other for other in query.choices if other != query.answer)) for query in queries
-    ]
-    pairs = [
-        pair_ids(tokenizer, query.prompt, answer)
-        for query, of_query in zip(queries, answers, strict=True)
-        for answer in of_query
-    ]
-    scores = iter(scorer.score(pairs))
     found: dict[str, list[tuple[bool, bool, float]]] = {}
-    for query, of_query in zip(queries, answers, strict=True):
-        right, *others = [next(scores) for _ in of_query]
-        likeliest = all(right.total > other.total for other in others)
-        found.setdefault(query.attribute, []).append((right.greedy, likeliest, -right.total))
+    for first in range(0, len(queries), _SCORED_TOGETHER):
+        group = queries[first : first + _SCORED_TOGETHER]
+        answers = [
+            (query.answer, *(other for other in query.choices if other != query.answer)) for query in group
+        ]
+        pairs = [
+            pair_ids(tokenizer, query.prompt, answer)
+            for query, of_query in zip(group, answers, strict=True)
+            for answer in of_query
+        ]
+        scores = iter(scorer.score(pairs))
+        for query, of_query in zip(group, answers, strict=True):
+            right, *others = [next(scores) for _ in of_query]
+            likeliest = all(right.total > other.total for other in others)
+            found.setdefault(query.attribute, []).append((right.greedy, likeliest, -right.total))
     return Recall({attribute: _of_attribute(attribute, results) for attribute, results in found.items()})
 
 
