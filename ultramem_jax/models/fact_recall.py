@@ -18,7 +18,6 @@ from ultramem_jax.data.tokenizers import Tokenizer
 from ultramem_jax.errors import at_least, require
 from ultramem_jax.models.scoring import Ids, Score
 
-
 _SCORED_TOGETHER = 1024
 """Queries whose ids and scores are held at a time."""
 
