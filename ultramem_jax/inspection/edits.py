@@ -21,6 +21,7 @@ from ultramem_jax.config.model import table_readers
 from ultramem_jax.data import PeekingIterator, Tokenizer
 from ultramem_jax.errors import UserError, one_line, require, unknown
 from ultramem_jax.inspection.names import checked_slots, table_of
+from ultramem_jax.interop.hf_folder import new_folder
 from ultramem_jax.ops.rows import put_stored_rows, take_stored_rows
 from ultramem_jax.parallel.mesh import one_device
 from ultramem_jax.training.checkpoint_reading import saved_config
@@ -29,7 +30,6 @@ from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.metrics import METRICS_FILE
 from ultramem_jax.training.restore import save_tokenizer
 from ultramem_jax.training.state import abstract_state, reaches
-from ultramem_jax.training.workdir import owned
 from ultramem_jax.tree_types import ArrayTree, JsonDict, Variables
 
 Action = Literal["zero", "scale", "copy", "swap", "values"]
@@ -239,11 +239,11 @@ def save_edited_run(
         tokenizer: the run's tokenizer.
 
     Returns:
-        The rows that differ between the two checkpoints.
+        The rows that differ between the two checkpoints. The folder appears whole or not at all.
 
     Raises:
-        UserError: `save_to` is in use, there is no whole checkpoint of the step, or a wrong edit.
-        OSError: the system refuses to write.
+        UserError: `save_to` is in use or cannot be written, there is no whole checkpoint of the step, or a
+            wrong edit.
     """
     old, new = Path(workdir), Path(save_to)
     empty = not new.exists() or (new.is_dir() and not any(new.iterdir()))
@@ -263,10 +263,10 @@ def save_edited_run(
     changes = row_changes(config.model, state.tables, edits)
     put = jax.jit(put_stored_rows, donate_argnums=0)
     state = state.replace(tables=_put(state.tables, changes, put))
-    with owned(new), Checkpoints(new / "checkpoints") as saved:
-        save_tokenizer(tokenizer, new)
+    with new_folder(new) as partial, Checkpoints(partial / "checkpoints") as saved:
+        save_tokenizer(tokenizer, partial)
         if (old / METRICS_FILE).is_file():
-            shutil.copyfile(old / METRICS_FILE, new / METRICS_FILE)
+            shutil.copyfile(old / METRICS_FILE, partial / METRICS_FILE)
         saved.save(step, state, position, meta.config, meta.corpus, since_record=meta.since_record)
     return changes
 
