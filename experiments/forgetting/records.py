@@ -59,7 +59,7 @@ class Teaching:
     """Rows of a table that a step may change; 0 is all that it read."""
     seed: int
     points: list[Point]
-    """What the model knows, from before the first step on."""
+    """Measurements of the model, the first one before the first step."""
     seconds: float
     """Seconds of the run, with its evaluations."""
 

@@ -90,9 +90,9 @@ def main() -> None:
                 study.sequels.append(classroom.teach_in_sequence(method, LESSONS.value, seed=0))
         if "variants" in taught:
             study.variants.extend(run for method in VARIANTS for run in classroom.vary(method, SEEDS.value))
-        _write(study.with_parts_of(Study.load(kept)) if kept.exists() else study, results)
+        _keep(study, kept)
     if not taught:
-        _write(study.with_parts_of(Study.load(kept)) if kept.exists() else study, results)
+        _keep(study, kept)
 
 
 def _classrooms(work: pathlib.Path) -> Iterator[Classroom]:
@@ -105,6 +105,11 @@ def _classrooms(work: pathlib.Path) -> Iterator[Classroom]:
         model = model_file.find(MODEL.value, work)
         pupil = systems.grafted_pupil(model.path, ENWIK8.value, work)
         yield Classroom(pupil, systems.FOR_GRAFTED, text, work)
+
+
+def _keep(study: Study, kept: pathlib.Path) -> None:
+    """Writes a study, together with what an earlier one has of other systems."""
+    _write(study.with_parts_of(Study.load(kept)) if kept.exists() else study, kept.parent)
 
 
 def _write(study: Study, results: pathlib.Path) -> None:

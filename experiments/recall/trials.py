@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-
+from experiments.common.seeds import remember_compilations
 from experiments.recall.records import Answers, Run
 from experiments.recall.systems import Variant, shape
 from ultramem_jax import RunConfig, UserError
@@ -62,8 +61,7 @@ class Trials:
         allowed = f"must be at least {longest}, the tokens of the longest query with its answer"
         require(base.data.seq_len >= longest, "data.seq_len", base.data.seq_len, allowed)
         # The program of a variant is the same for every seed, and after an interruption.
-        if not jax.config.values["jax_compilation_cache_dir"]:
-            jax.config.update("jax_compilation_cache_dir", str((folder / "compiled").absolute()))
+        remember_compilations(folder / "compiled")
 
     @property
     def people(self) -> int:

@@ -17,7 +17,7 @@ SAYS = {
     "learn_without_forgetting": ("full fine-tuning: 0% of the new facts", "of the slots are read"),
     "look_inside": ("the last token reads slot", "nats per token", "kB: file:///"),
 }
-"""What a notebook prints, beside the number of slots."""
+"""Phrases that a notebook prints, beside the number of slots."""
 
 
 @pytest.fixture(scope="module")

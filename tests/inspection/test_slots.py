@@ -1,4 +1,4 @@
-"""What is said of slots: promoted tokens, nearest slots, usage, curves over training."""
+"""Slots are described as oracles do: promoted tokens, nearest slots, usage, curves over training."""
 
 from dataclasses import replace
 

@@ -13,27 +13,24 @@ By default the text is the training split of the run's own corpus. An open model
 import os
 import pathlib
 
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from ultramem_jax.commands.given_corpus import SPLIT, given_batches, given_corpus, texts
-from ultramem_jax.commands.given_model import MODEL, WORKDIR, given_model
+from ultramem_jax.commands.given_model import MODEL, WORKDIR, given_model_with_memory
 from ultramem_jax.errors import require
+from ultramem_jax.inspection.usage import usage
 from ultramem_jax.reporting import markdown
 from ultramem_jax.training.background import count_reads, save_background
 
-FLAG_MODULES = (given_model.__module__, given_corpus.__module__)
+FLAG_MODULES = (given_model_with_memory.__module__, given_corpus.__module__)
 
 OUTPUT = flags.DEFINE_string("output", "", "file to write; by default background.npz beside the model")
 
 
 def main() -> None:
     """Counts the reads, writes the file, and prints how much of each table was read."""
-    given = given_model()
-    require(
-        bool(given.config.memories), "--model" if MODEL.value else "--workdir", given.title, "has no memory"
-    )
+    given = given_model_with_memory()
     output, corpus = _output(), given_corpus(given)
     batches = given_batches(given, corpus)
     read = texts(tqdm(batches, desc=SPLIT.value, unit="batch"))
@@ -42,15 +39,11 @@ def main() -> None:
     about = {"corpus_hash": corpus.corpus_hash, "split": SPLIT.value, "batch": shape}
     save_background(output, background, about)
     print(f"{given.title}, {len(batches)} batches of {shape[0]} x {shape[1]} tokens of {SPLIT.value}")
-    rows = [
-        {
-            "table": table,
-            "slots": len(of.reads),
-            "read": f"{(of.reads > 0).mean():.1%}",
-            "reads of the top 1 %": f"{_share_of_top(of.reads):.1%}",
-        }
-        for table, of in background.items()
-    ]
+    rows = []
+    for table, of in background.items():
+        found = usage(of.reads)
+        share, top = f"{1 - found.never_read_share:.1%}", f"{found.top_share:.1%}"
+        rows.append({"table": table, "slots": len(of.reads), "read": share, "reads of the top 1 %": top})
     print(markdown.table(rows))
     print(f"background reads: {output}")
 
@@ -62,10 +55,3 @@ def _output() -> pathlib.Path:
     is_file = path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()
     require(is_file, "--output", str(path), "must be a file in a folder that exists and can be written to")
     return path
-
-
-def _share_of_top(reads: np.ndarray) -> float:
-    """Returns the share of all reads that go to the 1 % of slots that are read most."""
-    return np.sort(reads)[-max(len(reads) // 100, 1) :].sum(dtype=np.int64) / max(
-        reads.sum(dtype=np.int64), 1
-    )

@@ -8,7 +8,7 @@ from absl import flags
 from ultramem_jax.config import DataConfig, ModelConfig
 from ultramem_jax.data import ByteTokenizer, Corpus, Tokenizer, load_corpus, open_tokenizer
 from ultramem_jax.data.tokenizers import require_vocabulary
-from ultramem_jax.errors import UserError
+from ultramem_jax.errors import UserError, require
 from ultramem_jax.interop import open_models
 from ultramem_jax.training.continuing import check_corpus
 from ultramem_jax.training.restore import LoadedModel, load_model
@@ -67,6 +67,18 @@ def given_model() -> GivenModel:
     config, variables = open_models.load(MODEL.value, DTYPE.value)
     length = min(config.max_length or _LONGEST, _LONGEST)
     return GivenModel(config, variables, tokenizer, length, MODEL.value, None)
+
+
+def given_model_with_memory() -> GivenModel:
+    """Returns `given_model()`, which must have a memory.
+
+    Raises:
+        UserError: it has none; see also `given_model`.
+    """
+    given = given_model()
+    flag = "--model" if MODEL.value else "--workdir"
+    require(bool(given.config.memories), flag, given.title, "has no memory")
+    return given
 
 
 def corpus_of_run(run: LoadedModel) -> Corpus:

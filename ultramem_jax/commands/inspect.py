@@ -27,7 +27,7 @@ from absl import flags
 from tqdm import tqdm
 
 from ultramem_jax.commands.given_corpus import DATASET, PATH, SPLIT, given_batches, given_corpus, texts
-from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, given_model
+from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, given_model_with_memory
 from ultramem_jax.data import Corpus, EvalBatches
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.files import replace_text
@@ -49,7 +49,7 @@ from ultramem_jax.reporting import markdown
 from ultramem_jax.training.metrics import METRICS_FILE, read_metrics
 from ultramem_jax.tree_types import JsonDict
 
-FLAG_MODULES = (given_model.__module__, given_corpus.__module__)
+FLAG_MODULES = (given_model_with_memory.__module__, given_corpus.__module__)
 
 TEXT = flags.DEFINE_string("text", None, "text to trace through the model")
 TEXT_FILE = flags.DEFINE_string("text_file", None, "file with that text")
@@ -81,10 +81,7 @@ def main() -> None:
     require(bool(EDIT.value) or SAVE_TO.value is None, "--save_to", SAVE_TO.value, "needs --edit")
     both = bool(EDIT.value and KNOCK_OUT.value)
     require(not both, "--knock_out", KNOCK_OUT.value, "must not be given with --edit")
-    given = given_model()
-    require(
-        bool(given.config.memories), "--model" if MODEL.value else "--workdir", given.title, "has no memory"
-    )
+    given = given_model_with_memory()
     if text is not None:
         length = len(encoded(given.config, given.tokenizer, text))
         require(

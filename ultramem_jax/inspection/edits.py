@@ -6,7 +6,6 @@ An edit changes rows and nothing else. `edit` copies each table that it changes 
 the old variables. `save_edited_run` works on a state of its own, in place.
 """
 
-import dataclasses
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.model import table_readers
 from ultramem_jax.data import PeekingIterator, Tokenizer
-from ultramem_jax.errors import UserError, one_line, require, unknown
+from ultramem_jax.errors import UserError, one_line, require, unknown, whole_number
 from ultramem_jax.inspection.names import checked_slots, table_of
 from ultramem_jax.interop.hf_folder import new_folder
 from ultramem_jax.ops.rows import put_stored_rows, take_stored_rows
@@ -28,8 +27,8 @@ from ultramem_jax.training.checkpoint_reading import saved_config
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.metrics import METRICS_FILE
-from ultramem_jax.training.restore import save_tokenizer
-from ultramem_jax.training.state import abstract_state, reaches
+from ultramem_jax.training.restore import for_this_device, save_tokenizer
+from ultramem_jax.training.state import abstract_state
 from ultramem_jax.tree_types import ArrayTree, JsonDict, Variables
 
 Action = Literal["zero", "scale", "copy", "swap", "values"]
@@ -85,11 +84,12 @@ def parse_edit(config: ModelConfig, text: str, field: str = "edit") -> Edit:
     place, equals, what = text.partition("=")
     name, colon, slot = place.rpartition(":")
     action, _, argument = what.partition(":")
-    require(bool(equals and colon and _is_number(slot)), field, text, _FORMS)
+    number = whole_number(slot)
+    require(bool(equals and colon) and number is not None, field, text, _FORMS)
     if action not in get_args(Action):
         raise unknown(f"action of {field} = {text!r}:", action, get_args(Action))
     table = table_of(config, name)
-    given = Edit(table, int(checked_slots(config, table, [int(slot)])[0]), cast(Action, action))
+    given = Edit(table, int(checked_slots(config, table, [number or 0])[0]), cast(Action, action))
     if action == "zero":
         require(not argument, field, text, _FORMS)
         return given
@@ -100,12 +100,9 @@ def parse_edit(config: ModelConfig, text: str, field: str = "edit") -> Edit:
             raise UserError(f"{field} = {text!r}: {_FORMS}") from None
     if action == "values":
         return given._replace(values=_row_file(argument))
-    require(_is_number(argument), field, text, _FORMS)
-    return given._replace(other=int(checked_slots(config, table, [int(argument)])[0]))
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 12
+    other = whole_number(argument)
+    require(other is not None, field, text, _FORMS)
+    return given._replace(other=int(checked_slots(config, table, [other or 0])[0]))
 
 
 def _row_file(path: str) -> np.ndarray:
@@ -253,11 +250,7 @@ def save_edited_run(
         meta = checkpoints.read_meta(step)
         config = saved_config(old / "checkpoints" / str(step), meta.config)
         # The state goes to one device, whatever the run was trained on.
-        memories = {
-            name: memory if reaches(memory.table.memory_kind) else memory.changed(memory_kind="device")
-            for name, memory in config.model.memories.items()
-        }
-        here = dataclasses.replace(config, model=dataclasses.replace(config.model, memories=memories))
+        here = for_this_device(config)
         abstract = abstract_state(here, make_optimizers(here), one_device())
         state = checkpoints.restore(abstract, position, step).state
     changes = row_changes(config.model, state.tables, edits)

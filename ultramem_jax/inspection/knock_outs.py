@@ -17,7 +17,7 @@ import numpy as np
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.data import Tokenizer
-from ultramem_jax.errors import at_least, require
+from ultramem_jax.errors import at_least, require, whole_number
 from ultramem_jax.inspection.names import checked_slots, require_memories, slots_by_table, table_of
 from ultramem_jax.inspection.tracing import encoded, token_losses
 from ultramem_jax.layers.memory.table import Table
@@ -161,13 +161,10 @@ def parse_slots(config: ModelConfig, field: str, entries: Iterable[str]) -> dict
     """
     found: dict[str, list[int]] = {}
     for entry in entries:
-        name, colon, number = entry.rpartition(":")
-        require(
-            bool(colon) and number.isascii() and number.isdecimal() and len(number) < 12,
-            field,
-            entry,
-            "must be MEMORY:SLOT, such as " + f"{config.sites[0].name}:0",
-        )
+        name, colon, slot = entry.rpartition(":")
+        number = whole_number(slot)
+        form = f"must be MEMORY:SLOT, such as {config.sites[0].name}:0"
+        require(bool(colon) and number is not None, field, entry, form)
         table = table_of(config, name)
-        found.setdefault(table, []).append(int(checked_slots(config, table, [int(number)])[0]))
+        found.setdefault(table, []).append(int(checked_slots(config, table, [number or 0])[0]))
     return found

@@ -1,7 +1,6 @@
 """Finds the slots whose rows are nearest to those of given slots, by cosine, over whole tables."""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.model import table_readers
 from ultramem_jax.errors import at_least
 from ultramem_jax.inspection.names import checked_slots, table_of
-from ultramem_jax.ops.rows import take_stored_rows
+from ultramem_jax.ops.rows import take_rows
 from ultramem_jax.tree_types import Variables
 
 _CHUNK_NUMBERS = 1 << 22
@@ -74,16 +73,13 @@ def nearest_slots(
     return ids, cosines
 
 
-@partial(jax.jit)
+@jax.jit
 def _chunk(table: jax.Array, slots: jax.Array) -> jax.Array:
-    return take_stored_rows(table, slots)
+    return take_rows(table, slots, jnp.dtype(jnp.float32))
 
 
-def _unit(stored: np.ndarray) -> np.ndarray:
-    """Returns rows (n, d), as a table stores them, as float32 of length one; rows of zeros stay zeros."""
-    rows = stored
-    if stored.dtype == np.uint16:  # the upper half of the bits of a float32
-        rows = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Returns rows (n, d) float32 with length one; rows of zeros stay zeros."""
     lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))[:, None]
     unit: np.ndarray = rows / np.where(lengths > 0, lengths, np.float32(1))
     return unit

@@ -126,7 +126,7 @@ def page(
         "note": _note(traced),
         "tokens": [_token(traced, texts, i) for i in range(len(traced.ids))],
         "memories": memories,
-        "tables": _tables(config, variables, corpus, made, records, traced, most, reads),
+        "tables": _tables(config, corpus, made, records, traced, most),
         "corpus": None if corpus is None else {"tokens": corpus.num_tokens, "name": corpus_name},
     }
     data["knock_unit"] = KNOCK_UNIT
@@ -230,13 +230,11 @@ def _read(
 
 def _tables(
     config: ModelConfig,
-    variables: Variables,
     corpus: CorpusReads | None,
     cards: dict[str, dict[int, JsonDict]],
     records: Iterable[Mapping[str, object]],
     traced: Trace,
     most: int,
-    shown_reads: int,
 ) -> JsonDict:
     curves = training_curves(config, records)
     tables: JsonDict = {}

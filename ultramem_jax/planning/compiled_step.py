@@ -41,7 +41,7 @@ class DeviceBytes:
     on_host: int = 0
     """Tables and row moments in host memory, in bytes; not part of `total`."""
     background: int = 0
-    """What a selection of rows takes from the background, four bytes per slot; 0 without one."""
+    """Weights of the background by which rows are selected, four bytes per slot; 0 without a selection."""
 
     @property
     def arguments(self) -> int:

@@ -56,13 +56,8 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
         meta = checkpoints.read_meta(step)
         config = saved_config(folder / str(meta.step), meta.config)
         # The model goes only to the first device, whatever the run was trained on.
-        one = one_device()
-        memories = {
-            name: memory if reaches(memory.table.memory_kind) else memory.changed(memory_kind="device")
-            for name, memory in config.model.memories.items()
-        }
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, memories=memories))
-        abstract = abstract_state(config, make_optimizers(config), one)
+        config = for_this_device(config)
+        abstract = abstract_state(config, make_optimizers(config), one_device())
         parts = {"params": abstract.params, "tables": abstract.tables, "buffers": abstract.buffers}
         # An empty collection (a model without memories) is not an entry of the checkpoint.
         wanted = {name: tree for name, tree in parts.items() if jax.tree.leaves(tree)}
@@ -79,6 +74,15 @@ def load_model(workdir: str | pathlib.Path, checkpoint: str | int = "last") -> L
         step=meta.step,
         corpus=meta.corpus,
     )
+
+
+def for_this_device(config: RunConfig) -> RunConfig:
+    """Returns the config of a run with every table in a memory that the first device here can reach."""
+    memories = {
+        name: memory if reaches(memory.table.memory_kind) else memory.changed(memory_kind="device")
+        for name, memory in config.model.memories.items()
+    }
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, memories=memories))
 
 
 def run_config(workdir: str | pathlib.Path) -> RunConfig:
