@@ -28,12 +28,12 @@ def get_config() -> RunConfig:
         mlp_dim=166,
         memories={"ultramem": memory},
     )
-    data = DataConfig("facts:0-500x8", tokenizer="bpe", bpe_vocab_size=model.vocab_size, seq_len=128)
+    data = DataConfig("facts:0-250x8", tokenizer="bpe", bpe_vocab_size=model.vocab_size, seq_len=128)
     train = TrainConfig(
-        steps=3000,
+        steps=1500,
         batch_size=4,
         warmup_fraction=0.05,
-        log_every=100,
+        log_every=50,
         eval_every=0,
         eval_batches=64,
         checkpoint_every=0,

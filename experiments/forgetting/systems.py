@@ -88,7 +88,7 @@ FOR_OWN = Curriculum(
         texts=(),
         steps=500,
         batch_size=8,
-        seq_len=256,
+        seq_len=128,
         check_every=25,
         measure_every=100,
         enough=0.7,
@@ -101,7 +101,7 @@ FOR_OWN = Curriculum(
         "LoRA": (3e-3, 1e-2, 3e-2),
         "full fine-tuning": (1e-4, 3e-4, 1e-3),
     },
-    sizes=Sizes(batches=16, batch_size=16, seq_len=256, choices=1),
+    sizes=Sizes(batches=16, batch_size=16, seq_len=128, choices=1),
     background_batches=200,
 )
 
@@ -124,8 +124,8 @@ def own_pupil(name: str, enwik8: str, work: Path) -> Pupil:
     """Returns a small model of this library that was trained on the mixture of `FOR_OWN`."""
     mixture = _mixture(FOR_OWN, enwik8, work / "mixture_own.txt")
     config = RunConfig(
-        preset(OWN[name]),
-        DataConfig("text", str(mixture), seq_len=256),
+        replace(preset(OWN[name]), vocab_size=2048),
+        DataConfig("text", str(mixture), tokenizer="bpe", bpe_vocab_size=2048, seq_len=128),
         TrainConfig(steps=1200, batch_size=16, learning_rate=3e-3, eval_every=400, checkpoint_every=200),
     )
     return _prepared(name, FOR_OWN, config, work / f"{OWN[name]}_base", None)
@@ -158,4 +158,4 @@ def _count(loaded: LoadedModel, curriculum: Curriculum, path: Path) -> None:
     batches = eval_batches(corpus, "train", curriculum.lesson.batch_size, curriculum.background_batches)
     texts = (batch["tokens"][batch["mask"].any(1), :-1] for batch in batches)
     counts = count_reads(loaded.config.model, loaded.variables, texts)
-    save_background(path, counts, {"corpus_hash": corpus.corpus_hash})
+    save_background(path, counts, {"model": path.parent.name, "corpus_hash": corpus.corpus_hash})

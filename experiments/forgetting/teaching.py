@@ -95,7 +95,7 @@ def teach(
     began = time.perf_counter()
     config = run_config(pupil, method, rate, lesson, seed)
     optimizers = make_optimizers(config)
-    given = Initial({**pupil.variables, "background": background_of(config)})
+    given = Initial(pupil.variables, background=background_of(config))
     state = fresh_state(config, optimizers, one_device(), np.uint32(seed), initial=given)
     step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
     points = [exam.point(0, merged(model_variables(state), config.train))]

@@ -40,7 +40,7 @@ def test_a_run_begins_with_another_and_changes_only_some_of_its_rows(run, text, 
     status, out, err = run("background", f"--workdir={first}", "--batches=3")
     assert status == 0, err
     path = first / "background.npz"
-    (of,) = load_background(path).values()
+    (of,) = load_background(path)[0].values()
     before = load_model(first)
     memory = before.config.model.memories["ultramem"]
     assert of.num_batches == 3 and of.reads.sum() == 3 * 4 * 16 * memory.reads_per_token

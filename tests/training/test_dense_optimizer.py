@@ -180,8 +180,9 @@ RULES = {
     "adamw_catch_up": dict(optimizer="lion", row_second_moment="row", row_moment_dtype="bfloat16"),
     "adagrad": dict(row_moment_dtype="bfloat16"),
     "sgd": dict(optimizer="muon"),
+    "adamw": dict(slots_per_step=3, slot_score="reads"),
 }
-"""One that keeps numbers of each kind, one that keeps one, and one that keeps none."""
+"""Rules that keep numbers of each kind, one, and none, and one for some of the rows that a step reads."""
 
 
 @pytest.mark.usefixtures("one_device")

@@ -1,6 +1,7 @@
 """Sparse memory fine-tuning: the rows that are chosen are the definition's, and all others keep every bit."""
 
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -174,13 +175,20 @@ FROZEN = TrainConfig(
 )
 
 
-@pytest.mark.parametrize("score", ["tf_idf", "kl"])
-def test_fifty_steps_change_the_chosen_rows_and_nothing_else(score):
-    config = RunConfig(MANY, train=replace(FROZEN, slot_score=score))
+@pytest.mark.parametrize(
+    ("score", "kernels", "dtype"),
+    [("tf_idf", True, "float32"), ("kl", True, "bfloat16"), ("tf_idf", False, "float32")],
+)
+def test_fifty_steps_change_the_chosen_rows_and_nothing_else(score, kernels, dtype, request):
+    if not kernels:
+        request.getfixturevalue("without_kernels")
+    memories = {name: memory.changed(dtype=dtype) for name, memory in MANY.memories.items()}
+    model = replace(MANY, memories=memories)  # rows in bfloat16 are rounded at random
+    config = RunConfig(model, train=replace(FROZEN, slot_score=score))
     backgrounds = {"ultramem_0": some_background(256, 1), "plus_tables": some_background(256, 2)}
     weights = {name: jnp.asarray(background_weights(of, score)) for name, of in backgrounds.items()}
     step = jax.jit(make_train_step(config, make_optimizers(config)), donate_argnums=0)
-    reads_of = jax.jit(partial(Transformer(MANY).apply, mutable=["reads"]))
+    reads_of = jax.jit(partial(Transformer(model).apply, mutable=["reads"]))
     state = drawn_state(config).replace(background=weights)
     start = jax.tree.map(np.asarray, state)
     ever: dict[str, set[int]] = {name: set() for name in backgrounds}
@@ -192,20 +200,38 @@ def test_fifty_steps_change_the_chosen_rows_and_nothing_else(score):
             slots = np.concatenate([np.asarray(sown["reads"][memory]["slots"]) for memory in memories])
             chosen = chosen_by_definition(score, slots, backgrounds[name], 5, 256)
             moved = (np.asarray(state.tables[name]["values"]) != before[name]["values"]).any(1)
-            assert set(np.flatnonzero(moved).tolist()) == chosen
+            moved = set(np.flatnonzero(moved).tolist())
+            assert moved <= chosen and (
+                moved == chosen or dtype == "bfloat16"
+            )  # a small step may round to none
             assert float(metrics[f"{name}/selected_reads_share"]) == pytest.approx(
                 np.isin(slots, list(chosen)).sum() / slots.size
             )
             ever[name] |= chosen
     end = jax.tree.map(np.asarray, state)
-    chex.assert_trees_all_equal(end.params, start.params)
+    chex.assert_trees_all_equal((end.params, end.background), (start.params, start.background))
     for name, chosen in ever.items():
         others = np.setdiff1d(np.arange(256), list(chosen))
         assert 20 < len(others) < 251  # there is something to keep, and more than one step's rows changed
         ours, theirs = ((s.tables[name], s.table_state[name]) for s in (end, start))
         for array, before in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             assert array[others].tobytes() == before[others].tobytes()
-            assert (array[list(chosen)] != before[list(chosen)]).any(1).all()
+            changed = (array[list(chosen)] != before[list(chosen)]).any(1)
+            assert changed.all() or (dtype == "bfloat16" and changed.mean() > 0.9)
+
+
+def test_a_halted_step_changes_no_row():
+    config = RunConfig(MANY, train=replace(FROZEN, grad_accumulation=1))
+    step = jax.jit(make_train_step(config, make_optimizers(config)))
+    state, (tokens,) = drawn_state(config), token_batches(1, 4)
+    for halted in (False, True):
+        after, _ = step(state, tokens, jnp.asarray(halted))
+        same = jax.tree.map(
+            lambda ours, before: np.asarray(ours).tobytes() == np.asarray(before).tobytes(),
+            (after.tables, after.table_state),
+            (state.tables, state.table_state),
+        )
+        assert all(of is halted for of in jax.tree.leaves(same))
 
 
 MESHES = {
@@ -240,6 +266,24 @@ def test_a_mesh_selects_the_rows_of_one_device(name, score, most):
     chex.assert_trees_all_close(metrics, expected, rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["adamw", "a moment of the row", "row-wise adagrad"])
+def test_a_mesh_leaves_every_bit_of_the_other_rows(rule):
+    selecting = dict(slots_per_step=3, slot_score="tf_idf", background="counts.npz")
+    config = replace(mesh_step.BOTH, train=replace(mesh_step.TRAIN, **selecting, **RULES[rule]))
+    alone, *_ = mesh_step.run(config, 3, alone=True)
+    there, *_ = mesh_step.run(config, 3)
+    start = mesh_step.start(config.model, config.train)
+    ours, theirs, before = (
+        jax.tree.map(np.asarray, (state.tables, state.table_state)) for state in (there, alone, start)
+    )
+    (values,), (values_before,) = (jax.tree.leaves(state[0]) for state in (ours, before))
+    moved = (values != values_before).any(1)
+    assert 3 <= moved.sum() <= 9 < len(moved)
+    for array, of_alone, at_start in zip(*map(jax.tree.leaves, (ours, theirs, before)), strict=True):
+        assert array[~moved].tobytes() == of_alone[~moved].tobytes() == at_start[~moved].tobytes()
+        chex.assert_trees_all_close(array[moved], of_alone[moved], rtol=1e-3, atol=1e-5)
+
+
 # ---- background reads
 
 
@@ -268,7 +312,7 @@ def test_a_file_of_background_reads_comes_back_or_is_refused(tmp_path):
     _, _, background = counted(batches=1)
     path = tmp_path / "counts.npz"
     save_background(path, background, {"corpus": "stdlib"})
-    chex.assert_trees_all_equal(load_background(path), background)
+    chex.assert_trees_all_equal(load_background(path)[0], background)
     assert [file.name for file in tmp_path.iterdir()] == ["counts.npz"]
     whole = path.read_bytes()
     for content in (b"", b"text", whole[: len(whole) // 2], None):
@@ -301,6 +345,10 @@ def test_a_run_selects_by_its_file_and_resumes_without_it(config, tmp_path):
     selecting = replace(config.train, slots_per_step=4, background=str(path), trainable="values$")
     config = replace(config, train=selecting)
     whole = train(config, tmp_path / "whole", progress=False)
+    on_host = config.model.memory.changed(memory_kind="pinned_host")
+    on_host = replace(config, model=replace(config.model, memories={"memory": on_host}))
+    there = train(on_host, tmp_path / "on_host", progress=False)
+    chex.assert_trees_all_close(there.state.tables, whole.state.tables, rtol=1e-5, atol=1e-6)
     shares = [record.get("memory_0/selected_reads_share") for record in scalars(tmp_path / "whole")]
     assert all(0 < share < 0.5 for share in shares if share is not None) and shares.count(None) == 2
     parts = tmp_path / "parts"
@@ -315,6 +363,9 @@ def test_a_run_selects_by_its_file_and_resumes_without_it(config, tmp_path):
     resumed = train(config, parts, progress=False)
     assert resumed.step == whole.step == 6
     chex.assert_trees_all_equal(resumed.state.background, whole.state.background)
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "6")  # as if it had been cut off at step 4
+    again = train(config, tmp_path / "whole", progress=False)
+    chex.assert_trees_all_equal(again.state, whole.state)
 
 
 def test_a_file_of_another_model_is_refused(config, tmp_path):

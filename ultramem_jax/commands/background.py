@@ -16,14 +16,15 @@ import pathlib
 from absl import flags
 from tqdm import tqdm
 
-from ultramem_jax.commands.given_corpus import SPLIT, given_batches, given_corpus, texts
+from ultramem_jax.commands.given_batches import SPLIT, given_batches, texts
 from ultramem_jax.commands.given_model import MODEL, WORKDIR, given_model_with_memory
+from ultramem_jax.commands.named_corpus import named_corpus
 from ultramem_jax.errors import require
 from ultramem_jax.inspection.usage import usage
 from ultramem_jax.reporting import markdown
 from ultramem_jax.training.background import count_reads, save_background
 
-FLAG_MODULES = (given_model_with_memory.__module__, given_corpus.__module__)
+FLAG_MODULES = (given_model_with_memory.__module__, named_corpus.__module__, given_batches.__module__)
 
 OUTPUT = flags.DEFINE_string("output", "", "file to write; by default background.npz beside the model")
 
@@ -31,12 +32,12 @@ OUTPUT = flags.DEFINE_string("output", "", "file to write; by default background
 def main() -> None:
     """Counts the reads, writes the file, and prints how much of each table was read."""
     given = given_model_with_memory()
-    output, corpus = _output(), given_corpus(given)
+    output, (_, corpus) = _output(), named_corpus(given, given.max_length)
     batches = given_batches(given, corpus)
     read = texts(tqdm(batches, desc=SPLIT.value, unit="batch"))
     background = count_reads(given.config, given.variables, read)
     shape = [batches.batch_size, corpus.seq_len]
-    about = {"corpus_hash": corpus.corpus_hash, "split": SPLIT.value, "batch": shape}
+    about = {"model": given.title, "corpus_hash": corpus.corpus_hash, "split": SPLIT.value, "batch": shape}
     save_background(output, background, about)
     print(f"{given.title}, {len(batches)} batches of {shape[0]} x {shape[1]} tokens of {SPLIT.value}")
     rows = []

@@ -10,7 +10,8 @@ that YAML files in --tasks_path describe.
 
     ultramem evaluate --workdir=runs/demo --tasks=hellaswag,arc_easy --limit=100
 
-With --model it evaluates an open model, a folder of Hugging Face or a GGUF file. --dataset names any corpus:
+With --model it evaluates an open model, a folder of Hugging Face or a GGUF file, by default on `stdlib`.
+--dataset names any corpus:
 
     ultramem evaluate --model=model.gguf --dataset=text --path=book.txt --splits=test
 """
@@ -22,21 +23,16 @@ from decimal import Decimal
 from absl import flags
 
 from ultramem_jax.cli.arguments import check_names
-from ultramem_jax.commands.given_model import (
-    MODEL,
-    GivenModel,
-    corpus_for,
-    corpus_of_run,
-    given_model,
-)
+from ultramem_jax.commands.given_model import MODEL, GivenModel, given_model
+from ultramem_jax.commands.named_corpus import named_corpus
 from ultramem_jax.config import ModelConfig, RunConfig, TrainConfig
-from ultramem_jax.data import SPLITS, Corpus, Tokenizer
+from ultramem_jax.data import SPLITS, Tokenizer
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.reporting import markdown
 from ultramem_jax.training.evaluation import Evaluator
 from ultramem_jax.tree_types import ArrayTree
 
-FLAG_MODULES = (given_model.__module__,)
+FLAG_MODULES = (given_model.__module__, named_corpus.__module__)
 
 SPLIT_NAMES = flags.DEFINE_list(
     "splits", ["validation", "test"], "splits to evaluate, of " + ", ".join(SPLITS)
@@ -58,12 +54,6 @@ BATCH_SIZE = flags.DEFINE_integer(
     "with --tasks by default 8, else with --model 1",
     lower_bound=1,
 )
-DATASET = flags.DEFINE_string(
-    "dataset",
-    None,
-    "corpus, as data.dataset of a run; by default the run's own, and stdlib for --model",
-)
-PATH = flags.DEFINE_string("path", "", "file or folder of --dataset, as data.path of a run")
 SEQ_LEN = flags.DEFINE_integer(
     "seq_len",
     None,
@@ -142,14 +132,14 @@ def _evaluate_splits() -> None:
     splits = SPLIT_NAMES.value
     check_names("splits", splits, SPLITS)
     given = given_model()
-    config, corpus = _corpus(given)
+    data, corpus = named_corpus(given, _length(given), default="stdlib")
+    train = given.run.config.train if given.run is not None else TrainConfig(batch_size=1)
     stride = corpus.checked_stride(STRIDE.value)
     for split in splits:
         corpus.require_sequences(split)  # checks all splits before the first one takes its time
     if BATCH_SIZE.value is not None:
-        train = replace(config.train, batch_size=BATCH_SIZE.value, grad_accumulation=1)
-        config = replace(config, train=train)
-    evaluate = Evaluator(config, corpus)
+        train = replace(train, batch_size=BATCH_SIZE.value, grad_accumulation=1)
+    evaluate = Evaluator(RunConfig(given.config, data, train), corpus)
     print(f"{given.title}, corpus {corpus.corpus_hash[:12]}")
     rows = []
     for split in splits:
@@ -164,17 +154,6 @@ def _evaluate_splits() -> None:
         }
         rows.append(row)
     print(markdown.table(rows))
-
-
-def _corpus(given: GivenModel) -> tuple[RunConfig, Corpus]:
-    """Returns the corpus of the flags, or else of the run, and a config whose model evaluates it."""
-    run = given.run
-    if run is not None and DATASET.value is None:
-        _check_absent(("path",), "needs --dataset; a run has its own")
-        return run.config, corpus_of_run(run)
-    data, corpus = corpus_for(given, DATASET.value or "stdlib", PATH.value, _length(given))
-    train = run.config.train if run is not None else TrainConfig(batch_size=1)
-    return RunConfig(given.config, data, train), corpus
 
 
 def context(seq_len: int, stride: int) -> str:

@@ -5,12 +5,11 @@ from typing import NamedTuple
 
 from absl import flags
 
-from ultramem_jax.config import DataConfig, ModelConfig
-from ultramem_jax.data import ByteTokenizer, Corpus, Tokenizer, load_corpus, open_tokenizer
+from ultramem_jax.config import ModelConfig
+from ultramem_jax.data import ByteTokenizer, Tokenizer, open_tokenizer
 from ultramem_jax.data.tokenizers import require_vocabulary
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.interop import open_models
-from ultramem_jax.training.continuing import check_corpus
 from ultramem_jax.training.restore import LoadedModel, load_model
 from ultramem_jax.tree_types import ArrayTree
 
@@ -79,34 +78,3 @@ def given_model_with_memory() -> GivenModel:
     flag = "--model" if MODEL.value else "--workdir"
     require(bool(given.config.memories), flag, given.title, "has no memory")
     return given
-
-
-def corpus_of_run(run: LoadedModel) -> Corpus:
-    """Returns the corpus that a run was trained on.
-
-    Raises:
-        UserError: the text is another one now; see also `load_corpus`.
-    """
-    corpus = load_corpus(run.config.data, run.tokenizer)
-    check_corpus(run.corpus, corpus, WORKDIR.value)
-    return corpus
-
-
-def corpus_for(given: GivenModel, dataset: str, path: str, seq_len: int) -> tuple[DataConfig, Corpus]:
-    """Returns any corpus, tokenized for a model.
-
-    Args:
-        given: the model.
-        dataset: as `DataConfig.dataset`.
-        path: as `DataConfig.path`.
-        seq_len: S.
-
-    Raises:
-        UserError: see `load_corpus`.
-    """
-    # The tokenizer is at hand, so that its file needs no name of its own.
-    of_bytes = isinstance(given.tokenizer, ByteTokenizer)
-    kind = "bytes" if of_bytes else given.title
-    cache = given.run.config.data.cache_dir if given.run is not None else ""
-    data = DataConfig(dataset, path, tokenizer=kind, seq_len=seq_len, cache_dir=cache)
-    return data, load_corpus(data, given.tokenizer)

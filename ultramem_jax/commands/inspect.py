@@ -26,8 +26,9 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from ultramem_jax.commands.given_corpus import DATASET, PATH, SPLIT, given_batches, given_corpus, texts
+from ultramem_jax.commands.given_batches import SPLIT, given_batches, texts
 from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, given_model_with_memory
+from ultramem_jax.commands.named_corpus import DATASET, PATH, named_corpus
 from ultramem_jax.data import Corpus, EvalBatches
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.files import replace_text
@@ -49,7 +50,7 @@ from ultramem_jax.reporting import markdown
 from ultramem_jax.training.metrics import METRICS_FILE, read_metrics
 from ultramem_jax.tree_types import JsonDict
 
-FLAG_MODULES = (given_model_with_memory.__module__, given_corpus.__module__)
+FLAG_MODULES = (given_model_with_memory.__module__, named_corpus.__module__, given_batches.__module__)
 
 TEXT = flags.DEFINE_string("text", None, "text to trace through the model")
 TEXT_FILE = flags.DEFINE_string("text_file", None, "file with that text")
@@ -160,7 +161,8 @@ def _corpus(given: GivenModel) -> Corpus | None:
             require(not flag.present, f"--{flag.name}", flag.value, "must not be given with --nocorpus")
         return None
     known = DATASET.value is not None or given.run is not None
-    return given_corpus(given) if known or CORPUS.value or PATH.present else None
+    wanted = known or CORPUS.value or PATH.present
+    return named_corpus(given, given.max_length)[1] if wanted else None
 
 
 def _padded(batches: EvalBatches) -> Iterator[np.ndarray]:

@@ -21,7 +21,7 @@ from ultramem_jax.errors import UserError, one_line, require
 from ultramem_jax.files import replacing
 from ultramem_jax.models import Transformer
 from ultramem_jax.training.table_gradients import rows_of_tables
-from ultramem_jax.tree_types import Variables
+from ultramem_jax.tree_types import JsonDict, Variables
 
 _DESCRIPTION = "description"
 
@@ -103,7 +103,7 @@ def save_background(
     Args:
         path: the file; its folder must exist.
         background: the result of `count_reads`.
-        about: what else to say in the file, for JSON, such as the corpus and the batch's shape.
+        about: what else to say in the file, for JSON, such as the model and the corpus.
 
     Raises:
         UserError: the system refuses.
@@ -120,8 +120,8 @@ def save_background(
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def load_background(path: str | os.PathLike[str]) -> dict[str, BackgroundReads]:
-    """Returns the reads of all tables that `save_background` wrote.
+def load_background(path: str | os.PathLike[str]) -> tuple[dict[str, BackgroundReads], JsonDict]:
+    """Returns the reads of all tables that `save_background` wrote, and what the file says about them.
 
     Args:
         path: the file; "~" is the home folder.
@@ -133,10 +133,11 @@ def load_background(path: str | os.PathLike[str]) -> dict[str, BackgroundReads]:
         with open(Path(path).expanduser(), "rb") as opened, np.load(opened) as file:
             description = json.loads(str(file[_DESCRIPTION]))
             number = description["num_batches"]
-            return {
+            background = {
                 table: _checked(BackgroundReads(file[f"{table}/batches"], file[f"{table}/reads"], number))
                 for table in description["tables"]
             }
+            return background, description
     # What a broken archive of arrays raises is not documented, and is of many kinds.
     except Exception as error:
         allowed = "must be a file that the command `background` has written"

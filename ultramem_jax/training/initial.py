@@ -7,6 +7,7 @@ gradient through a zero, and so the factor learns first.
 """
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,15 +26,18 @@ class Initial(NamedTuple):
     """Describes what a new run begins with, where it does not draw numbers."""
 
     variables: Variables
-    """`params`, `memory` and `buffers`, of float dtypes of any width, and `background` (`TrainState`). What
-    is not in them is drawn. The run takes the arrays over: they may be gone after its first step."""
+    """`params`, `memory` and `buffers`, of float dtypes of any width. What is not in them is drawn. The run
+    takes the arrays over: they may be gone after its first step."""
     grafted: Collection[str] = ()
     """Names in `ModelConfig.memories` of memories whose output begins at zero."""
+    background: Mapping[str, np.ndarray] = MappingProxyType({})
+    """`TrainState.background`, where a run selects rows by it."""
 
     def trees(self) -> dict[str, Mapping[str, Any]]:
-        """Returns the variables by the field of `TrainState` that holds them."""
-        fields = {"params": "params", "memory": "tables", "buffers": "buffers", "background": "background"}
-        return {field: self.variables.get(name, {}) for name, field in fields.items()}
+        """Returns what is given by the field of `TrainState` that holds it."""
+        fields = {"params": "params", "memory": "tables", "buffers": "buffers"}
+        variables = {field: self.variables.get(name, {}) for name, field in fields.items()}
+        return {**variables, "background": self.background}
 
 
 def without(tree: ArrayTree, given: Mapping[str, Any]) -> dict[str, ArrayTree]:

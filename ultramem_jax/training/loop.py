@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import logging
 import math
 import pathlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -130,11 +131,14 @@ def _train(
 ) -> TrainResult:
     if is_first():
         warn_of_known_faults()
+    # Refused before a corpus is prepared for it. A run that resumes does not read the file again.
+    begun = from_first((workdir / "checkpoints").exists())
+    background = {} if begun else background_of(config)
     corpus = corpus if corpus is not None else load_corpus(config.data, kept_tokenizer(config.data, workdir))
     check_vocabulary(config, corpus)
     config, token_map = for_tokenizer(config, corpus.tokenizer)
     axes = mesh_axes(config, make_mesh(config.mesh))
-    _require_together(config, corpus, workdir)
+    _require_together(config, corpus, background, workdir)
     for site in prefetching_sites(config.model):
         require(
             axes.mesh.size == 1,
@@ -161,9 +165,8 @@ def _train(
                 save_tokenizer(corpus.tokenizer, workdir)
             # The seed is an argument, so that a compilation cache needs only one program for all seeds.
             seed = np.uint32(config.train.seed)
-            background = {"background": background_of(config)}
             given = initial() if initial is not None else Initial({})
-            given = given._replace(variables={**given.variables, **background})
+            given = given._replace(background=background or background_of(config))
             state, start = fresh_state(config, optimizers, axes, seed, abstract, given), 0
             del given
             if token_map is not None:
@@ -218,12 +221,16 @@ def check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
     require_vocabulary(corpus.tokenizer, config.model.vocab_size, "the tokenizer")
 
 
-def _require_together(config: RunConfig, corpus: Corpus, workdir: pathlib.Path) -> None:
+def _require_together(
+    config: RunConfig, corpus: Corpus, background: Mapping[str, np.ndarray], workdir: pathlib.Path
+) -> None:
     """Refuses processes that have different settings or data, or that do not share one folder."""
     if jax.process_count() == 1:
         return
     parts = {f"the config's {name}": part for name, part in to_dict(config).items() if name != "data"}
-    require_same(parts | {"corpus": corpus.corpus_hash, "tokenizer": corpus.tokenizer.fingerprint})
+    parts |= {"corpus": corpus.corpus_hash, "tokenizer": corpus.tokenizer.fingerprint}
+    read = hashlib.sha256(b"".join(background[table].tobytes() for table in sorted(background)))
+    require_same(parts | {"background of selected rows": read.hexdigest()})
     token = workdir / f".{from_first(uuid.uuid4().hex)}"
     if is_first():
         workdir.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ Everything here has the size of what a step reads, except for one float32 per sl
 the background (`background_weights`).
 """
 
+import logging
 from functools import partial
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ from ultramem_jax.errors import require
 from ultramem_jax.ops.exchanges import named_exchange
 from ultramem_jax.ops.lookup import RowsRead
 from ultramem_jax.training.background import BackgroundReads, load_background
+
+log = logging.getLogger(__name__)
 
 
 def needs_background(train: TrainConfig) -> bool:
@@ -59,11 +62,14 @@ def background_of(config: RunConfig) -> dict[str, np.ndarray]:
     """
     if not needs_background(config.train):
         return {}
-    path, background = config.train.background, load_background(config.train.background)
+    path = config.train.background
+    background, about = load_background(path)
     expected = {table: readers[0].num_slots for table, readers in table_readers(config.model).items()}
     found = {table: len(of.batches) for table, of in background.items()}
     allowed = f"must count the reads of this model, with slots by table {expected}, and it has {found}"
     require(found == expected, "train.background", path, allowed)
+    of, read = about.get("model", "a model"), about["num_batches"]
+    log.info("the background of selected rows: reads of %s in %d batches (%s)", of, read, path)
     return {table: background_weights(of, config.train.slot_score) for table, of in background.items()}
 
 
