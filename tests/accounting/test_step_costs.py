@@ -82,6 +82,14 @@ def test_every_rule_moves_what_it_keeps(rule, kept):
         assert memory_step_costs(dense, TOKENS)["row_update"].bytes == 9 * (3 * 16 + 2 * kept)
 
 
+@pytest.mark.parametrize(("most", "rows"), [(3, 3), (1000, ROWS)])
+def test_a_selection_updates_at_most_its_rows(most, rows):
+    selecting = replace(CONFIG, train=TrainConfig(slots_per_step=most, slot_score="reads"))
+    costs, whole = memory_step_costs(selecting, TOKENS), memory_step_costs(CONFIG, TOKENS)
+    assert costs.pop("row_update") == PartCost(0, round(2 * rows * 3 * 16), round(rows * 3 * 16))
+    assert costs.items() < whole.items()
+
+
 def test_the_moments_of_muon_and_lion_move_as_well():
     # One moment instead of two, read and written: of the weights of products, or of all.
     p = count_parameters(CONFIG.model)

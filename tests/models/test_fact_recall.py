@@ -38,6 +38,8 @@ def variables():
 class _Fake:
     """Gives an answer the log-probability that a function of the texts decides, at its first token."""
 
+    max_length = 1024
+
     def __init__(self, log_probability):
         self._log_probability = log_probability
 
@@ -123,6 +125,17 @@ def test_measures_equal_their_definitions(people):
         nats[number :: len(ATTRIBUTES)].mean() for number, one in enumerate(ATTRIBUTES) if one in counted
     )
     assert found.stored_bits == pytest.approx(12 * math.log2(product / math.exp(mean)), rel=1e-5)
+
+
+def test_a_window_that_would_cut_names_off_is_refused(people):
+    asked = queries(people, "statement", max_choices=1)
+    short = _Fake(lambda prompt, answer: 0.0)
+    longest = max(len(query.prompt + query.answer) for query in asked)  # in bytes, with the id of the start
+    short.max_length = longest - 1
+    with pytest.raises(UserError, match=rf"max_length = {longest - 1}: must be at least {longest}, or a pr"):
+        recall(short, TOKENIZER, asked)
+    short.max_length = longest
+    assert recall(short, TOKENIZER, asked).greedy == 1
 
 
 def test_one_choice_leaves_the_other_measures(people):

@@ -10,7 +10,7 @@ from ultramem_jax.errors import UserError
 from ultramem_jax.interop import open_models
 from ultramem_jax.presets.grafts import GRAFTS, graft
 from ultramem_jax.training.initial import Initial
-from ultramem_jax.training.restore import is_run, load_model, run_config, tokenizer_of
+from ultramem_jax.training.restore import is_run, load_model, run_config, tokenizer_setting
 from ultramem_jax.tree_types import JsonDict
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def _begin_with_model(tree: JsonDict, path: str) -> None:
     """Replaces the model, and the tokenizer if the model has one."""
     if is_run(path):
         run = run_config(path)
-        tree["model"], tree["data"]["tokenizer"] = to_dict(run.model), tokenizer_of(path, run.data)
+        tree["model"], tree["data"]["tokenizer"] = to_dict(run.model), tokenizer_setting(path, run.data)
         return
     tree["model"] = to_dict(open_models.read_config(path))
     tokenizer = open_models.tokenizer_of(path)

@@ -25,6 +25,10 @@ _SCORED_TOGETHER = 1024
 class PairScorer(Protocol):
     """Describes what `recall` needs of a `Scorer`."""
 
+    @property
+    def max_length(self) -> int:
+        """Returns the most tokens of a context and its continuation that are read, but for the last one."""
+
     def score(self, pairs: Iterable[tuple[Ids, Ids]]) -> list[Score]:
         """Returns the score of each context with its continuation, in order."""
 
@@ -107,13 +111,13 @@ def recall(scorer: PairScorer, tokenizer: Tokenizer, queries: Sequence[Query]) -
     choice all measures but `by_likelihood`, which is 1 then, come at the cost of the answers alone.
 
     Args:
-        scorer: a `Scorer` of the model. Its `max_length` must hold the longest prompt with its answer, or
-            names are cut off.
+        scorer: a `Scorer` of the model.
         tokenizer: the one that the model was trained with.
         queries: at most one for each attribute of a person, in one form, from `facts.queries`.
 
     Raises:
-        UserError: no queries, or two for one fact.
+        UserError: no queries, or two for one fact; a prompt that would lose its beginning, the name, because
+            `max_length` of the scorer is less than it has with its answer.
     """
     at_least(1, queries=len(queries))
     different = {(query.person.seed, query.person.index, query.attribute) for query in queries}
@@ -130,6 +134,9 @@ def recall(scorer: PairScorer, tokenizer: Tokenizer, queries: Sequence[Query]) -
             for query, of_query in zip(group, answers, strict=True)
             for answer in of_query
         ]
+        longest = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1
+        allowed = f"must be at least {longest}, or a prompt loses the name that it asks about"
+        require(scorer.max_length >= longest, "max_length", scorer.max_length, allowed)
         scores = iter(scorer.score(pairs))
         for query, of_query in zip(group, answers, strict=True):
             right, *others = [next(scores) for _ in of_query]

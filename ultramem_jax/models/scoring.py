@@ -108,6 +108,11 @@ class Scorer:
         self._read_pieces = jax.jit(functools.partial(_read_pieces, config), donate_argnums=1)
         self._first_tokens = jax.jit(_first_tokens)
 
+    @property
+    def max_length(self) -> int:
+        """Returns the most tokens that are read at once."""
+        return self._max_length
+
     def with_variables(self, variables: dict[str, ArrayTree]) -> "Scorer":
         """Returns a scorer of other variables of the same model, such as later ones of a training.
 

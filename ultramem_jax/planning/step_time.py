@@ -133,7 +133,8 @@ def row_traffic(config: RunConfig, axes: MeshAxes, access: int) -> tuple[float, 
     """Returns the bytes of rows that one device's memory moves in a step: by one lookup, and by the update.
 
     A lookup accesses the row of each read separately. The update visits rows in the order of their slots, so
-    rows in one access share it. Reads are assumed to be uniform.
+    rows in one access share it, but not where it changes only `train.slots_per_step` of them. Reads are
+    assumed to be uniform.
 
     Args:
         config: config of the run.
@@ -157,7 +158,10 @@ def row_traffic(config: RunConfig, axes: MeshAxes, access: int) -> tuple[float, 
             continue
         for width in widths:
             for of_row in (value * width, *(array.bytes(width) for array in train.row_arrays)):
-                updated += 2 * touched_bytes(of_row, rows, reads_here, access)  # read and written
+                touched = touched_bytes(of_row, rows, reads_here, access)
+                if train.slots_per_step:
+                    touched = min(touched, train.slots_per_step / owners * access_bytes(of_row, access))
+                updated += 2 * touched  # read and written
     return looked_up, updated
 
 

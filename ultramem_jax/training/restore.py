@@ -103,7 +103,7 @@ def is_run(folder: str | pathlib.Path) -> bool:
     return (folder / "checkpoints").is_dir() and not (folder / "config.json").exists()
 
 
-def tokenizer_of(workdir: str | pathlib.Path, data: DataConfig) -> str:
+def tokenizer_setting(workdir: str | pathlib.Path, data: DataConfig) -> str:
     """Returns what `DataConfig.tokenizer` must be for another run with the tokenizer of this one.
 
     Args:
