@@ -26,7 +26,7 @@ def test_flops_are_shared_by_tokens_owners_and_tensor():
     flops = step_flops(TINY, abstract_axes(TINY))
     assert flops == 3 * (16 * (shared + logits + memory) + 128 / 2 / 4 * lookup)
     mesh = MeshConfig(data=2, tensor=2, memory=2, batch_over_memory=False)
-    config = dataclasses.dataclasses.replace(TINY, mesh=mesh)
+    config = dataclasses.replace(TINY, mesh=mesh)
     flops = step_flops(config, abstract_axes(config))
     assert flops == 3 * (64 * (shared / 2 + logits / 2 + memory) + 128 / 2 / 2 * lookup)
 
@@ -48,8 +48,8 @@ def test_narrow_columns_cost_a_whole_access():
 
 
 def test_one_moment_per_row_costs_an_access_too():
-    train = dataclasses.dataclasses.replace(TINY.train, row_second_moment="row", row_moment_dtype="bfloat16")
-    config = dataclasses.dataclasses.replace(TINY, train=train)
+    train = dataclasses.replace(TINY.train, row_second_moment="row", row_moment_dtype="bfloat16")
+    config = dataclasses.replace(TINY, train=train)
     updated = row_traffic(config, abstract_axes(config), 32)[1]
     sizes = [touched_bytes(of_row, 64, 128, 32) for of_row in (32, 16, 4)]
     assert sizes[1] == pytest.approx(32 * (1 - (31 / 32) ** 128) * 32)
@@ -58,9 +58,7 @@ def test_one_moment_per_row_costs_an_access_too():
 
 
 def test_the_dense_way_updates_the_whole_table():
-    config = dataclasses.dataclasses.replace(
-        TINY, train=dataclasses.dataclasses.replace(TINY.train, table_gradient="dense")
-    )
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, table_gradient="dense"))
     assert row_traffic(config, abstract_axes(config), 32)[1] == 7 * 4 * 8 * 64
     adagrad = dataclasses.replace(config.train, row_optimizer="adagrad_row")
     config = dataclasses.replace(config, train=adagrad)
@@ -68,24 +66,21 @@ def test_the_dense_way_updates_the_whole_table():
 
 
 def test_a_rule_that_keeps_nothing_moves_only_rows():
-    config = dataclasses.dataclasses.replace(
-        TINY, train=dataclasses.dataclasses.replace(TINY.train, row_optimizer="sgd")
-    )
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, row_optimizer="sgd"))
     updated = row_traffic(config, abstract_axes(config), 32)[1]
     assert updated == pytest.approx(2 * touched_bytes(32, 64, 128, 32))
 
 
 def test_a_selection_accesses_at_most_its_rows():
-    whole = dataclasses.replace(
-        TINY, train=dataclasses.replace(TINY.train, slots_per_step=5, slot_score="reads")
-    )
-    axes = abstract_axes(whole)
-    # Values and both moments of five rows, each with two whole accesses, read and written.
-    assert row_traffic(whole, axes, 16) == (row_traffic(TINY, axes, 16)[0], 2 * 3 * 5 * 2 * 16)
-    many = dataclasses.replace(
-        TINY, train=dataclasses.replace(TINY.train, slots_per_step=1000, slot_score="reads")
-    )
-    assert row_traffic(many, axes, 16) == row_traffic(TINY, axes, 16)
+    def selecting(most):
+        train = dataclasses.replace(TINY.train, slots_per_step=most, slot_score="reads")
+        return dataclasses.replace(TINY, train=train)
+
+    axes = abstract_axes(TINY)
+    looked_up, whole = row_traffic(TINY, axes, 16)
+    # Each of 4 owners has a quarter of the rows, whose values and moments are two accesses, read and written.
+    assert row_traffic(selecting(8), axes, 16) == (looked_up, 8 // 4 * 3 * 2 * 16 * 2)
+    assert row_traffic(selecting(1000), axes, 16) == (looked_up, whole)
 
 
 def test_an_estimate_has_the_parts_of_a_step_and_two_bounds():
@@ -112,7 +107,7 @@ def test_an_estimate_has_the_parts_of_a_step_and_two_bounds():
 
 def test_bfloat16_has_its_own_rate():
     axes = abstract_axes(TINY)
-    half = dataclasses.dataclasses.replace(TINY, model=dataclasses.replace(MODEL, dtype="bfloat16"))
+    half = dataclasses.replace(TINY, model=dataclasses.replace(MODEL, dtype="bfloat16"))
     state = DeviceBytes(0, 0, 0, 0, 0, 0, 0, 0)
     ratio = [estimate_step(run, axes, ROUND, state, 0, {}).parts[0].seconds for run in (TINY, half)]
     assert ratio[0] / ratio[1] == pytest.approx(2000)
