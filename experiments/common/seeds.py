@@ -16,15 +16,14 @@ from typing import NotRequired, TypedDict
 
 import jax
 
+from experiments.common.whole_runs import train_whole
 from ultramem_jax import RunConfig, UserError
 from ultramem_jax.config import MeshConfig, run_config_from_dict, to_dict
 from ultramem_jax.data import Corpus
-from ultramem_jax.errors import Stopped
 from ultramem_jax.files import replace_text
 from ultramem_jax.parallel.distributed import from_first, is_first
 from ultramem_jax.parallel.mesh import make_mesh, mesh_axes
 from ultramem_jax.training.evaluation import Evaluator
-from ultramem_jax.training.loop import train
 from ultramem_jax.training.metrics import read_metrics
 from ultramem_jax.training.state import model_variables
 from ultramem_jax.tree_types import JsonDict
@@ -204,9 +203,7 @@ def _run(
                 "give another --workdir"
             )
         return result
-    trained = train(config, workdir, corpus=corpus)
-    if not trained.finished:
-        raise Stopped("stopped; the same command goes on from there")
+    trained = train_whole(config, workdir, corpus=corpus)
     test_bits = None
     if test_batches is not None:
         evaluate = Evaluator(config, corpus, mesh_axes(config, make_mesh(config.mesh)))

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+from experiments.common.whole_runs import train_whole
 from ultramem_jax.config import DataConfig, RunConfig, TrainConfig
 from ultramem_jax.interop import open_models
 from ultramem_jax.presets.grafts import graft
 from ultramem_jax.training.initial import Initial
-from ultramem_jax.training.loop import train
 from ultramem_jax.training.restore import LoadedModel, load_model
 
 MEMORY = "memory_plus"
@@ -56,5 +56,5 @@ def train_graft(model: Path, text: DataConfig, workdir: Path) -> LoadedModel:
         _, variables = open_models.load(model)
         return Initial(variables, grafted=[MEMORY])
 
-    train(config, workdir, initial=initial)
+    train_whole(config, workdir, initial=initial)
     return load_model(workdir)

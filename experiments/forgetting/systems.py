@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments.common.whole_runs import train_whole
 from experiments.forgetting import grafted
 from experiments.forgetting.examination import Sizes
 from experiments.forgetting.mixture import write_mixture
@@ -17,7 +18,6 @@ from ultramem_jax.data.facts import Population
 from ultramem_jax.presets import preset
 from ultramem_jax.training.background import count_reads, save_background
 from ultramem_jax.training.initial import Initial
-from ultramem_jax.training.loop import train
 from ultramem_jax.training.restore import LoadedModel, load_model
 
 GRAFTED = "SmolLM2-135M with Memory+"
@@ -144,7 +144,7 @@ def _prepared(
     initial: Callable[[], Initial] | None,
 ) -> Pupil:
     """Trains a system on its mixture, or goes on with that, and counts the background reads."""
-    train(config, workdir, initial=initial)
+    train_whole(config, workdir, initial=initial)
     loaded = load_model(workdir)
     background = workdir / "background.npz"
     if not background.exists():

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.common.seeds import remember_compilations
+from experiments.common.whole_runs import train_whole
 from experiments.recall.records import Answers, Run
 from experiments.recall.systems import Variant, shape
 from ultramem_jax import RunConfig, UserError
@@ -17,11 +18,11 @@ from ultramem_jax.config import DataConfig, run_config_from_dict, to_dict
 from ultramem_jax.data import Corpus
 from ultramem_jax.data.fact_words import ATTRIBUTES
 from ultramem_jax.data.facts import Population, Query, queries
-from ultramem_jax.errors import Stopped, require
+from ultramem_jax.errors import require
 from ultramem_jax.files import replace_text
 from ultramem_jax.models.fact_recall import pair_ids, recall
 from ultramem_jax.models.scoring import Scorer
-from ultramem_jax.training.loop import TrainResult, train
+from ultramem_jax.training.loop import TrainResult
 from ultramem_jax.training.restore import load_model
 
 TUNING_SEED = 100
@@ -94,9 +95,7 @@ class Trials:
         done = folder / "result.json"
         if done.exists():
             return self._kept(done, config)
-        trained = train(config, folder, corpus=self._corpus)
-        if not trained.finished:
-            raise Stopped("stopped; the same command goes on from there")
+        trained = train_whole(config, folder, corpus=self._corpus)
         run = self._examined(variant, config, folder, trained)
         replace_text(done, json.dumps({**self._identity(config), "run": dataclasses.asdict(run)}))
         # Checkpoints of a hundred runs would fill gigabytes.

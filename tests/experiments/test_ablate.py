@@ -191,7 +191,7 @@ def test_two_rungs_end_to_end_and_again_without_training(run, text, tmp_path, mo
     assert "Models of width 16 with 2 layers, 2 steps of 8 × 16 tokens" in table and table.strip() in out
     assert not (tmp_path / "results" / "ladder.md").exists()
 
-    monkeypatch.setattr(seeds, "train", None)  # the second time nothing is trained
+    monkeypatch.setattr(seeds, "train_whole", None)  # the second time nothing is trained
     status, _, err = run(*command)
     assert status == 0, err
     assert (tmp_path / "results" / "grids.md").read_text() == table

@@ -201,7 +201,7 @@ def _check_resumption(run, flags, results, monkeypatch):
     def train(*_, **__):
         raise AssertionError("a run that has ended was repeated")
 
-    monkeypatch.setattr(trials, "train", train)
+    monkeypatch.setattr(trials, "train_whole", train)
     raw.unlink()
     status, _, err = run("recall", *flags)
     assert status == 0, err

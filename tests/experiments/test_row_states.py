@@ -197,7 +197,7 @@ def test_two_choices_end_to_end_and_again_without_training(run, text, tmp_path, 
     assert "2 steps of 8 × 16 tokens" in table and "launch.py row_states" in table and table.strip() in out
     assert (tmp_path / "results" / "row_states.png").stat().st_size > 10_000
 
-    monkeypatch.setattr(seeds, "train", None)  # the second time nothing is trained
+    monkeypatch.setattr(seeds, "train_whole", None)  # the second time nothing is trained
     status, _, err = run(*command)
     assert status == 0, err
     assert (tmp_path / "results" / "row_states.md").read_text() == table
