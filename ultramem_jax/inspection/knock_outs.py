@@ -22,6 +22,7 @@ from ultramem_jax.inspection.names import checked_slots, require_memories, slots
 from ultramem_jax.inspection.tracing import encoded, token_losses
 from ultramem_jax.layers.memory.table import Table
 from ultramem_jax.models import Transformer
+from ultramem_jax.models.scoring import LOGITS_BYTES
 from ultramem_jax.tree_types import Variables
 
 _NOWHERE = -1
@@ -82,7 +83,7 @@ def knock_out_each(
     text: str | bytes,
     slots: Sequence[tuple[str, int]],
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Returns the losses of a text without each of several slots, one at a time: (n, S) float32.
@@ -93,19 +94,23 @@ def knock_out_each(
         tokenizer: its tokenizer.
         text: the text, as for `trace`.
         slots: table or memory, and row, of each slot.
-        batch_size: slots whose losses are computed together.
+        batch_size: slots whose losses are computed together; None is 8, or fewer where their logits would
+            take more than 256 MiB.
         progress: called with the number of slots after each batch.
 
     Raises:
         UserError: as for `knock_out`; `batch_size` is below 1.
     """
     require_memories(config)
-    at_least(1, batch_size=batch_size)
+    if batch_size is not None:
+        at_least(1, batch_size=batch_size)
     checked = [
         (table := table_of(config, name), checked_slots(config, table, [row])[0]) for name, row in slots
     ]
     ids = encoded(config, tokenizer, text)
     losses = np.empty((len(checked), len(ids)), np.float32)
+    if batch_size is None:
+        batch_size = min(max(LOGITS_BYTES // (4 * config.vocab_size * len(ids)), 1), 8)
     tables = sorted({site.table for site in config.sites})
     tokens = np.broadcast_to(ids, (batch_size, len(ids)))
     for first in range(0, len(checked), len(tokens)):

@@ -1,6 +1,7 @@
 """Finds the slots whose rows are nearest to those of given slots, by cosine, over whole tables."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -50,36 +51,48 @@ def nearest_slots(
     at_least(1, k=k)
     table, num_slots = variables["memory"][name]["values"], table_readers(config)[name][0].num_slots
     k = min(k, num_slots - 1)
-    given = _unit(np.asarray(_chunk(table, jnp.asarray(slots))))
+    own = jnp.asarray(slots)
+    given = _unit_rows(table, own)
     size = max(min(_CHUNK_NUMBERS // max(given.shape[1], len(slots), 1), num_slots), 1)
-    ids = np.full((len(slots), k), -1, np.int32)
-    cosines = np.full((len(slots), k), -np.inf, np.float32)
+    ids, cosines = np.zeros((len(slots), 0), np.int32), np.zeros((len(slots), 0), np.float32)
     for first in range(0, num_slots, size):
         # The last chunk starts early enough to be a whole one, so that one program serves all chunks.
         start = min(first, num_slots - size)
-        rows = np.asarray(_chunk(table, start + jnp.arange(size, dtype=jnp.int32)))[first - start :]
-        found = given @ _unit(rows).T  # (n, chunk)
-        for of_slot, slot in enumerate(slots):
-            near = np.flatnonzero(found[of_slot] > cosines[of_slot, -1]) if k else np.empty(0, np.int64)
-            near = near[near + first != slot]
-            if len(near) > k:
-                near = np.sort(near[np.argpartition(-found[of_slot, near], k - 1)[:k]])
-            together = np.concatenate([cosines[of_slot], found[of_slot, near]])
-            which = np.concatenate([ids[of_slot], (near + first).astype(np.int32)])
-            order = np.argsort(-together, kind="stable")[:k]
-            ids[of_slot], cosines[of_slot] = which[order], together[order]
+        found = _nearest_of_chunk(table, given, own, start, first, size, min(k, size))
+        together = np.concatenate([cosines, found[0]], axis=1)
+        which = np.concatenate([ids, found[1]], axis=1)
+        order = np.argsort(-together, axis=1, kind="stable")[:, :k]
+        ids, cosines = (np.take_along_axis(of, order, axis=1) for of in (which, together))
         if progress is not None:
-            progress(len(rows))
+            progress(min(size, num_slots - first))
     return ids, cosines
 
 
+@partial(jax.jit, static_argnums=(5, 6))
+def _nearest_of_chunk(
+    table: jax.Array, given: jax.Array, own: jax.Array, start: jax.Array, first: jax.Array, size: int, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest cosines (n, k) of rows with those of a chunk, and the slots of these.
+
+    Args:
+        table: (N, d) values.
+        given: (n, d) float32 rows of length one.
+        own: (n,) their slots, whose cosines are -inf.
+        start: first slot of the chunk.
+        first: first slot that counts; cosines of those before it are -inf.
+        size: slots of the chunk.
+        k: cosines to return.
+    """
+    slots = start + jnp.arange(size, dtype=jnp.int32)
+    cosines = given @ _unit_rows(table, slots).T
+    counts = (slots >= first)[None] & (slots[None] != own[:, None])
+    values, places = jax.lax.top_k(jnp.where(counts, cosines, -jnp.inf), k)
+    return values, slots[places]
+
+
 @jax.jit
-def _chunk(table: jax.Array, slots: jax.Array) -> jax.Array:
-    return take_rows(table, slots, jnp.dtype(jnp.float32))
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    """Returns rows (n, d) float32 with length one; rows of zeros stay zeros."""
-    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))[:, None]
-    unit: np.ndarray = rows / np.where(lengths > 0, lengths, np.float32(1))
-    return unit
+def _unit_rows(table: jax.Array, slots: jax.Array) -> jax.Array:
+    """Returns rows (n, d) in float32 with length one; rows of zeros stay zeros."""
+    rows = take_rows(table, slots, jnp.dtype(jnp.float32))
+    lengths = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / jnp.where(lengths > 0, lengths, 1)

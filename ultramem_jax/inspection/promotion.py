@@ -20,8 +20,8 @@ from ultramem_jax.inspection.names import checked_slots, site_of
 from ultramem_jax.ops.rows import take_rows
 from ultramem_jax.tree_types import Variables
 
-_SLOTS_AT_A_TIME = 64
-"""Numbers of slots are rounded up to a multiple of this, so that few programs are compiled."""
+_TOGETHER = 64
+"""Slots whose scores of all tokens are held at a time."""
 
 
 class Promoted(NamedTuple):
@@ -70,17 +70,22 @@ def promoted_tokens(
     for block in blocks[(blocks < 0) | (blocks >= site.config.num_blocks)][:1]:
         require(False, f"block of {memory}", int(block), f"must be in [0, {site.config.num_blocks})")
     at_least(1, k=k)
-    logits = _logits(config, variables, site, *_padded(slots, blocks, weights))
-    scores = np.asarray(logits)[: len(slots), :vocab_size]
-    most, least = _largest(scores, k), _largest(-scores, k)
-    return Promoted(most, np.take_along_axis(scores, most, 1), least, np.take_along_axis(scores, least, 1))
+    ids = config.vocab_size if vocab_size is None else min(vocab_size, config.vocab_size)
+    padded = _padded(slots, blocks, weights)
+    parts = [
+        _extremes(
+            config, variables, site, min(k, ids), ids, *(of[first : first + _TOGETHER] for of in padded)
+        )
+        for first in range(0, len(padded[0]), _TOGETHER)
+    ]
+    return Promoted(*(np.concatenate(of)[: len(slots)] for of in zip(*parts, strict=True)))
 
 
 def _padded(
     slots: np.ndarray, blocks: np.ndarray, weights: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns slots, blocks and weights (ones by default) of so many slots that few programs serve all."""
-    more = -len(slots) % _SLOTS_AT_A_TIME
+    """Returns slots, blocks and weights (ones by default), filled up to whole groups of slots."""
+    more = -len(slots) % _TOGETHER if len(slots) else _TOGETHER
     weights = np.ones((len(slots), 1), np.float32) if weights is None else np.asarray(weights, np.float32)
     return (
         np.pad(slots, (0, more)),
@@ -89,7 +94,24 @@ def _padded(
     )
 
 
-@partial(jax.jit, static_argnums=(0, 2))
+@partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _extremes(
+    config: ModelConfig,
+    variables: Variables,
+    site: MemorySite,
+    k: int,
+    vocab_size: int,
+    slots: jax.Array,
+    blocks: jax.Array,
+    weights: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Returns the fields of `Promoted` for the first ids."""
+    scores = _logits(config, variables, site, slots, blocks, weights)[:, :vocab_size]
+    highest, most = jax.lax.top_k(scores, k)
+    lowest, least = jax.lax.top_k(-scores, k)
+    return most, highest, least, -lowest
+
+
 def _logits(
     config: ModelConfig,
     variables: Variables,
@@ -113,14 +135,3 @@ def _logits(
     gain = jnp.asarray(params["final_norm"]["scale"]).astype(jnp.float32)
     output = params["embedding"].T if config.tie_embeddings else params["output"]
     return (written * gain[None]) @ jnp.asarray(output).astype(jnp.float32)
-
-
-def _largest(scores: np.ndarray, k: int) -> np.ndarray:
-    """Returns the ids of the k largest scores of each row (n, V), largest first and equal ones by id."""
-    k = min(k, scores.shape[1])
-    kth = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
-    found = np.empty((len(scores), k), np.int32)
-    for row, (of_row, least) in enumerate(zip(scores, kth, strict=True)):
-        ids = np.flatnonzero(of_row >= least)
-        found[row] = ids[np.argsort(-of_row[ids], kind="stable")[:k]]
-    return found
