@@ -86,7 +86,7 @@ FOR_OWN = Curriculum(
     mixture_share=0.3,
     lesson=Lesson(
         texts=(),
-        steps=300,
+        steps=500,
         batch_size=4,
         seq_len=128,
         check_every=25,
@@ -95,8 +95,8 @@ FOR_OWN = Curriculum(
         slots=2048,
     ),
     rates={
-        "sparse memory, AdamW": (3e-3, 1e-2, 3e-2),
-        "sparse memory, SGD": (100.0, 300.0, 1000.0),
+        "sparse memory, AdamW": (1e-2, 3e-2, 1e-1),
+        "sparse memory, SGD": (300.0, 1000.0, 3000.0),
         "full memory": (1e-3, 3e-3, 1e-2),
         "LoRA": (3e-3, 1e-2, 3e-2),
         "full fine-tuning": (1e-4, 3e-4, 1e-3),

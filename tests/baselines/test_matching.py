@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from ultramem_jax import accounting
+from ultramem_jax.baselines import matching
 from ultramem_jax.baselines.allocation import with_table_share
 from ultramem_jax.baselines.matching import COMBINED, SYSTEMS, differences, match, match_all, verify_match
 from ultramem_jax.baselines.systems import reads_per_token
-from ultramem_jax.config import ModelConfig
+from ultramem_jax.config import ModelConfig, MoEConfig
 from ultramem_jax.config.memory_parts import TableLayout, Window
 from ultramem_jax.errors import UserError
 from ultramem_jax.presets import PRESETS, families
@@ -48,6 +49,20 @@ def test_moe_by_hand():
     moe = match(base, "moe").moe
     assert (moe.num_experts, moe.expert_dim, moe.top_k) == (30, 2512, 2)
     assert moe.num_experts * moe.expert_dim == pytest.approx(75_625, rel=0.005)
+
+
+def test_experts_that_mostly_route_match_only_where_no_others_do(monkeypatch):
+    wide, narrow = (
+        replace(TINY, memories={}, moe=MoEConfig(num_experts=number, top_k=2, expert_dim=width))
+        for number, width in ((30, 400), (4000, 3))
+    )
+    monkeypatch.setitem(matching.BASELINES, "moe", lambda base, step: iter([wide, narrow]))
+    for of_wide, of_narrow, best in ((0.019, 0.001, wide), (0.021, 0.019, narrow), (0.003, 0.001, wide)):
+        off = {30: of_wide, 4000: of_narrow}
+        monkeypatch.setattr(
+            matching, "differences", lambda base, other, off=off: {"x": off[other.moe.num_experts]}
+        )
+        assert match(TINY, "moe", tolerance=0.02) == best
 
 
 def test_pkm_by_hand():

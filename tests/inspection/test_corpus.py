@@ -8,7 +8,8 @@ import pytest
 from tests.inspection.models import MODEL, TEXTS, TOKENIZER, batches, variables
 from ultramem_jax.config.model import table_readers
 from ultramem_jax.errors import UserError
-from ultramem_jax.inspection import corpus_pass, trace
+from ultramem_jax.inspection import corpus_pass, ngrams, trace
+from ultramem_jax.inspection.contexts import Found
 from ultramem_jax.inspection.names import order_of_reads
 
 K = 3
@@ -102,19 +103,29 @@ def test_contexts(passed, everything, chosen):
 
 def test_ngrams_on_a_row(passed, everything, chosen):
     assert passed.tables["ultramem_0"].ngrams is None
-    found = passed.tables["engram_0"].ngrams
-    shared = 0
+    found, shared = passed.tables["engram_0"].ngrams, 0
     for slot in chosen["engram_0"]:
         counted = collections.Counter(ngram for at, *_, ngram, _ in everything["engram_0"] if at == slot)
-        kept = dict(found.of(slot))
-        assert all(counted[ngram] >= n > 0 for ngram, n in kept.items())
-        assert sum(kept.values()) + found.others.get(slot, 0) == sum(counted.values())
-        if len(counted) <= 5:
-            assert found.of(slot) == sorted(counted.items(), key=lambda item: (-item[1], item[0]))
-        else:
-            assert len(kept) == 5
+        assert found.of(slot) == sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:5]
         shared += len(counted) > 1
     assert shared > 3
+    assert all(found.of(slot) for slot in passed.tables["engram_0"].most_read.tolist())
+    assert found.of(max(chosen["engram_0"]) + 1000) == []
+
+
+def test_ngrams_of_a_slot_have_a_bounded_number_of_counters(monkeypatch):
+    monkeypatch.setattr(ngrams, "_APART", 2)
+    rows = ngrams.SharedRows(np.array([3]), 1)
+    tokens = np.array([[7, 8, 9, 8, 8]])
+    slots, positions = np.full(5, 3), np.arange(5)
+    found = Found(slots, slots, positions, slots, np.zeros(5, int), slots, slots)
+    rows.add(found, np.array([1]), tokens)
+    assert rows.of(3) == [((8,), 3)]  # 9 comes last, and is not counted
+    rows.track(np.array([3, 4]))
+    assert rows.of(3) == [((8,), 3)] and rows.of(4) == []
+    rows.track(np.array([4]))
+    rows.track(np.array([3]))
+    assert rows.of(3) == []
 
 
 def test_slots_that_begin_to_lead_are_followed_from_then_on():

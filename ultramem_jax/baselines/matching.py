@@ -15,7 +15,9 @@ Everything that is not part of a system (D, L, attention, vocabulary, dropout) c
 `ultramem_jax.baselines.systems` defines the systems.
 """
 
+import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from ultramem_jax.accounting import count_parameters, flops_per_token
 from ultramem_jax.baselines.allocation import with_table_share
@@ -67,13 +69,13 @@ def match(
         combined = with_table_share(without_table, table_share)
         verify_match({"ultramem": base, system: combined}, tolerance)
         return combined
-    best, least = None, float("inf")
+    best, least = None, _Rank(True, True, math.inf)
     for step in _STEPS:
         for candidate in BASELINES[system](base, step):
             rank = _rank(base, candidate, tolerance)
             if rank < least:
                 best, least = candidate, rank
-        if best is not None and least <= _GOOD_SHARE * tolerance:
+        if best is not None and not least.mostly_routes and least.difference <= _GOOD_SHARE * tolerance:
             return best
     if best is None:
         raise UserError(f"no {system} model is as small as the base ({_describe(base)})")
@@ -133,15 +135,23 @@ def verify_match(configs: Mapping[str, ModelConfig], tolerance: float = TOLERANC
                     )
 
 
-def _rank(base: ModelConfig, candidate: ModelConfig, tolerance: float) -> float:
-    """Returns the largest difference of a candidate, plus the tolerance if it mostly routes.
+class _Rank(NamedTuple):
+    """Orders candidates: the least is the best.
 
     Compute and sparse size have two solutions with experts: few wide ones, or many narrow ones whose router
     takes the rest of the compute. The second is matched only where the first does not exist.
     """
-    flops = flops_per_token(candidate)
-    mostly_routes = flops.router > flops.feed_forward
-    return max(differences(base, candidate).values()) + mostly_routes * tolerance
+
+    is_too_far: bool
+    """Whether a count differs by more than the tolerance."""
+    mostly_routes: bool
+    difference: float
+    """Larger difference of the two counts."""
+
+
+def _rank(base: ModelConfig, candidate: ModelConfig, tolerance: float) -> _Rank:
+    flops, difference = flops_per_token(candidate), max(differences(base, candidate).values())
+    return _Rank(difference > tolerance, flops.router > flops.feed_forward, difference)
 
 
 def _describe(config: ModelConfig) -> str:

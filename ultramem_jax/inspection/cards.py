@@ -235,9 +235,9 @@ class Cards:
             row = int(np.searchsorted(kept.slots, slot))
             if row < len(kept.slots) and kept.slots[row] == slot:
                 card["contexts"] = [self._context(reads, row, entry) for entry in range(kept.counts[row])]
-            if reads.ngrams is not None and reads.ngrams.of(slot):
-                card["ngrams"] = [[self._texts.text(ids), n] for ids, n in reads.ngrams.of(slot)]
-                card["others"] = reads.ngrams.others.get(slot, 0)
+            if reads.ngrams is not None and (found := reads.ngrams.of(slot)):
+                card["ngrams"] = [[self._texts.text(ids), n] for ids, n in found]
+                card["others"] = count - sum(n for _, n in found)
 
     def _context(self, reads: TableReads, row: int, entry: int) -> list[Any]:
         kept = reads.contexts

@@ -35,7 +35,7 @@ class TableReads:
     contexts: Contexts
     """Strongest reads of the chosen slots, and of those that lead at the end."""
     ngrams: SharedRows | None
-    """N-grams of the chosen slots, if tokens address the table."""
+    """N-grams of the slots that `contexts` has, if tokens address the table."""
     memories: tuple[str, ...]
     """Names of the memories that read the table, to which `contexts.memories` refers."""
     most_read: np.ndarray
@@ -73,7 +73,7 @@ def corpus_pass(
         slots: the chosen slots, by the name of a table or of a memory that reads it.
         k: contexts of each slot, those whose reads have the largest absolute mean weight.
         most: slots of each table to return as those that are read most.
-        ngrams: different n-grams of each chosen slot that are counted apart.
+        ngrams: most frequent n-grams to return of each slot.
         before: tokens of a context before the one that reads.
         after: tokens of a context after it.
         progress: called with the number of tokens after each batch.
@@ -130,9 +130,11 @@ class _TablePass:
         parts = [self._found(reads, number, there) for number in range(len(self._sites))]
         found = Found(*map(np.concatenate, zip(*parts, strict=True)))
         self._count(found.slots)
-        self._contexts.track(np.union1d(self._chosen, self._leaders))
+        tracked = np.union1d(self._chosen, self._leaders)
+        self._contexts.track(tracked)
         self._contexts.add(found, tokens, seen)
         if self._ngrams is not None:
+            self._ngrams.track(tracked)
             for site, part in zip(self._sites, parts, strict=True):
                 self._ngrams.add(part, order_of_reads(site), tokens)
 

@@ -4,21 +4,29 @@ import numpy as np
 
 from ultramem_jax.inspection.contexts import Found, positions_of
 
+_APART = 32
+"""N-grams of a slot that are counted apart, for each one that is returned."""
+
 
 class SharedRows:
-    """Counts the n-grams that read some slots, up to a number of different ones for each slot.
+    """Counts the n-grams that read some slots, and returns the most frequent ones of each.
 
-    N-grams that come when a slot has that many are counted together. N-grams are those of the text's own
-    ids: several may share a row because the tokenizer's map of canonical ids makes them equal.
+    A slot has a bounded number of counters: an n-gram that comes first when all are taken is not counted.
+    N-grams are those of the text's own ids: several may share a row because the tokenizer's map of canonical
+    ids makes them equal.
     """
 
-    def __init__(self, slots: np.ndarray, most: int):
-        """Begins with slots (C,), rising, of which at most `most` n-grams are kept apart."""
-        self._slots, self._most = np.asarray(slots, np.int64), most
-        self.counts: dict[int, dict[tuple[int, ...], int]] = {}
-        """Slot -> n-gram -> reads. An n-gram is a tuple of ids; -1 stands before the start of a sequence."""
-        self.others: dict[int, int] = {}
-        """Slot -> reads of n-grams that are not kept apart."""
+    def __init__(self, slots: np.ndarray, k: int):
+        """Begins with slots (C,), rising, of which k n-grams each are returned."""
+        self._k = k
+        self._slots = np.empty(0, np.int64)
+        self._counts: dict[int, dict[tuple[int, ...], int]] = {}
+        self.track(slots)
+
+    def track(self, slots: np.ndarray) -> None:
+        """Changes the slots, (C,) rising: those that remain keep their counts, and new ones have none."""
+        self._slots = np.asarray(slots, np.int64)
+        self._counts = {slot: self._counts.get(slot, {}) for slot in self._slots.tolist()}
 
     def add(self, found: Found, orders: np.ndarray, tokens: np.ndarray) -> None:
         """Adds the reads of a batch.
@@ -39,16 +47,17 @@ class SharedRows:
         for (slot, *ngram), count in zip(
             *map(np.ndarray.tolist, np.unique(keyed, axis=0, return_counts=True)), strict=True
         ):
-            of_slot = self.counts.setdefault(slot, {})
-            key = tuple(ngram)
-            if key in of_slot or len(of_slot) < self._most:
+            of_slot, key = self._counts[slot], tuple(ngram)
+            if key in of_slot or len(of_slot) < _APART * self._k:
                 of_slot[key] = of_slot.get(key, 0) + count
-            else:
-                self.others[slot] = self.others.get(slot, 0) + count
 
     def of(self, slot: int) -> list[tuple[tuple[int, ...], int]]:
-        """Returns the n-grams of a slot with their reads, most frequent first and equal ones by ids."""
-        return sorted(self.counts.get(slot, {}).items(), key=lambda item: (-item[1], item[0]))
+        """Returns up to k n-grams of a slot with their reads, most frequent first and equal ones by ids.
+
+        An n-gram is a tuple of ids; -1 stands before the start of a sequence.
+        """
+        counted = self._counts.get(slot, {}).items()
+        return sorted(counted, key=lambda item: (-item[1], item[0]))[: self._k]
 
 
 def _ending_at(tokens: np.ndarray, positions: np.ndarray, order: int) -> np.ndarray:
