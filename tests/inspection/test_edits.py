@@ -96,6 +96,7 @@ def test_a_file_with_a_row(tmp_path):
         ("ultramem_0:3", "edit = 'ultramem_0:3': must be"),
         ("ultramem_0:3=zero:1", "must be MEMORY:SLOT=zero"),
         ("ultramem_0:3=scale:x", "must be MEMORY:SLOT=zero"),
+        ("ultramem_0:3=scale:nan", "FACTOR must be a finite number"),
         ("ultramem_0:3=copy:", "must be MEMORY:SLOT=zero"),
         (
             "ultramem_0:3=swop:4",

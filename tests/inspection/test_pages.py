@@ -195,7 +195,13 @@ CARD = """(found) => {
   found.marks = document.querySelectorAll("#card .context mark").length;
   found.bars = document.querySelectorAll("#card .scores .bar").length;
   found.effect = document.querySelectorAll("#card svg rect").length;
-  found.near = document.querySelectorAll("#card .near button").length;
+  const near = [...document.querySelectorAll("#card .near > *")];
+  found.near = near.map((row) => row.tagName + row.firstChild.textContent);
+  found.said = document.querySelector("[role=status]").textContent;
+  const button = document.querySelector("#choose-head button:last-child");
+  button?.focus();
+  button?.click();
+  found.focused = document.activeElement.textContent;
   found.tiles = [...document.querySelectorAll("#tiles .tile b")].map((tile) => tile.textContent);
 }"""
 
@@ -210,7 +216,14 @@ def test_the_card_of_a_slot_that_an_address_names(visit, written, traced):
     found = visit(written, CARD, f"#memory=engram_0&table=engram_0&slot={slot}&token=5")
     assert found["failures"] == []
     assert found["card"].startswith(f"Slot {slot}") and f"read {card['count']}×" in found["card"]
-    assert found["marks"] == len(card["contexts"]) and found["bars"] == 16 and found["near"] == 2
+    assert found["marks"] == len(card["contexts"]) and found["bars"] == 16
+    known = data["tables"]["engram_0"]["cards"]
+    assert found["near"] == [
+        ("BUTTON" if str(near) in known else "DIV") + f"{near:,}" for near, *_ in card["near"]
+    ]
+    promoted = ", ".join(token for token, _ in card["up"][:5])
+    assert found["said"] == f"Slot {slot} of engram_0, promotes {promoted}"
+    assert found["focused"] == "3-grams"
     assert found["effect"] == 2 * len(traced.ids)
     assert "N-grams on this row" in found["card"]
     nonsense = visit(written, CARD, "#memory=x&table=y&slot=-1&token=1e9&tab=z&colour=w")
@@ -249,7 +262,7 @@ def test_twenty_million_slots(visit):
     assert len(found) < 300_000
     seen = visit(found, CARD, "#tab=tables")
     assert seen["failures"] == [] and seen["fetched"] == []
-    assert seen["tiles"][0] == f"{num_slots:,}" and seen["near"] == 3 and seen["bars"] == 16
+    assert seen["tiles"][0] == f"{num_slots:,}" and len(seen["near"]) == 3 and seen["bars"] == 16
 
 
 def test_render_of_any_text():

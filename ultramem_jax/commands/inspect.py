@@ -47,7 +47,7 @@ from ultramem_jax.inspection.knock_outs import parse_slots
 from ultramem_jax.inspection.tracing import encoded
 from ultramem_jax.interop import open_models
 from ultramem_jax.reporting import markdown
-from ultramem_jax.training.metrics import METRICS_FILE, read_metrics
+from ultramem_jax.training.metrics import METRICS_FILE, records_until
 from ultramem_jax.tree_types import JsonDict
 
 FLAG_MODULES = (given_model_with_memory.__module__, named_corpus.__module__, given_batches.__module__)
@@ -132,7 +132,7 @@ def _inspect(given: GivenModel, text: bytes) -> None:
         }
     metrics = pathlib.Path(WORKDIR.value) / METRICS_FILE
     if given.run is not None and metrics.is_file():
-        options["records"] = read_metrics(metrics)
+        options["records"] = records_until(metrics, given.run.step)
     written = page(
         given.config,
         given.variables,

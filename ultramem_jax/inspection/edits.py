@@ -6,6 +6,7 @@ An edit changes rows and nothing else. `edit` copies each table that it changes 
 the old variables. `save_edited_run` works on a state of its own, in place.
 """
 
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from ultramem_jax.parallel.mesh import one_device
 from ultramem_jax.training.checkpoint_reading import saved_config
 from ultramem_jax.training.checkpoints import Checkpoints
 from ultramem_jax.training.dense_optimizer import make_optimizers
-from ultramem_jax.training.metrics import METRICS_FILE
+from ultramem_jax.training.metrics import METRICS_FILE, MetricWriter
 from ultramem_jax.training.restore import for_this_device, save_tokenizer
 from ultramem_jax.training.state import abstract_state
 from ultramem_jax.tree_types import ArrayTree, JsonDict, Variables
@@ -94,15 +95,21 @@ def parse_edit(config: ModelConfig, text: str, field: str = "edit") -> Edit:
         require(not argument, field, text, _FORMS)
         return given
     if action == "scale":
-        try:
-            return given._replace(factor=float(argument))
-        except ValueError:
-            raise UserError(f"{field} = {text!r}: {_FORMS}") from None
+        return given._replace(factor=_factor(field, text, argument))
     if action == "values":
         return given._replace(values=_row_file(argument))
     other = whole_number(argument)
     require(other is not None, field, text, _FORMS)
     return given._replace(other=int(checked_slots(config, table, [other or 0])[0]))
+
+
+def _factor(field: str, text: str, argument: str) -> float:
+    try:
+        factor = float(argument)
+    except ValueError:
+        factor = math.nan
+    require(math.isfinite(factor), field, text, f"{_FORMS}; FACTOR must be a finite number")
+    return factor
 
 
 def _row_file(path: str) -> np.ndarray:
@@ -226,7 +233,8 @@ def save_edited_run(
 
     The new run has the same step, config, corpus and position in the data, and the optimizers' state of the
     old one: moments stay with their slots. So it can be evaluated and sampled, and training continues from
-    it. Its metrics are copied. It has no validation loss, because the edited model has not been evaluated.
+    it. Its metrics up to the step are copied. It has no validation loss, because the edited model has not
+    been evaluated.
 
     Args:
         workdir: folder of the run, which stays as it is.
@@ -260,6 +268,7 @@ def save_edited_run(
         save_tokenizer(tokenizer, partial)
         if (old / METRICS_FILE).is_file():
             shutil.copyfile(old / METRICS_FILE, partial / METRICS_FILE)
+            MetricWriter(partial, resume_step=step).close()  # drops what came after the checkpoint
         saved.save(step, state, position, meta.config, meta.corpus, since_record=meta.since_record)
     return changes
 

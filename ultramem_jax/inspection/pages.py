@@ -33,7 +33,7 @@ from ultramem_jax.inspection.cards import (
 from ultramem_jax.inspection.corpus import CorpusReads, corpus_pass
 from ultramem_jax.inspection.knock_outs import knock_out
 from ultramem_jax.inspection.names import site_of, slots_by_table
-from ultramem_jax.inspection.texts import TokenTexts
+from ultramem_jax.inspection.texts import TokenTexts, visible
 from ultramem_jax.inspection.tracing import MemoryReads, Trace, trace
 from ultramem_jax.inspection.usage import training_curves, usage
 from ultramem_jax.tree_types import JsonDict, Variables
@@ -122,7 +122,7 @@ def page(
     memories = {name: _memory(config, name, of, by[name], reads) for name, of in traced.memories.items()}
     _without_unknown(memories, made)
     data: JsonDict = {
-        "subtitle": f"{title} · {_in_words(config)}",
+        "subtitle": f"{visible(title)} · {_in_words(config)}",
         "note": _note(traced),
         "tokens": [_token(traced, texts, i) for i in range(len(traced.ids))],
         "memories": memories,
@@ -147,8 +147,8 @@ def render(title: str, data: JsonDict) -> str:
     written = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         written = written.replace(character, f"\\u{ord(character):04x}")
-    fills = {"title": html.escape(f"{title} · inside a memory"), "css": parts["css"], "js": parts["js"]}
-    fills["data"] = written
+    named = html.escape(f"{visible(title)} · inside a memory")
+    fills = {"title": named, "css": parts["css"], "js": parts["js"], "data": written}
     return _MARK.sub(lambda match: fills[match[1]], parts["html"])
 
 

@@ -81,7 +81,7 @@ class MetricWriter:
         summary_writer = _summary_writer() if tensorboard else None
         Path(workdir).mkdir(parents=True, exist_ok=True)
         self.path = Path(workdir) / METRICS_FILE
-        kept = [] if resume_step is None else _records_until(self.path, resume_step)
+        kept = [] if resume_step is None else records_until(self.path, resume_step)
         if without_validation:
             kept = [r for r in kept if (r["step"], r.get("split")) != (resume_step, "validation")]
         replace_text(self.path, "".join(map(_line, kept)))
@@ -243,7 +243,8 @@ def _parse(line: str) -> Record | None:
     return values if right else None
 
 
-def _records_until(path: Path, step: int) -> list[Record]:
+def records_until(path: Path, step: int) -> list[Record]:
+    """Returns the records up to a step, as `read_metrics` reads them; none where there is no file."""
     if not path.exists():
         return []
     return [record for record in read_metrics(path) if record["step"] <= step]

@@ -116,7 +116,7 @@
 
   function choice(id, options, chosen, pick) {
     $(id).replaceChildren(...(options.length > 1 ? options : []).map(([value, label, on = true]) =>
-      el("button", { "aria-pressed": String(value === chosen), disabled: !on, onclick: () => pick(value) }, label)));
+      el("button", { "aria-pressed": String(value === chosen), disabled: !on, onclick: () => { pick(value); $(id).querySelector("[aria-pressed=true]")?.focus(); } }, label)));
   }
 
   function drawControls() {
@@ -216,6 +216,11 @@
 
   // ---- the card of a slot
 
+  /** Tells a screen reader in a line what has changed. */
+  function say(words) {
+    if ($("said").textContent !== words) $("said").textContent = words;
+  }
+
   function part(title, wide, ...children) {
     return el("div", { class: wide ? "wide" : null }, el("h3", {}, title), children);
   }
@@ -234,6 +239,7 @@
     if (one && of.blocks > 1) facts.push(["block ", el("b", {}, String(one.block))]);
     if (one && one.up && one.weight != null) facts.push(["read with ", el("b", {}, short(one.weight)), ` by ${one.memory}`]);
     const parts = one ? [...promotion(one), ...contexts(one), ...effect(one), ...ngrams(one), ...nearest(name, one)] : [];
+    say(`Slot ${slot} of ${name}` + (says(one).length ? `, promotes ${says(one).join(", ")}` : ""));
     $("card").replaceChildren(
       el("div", { class: "head" }, el("h2", {}, "Slot ", el("span", { class: "slot" }, whole(slot))), el("span", { class: "note" }, name)),
       el("ul", { class: "facts" }, facts.map((fact) => el("li", {}, fact))),
@@ -286,8 +292,10 @@
 
   function nearest(name, one) {
     if (!one.near || !one.near.length) return [];
+    // Only slots that were looked into have more to show than their row here.
+    const row = (slot) => card(name, slot) ? ["button", { onclick: () => change({ table: name, slot }, "#card") }] : ["div", {}];
     return [part("Nearest slots", true, el("div", { class: "near" }, one.near.map(([slot, cosine, words]) =>
-      el("button", { onclick: () => change({ table: name, slot }) }, el("span", { class: "slot" }, whole(slot)),
+      el(...row(slot), el("span", { class: "slot" }, whole(slot)),
         el("span", { class: "value" }, cosine.toFixed(2)),
         el("span", { class: "says" }, words.flatMap((word) => [el("span", { class: "tok" }, word), " "]))))))];
   }
