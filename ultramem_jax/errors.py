@@ -1,4 +1,4 @@
-"""Defines the one error that a user can cause, and the checks that raise it with a helpful message."""
+"""Defines the error that a user can cause, and the checks that raise it with a helpful message."""
 
 import difflib
 import math
@@ -20,6 +20,10 @@ class UserError(ValueError):
     def __init__(self, message: object = ""):
         """Makes the message one line: names of files and fields may hold line ends."""
         super().__init__(re.sub(r"\s*[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ", str(message)))
+
+
+class LossNotFinite(UserError):
+    """Reports a run whose loss is no longer finite. Its checkpoints before that stay."""
 
 
 class Stopped(Exception):

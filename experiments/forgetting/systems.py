@@ -51,19 +51,19 @@ class Curriculum:
 
 
 FOR_GRAFTED = Curriculum(
-    before=Population(0, 32),
-    new=16,
-    new_in_sequence=8,
+    before=Population(0, 16),
+    new=8,
+    new_in_sequence=4,
     copies=32,
     mixture_bytes=1_200_000,
     mixture_share=0.5,
     lesson=Lesson(
         texts=(),
-        steps=60,
-        batch_size=4,
+        steps=80,
+        batch_size=2,
         seq_len=96,
         check_every=10,
-        measure_every=30,
+        measure_every=40,
         enough=0.7,
         slots=1024,
     ),
@@ -74,7 +74,7 @@ FOR_GRAFTED = Curriculum(
         "LoRA": (1e-3, 3e-3, 1e-2),
         "full fine-tuning": (1e-5, 3e-5, 1e-4),
     },
-    sizes=Sizes(batches=8, batch_size=4, seq_len=256, choices=1),
+    sizes=Sizes(batches=4, batch_size=4, seq_len=256, choices=1),
     background_batches=100,
 )
 FOR_OWN = Curriculum(

@@ -93,6 +93,8 @@ class Study:
     """Runs by which the rate of each system was chosen."""
     runs: list[Run]
     """Runs at the chosen rates, over seeds."""
+    diverged: list[str]
+    """Names and seeds of those whose loss did not stay finite."""
 
     def share(self, run: Run) -> float:
         """Returns the share of all bits that the model of a run holds."""
@@ -121,4 +123,5 @@ class Study:
                 float(read["all_bits"]),
                 [Run.of(run) for run in read["tunings"]],
                 [Run.of(run) for run in read["runs"]],
+                list(read["diverged"]),
             )

@@ -74,12 +74,17 @@ def main() -> None:
     tunings = {one.system: trials.tune(one, rates) for one in tuned}
     chosen = {system: best_rate(runs) for system, runs in tunings.items()}
     runs: list[Run] = []
+    diverged: list[str] = []
     # All variants of a seed come before the next seed, so that an interrupted experiment has every variant.
     for seed in range(SEEDS.value):
-        runs += [trials.run(one, chosen[one.system], seed) for one in variants]
+        for one in variants:
+            if (run := trials.run(one, chosen[one.system], seed)) is not None:
+                runs.append(run)
+            else:
+                diverged.append(f"{one.name}, seed {seed}")
         tuning_runs = [run for of_system in tunings.values() for run in of_system]
         training = _training_in_words(base, corpus, trials)
-        study = Study(environment, training, trials.people, trials.all_bits, tuning_runs, runs)
+        study = Study(environment, training, trials.people, trials.all_bits, tuning_runs, runs, diverged)
         _write(study, results)
 
 

@@ -68,15 +68,16 @@ def row(study: Study, runs: Sequence[Run]) -> Row:
         "share of all bits": statistics.fmean(share),
         "± (share)": statistics.stdev(share) if len(share) > 1 else None,
         "bits/parameter": _mean(runs, lambda run: run.bits_per_parameter),
-        "bits/sparse parameter": _mean(runs, lambda run: run.bits_per_sparse_parameter or 0.0) or None,
+        "bits/sparse parameter": _mean(runs, lambda run: run.bits_per_sparse_parameter or 0.0)
+        if first.sparse_parameters
+        else None,
         "tokens/s": round(statistics.median(speeds)) if speeds else None,
     }
 
 
 def tuning_rows(study: Study) -> list[Row]:
     """Returns a row for each system: the share of all bits that it holds at each rate, and its best rate."""
-    rates = sorted({run.rate for run in study.tunings})
-    rows = []
+    rates, rows = _rates(study), []
     for runs in groups(study.tunings):
         held = {run.rate: study.share(run) for run in runs}
         found: Row = {"system": runs[0].system, "size": f"{runs[0].size}×" if runs[0].size else ""}
@@ -89,6 +90,9 @@ def tuning_rows(study: Study) -> list[Row]:
 def notes(study: Study) -> list[str]:
     """Explains how all runs were trained, and how to read the columns."""
     seeds = len({run.seed for run in study.runs})
+    lost = (
+        f" Left out, since the loss became infinite: {'; '.join(study.diverged)}." if study.diverged else ""
+    )
     averaged = f"Means over {seeds} seeds, ± one standard deviation" if seeds > 1 else "One seed"
     return [
         study.training,
@@ -102,8 +106,10 @@ def notes(study: Study) -> list[str]:
         "(Allen-Zhu and Li, arXiv 2404.05405, without the bits of names). `bits/parameter` counts all "
         "parameters, with embeddings. They find 1 bit per parameter after 100 exposures of a fact, and 2 "
         "after 1,000. With fewer, a model shows what it learns in that time, not what it could hold.",
+        "Rows of tables learn at their memory's multiple of the rate, `value_lr_multiple` of the preset; "
+        "experts learn at the rate itself.",
         f"{averaged}; the same people and batches for every system. tokens/s: median training speed, on a "
-        "machine that other work may have shared; not a benchmark.",
+        "machine that other work may have shared; not a benchmark." + (lost if study.diverged else ""),
     ]
 
 
@@ -164,10 +170,20 @@ def _beside(study: Study, sizes: dict[int, list[Run]], dense: Sequence[Run] | No
 
 
 def _tuning_note(study: Study) -> str:
+    edges = [
+        f"{runs[0].system} ({best_rate(runs):g})"
+        for runs in groups(study.tunings)
+        if len(runs) > 1 and best_rate(runs) in (min(_rates(study)), max(_rates(study)))
+    ]
     return (
         "Share of all bits at each learning rate, one run each, with a seed that no other run has. The best "
         "rate of a system is that of all its sizes. A blank is a run whose loss became infinite."
+        + (f" Best at an end of the grid: {', '.join(edges)}." if edges else "")
     )
+
+
+def _rates(study: Study) -> list[float]:
+    return sorted({run.rate for run in study.tunings})
 
 
 def _plain(rate: float) -> Decimal:

@@ -18,7 +18,7 @@ from ultramem_jax.config import DataConfig, run_config_from_dict, to_dict
 from ultramem_jax.data import Corpus
 from ultramem_jax.data.fact_words import ATTRIBUTES
 from ultramem_jax.data.facts import Population, Query, queries
-from ultramem_jax.errors import require
+from ultramem_jax.errors import LossNotFinite, require
 from ultramem_jax.files import replace_text
 from ultramem_jax.models.fact_recall import pair_ids, recall
 from ultramem_jax.models.scoring import Scorer
@@ -28,8 +28,6 @@ from ultramem_jax.training.restore import load_model
 TUNING_SEED = 100
 """Seed of the runs by which rates are chosen; no other run has it."""
 
-_NOT_FINITE = "must be finite"
-"""Words with which `train` refuses to go on."""
 _SCORED_TOGETHER = 64
 """Queries that are scored together."""
 
@@ -81,8 +79,11 @@ class Trials:
         epochs = train.steps * train.batch_size * self._base.data.seq_len / self._corpus.num_tokens["train"]
         return epochs * self._population.copies
 
-    def run(self, variant: Variant, rate: float, seed: int) -> Run:
+    def run(self, variant: Variant, rate: float, seed: int) -> Run | None:
         """Returns the result of one run, which is trained now unless that was done before.
+
+        It is None if the loss did not stay finite. That says something about the system, and must not end
+        the experiment.
 
         Raises:
             UserError: the folder of the run holds one of another config, corpus or tokenizer.
@@ -95,9 +96,14 @@ class Trials:
         done = folder / "result.json"
         if done.exists():
             return self._kept(done, config)
-        trained = train_whole(config, folder, corpus=self._corpus)
-        run = self._examined(variant, config, folder, trained)
-        replace_text(done, json.dumps({**self._identity(config), "run": dataclasses.asdict(run)}))
+        try:
+            trained = train_whole(config, folder, corpus=self._corpus)
+            run = self._examined(variant, config, folder, trained)
+        except LossNotFinite as error:
+            print(f"{folder}: {error}", flush=True)
+            run = None
+        result = dataclasses.asdict(run) if run is not None else None
+        replace_text(done, json.dumps({**self._identity(config), "run": result}))
         # Checkpoints of a hundred runs would fill gigabytes.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return run
@@ -109,15 +115,9 @@ class Trials:
             UserError: as `run`, or no rate is low enough.
             Stopped: SIGTERM came.
         """
-        rates, runs = tuple(rates), []
-        for rate in rates:
-            try:
-                runs.append(self.run(variant, rate, TUNING_SEED))
-            except UserError as error:
-                # Too high a rate says something about the system; it must not end the experiment.
-                if _NOT_FINITE not in str(error):
-                    raise
-                print(f"{variant.name}, learning rate {rate:g}: {error}", flush=True)
+        rates = tuple(rates)
+        found = (self.run(variant, rate, TUNING_SEED) for rate in rates)
+        runs = [run for run in found if run is not None]
         require(bool(runs), "rates", rates, f"must have one that is low enough for {variant.name}")
         return runs
 
@@ -131,7 +131,7 @@ class Trials:
             "tokenizer_hash": self._corpus.tokenizer.fingerprint,
         }
 
-    def _kept(self, done: Path, config: RunConfig) -> Run:
+    def _kept(self, done: Path, config: RunConfig) -> Run | None:
         """Returns a result that is kept. Fields that its config did not have yet get their defaults."""
         kept = json.loads(done.read_text(encoding="utf-8"))
         kept["config"] = to_dict(run_config_from_dict(kept["config"]))
@@ -139,7 +139,7 @@ class Trials:
             raise UserError(
                 f"{done.parent} holds a run of another config, corpus or tokenizer; give another --workdir"
             )
-        return Run.of(kept["run"])
+        return Run.of(kept["run"]) if kept["run"] is not None else None
 
     def _examined(self, variant: Variant, config: RunConfig, folder: Path, trained: TrainResult) -> Run:
         loaded = load_model(folder)

@@ -18,9 +18,10 @@ from experiments.recall.trials import TUNING_SEED, Trials, best_rate
 from ultramem_jax.accounting import count_parameters, flops_per_token
 from ultramem_jax.data.fact_words import ATTRIBUTES
 from ultramem_jax.data.facts import Population, queries
-from ultramem_jax.errors import UserError
+from ultramem_jax.errors import LossNotFinite, UserError
 from ultramem_jax.models.fact_recall import recall
 from ultramem_jax.models.scoring import Scorer
+from ultramem_jax.training.loop import train
 from ultramem_jax.training.restore import load_model
 
 BASE = recall_config.get_config()
@@ -46,7 +47,7 @@ def made(system, size, seed, bits, rate=0.01, sparse=None):
 
 
 def study_of(runs, tunings=()):
-    return Study({"cpu": "one"}, "3 steps.", 10, 1000.0, list(tunings), list(runs))
+    return Study({"cpu": "one"}, "3 steps.", 10, 1000.0, list(tunings), list(runs), [])
 
 
 # Variants
@@ -89,22 +90,35 @@ def test_best_rate_of_runs_that_hold_nothing_is_that_of_the_likeliest_answers():
     assert best_rate(runs) == 0.2
 
 
-def test_a_rate_at_which_the_loss_is_infinite_is_left_out(monkeypatch, capsys):
+def test_a_rate_at_which_the_loss_is_infinite_is_left_out(monkeypatch):
     def run(self, variant, rate, seed):
-        if rate > 0.5:
-            raise UserError("step 7: loss = nan: must be finite; there is no checkpoint yet")
-        if rate < 0:
-            raise UserError("another error")
-        return made(variant.system, variant.size, seed, 1.0, rate)
+        return made(variant.system, variant.size, seed, 1.0, rate) if rate < 0.5 else None
 
     monkeypatch.setattr(Trials, "run", run)
     tune, of = object.__new__(Trials).tune, variant(BASE.model, "dense", 0)
     assert [(run.rate, run.seed) for run in tune(of, (0.1, 0.9))] == [(0.1, TUNING_SEED)]
-    assert "learning rate 0.9: step 7" in capsys.readouterr().out
     with pytest.raises(UserError, match="low enough for dense"):
         tune(of, (0.9,))
-    with pytest.raises(UserError, match="another error"):
-        tune(of, (0.1, -1))
+
+
+def test_a_run_whose_loss_is_infinite_is_kept_as_that_and_named(run, tmp_path, monkeypatch):
+    trained = []
+
+    def train_whole(config, folder, corpus):
+        trained.append(config.train.seed)
+        if config.train.seed == 1:
+            folder.mkdir(parents=True)
+            raise LossNotFinite("step 7: loss = nan: must be finite; there is no checkpoint yet")
+        return train(config, folder, corpus=corpus)
+
+    monkeypatch.setattr(trials, "train_whole", train_whole)
+    flags = [*TINY, "--systems=dense", "--seeds=2", *_folders(tmp_path)]
+    for _ in range(2):
+        status, out, err = run("recall", *flags)
+        assert status == 0 and "the loss became infinite: dense, seed 1." in out, err
+    assert trained == [TUNING_SEED, 0, 1]
+    study = Study.load(tmp_path / "results" / "recall.json")
+    assert study.diverged == ["dense, seed 1"] and [run.seed for run in study.runs] == [0]
 
 
 # All of it

@@ -20,7 +20,7 @@ from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import ModelConfig, RunConfig, to_dict
 from ultramem_jax.data import Corpus, PeekingIterator, load_corpus, train_iterator
 from ultramem_jax.data.tokenizers import require_vocabulary
-from ultramem_jax.errors import UserError, require
+from ultramem_jax.errors import LossNotFinite, require
 from ultramem_jax.ops.on_mesh import MeshAxes
 from ultramem_jax.parallel.distributed import (
     PeriodicQuestion,
@@ -486,7 +486,7 @@ class _Run:
             last = f"the last good checkpoint is that of step {good}"
         if step in steps:
             last += f", and that of step {step}, which is kept, cannot be gone on from"
-        raise UserError(
+        raise LossNotFinite(
             f"step {step}: {bad}: must be finite; {last}; lower train.learning_rate or raise "
             "train.warmup_fraction"
         )
