@@ -109,7 +109,7 @@ def notes(study: Study) -> list[str]:
         "Rows of tables learn at their memory's multiple of the rate, `value_lr_multiple` of the preset; "
         "experts learn at the rate itself.",
         f"{averaged}; the same people and batches for every system. tokens/s: median training speed, on a "
-        "machine that other work may have shared; not a benchmark." + (lost if study.diverged else ""),
+        "machine that other work may have shared; not a benchmark." + lost,
     ]
 
 

@@ -65,3 +65,44 @@ def test_a_run_begins_with_another_and_changes_only_some_of_its_rows(run, text, 
     assert 3 <= (tables[0] != tables[1]).any(1).sum() <= 6  # two steps of three rows
     chex.assert_trees_all_equal(before.variables["params"], after.variables["params"])
     assert after.config.model == before.config.model
+
+
+def test_a_run_with_a_tokenizer_and_one_with_lora_are_beginnings_and_read_any_corpus(run, text, tmp_path):
+    first, adapted, taught = (tmp_path / name for name in ("first", "adapted", "taught"))
+    bpe = ["--config.data.tokenizer=bpe", "--config.data.bpe_vocab_size=300", "--config.model.vocab_size=300"]
+    status, _, err = run("train", *TINY, *text, *bpe, f"--workdir={first}")
+    assert status == 0, err
+    other = tmp_path / "other.txt"
+    other.write_text("the slot of a key, and the key of a value;\n" * 400)
+    there = ["--dataset=text", f"--path={other}", "--batches=1"]
+    for command, said in (("background", "1 batches of 4 x 16 tokens"), ("evaluate", "| test ")):
+        status, out, err = run(command, f"--workdir={first}", *there)
+        assert status == 0 and said in out, err
+    with np.load(first / "background.npz") as file:
+        about = json.loads(str(file["description"]))
+    assert about["model"] == f"step 2 of {first}"
+
+    lora = [
+        "--config.train.lora_rank=2",
+        "--config.train.trainable=^lora/",
+        "--config.train.learning_rate=0.1",
+    ]
+    status, _, err = run("train", f"--init_from={first}", *text, *TINY[6:], *lora, f"--workdir={adapted}")
+    assert status == 0, err
+    selecting = ["--config.train.slots_per_step=3", "--config.train.slot_score=reads"]
+    selecting += ["--config.train.trainable=/values$", "--config.train.lora_rank=0"]
+    status, _, err = run(
+        "train", f"--init_from={adapted}", *text, *TINY[6:], *selecting, f"--workdir={taught}"
+    )
+    assert status == 0, err
+    runs = [load_model(folder) for folder in (first, adapted, taught)]
+    for of in runs:
+        assert (
+            of.tokenizer.vocab_size == runs[0].tokenizer.vocab_size > 257
+            and of.tokenizer.eos_id == runs[0].tokenizer.eos_id
+        )
+        ids = of.tokenizer.encode(other.read_bytes())
+        np.testing.assert_array_equal(ids, runs[0].tokenizer.encode(other.read_bytes()))
+    before, after, last = (of.variables["params"]["layer_0"]["attention"]["w_query"] for of in runs)
+    assert (before != after).any()  # the factors, merged
+    np.testing.assert_array_equal(after, last)
