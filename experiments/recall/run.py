@@ -34,7 +34,7 @@ BASE_CONFIG = recall_config.get_config()
 
 SYSTEM_NAMES = flags.DEFINE_list("systems", list(SYSTEMS), "systems to train, of " + ", ".join(SYSTEMS))
 SIZES = flags.DEFINE_list(
-    "sizes", ["2", "4", "8", "16", "32"], "sparse parameters, in multiples of the dense model's parameters"
+    "sizes", ["2", "8", "32"], "sparse parameters, in multiples of the dense model's parameters"
 )
 RATES = flags.DEFINE_list(
     "rates", ["0.004", "0.008", "0.016"], "learning rates among which each system has the best"

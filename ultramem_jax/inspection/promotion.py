@@ -1,9 +1,9 @@
 """Says which tokens a slot promotes: its value through readout, final norm and output matrix.
 
 This is the direct effect of a row on the logits, as if no later layer changed it. What depends on a token's
-hidden state is left out: pre-values, gates, and the convolution of Engram. Biases are left out, too. The
-final norm divides by a number that depends on the token, so only order and proportions of the scores have a
-meaning.
+hidden state is left out: gates, the convolution of Engram, and pre-values, unless they are in the weights, as
+in those of a trace. Biases are left out, too. The final norm divides by a number that depends on the token,
+so only order and proportions of the scores have a meaning.
 """
 
 from functools import partial
