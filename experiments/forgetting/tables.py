@@ -96,7 +96,30 @@ def _teaching(study: Study) -> list[str]:
         "complete any more; bits per byte are on the validation split of enwik8."
     )
     image = f"![what is kept against what is learned, by system]({NAME}.png)"
-    return [about, markdown.table(rows), image, _PUBLISHED]
+    shown = "\n".join(f"- {line}" for line in in_words(study.teachings))
+    return [about, shown, markdown.table(rows), image, _PUBLISHED]
+
+
+def in_words(teachings: Sequence[Teaching]) -> list[str]:
+    """Says for each system what each method loses, least first. All of it is computed."""
+    words = []
+    for system in _systems(teachings):
+        of_system = [run for run in teachings if run.system == system]
+        methods = {run.method: [one for one in of_system if one.method == run.method] for run in of_system}
+        order = sorted(methods, key=lambda method: statistics.fmean(map(lost, methods[method])))
+        losses = "; ".join(f"{method} {_loses(methods[method])}" for method in order)
+        words.append(f"{system}: {losses}.")
+    return words
+
+
+def _loses(runs: Sequence[Teaching]) -> str:
+    last = [run.points[-1] for run in runs]
+    more = statistics.fmean(run.points[-1].bits_per_byte - run.points[0].bits_per_byte for run in runs)
+    learned = _percent(_mean(last, "learned"))
+    gone = _percent(statistics.fmean(map(lost, runs)))
+    return (
+        f"loses {gone} of the facts known before and {more:.3f} bits per byte for {learned} of the new ones"
+    )
 
 
 def _variants(study: Study) -> list[str]:

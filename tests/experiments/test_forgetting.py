@@ -223,6 +223,8 @@ def test_the_report_says_what_was_measured(tmp_path):
     text = paths[0].read_text()
     # Lost: (1 - 0.8/0.8, 1 - 0.56/0.8) and (1 - 0.2/0.8, 1).
     assert "15 ± 21 %" in text and "88 ± 18 %" in text
+    said = "loses 15 % of the facts known before and 0.100 bits per byte for 95 % of new ones; full fine"
+    assert f"- A: {METHODS[0].name} {said}" in text
     row = next(line for line in text.splitlines() if "full fine-tuning" in line and "88 ±" in line)
     assert [cell.strip() for cell in row.split("|")[6:9]] == ["100 %", "0 %", "80 %"] and "3.000" in row
     assert "## Rows and scores" in text and "| KL divergence " in text
