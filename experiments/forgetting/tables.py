@@ -117,9 +117,7 @@ def _loses(runs: Sequence[Teaching]) -> str:
     more = statistics.fmean(run.points[-1].bits_per_byte - run.points[0].bits_per_byte for run in runs)
     learned = _percent(_mean(last, "learned"))
     gone = _percent(statistics.fmean(map(lost, runs)))
-    return (
-        f"loses {gone} of the facts known before and {more:.3f} bits per byte for {learned} of the new ones"
-    )
+    return f"loses {gone} of the facts known before and {more:.3f} bits per byte for {learned} of new ones"
 
 
 def _variants(study: Study) -> list[str]:
