@@ -79,7 +79,8 @@ def tuning_rows(study: Study) -> list[Row]:
     """Returns a row for each system: the share of all bits that it holds at each rate, and its best rate."""
     rates, rows = _rates(study), []
     for runs in groups(study.tunings):
-        held = {run.rate: study.share(run) for run in runs}
+        by_rate = {rate: [run for run in runs if run.rate == rate] for rate in rates}
+        held = {rate: _share(study, of) for rate, of in by_rate.items() if of}
         found: Row = {"system": runs[0].system, "size": f"{runs[0].size}×" if runs[0].size else ""}
         rows.append(
             found | {f"{rate:g}": held.get(rate) for rate in rates} | {"chosen": _plain(best_rate(runs))}
@@ -170,13 +171,15 @@ def _beside(study: Study, sizes: dict[int, list[Run]], dense: Sequence[Run] | No
 
 
 def _tuning_note(study: Study) -> str:
+    number = len({run.seed for run in study.tunings})
+    seeds = "one run," if number == 1 else f"means over {number} runs"
     edges = [
         f"{runs[0].system} ({best_rate(runs):g})"
         for runs in groups(study.tunings)
         if len(runs) > 1 and best_rate(runs) in (min(_rates(study)), max(_rates(study)))
     ]
     return (
-        "Share of all bits at each learning rate, one run each, with a seed that no other run has. The best "
+        f"Share of all bits at each learning rate, {seeds} with seeds that no other run has. The best "
         "rate of a system is that of all its sizes. A blank is a run whose loss became infinite."
         + (f" Best at an end of the grid: {', '.join(edges)}." if edges else "")
     )

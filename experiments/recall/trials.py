@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,8 @@ from ultramem_jax.models.scoring import Scorer
 from ultramem_jax.training.loop import TrainResult
 from ultramem_jax.training.restore import load_model
 
-TUNING_SEED = 100
-"""Seed of the runs by which rates are chosen; no other run has it."""
+TUNING_SEEDS = (100, 101)
+"""Seeds of the runs by which rates are chosen; no other runs have them."""
 
 _SCORED_TOGETHER = 64
 """Queries that are scored together."""
@@ -109,15 +110,18 @@ class Trials:
         return run
 
     def tune(self, variant: Variant, rates: Iterable[float]) -> list[Run]:
-        """Returns a run of a variant for each learning rate at which its loss stays finite.
+        """Returns the runs of a variant at each learning rate at which its loss stays finite.
 
         Raises:
             UserError: as `run`, or no rate is low enough.
             Stopped: SIGTERM came.
         """
         rates = tuple(rates)
-        found = (self.run(variant, rate, TUNING_SEED) for rate in rates)
-        runs = [run for run in found if run is not None]
+        runs: list[Run] = []
+        for rate in rates:
+            found = [self.run(variant, rate, seed) for seed in TUNING_SEEDS]
+            if None not in found:
+                runs += filter(None, found)
         require(bool(runs), "rates", rates, f"must have one that is low enough for {variant.name}")
         return runs
 
@@ -174,5 +178,11 @@ def population_of(data: DataConfig) -> Population:
 
 
 def best_rate(runs: Sequence[Run]) -> float:
-    """Returns the rate of the run that holds most bits; where none holds any, of the likeliest answers."""
-    return min(runs, key=lambda run: (-run.statements.stored_bits, run.statements.nats)).rate
+    """Returns the rate whose runs hold most bits on average; where none holds any, of the likeliest answers."""
+
+    def order(rate: float) -> tuple[float, float]:
+        answers = [run.statements for run in runs if run.rate == rate]
+        bits, nats = ([getattr(of, name) for of in answers] for name in ("stored_bits", "nats"))
+        return -statistics.fmean(bits), statistics.fmean(nats)
+
+    return min({run.rate for run in runs}, key=order)
