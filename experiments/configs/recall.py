@@ -23,7 +23,7 @@ def get_config() -> RunConfig:
         num_layers=2,
         num_heads=3,
         num_kv_heads=3,
-        mlp_dim=144,
+        mlp_dim=128,
         memories={"ultramem": memory},
     )
     data = DataConfig("facts:0-500x8", tokenizer="bpe", bpe_vocab_size=model.vocab_size, seq_len=128)
