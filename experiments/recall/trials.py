@@ -178,7 +178,7 @@ def population_of(data: DataConfig) -> Population:
 
 
 def best_rate(runs: Sequence[Run]) -> float:
-    """Returns the rate whose runs hold most bits on average, or whose answers are likeliest if none holds any."""
+    """Returns the rate whose runs hold most bits on average; of equal ones, whose answers are likeliest."""
 
     def order(rate: float) -> tuple[float, float]:
         answers = [run.statements for run in runs if run.rate == rate]
