@@ -23,8 +23,6 @@ class Sizes:
     batch_size: int
     seq_len: int
     """Tokens of context, of text and of facts."""
-    choices: int
-    """Answers among which the likeliest counts; 1 leaves this out."""
 
 
 class Examiner:
@@ -67,9 +65,9 @@ class Examiner:
         self, step: int, variables: dict[str, ArrayTree], new: Sequence[Person], before: Sequence[Person]
     ) -> Point:
         """Returns what a model knows after some steps; people are those of `exam`."""
-        scorer, choices = self._scorer.with_variables(variables), self._sizes.choices
+        scorer = self._scorer.with_variables(variables)
         asked = {
-            "new": queries(new, "statement", max_choices=choices),
+            "new": queries(new, "statement", max_choices=1),
             "held out": queries(new, "held_out_statement", max_choices=1),
             "before": queries(before, "statement", max_choices=1),
         }
@@ -79,7 +77,6 @@ class Examiner:
             step=step,
             learned=found["new"].greedy,
             learned_held_out=found["held out"].greedy,
-            learned_by_likelihood=found["new"].by_likelihood if choices > 1 else None,
             learned_nats=found["new"].nats,
             kept=found["before"].greedy,
             kept_nats=found["before"].nats,

@@ -16,7 +16,7 @@ COLOURS = {
     "LoRA": figures.ORANGE,
     "full fine-tuning": figures.VERMILION,
 }
-PUBLISHED = {"sparse memory, AdamW": 0.11, "LoRA": 0.71, "full fine-tuning": 0.89}
+PUBLISHED = {"sparse memory, SGD": 0.11, "LoRA": 0.71, "full fine-tuning": 0.89}
 """Published drops of F1 on another task (arXiv 2510.15103, Memory+ of 1.3 B parameters), by method."""
 
 
@@ -57,8 +57,8 @@ def _mark_published(axes: Axes, before: float) -> None:
     """Marks on the right what would be kept if as much were lost as was published."""
     for method, drop in PUBLISHED.items():
         at = before * (1 - drop)
-        (mark,) = axes.plot([1.0], [at], "<", color=COLOURS[method], markersize=8, label="published drop")
-        mark.set_clip_on(False)
+        axes.plot([1.03], [at], "<", color=COLOURS[method], markersize=7, clip_on=False)
+        axes.annotate(f"−{drop:.0%}", (1.05, at), color=COLOURS[method], va="center", annotation_clip=False)
 
 
 def plot_sequence(study: Study, path: Path) -> Path:
@@ -68,8 +68,9 @@ def plot_sequence(study: Study, path: Path) -> Path:
     panels = figure.subplots(1, len(systems), squeeze=False)[0]
     for axes, system in zip(panels, systems, strict=True):
         figures.set_title(axes, system)
-        for sequel in (one for one in study.sequels if one.system == system):
-            _draw_left(axes, sequel)
+        of_system = [sequel for sequel in study.sequels if sequel.system == system]
+        for method in dict.fromkeys(sequel.method for sequel in of_system):
+            _draw_left(axes, [sequel for sequel in of_system if sequel.method == method])
         axes.set_ylim(-0.03, 1.03)
         axes.set_xlabel("lesson")
         figures.set_plain(axes)
@@ -79,7 +80,9 @@ def plot_sequence(study: Study, path: Path) -> Path:
     return figures.save(figure, path)
 
 
-def _draw_left(axes: Axes, sequel: Sequel) -> None:
-    left, colour = sequel.left[-1], COLOURS.get(sequel.method, figures.GREY)
-    lessons = np.arange(1, len(left) + 1)
-    axes.plot(lessons, left, "o-", color=colour, markersize=4, linewidth=1.4, label=sequel.method)
+def _draw_left(axes: Axes, sequels: Sequence[Sequel]) -> None:
+    """Draws the mean over the sequences that reached as many lessons as the longest."""
+    method, most = sequels[0].method, max(len(sequel.left) for sequel in sequels)
+    left = np.mean([sequel.left[-1] for sequel in sequels if len(sequel.left) == most], axis=0)
+    colour = COLOURS.get(method, figures.GREY)
+    axes.plot(np.arange(1, most + 1), left, "o-", color=colour, markersize=4, linewidth=1.4, label=method)

@@ -1,19 +1,25 @@
-"""Adds a memory to an open model and trains it alone, until it carries a part of the model's loss."""
+"""Adds a memory to an open model, trains it alone on background text, and measures what it is worth."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from experiments.common.whole_runs import train_whole
 from ultramem_jax.config import DataConfig, RunConfig, TrainConfig
+from ultramem_jax.data import load_corpus
+from ultramem_jax.files import replace_text
 from ultramem_jax.interop import open_models
 from ultramem_jax.presets.grafts import graft
-from ultramem_jax.training.initial import Initial
+from ultramem_jax.training.evaluation import Evaluator
+from ultramem_jax.training.initial import Initial, with_zero_outputs
 from ultramem_jax.training.restore import LoadedModel, load_model
 
 MEMORY = "memory_plus"
 """Family and name of the memory. It is the one that sparse memory fine-tuning was published for."""
 STEPS = 300
 SEQ_LEN = 256
+EVAL_BATCHES = 8
 
 
 def grafted_run(model: Path, text: DataConfig) -> RunConfig:
@@ -40,7 +46,7 @@ def grafted_run(model: Path, text: DataConfig) -> RunConfig:
             learning_rate=2e-2,
             trainable=f"^{MEMORY}",
             eval_every=100,
-            eval_batches=8,
+            eval_batches=EVAL_BATCHES,
             checkpoint_every=50,
             keep_last=1,
             keep_best=0,
@@ -48,8 +54,18 @@ def grafted_run(model: Path, text: DataConfig) -> RunConfig:
     )
 
 
-def train_graft(model: Path, text: DataConfig, workdir: Path) -> LoadedModel:
-    """Trains the memory, or goes on with it, and returns the model with it."""
+class Grafted(NamedTuple):
+    """Holds a model with a memory that was trained alone, and what it is worth."""
+
+    model: LoadedModel
+    without_memory: float
+    """Bits per byte of the open model alone, on a part of the validation split."""
+    with_memory: float
+    """The same with the memory."""
+
+
+def train_graft(model: Path, text: DataConfig, workdir: Path) -> Grafted:
+    """Trains the memory, or goes on with it, and measures the model with it and without it."""
     config = grafted_run(model, text)
 
     def initial() -> Initial:
@@ -57,4 +73,15 @@ def train_graft(model: Path, text: DataConfig, workdir: Path) -> LoadedModel:
         return Initial(variables, grafted=[MEMORY])
 
     train_whole(config, workdir, initial=initial)
-    return load_model(workdir)
+    loaded, kept = load_model(workdir), workdir / "worth.json"
+    if not kept.exists():
+        evaluate = Evaluator(loaded.config, load_corpus(loaded.config.data, loaded.tokenizer))
+        parts = loaded.variables["params"], loaded.variables["memory"]
+        params, tables = with_zero_outputs(loaded.config.model, *parts, [MEMORY])
+        alone = {**loaded.variables, "params": params, "memory": tables}
+        found = [
+            evaluate(variables, batches=EVAL_BATCHES).bits_per_byte for variables in (alone, loaded.variables)
+        ]
+        replace_text(kept, json.dumps(found))
+    without_memory, with_memory = json.loads(kept.read_text(encoding="utf-8"))
+    return Grafted(loaded, without_memory, with_memory)

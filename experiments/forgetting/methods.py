@@ -45,7 +45,7 @@ METHODS = (
     Method("full memory", dict(trainable=_ROWS)),
     Method(
         "LoRA",
-        dict(trainable="^lora/", lora_rank=8, lora_alpha=16.0, lora_targets=r"attention/w_(query|value)$"),
+        dict(trainable="^lora/", lora_rank=32, lora_alpha=32.0, lora_targets="(attention|feed_forward)/w_"),
     ),
     Method("full fine-tuning", dict(trainable="")),
 )

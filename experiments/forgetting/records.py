@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ultramem_jax.errors import UserError
 from ultramem_jax.files import replace_text
 from ultramem_jax.reporting.records import keep_record, kept_record
+from ultramem_jax.tree_types import JsonDict
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,6 @@ class Point:
     """Share in [0, 1] of the new facts that greedy decoding completes exactly, after a trained template."""
     learned_held_out: float
     """The same after templates that no text has."""
-    learned_by_likelihood: float | None
-    """Share of the new facts whose value is the likeliest of several; None where that was not measured."""
     learned_nats: float
     """Mean negative log-probability of the values of the new facts."""
     kept: float
@@ -58,23 +58,34 @@ class Teaching:
     slots: int
     """Rows of a table that a step may change; 0 is all that it read."""
     seed: int
+    enough: float
+    """Share of the new facts at which it ends."""
     points: list[Point]
-    """Measurements of the model, the first one before the first step."""
+    """Measurements of the model, the first one before the first step. All numbers are finite."""
+    diverged: bool
+    """Whether it ended because a loss was not finite."""
     seconds: float
     """Seconds of the run, with its evaluations."""
+
+    @property
+    def is_enough(self) -> bool:
+        """Tells whether so many facts are learned as were wanted."""
+        return self.points[-1].learned >= self.enough and not self.diverged
+
+    @property
+    def lost(self) -> float | None:
+        """Returns the net share of the facts known before that are not known any more; None if none was."""
+        before, after = self.points[0].kept, self.points[-1].kept
+        return 1 - after / before if before else None
+
+    @property
+    def risen(self) -> float:
+        """Returns by how much the loss on other text has risen, in bits per byte."""
+        return self.points[-1].bits_per_byte - self.points[0].bits_per_byte
 
     def at(self, learned: float) -> Point | None:
         """Returns the first point at which so many new facts are learned; None if there is none."""
         return next((point for point in self.points if point.learned >= learned), None)
-
-    def save(self, path: Path) -> None:
-        """Writes the run to a file, which appears whole or not at all."""
-        _save(self, path)
-
-    @classmethod
-    def load(cls, path: Path) -> "Teaching":
-        """Reads a run that `save` wrote."""
-        return cls.of(_load(path))
 
     @classmethod
     def of(cls, tree: dict[str, Any]) -> "Teaching":
@@ -84,7 +95,7 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Sequel:
-    """Holds lessons that one model took one after the other."""
+    """Holds lessons that one model took one after the other; those after a divergence are left out."""
 
     system: str
     method: str
@@ -98,14 +109,20 @@ class Sequel:
     bits_per_byte: list[float]
     """Loss on other text, after each lesson."""
 
-    def save(self, path: Path) -> None:
-        """Writes the lessons to a file, which appears whole or not at all."""
-        _save(self, path)
 
-    @classmethod
-    def load(cls, path: Path) -> "Sequel":
-        """Reads lessons that `save` wrote."""
-        return cls(**_load(path))
+@dataclass(frozen=True)
+class Setup:
+    """Describes a system before it is taught."""
+
+    system: str
+    words: str
+    """Model, training and lessons, in words."""
+    sha256: str
+    """Hash of an open model's file; blank for other models."""
+    without_memory: float | None
+    """Bits per byte of the open model alone on the other text; None for a model that was never without."""
+    with_memory: float | None
+    """The same after the memory was trained alone on such text."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,7 @@ class Study:
 
     environment: dict[str, str]
     """Strings from `describe_environment()`."""
+    setups: list[Setup]
     speeds: list[Speed]
     tunings: list[Teaching]
     """Runs by which rates were chosen."""
@@ -127,6 +145,7 @@ class Study:
         """Returns the study with what an earlier one has of other systems, and speeds if this has none."""
         return Study(
             self.environment,
+            _with_others(self.setups, earlier.setups),
             self.speeds or earlier.speeds,
             _with_others(self.tunings, earlier.tunings),
             _with_others(self.teachings, earlier.teachings),
@@ -152,6 +171,7 @@ class Study:
         with kept_record(path, "a study of forgetting") as read:
             return cls(
                 dict(read["environment"]),
+                [Setup(**record) for record in read["setups"]],
                 [Speed(**record) for record in read["speeds"]],
                 [Teaching.of(record) for record in read["tunings"]],
                 [Teaching.of(record) for record in read["teachings"]],
@@ -160,7 +180,7 @@ class Study:
             )
 
 
-Record = TypeVar("Record", Teaching, Sequel)
+Record = TypeVar("Record", Setup, Teaching, Sequel)
 
 
 def _with_others(records: list[Record], earlier: list[Record]) -> list[Record]:
@@ -169,11 +189,21 @@ def _with_others(records: list[Record], earlier: list[Record]) -> list[Record]:
     return [record for record in earlier if record.system not in systems] + records
 
 
-def _save(record: Teaching | Sequel, path: Path) -> None:
+def keep(record: Teaching | Sequel, path: Path, identity: JsonDict) -> None:
+    """Writes a record, with all that decides it, to a file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(dataclasses.asdict(record)))
+    replace_text(path, json.dumps({"identity": identity, "record": dataclasses.asdict(record)}))
 
 
-def _load(path: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return tree
+def kept(path: Path, identity: JsonDict) -> dict[str, Any]:
+    """Returns a record that `keep` wrote, as JSON keeps it.
+
+    Raises:
+        UserError: something else has decided it.
+    """
+    with kept_record(path, "a record of forgetting") as read:
+        then, record = read["identity"], dict(read["record"])
+    if then != identity:
+        changed = ", ".join(sorted(name for name in identity if then.get(name) != identity[name]))
+        raise UserError(f"{path}: was made with another {changed}; give another --workdir")
+    return record

@@ -1,11 +1,12 @@
-"""Teaches models new facts in four ways, and measures what they forget.
+"""Teaches models new facts in five ways, and measures what they forget.
 
 Synthetic people (`ultramem_jax.data.facts`) are taught to small models of this library with UltraMem, Memory+
 and Engram, and with --model to an open model. The open model gets a memory first, which is trained alone, on
 enwik8; then every model learns other people and text together. That is what it may forget.
 
 The ways are sparse memory fine-tuning (arXiv 2510.15103), which changes only the rows of tables whose reads
-stand out against background text; fine-tuning of all rows that are read; LoRA; and full fine-tuning. Each has
+stand out against background text, by AdamW or by SGD; fine-tuning of all rows that are read; LoRA of all
+matrices of attention and feed-forward layers; and full fine-tuning. Each has
 the best of three learning rates, tuned on people whom nothing else teaches. They are compared at equal
 learning: a lesson ends when the model completes 70 % of the new facts.
 
@@ -26,10 +27,11 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.common import model_file
+from experiments.common.model_file import ModelFile
 from experiments.common.seeds import remember_compilations
 from experiments.forgetting import speed, systems, tables
 from experiments.forgetting.methods import METHODS, VARIANTS
-from experiments.forgetting.records import Study
+from experiments.forgetting.records import Setup, Study
 from experiments.forgetting.study import Classroom
 from ultramem_jax.cli.arguments import check_names
 from ultramem_jax.config import DataConfig
@@ -50,7 +52,9 @@ SYSTEMS = flags.DEFINE_list(
     "small models to teach, with --model also none; of " + ", ".join(systems.OWN),
 )
 PART_NAMES = flags.DEFINE_list("parts", list(PARTS), "what to measure, of " + ", ".join(PARTS))
-SEEDS = flags.DEFINE_integer("seeds", 3, "lessons of each method, each with other people", lower_bound=1)
+SEEDS = flags.DEFINE_integer(
+    "seeds", 3, "lessons of each method, each with other people", lower_bound=1, upper_bound=100
+)
 LESSONS = flags.DEFINE_integer("lessons", 10, "lessons of a sequence", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 15, "training steps that are timed of each kind", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", "runs/forgetting", "folder of the runs")
@@ -72,44 +76,44 @@ def main() -> None:
     if SYSTEMS.value or not MODEL.value:
         check_names("systems", SYSTEMS.value, systems.OWN)
     taught = set(PART_NAMES.value) - {"speed"}
-    if taught:
-        enwik8_source(ENWIK8.value)  # refused before anything is trained
     make_folder(RESULTS.value, "results")
     work = pathlib.Path(make_folder(WORKDIR.value, "workdir"))
+    # What is wrong is refused before anything is trained.
+    earlier = Study.load(kept) if kept.exists() else None
+    model = model_file.find(MODEL.value, work) if MODEL.value else None
+    if taught:
+        enwik8_source(ENWIK8.value)
     remember_compilations(work / "compiled")
-    study = Study(describe_environment(), [], [], [], [], [])
+    study = Study(describe_environment(), [], [], [], [], [], [])
     if "speed" in PART_NAMES.value:
         with tqdm(desc="speed", unit="step") as bar:
             study.speeds.extend(speed.measure(REPEATS.value, bar.update))
-    for classroom in _classrooms(work) if taught else ():
+    for classroom, setup in _classrooms(work, model) if taught else ():
+        study.setups.append(setup)
         for method in METHODS:
             if "teaching" in taught:
                 study.tunings.extend(classroom.tune(method))
                 study.teachings.extend(classroom.teach(method, SEEDS.value))
             if "sequence" in taught:
-                study.sequels.append(classroom.teach_in_sequence(method, LESSONS.value, seed=0))
+                study.sequels.extend(
+                    classroom.teach_in_sequence(method, LESSONS.value, seed) for seed in range(SEEDS.value)
+                )
         if "variants" in taught:
             study.variants.extend(run for method in VARIANTS for run in classroom.vary(method, SEEDS.value))
-        _keep(study, kept)
+        _write(study.with_parts_of(earlier) if earlier else study, results)
     if not taught:
-        _keep(study, kept)
+        _write(study.with_parts_of(earlier) if earlier else study, results)
 
 
-def _classrooms(work: pathlib.Path) -> Iterator[Classroom]:
+def _classrooms(work: pathlib.Path, model: ModelFile | None) -> Iterator[tuple[Classroom, Setup]]:
     """Yields a classroom for each system, which is prepared when its turn comes."""
     text = DataConfig("enwik8", ENWIK8.value)
     for name in SYSTEMS.value:
-        pupil = systems.own_pupil(name, ENWIK8.value, work)
-        yield Classroom(pupil, systems.FOR_OWN, text, work)
-    if MODEL.value:
-        model = model_file.find(MODEL.value, work)
-        pupil = systems.grafted_pupil(model.path, ENWIK8.value, work)
-        yield Classroom(pupil, systems.FOR_GRAFTED, text, work)
-
-
-def _keep(study: Study, kept: pathlib.Path) -> None:
-    """Writes a study, together with what an earlier one has of other systems."""
-    _write(study.with_parts_of(Study.load(kept)) if kept.exists() else study, kept.parent)
+        pupil, setup = systems.own_pupil(name, ENWIK8.value, work)
+        yield Classroom(pupil, systems.FOR_OWN, text, work), setup
+    if model is not None:
+        pupil, setup = systems.grafted_pupil(model, ENWIK8.value, work)
+        yield Classroom(pupil, systems.FOR_GRAFTED, text, work), setup
 
 
 def _write(study: Study, results: pathlib.Path) -> None:

@@ -7,12 +7,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments.common.model_file import ModelFile
 from experiments.common.whole_runs import train_whole
 from experiments.forgetting import grafted
 from experiments.forgetting.examination import Sizes
 from experiments.forgetting.mixture import write_mixture
+from experiments.forgetting.records import Setup
 from experiments.forgetting.teaching import Lesson, Pupil
+from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import DataConfig, RunConfig, TrainConfig
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.data import eval_batches, load_corpus
 from ultramem_jax.data.facts import Population
 from ultramem_jax.presets import preset
@@ -20,7 +24,6 @@ from ultramem_jax.training.background import count_reads, save_background
 from ultramem_jax.training.initial import Initial
 from ultramem_jax.training.restore import LoadedModel, load_model
 
-GRAFTED = "SmolLM2-135M with Memory+"
 OWN = {"UltraMem": "ultramem-tiny", "Memory+": "memory-plus-tiny", "Engram": "engram-tiny"}
 """Presets of the small models, by their names in tables."""
 
@@ -74,13 +77,13 @@ FOR_GRAFTED = Curriculum(
         "LoRA": (1e-3, 3e-3, 1e-2),
         "full fine-tuning": (1e-5, 3e-5, 1e-4),
     },
-    sizes=Sizes(batches=4, batch_size=4, seq_len=256, choices=1),
+    sizes=Sizes(batches=4, batch_size=4, seq_len=256),
     background_batches=100,
 )
 FOR_OWN = Curriculum(
     before=Population(0, 50),
     new=16,
-    new_in_sequence=8,
+    new_in_sequence=4,
     copies=32,
     mixture_bytes=6_000_000,
     mixture_share=0.3,
@@ -96,31 +99,36 @@ FOR_OWN = Curriculum(
     ),
     rates={
         "sparse memory, AdamW": (1e-2, 3e-2, 1e-1),
-        "sparse memory, SGD": (300.0, 1000.0, 3000.0),
+        "sparse memory, SGD": (100.0, 300.0, 1000.0),
         "full memory": (1e-3, 3e-3, 1e-2),
-        "LoRA": (3e-3, 1e-2, 3e-2),
+        "LoRA": (1e-3, 3e-3, 1e-2),
         "full fine-tuning": (1e-4, 3e-4, 1e-3),
     },
-    sizes=Sizes(batches=16, batch_size=16, seq_len=128, choices=1),
+    sizes=Sizes(batches=16, batch_size=16, seq_len=128),
     background_batches=200,
 )
 
 
-def grafted_pupil(model: Path, enwik8: str, work: Path) -> Pupil:
+def grafted_pupil(model: ModelFile, enwik8: str, work: Path) -> tuple[Pupil, Setup]:
     """Returns the open model with its memory, after it has learned the people of `FOR_GRAFTED`."""
     text = DataConfig("enwik8", enwik8)
-    alone = grafted.train_graft(model, text, work / "grafted")
-    base = alone.config
+    alone = grafted.train_graft(model.path, text, work / "grafted")
+    base = alone.model.config
     mixture = _mixture(FOR_GRAFTED, enwik8, work / "mixture_grafted.txt")
     config = replace(
         base,
         data=replace(base.data, dataset="text", path=str(mixture)),
         train=replace(base.train, steps=200, learning_rate=5e-3),
     )
-    return _prepared(GRAFTED, FOR_GRAFTED, config, work / "grafted_base", lambda: Initial(alone.variables))
+    name = f"{model.name} with Memory+"
+    pupil = _prepared(
+        name, FOR_GRAFTED, config, work / "grafted_base", lambda: Initial(alone.model.variables)
+    )
+    words = _in_words(FOR_GRAFTED, config)
+    return pupil, Setup(name, words, model.sha256, alone.without_memory, alone.with_memory)
 
 
-def own_pupil(name: str, enwik8: str, work: Path) -> Pupil:
+def own_pupil(name: str, enwik8: str, work: Path) -> tuple[Pupil, Setup]:
     """Returns a small model of this library that was trained on the mixture of `FOR_OWN`."""
     mixture = _mixture(FOR_OWN, enwik8, work / "mixture_own.txt")
     config = RunConfig(
@@ -128,7 +136,24 @@ def own_pupil(name: str, enwik8: str, work: Path) -> Pupil:
         DataConfig("text", str(mixture), tokenizer="bpe", bpe_vocab_size=2048, seq_len=128),
         TrainConfig(steps=1200, batch_size=16, learning_rate=3e-3, eval_every=400, checkpoint_every=200),
     )
-    return _prepared(name, FOR_OWN, config, work / f"{OWN[name]}_base", None)
+    pupil = _prepared(name, FOR_OWN, config, work / f"{OWN[name]}_base", None)
+    return pupil, Setup(name, _in_words(FOR_OWN, config), "", None, None)
+
+
+def _in_words(curriculum: Curriculum, config: RunConfig) -> str:
+    """Describes the model, what it learns before, and its lessons."""
+    count, train, lesson = count_parameters(config.model), config.train, curriculum.lesson
+    tables = ", ".join(
+        f"{readers[0].num_slots:,} of {table}" for table, readers in table_readers(config.model).items()
+    )
+    people, new = curriculum.before.end - curriculum.before.first, curriculum.new
+    return (
+        f"{count.total / 1e6:.1f} M parameters, {count.sparse / 1e6:.1f} M of them in slots ({tables}). "
+        f"Before: {train.steps:,} steps of {train.batch_size} × {config.data.seq_len} tokens of enwik8 and "
+        f"biographies of {people} people, which are {curriculum.mixture_share:.0%} of the text. A lesson: "
+        f"{new} people in {curriculum.copies} paraphrases, at most {lesson.steps} steps of "
+        f"{lesson.batch_size} × {lesson.seq_len} tokens; in a sequence {curriculum.new_in_sequence} people."
+    )
 
 
 def _mixture(curriculum: Curriculum, enwik8: str, path: Path) -> Path:

@@ -1,7 +1,7 @@
 """Makes the report of `forgetting` from its measurements."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from experiments.common.report import write_csv
 from experiments.forgetting import figures
 from experiments.forgetting.methods import METHODS, SPARSE, VARIANTS, Method
 from experiments.forgetting.records import Point, Sequel, Study, Teaching
+from experiments.forgetting.study import at_an_end, best_rate
 from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.markdown import Row
 
@@ -42,6 +43,8 @@ def write(study: Study, folder: Path) -> list[Path]:
 def report(study: Study) -> str:
     """Returns the report as Markdown; parts that were not measured have no section."""
     parts = ["# What models forget when they learn new facts"]
+    if study.setups:
+        parts += ["## Systems", _setups(study)]
     if study.teachings:
         parts += ["## At equal learning", *_teaching(study)]
     if study.variants:
@@ -49,8 +52,7 @@ def report(study: Study) -> str:
     if study.sequels:
         parts += ["## Lessons one after the other", *_sequence(study)]
     if study.tunings:
-        parts += ["## Learning rates", "Each rate, on people whom nothing else teaches; one lesson."]
-        parts.append(markdown.table([_tuning_row(run) for run in study.tunings]))
+        parts += ["## Learning rates", *_tunings(study)]
     if study.speeds:
         parts += ["## What the selection costs", *_speed(study)]
     parts += ["## Where this was measured", markdown.listing(study.environment)]
@@ -69,7 +71,6 @@ def teaching_rows(teachings: Iterable[Teaching]) -> list[Row]:
             "step": point.step,
             "learned": point.learned,
             "learned, held-out templates": point.learned_held_out,
-            "learned, by likelihood": point.learned_by_likelihood,
             "nats, new": point.learned_nats,
             "kept": point.kept,
             "nats, before": point.kept_nats,
@@ -80,51 +81,70 @@ def teaching_rows(teachings: Iterable[Teaching]) -> list[Row]:
     ]
 
 
-def lost(run: Teaching) -> float:
-    """Returns the share of the facts known before that a lesson has cost, in [0, 1]."""
-    before, after = run.points[0].kept, run.points[-1].kept
-    return 1 - after / before if before else 0.0
+def _setups(study: Study) -> str:
+    lines = []
+    for setup in study.setups:
+        of_file = f" SHA-256 of its file: `{setup.sha256}`." if setup.sha256 else ""
+        worth = ""
+        if setup.without_memory is not None:
+            worth = (
+                " Its memory, trained alone on enwik8, takes the loss there from "
+                f"{setup.without_memory:.3f} to {setup.with_memory:.3f} bits per byte."
+            )
+        lines.append(f"- {setup.system}: {setup.words}{worth}{of_file}")
+    return "\n".join(lines)
 
 
 def _teaching(study: Study) -> list[str]:
-    rows = _rows(study.teachings, METHODS)
-    seeds = len({run.seed for run in study.teachings})
+    enough = study.teachings[0].enough
     about = (
-        f"Means over {seeds} lessons with other people each, and the standard deviation of what is lost. A "
-        "lesson ends at the first measurement at which greedy decoding completes 70 % of the new facts, or "
-        "after its last step. `lost` is the share of the facts known before that greedy decoding does not "
-        "complete any more; bits per byte are on the validation split of enwik8."
+        "Each lesson has people of its own. It ends at the first check at which greedy decoding completes "
+        f"{enough:.0%} of the new facts, or after its last step; `enough` counts lessons that got so far. "
+        "Means, ± one standard deviation over lessons. `lost` is the net share of the facts known before "
+        "that greedy decoding does not complete any more; `risen` is the rise of the loss on the validation "
+        "split of enwik8, in bits per byte."
     )
-    image = f"![what is kept against what is learned, by system]({NAME}.png)"
     shown = "\n".join(f"- {line}" for line in in_words(study.teachings))
-    return [about, shown, markdown.table(rows), image, _PUBLISHED]
+    image = f"![what is kept against what is learned, by system]({NAME}.png)"
+    return [about, shown, markdown.table(_rows(study.teachings, METHODS)), image, _PUBLISHED]
 
 
 def in_words(teachings: Sequence[Teaching]) -> list[str]:
-    """Says for each system what each method loses, least first. All of it is computed."""
+    """Says for each system what each method loses at equal learning, least first. All of it is computed."""
     words = []
     for system in _systems(teachings):
         of_system = [run for run in teachings if run.system == system]
         methods = {run.method: [one for one in of_system if one.method == run.method] for run in of_system}
-        order = sorted(methods, key=lambda method: statistics.fmean(map(lost, methods[method])))
-        losses = "; ".join(f"{method} {_loses(methods[method])}" for method in order)
-        words.append(f"{system}: {losses}.")
+        equal = {name: runs for name, runs in methods.items() if all(run.is_enough for run in runs)}
+        order = sorted(equal, key=lambda name: _mean_lost(equal[name]) or 0.0)
+        losses = [f"{name} {_loses(equal[name])}" for name in order]
+        few = [f"{name} ({_learned(runs)})" for name, runs in methods.items() if name not in equal]
+        if few:
+            losses.append(f"not enough is learned in every lesson by {', '.join(few)}")
+        words.append(f"{system}: {'; '.join(losses)}.")
     return words
 
 
 def _loses(runs: Sequence[Teaching]) -> str:
-    last = [run.points[-1] for run in runs]
-    more = statistics.fmean(run.points[-1].bits_per_byte - run.points[0].bits_per_byte for run in runs)
-    learned = _percent(_mean(last, "learned"))
-    gone = _percent(statistics.fmean(map(lost, runs)))
-    return f"loses {gone} of the facts known before and {more:.3f} bits per byte for {learned} of new ones"
+    rise = statistics.fmean(run.risen for run in runs)
+    lost = _percent(_mean_lost(runs)) or "nothing"
+    return f"loses {lost} of the facts known before, and the loss rises by {rise:.3f}"
+
+
+def _mean_lost(runs: Iterable[Teaching]) -> float | None:
+    shares = [run.lost for run in runs if run.lost is not None]
+    return statistics.fmean(shares) if shares else None
+
+
+def _learned(runs: Sequence[Teaching]) -> str:
+    return f"{_mean([run.points[-1] for run in runs], 'learned'):.0%}"
 
 
 def _variants(study: Study) -> list[str]:
     of_sparse = [run for run in study.teachings if run.method == SPARSE.name]
     about = (
         f"Variants of `{SPARSE.name}`, at its learning rate: other numbers of rows that a step may change, "
-        "and rows chosen by KL divergence, or by their reads alone."
+        "and rows chosen by KL divergence, or by their reads without a background. Columns are as above."
     )
     systems = {run.system for run in study.variants}
     beside = [run for run in of_sparse if run.system in systems]
@@ -143,18 +163,22 @@ def _rows(runs: Sequence[Teaching], methods: Sequence[Method]) -> list[Row]:
 
 def _teaching_row(runs: Sequence[Teaching]) -> Row:
     first, last = [run.points[0] for run in runs], [run.points[-1] for run in runs]
+    lost, risen = [run.lost for run in runs if run.lost is not None], [run.risen for run in runs]
+    diverged = sum(run.diverged for run in runs)
     return {
         "system": runs[0].system,
         "method": runs[0].method,
-        "rate": runs[0].rate,
+        "rate": Decimal(f"{runs[0].rate:g}"),
         "rows a step": runs[0].slots or None,
-        "steps": _mean(last, "step"),
-        "learned": _percent(_mean(last, "learned")),
+        "steps": round(_mean(last, "step")),
+        "enough": f"{sum(run.is_enough for run in runs)} of {len(runs)}",
+        "diverged": diverged or None,
+        "learned": _percent(_mean(last, "learned"), _deviation([point.learned for point in last])),
         "held-out templates": _percent(_mean(last, "learned_held_out")),
         "known before": _percent(_mean(first, "kept")),
-        "lost": _percent(statistics.fmean(map(lost, runs)), _deviation([lost(run) for run in runs])),
+        "lost": _percent(_mean_lost(runs), _deviation(lost)),
         "bits/byte before": Decimal(f"{_mean(first, 'bits_per_byte'):.3f}"),
-        "after": Decimal(f"{_mean(last, 'bits_per_byte'):.3f}"),
+        "risen": f"{statistics.fmean(risen):.3f}" + _spread(_deviation(risen), ".3f"),
     }
 
 
@@ -163,36 +187,63 @@ def _tuning_row(run: Teaching) -> Row:
     return {
         "system": run.system,
         "method": run.method,
-        "rate": run.rate,
+        "rate": Decimal(f"{run.rate:g}"),
         "steps": last.step,
         "learned": _percent(last.learned),
-        "lost": _percent(lost(run)),
-        "bits/byte": Decimal(f"{last.bits_per_byte:.3f}"),
+        "lost": _percent(run.lost),
+        "risen": Decimal(f"{run.risen:.3f}"),
+        "diverged": "yes" if run.diverged else None,
         "seconds": round(run.seconds),
     }
 
 
+def _tunings(study: Study) -> list[str]:
+    groups: dict[tuple[str, str], list[Teaching]] = {}
+    for run in study.tunings:
+        groups.setdefault((run.system, run.method), []).append(run)
+    ends = [
+        f"{method} of {system} ({best_rate(runs):g})"
+        for (system, method), runs in groups.items()
+        if at_an_end(runs)
+    ]
+    about = (
+        "One lesson at each rate, with people whom nothing else teaches. The chosen rate forgets least until "
+        "enough is learned; where no rate gets so far, until nearly as much is learned as at the best one."
+    )
+    if ends:
+        about += f" Best at an end of the rates tried: {', '.join(ends)}."
+    return [about, markdown.table([_tuning_row(run) for run in study.tunings])]
+
+
 def _sequence(study: Study) -> list[str]:
-    rows = [_sequence_row(sequel) for sequel in study.sequels]
     lessons = max(len(sequel.left) for sequel in study.sequels)
     about = (
-        f"One model takes {lessons} lessons, each with other people. `of all lessons` is the share of all "
-        "facts of all lessons that it completes after the last one, `of the first` of the first lesson's."
+        f"One model takes {lessons} lessons, each with other people, and each until enough is learned or for "
+        "its last step. `of all lessons` is the share of all facts of all lessons that it completes after "
+        "the last one, `of the first` of the first lesson's. Means, ± one standard deviation over sequences."
     )
+    groups: dict[tuple[str, str], list[Sequel]] = {}
+    for sequel in study.sequels:
+        groups.setdefault((sequel.system, sequel.method), []).append(sequel)
+    rows = [_sequence_row(of) for of in groups.values()]
     image = f"![what is left of each lesson after the last one]({NAME}_sequence.png)"
     return [about, markdown.table(rows), image]
 
 
-def _sequence_row(sequel: Sequel) -> Row:
-    left = sequel.left[-1]
+def _sequence_row(sequels: Sequence[Sequel]) -> Row:
+    def share(value: Callable[[Sequel], float]) -> str | None:
+        values = [value(sequel) for sequel in sequels]
+        return _percent(statistics.fmean(values), _deviation(values))
+
     return {
-        "system": sequel.system,
-        "method": sequel.method,
-        "of all lessons": _percent(statistics.fmean(left)),
-        "of the first": _percent(left[0]),
-        "of the last": _percent(left[-1]),
-        "of the people before": _percent(sequel.kept[-1]),
-        "bits/byte": Decimal(f"{sequel.bits_per_byte[-1]:.3f}"),
+        "system": sequels[0].system,
+        "method": sequels[0].method,
+        "sequences": len(sequels),
+        "of all lessons": share(lambda sequel: statistics.fmean(sequel.left[-1])),
+        "of the first": share(lambda sequel: sequel.left[-1][0]),
+        "of the last": share(lambda sequel: sequel.left[-1][-1]),
+        "of the people before": share(lambda sequel: sequel.kept[-1]),
+        "bits/byte": Decimal(f"{statistics.fmean(sequel.bits_per_byte[-1] for sequel in sequels):.3f}"),
     }
 
 
@@ -227,6 +278,11 @@ def _deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _percent(share: float, deviation: float | None = None) -> str:
-    spread = "" if deviation is None else f" ± {100 * deviation:.0f}"
-    return f"{100 * share:.0f}{spread} %"
+def _percent(share: float | None, deviation: float | None = None) -> str | None:
+    if share is None:
+        return None
+    return f"{100 * share:.0f}{_spread(None if deviation is None else 100 * deviation, '.0f')} %"
+
+
+def _spread(deviation: float | None, form: str) -> str:
+    return "" if deviation is None else f" ± {deviation:{form}}"

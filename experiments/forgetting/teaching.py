@@ -90,7 +90,7 @@ def teach(
 
     Returns:
         The record of the run, and the variables after it, on the host. A run whose loss is not finite ends
-        with the measurement before.
+        with the measurement before, and its variables are of no use.
     """
     began = time.perf_counter()
     config = run_config(pupil, method, rate, lesson, seed)
@@ -99,7 +99,7 @@ def teach(
     state = fresh_state(config, optimizers, one_device(), np.uint32(seed), initial=given)
     step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
     points = [exam.point(0, merged(model_variables(state), config.train))]
-    batches = packed(lesson, pupil.tokenizer, seed)
+    batches, diverged = packed(lesson, pupil.tokenizer, seed), False
     with tqdm(total=lesson.steps, desc=f"{pupil.system}: {method.name}", unit="step", leave=False) as bar:
         for number in range(1, lesson.steps + 1):
             state, metrics = step(state, next(batches))
@@ -107,19 +107,32 @@ def teach(
             last = number == lesson.steps
             if number % lesson.check_every and not last:
                 continue
-            if not math.isfinite(float(metrics["loss"])):
+            diverged = not math.isfinite(float(metrics["loss"]))
+            if diverged:
                 break
             variables = merged(model_variables(state), config.train)
             ends = last or exam.learned(variables) >= lesson.enough
             if ends or number % lesson.measure_every == 0:
-                points.append(exam.point(number, variables))
+                point = exam.point(number, variables)
+                diverged = not math.isfinite(point.bits_per_byte + point.learned_nats + point.kept_nats)
+                if diverged:
+                    break
+                points.append(point)
                 known = f"learned {points[-1].learned:.0%}, kept {points[-1].kept:.0%}"
                 bar.set_postfix_str(f"{known}, {points[-1].bits_per_byte:.3f} bits/byte")
             if ends:
                 break
-    slots = config.train.slots_per_step
-    seconds = time.perf_counter() - began
-    record = Teaching(pupil.system, method.name, rate, slots, seed, points, seconds)
+    record = Teaching(
+        pupil.system,
+        method.name,
+        rate,
+        config.train.slots_per_step,
+        seed,
+        lesson.enough,
+        points,
+        diverged,
+        time.perf_counter() - began,
+    )
     return record, jax.tree.map(np.asarray, merged(model_variables(state), config.train))
 
 
