@@ -1,4 +1,4 @@
-"""Draws what models forget: what is kept against what is learned, and what is left of earlier lessons."""
+"""Draws what models forget: what is kept against what is learned, and what is left of earlier tasks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.common import figures
-from experiments.forgetting.records import Sequel, Study, Teaching
+from experiments.forgetting.records import FineTuning, Study, TaskSequence
 
 COLOURS = {
     "sparse memory, AdamW": figures.BLUE,
@@ -20,13 +20,13 @@ PUBLISHED = {"sparse memory, SGD": 0.11, "LoRA": 0.71, "full fine-tuning": 0.89}
 """Published drops of F1 on another task (arXiv 2510.15103, Memory+ of 1.3 B parameters), by method."""
 
 
-def plot_teaching(study: Study, path: Path) -> Path:
+def plot_comparison(study: Study, path: Path) -> Path:
     """Draws, for each system, what is kept against what is learned: a line and its end for each run."""
-    systems = list(dict.fromkeys(run.system for run in study.teachings))
+    systems = list(dict.fromkeys(run.system for run in study.runs))
     figure = figures.new_figure(4.2 * len(systems) + 1.6, 8.0)
     panels = figure.subplots(2, len(systems), squeeze=False)
     for column, system in enumerate(systems):
-        runs = [run for run in study.teachings if run.system == system]
+        runs = [run for run in study.runs if run.system == system]
         above, below = panels[0][column], panels[1][column]
         figures.set_title(above, system)
         for run in runs:
@@ -47,7 +47,7 @@ def plot_teaching(study: Study, path: Path) -> Path:
     return figures.save(figure, path)
 
 
-def _draw(axes: Axes, run: Teaching, values: Sequence[float]) -> None:
+def _draw(axes: Axes, run: FineTuning, values: Sequence[float]) -> None:
     learned, colour = [point.learned for point in run.points], COLOURS.get(run.method, figures.GREY)
     axes.plot(learned, values, color=colour, linewidth=1.0, alpha=0.45)
     axes.plot(learned[-1:], values[-1:], "o", color=colour, markeredgecolor="white", label=run.method)
@@ -62,27 +62,27 @@ def _mark_published(axes: Axes, before: float) -> None:
 
 
 def plot_sequence(study: Study, path: Path) -> Path:
-    """Draws, for each system, what is left of each lesson after the last one."""
-    systems = list(dict.fromkeys(sequel.system for sequel in study.sequels))
+    """Draws, for each system, what is left of each task after the last one."""
+    systems = list(dict.fromkeys(sequence.system for sequence in study.sequences if sequence.left))
     figure = figures.new_figure(4.2 * len(systems) + 1.6, 4.4)
     panels = figure.subplots(1, len(systems), squeeze=False)[0]
     for axes, system in zip(panels, systems, strict=True):
         figures.set_title(axes, system)
-        of_system = [sequel for sequel in study.sequels if sequel.system == system]
-        for method in dict.fromkeys(sequel.method for sequel in of_system):
-            _draw_left(axes, [sequel for sequel in of_system if sequel.method == method])
+        of_system = [one for one in study.sequences if one.system == system and one.left]
+        for method in dict.fromkeys(sequence.method for sequence in of_system):
+            _draw_left(axes, [sequence for sequence in of_system if sequence.method == method])
         axes.set_ylim(-0.03, 1.03)
-        axes.set_xlabel("lesson")
+        axes.set_xlabel("task")
         figures.set_plain(axes)
-    panels[0].set_ylabel("facts of the lesson left after the last one")
+    panels[0].set_ylabel("facts of the task left after the last one")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figures.save(figure, path)
 
 
-def _draw_left(axes: Axes, sequels: Sequence[Sequel]) -> None:
-    """Draws the mean over the sequences that reached as many lessons as the longest."""
-    method, most = sequels[0].method, max(len(sequel.left) for sequel in sequels)
-    left = np.mean([sequel.left[-1] for sequel in sequels if len(sequel.left) == most], axis=0)
+def _draw_left(axes: Axes, sequences: Sequence[TaskSequence]) -> None:
+    """Draws the mean over the sequences that reached as many tasks as the longest."""
+    method, most = sequences[0].method, max(len(sequence.left) for sequence in sequences)
+    left = np.mean([sequence.left[-1] for sequence in sequences if len(sequence.left) == most], axis=0)
     colour = COLOURS.get(method, figures.GREY)
     axes.plot(np.arange(1, most + 1), left, "o-", color=colour, markersize=4, linewidth=1.4, label=method)

@@ -20,7 +20,7 @@ class Method:
     selects: bool = False
     """Whether a step may change only some of the rows that its batch reads."""
     share: float = 1.0
-    """Multiple of the rows that a step of the lesson may change, where it selects."""
+    """Multiple of the rows that a step of the task may change, where it selects."""
 
     def train_config(self, rate: float, base: TrainConfig, slots: int, background: str) -> TrainConfig:
         """Returns the settings of a run.

@@ -14,7 +14,7 @@ from ultramem_jax.tree_types import JsonDict
 
 @dataclass(frozen=True)
 class Point:
-    """Holds what a model knows after some steps of teaching."""
+    """Holds what a model knows after some steps of fine-tuning."""
 
     step: int
     learned: float
@@ -48,7 +48,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Teaching:
+class FineTuning:
     """Holds one run: a system that is taught new people by one method."""
 
     system: str
@@ -88,26 +88,26 @@ class Teaching:
         return next((point for point in self.points if point.learned >= learned), None)
 
     @classmethod
-    def of(cls, tree: dict[str, Any]) -> "Teaching":
+    def of(cls, tree: dict[str, Any]) -> "FineTuning":
         """Returns the run of a record, as JSON keeps it."""
         return cls(**tree | {"points": [Point(**point) for point in tree["points"]]})
 
 
 @dataclass(frozen=True)
-class Sequel:
-    """Holds lessons that one model took one after the other; those after a divergence are left out."""
+class TaskSequence:
+    """Holds tasks that one model took one after the other; those after a divergence are left out."""
 
     system: str
     method: str
     rate: float
     seed: int
     left: list[list[float]]
-    """After each lesson, the share of the facts of this lesson and of all before that greedy decoding
-    completes exactly, in the order of the lessons."""
+    """After each task, the share of the facts of this task and of all before that greedy decoding
+    completes exactly, in the order of the tasks."""
     kept: list[float]
-    """After each lesson, the share of the facts taught before the first one."""
+    """After each task, the share of the facts taught before the first one."""
     bits_per_byte: list[float]
-    """Loss on other text, after each lesson."""
+    """Loss on other text, after each task."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Setup:
 
     system: str
     words: str
-    """Model, training and lessons, in words."""
+    """Model, training and tasks, in words."""
     sha256: str
     """Hash of an open model's file; blank for other models."""
     without_memory: float | None
@@ -133,13 +133,13 @@ class Study:
     """Strings from `describe_environment()`."""
     setups: list[Setup]
     speeds: list[Speed]
-    tunings: list[Teaching]
+    tunings: list[FineTuning]
     """Runs by which rates were chosen."""
-    teachings: list[Teaching]
+    runs: list[FineTuning]
     """Runs at the chosen rates, over seeds."""
-    variants: list[Teaching]
+    variants: list[FineTuning]
     """Runs of variants of sparse memory fine-tuning."""
-    sequels: list[Sequel]
+    sequences: list[TaskSequence]
 
     def with_parts_of(self, earlier: "Study") -> "Study":
         """Returns the study with what an earlier one has of other systems, and speeds if this has none."""
@@ -148,9 +148,9 @@ class Study:
             _with_others(self.setups, earlier.setups),
             self.speeds or earlier.speeds,
             _with_others(self.tunings, earlier.tunings),
-            _with_others(self.teachings, earlier.teachings),
+            _with_others(self.runs, earlier.runs),
             _with_others(self.variants, earlier.variants),
-            _with_others(self.sequels, earlier.sequels),
+            _with_others(self.sequences, earlier.sequences),
         )
 
     def save(self, path: Path) -> Path:
@@ -173,14 +173,14 @@ class Study:
                 dict(read["environment"]),
                 [Setup(**record) for record in read["setups"]],
                 [Speed(**record) for record in read["speeds"]],
-                [Teaching.of(record) for record in read["tunings"]],
-                [Teaching.of(record) for record in read["teachings"]],
-                [Teaching.of(record) for record in read["variants"]],
-                [Sequel(**record) for record in read["sequels"]],
+                [FineTuning.of(record) for record in read["tunings"]],
+                [FineTuning.of(record) for record in read["runs"]],
+                [FineTuning.of(record) for record in read["variants"]],
+                [TaskSequence(**record) for record in read["sequences"]],
             )
 
 
-Record = TypeVar("Record", Setup, Teaching, Sequel)
+Record = TypeVar("Record", Setup, FineTuning, TaskSequence)
 
 
 def _with_others(records: list[Record], earlier: list[Record]) -> list[Record]:
@@ -189,7 +189,7 @@ def _with_others(records: list[Record], earlier: list[Record]) -> list[Record]:
     return [record for record in earlier if record.system not in systems] + records
 
 
-def keep(record: Teaching | Sequel, path: Path, identity: JsonDict) -> None:
+def keep(record: FineTuning | TaskSequence, path: Path, identity: JsonDict) -> None:
     """Writes a record, with all that decides it, to a file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps({"identity": identity, "record": dataclasses.asdict(record)}))

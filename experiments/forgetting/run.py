@@ -6,14 +6,14 @@ enwik8; then every model learns other people and text together. That is what it 
 
 The ways are sparse memory fine-tuning (arXiv 2510.15103), which changes only the rows of tables whose reads
 stand out against background text, by AdamW or by SGD; fine-tuning of all rows that are read; LoRA of all
-matrices of attention and feed-forward layers; and full fine-tuning. Each has
-the best of three learning rates, tuned on people whom nothing else teaches. They are compared at equal
-learning: a lesson ends when the model completes 70 % of the new facts.
+matrices of attention and feed-forward layers; and full fine-tuning. Each has the best of three learning
+rates, tuned on people whom nothing else teaches. They are compared at equal learning: a task, which is some
+people, ends when the model completes 70 % of their facts.
 
 - speed: what the selection of rows costs in a training step;
-- teaching: what a lesson leaves of other facts and of enwik8, over seeds;
+- comparison: what a task leaves of other facts and of enwik8, over seeds;
 - variants: the same for other numbers of rows and other scores in sparse memory fine-tuning;
-- sequence: ten lessons one after the other, and what is left of each.
+- sequence: ten tasks one after the other, and what is left of each.
 
 Every run that has ended is kept in --workdir. The same command goes on where it was stopped.
 
@@ -32,7 +32,7 @@ from experiments.common.seeds import remember_compilations
 from experiments.forgetting import speed, systems, tables
 from experiments.forgetting.methods import METHODS, VARIANTS
 from experiments.forgetting.records import Setup, Study
-from experiments.forgetting.study import Classroom
+from experiments.forgetting.study import SystemRuns
 from ultramem_jax.cli.arguments import check_names
 from ultramem_jax.config import DataConfig
 from ultramem_jax.data.sources import enwik8_source
@@ -40,7 +40,7 @@ from ultramem_jax.errors import require
 from ultramem_jax.reporting.environment import describe_environment
 from ultramem_jax.reporting.folders import make_folder
 
-PARTS = ("speed", "teaching", "variants", "sequence")
+PARTS = ("speed", "comparison", "variants", "sequence")
 
 ENWIK8 = flags.DEFINE_string("enwik8", "", "enwik8, plain or .gz")
 MODEL = flags.DEFINE_string(
@@ -53,9 +53,9 @@ SYSTEMS = flags.DEFINE_list(
 )
 PART_NAMES = flags.DEFINE_list("parts", list(PARTS), "what to measure, of " + ", ".join(PARTS))
 SEEDS = flags.DEFINE_integer(
-    "seeds", 3, "lessons of each method, each with other people", lower_bound=1, upper_bound=100
+    "seeds", 3, "tasks of each method, each with other people", lower_bound=1, upper_bound=100
 )
-LESSONS = flags.DEFINE_integer("lessons", 10, "lessons of a sequence", lower_bound=1)
+TASKS = flags.DEFINE_integer("tasks", 10, "tasks of a sequence", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 15, "training steps that are timed of each kind", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", "runs/forgetting", "folder of the runs")
 RESULTS = flags.DEFINE_string("results", "experiments/results/forgetting", "folder of tables and figures")
@@ -88,32 +88,32 @@ def main() -> None:
     if "speed" in PART_NAMES.value:
         with tqdm(desc="speed", unit="step") as bar:
             study.speeds.extend(speed.measure(REPEATS.value, bar.update))
-    for classroom, setup in _classrooms(work, model) if taught else ():
+    for system, setup in _systems(work, model) if taught else ():
         study.setups.append(setup)
         for method in METHODS:
-            if "teaching" in taught:
-                study.tunings.extend(classroom.tune(method))
-                study.teachings.extend(classroom.teach(method, SEEDS.value))
+            if "comparison" in taught:
+                study.tunings.extend(system.tune(method))
+                study.runs.extend(system.compare(method, SEEDS.value))
             if "sequence" in taught:
-                study.sequels.extend(
-                    classroom.teach_in_sequence(method, LESSONS.value, seed) for seed in range(SEEDS.value)
+                study.sequences.extend(
+                    system.in_sequence(method, TASKS.value, seed) for seed in range(SEEDS.value)
                 )
         if "variants" in taught:
-            study.variants.extend(run for method in VARIANTS for run in classroom.vary(method, SEEDS.value))
+            study.variants.extend(run for method in VARIANTS for run in system.vary(method, SEEDS.value))
         _write(study.with_parts_of(earlier) if earlier else study, results)
     if not taught:
         _write(study.with_parts_of(earlier) if earlier else study, results)
 
 
-def _classrooms(work: pathlib.Path, model: ModelFile | None) -> Iterator[tuple[Classroom, Setup]]:
-    """Yields a classroom for each system, which is prepared when its turn comes."""
+def _systems(work: pathlib.Path, model: ModelFile | None) -> Iterator[tuple[SystemRuns, Setup]]:
+    """Yields each system, which is prepared when its turn comes."""
     text = DataConfig("enwik8", ENWIK8.value)
     for name in SYSTEMS.value:
-        pupil, setup = systems.own_pupil(name, ENWIK8.value, work)
-        yield Classroom(pupil, systems.FOR_OWN, text, work), setup
+        base, setup = systems.own_model(name, ENWIK8.value, work)
+        yield SystemRuns(base, systems.FOR_OWN, text, work), setup
     if model is not None:
-        pupil, setup = systems.grafted_pupil(model, ENWIK8.value, work)
-        yield Classroom(pupil, systems.FOR_GRAFTED, text, work), setup
+        base, setup = systems.grafted_model(model, ENWIK8.value, work)
+        yield SystemRuns(base, systems.FOR_GRAFTED, text, work), setup
 
 
 def _write(study: Study, results: pathlib.Path) -> None:

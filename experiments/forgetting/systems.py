@@ -10,10 +10,10 @@ import numpy as np
 from experiments.common.model_file import ModelFile
 from experiments.common.whole_runs import train_whole
 from experiments.forgetting import grafted
-from experiments.forgetting.examination import Sizes
+from experiments.forgetting.evaluation import Sizes
+from experiments.forgetting.fine_tuning import BaseModel, Task
 from experiments.forgetting.mixture import write_mixture
 from experiments.forgetting.records import Setup
-from experiments.forgetting.teaching import Lesson, Pupil
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import DataConfig, RunConfig, TrainConfig
 from ultramem_jax.config.model import table_readers
@@ -29,23 +29,23 @@ OWN = {"UltraMem": "ultramem-tiny", "Memory+": "memory-plus-tiny", "Engram": "en
 
 
 @dataclass(frozen=True)
-class Curriculum:
-    """Says how a system is prepared, taught and examined."""
+class Setting:
+    """Says how a system is prepared, fine-tuned and measured."""
 
     before: Population
     """People whom it knows before it is taught others."""
     new: int
-    """People of a lesson."""
+    """People of a task."""
     new_in_sequence: int
-    """People of each lesson of a sequence."""
+    """People of each task of a sequence."""
     copies: int
     """Paraphrases of each of them."""
     mixture_bytes: int
     """Size of the text that it learns before; see `write_mixture`."""
     mixture_share: float
     """Share of people in that text."""
-    lesson: Lesson
-    """The lesson, without its texts."""
+    task: Task
+    """The task, without its texts."""
     rates: dict[str, tuple[float, ...]]
     """Learning rates among which the best is chosen, on other people, by the name of the method."""
     sizes: Sizes
@@ -53,14 +53,14 @@ class Curriculum:
     """Batches of the mixture whose reads are the background."""
 
 
-FOR_GRAFTED = Curriculum(
+FOR_GRAFTED = Setting(
     before=Population(0, 16),
     new=8,
     new_in_sequence=4,
     copies=32,
     mixture_bytes=1_200_000,
     mixture_share=0.5,
-    lesson=Lesson(
+    task=Task(
         texts=(),
         steps=80,
         batch_size=2,
@@ -80,14 +80,14 @@ FOR_GRAFTED = Curriculum(
     sizes=Sizes(batches=4, batch_size=4, seq_len=256),
     background_batches=100,
 )
-FOR_OWN = Curriculum(
+FOR_OWN = Setting(
     before=Population(0, 50),
     new=16,
     new_in_sequence=4,
     copies=32,
     mixture_bytes=6_000_000,
     mixture_share=0.3,
-    lesson=Lesson(
+    task=Task(
         texts=(),
         steps=500,
         batch_size=4,
@@ -109,26 +109,24 @@ FOR_OWN = Curriculum(
 )
 
 
-def grafted_pupil(model: ModelFile, enwik8: str, work: Path) -> tuple[Pupil, Setup]:
+def grafted_model(model: ModelFile, enwik8: str, work: Path) -> tuple[BaseModel, Setup]:
     """Returns the open model with its memory, after it has learned the people of `FOR_GRAFTED`."""
     text = DataConfig("enwik8", enwik8)
     alone = grafted.train_graft(model.path, text, work / "grafted")
-    base = alone.model.config
+    trained = alone.model.config
     mixture = _mixture(FOR_GRAFTED, enwik8, work / "mixture_grafted.txt")
     config = replace(
-        base,
-        data=replace(base.data, dataset="text", path=str(mixture)),
-        train=replace(base.train, steps=200, learning_rate=5e-3),
+        trained,
+        data=replace(trained.data, dataset="text", path=str(mixture)),
+        train=replace(trained.train, steps=200, learning_rate=5e-3),
     )
     name = f"{model.name} with Memory+"
-    pupil = _prepared(
-        name, FOR_GRAFTED, config, work / "grafted_base", lambda: Initial(alone.model.variables)
-    )
+    base = _prepared(name, FOR_GRAFTED, config, work / "grafted_base", lambda: Initial(alone.model.variables))
     words = _in_words(FOR_GRAFTED, config)
-    return pupil, Setup(name, words, model.sha256, alone.without_memory, alone.with_memory)
+    return base, Setup(name, words, model.sha256, alone.without_memory, alone.with_memory)
 
 
-def own_pupil(name: str, enwik8: str, work: Path) -> tuple[Pupil, Setup]:
+def own_model(name: str, enwik8: str, work: Path) -> tuple[BaseModel, Setup]:
     """Returns a small model of this library that was trained on the mixture of `FOR_OWN`."""
     mixture = _mixture(FOR_OWN, enwik8, work / "mixture_own.txt")
     config = RunConfig(
@@ -136,51 +134,51 @@ def own_pupil(name: str, enwik8: str, work: Path) -> tuple[Pupil, Setup]:
         DataConfig("text", str(mixture), tokenizer="bpe", bpe_vocab_size=2048, seq_len=128),
         TrainConfig(steps=1200, batch_size=16, learning_rate=3e-3, eval_every=400, checkpoint_every=200),
     )
-    pupil = _prepared(name, FOR_OWN, config, work / f"{OWN[name]}_base", None)
-    return pupil, Setup(name, _in_words(FOR_OWN, config), "", None, None)
+    base = _prepared(name, FOR_OWN, config, work / f"{OWN[name]}_base", None)
+    return base, Setup(name, _in_words(FOR_OWN, config), "", None, None)
 
 
-def _in_words(curriculum: Curriculum, config: RunConfig) -> str:
-    """Describes the model, what it learns before, and its lessons."""
-    count, train, lesson = count_parameters(config.model), config.train, curriculum.lesson
+def _in_words(setting: Setting, config: RunConfig) -> str:
+    """Describes the model, what it learns before, and its tasks."""
+    count, train, task = count_parameters(config.model), config.train, setting.task
     tables = ", ".join(
         f"{readers[0].num_slots:,} of {table}" for table, readers in table_readers(config.model).items()
     )
-    people, new = curriculum.before.end - curriculum.before.first, curriculum.new
+    people, new = setting.before.end - setting.before.first, setting.new
     return (
         f"{count.total / 1e6:.1f} M parameters, {count.sparse / 1e6:.1f} M of them in slots ({tables}). "
         f"Before: {train.steps:,} steps of {train.batch_size} × {config.data.seq_len} tokens of enwik8 and "
-        f"biographies of {people} people, which are {curriculum.mixture_share:.0%} of the text. A lesson: "
-        f"{new} people in {curriculum.copies} paraphrases, at most {lesson.steps} steps of "
-        f"{lesson.batch_size} × {lesson.seq_len} tokens; in a sequence {curriculum.new_in_sequence} people."
+        f"biographies of {people} people, which are {setting.mixture_share:.0%} of the text. A task: "
+        f"{new} people in {setting.copies} paraphrases, at most {task.steps} steps of "
+        f"{task.batch_size} × {task.seq_len} tokens; in a sequence {setting.new_in_sequence} people."
     )
 
 
-def _mixture(curriculum: Curriculum, enwik8: str, path: Path) -> Path:
-    size, share = curriculum.mixture_bytes, curriculum.mixture_share
-    return write_mixture(path, enwik8, size, curriculum.before, share)
+def _mixture(setting: Setting, enwik8: str, path: Path) -> Path:
+    size, share = setting.mixture_bytes, setting.mixture_share
+    return write_mixture(path, enwik8, size, setting.before, share)
 
 
 def _prepared(
     name: str,
-    curriculum: Curriculum,
+    setting: Setting,
     config: RunConfig,
     workdir: Path,
     initial: Callable[[], Initial] | None,
-) -> Pupil:
+) -> BaseModel:
     """Trains a system on its mixture, or goes on with that, and counts the background reads."""
     train_whole(config, workdir, initial=initial)
     loaded = load_model(workdir)
     background = workdir / "background.npz"
     if not background.exists():
-        _count(loaded, curriculum, background)
+        _count(loaded, setting, background)
     variables = jax.tree.map(np.asarray, loaded.variables)
-    return Pupil(name, loaded.config.model, variables, loaded.tokenizer, str(background))
+    return BaseModel(name, loaded.config.model, variables, loaded.tokenizer, str(background))
 
 
-def _count(loaded: LoadedModel, curriculum: Curriculum, path: Path) -> None:
+def _count(loaded: LoadedModel, setting: Setting, path: Path) -> None:
     corpus = load_corpus(loaded.config.data, loaded.tokenizer)
-    batches = eval_batches(corpus, "train", curriculum.lesson.batch_size, curriculum.background_batches)
+    batches = eval_batches(corpus, "train", setting.task.batch_size, setting.background_batches)
     texts = (batch["tokens"][batch["mask"].any(1), :-1] for batch in batches)
     counts = count_reads(loaded.config.model, loaded.variables, texts)
     save_background(path, counts, {"model": path.parent.name, "corpus_hash": corpus.corpus_hash})

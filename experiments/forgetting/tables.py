@@ -8,7 +8,7 @@ from pathlib import Path
 from experiments.common.report import write_csv
 from experiments.forgetting import figures
 from experiments.forgetting.methods import METHODS, SPARSE, VARIANTS, Method
-from experiments.forgetting.records import Point, Sequel, Study, Teaching
+from experiments.forgetting.records import FineTuning, Point, Study, TaskSequence
 from experiments.forgetting.study import at_an_end, best_rate
 from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.markdown import Row
@@ -31,10 +31,10 @@ def write(study: Study, folder: Path) -> list[Path]:
     raw = study.save(folder / f"{NAME}.json")
     text, table = folder / f"{NAME}.md", folder / f"{NAME}.csv"
     drawn = []
-    if study.teachings:
-        write_csv(teaching_rows(study.teachings), table)
-        drawn += [table, figures.plot_teaching(study, folder / f"{NAME}.png")]
-    if study.sequels:
+    if study.runs:
+        write_csv(run_rows(study.runs), table)
+        drawn += [table, figures.plot_comparison(study, folder / f"{NAME}.png")]
+    if study.sequences:
         drawn.append(figures.plot_sequence(study, folder / f"{NAME}_sequence.png"))
     text.write_text(report(study), encoding="utf-8")
     return [text, raw, *drawn]
@@ -45,12 +45,12 @@ def report(study: Study) -> str:
     parts = ["# What models forget when they learn new facts"]
     if study.setups:
         parts += ["## Systems", _setups(study)]
-    if study.teachings:
-        parts += ["## At equal learning", *_teaching(study)]
+    if study.runs:
+        parts += ["## At equal learning", *_comparison(study)]
     if study.variants:
         parts += ["## Rows and scores", *_variants(study)]
-    if study.sequels:
-        parts += ["## Lessons one after the other", *_sequence(study)]
+    if study.sequences:
+        parts += ["## Tasks one after the other", *_sequence(study)]
     if study.tunings:
         parts += ["## Learning rates", *_tunings(study)]
     if study.speeds:
@@ -59,7 +59,7 @@ def report(study: Study) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def teaching_rows(teachings: Iterable[Teaching]) -> list[Row]:
+def run_rows(runs: Iterable[FineTuning]) -> list[Row]:
     """Returns a row for each measurement of each run, unrounded."""
     return [
         {
@@ -76,7 +76,7 @@ def teaching_rows(teachings: Iterable[Teaching]) -> list[Row]:
             "nats, before": point.kept_nats,
             "bits/byte": point.bits_per_byte,
         }
-        for run in teachings
+        for run in runs
         for point in run.points
     ]
 
@@ -95,53 +95,53 @@ def _setups(study: Study) -> str:
     return "\n".join(lines)
 
 
-def _teaching(study: Study) -> list[str]:
-    enough = study.teachings[0].enough
+def _comparison(study: Study) -> list[str]:
+    enough = study.runs[0].enough
     about = (
-        "Each lesson has people of its own. It ends at the first check at which greedy decoding completes "
-        f"{enough:.0%} of the new facts, or after its last step; `enough` counts lessons that got so far. "
-        "Means, ± one standard deviation over lessons. `lost` is the net share of the facts known before "
+        "Each task has people of its own. It ends at the first check at which greedy decoding completes "
+        f"{enough:.0%} of the new facts, or after its last step; `enough` counts tasks that got so far. "
+        "Means, ± one standard deviation over tasks. `lost` is the net share of the facts known before "
         "that greedy decoding does not complete any more; `risen` is the rise of the loss on the validation "
         "split of enwik8, in bits per byte."
     )
-    shown = "\n".join(f"- {line}" for line in in_words(study.teachings))
+    shown = "\n".join(f"- {line}" for line in in_words(study.runs))
     image = f"![what is kept against what is learned, by system]({NAME}.png)"
-    return [about, shown, markdown.table(_rows(study.teachings, METHODS)), image, _PUBLISHED]
+    return [about, shown, markdown.table(_rows(study.runs, METHODS)), image, _PUBLISHED]
 
 
-def in_words(teachings: Sequence[Teaching]) -> list[str]:
+def in_words(runs: Sequence[FineTuning]) -> list[str]:
     """Says for each system what each method loses at equal learning, least first. All of it is computed."""
     words = []
-    for system in _systems(teachings):
-        of_system = [run for run in teachings if run.system == system]
+    for system in _systems(runs):
+        of_system = [run for run in runs if run.system == system]
         methods = {run.method: [one for one in of_system if one.method == run.method] for run in of_system}
         equal = {name: runs for name, runs in methods.items() if all(run.is_enough for run in runs)}
         order = sorted(equal, key=lambda name: _mean_lost(equal[name]) or 0.0)
         losses = [f"{name} {_loses(equal[name])}" for name in order]
         few = [f"{name} ({_learned(runs)})" for name, runs in methods.items() if name not in equal]
         if few:
-            losses.append(f"not enough is learned in every lesson by {', '.join(few)}")
+            losses.append(f"not enough is learned in every task by {', '.join(few)}")
         words.append(f"{system}: {'; '.join(losses)}.")
     return words
 
 
-def _loses(runs: Sequence[Teaching]) -> str:
+def _loses(runs: Sequence[FineTuning]) -> str:
     rise = statistics.fmean(run.risen for run in runs)
     lost = _percent(_mean_lost(runs)) or "nothing"
     return f"loses {lost} of the facts known before, and the loss rises by {rise:.3f}"
 
 
-def _mean_lost(runs: Iterable[Teaching]) -> float | None:
+def _mean_lost(runs: Iterable[FineTuning]) -> float | None:
     shares = [run.lost for run in runs if run.lost is not None]
     return statistics.fmean(shares) if shares else None
 
 
-def _learned(runs: Sequence[Teaching]) -> str:
+def _learned(runs: Sequence[FineTuning]) -> str:
     return f"{_mean([run.points[-1] for run in runs], 'learned'):.0%}"
 
 
 def _variants(study: Study) -> list[str]:
-    of_sparse = [run for run in study.teachings if run.method == SPARSE.name]
+    of_sparse = [run for run in study.runs if run.method == SPARSE.name]
     about = (
         f"Variants of `{SPARSE.name}`, at its learning rate: other numbers of rows that a step may change, "
         "and rows chosen by KL divergence, or by their reads without a background. Columns are as above."
@@ -151,17 +151,17 @@ def _variants(study: Study) -> list[str]:
     return [about, markdown.table(_rows([*beside, *study.variants], (SPARSE, *VARIANTS)))]
 
 
-def _rows(runs: Sequence[Teaching], methods: Sequence[Method]) -> list[Row]:
+def _rows(runs: Sequence[FineTuning], methods: Sequence[Method]) -> list[Row]:
     """Returns a row for each system and method that has runs."""
     return [
-        _teaching_row(of)
+        _run_row(of)
         for system in _systems(runs)
         for method in methods
         if (of := [run for run in runs if (run.system, run.method) == (system, method.name)])
     ]
 
 
-def _teaching_row(runs: Sequence[Teaching]) -> Row:
+def _run_row(runs: Sequence[FineTuning]) -> Row:
     first, last = [run.points[0] for run in runs], [run.points[-1] for run in runs]
     lost, risen = [run.lost for run in runs if run.lost is not None], [run.risen for run in runs]
     diverged = sum(run.diverged for run in runs)
@@ -182,7 +182,7 @@ def _teaching_row(runs: Sequence[Teaching]) -> Row:
     }
 
 
-def _tuning_row(run: Teaching) -> Row:
+def _tuning_row(run: FineTuning) -> Row:
     last = run.points[-1]
     return {
         "system": run.system,
@@ -198,7 +198,7 @@ def _tuning_row(run: Teaching) -> Row:
 
 
 def _tunings(study: Study) -> list[str]:
-    groups: dict[tuple[str, str], list[Teaching]] = {}
+    groups: dict[tuple[str, str], list[FineTuning]] = {}
     for run in study.tunings:
         groups.setdefault((run.system, run.method), []).append(run)
     ends = [
@@ -207,7 +207,7 @@ def _tunings(study: Study) -> list[str]:
         if at_an_end(runs)
     ]
     about = (
-        "One lesson at each rate, with people whom nothing else teaches. The chosen rate forgets least until "
+        "One task at each rate, with people whom nothing else teaches. The chosen rate forgets least until "
         "enough is learned; where no rate gets so far, until nearly as much is learned as at the best one."
     )
     if ends:
@@ -216,34 +216,34 @@ def _tunings(study: Study) -> list[str]:
 
 
 def _sequence(study: Study) -> list[str]:
-    lessons = max(len(sequel.left) for sequel in study.sequels)
+    tasks = max(len(sequence.left) for sequence in study.sequences)
     about = (
-        f"One model takes {lessons} lessons, each with other people, and each until enough is learned or for "
-        "its last step. `of all lessons` is the share of all facts of all lessons that it completes after "
-        "the last one, `of the first` of the first lesson's. Means, ± one standard deviation over sequences."
+        f"One model takes {tasks} tasks, each with other people, and each until enough is learned or for "
+        "its last step. `of all tasks` is the share of all facts of all tasks that it completes after "
+        "the last one, `of the first` of the first task's. Means, ± one standard deviation over sequences."
     )
-    groups: dict[tuple[str, str], list[Sequel]] = {}
-    for sequel in study.sequels:
-        groups.setdefault((sequel.system, sequel.method), []).append(sequel)
+    groups: dict[tuple[str, str], list[TaskSequence]] = {}
+    for sequence in filter(lambda one: one.left, study.sequences):
+        groups.setdefault((sequence.system, sequence.method), []).append(sequence)
     rows = [_sequence_row(of) for of in groups.values()]
-    image = f"![what is left of each lesson after the last one]({NAME}_sequence.png)"
+    image = f"![what is left of each task after the last one]({NAME}_sequence.png)"
     return [about, markdown.table(rows), image]
 
 
-def _sequence_row(sequels: Sequence[Sequel]) -> Row:
-    def share(value: Callable[[Sequel], float]) -> str | None:
-        values = [value(sequel) for sequel in sequels]
+def _sequence_row(sequences: Sequence[TaskSequence]) -> Row:
+    def share(value: Callable[[TaskSequence], float]) -> str | None:
+        values = [value(sequence) for sequence in sequences]
         return _percent(statistics.fmean(values), _deviation(values))
 
     return {
-        "system": sequels[0].system,
-        "method": sequels[0].method,
-        "sequences": len(sequels),
-        "of all lessons": share(lambda sequel: statistics.fmean(sequel.left[-1])),
-        "of the first": share(lambda sequel: sequel.left[-1][0]),
-        "of the last": share(lambda sequel: sequel.left[-1][-1]),
-        "of the people before": share(lambda sequel: sequel.kept[-1]),
-        "bits/byte": Decimal(f"{statistics.fmean(sequel.bits_per_byte[-1] for sequel in sequels):.3f}"),
+        "system": sequences[0].system,
+        "method": sequences[0].method,
+        "sequences": len(sequences),
+        "of all tasks": share(lambda sequence: statistics.fmean(sequence.left[-1])),
+        "of the first": share(lambda sequence: sequence.left[-1][0]),
+        "of the last": share(lambda sequence: sequence.left[-1][-1]),
+        "of the people before": share(lambda sequence: sequence.kept[-1]),
+        "bits/byte": Decimal(f"{statistics.fmean(sequence.bits_per_byte[-1] for sequence in sequences):.3f}"),
     }
 
 
@@ -266,8 +266,8 @@ def _speed(study: Study) -> list[str]:
     return [about, markdown.table(rows)]
 
 
-def _systems(teachings: Iterable[Teaching]) -> list[str]:
-    return list(dict.fromkeys(run.system for run in teachings))
+def _systems(runs: Iterable[FineTuning]) -> list[str]:
+    return list(dict.fromkeys(run.system for run in runs))
 
 
 def _mean(points: Sequence[Point], field: str) -> float:

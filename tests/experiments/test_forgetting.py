@@ -1,4 +1,4 @@
-"""Lessons of the experiment: what a method may change, what is not repeated, and what the report says."""
+"""Tasks of the experiment: what a method may change, what is not repeated, and what the report says."""
 
 import csv
 import dataclasses
@@ -12,17 +12,18 @@ import pytest
 
 from experiments.forgetting import study as study_module
 from experiments.forgetting import tables
-from experiments.forgetting.examination import Sizes
+from experiments.forgetting.evaluation import Sizes
+from experiments.forgetting.fine_tuning import BaseModel, Task, fine_tune, packed, run_config
 from experiments.forgetting.methods import METHODS, VARIANTS
 from experiments.forgetting.mixture import write_mixture
-from experiments.forgetting.records import Point, Sequel, Speed, Study, Teaching
-from experiments.forgetting.study import Classroom, best_rate
-from experiments.forgetting.systems import Curriculum
-from experiments.forgetting.teaching import Lesson, Pupil, packed, run_config, teach
+from experiments.forgetting.records import FineTuning, Point, Setup, Speed, Study, TaskSequence
+from experiments.forgetting.study import SystemRuns, at_an_end, best_rate
+from experiments.forgetting.systems import Setting
 from tests.support.drawn import variables_of
 from ultramem_jax.config import DataConfig, ModelConfig
 from ultramem_jax.data import ByteTokenizer
 from ultramem_jax.data.facts import Population, biography, queries
+from ultramem_jax.errors import UserError
 from ultramem_jax.presets import families
 from ultramem_jax.training.background import BackgroundReads, save_background
 from ultramem_jax.training.trainable import names
@@ -37,7 +38,7 @@ MODEL = ModelConfig(
         "memory": families.memory_plus(placement="1:1", num_keys=16, top_m=4, num_heads=2, value_dim=16)
     },
 )
-LESSON = Lesson(
+TASK = Task(
     ("One two.", "Three."),
     steps=4,
     batch_size=2,
@@ -47,35 +48,34 @@ LESSON = Lesson(
     enough=0.9,
     slots=5,
 )
-CURRICULUM = Curriculum(
+SETTING = Setting(
     before=Population(0, 1),
     new=1,
     new_in_sequence=1,
     copies=1,
     mixture_bytes=1000,
     mixture_share=0.5,
-    lesson=LESSON,
+    task=TASK,
     rates={method.name: (1e-2,) for method in METHODS},
-    sizes=Sizes(batches=1, batch_size=2, seq_len=128, choices=1),
+    sizes=Sizes(batches=1, batch_size=2, seq_len=128),
     background_batches=1,
 )
 
 
 @pytest.fixture(scope="module")
-def pupil(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pupil") / "background.npz"
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "background.npz"
     rng = np.random.default_rng(0)
     counts = rng.integers(0, 9, 256).astype(np.int32)
     save_background(path, {"memory_tables": BackgroundReads(counts, counts, 8)}, {})
     variables = jax.tree.map(np.asarray, variables_of(MODEL))
-    return Pupil("small", MODEL, variables, ByteTokenizer(), str(path))
+    return BaseModel("small", MODEL, variables, ByteTokenizer(), str(path))
 
 
 def point(step=0, **known):
     plain = dict(
         learned=0.0,
         learned_held_out=0.0,
-        learned_by_likelihood=None,
         learned_nats=3.0,
         kept=1.0,
         kept_nats=1.0,
@@ -85,7 +85,7 @@ def point(step=0, **known):
 
 
 class Known(NamedTuple):
-    """An exam in which a model learns so much in every step."""
+    """An evaluation in which a model learns so much in every step."""
 
     a_step: float
     steps: list
@@ -98,11 +98,11 @@ class Known(NamedTuple):
         return point(step, learned=self.a_step * step)
 
 
-def changed(pupil, variables):
-    """Names of the leaves that a lesson has changed."""
+def changed(model, variables):
+    """Returns the names of the leaves that a task has changed."""
     found = set()
     for name, before, after in zip(
-        names(variables), jax.tree.leaves(pupil.variables), jax.tree.leaves(variables), strict=True
+        names(variables), jax.tree.leaves(model.variables), jax.tree.leaves(variables), strict=True
     ):
         if not np.array_equal(before, after) and not name.startswith("buffers"):
             found.add(name)
@@ -110,44 +110,46 @@ def changed(pupil, variables):
 
 
 @pytest.mark.parametrize("method", [*METHODS, VARIANTS[2], VARIANTS[4]], ids=lambda method: method.name)
-def test_a_method_changes_what_it_says(pupil, method):
-    lesson = replace(LESSON, texts=[biography(of, 0) for of in Population(0, 2).people()])
+def test_a_method_changes_what_it_says(model, method):
+    task = replace(TASK, texts=[biography(of, 0) for of in Population(0, 2).people()])
     rate = 1.0 if method.settings.get("row_optimizer") == "sgd" else 1e-2
-    record, variables = teach(pupil, method, rate, lesson, Known(0.0, []), seed=1)
+    record, variables = fine_tune(model, method, rate, task, Known(0.0, []), seed=1)
     assert [one.step for one in record.points] == [0, 2, 4]
     assert record.method == method.name and record.rate == rate
     values, most = "memory/memory_tables/values", round(5 * method.share)
-    moved = changed(pupil, variables)
+    moved = changed(model, variables)
     if method.name == "full fine-tuning":
         assert {values, "params/embedding", "params/layer_1/attention/w_query"} < moved
     elif method.name == "LoRA":
-        assert moved == {f"params/layer_1/attention/w_{name}" for name in ("query", "value")}
+        attention = {f"attention/w_{name}" for name in ("key", "out", "query", "value")}
+        matrices = attention | {"feed_forward/w_in", "feed_forward/w_out"}
+        assert moved == {f"params/layer_1/{name}" for name in matrices}
     else:
         assert moved == {values}
         table = variables["memory"]["memory_tables"]["values"]
-        rows = (table != pupil.variables["memory"]["memory_tables"]["values"]).any(1).sum()
+        rows = (table != model.variables["memory"]["memory_tables"]["values"]).any(1).sum()
         assert 0 < rows <= (4 * most if method.selects else 256)
-    config = run_config(pupil, method, 0.5, lesson, seed=1)
+    config = run_config(model, method, 0.5, task, seed=1)
     assert config.train.learning_rate == 0.5 and config.train.weight_decay == 0.0
     assert config.train.slots_per_step == (most if method.selects else 0) == record.slots
 
 
-def test_a_lesson_ends_when_enough_is_learned(pupil):
-    lesson, exam = replace(LESSON, steps=8, check_every=1, measure_every=2), Known(0.31, [])
-    record, _ = teach(pupil, METHODS[2], 1e-3, lesson, exam, seed=0)
-    assert exam.steps == [1, 2, 3] and [point.step for point in record.points] == [0, 2, 3]
+def test_a_task_ends_when_enough_is_learned(model):
+    task, evaluation = replace(TASK, steps=8, check_every=1, measure_every=2), Known(0.31, [])
+    record, _ = fine_tune(model, METHODS[2], 1e-3, task, evaluation, seed=0)
+    assert evaluation.steps == [1, 2, 3] and [point.step for point in record.points] == [0, 2, 3]
     assert record.at(0.5).step == 2 and record.at(2.0) is None
 
 
-def test_a_lesson_that_diverges_ends_with_the_measurement_before(pupil):
-    lesson = replace(LESSON, steps=8, check_every=2, measure_every=2)
-    record, _ = teach(pupil, METHODS[4], 1e30, lesson, Known(0.0, []), seed=0)
+def test_a_task_that_diverges_ends_with_the_measurement_before(model):
+    task = replace(TASK, steps=8, check_every=2, measure_every=2)
+    record, _ = fine_tune(model, METHODS[4], 1e30, task, Known(0.0, []), seed=0)
     assert [point.step for point in record.points] in ([0], [0, 2])
 
 
 def test_texts_are_packed_one_after_the_other():
-    lesson = replace(LESSON, texts=["ab", "c", "def"], batch_size=2, seq_len=5)
-    batches = list(itertools.islice(packed(lesson, ByteTokenizer(), seed=0), 5))
+    task = replace(TASK, texts=["ab", "c", "def"], batch_size=2, seq_len=5)
+    batches = list(itertools.islice(packed(task, ByteTokenizer(), seed=0), 5))
     assert all(batch.shape == (2, 6) and batch.dtype == np.int32 for batch in batches)
     stream = np.concatenate([batch.reshape(-1) for batch in batches])
     words = "".join(chr(token) if token < 256 else "|" for token in stream).split("|")
@@ -157,57 +159,66 @@ def test_texts_are_packed_one_after_the_other():
 
 
 def test_the_best_rate_forgets_least_of_those_that_learn_enough():
-    def run(rate, **known):
-        return Teaching("s", "m", rate, 0, 0, [point(), point(9, **known)], 1.0)
+    def run(rate, diverged=False, **known):
+        return FineTuning("s", "m", rate, 0, 0, 0.9, [point(), point(9, **known)], diverged, 1.0)
 
     runs = [
         run(0.1, learned=0.5, kept=1.0),
         run(0.2, learned=0.95, kept=0.6),
         run(0.3, learned=0.91, kept=0.8, bits_per_byte=2.5),
         run(0.4, learned=0.99, kept=0.8, bits_per_byte=2.4),
-        run(0.5, learned=0.99, kept=1.0, bits_per_byte=float("nan")),
+        run(0.5, True, learned=0.99, kept=1.0),
     ]
-    assert best_rate(runs, 0.9) == 0.4
-    assert best_rate(runs[:1] + runs[4:], 0.9) == 0.1
-    assert best_rate([run(0.1, learned=0.2), run(0.2, learned=0.3, kept=0.1)], 0.9) == 0.2
+    assert best_rate(runs) == 0.4 and not at_an_end(runs)
+    assert best_rate(runs[:1] + runs[4:]) == 0.1
+    assert best_rate([run(0.1, learned=0.2, kept=0.9), run(0.2, learned=0.3, kept=0.1)]) == 0.2
+    # Where none learns enough, a little more is not worth much that is forgotten.
+    nearly = [run(0.1, learned=0.57, kept=0.4), run(0.2, learned=0.6, kept=0.1)]
+    assert best_rate(nearly) == 0.1 and at_an_end(nearly)
+    with pytest.raises(UserError, match=r"rates of m = '0.5': must have one that is low enough"):
+        best_rate(runs[4:])
 
 
-def test_runs_that_have_ended_are_not_repeated(pupil, tmp_path, monkeypatch):
+def test_runs_that_have_ended_are_not_repeated(model, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("a slot is read\n" * 2000)
     monkeypatch.setenv("ULTRAMEM_CACHE", str(tmp_path / "cache"))
     text = DataConfig("text", str(tmp_path / "text.txt"))
     method = METHODS[0]
-    room = Classroom(pupil, CURRICULUM, text, tmp_path / "runs")
-    taught = room.teach(method, seeds=2)
-    sequel = room.teach_in_sequence(method, lessons=2, seed=0)
-    assert [len(left) for left in sequel.left] == [1, 2] and len(sequel.kept) == 2
+    system = SystemRuns(model, SETTING, text, tmp_path / "runs")
+    taught = system.compare(method, seeds=2)
+    sequence = system.in_sequence(method, tasks=2, seed=0)
+    assert [len(left) for left in sequence.left] == [1, 2] and len(sequence.kept) == 2
     assert [run.seed for run in taught] == [0, 1] and {run.rate for run in taught} == {1e-2}
     first = taught[0].points[0]
-    assert 0 <= first.kept <= 1 and first.bits_per_byte > 1 and first.learned_by_likelihood is None
+    assert 0 <= first.kept <= 1 and first.bits_per_byte > 1
 
-    monkeypatch.setattr(study_module, "teach", None)  # what is called again fails
-    again = Classroom(pupil, CURRICULUM, text, tmp_path / "runs")
-    assert again.teach(method, seeds=2) == taught and again.teach_in_sequence(method, 2, 0) == sequel
+    monkeypatch.setattr(study_module, "fine_tune", None)  # what is called again fails
+    again = SystemRuns(model, SETTING, text, tmp_path / "runs")
+    assert again.compare(method, seeds=2) == taught and again.in_sequence(method, 2, 0) == sequence
     with pytest.raises(TypeError):
-        again.teach(method, seeds=3)
+        again.compare(method, seeds=3)
 
 
 def some_study():
     def run(system, method, seed, **known):
         points = [point(kept=0.8), point(10, **dict(learned=0.5) | known), point(20, **known)]
-        return Teaching(system, method, 1e-3, 64, seed, points, 2.0)
+        return FineTuning(system, method, 1e-3, 64, seed, 0.7, points, False, 2.0)
 
     sparse, full = METHODS[0].name, METHODS[4].name
-    teachings = [
+    runs = [
         run("A", sparse, 0, learned=0.9, kept=0.8, bits_per_byte=2.0),
         run("A", sparse, 1, learned=1.0, kept=0.56, bits_per_byte=2.2),
         run("A", full, 0, learned=1.0, kept=0.2, bits_per_byte=3.0),
         run("A", full, 1, learned=1.0, kept=0.0, bits_per_byte=3.0),
     ]
-    sequel = Sequel("A", sparse, 1e-3, 0, [[1.0], [0.5, 0.75]], [0.8, 0.4], [2.0, 2.5])
+    sequence = TaskSequence("A", sparse, 1e-3, 0, [[1.0], [0.5, 0.75]], [0.8, 0.4], [2.0, 2.5])
+    nothing = TaskSequence("A", full, 1e-3, 0, [], [], [])  # diverged in its first task
+    setup = Setup("A", "Small.", "0123", 2.5, 2.4)
     speeds = [Speed(65536, "all rows", 10.0, 1.0, 5_000_000), Speed(65536, "kl", 11.0, 1.1, None)]
-    variants = [replace(teachings[0], method=VARIANTS[3].name)]
-    return Study({"devices": "2 × cpu (cpu)"}, speeds, teachings[:1], teachings, variants, [sequel])
+    variants = [replace(runs[0], method=VARIANTS[3].name)]
+    few = [replace(run("A", "LoRA", 0, learned=0.4, kept=0.1), diverged=True)]
+    sequences = [sequence, nothing]
+    return Study({"devices": "2 × cpu (cpu)"}, [setup], speeds, runs[:1], runs + few, variants, sequences)
 
 
 def test_the_report_says_what_was_measured(tmp_path):
@@ -223,26 +234,28 @@ def test_the_report_says_what_was_measured(tmp_path):
     text = paths[0].read_text()
     # Lost: (1 - 0.8/0.8, 1 - 0.56/0.8) and (1 - 0.2/0.8, 1).
     assert "15 ± 21 %" in text and "88 ± 18 %" in text
-    said = "loses 15 % of the facts known before and 0.100 bits per byte for 95 % of new ones; full fine"
-    assert f"- A: {METHODS[0].name} {said}" in text
+    said = "loses 15 % of the facts known before, and the loss rises by 0.100; full fine-tuning loses 88 %"
+    assert f"- A: {METHODS[0].name} {said}" in text and "in every task by LoRA (40%)" in text
+    assert "- A: Small. Its memory" in text and "2.500 to 2.400" in text and "`0123`" in text
     row = next(line for line in text.splitlines() if "full fine-tuning" in line and "88 ±" in line)
-    assert [cell.strip() for cell in row.split("|")[6:9]] == ["100 %", "0 %", "80 %"] and "3.000" in row
+    assert [cell.strip() for cell in row.split("|")[6:9]] == ["2 of 2", "", "100 ± 0 %"]
+    assert "80 %" in row and "1.000 ± 0.000" in row
     assert "## Rows and scores" in text and "| KL divergence " in text
     assert "by 71 % with LoRA" in text and "| kl " in text
     last = next(line for line in text.splitlines() if "62 %" in line)
     assert "50 %" in last and "75 %" in last and "40 %" in last and "2.500" in last
     with (tmp_path / "forgetting.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 12 and rows[2]["learned"] == "0.9" and rows[2]["step"] == "20"
+    assert len(rows) == 15 and rows[2]["learned"] == "0.9" and rows[2]["step"] == "20"
     assert Study.load(tmp_path / "forgetting.json") == study
 
 
 def test_a_later_study_keeps_other_systems(tmp_path):
     study = some_study()
-    later = Study(study.environment, [], [], [replace(study.teachings[0], system="B")], [], [])
+    later = Study(study.environment, [], [], [], [replace(study.runs[0], system="B")], [], [])
     together = later.with_parts_of(study)
-    assert [run.system for run in together.teachings] == ["A"] * 4 + ["B"]
-    assert together.speeds == study.speeds and together.sequels == study.sequels
+    assert [run.system for run in together.runs] == ["A"] * 5 + ["B"]
+    assert together.speeds == study.speeds and together.sequences == study.sequences
     again = replace(study, speeds=[]).with_parts_of(study)
     assert dataclasses.asdict(again) == dataclasses.asdict(study)
 

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.forgetting.methods import Method
-from experiments.forgetting.records import Point, Teaching
+from experiments.forgetting.records import FineTuning, Point
 from ultramem_jax.config import ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.data import Tokenizer
 from ultramem_jax.parallel.mesh import one_device
@@ -27,7 +27,7 @@ from ultramem_jax.tree_types import ArrayTree
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Task:
     """Describes how long and on what a model is taught."""
 
     texts: Sequence[str]
@@ -41,13 +41,13 @@ class Lesson:
     measure_every: int
     """Steps between two whole measurements, a multiple of `check_every`."""
     enough: float
-    """Share of the new facts at which the teaching ends."""
+    """Share of the new facts at which the fine-tuning ends."""
     slots: int
     """Rows of a table that a step may change, where the method selects."""
 
 
 @dataclass(frozen=True)
-class Pupil:
+class BaseModel:
     """Describes a model before it is taught."""
 
     system: str
@@ -60,8 +60,8 @@ class Pupil:
     """Path of the background reads of its tables."""
 
 
-class Exam(Protocol):
-    """Measures what a model knows in the course of a lesson."""
+class TaskEvaluation(Protocol):
+    """Measures what a model knows in the course of a task."""
 
     def learned(self, variables: dict[str, ArrayTree]) -> float:
         """Returns the share of the new facts that it has learned, in [0, 1]."""
@@ -70,22 +70,22 @@ class Exam(Protocol):
         """Returns all that is measured after a step."""
 
 
-def teach(
-    pupil: Pupil,
+def fine_tune(
+    model: BaseModel,
     method: Method,
     rate: float,
-    lesson: Lesson,
-    exam: Exam,
+    task: Task,
+    evaluation: TaskEvaluation,
     seed: int,
-) -> tuple[Teaching, dict[str, ArrayTree]]:
+) -> tuple[FineTuning, dict[str, ArrayTree]]:
     """Teaches a model until it has learned enough, or has taken all steps.
 
     Args:
-        pupil: the model.
+        model: the model.
         method: how it is taught.
         rate: peak of the learning rate.
-        lesson: what it is taught, and for how long.
-        exam: what is measured on the way.
+        task: what it is taught, and for how long.
+        evaluation: what is measured on the way.
         seed: of the order of the texts, and of new parameters.
 
     Returns:
@@ -93,27 +93,27 @@ def teach(
         with the measurement before, and its variables are of no use.
     """
     began = time.perf_counter()
-    config = run_config(pupil, method, rate, lesson, seed)
+    config = run_config(model, method, rate, task, seed)
     optimizers = make_optimizers(config)
-    given = Initial(pupil.variables, background=background_of(config))
+    given = Initial(model.variables, background=background_of(config))
     state = fresh_state(config, optimizers, one_device(), np.uint32(seed), initial=given)
     step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
-    points = [exam.point(0, merged(model_variables(state), config.train))]
-    batches, diverged = packed(lesson, pupil.tokenizer, seed), False
-    with tqdm(total=lesson.steps, desc=f"{pupil.system}: {method.name}", unit="step", leave=False) as bar:
-        for number in range(1, lesson.steps + 1):
+    points = [evaluation.point(0, merged(model_variables(state), config.train))]
+    batches, diverged = packed(task, model.tokenizer, seed), False
+    with tqdm(total=task.steps, desc=f"{model.system}: {method.name}", unit="step", leave=False) as bar:
+        for number in range(1, task.steps + 1):
             state, metrics = step(state, next(batches))
             bar.update()
-            last = number == lesson.steps
-            if number % lesson.check_every and not last:
+            last = number == task.steps
+            if number % task.check_every and not last:
                 continue
             diverged = not math.isfinite(float(metrics["loss"]))
             if diverged:
                 break
             variables = merged(model_variables(state), config.train)
-            ends = last or exam.learned(variables) >= lesson.enough
-            if ends or number % lesson.measure_every == 0:
-                point = exam.point(number, variables)
+            ends = last or evaluation.learned(variables) >= task.enough
+            if ends or number % task.measure_every == 0:
+                point = evaluation.point(number, variables)
                 diverged = not math.isfinite(point.bits_per_byte + point.learned_nats + point.kept_nats)
                 if diverged:
                     break
@@ -122,13 +122,13 @@ def teach(
                 bar.set_postfix_str(f"{known}, {points[-1].bits_per_byte:.3f} bits/byte")
             if ends:
                 break
-    record = Teaching(
-        pupil.system,
+    record = FineTuning(
+        model.system,
         method.name,
         rate,
         config.train.slots_per_step,
         seed,
-        lesson.enough,
+        task.enough,
         points,
         diverged,
         time.perf_counter() - began,
@@ -136,31 +136,31 @@ def teach(
     return record, jax.tree.map(np.asarray, merged(model_variables(state), config.train))
 
 
-def run_config(pupil: Pupil, method: Method, rate: float, lesson: Lesson, seed: int) -> RunConfig:
-    """Returns the run of a lesson: a constant learning rate after a warm-up of a twentieth."""
+def run_config(model: BaseModel, method: Method, rate: float, task: Task, seed: int) -> RunConfig:
+    """Returns the run of a task: a constant learning rate after a warm-up of a twentieth."""
     plain = TrainConfig(
-        steps=lesson.steps,
-        batch_size=lesson.batch_size,
+        steps=task.steps,
+        batch_size=task.batch_size,
         seed=seed,
         warmup_fraction=0.05,
         final_lr_fraction=1.0,
         weight_decay=0.0,
     )
-    train = method.train_config(rate, plain, lesson.slots, pupil.background)
+    train = method.train_config(rate, plain, task.slots, model.background)
     # The rate is tuned for each method, so that of rows needs no multiple.
     memories = {
         name: replace(memory, value_lr_multiple=1.0, value_lr_final_multiple=1.0)
-        for name, memory in pupil.config.memories.items()
+        for name, memory in model.config.memories.items()
     }
-    config = RunConfig(dataclasses.replace(pupil.config, memories=memories), train=train)
-    return replace(config, data=replace(config.data, seq_len=lesson.seq_len))
+    config = RunConfig(dataclasses.replace(model.config, memories=memories), train=train)
+    return replace(config, data=replace(config.data, seq_len=task.seq_len))
 
 
-def packed(lesson: Lesson, tokenizer: Tokenizer, seed: int) -> Iterator[np.ndarray]:
+def packed(task: Task, tokenizer: Tokenizer, seed: int) -> Iterator[np.ndarray]:
     """Yields batches (B, S + 1) int32 of texts in random order, one after the other, without end."""
     rng = np.random.default_rng(seed)
-    ids = [[*tokenizer.encode(text.encode()), tokenizer.eos_id] for text in lesson.texts]
+    ids = [[*tokenizer.encode(text.encode()), tokenizer.eos_id] for text in task.texts]
     stream = (token for _ in itertools.count() for index in rng.permutation(len(ids)) for token in ids[index])
-    shape = lesson.batch_size, lesson.seq_len + 1
+    shape = task.batch_size, task.seq_len + 1
     while True:
         yield np.fromiter(itertools.islice(stream, shape[0] * shape[1]), np.int32).reshape(shape)

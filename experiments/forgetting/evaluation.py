@@ -1,4 +1,4 @@
-"""Examines what a model knows: new facts, facts taught before, and text that has nothing to do with them."""
+"""Measures what a model knows: new facts, facts taught before, and text that has nothing to do with them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class Sizes:
     """Tokens of context, of text and of facts."""
 
 
-class Examiner:
-    """Examines models of one shape, by programs that are compiled once."""
+class FactEvaluator:
+    """Measures models of one shape, by programs that are compiled once."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Examiner:
         text: DataConfig,
         sizes: Sizes,
     ):
-        """Prepares to examine.
+        """Prepares the measurements.
 
         Args:
             config: the model's config.
@@ -52,19 +52,19 @@ class Examiner:
         data = DataConfig(text.dataset, text.path, tokenizer=kind, seq_len=sizes.seq_len)
         self._evaluate = Evaluator(RunConfig(config, data, train), load_corpus(data, tokenizer))
 
-    def exam(self, new: Sequence[Person], before: Sequence[Person]) -> "LessonExam":
-        """Returns the exam of a lesson.
+    def of_task(self, new: Sequence[Person], before: Sequence[Person]) -> "TaskEvaluator":
+        """Returns the evaluation of a task.
 
         Args:
             new: people that are taught.
             before: people that were taught before.
         """
-        return LessonExam(self, new, before)
+        return TaskEvaluator(self, new, before)
 
     def known(
         self, step: int, variables: dict[str, ArrayTree], new: Sequence[Person], before: Sequence[Person]
     ) -> Point:
-        """Returns what a model knows after some steps; people are those of `exam`."""
+        """Returns what a model knows after some steps; people are those of `of_task`."""
         scorer = self._scorer.with_variables(variables)
         asked = {
             "new": queries(new, "statement", max_choices=1),
@@ -89,10 +89,10 @@ class Examiner:
         return recall(self._scorer.with_variables(variables), self._tokenizer, asked).greedy
 
 
-class LessonExam(NamedTuple):
-    """Measures what a model knows in the course of a lesson."""
+class TaskEvaluator(NamedTuple):
+    """Measures what a model knows in the course of a task."""
 
-    examiner: Examiner
+    evaluator: FactEvaluator
     new: Sequence[Person]
     """People that are taught."""
     before: Sequence[Person]
@@ -100,8 +100,8 @@ class LessonExam(NamedTuple):
 
     def learned(self, variables: dict[str, ArrayTree]) -> float:
         """Returns the share of the new facts that greedy decoding completes exactly."""
-        return self.examiner.greedy(variables, self.new)
+        return self.evaluator.greedy(variables, self.new)
 
     def point(self, step: int, variables: dict[str, ArrayTree]) -> Point:
         """Returns all that is measured after a step."""
-        return self.examiner.known(step, variables, self.new, self.before)
+        return self.evaluator.known(step, variables, self.new, self.before)
