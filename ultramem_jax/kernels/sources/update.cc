@@ -177,6 +177,18 @@ struct Reads {
   const void *weights, *vectors;
   bool half;
 
+  // Leaves out the reads of padding, which come last: rows of slots from num_slots on.
+  void leave_out_padding(int64_t num_slots) {
+    int64_t low = 0;
+    while (low < count) {
+      const int64_t middle = low + (count - low) / 2;
+      if (slots[row_of_read[middle]] < num_slots)
+        low = middle + 1;
+      else
+        count = middle;
+    }
+  }
+
   // Tasks share the reads evenly; a row belongs to the task in which it begins.
   int64_t begin(int64_t task, int64_t tasks) const {
     int64_t i = count * task / tasks;
@@ -223,7 +235,7 @@ Reads reads_of(const Call& call) {
 // the rows as they were (U, ...).
 const char* update_rows(const Call& call) {
   constexpr int kFirstArray = 11;
-  const Reads reads = reads_of(call);
+  Reads reads = reads_of(call);
   const int num_arrays = call.num_arguments() - kFirstArray;
   const bool record = call.num_results() > num_arrays + 1;
   const auto* seeds = call.argument(8).as<uint32_t>();
@@ -249,6 +261,7 @@ const char* update_rows(const Call& call) {
   s.one_per_row = call.integer("one_per_row");
   const bool stochastic = call.integer("stochastic");
   const int64_t num_slots = call.argument(kFirstArray).dim(0), width = reads.width;
+  reads.leave_out_padding(num_slots);
   const int64_t tasks = std::max<int64_t>(1, std::min(kTasks, reads.count / 64));
   std::vector<double> squares(tasks);
   call.parallel(tasks, [&](int64_t task) {
@@ -263,14 +276,11 @@ const char* update_rows(const Call& call) {
     for (int64_t i = fetched; i < end;) {
       for (; ahead < kAhead && fetched < end; fetched++) {
         if (fetched > i && reads.row_of_read[fetched] == reads.row_of_read[fetched - 1]) continue;
-        const int64_t slot = reads.slots[reads.row_of_read[fetched]];
-        if (slot < num_slots)
-          for (int a = 0; a < num_arrays; a++) rows[a].fetch(slot);
+        for (int a = 0; a < num_arrays; a++) rows[a].fetch(reads.slots[reads.row_of_read[fetched]]);
         ahead++;
       }
       const int64_t row = reads.row_of_read[i], slot = reads.slots[row];
       ahead--;
-      if (slot >= num_slots) break;  // padding, which comes last
       i = reads.sum_gradient(i, g);
       for (int a = 0; a < num_arrays && record; a++)
         memcpy(rows[a].before + row * rows[a].width * rows[a].bytes, rows[a].at(slot), rows[a].width * rows[a].bytes);
@@ -303,10 +313,10 @@ const char* update_rows(const Call& call) {
 // The reads -> means (U,) of the squares of every row's gradient, zero for padding. Slots from num_slots on are
 // padding, or the one row that stands for the rows of all other devices.
 const char* row_mean_squares(const Call& call) {
-  const Reads reads = reads_of(call);
+  Reads reads = reads_of(call);
   const Array means_out = call.result(0);
   auto* means = means_out.as<float>();
-  const int64_t num_slots = call.integer("num_slots");
+  reads.leave_out_padding(call.integer("num_slots"));
   const int64_t tasks = std::max<int64_t>(1, std::min(kTasks, reads.count / 64));
   memset(means, 0, sizeof(float) * means_out.size());
   call.parallel(tasks, [&](int64_t task) {
@@ -314,7 +324,6 @@ const char* row_mean_squares(const Call& call) {
     const int64_t end = reads.begin(task + 1, tasks);
     for (int64_t i = reads.begin(task, tasks); i < end;) {
       const int64_t row = reads.row_of_read[i];
-      if (reads.slots[row] >= num_slots) break;
       i = reads.sum_gradient(i, g);
       means[row] = mean_square(g, reads.width);
     }
