@@ -52,9 +52,9 @@ class Trials:
         self._population = population
         people = list(population.people())
         asked = {
-            "statements": queries(people, "statement", max_choices=1),
-            "held_out": queries(people, "held_out_statement", max_choices=1),
-            "questions": queries([of for of in people if not of.quizzed], "question", max_choices=1),
+            "statements": list(queries(people, "statement", max_choices=1)),
+            "held_out": list(queries(people, "held_out_statement", max_choices=1)),
+            "questions": list(queries((of for of in people if not of.quizzed), "question", max_choices=1)),
         }
         self._asked: dict[str, list[Query]] = asked
         longest = max(map(self._length, (query for form in asked.values() for query in form)))

@@ -123,7 +123,7 @@ def test_pages_and_edited_models(run, trained, text, tmp_path):
             "--nocorpus",
             "--dataset=stdlib",
         ): "--dataset = 'stdlib': must not be given with --nocorpus",
-        (f"--model={folder}", "--text=a", "--corpus"): "--dataset: must be given with --model",
+        (f"--model={folder}", "--text=a", "--corpus"): "--dataset: must name a dataset; the tr",
         (at, "--edit=ultramem_0:1=zero"): "needs --save_to",
         (at, "--text=a", "--save_to=x"): "--save_to = 'x': needs --edit",
         (at, "--edit=ultramem_0:1=zero", f"--save_to={edited}"): "must be a new or an empty folder",

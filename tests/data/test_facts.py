@@ -11,7 +11,16 @@ import pytest
 from ultramem_jax import DataConfig, UserError
 from ultramem_jax.data import SPLITS, facts
 from ultramem_jax.data.fact_words import ATTRIBUTES, DATES, GIVEN_NAMES, SURNAMES
-from ultramem_jax.data.facts import FORMS, Population, biography, name_of, person, queries, templates
+from ultramem_jax.data.facts import (
+    FORMS,
+    NUM_NAMES,
+    Population,
+    biography,
+    name_of,
+    person,
+    queries,
+    templates,
+)
 from ultramem_jax.data.sources import open_source
 
 
@@ -68,7 +77,7 @@ def test_seed_decides_names_and_values():
 @pytest.mark.parametrize("index", [-1, facts.NUM_NAMES])
 def test_person_that_there_is_not(index):
     with pytest.raises(
-        UserError, match=rf"^index = {index}: must be in \[0, 159600000\), the number of names"
+        UserError, match=rf"^index = {index}: must be an integer in \[0, 159600000\), the number of names"
     ):
         person(index)
 
@@ -174,7 +183,7 @@ def test_paraphrases_use_every_template(people):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_prompt_and_answer_are_a_sentence(people, form):
-    asked = queries(people[:30], form, max_choices=5)
+    asked = list(queries(people[:30], form, max_choices=5))
     assert [(query.person, query.attribute) for query in asked] == list(
         itertools.product(people[:30], ATTRIBUTES)
     )
@@ -220,6 +229,24 @@ def test_wrong_arguments_of_queries(people):
         queries(people, "statements")
     with pytest.raises(UserError, match=r"^unknown form 'asks'"):
         biography(people[0], 0, "asks")
+    with pytest.raises(UserError, match=r"^unknown attribute 'birthday': did you mean"):
+        templates("birthday", "question")
+    with pytest.raises(UserError, match=r"^unknown split 'valid': did you mean 'validation'"):
+        Population(0, 2).texts("valid")
+    for index in (-1, NUM_NAMES, 1.5):
+        with pytest.raises(UserError, match=r"^index = .*: must be an integer in \[0, 159600000\)"):
+            name_of(index)
+    with pytest.raises(UserError, match=r"^data.dataset = 'facts:0-2.5x8@0': end must be an integer"):
+        Population(0, 2.5)
+
+
+def test_kinds_of_integers_make_no_difference():
+    ours, theirs = (Population(*map(kind, (3, 9, 2, 5))) for kind in (int, np.int64))
+    assert (
+        ours == theirs and ours.key == theirs.key and list(ours.texts("test")) == list(theirs.texts("test"))
+    )
+    one = person(np.int64(7), np.int64(1))
+    assert one == person(7, 1) and biography(one, np.int64(1)) == biography(one, 1)
     with pytest.raises(UserError, match=r"^max_choices = 0: must be at least 1"):
         queries(people, "question", max_choices=0)
 

@@ -11,6 +11,7 @@ from ultramem_jax.data import BpeTokenizer, ByteTokenizer
 from ultramem_jax.data.fact_words import ATTRIBUTES
 from ultramem_jax.data.facts import Population, queries
 from ultramem_jax.errors import UserError
+from ultramem_jax.models import fact_recall
 from ultramem_jax.models.fact_recall import pair_ids, recall
 from ultramem_jax.models.generation import continue_texts, text_generator
 from ultramem_jax.models.sampling import Sampling
@@ -56,12 +57,8 @@ def _truth(asked):
     return {(query.prompt, query.answer) for query in asked}
 
 
-def _bits(asked):
-    return sum(math.log2(len(ATTRIBUTES[query.attribute].values)) for query in asked)
-
-
 def test_knows_everything(people):
-    asked = queries(people, "question", max_choices=10)
+    asked = list(queries(people, "question", max_choices=10))
     right = _truth(asked)
     found = recall(_Fake(lambda prompt, answer: 0.0 if (prompt, answer) in right else -9.0), TOKENIZER, asked)
     assert found.num_queries == 60 and found.greedy == found.by_likelihood == 1 and found.nats == 0
@@ -73,7 +70,7 @@ def test_knows_everything(people):
 
 
 def test_knows_nothing(people):
-    asked = queries(people, "statement", max_choices=10)
+    asked = list(queries(people, "statement", max_choices=10))
     choices = {query.prompt: len(ATTRIBUTES[query.attribute].values) for query in asked}
     # All values are as likely: not even by likelihood is there a right answer.
     even = recall(_Fake(lambda prompt, answer: -math.log(choices[prompt])), TOKENIZER, asked)
@@ -84,7 +81,7 @@ def test_knows_nothing(people):
 
 
 def test_measures_equal_their_definitions(people):
-    asked = queries(people, "held_out_statement", max_choices=7)
+    asked = list(queries(people, "held_out_statement", max_choices=7))
     rng = np.random.default_rng(0)
     values = {
         (query.prompt, answer): float(
@@ -128,7 +125,7 @@ def test_measures_equal_their_definitions(people):
 
 
 def test_a_window_that_would_cut_names_off_is_refused(people):
-    asked = queries(people, "statement", max_choices=1)
+    asked = list(queries(people, "statement", max_choices=1))
     short = _Fake(lambda prompt, answer: 0.0)
     longest = max(len(query.prompt + query.answer) for query in asked)  # in bytes, with the id of the start
     short.max_length = longest - 1
@@ -136,6 +133,24 @@ def test_a_window_that_would_cut_names_off_is_refused(people):
         recall(short, TOKENIZER, asked)
     short.max_length = longest
     assert recall(short, TOKENIZER, asked).greedy == 1
+
+
+def test_a_model_that_is_not_finite_is_not_one_that_knows_nothing(people):
+    asked = queries(people, "statement", max_choices=2)
+    found = recall(_Fake(lambda prompt, answer: math.nan), TOKENIZER, asked)
+    assert math.isnan(found.stored_bits) and math.isnan(found.nats)
+
+
+def test_more_queries_than_are_held_at_a_time(people, monkeypatch):
+    monkeypatch.setattr(fact_recall, "_SCORED_TOGETHER", 7)
+
+    def log_probability(prompt, answer):
+        return -len(prompt + answer) / 100
+
+    together = [recall(_Fake(log_probability), TOKENIZER, queries(people, "question", max_choices=3))]
+    monkeypatch.undo()
+    together.append(recall(_Fake(log_probability), TOKENIZER, queries(people, "question", max_choices=3)))
+    assert together[0] == together[1] and together[0].num_queries == 60
 
 
 def test_one_choice_leaves_the_other_measures(people):
@@ -151,7 +166,7 @@ def test_one_choice_leaves_the_other_measures(people):
 
 
 def test_greedy_accuracy_is_that_of_generated_texts(people, variables):
-    asked = queries(people[:2], "question", max_choices=4)
+    asked = list(queries(people[:2], "question", max_choices=4))
     generator = text_generator(
         CONFIG, variables, TOKENIZER, window=WINDOW, sampling=Sampling(temperature=0.0), prefill_chunk=WINDOW
     )
@@ -198,13 +213,11 @@ def test_token_that_spans_prompt_and_answer_belongs_to_the_answer():
 
 
 def test_wrong_arguments(people):
-    asked = queries(people[:1], "question", max_choices=1)
+    asked = list(queries(people[:1], "question", max_choices=1))
     scorer = _Fake(lambda *_: 0.0)
     with pytest.raises(UserError, match=r"^queries = 0: must be at least 1"):
         recall(scorer, TOKENIZER, [])
-    with pytest.raises(
-        UserError, match=r"^queries = 10: must ask for each fact once, asks for 5 different ones"
-    ):
-        recall(scorer, TOKENIZER, asked + asked)
+    with pytest.raises(UserError, match=r"^queries = 'the birth_date of .*': must be asked for once"):
+        recall(scorer, TOKENIZER, asked + asked[:1])
     with pytest.raises(UserError, match=r"^num_parameters = 0: must be at least 1"):
         recall(scorer, TOKENIZER, asked).bits_per_parameter(0)

@@ -308,6 +308,15 @@ def test_background_reads_are_counted_as_by_hand():
         assert of.num_batches == 3 and 0 < (of.batches > 0).sum() < 256
 
 
+def test_parts_of_a_batch_count_as_the_batch():
+    _, _, whole = counted()
+    variables, texts, _ = counted(batches=3)
+    parts = count_reads(MANY, variables, iter(texts), micro_batches=2)
+    chex.assert_trees_all_equal(parts, whole)
+    with pytest.raises(UserError, match=r"micro_batches = 0: must be at least 1"):
+        count_reads(MANY, variables, [], micro_batches=0)
+
+
 def test_a_file_of_background_reads_comes_back_or_is_refused(tmp_path):
     _, _, background = counted(batches=1)
     path = tmp_path / "counts.npz"
@@ -330,6 +339,8 @@ def test_a_file_of_background_reads_comes_back_or_is_refused(tmp_path):
         save_background(path, background | {"ultramem_0": wrong}, {"num_batches": wrong.num_batches})
         with pytest.raises(UserError, match=r"must be a file that the command .*: (other|counts)"):
             load_background(path)
+    with pytest.raises(UserError, match=r"tables = 0: must be at least 1"):
+        save_background(path, {}, {})
     with pytest.raises(UserError, match=r"nowhere/counts\.npz: No such file or directory"):
         save_background(tmp_path / "nowhere" / "counts.npz", background, {})
     with pytest.raises(UserError, match=r"model\.memories = \{\}: must name a memory"):

@@ -16,6 +16,7 @@ import pathlib
 from absl import flags
 from tqdm import tqdm
 
+from ultramem_jax.accounting import count_parameters
 from ultramem_jax.commands.given_batches import SPLIT, given_batches, texts
 from ultramem_jax.commands.given_model import MODEL, WORKDIR, given_model_with_memory
 from ultramem_jax.commands.named_corpus import named_corpus
@@ -23,6 +24,7 @@ from ultramem_jax.errors import require
 from ultramem_jax.inspection.usage import usage
 from ultramem_jax.reporting import markdown
 from ultramem_jax.training.background import count_reads, save_background
+from ultramem_jax.training.room import running_out_in_a_line
 
 FLAG_MODULES = (given_model_with_memory.__module__, named_corpus.__module__, given_batches.__module__)
 
@@ -35,7 +37,9 @@ def main() -> None:
     output, (_, corpus) = _output(), named_corpus(given, given.max_length)
     batches = given_batches(given, corpus)
     read = texts(tqdm(batches, desc=SPLIT.value, unit="batch"))
-    background = count_reads(given.config, given.variables, read)
+    micro_batches = given.run.config.train.grad_accumulation if given.run is not None else 1
+    with running_out_in_a_line(count_parameters(given.config).total):
+        background = count_reads(given.config, given.variables, read, micro_batches)
     shape = [batches.batch_size, corpus.seq_len]
     about = {"model": given.title, "corpus_hash": corpus.corpus_hash, "split": SPLIT.value, "batch": shape}
     save_background(output, background, about)

@@ -53,6 +53,7 @@ BATCH_SIZE = flags.DEFINE_integer(
     "sequences in a batch; by default as many as in a training step, which may be too many for one device; "
     "with --tasks by default 8, else with --model 1",
     lower_bound=1,
+    upper_bound=1 << 20,
 )
 SEQ_LEN = flags.DEFINE_integer(
     "seq_len",

@@ -17,6 +17,7 @@ BATCH_SIZE = flags.DEFINE_integer(
     None,
     "sequences in a batch; by default as many as in a training step of the run, or 4 with --model",
     lower_bound=1,
+    upper_bound=1 << 20,
 )
 
 

@@ -75,6 +75,6 @@ def given_model_with_memory() -> GivenModel:
         UserError: it has none; see also `given_model`.
     """
     given = given_model()
-    flag = "--model" if MODEL.value else "--workdir"
-    require(bool(given.config.memories), flag, given.title, "has no memory")
+    flag, value = ("--model", MODEL.value) if MODEL.value else ("--workdir", WORKDIR.value)
+    require(bool(given.config.memories), flag, value, "must be a model with a memory")
     return given

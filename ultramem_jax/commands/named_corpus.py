@@ -8,7 +8,9 @@ from ultramem_jax.data import ByteTokenizer, Corpus, load_corpus
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.training.continuing import check_corpus
 
-DATASET = flags.DEFINE_string("dataset", None, "corpus, as data.dataset of a run; by default the run's own")
+DATASET = flags.DEFINE_string(
+    "dataset", None, "corpus, as data.dataset of a run; of a run by default its own"
+)
 PATH = flags.DEFINE_string("path", "", "file or folder of --dataset, as data.path of a run")
 
 
@@ -21,8 +23,8 @@ def named_corpus(given: GivenModel, seq_len: int, default: str = "") -> tuple[Da
         default: dataset of an open model, where the flags name none.
 
     Raises:
-        UserError: no corpus is known; --path is given alone; the text of the run is another one now; see also
-            `load_corpus`.
+        UserError: no corpus is known; --path is given without --dataset; the text of the run is another one
+            now; see also `load_corpus`.
     """
     run = given.run
     dataset = DATASET.value if DATASET.value is not None or run is not None else default
@@ -32,7 +34,7 @@ def named_corpus(given: GivenModel, seq_len: int, default: str = "") -> tuple[Da
         check_corpus(run.corpus, corpus, WORKDIR.value)
         return run.config.data, corpus
     if not dataset:
-        raise UserError("--dataset: must be given with --model, whose training text is not known")
+        raise UserError("--dataset: must name a dataset; the training text of an open model is not known")
     # The tokenizer is at hand, so that its file needs no name of its own.
     kind = "bytes" if isinstance(given.tokenizer, ByteTokenizer) else given.title
     cache = run.config.data.cache_dir if run is not None else ""

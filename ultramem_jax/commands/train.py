@@ -18,7 +18,6 @@ from ultramem_jax import RunConfig
 from ultramem_jax.cli import command_line
 from ultramem_jax.commands import beginnings
 from ultramem_jax.commands.continuations import write_continuations
-from ultramem_jax.data import load_corpus
 from ultramem_jax.errors import Stopped
 from ultramem_jax.models.generation import text_generator
 from ultramem_jax.models.sampling import Sampling
@@ -26,11 +25,9 @@ from ultramem_jax.parallel.distributed import is_first
 from ultramem_jax.presets import preset
 from ultramem_jax.reporting.folders import make_folder
 from ultramem_jax.training.loop import train
-from ultramem_jax.training.lora import merged
 from ultramem_jax.training.metrics import plot_loss_curve
 from ultramem_jax.training.profiling import Profile
-from ultramem_jax.training.restore import kept_tokenizer, load_model
-from ultramem_jax.training.state import model_variables
+from ultramem_jax.training.restore import load_model
 
 BASE_CONFIG = RunConfig(model=preset("ultramem-tiny"))
 CONFIG_FLAGS = beginnings.FLAGS
@@ -48,12 +45,11 @@ def main() -> None:
     """Trains the model, draws the loss curve, and prints commands to run next."""
     config = command_line.run_config()
     workdir = pathlib.Path(WORKDIR.value or f"runs/{command_line.config_name()}")
-    corpus = load_corpus(config.data, kept_tokenizer(config.data, workdir))
     profile = Profile(pathlib.Path(PROFILE.value)) if PROFILE.value else None
     if profile:
         make_folder(pathlib.Path(PROFILE.value), "--profile")
     initial = beginnings.initial_of_flags(config)
-    result = train(config, workdir, corpus=corpus, profile=profile, initial=initial)
+    result = train(config, workdir, profile=profile, initial=initial)
     if not result.finished:
         raise Stopped(
             f"stopped at step {result.step} of {config.train.steps}; the same command goes on from there"
@@ -71,18 +67,17 @@ def main() -> None:
         print(f"no loss curve: {error}")
     print(f"checkpoint: {workdir / 'checkpoints'} (step {result.step})")
     if SAMPLE.value:
-        prompt = "def "
-        # The decoder runs on one device. A model that is split over devices is read from its checkpoint.
-        alone = len(result.state.step.sharding.device_set) == 1
+        # The decoder runs on one device, whatever the model was trained on.
+        prompt, trained = "def ", load_model(workdir)
         generator = text_generator(
             config.model,
-            merged(model_variables(result.state), config.train) if alone else load_model(workdir).variables,
-            corpus.tokenizer,
+            trained.variables,
+            trained.tokenizer,
             window=config.data.seq_len,
             sampling=Sampling(temperature=0.7),
         )
         print(f"\na continuation of {prompt!r}:")
-        write_continuations(generator, corpus.tokenizer, [prompt], SAMPLE.value)
+        write_continuations(generator, trained.tokenizer, [prompt], SAMPLE.value)
         print()
     print("next:")
     program = command_line.program()

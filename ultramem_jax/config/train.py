@@ -76,10 +76,10 @@ class TrainConfig(Checked):
     `nearest`."""
     slots_per_step: int = 0
     """Rows t of each table that a step may change: those with the best `slot_score` among the rows that it
-    read (sparse memory fine-tuning, arXiv 2510.15103). 0 changes all of them."""
+    read (sparse memory fine-tuning, arXiv 2510.15103), however low the last of them scores. 0 changes all."""
     slot_score: Literal["tf_idf", "kl", "reads"] = "tf_idf"
     """Score of rows for `slots_per_step`, see `ultramem_jax.training.slot_selection`: `tf_idf` and `kl`
-    compare a step's reads with those of `background`, `reads` counts them alone."""
+    compare a step's reads with those of `background`, `reads` counts them without."""
     background: FilePath = ""
     """File of background reads for `slot_score`, as the command `background` writes it."""
     seed: int = 0

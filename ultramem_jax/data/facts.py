@@ -12,10 +12,10 @@ seed and index, and no version of Python or NumPy changes anything.
 """
 
 import hashlib
-import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 from ultramem_jax.data.fact_words import ATTRIBUTES, GIVEN_NAMES, SURNAMES
@@ -70,18 +70,23 @@ def person(index: int, seed: int = 0) -> Person:
     Raises:
         UserError: there is no such index.
     """
-    seed, index = int(seed), int(index)
-    require(0 <= index < NUM_NAMES, "index", index, f"must be in [0, {NUM_NAMES}), the number of names")
+    name = name_of(index, seed)
     values = {
         key: attribute.values[_draw(len(attribute.values), "value", seed, index, key)]
         for key, attribute in ATTRIBUTES.items()
     }
     quizzed = _draw(2, "quizzed", seed, index) == 1
-    return Person(seed, index, name_of(index, seed), values, quizzed)
+    return Person(int(seed), int(index), name, values, quizzed)
 
 
 def name_of(index: int, seed: int = 0) -> str:
-    """Returns the full name of a person: two different given names and a surname."""
+    """Returns the full name of a person: two different given names and a surname.
+
+    Raises:
+        UserError: there is no such index.
+    """
+    there_is = isinstance(index, Integral) and 0 <= index < NUM_NAMES
+    require(there_is, "index", index, f"must be an integer in [0, {NUM_NAMES}), the number of names")
     rest, last = divmod(_permuted(index, NUM_NAMES, "name", seed), len(SURNAMES))
     first, between = divmod(rest, len(GIVEN_NAMES) - 1)
     middle = (first + 1 + between) % len(GIVEN_NAMES)
@@ -108,8 +113,8 @@ def biography(of: Person, which: int, form: str = "statement") -> str:
     )
 
 
-def queries(people: Iterable[Person], form: str, *, max_choices: int = 100) -> list[Query]:
-    """Returns a query for each attribute of each person, with a template that is drawn for it.
+def queries(people: Iterable[Person], form: str, *, max_choices: int = 100) -> Iterator[Query]:
+    """Yields a query for each attribute of each person, with a template that is drawn for it.
 
     Args:
         people: the people. Knowledge is asked of those who are not `quizzed`, with form "question".
@@ -122,15 +127,16 @@ def queries(people: Iterable[Person], form: str, *, max_choices: int = 100) -> l
     """
     choice("form", form, FORMS)
     at_least(1, max_choices=max_choices)
-    return [_query(of, attribute, form, max_choices) for of in people for attribute in ATTRIBUTES]
+    return (_query(of, attribute, form, max_choices) for of in people for attribute in ATTRIBUTES)
 
 
 def templates(attribute: str, form: str) -> tuple[str, ...]:
     """Returns the templates of an attribute in one of `FORMS`.
 
     Raises:
-        UserError: an unknown form.
+        UserError: an unknown attribute or form.
     """
+    choice("attribute", attribute, tuple(ATTRIBUTES))
     choice("form", form, FORMS)
     of = ATTRIBUTES[attribute]
     sentences, held_out = (of.questions, 1) if form.endswith("question") else (of.statements, 2)
@@ -149,6 +155,9 @@ class Population:
 
     def __post_init__(self) -> None:
         spec = f"facts:{self.first}-{self.end}x{self.copies}@{self.seed}"
+        for name, number in list(vars(self).items()):
+            require(isinstance(number, Integral), "data.dataset", spec, f"{name} must be an integer")
+            object.__setattr__(self, name, int(number))
         there_are = 0 <= self.first < self.end <= NUM_NAMES
         require(there_are, "data.dataset", spec, f"must be FIRST-END with FIRST < END <= {NUM_NAMES}")
         require(self.copies > 0, "data.dataset", spec, "must be FIRST-ENDxCOPIES with COPIES >= 1")
@@ -180,14 +189,21 @@ class Population:
         return (person(index, self.seed) for index in range(self.first, self.end))
 
     def texts(self, split: str) -> Iterator[tuple[str, str]]:
-        """Yields the name and the text of each document of a split, of `data.SPLITS`.
+        """Yields the name and the text of each document of a split.
 
         - train: `copies` biographies of each person, and as many lists of questions with answers of those who
           are `quizzed`. Round by round all people come in another order, so that no text repeats what is near
           it and none tells who is next.
         - validation: a biography of each person in held-out templates.
         - test: the questions of those who are not `quizzed`, in templates that were trained with others.
+
+        Raises:
+            UserError: another split than these.
         """
+        choice("split", split, ("train", "validation", "test"))
+        return self._texts(split)
+
+    def _texts(self, split: str) -> Iterator[tuple[str, str]]:
         if split == "train":
             for which in range(self.copies):
                 yield from self._round("statement", which, quizzed=(False, True))
@@ -217,11 +233,9 @@ def _query(of: Person, attribute: str, form: str, max_choices: int) -> Query:
     prompt = _template(attribute, form, *key).removesuffix(" {value}.").format(name=of.name)
     right, values = of.values[attribute], ATTRIBUTES[attribute].values
     if len(values) > max_choices:
-        chosen = {right}
-        draws = (values[_draw(len(values), *key, number)] for number in itertools.count())
-        while len(chosen) < max_choices:
-            chosen.add(next(draws))
-        values = tuple(sorted(chosen))
+        drawn = (values[_permuted(place, len(values), *key)] for place in range(max_choices))
+        others = [value for value in drawn if value != right]
+        values = tuple(sorted([right, *others[: max_choices - 1]]))
     return Query(of, attribute, prompt, _answer(right), tuple(map(_answer, values)))
 
 
@@ -231,7 +245,9 @@ def _answer(value: str) -> str:
 
 def _draw(below: int, *key: int | str) -> int:
     """Returns an integer in [0, below): the sha256 of a key modulo `below`, uniform but for below / 2^256."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest(), "big") % below
+    # Other kinds of integers, such as NumPy's, are written in other ways.
+    plain = tuple(part if isinstance(part, str) else int(part) for part in key)
+    return int.from_bytes(hashlib.sha256(repr(plain).encode()).digest(), "big") % below
 
 
 def _permuted(number: int, size: int, *key: int | str) -> int:

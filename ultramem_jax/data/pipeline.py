@@ -125,7 +125,7 @@ class Corpus:
         if size == 0:
             raise UserError(
                 f"data.path: no text of this corpus falls into its {split} split (a folder is split by the "
-                "names of its files); give more text, or one file in place of a few"
+                "names of its files); give more text, or one file in place of a few; of `facts`, more people"
             )
         allowed = f"a sequence needs seq_len + 1 tokens, the {split} split of this corpus has {size:,}"
         require(size > self.seq_len, "data.seq_len", self.seq_len, allowed)

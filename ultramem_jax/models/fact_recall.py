@@ -5,8 +5,9 @@ found = recall(Scorer(config, variables, max_length=256), tokenizer, asked)
 found.greedy, found.stored_bits, found.bits_per_parameter(num_parameters)
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -104,11 +105,11 @@ class Recall:
         return math.fsum(np.multiply(values, counts)) / self.num_queries
 
 
-def recall(scorer: PairScorer, tokenizer: Tokenizer, queries: Sequence[Query]) -> Recall:
+def recall(scorer: PairScorer, tokenizer: Tokenizer, queries: Iterable[Query]) -> Recall:
     """Asks a model for facts.
 
-    Every choice of every query is scored. So `max_choices` of `facts.queries` decides the cost, and with one
-    choice all measures but `by_likelihood`, which is 1 then, come at the cost of the answers alone.
+    Every choice of every query is scored. So `max_choices` of `facts.queries` decides the cost. With one
+    choice `by_likelihood` is 1; no other measure needs more.
 
     Args:
         scorer: a `Scorer` of the model.
@@ -119,13 +120,16 @@ def recall(scorer: PairScorer, tokenizer: Tokenizer, queries: Sequence[Query]) -
         UserError: no queries, or two for one fact; a prompt that would lose its beginning, the name, because
             `max_length` of the scorer is less than it has with its answer.
     """
-    at_least(1, queries=len(queries))
-    different = {(query.person.seed, query.person.index, query.attribute) for query in queries}
-    allowed = f"must ask for each fact once, asks for {len(different)} different ones"
-    require(len(different) == len(queries), "queries", len(queries), allowed)
     found: dict[str, list[tuple[bool, bool, float]]] = {}
-    for first in range(0, len(queries), _SCORED_TOGETHER):
-        group = queries[first : first + _SCORED_TOGETHER]
+    asked: dict[str, set[tuple[int, int]]] = {}
+    waiting = iter(queries)
+    while group := list(itertools.islice(waiting, _SCORED_TOGETHER)):
+        for query in group:
+            of_attribute = asked.setdefault(query.attribute, set())
+            who = query.person.seed, query.person.index
+            fact = f"the {query.attribute} of {query.person.name}"
+            require(who not in of_attribute, "queries", fact, "must be asked for once")
+            of_attribute.add(who)
         answers = [
             (query.answer, *(other for other in query.choices if other != query.answer)) for query in group
         ]
@@ -142,6 +146,7 @@ def recall(scorer: PairScorer, tokenizer: Tokenizer, queries: Sequence[Query]) -
             right, *others = [next(scores) for _ in of_query]
             likeliest = all(right.total > other.total for other in others)
             found.setdefault(query.attribute, []).append((right.greedy, likeliest, -right.total))
+    at_least(1, queries=len(found))
     return Recall({attribute: _of_attribute(attribute, results) for attribute, results in found.items()})
 
 
@@ -163,4 +168,5 @@ def _of_attribute(attribute: str, results: list[tuple[bool, bool, float]]) -> At
     count = len(results)
     greedy, likeliest, nats = (math.fsum(column) for column in zip(*results, strict=True))
     bits = count * math.log2(len(ATTRIBUTES[attribute].values)) - nats / math.log(2)
-    return AttributeRecall(count, greedy / count, likeliest / count, nats / count, max(0.0, bits))
+    # In this order a NaN stays one: a broken model does not look like an ignorant one.
+    return AttributeRecall(count, greedy / count, likeliest / count, nats / count, max(bits, 0.0))

@@ -51,7 +51,7 @@ class RowGradients(NamedTuple):
     slots: jax.Array
     """(U,) int32, slots of the rows, as in `RowsRead`."""
     values: jax.Array
-    """(U, d_v) float32, gradients of the rows; zero past the last row read."""
+    """(U, d_v) float32, gradients of the rows; past the last row read they have no meaning."""
 
 
 class GradientsOfReads(NamedTuple):

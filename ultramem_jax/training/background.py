@@ -17,13 +17,15 @@ import numpy as np
 
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.model import table_readers
-from ultramem_jax.errors import UserError, one_line, require
+from ultramem_jax.errors import UserError, at_least, one_line, require
 from ultramem_jax.files import replacing
 from ultramem_jax.models import Transformer
 from ultramem_jax.training.table_gradients import rows_of_tables
 from ultramem_jax.tree_types import JsonDict, Variables
 
 _DESCRIPTION = "description"
+_ARRAYS = ("batches", "reads")
+"""Arrays of `BackgroundReads` that a file holds for each table."""
 
 
 class BackgroundReads(NamedTuple):
@@ -42,10 +44,12 @@ class _Counts(NamedTuple):
 
     batches: jax.Array
     reads: jax.Array
+    last: jax.Array
+    """(N,) int32, number of the last batch that read each slot, from 1; 0 if none has."""
 
 
 def count_reads(
-    config: ModelConfig, variables: Variables, batches: Iterable[np.ndarray]
+    config: ModelConfig, variables: Variables, batches: Iterable[np.ndarray], micro_batches: int = 1
 ) -> dict[str, BackgroundReads]:
     """Returns the reads of every table of a model, over batches of text.
 
@@ -53,9 +57,10 @@ def count_reads(
         config: the model's config.
         variables: its `params`, `memory` and `buffers`.
         batches: token ids (B, S) int32, without padding. Each new shape is compiled.
+        micro_batches: parts of a batch that are read one after the other, which takes less memory.
 
     Raises:
-        UserError: the model has no memory, or there is no batch.
+        UserError: the model has no memory, there is no batch or no part, or a part has 2³¹ reads or more.
     """
     require(bool(config.memories), "model.memories", {}, "must name a memory, whose reads can be counted")
     tables = table_readers(config)
@@ -63,11 +68,17 @@ def count_reads(
         table: _Counts(*(jnp.zeros(readers[0].num_slots, jnp.int32) for _ in _Counts._fields))
         for table, readers in tables.items()
     }
+    at_least(1, micro_batches=micro_batches)
     count = jax.jit(partial(_counted, config), donate_argnums=0)
+    per_token = max(sum(site.config.reads_per_token for site in readers) for readers in tables.values())
     num_batches = 0
-    for tokens in batches:
-        counts = count(counts, variables, tokens)
-        num_batches += 1
+    for num_batches, tokens in enumerate(batches, start=1):
+        for part in np.array_split(tokens, min(micro_batches, len(tokens))):
+            reads = part.size * per_token
+            require(
+                reads < 2**31, "reads of a micro-batch", reads, "must be below 2^31: take smaller batches"
+            )
+            counts = count(counts, variables, part, np.int32(num_batches))
     require(num_batches > 0, "batches", num_batches, "must be at least 1")
     return {
         table: BackgroundReads(np.asarray(of.batches), np.asarray(of.reads), num_batches)
@@ -76,23 +87,31 @@ def count_reads(
 
 
 def _counted(
-    config: ModelConfig, counts: dict[str, _Counts], variables: Variables, tokens: jax.Array
+    config: ModelConfig,
+    counts: dict[str, _Counts],
+    variables: Variables,
+    tokens: jax.Array,
+    batch: jax.Array,
 ) -> dict[str, _Counts]:
-    """Returns the counts with those of a batch (B, S)."""
+    """Returns the counts with those of a part (b, S) of a batch, whose number is given."""
     _, sown = Transformer(config).apply(variables, tokens, mutable=["reads"])
     return {
-        table: _added(counts[table], rows.slots, rows.counts)
+        table: _added(counts[table], rows.slots, rows.counts, batch)
         for table, rows in rows_of_tables(config, sown["reads"]).items()
     }
 
 
-def _added(counts: _Counts, slots: jax.Array, reads: jax.Array) -> _Counts:
-    before = counts.reads.at[slots].get(mode="fill", fill_value=0)
+def _added(counts: _Counts, slots: jax.Array, reads: jax.Array, batch: jax.Array) -> _Counts:
+    before, last = (of.at[slots].get(mode="fill", fill_value=0) for of in (counts.reads, counts.last))
     most = jnp.iinfo(jnp.int32).max
     after = jnp.where(before > most - reads, most, before + reads)
+    first = (last != batch).astype(jnp.int32)
     # Slots past the last row read are padding, and are dropped.
-    batches = counts.batches.at[slots].add(1, mode="drop", unique_indices=True, indices_are_sorted=True)
-    return _Counts(batches, counts.reads.at[slots].set(after, mode="drop", unique_indices=True))
+    return _Counts(
+        counts.batches.at[slots].add(first, mode="drop", unique_indices=True),
+        counts.reads.at[slots].set(after, mode="drop", unique_indices=True),
+        counts.last.at[slots].set(batch, mode="drop", unique_indices=True),
+    )
 
 
 def save_background(
@@ -106,10 +125,11 @@ def save_background(
         about: what else to say in the file, for JSON, such as the model and the corpus.
 
     Raises:
-        UserError: the system refuses.
+        UserError: no table, or the system refuses.
     """
+    at_least(1, tables=len(background))
     arrays: dict[str, Any] = {
-        f"{table}/{name}": getattr(of, name) for table, of in background.items() for name in _Counts._fields
+        f"{table}/{name}": getattr(of, name) for table, of in background.items() for name in _ARRAYS
     }
     num_batches = next(iter(background.values())).num_batches
     description = {"num_batches": num_batches, "tables": list(background), **about}

@@ -5,7 +5,7 @@ knows only rows and their gradients. `row_sparse` reads the rows, rounds the res
 
 Every rule decays weights in the same way, decoupled as in AdamW (arXiv 1711.05101): a row that is read loses
 rate·weight_decay of itself, in addition to its step. A row that is not read keeps every bit, its state
-included.
+included. Where a step selects rows (`TrainConfig.slots_per_step`), the others count as not read.
 
 State starts as zeros, whatever the rule. So a state in host memory can be created there.
 """
