@@ -1,4 +1,4 @@
-"""Fine-tunes a system: tunes the rate of each method, compares over seeds, and trains tasks in sequence."""
+"""Trains a system on new facts: tunes each method's rate, compares over seeds, and trains tasks in sequence."""
 
 import dataclasses
 import hashlib
@@ -33,7 +33,7 @@ _NEARLY = 0.9
 
 
 class SystemRuns:
-    """Fine-tunes one system. Every run that has ended is kept in a file, and is not repeated."""
+    """Runs fine-tuning of one system. Every run that has ended is kept in a file, and is not repeated."""
 
     def __init__(self, model: BaseModel, setting: Setting, text: DataConfig, folder: Path):
         """Prepares the evaluation.

@@ -17,7 +17,7 @@ from ultramem_jax.reporting.markdown import Row, significant
 
 NAME = "recall"
 _FLAT = 0.02
-"""Share of all bits below which a doubling of the sparse parameters counts as no gain."""
+"""Share of all bits below which a doubling of the sparse parameters counts as no gain, on average."""
 
 
 def write(study: Study, folder: Path) -> list[Path]:
@@ -109,6 +109,8 @@ def notes(study: Study) -> list[str]:
         "after 1,000. With fewer, a model shows what it learns in that time, not what it could hold.",
         "Rows of tables learn at their memory's multiple of the rate, `value_lr_multiple` of the preset; "
         "experts learn at the rate itself.",
+        f"Sparse parameters add something if that is {_FLAT:.0%} of all bits per doubling or more, on average "
+        "between two sizes, and more than its standard error.",
         f"{averaged}; the same people and batches for every system. tokens/s: median training speed, on a "
         "machine that other work may have shared; not a benchmark." + lost,
     ]
@@ -131,31 +133,37 @@ def in_words(study: Study) -> list[str]:
     return words
 
 
-def bend(shares: dict[int, float]) -> int | None:
-    """Returns the size from which on no doubling adds `_FLAT` of all bits; None if the last one does.
+def bend(shares: dict[int, list[float]]) -> int | None:
+    """Returns the size from which on more sparse parameters add nothing; None if the largest size still does.
+
+    They add something if the mean rises by `_FLAT` of all bits per doubling or more, and by more than its
+    standard error.
 
     Args:
-        shares: share of all bits by size, in increasing order.
+        shares: shares of all bits, one of each run, by size, in increasing order.
     """
     bent = None
     for (small, low), (large, high) in reversed(list(itertools.pairwise(shares.items()))):
-        if (high - low) / math.log2(large / small) >= _FLAT:
+        gain = statistics.fmean(high) - statistics.fmean(low)
+        error = math.sqrt(sum(statistics.variance(of) / len(of) for of in (low, high) if len(of) > 1))
+        if gain / math.log2(large / small) >= _FLAT and gain > error:
             break
         bent = small
     return bent
 
 
 def _of_system(study: Study, sizes: dict[int, list[Run]]) -> str:
-    shares = {size: _share(study, runs) for size, runs in sizes.items()}
+    of_runs = {size: [study.share(run) for run in runs] for size, runs in sizes.items()}
+    shares = {size: statistics.fmean(of) for size, of in of_runs.items()}
     first, last = min(shares), max(shares)
     most = max(shares, key=lambda size: shares[size])
     if first == last:
         return f"{shares[first]:.0%} of all bits at {first}×"
-    flat = bend(shares)
-    bends = f"from {flat}× on, no doubling" if flat else "the last doubling still"
+    flat = bend(of_runs)
+    bends = f"more than {flat}× add nothing" if flat else f"{last}× still add something"
     return (
         f"{shares[first]:.0%} of all bits at {first}×, {shares[last]:.0%} at {last}×, most at {most}× "
-        f"({shares[most]:.0%}); {bends} adds {_FLAT:.0%} or more"
+        f"({shares[most]:.0%}); {bends}"
     )
 
 

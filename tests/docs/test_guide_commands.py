@@ -15,9 +15,12 @@ from tests.support.gguf_models import write_small_smollm2
 from tests.support.guides import DEVICES, OF_TEXT, commands, smaller
 from tests.support.programs import on_one_device  # noqa: F401
 from ultramem_jax.cli import command_line, local_processes
+from ultramem_jax.commands import beginnings
+from ultramem_jax.config import RunConfig
 from ultramem_jax.config.memory_kinds import ADDRESSERS
 from ultramem_jax.interop import open_models
 from ultramem_jax.parallel.mesh import AXES
+from ultramem_jax.presets import preset
 from ultramem_jax.training.metrics import read_metrics
 from ultramem_jax.training.restore import load_model
 from ultramem_jax.training.trainable import names
@@ -218,6 +221,9 @@ def test_every_flag_is_one_and_every_config_fits_its_mesh(guide, run, own_memory
     if guide == "open_models":
         config, variables = open_models.load(write_small_smollm2(tmp_path / SMOLLM2))
         open_models.save(tmp_path / "smollm2_engram", config, variables)
+    # A run that another command of the guide has made.
+    monkeypatch.setattr(beginnings, "is_run", lambda path: path == "runs/demo")
+    monkeypatch.setattr(beginnings, "run_config", lambda path: RunConfig(model=preset("ultramem-demo")))
     given = list(commands(guide))
     for words in given:
         processes, words = local_processes.take_processes(words)

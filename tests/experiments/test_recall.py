@@ -261,7 +261,12 @@ def test_nothing_to_redraw(run, tmp_path):
     ],
 )
 def test_where_a_curve_bends(shares, size):
-    assert tables.bend(shares) == size
+    assert tables.bend({of: [share] for of, share in shares.items()}) == size
+
+
+def test_a_gain_within_its_standard_error_is_none():
+    assert tables.bend({2: [0.1, 0.3], 4: [0.2, 0.4]}) == 2  # 0.1 ± 0.14
+    assert tables.bend({2: [0.19, 0.21], 4: [0.29, 0.31]}) is None
 
 
 def test_rows_are_means_over_the_seeds_in_order():
@@ -284,9 +289,9 @@ def test_words_say_what_is_held_and_where_it_bends():
     runs += [made(s, n, seed, bit) for s, of in bits.items() for n, bit in of.items() for seed in (0, 1)]
     assert tables.in_words(study_of(runs)) == [
         "The dense model holds 15% of all bits, 0.30 per parameter.",
-        "moe: 20% of all bits at 2×, 30% at 8×, most at 8× (30%); from 4× on, no doubling adds 2% or more. "
+        "moe: 20% of all bits at 2×, 30% at 8×, most at 8× (30%); more than 4× add nothing. "
         "It holds more than the dense model of the same seed in 6 of 6 runs.",
-        "pkm: 10% of all bits at 2×, 16% at 8×, most at 8× (16%); the last doubling still adds 2% or more. "
+        "pkm: 10% of all bits at 2×, 16% at 8×, most at 8× (16%); 8× still add something. "
         "It holds more than the dense model of the same seed in 2 of 6 runs.",
     ]
 
