@@ -1,4 +1,4 @@
-"""Trains a system on new facts: tunes each method's rate, compares over seeds, and trains tasks in sequence."""
+"""Trains a system on new facts: tunes rates, compares methods over seeds, and trains tasks in sequence."""
 
 import dataclasses
 import hashlib

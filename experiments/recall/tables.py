@@ -109,7 +109,7 @@ def notes(study: Study) -> list[str]:
         "after 1,000. With fewer, a model shows what it learns in that time, not what it could hold.",
         "Rows of tables learn at their memory's multiple of the rate, `value_lr_multiple` of the preset; "
         "experts learn at the rate itself.",
-        f"Sparse parameters add something if that is {_FLAT:.0%} of all bits per doubling or more, on average "
+        f"Sparse parameters add something if that is {_FLAT:.0%} of all bits per doubling or more, averaged "
         "between two sizes, and more than its standard error.",
         f"{averaged}; the same people and batches for every system. tokens/s: median training speed, on a "
         "machine that other work may have shared; not a benchmark." + lost,

@@ -134,6 +134,7 @@ def test_pages_and_edited_models(run, trained, text, tmp_path):
             "--save_to=x",
             "--knock_out=ultramem_0:1",
         ): "must not be given with --edit",
+        (at, "--edit=ultramem_0:1=zero", "--save_to=x", "--cards=3"): "--cards = 3: must not be given with",
     }
     for flags, expected in refused.items():
         status, _, err = run("inspect", *flags)

@@ -166,6 +166,9 @@ CLICKS = """(found) => {
   found.broken = document.querySelectorAll("svg [d*=NaN], svg [x1=NaN], svg [cy=NaN]").length;
   found.most = slots();
   found.address = location.hash;
+  all("#choose-table button").find((button) => button.textContent === "ultramem_0").click();
+  found.curves = document.querySelectorAll("#plots svg path.curve").length;
+  found.whole = document.querySelectorAll("svg [d*=NaN], svg [x1=NaN], svg [cy=NaN]").length === 0;
 }"""
 
 
@@ -184,7 +187,9 @@ def test_clicks_in_a_browser(visit, written, traced):
     assert (found["right"], found["focused"], found["last"]) == (4, True, len(traced.ids) - 1)
     assert found["heads"] == ["2-grams", "3-grams"] and "tokens here" in found["engram"]
     assert found["hidden"] == [True, False] and found["tiles"][0] == f"{MODEL.sites[-1].num_slots}"
-    assert found["plots"] >= 1 and found["broken"] == 0
+    assert found["plots"] == 1 and found["broken"] == 0
+    # Reads by rank, and over training the entropy and the share of slots read.
+    assert found["curves"] == 3 and found["whole"]
     data = data_of(written)
     assert found["most"] == [slot for slot, _ in data["tables"]["engram_0"]["usage"]["most"]]
     assert "memory=engram_0" in found["address"] and "tab=tables" in found["address"]

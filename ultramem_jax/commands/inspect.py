@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from ultramem_jax.commands.given_batches import SPLIT, given_batches, texts
+from ultramem_jax.commands.given_batches import BATCH_SIZE, BATCHES, SPLIT, given_batches, texts
 from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, given_model_with_memory
 from ultramem_jax.commands.named_corpus import DATASET, PATH, named_corpus
 from ultramem_jax.data import Corpus, EvalBatches
@@ -80,8 +80,9 @@ def main() -> None:
     text = _text()
     require(bool(SAVE_TO.value) or not EDIT.value, "--edit", EDIT.value, "needs --save_to")
     require(bool(EDIT.value) or SAVE_TO.value is None, "--save_to", SAVE_TO.value, "needs --edit")
-    both = bool(EDIT.value and KNOCK_OUT.value)
-    require(not both, "--knock_out", KNOCK_OUT.value, "must not be given with --edit")
+    if EDIT.value:
+        for flag in (KNOCK_OUT, OUT, CARDS, CORPUS, DATASET, PATH, SPLIT, BATCHES, BATCH_SIZE):
+            require(not flag.present, f"--{flag.name}", flag.value, "must not be given with --edit")
     given = given_model_with_memory()
     if text is not None:
         length = len(encoded(given.config, given.tokenizer, text))
