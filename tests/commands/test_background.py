@@ -67,6 +67,17 @@ def test_a_run_begins_with_another_and_changes_only_some_of_its_rows(run, text, 
     chex.assert_trees_all_equal(before.variables["params"], after.variables["params"])
     assert after.config.model == before.config.model
 
+    # An open model that has a memory, and a corpus of its own.
+    folder = tmp_path / "open"
+    status, _, err = run("export", f"--workdir={first}", f"--folder={folder}")
+    assert status == 0, err
+    people = ["--dataset=facts:0-20", "--split=validation", "--batches=2", "--batch_size=3"]
+    status, out, err = run("background", f"--model={folder}", *people)
+    assert status == 0 and "2 batches of 3 x" in out, err
+    tables, about = load_background(folder / "background.npz")
+    (of,) = tables.values()
+    assert of.num_batches == 2 and about["model"] == str(folder) and about["split"] == "validation"
+
 
 def test_a_run_with_a_tokenizer_and_one_with_lora_are_beginnings_and_read_any_corpus(run, text, tmp_path):
     first, adapted, taught = (tmp_path / name for name in ("first", "adapted", "taught"))

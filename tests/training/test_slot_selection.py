@@ -16,8 +16,10 @@ from tests.support.drawn import drawn_state
 from tests.support.small_run import scalars
 from tests.support.step_models import MODEL, token_batches
 from ultramem_jax.config import RunConfig, TrainConfig
+from ultramem_jax.config.model import table_readers
 from ultramem_jax.errors import UserError
 from ultramem_jax.models import Transformer
+from ultramem_jax.nested import leaves
 from ultramem_jax.ops.lookup import GradientsOfReads, row_gradients, rows_read
 from ultramem_jax.presets import families
 from ultramem_jax.training.background import (
@@ -28,6 +30,7 @@ from ultramem_jax.training.background import (
 )
 from ultramem_jax.training.dense_optimizer import make_optimizers
 from ultramem_jax.training.loop import train
+from ultramem_jax.training.lora import merged
 from ultramem_jax.training.row_rules import row_rule
 from ultramem_jax.training.row_sparse import row_sparse, update_by_reads
 from ultramem_jax.training.slot_selection import Selection, background_weights, kept_rows
@@ -218,6 +221,52 @@ def test_fifty_steps_change_the_chosen_rows_and_nothing_else(score, kernels, dty
             assert array[others].tobytes() == before[others].tobytes()
             changed = (array[list(chosen)] != before[list(chosen)]).any(1)
             assert changed.all() or (dtype == "bfloat16" and changed.mean() > 0.9)
+
+
+ENGRAM = replace(
+    MODEL,
+    memories={
+        "engram": families.engram(
+            placement="before@2", heads_per_order=2, rows_per_head=(64,), value_dim=4, num_canonical_ids=11
+        )
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [(ENGRAM, {}), (MANY, dict(trainable="/values$|^lora/", lora_rank=2, grad_accumulation=1))],
+    ids=["n-grams, counted background", "with LoRA"],
+)
+def test_three_steps_change_the_chosen_rows(model, settings):
+    config = RunConfig(model, train=replace(FROZEN, **settings))
+    state = drawn_state(config)
+    tables = list(state.tables)
+    backgrounds = count_reads(
+        model, model_variables(state), (tokens[:, :-1] for tokens in token_batches(4, 2))
+    )
+    weights = {name: jnp.asarray(background_weights(of, "tf_idf")) for name, of in backgrounds.items()}
+    state = state.replace(background=weights)
+    step = jax.jit(make_train_step(config, make_optimizers(config)))
+    reads_of = jax.jit(partial(Transformer(model).apply, mutable=["reads"]))
+    start, readers = state, table_readers(model)
+    for tokens in token_batches(3, 4, seed=5):
+        _, sown = reads_of(merged(model_variables(state), config.train), tokens[:, :-1])
+        after, _ = step(state, tokens)
+        for name in tables:
+            read = [np.asarray(sown["reads"][site.name]["slots"]) for site in readers[name]]
+            slots, num_slots = np.concatenate(read), readers[name][0].num_slots
+            chosen = chosen_by_definition("tf_idf", slots, backgrounds[name], 5, num_slots)
+            for before, now in ((state.tables, after.tables), (state.table_state, after.table_state)):
+                for old, new in zip(*(jax.tree.leaves(of[name]) for of in (before, now)), strict=True):
+                    moved = (np.asarray(old) != np.asarray(new)).any(1)
+                    assert set(np.flatnonzero(moved).tolist()) == chosen
+        state = after
+    before, now = (dict(leaves(of.params)) for of in (start, state))
+    changed = {
+        path[0] for path, array in before.items() if (np.asarray(array) != np.asarray(now[path])).any()
+    }
+    assert changed == ({"lora"} if settings else set())
 
 
 def test_a_halted_step_changes_no_row():

@@ -63,6 +63,12 @@ def test_every_kind_of_memory(name, target):
 
 
 @pytest.mark.parametrize("target", ["gpu", "tpu"])
+def test_selected_rows(target):
+    selecting = replace(TRAIN, slots_per_step=5, slot_score="reads")
+    _assert_equal(run_config(MEMORY, MeshConfig(), selecting), target)
+
+
+@pytest.mark.parametrize("target", ["gpu", "tpu"])
 def test_experts(target):
     _assert_equal(MOE, target)
 
