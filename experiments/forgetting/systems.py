@@ -101,7 +101,7 @@ FOR_OWN = Setting(
         "sparse memory, AdamW": (1e-2, 3e-2, 1e-1),
         "sparse memory, SGD": (100.0, 300.0, 1000.0),
         "full memory": (1e-3, 3e-3, 1e-2),
-        "LoRA": (1e-3, 3e-3, 1e-2),
+        "LoRA": (3e-4, 1e-3, 3e-3),
         "full fine-tuning": (1e-4, 3e-4, 1e-3),
     },
     sizes=Sizes(batches=16, batch_size=16, seq_len=128),
