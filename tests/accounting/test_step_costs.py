@@ -88,6 +88,10 @@ def test_a_selection_updates_at_most_its_rows(most, rows):
     costs, whole = memory_step_costs(selecting, TOKENS), memory_step_costs(CONFIG, TOKENS)
     assert costs.pop("row_update") == PartCost(0, round(2 * rows * 3 * 16), round(rows * 3 * 16))
     assert costs.items() < whole.items()
+    compared = replace(CONFIG, train=TrainConfig(slots_per_step=most, background="counts.npz"))
+    moved = memory_step_costs(compared, TOKENS)["row_update"]
+    assert moved.bytes == round(2 * rows * 3 * 16 + 4 * ROWS)
+    assert moved.row_bytes == round(rows * 3 * 16 + 4 * ROWS)
 
 
 def test_the_moments_of_muon_and_lion_move_as_well():

@@ -81,6 +81,10 @@ def test_a_selection_accesses_at_most_its_rows():
     # Each of 4 owners has a quarter of the rows, whose values and moments are two accesses, read and written.
     assert row_traffic(selecting(8), axes, 16) == (looked_up, 8 // 4 * 3 * 2 * 16 * 2)
     assert row_traffic(selecting(1000), axes, 16) == (looked_up, whole)
+    train = dataclasses.replace(TINY.train, slots_per_step=8, background="counts.npz")
+    updated = row_traffic(dataclasses.replace(TINY, train=train), axes, 16)[1]
+    # Four weights of the 64 rows of an owner share an access: 16 of these, 128 reads.
+    assert updated == pytest.approx(8 // 4 * 3 * 2 * 16 * 2 + 16 * (1 - (15 / 16) ** 128) * 16)
 
 
 def test_an_estimate_has_the_parts_of_a_step_and_two_bounds():

@@ -55,9 +55,10 @@ def memory_step_costs(config: RunConfig, tokens: int) -> dict[str, PartCost]:
     - `row_gradients`: FLOPs 2·T·R·d_v: the product that each read adds to the gradient of its row, and the
       sum. No bytes, because a row is updated as soon as its gradient is complete. With dense gradients
       4·N·d_v bytes, the gradient of the whole table.
-    - `row_update`: AdamW. Bytes: every distinct row and its moments, read and written; at most
-      `train.slots_per_step` rows, where that is set. With dense gradients all N rows: table, gradient and two
-      moments read, all but the gradient written, 7·4·N·d_v.
+    - `row_update`: AdamW. Bytes: every distinct row and its moments, read and written. A selection updates
+      only `train.slots_per_step` rows, and reads 4 bytes of the background for each of the others, too. With
+      dense gradients all N rows: table, gradient and two moments read, all but the gradient written,
+      7·4·N·d_v.
     - `dense_optimizer`: AdamW. Bytes 7·4·P: parameter, gradient and two moments read, all but the gradient
       written.
 
@@ -88,8 +89,9 @@ def memory_step_costs(config: RunConfig, tokens: int) -> dict[str, PartCost]:
         update, updated = UPDATE_ARRAYS * gradient + 2 * site.num_slots * of_row.moments, 0.0
     else:
         changed = min(rows, config.train.slots_per_step or rows)
-        gradient, updated = 0, changed * of_row.total
-        update = round(2 * updated)
+        weights = _PARAMETER_BYTES * rows if config.train.background else 0
+        gradient, updated = 0, changed * of_row.total + weights
+        update = round(2 * changed * of_row.total + weights)
 
     def cost(flops_of_token: int, moved: float = 0, of_rows: float = 0) -> PartCost:
         return PartCost(tokens * flops_of_token, round(moved), round(of_rows))

@@ -162,6 +162,8 @@ def row_traffic(config: RunConfig, axes: MeshAxes, access: int) -> tuple[float, 
                 if train.slots_per_step:
                     touched = min(touched, train.slots_per_step / owners * access_bytes(of_row, access))
                 updated += 2 * touched  # read and written
+        if train.background:
+            updated += touched_bytes(FLOAT32_BYTES, rows, reads_here, access)  # weights of the scores
     return looked_up, updated
 
 
