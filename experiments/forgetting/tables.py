@@ -20,6 +20,7 @@ _PUBLISHED = (
     "LoRA and by 89 % with full fine-tuning. Questions, models and sizes are others here, so only the order "
     "can be compared."
 )
+_KEPT = "Runs that an earlier call of the command has kept in its `--workdir` were not repeated."
 
 
 def write(study: Study, folder: Path) -> list[Path]:
@@ -55,7 +56,7 @@ def report(study: Study) -> str:
         parts += ["## Learning rates", *_tunings(study)]
     if study.speeds:
         parts += ["## What the selection costs", *_speed(study)]
-    parts += ["## Where this was measured", markdown.listing(study.environment)]
+    parts += ["## Where this was measured", markdown.listing(study.environment), _KEPT]
     return "\n\n".join(parts) + "\n"
 
 

@@ -111,6 +111,7 @@ def notes(study: Study) -> list[str]:
         "experts learn at the rate itself.",
         f"Sparse parameters add something if that is {_FLAT:.0%} of all bits per doubling or more, averaged "
         "between two sizes, and more than its standard error.",
+        "Runs that an earlier call of the command has kept in its `--workdir` were not repeated.",
         f"{averaged}; the same people and batches for every system. tokens/s: median training speed, on a "
         "machine that other work may have shared; not a benchmark." + lost,
     ]
