@@ -102,7 +102,7 @@ FOR_OWN = Setting(
         "sparse memory, SGD": (100.0, 300.0, 1000.0),
         "full memory": (1e-3, 3e-3, 1e-2),
         "LoRA": (3e-4, 1e-3, 3e-3),
-        "full fine-tuning": (1e-4, 3e-4, 1e-3),
+        "full fine-tuning": (3e-5, 1e-4, 3e-4),
     },
     sizes=Sizes(batches=16, batch_size=16, seq_len=128),
     background_batches=200,
