@@ -235,7 +235,7 @@ def test_the_report_says_what_was_measured(tmp_path):
     # Lost: (1 - 0.8/0.8, 1 - 0.56/0.8) and (1 - 0.2/0.8, 1).
     assert "15 ± 21 %" in text and "88 ± 18 %" in text
     said = "loses 15 % of the facts known before, and the loss rises by 0.100; full fine-tuning loses 88 %"
-    assert f"- A: {METHODS[0].name} {said}" in text and "in every task by LoRA (40%)" in text
+    assert f"- A: {METHODS[0].name} {said}" in text and "too little is learned by LoRA (40%)" in text
     assert "- A: Small. Its memory" in text and "2.500 to 2.400" in text and "`0123`" in text
     row = next(line for line in text.splitlines() if "full fine-tuning" in line and "88 ±" in line)
     assert [cell.strip() for cell in row.split("|")[6:9]] == ["2 of 2", "", "100 ± 0 %"]
