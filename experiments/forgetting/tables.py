@@ -17,8 +17,8 @@ NAME = "forgetting"
 _PUBLISHED = (
     "Published (arXiv 2510.15103, Memory+ of 1.3 billion parameters, 1,000 facts of TriviaQA): at equal "
     "learning the F1 score on NaturalQuestions drops by 11 % with sparse memory fine-tuning, by 71 % with "
-    "LoRA and by 89 % with full fine-tuning: the triangles beside the figure. Questions, models and sizes are "
-    "others here, so only the order can be compared."
+    "LoRA and by 89 % with full fine-tuning: the triangles beside the figure. Questions, models and sizes "
+    "are others here, so only the order can be compared."
 )
 _NEARLY = 0.95
 """Share of what was to be learned from which methods are ranked by what they lose."""
