@@ -200,6 +200,7 @@ REDRAWN = {
     "bench_decode_kernels": ("bench_decode", "--redraw", "--results={folder}"),
     "bench_step": ("bench_step", "--redraw", "--results={folder}"),
     "open_models": ("open_models", "--redraw", "--out={folder}"),
+    "forgetting": ("forgetting", "--redraw", "--results={folder}"),
     "plan": ("plan", "--redraw", "--out={folder}/slots_1b.md"),
 }
 """A folder with studies that are kept as JSON -> the command that makes its reports again."""
