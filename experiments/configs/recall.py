@@ -3,7 +3,7 @@
 Command: python launch.py recall --workdir=runs/recall
 Machine: 2 CPU cores.
 Time: about two hours for 84 runs.
-Result: experiments/results/recall/recall.md
+Result: experiments/results/recall/recall.md: so far one seed; the dense model holds 49 % of all bits.
 """
 
 from ultramem_jax import DataConfig, ModelConfig, RunConfig, TrainConfig

@@ -202,6 +202,7 @@ REDRAWN = {
     "open_models": ("open_models", "--redraw", "--out={folder}"),
     "forgetting": ("forgetting", "--redraw", "--results={folder}"),
     "plan": ("plan", "--redraw", "--out={folder}/slots_1b.md"),
+    "recall": ("recall", "--redraw", "--results={folder}"),
 }
 """A folder with studies that are kept as JSON -> the command that makes its reports again."""
 
