@@ -1,11 +1,13 @@
 """Makes a run that trains in seconds, for tests of what happens around its steps."""
 
+import signal
+
 import numpy as np
 
 from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.presets import families
 from ultramem_jax.training.loop import train
-from ultramem_jax.training.metrics import read_metrics
+from ultramem_jax.training.metrics import MetricWriter, read_metrics
 
 
 def small_config(folder):
@@ -63,3 +65,15 @@ def scalars(workdir):
     """Returns every record, without the one metric that is a measurement of time."""
     records = read_metrics(workdir / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+
+
+def stop_at_three(monkeypatch):
+    """Sends SIGTERM while the third step of a run is written down."""
+    write = MetricWriter.write
+
+    def stopping(self, step, split, scalars):
+        write(self, step, split, scalars)
+        if step == 3 and split == "train":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MetricWriter, "write", stopping)

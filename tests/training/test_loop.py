@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.processes import config_file, start_training, wait_for
-from tests.support.small_run import files, scalars
+from tests.support.small_run import files, scalars, stop_at_three
 from ultramem_jax import UserError
 from ultramem_jax.config import (
     ModelConfig,
@@ -51,20 +51,8 @@ def test_a_run_learns_and_records_what_it_promises(config, whole):
     assert 0 < shares[0] <= shares[-1] <= 1 and shares == sorted(shares)
 
 
-def _stop_at_three(monkeypatch):
-    """SIGTERM comes while the third step is written down."""
-    write = MetricWriter.write
-
-    def stop_at_three(self, step, split, scalars):
-        write(self, step, split, scalars)
-        if step == 3 and split == "train":
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(MetricWriter, "write", stop_at_three)
-
-
 def test_half_and_half_is_the_whole_bit_for_bit(config, whole, tmp_path, monkeypatch):
-    _stop_at_three(monkeypatch)
+    stop_at_three(monkeypatch)
     first = train(config, tmp_path, progress=False)
     assert not first.finished and first.step == 3
     monkeypatch.undo()
@@ -130,7 +118,7 @@ def _in_memory_of(kind, config):
 @pytest.mark.usefixtures("without_kernels")  # kernels do not serve the host's memory
 def test_a_run_goes_on_with_its_tables_in_another_memory(config, tmp_path, monkeypatch):
     whole = train(config, tmp_path / "whole", progress=False)
-    _stop_at_three(monkeypatch)
+    stop_at_three(monkeypatch)
     first = train(_in_memory_of("pinned_host", config), tmp_path, progress=False)
     assert first.step == 3
     assert {a.sharding.memory_kind for a in jax.tree.leaves(first.state.tables)} == {"pinned_host"}
@@ -160,7 +148,7 @@ def smooth(config, tmp_path_factory):
 def test_a_run_goes_on_with_kernels_or_without(smooth, tmp_path, monkeypatch, first):
     config, whole = smooth
     ways = {"native": contextlib.nullcontext, "jax": native.turned_off}
-    _stop_at_three(monkeypatch)
+    stop_at_three(monkeypatch)
     with ways.pop(first)():
         assert train(config, tmp_path, progress=False).step == 3
     monkeypatch.undo()

@@ -25,9 +25,11 @@ from ultramem_jax.parallel.distributed import is_first
 from ultramem_jax.presets import preset
 from ultramem_jax.reporting.folders import make_folder
 from ultramem_jax.training.loop import train
+from ultramem_jax.training.lora import merged
 from ultramem_jax.training.metrics import plot_loss_curve
 from ultramem_jax.training.profiling import Profile
 from ultramem_jax.training.restore import load_model
+from ultramem_jax.training.state import model_variables
 
 BASE_CONFIG = RunConfig(model=preset("ultramem-tiny"))
 CONFIG_FLAGS = beginnings.FLAGS
@@ -67,17 +69,18 @@ def main() -> None:
         print(f"no loss curve: {error}")
     print(f"checkpoint: {workdir / 'checkpoints'} (step {result.step})")
     if SAMPLE.value:
-        # The decoder runs on one device, whatever the model was trained on.
-        prompt, trained = "def ", load_model(workdir)
+        prompt = "def "
+        # The decoder runs on one device. A model that is split over devices is read from its checkpoint.
+        alone = len(result.state.step.sharding.device_set) == 1
         generator = text_generator(
             config.model,
-            trained.variables,
-            trained.tokenizer,
+            merged(model_variables(result.state), config.train) if alone else load_model(workdir).variables,
+            result.tokenizer,
             window=config.data.seq_len,
             sampling=Sampling(temperature=0.7),
         )
         print(f"\na continuation of {prompt!r}:")
-        write_continuations(generator, trained.tokenizer, [prompt], SAMPLE.value)
+        write_continuations(generator, result.tokenizer, [prompt], SAMPLE.value)
         print()
     print("next:")
     program = command_line.program()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ultramem_jax.accounting import count_parameters
 from ultramem_jax.config import ModelConfig, RunConfig, to_dict
-from ultramem_jax.data import Corpus, PeekingIterator, load_corpus, train_iterator
+from ultramem_jax.data import Corpus, PeekingIterator, Tokenizer, load_corpus, train_iterator
 from ultramem_jax.data.tokenizers import require_vocabulary
 from ultramem_jax.errors import LossNotFinite, require
 from ultramem_jax.ops.on_mesh import MeshAxes
@@ -57,7 +57,6 @@ from ultramem_jax.training.token_maps import for_tokenizer, with_token_maps
 from ultramem_jax.training.undo_log import is_worth_it
 from ultramem_jax.training.window import LossWindow
 from ultramem_jax.training.workdir import owned
-from ultramem_jax.tree_types import JsonDict
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +79,8 @@ class TrainResult:
     """Mean speed over the last steps of this process, without evaluations and checkpoints. It is NaN after
     one step."""
     state: TrainState
+    tokenizer: Tokenizer
+    """The tokenizer of its corpus."""
 
 
 def train(
@@ -202,7 +203,7 @@ def _train(
                 evaluator=evaluate,
                 target_bytes=target_bytes,
                 data=data,
-                corpus=corpus_identity(corpus),
+                corpus=corpus,
                 stop=stop,
                 asked=PeriodicQuestion(),
                 profile=profile or Profile(),
@@ -334,8 +335,7 @@ class _Run:
     evaluator: Evaluator
     target_bytes: TargetBytes
     data: PeekingIterator
-    corpus: JsonDict
-    """Identity of the data, as a checkpoint holds it (`continuing.corpus_identity`)."""
+    corpus: Corpus
     stop: StopOnSigterm
     asked: PeriodicQuestion
     """Asks whether any process was asked to stop."""
@@ -405,7 +405,9 @@ class _Run:
             log.info("stopped by SIGTERM; step %d is saved, the same command goes on from there", step)
         speed = self._targets / in_flight.seconds_without_first()
         found = self.validation
-        return TrainResult(step, not stopping, found.loss, found.bits_per_byte, speed, state)
+        return TrainResult(
+            step, not stopping, found.loss, found.bits_per_byte, speed, state, self.corpus.tokenizer
+        )
 
     @property
     def _targets(self) -> int:
@@ -469,7 +471,7 @@ class _Run:
             state,
             self.data,
             config=to_dict(self.config),
-            corpus=self.corpus,
+            corpus=corpus_identity(self.corpus),
             since_record=dataclasses.asdict(self.window),
             recorded=recorded,
         )
