@@ -148,12 +148,6 @@ def best_rate(runs: Sequence[FineTuning]) -> float:
     return min(whole, key=order).rate
 
 
-def at_an_end(runs: Sequence[FineTuning]) -> bool:
-    """Tells whether the best of several rates is the lowest or the highest."""
-    rates = sorted({run.rate for run in runs})
-    return len(rates) > 1 and best_rate(runs) in (rates[0], rates[-1])
-
-
 def _fingerprint(model: BaseModel) -> str:
     """Returns a hash of a model's config and of all its arrays."""
     digest = hashlib.sha256(repr(to_dict(model.config)).encode())

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 
+from experiments.common.rates import at_an_end
 from experiments.common.report import write_csv
 from experiments.forgetting import figures
 from experiments.forgetting.methods import METHODS, SPARSE, VARIANTS, Method
 from experiments.forgetting.records import FineTuning, Point, Study, TaskSequence
-from experiments.forgetting.study import at_an_end, best_rate
+from experiments.forgetting.study import best_rate
 from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.markdown import Row
 
@@ -207,7 +208,7 @@ def _tunings(study: Study) -> list[str]:
     ends = [
         f"{method} of {system} ({best_rate(runs):g})"
         for (system, method), runs in groups.items()
-        if at_an_end(runs)
+        if at_an_end(best_rate(runs), (run.rate for run in runs))
     ]
     about = (
         "One task at each rate, with people whom nothing else teaches. The chosen rate forgets least until "

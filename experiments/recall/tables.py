@@ -8,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from experiments.common import report
+from experiments.common.rates import at_an_end
 from experiments.recall import figures
 from experiments.recall.records import Run, Study
 from experiments.recall.systems import DENSE
@@ -185,7 +186,7 @@ def _tuning_note(study: Study) -> str:
     edges = [
         f"{runs[0].system} ({best_rate(runs):g})"
         for runs in groups(study.tunings)
-        if len(runs) > 1 and best_rate(runs) in (min(_rates(study)), max(_rates(study)))
+        if at_an_end(best_rate(runs), _rates(study))
     ]
     return (
         f"Share of all bits at each learning rate, {seeds} with seeds that no other run has. The best "

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.common.rates import at_an_end
 from experiments.forgetting import study as study_module
 from experiments.forgetting import tables
 from experiments.forgetting.evaluation import Sizes
@@ -17,7 +18,7 @@ from experiments.forgetting.fine_tuning import BaseModel, Task, fine_tune, packe
 from experiments.forgetting.methods import METHODS, VARIANTS
 from experiments.forgetting.mixture import write_mixture
 from experiments.forgetting.records import FineTuning, Point, Setup, Speed, Study, TaskSequence
-from experiments.forgetting.study import SystemRuns, at_an_end, best_rate
+from experiments.forgetting.study import SystemRuns, best_rate
 from experiments.forgetting.systems import Setting
 from tests.support.drawn import variables_of
 from ultramem_jax.config import DataConfig, ModelConfig
@@ -169,12 +170,12 @@ def test_the_best_rate_forgets_least_of_those_that_learn_enough():
         run(0.4, learned=0.99, kept=0.8, bits_per_byte=2.4),
         run(0.5, True, learned=0.99, kept=1.0),
     ]
-    assert best_rate(runs) == 0.4 and not at_an_end(runs)
+    assert best_rate(runs) == 0.4 and not at_an_end(0.4, (run.rate for run in runs))
     assert best_rate(runs[:1] + runs[4:]) == 0.1
     assert best_rate([run(0.1, learned=0.2, kept=0.9), run(0.2, learned=0.3, kept=0.1)]) == 0.2
     # Where none learns enough, a little more is not worth much that is forgotten.
     nearly = [run(0.1, learned=0.57, kept=0.4), run(0.2, learned=0.6, kept=0.1)]
-    assert best_rate(nearly) == 0.1 and at_an_end(nearly)
+    assert best_rate(nearly) == 0.1 and at_an_end(0.1, (run.rate for run in nearly))
     with pytest.raises(UserError, match=r"rates of m = '0.5': must have one that is low enough"):
         best_rate(runs[4:])
 

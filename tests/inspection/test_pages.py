@@ -43,7 +43,7 @@ def written():
         batches=batches(),
         records=RECORDS,
         title=TITLE,
-        knocked_out={"ultramem_0": [3, 4]},
+        knocked_out=knock_out(MODEL, variables(), TOKENIZER, TEXTS[1], {"ultramem_0": [3, 4]}),
         cards=12,
         contexts=2,
         neighbours=2,

@@ -134,20 +134,20 @@ def _inspect(given: GivenModel, text: bytes) -> None:
     metrics = pathlib.Path(WORKDIR.value) / METRICS_FILE
     if given.run is not None and metrics.is_file():
         options["records"] = records_until(metrics, given.run.step)
+    found = knock_out(given.config, given.variables, given.tokenizer, text, slots) if slots else None
     written = page(
         given.config,
         given.variables,
         given.tokenizer,
         text,
-        knocked_out=slots,
+        knocked_out=found,
         title=given.title,
         cards=CARDS.value,
         progress=_bar,
         **options,
     )
     replace_text(out, written)
-    if slots:
-        found = knock_out(given.config, given.variables, given.tokenizer, text, slots)
+    if found is not None:
         losses = (float(of[1:].mean(dtype=np.float64)) for of in (found.losses, found.without))
         before, after = losses
         number = sum(map(len, slots.values()))

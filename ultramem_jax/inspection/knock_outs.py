@@ -36,6 +36,8 @@ class KnockOut(NamedTuple):
     """(S,) float32, losses with all slots."""
     without: np.ndarray
     """(S,) float32, losses without the slots that were knocked out."""
+    slots: dict[str, np.ndarray]
+    """Table -> slots that were knocked out, of the tables that have some."""
 
     @property
     def effect(self) -> float:
@@ -65,7 +67,8 @@ def knock_out(
     """
     require_memories(config)
     nothing = {site.table: np.empty(0, np.int32) for site in config.sites}
-    of_tables = nothing | slots_by_table(config, slots)
+    gone = slots_by_table(config, slots)
+    of_tables = nothing | gone
     ids = encoded(config, tokenizer, text)
     # One program serves all lists of slots up to a power of two.
     size = 1 << max(max(map(len, of_tables.values())) - 1, 0).bit_length()
@@ -73,7 +76,7 @@ def knock_out(
     for table, rows in of_tables.items():
         knocked[table][1, : len(rows)] = rows
     losses = np.asarray(_losses_without(config, variables, np.stack([ids, ids]), knocked))
-    return KnockOut(losses[0], losses[1])
+    return KnockOut(losses[0], losses[1], gone)
 
 
 def knock_out_each(

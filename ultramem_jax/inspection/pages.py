@@ -31,8 +31,8 @@ from ultramem_jax.inspection.cards import (
     strongest_first,
 )
 from ultramem_jax.inspection.corpus import CorpusReads, corpus_pass
-from ultramem_jax.inspection.knock_outs import knock_out
-from ultramem_jax.inspection.names import site_of, slots_by_table
+from ultramem_jax.inspection.knock_outs import KnockOut
+from ultramem_jax.inspection.names import site_of
 from ultramem_jax.inspection.texts import TokenTexts, visible
 from ultramem_jax.inspection.tracing import MemoryReads, Trace, trace
 from ultramem_jax.inspection.usage import training_curves, usage
@@ -57,7 +57,7 @@ def page(
     *,
     batches: Iterable[np.ndarray] | None = None,
     records: Iterable[Mapping[str, object]] = (),
-    knocked_out: Mapping[str, Iterable[int]] | None = None,
+    knocked_out: KnockOut | None = None,
     title: str = "a model with memory",
     corpus_name: str = "the corpus",
     corpus_tokens: int = 0,
@@ -77,10 +77,10 @@ def page(
         text: the text, as for `trace`.
         batches: a corpus, as for `corpus_pass`; None leaves out what needs one.
         records: lines of the run's `metrics.jsonl`, for the curves over training.
-        knocked_out: slots whose knock-out together is shown, as for `knock_out`.
+        knocked_out: the result of `knock_out` for this text, to be shown.
         title: name of the model.
         corpus_name: name of the corpus.
-        corpus_tokens: tokens of the corpus, for the progress alone.
+        corpus_tokens: tokens of the corpus, only for the progress.
         cards: slots of the text to look into, those read most strongly by any token.
         reads: reads of a token and head that are shown, the strongest ones.
         contexts: contexts of a slot.
@@ -89,14 +89,14 @@ def page(
         progress: called at the beginning of each long part of the work.
 
     Raises:
-        UserError: as for `trace`, `corpus_pass` and `knock_out`; a number is too small.
+        UserError: as for `trace` and `corpus_pass`; a number is too small.
     """
     at_least(1, reads=reads, contexts=contexts, most=most)
     at_least(0, cards=cards, neighbours=neighbours)
     traced = trace(config, variables, tokenizer, text)
     by = strengths(config, variables, traced)
     ways = strongest_first(traced, by, cards)
-    given = slots_by_table(config, knocked_out or {})
+    given = knocked_out.slots if knocked_out is not None else {}
     corpus = None
     if batches is not None:
         chosen = {
@@ -130,11 +130,10 @@ def page(
         "corpus": None if corpus is None else {"tokens": corpus.num_tokens, "name": corpus_name},
     }
     data["knock_unit"] = KNOCK_UNIT
-    if given:
-        found = knock_out(config, variables, tokenizer, text, given)
+    if knocked_out is not None and given:
         data["knocked"] = {
-            "effects": effects(traced, found.without)["knock"],
-            "effect": rounded(found.effect),
+            "effects": effects(traced, knocked_out.without)["knock"],
+            "effect": rounded(knocked_out.effect),
         }
     return render(title, data)
 
