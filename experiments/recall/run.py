@@ -37,7 +37,9 @@ SIZES = flags.DEFINE_list(
     "sizes", ["2", "8", "32"], "sparse parameters, in multiples of the dense model's parameters"
 )
 RATES = flags.DEFINE_list(
-    "rates", ["0.004", "0.008", "0.016"], "learning rates among which each system has the best"
+    "rates",
+    ["0.004", "0.008", "0.016"],
+    "learning rates to try first; further ones follow where the best is at an end",
 )
 TUNED_SIZE = flags.DEFINE_integer("tuned_size", 8, "size at which the rates are tuned", lower_bound=1)
 SEEDS = flags.DEFINE_integer(

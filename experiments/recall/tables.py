@@ -186,12 +186,13 @@ def _tuning_note(study: Study) -> str:
     edges = [
         f"{runs[0].system} ({best_rate(runs):g})"
         for runs in groups(study.tunings)
-        if at_an_end(best_rate(runs), _rates(study))
+        if at_an_end(best_rate(runs), (run.rate for run in runs))
     ]
     return (
         f"Share of all bits at each learning rate, {seeds} with seeds that no other run has. The best "
-        "rate of a system is that of all its sizes. A blank is a run whose loss became infinite."
-        + (f" Best at an end of the grid: {', '.join(edges)}." if edges else "")
+        "rate of a system is that of all its sizes. Further rates were tried where the best was at an end. A "
+        "blank was not tried, or the loss became infinite."
+        + (f" Best at an end all the same: {', '.join(edges)}." if edges else "")
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from experiments.common.rates import tuned
 from experiments.common.seeds import remember_compilations
 from experiments.common.whole_runs import train_whole
 from experiments.recall.records import Answers, Run
@@ -112,18 +113,23 @@ class Trials:
     def tune(self, variant: Variant, rates: Iterable[float]) -> list[Run]:
         """Returns the runs of a variant at each learning rate at which its loss stays finite.
 
+        Further rates are tried while the best one is the lowest or the highest, see `rates.tuned`.
+
         Raises:
             UserError: as `run`, or no rate is low enough.
             Stopped: SIGTERM came.
         """
         rates = tuple(rates)
-        runs: list[Run] = []
-        for rate in rates:
+
+        def measure(rate: float) -> list[Run]:
             found = [self.run(variant, rate, seed) for seed in TUNING_SEEDS]
-            if None not in found:
-                runs += filter(None, found)
-        require(bool(runs), "rates", rates, f"must have one that is low enough for {variant.name}")
-        return runs
+            return [] if None in found else [run for run in found if run is not None]
+
+        def best(runs: Sequence[Run]) -> float:
+            require(bool(runs), "rates", rates, f"must have one that is low enough for {variant.name}")
+            return best_rate(runs)
+
+        return tuned(rates, measure, best)
 
     def _length(self, query: Query) -> int:
         return sum(map(len, pair_ids(self._corpus.tokenizer, query.prompt, query.answer)))

@@ -94,11 +94,13 @@ def test_best_rate_of_runs_that_hold_nothing_is_that_of_the_likeliest_answers():
 
 def test_a_rate_at_which_the_loss_is_infinite_is_left_out(monkeypatch):
     def run(self, variant, rate, seed):
-        return made(variant.system, variant.size, seed, 1.0, rate) if rate < 0.5 else None
+        return made(variant.system, variant.size, seed, rate, rate) if rate < 0.5 else None
 
     monkeypatch.setattr(Trials, "run", run)
     tune, of = object.__new__(Trials).tune, variant(BASE.model, "dense", 0)
-    assert [(run.rate, run.seed) for run in tune(of, (0.1, 0.9))] == [(0.1, seed) for seed in TUNING_SEEDS]
+    # The best of those that can be used is the lowest, so a lower one is tried.
+    expected = [(rate, seed) for rate in (0.1, 0.011) for seed in TUNING_SEEDS]
+    assert [(run.rate, run.seed) for run in tune(of, (0.1, 0.9))] == expected
     with pytest.raises(UserError, match="low enough for dense"):
         tune(of, (0.9,))
 
@@ -128,7 +130,14 @@ def test_a_run_whose_loss_is_infinite_is_kept_as_that_and_named(run, tmp_path, m
 
 def test_every_system_has_its_best_rate_at_every_size(run, tmp_path, monkeypatch):
     asked = []
-    bits = {("dense", 0.01): 3.0, ("dense", 0.02): 2.0, ("pkm", 0.01): 1.0, ("pkm", 0.02): 4.0}
+    bits = {
+        ("dense", 0.005): 1.0,
+        ("dense", 0.01): 3.0,
+        ("dense", 0.02): 2.0,
+        ("pkm", 0.01): 1.0,
+        ("pkm", 0.02): 4.0,
+        ("pkm", 0.04): 0.0,
+    }
 
     def one(self, variant, rate, seed):
         asked.append((variant.name, rate, seed))
@@ -138,15 +147,14 @@ def test_every_system_has_its_best_rate_at_every_size(run, tmp_path, monkeypatch
     flags = [*TINY, "--systems=dense,pkm", "--sizes=4,2", "--rates=0.02,0.01", "--seeds=2"]
     status, out, err = run("recall", *flags, *_folders(tmp_path))
     assert status == 0, err
-    tuned = [
-        (name, rate, seed) for name in ("dense", "pkm-2x") for rate in (0.01, 0.02) for seed in TUNING_SEEDS
-    ]
+    rates = {"dense": (0.01, 0.02, 0.005), "pkm-2x": (0.01, 0.02, 0.04)}
+    tuned = [(name, rate, seed) for name, of in rates.items() for rate in of for seed in TUNING_SEEDS]
     trained = (("dense", 0.01), ("pkm-2x", 0.02), ("pkm-4x", 0.02))
     assert asked == tuned + [(*of, seed) for seed in (0, 1) for of in trained]
     # A report is written after each seed.
     assert out.count("One seed; ") == out.count("Means over 2 seeds, ") == 1
     study = Study.load(tmp_path / "results" / "recall.json")
-    assert len(study.tunings) == 8 and len(study.runs) == 6
+    assert len(study.tunings) == 12 and len(study.runs) == 6
     assert study.people == PEOPLE and study.all_bits == pytest.approx(PEOPLE * BITS_OF_A_PERSON)
     assert (tmp_path / "results" / "recall.png").stat().st_size > 10_000
 
