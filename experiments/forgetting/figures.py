@@ -1,13 +1,14 @@
 """Draws what models forget: what is kept against what is learned, and what is left of earlier tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from experiments.common import figures
-from experiments.forgetting.records import FineTuning, Study, TaskSequence
+from experiments.forgetting.records import Study, TaskSequence
 
 COLOURS = {
     "sparse memory, AdamW": figures.BLUE,
@@ -30,8 +31,10 @@ def plot_comparison(study: Study, path: Path) -> Path:
         above, below = panels[0][column], panels[1][column]
         figures.set_title(above, system)
         for run in runs:
-            _draw(above, run, [point.kept for point in run.points])
-            _draw(below, run, [point.bits_per_byte for point in run.points])
+            points = [*(point for point in run.points if point.step < run.end.step), run.end]
+            learned = [point.learned for point in points]
+            _draw(above, run.method, learned, [point.kept for point in points])
+            _draw(below, run.method, learned, [point.bits_per_byte for point in points])
         before = [run.points[0].kept for run in runs]
         _mark_published(above, float(np.mean(before)))
         above.set_ylim(-0.03, 1.03)
@@ -41,16 +44,23 @@ def plot_comparison(study: Study, path: Path) -> Path:
             figures.set_plain(axes)
     panels[0][0].set_ylabel("facts taught before that are kept")
     panels[1][0].set_ylabel("bits per byte of enwik8")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))
-    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=3, frameon=False)
+    _set_legend(figure, panels[0])
     return figures.save(figure, path)
 
 
-def _draw(axes: Axes, run: FineTuning, values: Sequence[float]) -> None:
-    learned, colour = [point.learned for point in run.points], COLOURS.get(run.method, figures.GREY)
+def _draw(axes: Axes, method: str, learned: Sequence[float], values: Sequence[float]) -> None:
+    colour = COLOURS.get(method, figures.GREY)
     axes.plot(learned, values, color=colour, linewidth=1.0, alpha=0.45)
-    axes.plot(learned[-1:], values[-1:], "o", color=colour, markeredgecolor="white", label=run.method)
+    axes.plot(learned[-1:], values[-1:], "o", color=colour, markeredgecolor="white", label=method)
+
+
+def _set_legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """Adds a legend of what any of the panels shows, each label once."""
+    both = [axes.get_legend_handles_labels() for axes in panels]
+    by_label = {
+        label: handle for handles, labels in both for handle, label in zip(handles, labels, strict=True)
+    }
+    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=3, frameon=False)
 
 
 def _mark_published(axes: Axes, before: float) -> None:
@@ -62,27 +72,31 @@ def _mark_published(axes: Axes, before: float) -> None:
 
 
 def plot_sequence(study: Study, path: Path) -> Path:
-    """Draws, for each system, what is left of each task after the last one."""
-    systems = list(dict.fromkeys(sequence.system for sequence in study.sequences if sequence.left))
+    """Draws, for each system, what is left of each task after the last one.
+
+    Sequences in which a loss became infinite are left out.
+    """
+    tasks = max(len(sequence.left) for sequence in study.sequences)
+    systems = list(dict.fromkeys(sequence.system for sequence in study.sequences))
     figure = figures.new_figure(4.2 * len(systems) + 1.6, 4.4)
     panels = figure.subplots(1, len(systems), squeeze=False)[0]
     for axes, system in zip(panels, systems, strict=True):
         figures.set_title(axes, system)
-        of_system = [one for one in study.sequences if one.system == system and one.left]
+        of_system = [one for one in study.sequences if one.system == system and len(one.left) == tasks > 0]
         for method in dict.fromkeys(sequence.method for sequence in of_system):
             _draw_left(axes, [sequence for sequence in of_system if sequence.method == method])
         axes.set_ylim(-0.03, 1.03)
         axes.set_xlabel("task")
         figures.set_plain(axes)
     panels[0].set_ylabel("facts of the task left after the last one")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    _set_legend(figure, panels)
     return figures.save(figure, path)
 
 
-def _draw_left(axes: Axes, sequences: Sequence[TaskSequence]) -> None:
-    """Draws the mean over the sequences that reached as many tasks as the longest."""
-    method, most = sequences[0].method, max(len(sequence.left) for sequence in sequences)
-    left = np.mean([sequence.left[-1] for sequence in sequences if len(sequence.left) == most], axis=0)
+def _draw_left(axes: Axes, whole: Sequence[TaskSequence]) -> None:
+    """Draws the mean over sequences of one method and of equally many tasks."""
+    left, method = np.mean([sequence.left[-1] for sequence in whole], axis=0), whole[0].method
     colour = COLOURS.get(method, figures.GREY)
-    axes.plot(np.arange(1, most + 1), left, "o-", color=colour, markersize=4, linewidth=1.4, label=method)
+    axes.plot(
+        np.arange(1, len(left) + 1), left, "o-", color=colour, markersize=4, linewidth=1.4, label=method
+    )

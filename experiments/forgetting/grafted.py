@@ -1,16 +1,16 @@
 """Adds a memory to an open model, trains it alone on background text, and measures what it is worth."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from experiments.common.whole_runs import train_whole
+from experiments.forgetting.fingerprints import fingerprint
 from ultramem_jax.config import DataConfig, RunConfig, TrainConfig
 from ultramem_jax.data import load_corpus
-from ultramem_jax.files import replace_text
 from ultramem_jax.interop import open_models
 from ultramem_jax.presets.grafts import graft
+from ultramem_jax.reporting.records import keep_record, kept_record
 from ultramem_jax.training.evaluation import Evaluator
 from ultramem_jax.training.initial import Initial, with_zero_outputs
 from ultramem_jax.training.restore import LoadedModel, load_model
@@ -61,7 +61,7 @@ class Grafted(NamedTuple):
     without_memory: float
     """Bits per byte of the open model alone, on a part of the validation split."""
     with_memory: float
-    """The same with the memory."""
+    """Bits per byte of the model with its memory, on the same part."""
 
 
 def train_graft(model: Path, text: DataConfig, workdir: Path) -> Grafted:
@@ -73,15 +73,23 @@ def train_graft(model: Path, text: DataConfig, workdir: Path) -> Grafted:
         return Initial(variables, grafted=[MEMORY])
 
     train_whole(config, workdir, initial=initial)
-    loaded, kept = load_model(workdir), workdir / "worth.json"
-    if not kept.exists():
-        evaluate = Evaluator(loaded.config, load_corpus(loaded.config.data, loaded.tokenizer))
-        parts = loaded.variables["params"], loaded.variables["memory"]
-        params, tables = with_zero_outputs(loaded.config.model, *parts, [MEMORY])
-        alone = {**loaded.variables, "params": params, "memory": tables}
-        found = [
-            evaluate(variables, batches=EVAL_BATCHES).bits_per_byte for variables in (alone, loaded.variables)
-        ]
-        replace_text(kept, json.dumps(found))
-    without_memory, with_memory = json.loads(kept.read_text(encoding="utf-8"))
-    return Grafted(loaded, without_memory, with_memory)
+    loaded = load_model(workdir)
+    return Grafted(loaded, *_worth(loaded, workdir / "worth.json"))
+
+
+def _worth(loaded: LoadedModel, kept: Path) -> tuple[float, float]:
+    """Returns bits per byte without and with the memory, from a file if that is of this model."""
+    model = fingerprint(loaded.config.model, loaded.variables)
+    if kept.exists():
+        with kept_record(kept, "what a memory is worth") as read:
+            if read["model"] == model:
+                return float(read["without_memory"]), float(read["with_memory"])
+    evaluate = Evaluator(loaded.config, load_corpus(loaded.config.data, loaded.tokenizer))
+    parts = loaded.variables["params"], loaded.variables["memory"]
+    params, tables = with_zero_outputs(loaded.config.model, *parts, [MEMORY])
+    alone = {**loaded.variables, "params": params, "memory": tables}
+    without, with_memory = (
+        evaluate(variables, batches=EVAL_BATCHES).bits_per_byte for variables in (alone, loaded.variables)
+    )
+    keep_record(kept, {"model": model, "without_memory": without, "with_memory": with_memory})
+    return without, with_memory

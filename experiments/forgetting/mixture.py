@@ -8,6 +8,7 @@ import numpy as np
 
 from ultramem_jax.data.facts import Population, biography
 from ultramem_jax.data.sources import enwik8_source
+from ultramem_jax.errors import UserError
 from ultramem_jax.files import replacing
 
 _PIECE = 2048
@@ -15,7 +16,7 @@ _PIECE = 2048
 
 
 def write_mixture(path: Path, enwik8: str, num_bytes: int, people: Population, share: float) -> Path:
-    """Writes the text, unless it is there, and returns its path.
+    """Writes the text and returns its path.
 
     Args:
         path: the file.
@@ -23,19 +24,26 @@ def write_mixture(path: Path, enwik8: str, num_bytes: int, people: Population, s
         num_bytes: size of the text.
         people: their biographies come again and again, in other words each time.
         share: share of the text that is biographies, in [0, 1).
+
+    Raises:
+        UserError: the file is there and holds another text, from which something may have been trained.
     """
-    if path.exists():
-        return path
     (background,) = enwik8_source(enwik8).documents("train")
+    biographies, of_people, pieces = _biographies(people), 0, itertools.count(0, _PIECE)
+    text = bytearray()
+    while len(text) < num_bytes:
+        if of_people < share * len(text):
+            of_one = next(biographies) + b"\n\n"
+            of_people += len(of_one)
+            text += of_one
+        else:
+            start = next(pieces)
+            text += background.data[start : start + _PIECE] + b"\n\n"
+    if path.exists() and path.read_bytes() != text:
+        raise UserError(f"{path}: holds another text than that of these people; give another --workdir")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, partial.open("wb") as file:
-        biographies, of_people, pieces = _biographies(people), 0, itertools.count(0, _PIECE)
-        while (written := file.tell()) < num_bytes:
-            if of_people < share * written:
-                of_people += file.write(next(biographies) + b"\n\n")
-            else:
-                start = next(pieces)
-                file.write(background.data[start : start + _PIECE] + b"\n\n")
+    with replacing(path) as partial:
+        partial.write_bytes(text)
     return path
 
 

@@ -1,11 +1,14 @@
 """Holds what the experiment measures, as JSON keeps it."""
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from ultramem_jax.config import run_config_from_dict, to_dict
 from ultramem_jax.errors import UserError
 from ultramem_jax.files import replace_text
 from ultramem_jax.reporting.records import keep_record, kept_record
@@ -20,13 +23,13 @@ class Point:
     learned: float
     """Share in [0, 1] of the new facts that greedy decoding completes exactly, after a trained template."""
     learned_held_out: float
-    """The same after templates that no text has."""
+    """Share of the new facts that greedy decoding completes exactly, after a template that no text has."""
     learned_nats: float
     """Mean negative log-probability of the values of the new facts."""
     kept: float
     """Share of the facts taught before that greedy decoding completes exactly."""
     kept_nats: float
-    """Mean negative log-probability of their values."""
+    """Mean negative log-probability of the values of the facts taught before."""
     bits_per_byte: float
     """Loss on text that has nothing to do with the facts."""
 
@@ -70,25 +73,42 @@ class FineTuning:
     @property
     def is_enough(self) -> bool:
         """Tells whether so many facts are learned as were wanted."""
-        return self.points[-1].learned >= self.enough and not self.diverged
+        return self.at(self.enough) is not None and not self.diverged
+
+    @property
+    def end(self) -> Point:
+        """Returns the point at which enough is learned, see `at`; the last one where that never comes."""
+        return self.at(self.enough) or self.points[-1]
 
     @property
     def lost(self) -> float | None:
-        """Returns the net share of the facts known before that are not known any more; None if none was."""
-        before, after = self.points[0].kept, self.points[-1].kept
+        """Returns the net share of the facts known before that are not known at the end; None if none was."""
+        before, after = self.points[0].kept, self.end.kept
         return 1 - after / before if before else None
 
     @property
     def risen(self) -> float:
-        """Returns by how much the loss on other text has risen, in bits per byte."""
-        return self.points[-1].bits_per_byte - self.points[0].bits_per_byte
+        """Returns by how much the loss on other text has risen at the end, in bits per byte."""
+        return self.end.bits_per_byte - self.points[0].bits_per_byte
 
     def at(self, learned: float) -> Point | None:
-        """Returns the first point at which so many new facts are learned; None if there is none."""
-        return next((point for point in self.points if point.learned >= learned), None)
+        """Returns the first point at which so many new facts are learned; None if there is none.
+
+        It lies on the line between the measurement before and the one after.
+        """
+        if self.points[0].learned >= learned:
+            return self.points[0]
+        for before, after in itertools.pairwise(self.points):
+            if after.learned >= learned:
+                part = (learned - before.learned) / (after.learned - before.learned)
+                names = (field.name for field in dataclasses.fields(Point))
+                both = ((name, getattr(before, name), getattr(after, name)) for name in names)
+                between = {name: low + part * (high - low) for name, low, high in both}
+                return Point(**between | {"step": round(between["step"]), "learned": learned})
+        return None
 
     @classmethod
-    def of(cls, tree: dict[str, Any]) -> "FineTuning":
+    def of(cls, tree: JsonDict) -> "FineTuning":
         """Returns the run of a record, as JSON keeps it."""
         return cls(**tree | {"points": [Point(**point) for point in tree["points"]]})
 
@@ -109,6 +129,11 @@ class TaskSequence:
     bits_per_byte: list[float]
     """Loss on other text, after each task."""
 
+    @classmethod
+    def of(cls, tree: JsonDict) -> "TaskSequence":
+        """Returns the sequence of a record, as JSON keeps it."""
+        return cls(**tree)
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -122,7 +147,7 @@ class Setup:
     without_memory: float | None
     """Bits per byte of the open model alone on the other text; None for a model that was never without."""
     with_memory: float | None
-    """The same after the memory was trained alone on such text."""
+    """Bits per byte of the open model with its memory, which was trained alone on such text."""
 
 
 @dataclass(frozen=True)
@@ -142,15 +167,21 @@ class Study:
     sequences: list[TaskSequence]
 
     def with_parts_of(self, earlier: "Study") -> "Study":
-        """Returns the study with what an earlier one has of other systems, and speeds if this has none."""
+        """Returns the study with what an earlier one has beside it.
+
+        That is all of other systems, speeds if it has none, and parts of its own systems that it lacks, if
+        they were prepared in the same way.
+        """
+        now = {setup.system: setup for setup in self.setups}
+        other = {setup.system for setup in earlier.setups if now.get(setup.system, setup) != setup}
         return Study(
             self.environment,
-            _with_others(self.setups, earlier.setups),
+            _with_others(self.setups, earlier.setups, other),
             self.speeds or earlier.speeds,
-            _with_others(self.tunings, earlier.tunings),
-            _with_others(self.runs, earlier.runs),
-            _with_others(self.variants, earlier.variants),
-            _with_others(self.sequences, earlier.sequences),
+            _with_others(self.tunings, earlier.tunings, other),
+            _with_others(self.runs, earlier.runs, other),
+            _with_others(self.variants, earlier.variants, other),
+            _with_others(self.sequences, earlier.sequences, other),
         )
 
     def save(self, path: Path) -> Path:
@@ -176,16 +207,17 @@ class Study:
                 [FineTuning.of(record) for record in read["tunings"]],
                 [FineTuning.of(record) for record in read["runs"]],
                 [FineTuning.of(record) for record in read["variants"]],
-                [TaskSequence(**record) for record in read["sequences"]],
+                [TaskSequence.of(record) for record in read["sequences"]],
             )
 
 
 Record = TypeVar("Record", Setup, FineTuning, TaskSequence)
+Kept = TypeVar("Kept", FineTuning, TaskSequence)
 
 
-def _with_others(records: list[Record], earlier: list[Record]) -> list[Record]:
-    """Returns records after those of an earlier study that are of other systems."""
-    systems = {record.system for record in records}
+def _with_others(records: list[Record], earlier: list[Record], other: set[str]) -> list[Record]:
+    """Returns records after those of an earlier study of systems that have none, and are not `other` ones."""
+    systems = {record.system for record in records} | other
     return [record for record in earlier if record.system not in systems] + records
 
 
@@ -195,15 +227,23 @@ def keep(record: FineTuning | TaskSequence, path: Path, identity: JsonDict) -> N
     replace_text(path, json.dumps({"identity": identity, "record": dataclasses.asdict(record)}))
 
 
-def kept(path: Path, identity: JsonDict) -> dict[str, Any]:
-    """Returns a record that `keep` wrote, as JSON keeps it.
+def kept(path: Path, identity: JsonDict, of: Callable[[JsonDict], Kept]) -> Kept:
+    """Returns a record that `keep` wrote.
+
+    Args:
+        path: the file.
+        identity: all that decides the record; `run` is the config of a run.
+        of: makes the record from what JSON keeps of it.
 
     Raises:
-        UserError: something else has decided it.
+        UserError: something else has decided it, or the file is broken.
     """
     with kept_record(path, "a record of forgetting") as read:
-        then, record = read["identity"], dict(read["record"])
-    if then != identity:
-        changed = ", ".join(sorted(name for name in identity if then.get(name) != identity[name]))
-        raise UserError(f"{path}: was made with another {changed}; give another --workdir")
+        then: JsonDict = dict(read["identity"])
+        record = of(read["record"])
+        # Fields that its config did not have yet get their defaults.
+        then["run"] = to_dict(run_config_from_dict(then["run"]))
+    changed = [name for name in sorted({*then, *identity}) if then.get(name) != identity.get(name)]
+    if changed:
+        raise UserError(f"{path}: was made with another {', '.join(changed)}; give another --workdir")
     return record

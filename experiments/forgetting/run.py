@@ -6,7 +6,7 @@ enwik8; then every model learns other people and text together. That is what it 
 
 The ways are sparse memory fine-tuning (arXiv 2510.15103), which changes only the rows of tables whose reads
 stand out against background text, by AdamW or by SGD; fine-tuning of all rows that are read; LoRA of all
-matrices of attention and feed-forward layers; and full fine-tuning. Each has the best of three learning
+matrices of attention and feed-forward layers; and full fine-tuning. Each has the best of several learning
 rates, tuned on people whom nothing else teaches. They are compared at equal learning: a task, which is some
 people, ends when the model completes 70 % of their facts.
 
@@ -30,7 +30,7 @@ from experiments.common import model_file
 from experiments.common.model_file import ModelFile
 from experiments.common.seeds import remember_compilations
 from experiments.forgetting import speed, systems, tables
-from experiments.forgetting.methods import METHODS, VARIANTS
+from experiments.forgetting.methods import METHODS, SPARSE, VARIANTS
 from experiments.forgetting.records import Setup, Study
 from experiments.forgetting.study import SystemRuns
 from ultramem_jax.cli.arguments import check_names
@@ -91,8 +91,9 @@ def main() -> None:
     for system, setup in _systems(work, model) if taught else ():
         study.setups.append(setup)
         for method in METHODS:
-            if "comparison" in taught:
+            if taught & {"comparison", "sequence"} or method == SPARSE:
                 study.tunings.extend(system.tune(method))
+            if "comparison" in taught:
                 study.runs.extend(system.compare(method, SEEDS.value))
             if "sequence" in taught:
                 study.sequences.extend(

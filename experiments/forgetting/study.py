@@ -1,23 +1,21 @@
 """Trains a system on new facts: tunes rates, compares methods over seeds, and trains tasks in sequence."""
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+from experiments.common.rates import tuned
 from experiments.forgetting.evaluation import FactEvaluator
-from experiments.forgetting.fine_tuning import BaseModel, fine_tune
+from experiments.forgetting.fine_tuning import BaseModel, fine_tune, run_config
+from experiments.forgetting.fingerprints import background_fingerprint, fingerprint
 from experiments.forgetting.methods import SPARSE, Method
 from experiments.forgetting.records import FineTuning, TaskSequence, keep, kept
 from experiments.forgetting.systems import Setting
 from ultramem_jax.config import DataConfig, to_dict
 from ultramem_jax.data.facts import Person, Population, biography
 from ultramem_jax.errors import require
-from ultramem_jax.nested import leaves
 from ultramem_jax.tree_types import JsonDict
 
 _TUNING = 1_000_000
@@ -47,18 +45,26 @@ class SystemRuns:
         self._model, self._setting, self._folder = model, setting, folder
         self._evaluator = FactEvaluator(model.config, model.variables, model.tokenizer, text, setting.sizes)
         self._before = list(setting.before.people())
+        checks = "check_every", "measure_every", "enough"
         self._identity: JsonDict = {
-            "model": _fingerprint(model),
+            "model": fingerprint(model.config, model.variables),
+            "background": background_fingerprint(Path(model.background)),
             "people before": setting.before.key,
             "copies": setting.copies,
-            "task": {name: of for name, of in vars(setting.task).items() if name != "texts"},
+            "checks": {name: getattr(setting.task, name) for name in checks},
             "sizes": dataclasses.asdict(setting.sizes),
         }
 
     def tune(self, method: Method) -> list[FineTuning]:
-        """Returns a run for each rate of a method, on people whom no other part teaches."""
-        rates = self._setting.rates[method.name]
-        return [self._fine_tuned(method, rate, _TUNING, 0, "tuning") for rate in rates]
+        """Returns a run for each rate of a method, on people whom no other part teaches.
+
+        Further rates are tried while the best one is the lowest or the highest, see `rates.tuned`.
+        """
+
+        def measure(rate: float) -> list[FineTuning]:
+            return [self._fine_tuned(method, rate, _TUNING, 0, "tuning")]
+
+        return tuned(self._setting.rates[method.name], measure, best_rate)
 
     def compare(self, method: Method, seeds: int) -> list[FineTuning]:
         """Returns a run for each seed, at the best rate of a method; each seed has people of its own."""
@@ -72,13 +78,14 @@ class SystemRuns:
         """Returns what is left of each task after the later ones, at the best rate of a method."""
         rate, new = best_rate(self.tune(method)), self._setting.new_in_sequence
         path = self._path("sequence", method, f"{rate:g}_{tasks}_tasks_seed_{seed}")
-        identity = self._identity_of(method, new)
+        first = _SEQUENCE + seed * _OF_SEED
+        identity = self._identity_of(method, rate, seed, Population(first, first + tasks * new))
         if path.exists():
-            return TaskSequence(**kept(path, identity))
+            return kept(path, identity, TaskSequence.of)
         model, groups = self._model, []
         sequence = TaskSequence(model.system, method.name, rate, seed, [], [], [])
         for number in range(tasks):
-            people = self._people(_SEQUENCE + seed * _OF_SEED + number * new, new)
+            people = list(Population(first + number * new, first + (number + 1) * new).people())
             groups.append(people)
             task = replace(self._setting.task, texts=self._texts(people))
             evaluation = self._evaluator.of_task(people, self._before)
@@ -100,10 +107,11 @@ class SystemRuns:
 
     def _fine_tuned(self, method: Method, rate: float, first: int, seed: int, part: str) -> FineTuning:
         path = self._path(part, method, f"{rate:g}_seed_{seed}")
-        identity = self._identity_of(method, self._setting.new)
+        new = Population(first, first + self._setting.new)
+        identity = self._identity_of(method, rate, seed, new)
         if path.exists():
-            return FineTuning.of(kept(path, identity))
-        people = self._people(first, self._setting.new)
+            return kept(path, identity, FineTuning.of)
+        people = list(new.people())
         task = replace(self._setting.task, texts=self._texts(people))
         record, _ = fine_tune(
             self._model, method, rate, task, self._evaluator.of_task(people, self._before), seed
@@ -111,16 +119,17 @@ class SystemRuns:
         keep(record, path, identity)
         return record
 
-    def _identity_of(self, method: Method, new: int) -> JsonDict:
-        """Returns what decides a record, besides what stands in its path."""
-        return {**self._identity, "method": dataclasses.asdict(method), "new people": new}
+    def _identity_of(self, method: Method, rate: float, seed: int, new: Population) -> JsonDict:
+        """Returns all that decides a record."""
+        config = run_config(self._model, method, rate, self._setting.task, seed)
+        # The file of the background counts by what it holds, as folders may be moved.
+        name = Path(config.train.background).name
+        config = replace(config, train=replace(config.train, background=name))
+        return {**self._identity, "run": to_dict(config), "people": new.key}
 
     def _path(self, part: str, method: Method, name: str) -> Path:
         words = (re.sub(r"\W+", "_", of).strip("_").lower() for of in (self._model.system, method.name))
         return self._folder.joinpath(part, *words, f"{name}.json")
-
-    def _people(self, first: int, number: int) -> list[Person]:
-        return list(Population(first, first + number).people())
 
     def _texts(self, people: Sequence[Person]) -> list[str]:
         return [biography(of, which) for which in range(self._setting.copies) for of in people]
@@ -146,12 +155,3 @@ def best_rate(runs: Sequence[FineTuning]) -> float:
         return point is None, -last.kept, last.bits_per_byte
 
     return min(whole, key=order).rate
-
-
-def _fingerprint(model: BaseModel) -> str:
-    """Returns a hash of a model's config and of all its arrays."""
-    digest = hashlib.sha256(repr(to_dict(model.config)).encode())
-    for path, array in leaves(model.variables):
-        digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.asarray(array).tobytes())
-    return digest.hexdigest()

@@ -12,6 +12,7 @@ from experiments.common.whole_runs import train_whole
 from experiments.forgetting import grafted
 from experiments.forgetting.evaluation import Sizes
 from experiments.forgetting.fine_tuning import BaseModel, Task
+from experiments.forgetting.fingerprints import fingerprint
 from experiments.forgetting.mixture import write_mixture
 from experiments.forgetting.records import Setup
 from ultramem_jax.accounting import count_parameters
@@ -20,7 +21,7 @@ from ultramem_jax.config.model import table_readers
 from ultramem_jax.data import eval_batches, load_corpus
 from ultramem_jax.data.facts import Population
 from ultramem_jax.presets import preset
-from ultramem_jax.training.background import count_reads, save_background
+from ultramem_jax.training.background import count_reads, load_background, save_background
 from ultramem_jax.training.initial import Initial
 from ultramem_jax.training.restore import LoadedModel, load_model
 
@@ -39,15 +40,15 @@ class Setting:
     new_in_sequence: int
     """People of each task of a sequence."""
     copies: int
-    """Paraphrases of each of them."""
+    """Paraphrases of each new person."""
     mixture_bytes: int
     """Size of the text that it learns before; see `write_mixture`."""
     mixture_share: float
-    """Share of people in that text."""
+    """Share of the mixture that is about people, in [0, 1)."""
     task: Task
     """The task, without its texts."""
     rates: dict[str, tuple[float, ...]]
-    """Learning rates among which the best is chosen, on other people, by the name of the method."""
+    """Learning rates of each method, by its name; the best is chosen on other people, see `rates.tuned`."""
     sizes: Sizes
     background_batches: int
     """Batches of the mixture whose reads are the background."""
@@ -109,16 +110,24 @@ FOR_OWN = Setting(
 )
 
 
+_DENSE_RATE, _ROW_RATE = 2e-4, 5e-3
+"""Learning rates of an open model's own parameters and of its memory's rows, before it is taught."""
+
+
 def grafted_model(model: ModelFile, enwik8: str, work: Path) -> tuple[BaseModel, Setup]:
-    """Returns the open model with its memory, after it has learned the people of `FOR_GRAFTED`."""
+    """Returns the open model with its memory, after all of it has learned the people of `FOR_GRAFTED`."""
     text = DataConfig("enwik8", enwik8)
     alone = grafted.train_graft(model.path, text, work / "grafted")
     trained = alone.model.config
     mixture = _mixture(FOR_GRAFTED, enwik8, work / "mixture_grafted.txt")
+    (memory,) = trained.model.memories.values()
+    # All parameters learn, so that what is to be kept does not lie in the memory alone.
+    memory = replace(memory, value_lr_multiple=_ROW_RATE / _DENSE_RATE)
     config = replace(
         trained,
+        model=replace(trained.model, memories={grafted.MEMORY: memory}),
         data=replace(trained.data, dataset="text", path=str(mixture)),
-        train=replace(trained.train, steps=200, learning_rate=5e-3),
+        train=replace(trained.train, steps=120, learning_rate=_DENSE_RATE, trainable="", weight_decay=0.0),
     )
     name = f"{model.name} with Memory+"
     base = _prepared(name, FOR_GRAFTED, config, work / "grafted_base", lambda: Initial(alone.model.variables))
@@ -147,8 +156,9 @@ def _in_words(setting: Setting, config: RunConfig) -> str:
     people, new = setting.before.end - setting.before.first, setting.new
     return (
         f"{count.total / 1e6:.1f} M parameters, {count.sparse / 1e6:.1f} M of them in slots ({tables}). "
-        f"Before: {train.steps:,} steps of {train.batch_size} × {config.data.seq_len} tokens of enwik8 and "
-        f"biographies of {people} people, which are {setting.mixture_share:.0%} of the text. A task: "
+        f"Before: all parameters take {train.steps:,} steps of {train.batch_size} × {config.data.seq_len} "
+        f"tokens of enwik8 and biographies of {people} people, which are "
+        f"{100 * setting.mixture_share:.0f} % of the text. A task: "
         f"{new} people in {setting.copies} paraphrases, at most {task.steps} steps of "
         f"{task.batch_size} × {task.seq_len} tokens; in a sequence {setting.new_in_sequence} people."
     )
@@ -168,17 +178,23 @@ def _prepared(
 ) -> BaseModel:
     """Trains a system on its mixture, or goes on with that, and counts the background reads."""
     train_whole(config, workdir, initial=initial)
-    loaded = load_model(workdir)
-    background = workdir / "background.npz"
-    if not background.exists():
-        _count(loaded, setting, background)
+    loaded, background = load_model(workdir), workdir / "background.npz"
+    _count(loaded, setting, background)
     variables = jax.tree.map(np.asarray, loaded.variables)
     return BaseModel(name, loaded.config.model, variables, loaded.tokenizer, str(background))
 
 
 def _count(loaded: LoadedModel, setting: Setting, path: Path) -> None:
-    corpus = load_corpus(loaded.config.data, loaded.tokenizer)
-    batches = eval_batches(corpus, "train", setting.task.batch_size, setting.background_batches)
-    texts = (batch["tokens"][batch["mask"].any(1), :-1] for batch in batches)
-    counts = count_reads(loaded.config.model, loaded.variables, texts)
-    save_background(path, counts, {"model": path.parent.name, "corpus_hash": corpus.corpus_hash})
+    """Counts the background reads, unless the file is of this model and of such batches."""
+    task = setting.task
+    corpus = load_corpus(replace(loaded.config.data, seq_len=task.seq_len), loaded.tokenizer)
+    about = {
+        "model": fingerprint(loaded.config.model, loaded.variables),
+        "corpus_hash": corpus.corpus_hash,
+        "batch": [task.batch_size, task.seq_len],
+        "num_batches": setting.background_batches,
+    }
+    if path.exists() and about.items() <= load_background(path)[1].items():
+        return
+    batches = eval_batches(corpus, "train", task.batch_size, setting.background_batches)
+    save_background(path, count_reads(loaded.config.model, loaded.variables, batches.texts()), about)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from experiments.common.rates import at_an_end
 from experiments.common.report import write_csv
+from experiments.common.seeds import deviation
 from experiments.forgetting import figures
 from experiments.forgetting.methods import METHODS, SPARSE, VARIANTS, Method
 from experiments.forgetting.records import FineTuning, Point, Study, TaskSequence
@@ -100,13 +101,15 @@ def _setups(study: Study) -> str:
 
 
 def _comparison(study: Study) -> list[str]:
-    enough = study.runs[0].enough
+    enough = study.runs[-1].enough
     about = (
         "Each task has people of its own. It ends at the first check at which greedy decoding completes "
-        f"{enough:.0%} of the new facts, or after its last step; `enough` counts tasks that got so far. "
-        "Means, ± one standard deviation over tasks. `lost` is the net share of the facts known before "
-        "that greedy decoding does not complete any more; `risen` is the rise of the loss on the validation "
-        "split of enwik8, in bits per byte."
+        f"{_percent(enough)} of the new facts, or after its last step; `enough` counts tasks that got so "
+        f"far. All numbers are those at which {_percent(enough)} are learned, on the line between the "
+        "measurement before and the last one; without that, of the last one. Means, ± one standard deviation "
+        "over tasks. `lost` is the net share of the facts known before that greedy decoding does not "
+        "complete any more; `risen` is the rise of the loss on the validation split of enwik8, in bits per "
+        "byte."
     )
     shown = "\n".join(f"- {line}" for line in in_words(study.runs))
     image = f"![what is kept against what is learned, by system]({NAME}.png)"
@@ -122,7 +125,7 @@ def in_words(runs: Sequence[FineTuning]) -> list[str]:
         equal = {name: of for name, of in methods.items() if _mean_learned(of) >= _NEARLY * of[0].enough}
         order = sorted(equal, key=lambda name: _mean_lost(equal[name]) or 0.0)
         losses = [f"{name} {_loses(equal[name])}" for name in order]
-        few = [f"{name} ({_mean_learned(of):.0%})" for name, of in methods.items() if name not in equal]
+        few = [f"{name} ({_percent(_mean_learned(of))})" for name, of in methods.items() if name not in equal]
         if few:
             losses.append(f"too little is learned by {', '.join(few)}")
         words.append(f"{system}: {'; '.join(losses)}.")
@@ -130,9 +133,12 @@ def in_words(runs: Sequence[FineTuning]) -> list[str]:
 
 
 def _loses(runs: Sequence[FineTuning]) -> str:
-    rise = statistics.fmean(run.risen for run in runs)
-    lost = _percent(_mean_lost(runs)) or "nothing"
-    return f"loses {lost} of the facts known before, and the loss rises by {rise:.3f}"
+    risen = [run.risen for run in runs]
+    rise = f"the loss rises by {statistics.fmean(risen):.3f}{_spread(deviation(risen), '.3f')}"
+    lost = [run.lost for run in runs if run.lost is not None]
+    if not lost:
+        return f"knew no facts before, and {rise}"
+    return f"loses {_percent(statistics.fmean(lost), deviation(lost))} of the facts known before, and {rise}"
 
 
 def _mean_lost(runs: Iterable[FineTuning]) -> float | None:
@@ -141,7 +147,7 @@ def _mean_lost(runs: Iterable[FineTuning]) -> float | None:
 
 
 def _mean_learned(runs: Sequence[FineTuning]) -> float:
-    return _mean([run.points[-1] for run in runs], "learned")
+    return _mean([run.end for run in runs], "learned")
 
 
 def _variants(study: Study) -> list[str]:
@@ -166,7 +172,7 @@ def _rows(runs: Sequence[FineTuning], methods: Sequence[Method]) -> list[Row]:
 
 
 def _run_row(runs: Sequence[FineTuning]) -> Row:
-    first, last = [run.points[0] for run in runs], [run.points[-1] for run in runs]
+    first, last = [run.points[0] for run in runs], [run.end for run in runs]
     lost, risen = [run.lost for run in runs if run.lost is not None], [run.risen for run in runs]
     diverged = sum(run.diverged for run in runs)
     return {
@@ -177,17 +183,17 @@ def _run_row(runs: Sequence[FineTuning]) -> Row:
         "steps": round(_mean(last, "step")),
         "enough": f"{sum(run.is_enough for run in runs)} of {len(runs)}",
         "diverged": diverged or None,
-        "learned": _percent(_mean(last, "learned"), _deviation([point.learned for point in last])),
+        "learned": _percent(_mean(last, "learned"), deviation([point.learned for point in last])),
         "held-out templates": _percent(_mean(last, "learned_held_out")),
         "known before": _percent(_mean(first, "kept")),
-        "lost": _percent(_mean_lost(runs), _deviation(lost)),
+        "lost": _percent(_mean_lost(runs), deviation(lost)),
         "bits/byte before": Decimal(f"{_mean(first, 'bits_per_byte'):.3f}"),
-        "risen": f"{statistics.fmean(risen):.3f}" + _spread(_deviation(risen), ".3f"),
+        "risen": f"{statistics.fmean(risen):.3f}" + _spread(deviation(risen), ".3f"),
     }
 
 
 def _tuning_row(run: FineTuning) -> Row:
-    last = run.points[-1]
+    last = run.end
     return {
         "system": run.system,
         "method": run.method,
@@ -214,8 +220,9 @@ def _tunings(study: Study) -> list[str]:
         "One task at each rate, with people whom nothing else teaches. The chosen rate forgets least until "
         "enough is learned; where no rate gets so far, until nearly as much is learned as at the best one."
     )
+    about += " Further rates were tried where the best was at an end."
     if ends:
-        about += f" Best at an end of the rates tried: {', '.join(ends)}."
+        about += f" Best at an end all the same: {', '.join(ends)}."
     return [about, markdown.table([_tuning_row(run) for run in study.tunings])]
 
 
@@ -224,30 +231,36 @@ def _sequence(study: Study) -> list[str]:
     about = (
         f"One model takes {tasks} tasks, each with other people, and each until enough is learned or for "
         "its last step. `of all tasks` is the share of all facts of all tasks that it completes after "
-        "the last one, `of the first` of the first task's. Means, ± one standard deviation over sequences."
+        "the last one, `of the first` of the first task's. Means, ± one standard deviation over sequences; "
+        "those in which a loss became infinite are left out."
     )
     groups: dict[tuple[str, str], list[TaskSequence]] = {}
-    for sequence in filter(lambda one: one.left, study.sequences):
+    for sequence in study.sequences:
         groups.setdefault((sequence.system, sequence.method), []).append(sequence)
-    rows = [_sequence_row(of) for of in groups.values()]
+    rows = [_sequence_row(of, tasks) for of in groups.values()]
     image = f"![what is left of each task after the last one]({NAME}_sequence.png)"
     return [about, markdown.table(rows), image]
 
 
-def _sequence_row(sequences: Sequence[TaskSequence]) -> Row:
-    def share(value: Callable[[TaskSequence], float]) -> str | None:
-        values = [value(sequence) for sequence in sequences]
-        return _percent(statistics.fmean(values), _deviation(values))
+def _sequence_row(sequences: Sequence[TaskSequence], tasks: int) -> Row:
+    whole = [sequence for sequence in sequences if len(sequence.left) == tasks > 0]
 
+    def share(value: Callable[[TaskSequence], float]) -> str | None:
+        values = [value(sequence) for sequence in whole]
+        return _percent(statistics.fmean(values), deviation(values)) if values else None
+
+    bits = [sequence.bits_per_byte[-1] for sequence in whole]
     return {
         "system": sequences[0].system,
         "method": sequences[0].method,
-        "sequences": len(sequences),
+        "rate": Decimal(f"{sequences[0].rate:g}"),
+        "sequences": len(whole),
+        "diverged": len(sequences) - len(whole) or None,
         "of all tasks": share(lambda sequence: statistics.fmean(sequence.left[-1])),
         "of the first": share(lambda sequence: sequence.left[-1][0]),
         "of the last": share(lambda sequence: sequence.left[-1][-1]),
         "of the people before": share(lambda sequence: sequence.kept[-1]),
-        "bits/byte": Decimal(f"{statistics.fmean(sequence.bits_per_byte[-1] for sequence in sequences):.3f}"),
+        "bits/byte": Decimal(f"{statistics.fmean(bits):.3f}") if bits else None,
     }
 
 
@@ -276,10 +289,6 @@ def _systems(runs: Iterable[FineTuning]) -> list[str]:
 
 def _mean(points: Sequence[Point], field: str) -> float:
     return statistics.fmean(getattr(point, field) for point in points)
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _percent(share: float | None, deviation: float | None = None) -> str | None:

@@ -51,8 +51,8 @@ class Run:
     """Statements in templates that no text has, of all people."""
     questions: Answers
     """Questions about people about whom no text asks a question."""
-    validation_bits: float
-    """Bits per byte of the validation split: biographies in templates that no text has."""
+    validation_bits: float | None
+    """Bits per byte of the validation split: biographies in templates that no text has; None: not finite."""
     tokens_per_second: float | None
     """Tokens per second of training; None if it was not measured."""
 

@@ -54,6 +54,7 @@ def row(study: Study, runs: Sequence[Run]) -> Row:
     """Returns the row of a system of one size: counts, and means over its runs."""
     first, share = runs[0], [study.share(run) for run in runs]
     speeds = [run.tokens_per_second for run in runs if run.tokens_per_second is not None]
+    losses = [run.validation_bits for run in runs if run.validation_bits is not None]
     return {
         "system": first.system,
         "size": f"{first.size}×" if first.size else "",
@@ -65,6 +66,7 @@ def row(study: Study, runs: Sequence[Run]) -> Row:
         "statements": _mean(runs, lambda run: run.statements.greedy),
         "held-out statements": _mean(runs, lambda run: run.held_out.greedy),
         "questions": _mean(runs, lambda run: run.questions.greedy),
+        "bits/byte": statistics.fmean(losses) if losses else None,
         "bits": _mean(runs, lambda run: run.statements.stored_bits),
         "share of all bits": statistics.fmean(share),
         "± (share)": statistics.stdev(share) if len(share) > 1 else None,
@@ -104,6 +106,7 @@ def notes(study: Study) -> list[str]:
         "`statements`: facts of all people that greedy decoding completes exactly after templates that were "
         "trained; `held-out statements`: after templates that no text has; `questions`: about the people "
         "about whom no text asks a question, in templates that were trained with others.",
+        "`bits/byte`: loss on the validation split, biographies in templates that no text has.",
         "`bits`: what the model knows of the values, by the answers after trained templates; a lower bound "
         "(Allen-Zhu and Li, arXiv 2404.05405, without the bits of names). `bits/parameter` counts all "
         "parameters, with embeddings. They find 1 bit per parameter after 100 exposures of a fact, and 2 "

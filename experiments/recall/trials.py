@@ -24,6 +24,7 @@ from ultramem_jax.errors import LossNotFinite, require
 from ultramem_jax.files import replace_text
 from ultramem_jax.models.fact_recall import pair_ids, recall
 from ultramem_jax.models.scoring import Scorer
+from ultramem_jax.reporting.records import kept_record
 from ultramem_jax.training.loop import TrainResult
 from ultramem_jax.training.restore import load_model
 
@@ -143,20 +144,23 @@ class Trials:
 
     def _kept(self, done: Path, config: RunConfig) -> Run | None:
         """Returns a result that is kept. Fields that its config did not have yet get their defaults."""
-        kept = json.loads(done.read_text(encoding="utf-8"))
-        kept["config"] = to_dict(run_config_from_dict(kept["config"]))
-        if any(kept[name] != value for name, value in self._identity(config).items()):
+        with kept_record(done, "the result of a run") as kept:
+            identity = {name: kept[name] for name in self._identity(config)}
+            identity["config"] = to_dict(run_config_from_dict(identity["config"]))
+            run = Run.of(kept["run"]) if kept["run"] is not None else None
+        if identity != self._identity(config):
             raise UserError(
                 f"{done.parent} holds a run of another config, corpus or tokenizer; give another --workdir"
             )
-        return Run.of(kept["run"]) if kept["run"] is not None else None
+        return run
 
     def _examined(self, variant: Variant, config: RunConfig, folder: Path, trained: TrainResult) -> Run:
         loaded = load_model(folder)
         model, tokenizer = loaded.config.model, self._corpus.tokenizer
         scorer = Scorer(model, loaded.variables, max_length=config.data.seq_len, batch_size=_SCORED_TOGETHER)
         answers = {form: Answers.of(recall(scorer, tokenizer, asked)) for form, asked in self._asked.items()}
-        parameters, speed = count_parameters(variant.model), trained.tokens_per_second
+        parameters = count_parameters(variant.model)
+        speed, bits = trained.tokens_per_second, trained.validation_bits_per_byte
         return Run(
             system=variant.system,
             size=variant.size,
@@ -166,7 +170,7 @@ class Trials:
             dense_parameters=parameters.dense,
             sparse_parameters=parameters.sparse,
             flops=flops_per_token(variant.model).matched,
-            validation_bits=trained.validation_bits_per_byte,
+            validation_bits=bits if math.isfinite(bits) else None,
             tokens_per_second=speed if math.isfinite(speed) else None,
             **answers,
         )

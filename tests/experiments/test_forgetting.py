@@ -139,12 +139,26 @@ def test_a_task_ends_when_enough_is_learned(model):
     task, evaluation = replace(TASK, steps=8, check_every=1, measure_every=2), Known(0.31, [])
     record, _ = fine_tune(model, METHODS[2], 1e-3, task, evaluation, seed=0)
     assert evaluation.steps == [1, 2, 3] and [point.step for point in record.points] == [0, 2, 3]
-    assert record.at(0.5).step == 2 and record.at(2.0) is None
+    assert record.is_enough and record.end.learned == 0.9 and record.at(2.0) is None
+
+
+def test_methods_are_compared_where_equally_much_is_learned():
+    points = [point(), point(100, learned=0.5, kept=0.8, bits_per_byte=2.1)]
+    points.append(point(150, learned=0.9, kept=0.6, bits_per_byte=2.5))
+    run = FineTuning("s", "m", 0.1, 0, 0, 0.7, points, False, 1.0)
+    between = point(125, learned=0.7, kept=0.7, bits_per_byte=2.3)  # half of the way
+    assert {name: pytest.approx(value) for name, value in vars(run.end).items()} == vars(between)
+    assert run.is_enough and (run.lost, run.risen) == (pytest.approx(0.3), pytest.approx(0.3))
+    assert run.at(0.0) == points[0] and run.at(0.95) is None
+    few = replace(run, points=points[:2])
+    assert few.end == points[1] and not few.is_enough and few.lost == pytest.approx(0.2)
+    assert not replace(run, diverged=True).is_enough
 
 
 def test_a_task_that_diverges_ends_with_the_measurement_before(model):
     task = replace(TASK, steps=8, check_every=2, measure_every=2)
     record, _ = fine_tune(model, METHODS[4], 1e30, task, Known(0.0, []), seed=0)
+    assert record.diverged and not record.is_enough
     assert [point.step for point in record.points] in ([0], [0, 2])
 
 
@@ -198,11 +212,29 @@ def test_runs_that_have_ended_are_not_repeated(model, tmp_path, monkeypatch):
     assert again.compare(method, seeds=2) == taught and again.in_sequence(method, 2, 0) == sequence
     with pytest.raises(TypeError):
         again.compare(method, seeds=3)
+    # A record that something else has decided is refused, and names what it was.
+    changes = {
+        "run": replace(SETTING, task=replace(TASK, slots=6)),
+        "checks": replace(SETTING, task=replace(TASK, measure_every=1)),
+        "people before": replace(SETTING, before=Population(5, 6)),
+    }
+    for name, setting in changes.items():
+        with pytest.raises(UserError, match=f"was made with another {name}; give another --workdir"):
+            SystemRuns(model, setting, text, tmp_path / "runs").tune(method)
+    counts = BackgroundReads(*2 * [np.ones(256, np.int32)], 8)
+    save_background(tmp_path / "background.npz", {"memory_tables": counts}, {})
+    other = replace(model, background=str(tmp_path / "background.npz"))
+    with pytest.raises(UserError, match="was made with another background; give"):
+        SystemRuns(other, SETTING, text, tmp_path / "runs").tune(method)
+    (record,) = (tmp_path / "runs" / "tuning").rglob("*.json")
+    record.write_text(record.read_text().replace('"diverged"', '"ended"'))
+    with pytest.raises(UserError, match="not a record of forgetting, TypeError"):
+        again.tune(method)
 
 
 def some_study():
     def run(system, method, seed, **known):
-        points = [point(kept=0.8), point(10, **dict(learned=0.5) | known), point(20, **known)]
+        points = [point(kept=0.8), point(10, **known | dict(learned=0.5)), point(20, **known)]
         return FineTuning(system, method, 1e-3, 64, seed, 0.7, points, False, 2.0)
 
     sparse, full = METHODS[0].name, METHODS[4].name
@@ -235,11 +267,11 @@ def test_the_report_says_what_was_measured(tmp_path):
     text = paths[0].read_text()
     # Lost: (1 - 0.8/0.8, 1 - 0.56/0.8) and (1 - 0.2/0.8, 1).
     assert "15 ± 21 %" in text and "88 ± 18 %" in text
-    said = "loses 15 % of the facts known before, and the loss rises by 0.100; full fine-tuning loses 88 %"
-    assert f"- A: {METHODS[0].name} {said}" in text and "too little is learned by LoRA (40%)" in text
+    said = "loses 15 ± 21 % of the facts known before, and the loss rises by 0.100 ± 0.141; full fine-tuning"
+    assert f"- A: {METHODS[0].name} {said}" in text and "too little is learned by LoRA (40 %)" in text
     assert "- A: Small. Its memory" in text and "2.500 to 2.400" in text and "`0123`" in text
-    row = next(line for line in text.splitlines() if "full fine-tuning" in line and "88 ±" in line)
-    assert [cell.strip() for cell in row.split("|")[6:9]] == ["2 of 2", "", "100 ± 0 %"]
+    row = next(line for line in text.splitlines() if line.startswith("|") and "88 ±" in line)
+    assert [cell.strip() for cell in row.split("|")[6:9]] == ["2 of 2", "", "70 ± 0 %"]
     assert "80 %" in row and "1.000 ± 0.000" in row
     assert "## Rows and scores" in text and "| KL divergence " in text
     assert "by 71 % with LoRA" in text and "| kl " in text
@@ -259,6 +291,29 @@ def test_a_later_study_keeps_other_systems(tmp_path):
     assert together.speeds == study.speeds and together.sequences == study.sequences
     again = replace(study, speeds=[]).with_parts_of(study)
     assert dataclasses.asdict(again) == dataclasses.asdict(study)
+    # What was measured of a system that was prepared in another way is not that of the system now.
+    other = replace(study, setups=[replace(study.setups[0], words="Large.")], runs=[], sequences=[])
+    together = other.with_parts_of(study)
+    assert together.setups == other.setups and together.runs == together.sequences == []
+    assert together.variants == study.variants
+
+
+def test_sequences_that_diverge_are_counted_and_left_out(tmp_path):
+    study = some_study()
+    whole = study.sequences[0]
+    ended = replace(whole, seed=1, left=whole.left[:1], kept=[0.8], bits_per_byte=[2.0])
+    tables.write(replace(study, sequences=[ended, whole, study.sequences[1]]), tmp_path)
+    report = (tmp_path / "forgetting.md").read_text().partition("one after the other")[2]
+    rows = [
+        [cell.strip() for cell in line.split("|")[2:-1]] for line in report.splitlines() if "| A " in line
+    ]
+    of_all = ["62 %", "50 %", "75 %", "40 %", "2.500"]
+    assert rows[:2] == [
+        [METHODS[0].name, "0.001", "1", "1", *of_all],
+        [METHODS[4].name, "0.001", "0", "1", *[""] * 5],
+    ]
+    nothing = [replace(of, left=[], kept=[], bits_per_byte=[]) for of in study.sequences]
+    tables.write(replace(study, sequences=nothing), tmp_path)  # is no error
 
 
 def test_a_mixture_has_its_share_of_people(tmp_path, monkeypatch):
@@ -275,5 +330,7 @@ def test_a_mixture_has_its_share_of_people(tmp_path, monkeypatch):
     assert of_people / len(text) == pytest.approx(0.4, abs=0.02)
     for query in queries(people.people(), "statement", max_choices=1):
         assert text.count(query.answer) > 5
-    path.write_text("kept")
-    assert write_mixture(path, "nowhere", 60_000, people, 0.4).read_text() == "kept"
+    assert write_mixture(path, "background", 60_000, people, 0.4).read_text() == text
+    with pytest.raises(UserError, match="holds another text than that of these people; give another --work"):
+        write_mixture(path, "background", 60_000, Population(0, 6), 0.4)
+    assert path.read_text() == text

@@ -226,6 +226,12 @@ class EvalBatches:
             mask[there] = self.source.new_targets(indices)
             yield {"tokens": tokens, "mask": mask}
 
+    def texts(self) -> Iterator[np.ndarray]:
+        """Yields the ids (B, S) int32 of each batch; the last one has fewer rows if sequences run out."""
+        for batch in self:
+            there = batch["mask"].any(1)
+            yield batch["tokens"][there, :-1]
+
 
 def eval_batches(
     corpus: Corpus,
