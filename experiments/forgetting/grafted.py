@@ -25,8 +25,8 @@ EVAL_BATCHES = 8
 def grafted_run(model: Path, text: DataConfig) -> RunConfig:
     """Returns the run that trains the memory of an open model, with every other parameter frozen.
 
-    Three memories share 65,536 slots, in a third, a half and three quarters of the layers: below them nothing
-    needs a backward pass.
+    Three memories share 65,536 slots. They stand after about a third, a half and three quarters of the
+    layers: below the first nothing needs a backward pass.
 
     Args:
         model: a `.gguf` file or a folder of Hugging Face.
@@ -34,7 +34,8 @@ def grafted_run(model: Path, text: DataConfig) -> RunConfig:
     """
     config = open_models.read_config(model)
     layers = config.num_layers
-    places = "/".join(f"{layer}:{layer}" for layer in (layers // 3, layers * 8 // 15, layers * 11 // 15))
+    after = {max(layer, 1): None for layer in (layers // 3, layers * 8 // 15, layers * 11 // 15)}
+    places = "/".join(f"{layer}:{layer}" for layer in after)
     memory = graft(MEMORY, config).changed(placement=places, top_m=16)
     return RunConfig(
         replace(config, memories={MEMORY: memory}),

@@ -35,6 +35,8 @@ class Setting:
 
     before: Population
     """People whom it knows before it is taught others."""
+    steps_before: int
+    """Steps in which it learns them."""
     new: int
     """People of a task."""
     new_in_sequence: int
@@ -56,6 +58,7 @@ class Setting:
 
 FOR_GRAFTED = Setting(
     before=Population(0, 16),
+    steps_before=120,
     new=8,
     new_in_sequence=4,
     copies=32,
@@ -83,6 +86,7 @@ FOR_GRAFTED = Setting(
 )
 FOR_OWN = Setting(
     before=Population(0, 50),
+    steps_before=1200,
     new=16,
     new_in_sequence=4,
     copies=32,
@@ -127,7 +131,13 @@ def grafted_model(model: ModelFile, enwik8: str, work: Path) -> tuple[BaseModel,
         trained,
         model=replace(trained.model, memories={grafted.MEMORY: memory}),
         data=replace(trained.data, dataset="text", path=str(mixture)),
-        train=replace(trained.train, steps=120, learning_rate=_DENSE_RATE, trainable="", weight_decay=0.0),
+        train=replace(
+            trained.train,
+            steps=FOR_GRAFTED.steps_before,
+            learning_rate=_DENSE_RATE,
+            trainable="",
+            weight_decay=0.0,
+        ),
     )
     name = f"{model.name} with Memory+"
     base = _prepared(name, FOR_GRAFTED, config, work / "grafted_base", lambda: Initial(alone.model.variables))
@@ -141,7 +151,13 @@ def own_model(name: str, enwik8: str, work: Path) -> tuple[BaseModel, Setup]:
     config = RunConfig(
         replace(preset(OWN[name]), vocab_size=2048),
         DataConfig("text", str(mixture), tokenizer="bpe", bpe_vocab_size=2048, seq_len=128),
-        TrainConfig(steps=1200, batch_size=16, learning_rate=3e-3, eval_every=400, checkpoint_every=200),
+        TrainConfig(
+            steps=FOR_OWN.steps_before,
+            batch_size=16,
+            learning_rate=3e-3,
+            eval_every=400,
+            checkpoint_every=200,
+        ),
     )
     base = _prepared(name, FOR_OWN, config, work / f"{OWN[name]}_base", None)
     return base, Setup(name, _in_words(FOR_OWN, config), "", None, None)

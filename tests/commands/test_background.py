@@ -33,6 +33,8 @@ def test_a_run_begins_with_another_and_changes_only_some_of_its_rows(run, text, 
         "--path=x": "--path = 'x': needs --dataset",
         "--output=nowhere/x.npz": "--output = 'nowhere/x.npz': must be a file in a folder that exists",
         "--dataset=stdlip": "did you mean 'stdlib'",
+        "--dataset=": "error: --dataset: must name a dataset",
+        "--seq_len=17": "--seq_len = 17: must be at most 16, what the model reads",
     }
     for flag, said in refused.items():
         status, _, err = run("background", f"--workdir={first}", flag)
@@ -71,9 +73,9 @@ def test_a_run_begins_with_another_and_changes_only_some_of_its_rows(run, text, 
     folder = tmp_path / "open"
     status, _, err = run("export", f"--workdir={first}", f"--folder={folder}")
     assert status == 0, err
-    people = ["--dataset=facts:0-20", "--split=validation", "--batches=2", "--batch_size=3"]
+    people = ["--dataset=facts:0-20", "--split=validation", "--batches=2", "--batch_size=3", "--seq_len=8"]
     status, out, err = run("background", f"--model={folder}", *people)
-    assert status == 0 and "2 batches of 3 x" in out, err
+    assert status == 0 and "2 batches of 3 x 8 tokens" in out, err
     tables, about = load_background(folder / "background.npz")
     (of,) = tables.values()
     assert of.num_batches == 2 and about["model"] == str(folder) and about["split"] == "validation"

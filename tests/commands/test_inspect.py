@@ -47,15 +47,17 @@ def test_pages_and_edited_models(run, trained, text, tmp_path):
         f"--out={out}",
         "--batches=2",
         "--cards=6",
-        "--knock_out=ultramem_0:3,ultramem_0:4",
+        "--knock_out=ultramem_0:3,ultramem_0:4,ultramem_0:3",
     )
     assert status == 0, err
     assert f"{out} (" in said and out.as_uri() in said
-    assert re.search(r"without 2 slots: \d\.\d{4} -> \d\.\d{4} nats per token", said)
+    assert re.search(r"without 2 slots: \d\.\d{4} -> \d\.\d{4} nats per token \([+-]0\.\d{4}\)", said)
     assert "corpus: 100%" in err and "nearest slots, ultramem_0: 100%" in err
     data = _data(out)
     assert len(data["tokens"]) == 14 and data["corpus"]["tokens"] == 2 * 8 * 16
-    assert "step 2 of" in data["subtitle"] and data["corpus"]["name"] == "2 batches of the train split"
+    assert "step 2 of" in data["subtitle"] and data["corpus"]["name"].startswith(
+        "2 batches of the train split of text /"
+    )
     assert {"3", "4"} <= set(data["tables"]["ultramem_0"]["cards"])
 
     # An edited run differs in its rows, and in nothing else. Records after the checkpoint are not its own.
@@ -113,20 +115,34 @@ def test_pages_and_edited_models(run, trained, text, tmp_path):
             at,
             "--text=a",
             "--out=nowhere/x.html",
-        ): "--out = 'nowhere/x.html': must be a file in a folder that exists",
+        ): "--out = 'nowhere/x.html': must be a file in a folder that exists and can be written to",
         (at, "--text=a", "--knock_out=ultramem_0"): "--knock_out = 'ultramem_0': must be MEMORY:SLOT",
         (at, "--text=a", "--knock_out=ultramem_9:1"): "unknown memory 'ultramem_9'",
         (at, "--text=a", "--path=x"): "--path = 'x': needs --dataset",
+        (at, "--text=a", "--nocorpus", "--dataset=stdlib"): "--dataset = 'stdlib': must not be given with",
+        (at, "--text=a", "--nocorpus", "--split=test"): "--split = 'test': must not be given with --nocorpus",
         (
-            at,
+            f"--model={folder}",
             "--text=a",
-            "--nocorpus",
-            "--dataset=stdlib",
-        ): "--dataset = 'stdlib': must not be given with --nocorpus",
+            "--batches=9",
+        ): "--batches = 9: needs a corpus: --dataset must name",
+        (f"--model={folder}", "--text=a", "--batch_size=9"): "--batch_size = 9: needs a corpus",
+        (f"--model={folder}", "--text=a", "--path=x"): "--path = 'x': needs a corpus",
         (f"--model={folder}", "--text=a", "--corpus"): "--dataset: must name a dataset; the tr",
         (at, "--edit=ultramem_0:1=zero"): "needs --save_to",
         (at, "--text=a", "--save_to=x"): "--save_to = 'x': needs --edit",
         (at, "--edit=ultramem_0:1=zero", f"--save_to={edited}"): "must be a new or an empty folder",
+        # Before the model is read.
+        ("--workdir=no", "--edit=a:1=zero", f"--save_to={edited}"): f"--save_to = '{edited}': must be a new",
+        ("--workdir=no", "--edit=a:1=zero", f"--save_to={out}/x"): f"{out}/x': {out} cannot be written to",
+        (
+            "--workdir=no",
+            "--text=a",
+            f"--out={tmp_path}",
+        ): f"--out = '{tmp_path}': must be a file in a folder",
+        (f"--model={folder}", "--dtype=bfloat16", "--edit=ultramem_0:1=zero", "--save_to=x"): (
+            "--dtype = 'bfloat16': must not be given with --edit"
+        ),
         (at, "--edit=ultramem_0:1=zap", f"--save_to={tmp_path / 'new'}"): "unknown action of --edit",
         (
             at,

@@ -247,6 +247,14 @@ def test_kinds_of_integers_make_no_difference():
     )
     one = person(np.int64(7), np.int64(1))
     assert one == person(7, 1) and biography(one, np.int64(1)) == biography(one, 1)
+    refused = {
+        "seed": lambda: person(0, seed=1.7),
+        "which": lambda: biography(one, 1.5),
+        "max_choices": lambda: queries([one], "question", max_choices=1.5),
+    }
+    for name, made in refused.items():
+        with pytest.raises(UserError, match=rf"^{name} = .*: must be an integer"):
+            made()
     with pytest.raises(UserError, match=r"^max_choices = 0: must be at least 1"):
         queries(people, "question", max_choices=0)
 

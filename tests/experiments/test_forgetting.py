@@ -22,7 +22,7 @@ from experiments.forgetting.study import SystemRuns, best_rate
 from experiments.forgetting.systems import Setting
 from tests.support.drawn import variables_of
 from ultramem_jax.config import DataConfig, ModelConfig
-from ultramem_jax.data import ByteTokenizer
+from ultramem_jax.data import ByteTokenizer, builder
 from ultramem_jax.data.facts import Population, biography, queries
 from ultramem_jax.errors import UserError
 from ultramem_jax.presets import families
@@ -51,6 +51,7 @@ TASK = Task(
 )
 SETTING = Setting(
     before=Population(0, 1),
+    steps_before=3,
     new=1,
     new_in_sequence=1,
     copies=1,
@@ -196,7 +197,7 @@ def test_the_best_rate_forgets_least_of_those_that_learn_enough():
 
 def test_runs_that_have_ended_are_not_repeated(model, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("a slot is read\n" * 2000)
-    monkeypatch.setenv("ULTRAMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(builder, "cache_folder", lambda: tmp_path / "cache")
     text = DataConfig("text", str(tmp_path / "text.txt"))
     method = METHODS[0]
     system = SystemRuns(model, SETTING, text, tmp_path / "runs")

@@ -89,6 +89,39 @@ def test_a_file_with_a_row(tmp_path):
     assert np.asarray(after["engram_0"]["values"])[11].tolist() == [0, 1, 2, 3]
 
 
+def _header(text):
+    """A .npy file of version 1 with a header and nothing else."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"PK\x03\x04garbage", "must be a .npy file with one row: "),
+        (b"", "must be a .npy file with one row: "),
+        (_header(b"{((((\n"), "must be a .npy file with one row: "),
+        (
+            _header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999,)}\n"),
+            "must be a .npy file with one row: ",
+        ),
+        (
+            _header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (%s,)}\n" % (b"9" * 30)),
+            "must be a .npy file with one row: ",
+        ),
+        (
+            _header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}\n") + bytes(12),
+            r"must be \(4,\)",
+        ),
+        (_header(b"{'descr': '<c8', 'fortran_order': False, 'shape': (4,)}\n") + bytes(32), "real numbers"),
+    ],
+)
+def test_a_file_without_a_row(content, said, tmp_path):
+    (tmp_path / "row.npy").write_bytes(content)
+    with pytest.raises(UserError, match=f"row.npy.*{said}") as error:
+        parse_edit(MODEL, f"engram_0:11=values:{tmp_path / 'row.npy'}")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
@@ -116,11 +149,12 @@ def test_refused_texts(text, said):
 @pytest.mark.parametrize(
     "one, said",
     [
-        (Edit("ultramem_0", 3, "values", values=np.zeros(7)), r"values.shape = \(7,\): must be \(8,\)"),
+        (Edit("ultramem_0", 3, "values", values=np.zeros(7)), r"values: shape = \(7,\): must be \(8,\)"),
         (Edit("ultramem_0", 3, "values", values=np.full(8, np.nan)), "must have finite values"),
         (Edit("ultramem_0", 3, "scale", factor=1e39), "must have finite values"),
-        (Edit("ultramem_0", 3, "values", values=np.array(["a"] * 8)), "values.dtype = '<U1'"),
+        (Edit("ultramem_0", 3, "values", values=np.array(["a"] * 8)), "values: dtype = '<U1'"),
         (Edit("ultramem_0", -1, "zero"), "slot of ultramem_0 = -1"),
+        (Edit("ultramem_0", 3, "swop"), "unknown action 'swop': did you mean 'swap'"),
     ],
 )
 def test_refused_edits(one, said):

@@ -34,13 +34,17 @@ def _read(traced, memory, count):
 @pytest.mark.parametrize("memory", ["ultramem_0", "ring_1", "engram_0"])
 def test_losses_without_slots_are_those_of_rows_of_zeros(memory, traced):
     table, slots = traced.memories[memory].table, _read(traced, memory, 2)
-    found = knock_out(MODEL, variables(), TOKENIZER, TEXT, {memory: slots})
+    found = knock_out(MODEL, variables(), TOKENIZER, TEXT, {memory: [*slots, slots[0]], table: slots})
+    assert {name: of.tolist() for name, of in found.slots.items()} == {table: sorted(slots)}
+    np.testing.assert_array_equal(found.ids, traced.ids)
     expected = trace(MODEL, _zeroed(table, slots), TOKENIZER, TEXT)
     np.testing.assert_allclose(found.losses, traced.losses, rtol=1e-5)
     np.testing.assert_allclose(found.without, expected.losses, rtol=1e-5)
     assert np.nanmax(np.abs(found.without - found.losses)) > 1e-3
     assert found.effect == pytest.approx(expected.loss - traced.loss, abs=1e-6)
     assert found.without[0] != found.without[0]  # no loss of the first token
+    losses = f"{found.losses[1:].mean():.4f} -> {found.without[1:].mean():.4f} nats per token"
+    assert found.in_words() == f"{losses} ({found.effect:+.4f})"
 
 
 def test_one_at_a_time(traced):
@@ -49,12 +53,18 @@ def test_one_at_a_time(traced):
         for memory in ("ultramem_0", "ring_tables", "engram_0")
         for slot in _read(traced, {"ring_tables": "ring_0"}.get(memory, memory), 1)
     ]
+    unread = np.setdiff1d(np.arange(64), traced.slots_of("ultramem_0"))[:2].tolist()
+    slots += [("ultramem_0", slot) for slot in unread]
     counted = []
-    found = knock_out_each(MODEL, variables(), TOKENIZER, TEXT, slots, batch_size=2, progress=counted.append)
-    assert found.shape == (3, len(traced.ids)) and counted == [2, 1]
-    for (table, slot), losses in zip(slots, found, strict=True):
+    losses, found = knock_out_each(
+        MODEL, variables(), TOKENIZER, TEXT, slots, batch_size=2, progress=counted.append
+    )
+    assert found.shape == (5, len(traced.ids)) and counted == [1, 2, 2]
+    for (table, slot), without in zip(slots, found, strict=True):
         expected = trace(MODEL, _zeroed(table, [slot]), TOKENIZER, TEXT)
-        np.testing.assert_allclose(losses, expected.losses, rtol=1e-5)
+        np.testing.assert_allclose(without, expected.losses, rtol=1e-5)
+    # A slot that is not read has no effect, to the bit.
+    np.testing.assert_array_equal(found[3:], np.stack([losses, losses]))
 
 
 def test_slots_by_name():

@@ -13,9 +13,10 @@ from tests.inspection.models import BASE, MODEL, TEXTS, TOKENIZER, batches, vari
 from tests.support.drawn import variables_of
 from ultramem_jax.data import ByteTokenizer
 from ultramem_jax.errors import UserError
-from ultramem_jax.inspection import corpus_pass, knock_out, page, trace
+from ultramem_jax.inspection import corpus_pass, knock_out, page, promoted_tokens, trace
 from ultramem_jax.inspection.pages import render
 from ultramem_jax.inspection.texts import TokenTexts, visible
+from ultramem_jax.inspection.ways import strengths, strongest_reads
 from ultramem_jax.presets import families
 
 __all__ = ["visit"]
@@ -34,7 +35,12 @@ def data_of(written):
 
 
 @pytest.fixture(scope="module")
-def written():
+def knocked_out():
+    return knock_out(MODEL, variables(), TOKENIZER, TEXTS[1], {"ultramem_0": [4, 3, 4]})
+
+
+@pytest.fixture(scope="module")
+def written(knocked_out):
     return page(
         MODEL,
         variables(),
@@ -43,7 +49,8 @@ def written():
         batches=batches(),
         records=RECORDS,
         title=TITLE,
-        knocked_out=knock_out(MODEL, variables(), TOKENIZER, TEXTS[1], {"ultramem_0": [3, 4]}),
+        corpus_name="a corpus\x00",
+        knocked_out=knocked_out,
         cards=12,
         contexts=2,
         neighbours=2,
@@ -69,7 +76,7 @@ def test_readers_of_a_slot_are_known_whatever_is_shown(traced):
         assert {pair for pair in everything if pair[0] in known} <= told <= everything
 
 
-def test_the_data_are_those_of_the_analyses(written, traced):
+def test_the_data_are_those_of_the_analyses(written, traced, knocked_out):
     data = data_of(written)
     assert [token["loss"] for token in data["tokens"]][1:] == pytest.approx(
         traced.losses[1:].tolist(), rel=1e-3
@@ -89,7 +96,7 @@ def test_the_data_are_those_of_the_analyses(written, traced):
                     scores[token, order].tolist(), rel=1e-2, abs=1e-6
                 )
     found = corpus_pass(MODEL, variables(), batches(), {}, most=4)
-    assert data["corpus"]["tokens"] == found.num_tokens
+    assert data["corpus"] == {"tokens": found.num_tokens, "name": "a corpus\\x00"}
     for name, table in data["tables"].items():
         counts = found.tables[name].counts
         assert [slot for slot, _ in table["usage"]["most"]] == found.tables[name].most_read.tolist()
@@ -98,16 +105,94 @@ def test_the_data_are_those_of_the_analyses(written, traced):
             assert card["count"] == counts[int(slot)]
             if card["count"]:
                 assert card["rank"] == 1 + (counts > counts[int(slot)]).sum()
-            assert len(card["up"]) == len(card["down"]) == 8 and len(card["near"]) == 2
+            assert len(card["near"]) == 2
+            if name == "engram_0":
+                assert card["more"] == card["count"] - sum(count for _, count in card["ngrams"])
     cards = data["tables"]["ultramem_0"]["cards"]
     assert {"3", "4"} <= set(cards) and sum(
         len(of["cards"]) for of in data["tables"].values()
     ) <= 12 + 2 + 3 * 4
     steps, values = data["tables"]["ultramem_0"]["curves"]["read_entropy"]
     assert len(steps) <= 201 and (steps[-1], values[-1]) == (4990, 7.99)
-    out = knock_out(MODEL, variables(), TOKENIZER, TEXTS[1], {"ultramem_0": [3, 4]})
-    expected = (out.without - out.losses)[1:] * data["knock_unit"]
-    assert data["knocked"]["effects"][1:] == pytest.approx(expected.tolist(), abs=1)
+    expected = (knocked_out.without - knocked_out.losses)[1:] * data["knock_unit"]
+    assert data["knocked"] == [None, *(round(float(of)) for of in expected)]
+
+
+def test_a_card_shows_the_strongest_read_of_its_slot(written, traced):
+    tables, texts = data_of(written)["tables"], TokenTexts(TOKENIZER)
+    reads = strongest_reads(MODEL, traced, strengths(MODEL, variables(), traced))
+    weights = set()
+    for table, ways in reads.items():
+        cards = {int(slot): card for slot, card in tables[table]["cards"].items() if int(slot) in ways}
+        assert len(cards) > 3
+        for slot, card in cards.items():
+            way = ways[slot]
+            assert (card["memory"], card["block"]) == (way.memory, way.block)
+            if table == "engram_0":
+                assert "weight" not in card
+            else:
+                assert card["weight"] == pytest.approx(way.weights.mean(), rel=1e-3)
+                weights.add(card["weight"] > 0)
+            found = promoted_tokens(
+                MODEL, variables(), way.memory, [slot], 8, blocks=[way.block], weights=way.weights[None],
+                vocab_size=257,
+            )  # fmt: skip
+            for kind, ids, scores in (("up", *found[:2]), ("down", *found[2:])):
+                assert [token for token, _ in card[kind]] == [texts.token(int(i)) for i in ids[0]]
+                assert [score for _, score in card[kind]] == pytest.approx(scores[0].tolist(), rel=1e-2)
+    assert weights == {False, True}
+
+
+def test_a_card_of_a_slot_that_nobody_reads_does_not_say_what_it_promotes(traced):
+    slots = {
+        name: np.setdiff1d(np.arange(41, 64), traced.slots_of(name))[:1].tolist()
+        for name in ("ultramem_0", "engram_0")
+    }
+    out = knock_out(MODEL, variables(), TOKENIZER, TEXTS[1], slots)
+    found = data_of(page(MODEL, variables(), TOKENIZER, TEXTS[1], cards=0, knocked_out=out, neighbours=2))[
+        "tables"
+    ]
+    (card,), (of_engram,) = (found[name]["cards"].values() for name in slots)
+    # In any of four blocks; a row of Engram is always read in the same one, here that after 41 rows.
+    assert set(card) == {"near"} and [words for *_, words in card["near"]] == [[], []]
+    assert of_engram["block"] == 1 and len(of_engram["up"]) == 8 and "effect" not in of_engram
+
+
+@pytest.fixture(scope="module")
+def broken(traced):
+    """A page of a model in which a row of each kind of table is not finite, and these rows."""
+    held = variables()
+    names = ("ultramem_0", "ring_tables", "engram_0")
+    slots = {name: int(traced.slots_of(name)[3]) for name in names}
+    numbers = dict(zip(names, (np.uint16(0x7FC0), np.nan, np.inf), strict=True))  # the first are bits of NaN
+    tables = {}
+    for name in names:
+        table = held["memory"][name]
+        tables[name] = table | {"values": table["values"].at[slots[name]].set(numbers[name])}
+    held = held | {"memory": tables}
+    out = knock_out(MODEL, held, TOKENIZER, TEXTS[1], {name: [slot] for name, slot in slots.items()})
+    shown = page(MODEL, held, TOKENIZER, TEXTS[1], batches=batches(), knocked_out=out, cards=12, neighbours=2)
+    return shown, slots
+
+
+def test_a_model_with_rows_that_are_not_finite(broken):
+    written, slots = broken
+    data = data_of(written)
+    # Masked attention weighs what is not finite by zero, which is not finite.
+    assert all(token["loss"] is None for token in data["tokens"])
+    assert "28 tokens, the losses of 27 are not finite." in data["note"]
+    shown = [read for heads in data["memories"]["engram_0"]["reads"] for reads in heads for read in reads]
+    assert {read[1] for read in shown if read[0] == slots["engram_0"]} == {None}
+    for table, slot in slots.items():
+        cards = data["tables"][table]["cards"]
+        card = cards.pop(str(slot))
+        assert card["up"] is None and card["down"] is None and card["near"] == []
+        assert len(cards) > 3 and all(slot not in [near for near, *_ in of["near"]] for of in cards.values())
+
+
+def test_a_knock_out_of_another_text_is_refused(knocked_out):
+    with pytest.raises(UserError, match=r"knocked_out.ids = array.*: must be the tokens of the text"):
+        page(MODEL, variables(), TOKENIZER, TEXTS[0], knocked_out=knocked_out)
 
 
 def test_nothing_leaves_its_place(written):
@@ -140,6 +225,8 @@ CLICKS = """(found) => {
   found.tokens = tokens.map((button) => button.textContent);
   found.scripts = document.scripts.length;
   found.title = document.title;
+  found.note = text("#text-note");
+  found.colour = text("#choose-colour [aria-pressed=true]");
   tokens[3].click();
   found.chosen = tokens[3].getAttribute("aria-pressed");
   found.slots = slots();
@@ -147,10 +234,27 @@ CLICKS = """(found) => {
   found.slot = text("#card h2");
   found.card = text("#card");
   found.marks = document.querySelectorAll("#card .context mark").length;
+  // A slot that was looked into, so that all colours are there.
+  for (const token of tokens) {
+    token.click();
+    const known = document.querySelector("#list button:not(.plain)");
+    if (known) { known.click(); found.looked = Number(known.dataset.slot); break; }
+  }
   found.colours = all("#choose-colour button").map((button) => {
     button.click();
-    return tokens.filter((token) => Number(token.style.getPropertyValue("--share")) > 0).length;
+    const shares = tokens.map((token) => Number(token.style.getPropertyValue("--share")));
+    return [text("#choose-colour [aria-pressed=true]"), shares.flatMap((share, i) => share > 0 ? [i] : [])];
   });
+  // This token reads a slot twice, in two blocks.
+  all("#choose-head button")[1].click();
+  tokens[5].click();
+  found.twice = slots();
+  document.querySelector("#list button").focus();
+  found.visited = found.twice.map(() => {
+    document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown", bubbles: true }));
+    return all("#list button").findIndex((one) => one === document.activeElement && one.tabIndex === 0);
+  });
+  tokens[3].click();
   tokens[3].dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
   found.right = tokens.findIndex((token) => token.getAttribute("aria-pressed") === "true");
   found.focused = document.activeElement === tokens[4];
@@ -183,7 +287,20 @@ def test_clicks_in_a_browser(visit, written, traced):
     expected = slots[np.argsort(-np.abs(scores), kind="stable")].tolist()
     assert found["chosen"] == "true" and found["slots"] == expected
     assert found["slot"] == f"Slot {expected[1]}"
-    assert found["colours"][0] > 20 and len(found["colours"]) == 4
+    assert found["colour"] == "Knock-out" and re.match(
+        r"Knocked out: ultramem_0:3, ultramem_0:4\. Mean loss \d\.\d{4} → \d\.\d{4} nats per token "
+        r"\([+−]0\.\d{4}\)\. 28 tokens, mean loss \d\.\d{3} nats, ",
+        found["note"],
+    )
+    colours = dict(found["colours"])
+    assert [*colours] == ["Loss", "Weight of the slot", "Loss without the slot", "Knock-out"]
+    assert colours["Loss"] == [*range(1, len(traced.ids))]
+    # Every head and token that reads the slot, unless its weight is so small that it has no colour.
+    largest = np.abs(np.where(of.slots == found["looked"], of.scores, 0)).max(1)
+    assert colours["Weight of the slot"] == np.flatnonzero(82 * largest / largest.max() > 0.05).tolist()
+    assert min(map(len, colours.values())) > 0
+    assert len(set(found["twice"])) == len(found["twice"]) - 1 == 3
+    assert found["visited"] == [1, 2, 3, 3]
     assert (found["right"], found["focused"], found["last"]) == (4, True, len(traced.ids) - 1)
     assert found["heads"] == ["2-grams", "3-grams"] and "tokens here" in found["engram"]
     assert found["hidden"] == [True, False] and found["tiles"][0] == f"{MODEL.sites[-1].num_slots}"
@@ -196,6 +313,7 @@ def test_clicks_in_a_browser(visit, written, traced):
 
 
 CARD = """(found) => {
+  found.titles = [...document.querySelectorAll("#tokens button")].map((button) => button.title);
   found.card = document.querySelector("#card").textContent;
   found.marks = document.querySelectorAll("#card .context mark").length;
   found.bars = document.querySelectorAll("#card .scores .bar").length;
@@ -211,7 +329,7 @@ CARD = """(found) => {
 }"""
 
 
-def test_the_card_of_a_slot_that_an_address_names(visit, written, traced):
+def test_the_card_of_a_slot_that_an_address_names(visit, written, traced, broken):
     data = data_of(written)
     slot, card = next(
         (slot, card)
@@ -231,8 +349,10 @@ def test_the_card_of_a_slot_that_an_address_names(visit, written, traced):
     assert found["focused"] == "3-grams"
     assert found["effect"] == 2 * len(traced.ids)
     assert "N-grams on this row" in found["card"]
-    nonsense = visit(written, CARD, "#memory=x&table=y&slot=-1&token=1e9&tab=z&colour=w")
+    shown, _ = broken
+    nonsense = visit(shown, CARD, "#memory=x&table=y&slot=-1&token=1e9&tab=z&colour=w")
     assert nonsense["failures"] == [] and nonsense["card"].startswith("Slot ")
+    assert nonsense["titles"][0] == "starts the text" and nonsense["titles"][-1] == "loss not finite"
 
 
 def test_twenty_million_slots(visit):

@@ -87,15 +87,17 @@ def test_nearest_slots(name, monkeypatch):
     held = variables()
     table = held["memory"][name]
     if name == "ring_tables":
-        table = table | {"values": table["values"].at[7].set(0.0)}
+        table = table | {"values": table["values"].at[7].set(0.0).at[9].set(np.nan).at[11, 2].set(np.inf)}
         held = held | {"memory": held["memory"] | {name: table}}
     rows, slots, seen = stored_as_float(table["values"]), [3, 7, 50], []
     found, cosines = nearest_slots(MODEL, held, name, slots, 5, progress=seen.append)
     assert sum(seen) == len(rows) and len(seen) > 2
     lengths = np.linalg.norm(rows, axis=1)
     for slot, ids, of_slot in zip(slots, found, cosines, strict=True):
-        expected = rows @ rows[slot] / np.maximum(lengths * lengths[slot], 1e-30)
+        with np.errstate(invalid="ignore"):
+            expected = rows @ rows[slot] / np.maximum(lengths * lengths[slot], 1e-30)
         expected[slot] = -np.inf
+        expected[~np.isfinite(expected)] = -np.inf  # rows that are not finite are near to none
         order = np.argsort(-expected, kind="stable")[:5]
         np.testing.assert_array_equal(ids, order)
         np.testing.assert_allclose(of_slot, expected[order], atol=1e-6)

@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.documents import GUIDES, shell_commands
 from ultramem_jax.commands import COMMANDS
+from ultramem_jax.data import builder
 
 SMALL = ("embed_dim=32", "num_layers=1", "num_heads=2", "num_kv_heads=2", "mlp_dim=32")
 SMALL_MEMORY = {
@@ -67,5 +68,5 @@ def folder(tmp_path, monkeypatch):
             f"Once slot {number} of a key was read by query {number**2}. " * 20
         )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ULTRAMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(builder, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path

@@ -56,7 +56,7 @@ def memory_step_costs(config: RunConfig, tokens: int) -> dict[str, PartCost]:
       sum. No bytes, because a row is updated as soon as its gradient is complete. With dense gradients
       4·N·d_v bytes, the gradient of the whole table.
     - `row_update`: AdamW. Bytes: every distinct row and its moments, read and written. A selection updates
-      only `train.slots_per_step` rows, and reads 4 bytes of the background for each of the others, too. With
+      only `train.slots_per_step` rows, and reads 4 bytes of the background for each row that was read. With
       dense gradients all N rows: table, gradient and two moments read, all but the gradient written,
       7·4·N·d_v.
     - `dense_optimizer`: AdamW. Bytes 7·4·P: parameter, gradient and two moments read, all but the gradient

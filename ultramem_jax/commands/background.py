@@ -10,17 +10,16 @@ a run names in `train.background`, with `train.slots_per_step` rows of each tabl
 By default the text is the training split of the run's own corpus. An open model (--model) needs --dataset.
 """
 
-import os
 import pathlib
 
 from absl import flags
 from tqdm import tqdm
 
 from ultramem_jax.accounting import count_parameters
-from ultramem_jax.commands.given_batches import SPLIT, given_batches, texts
+from ultramem_jax.cli.outputs import output_file
+from ultramem_jax.commands.given_batches import SPLIT, given_batches
 from ultramem_jax.commands.given_model import MODEL, WORKDIR, given_model_with_memory
 from ultramem_jax.commands.named_corpus import named_corpus
-from ultramem_jax.errors import require
 from ultramem_jax.inspection.usage import usage
 from ultramem_jax.reporting import markdown
 from ultramem_jax.training.background import count_reads, save_background
@@ -33,10 +32,12 @@ OUTPUT = flags.DEFINE_string("output", "", "file to write; by default background
 
 def main() -> None:
     """Counts the reads, writes the file, and prints how much of each table was read."""
+    named = output_file("--output", OUTPUT.value) if OUTPUT.value else None
     given = given_model_with_memory()
-    output, (_, corpus) = _output(), named_corpus(given, given.max_length)
-    batches = given_batches(given, corpus)
-    read = texts(tqdm(batches, desc=SPLIT.value, unit="batch"))
+    beside = pathlib.Path(MODEL.value or WORKDIR.value)
+    output = named or output_file("--output", beside / "background.npz")
+    _, corpus, batches = given_batches(given)
+    read = tqdm(batches.texts(), desc=SPLIT.value, unit="batch", total=len(batches))
     micro_batches = given.run.config.train.grad_accumulation if given.run is not None else 1
     with running_out_in_a_line(count_parameters(given.config).total):
         background = count_reads(given.config, given.variables, read, micro_batches)
@@ -51,12 +52,3 @@ def main() -> None:
         rows.append({"table": table, "slots": len(of.reads), "read": share, "reads of the top 1 %": top})
     print(markdown.table(rows))
     print(f"background reads: {output}")
-
-
-def _output() -> pathlib.Path:
-    """Returns the file to write, and refuses one that cannot be written before anything is counted."""
-    beside = pathlib.Path(MODEL.value or WORKDIR.value)
-    path = pathlib.Path(OUTPUT.value).expanduser() if OUTPUT.value else beside / "background.npz"
-    is_file = path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()
-    require(is_file, "--output", str(path), "must be a file in a folder that exists and can be written to")
-    return path

@@ -1,12 +1,12 @@
-"""Reads batches of the corpus of a command."""
+"""Cuts the corpus of a command into batches."""
 
-from collections.abc import Iterator
-
-import numpy as np
 from absl import flags
 
 from ultramem_jax.commands.given_model import GivenModel
+from ultramem_jax.commands.named_corpus import named_corpus
+from ultramem_jax.config import DataConfig
 from ultramem_jax.data import SPLITS, Corpus, EvalBatches, eval_batches
+from ultramem_jax.errors import require
 
 SPLIT = flags.DEFINE_enum("split", "train", SPLITS, "split of the corpus to read")
 BATCHES = flags.DEFINE_integer(
@@ -19,16 +19,22 @@ BATCH_SIZE = flags.DEFINE_integer(
     lower_bound=1,
     upper_bound=1 << 20,
 )
+SEQ_LEN = flags.DEFINE_integer(
+    "seq_len",
+    None,
+    "tokens of a sequence; by default as many as in training, or with --model at most 1,024",
+    lower_bound=1,
+)
 
 
-def given_batches(given: GivenModel, corpus: Corpus) -> EvalBatches:
-    """Returns the batches to read, spread evenly over the split."""
+def given_batches(given: GivenModel) -> tuple[DataConfig, Corpus, EvalBatches]:
+    """Returns the corpus of the command, and the batches to read, spread evenly over the split.
+
+    Raises:
+        UserError: sequences that are longer than the model reads; see also `named_corpus`.
+    """
+    length, most = SEQ_LEN.value or given.max_length, given.max_length
+    require(length <= most, "--seq_len", length, f"must be at most {most}, what the model reads")
+    data, corpus = named_corpus(given, length)
     size = BATCH_SIZE.value or (given.run.config.train.batch_size if given.run is not None else 4)
-    return eval_batches(corpus, SPLIT.value, size, BATCHES.value)
-
-
-def texts(batches: EvalBatches) -> Iterator[np.ndarray]:
-    """Yields the ids (B, S) of each batch; the last one has fewer rows if sequences run out."""
-    for batch in batches:
-        there = batch["mask"].any(1)
-        yield batch["tokens"][there, :-1]
+    return data, corpus, eval_batches(corpus, SPLIT.value, size, BATCHES.value)

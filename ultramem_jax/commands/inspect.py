@@ -26,10 +26,11 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from ultramem_jax.commands.given_batches import BATCH_SIZE, BATCHES, SPLIT, given_batches, texts
-from ultramem_jax.commands.given_model import MODEL, WORKDIR, GivenModel, given_model_with_memory
+from ultramem_jax.cli.outputs import output_file, output_folder
+from ultramem_jax.commands.given_batches import BATCH_SIZE, BATCHES, SEQ_LEN, SPLIT, given_batches
+from ultramem_jax.commands.given_model import DTYPE, MODEL, WORKDIR, GivenModel, given_model_with_memory
 from ultramem_jax.commands.named_corpus import DATASET, PATH, named_corpus
-from ultramem_jax.data import Corpus, EvalBatches
+from ultramem_jax.data import EvalBatches
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.files import replace_text
 from ultramem_jax.inspection import (
@@ -61,7 +62,7 @@ CORPUS = flags.DEFINE_bool(
     "whether to read a corpus for contexts and counts; by default if there is one: a run's, or --dataset",
 )
 CARDS = flags.DEFINE_integer(
-    "cards", 400, "slots of the text to look into, those that its tokens read most strongly", lower_bound=0
+    "cards", 400, "slots of the text to look into, those of its tokens' strongest reads", lower_bound=0
 )
 KNOCK_OUT = flags.DEFINE_list(
     "knock_out", [], "slots to knock out together, MEMORY:SLOT,...: the loss of the text without them"
@@ -74,6 +75,9 @@ EDIT = flags.DEFINE_multi_string(
 )
 SAVE_TO = flags.DEFINE_string("save_to", None, "folder of the edited model, which must be new or empty")
 
+OF_CORPUS = (DATASET, PATH, SPLIT, BATCHES, BATCH_SIZE, SEQ_LEN)
+"""Flags that say which corpus is read."""
+
 
 def main() -> None:
     """Writes the page, or the edited model."""
@@ -81,8 +85,12 @@ def main() -> None:
     require(bool(SAVE_TO.value) or not EDIT.value, "--edit", EDIT.value, "needs --save_to")
     require(bool(EDIT.value) or SAVE_TO.value is None, "--save_to", SAVE_TO.value, "needs --edit")
     if EDIT.value:
-        for flag in (KNOCK_OUT, OUT, CARDS, CORPUS, DATASET, PATH, SPLIT, BATCHES, BATCH_SIZE):
+        # The dtype of the computation would be that of the edited model's dense parameters.
+        for flag in (KNOCK_OUT, OUT, CARDS, CORPUS, *OF_CORPUS, DTYPE):
             require(not flag.present, f"--{flag.name}", flag.value, "must not be given with --edit")
+        target = output_folder("--save_to", SAVE_TO.value or "")
+    else:
+        target = output_file("--out", OUT.value)
     given = given_model_with_memory()
     if text is not None:
         length = len(encoded(given.config, given.tokenizer, text))
@@ -90,10 +98,10 @@ def main() -> None:
             length <= given.max_length, "tokens of the text", length, f"must be at most {given.max_length}"
         )
     if EDIT.value:
-        _edit(given, text)
+        _edit(given, text, target)
     else:
         assert text is not None
-        _inspect(given, text)
+        _inspect(given, text, target)
 
 
 def _text() -> bytes | None:
@@ -116,19 +124,15 @@ def _text() -> bytes | None:
 # ---- the page
 
 
-def _inspect(given: GivenModel, text: bytes) -> None:
-    out = pathlib.Path(OUT.value)
-    require(
-        out.parent.is_dir() and not out.is_dir(), "--out", str(out), "must be a file in a folder that exists"
-    )
+def _inspect(given: GivenModel, text: bytes, out: pathlib.Path) -> None:
     slots = parse_slots(given.config, "--knock_out", KNOCK_OUT.value)
-    corpus = _corpus(given)
     options: JsonDict = {}
-    if corpus is not None:
-        batches = given_batches(given, corpus)
+    if _reads_corpus(given):
+        data, corpus, batches = given_batches(given)
+        name = " ".join(filter(None, (data.dataset, data.path)))
         options = {
             "batches": _padded(batches),
-            "corpus_name": f"{len(batches):,} batches of the {SPLIT.value} split",
+            "corpus_name": f"{len(batches):,} batches of the {SPLIT.value} split of {name}",
             "corpus_tokens": len(batches.indices) * corpus.seq_len,
         }
     metrics = pathlib.Path(WORKDIR.value) / METRICS_FILE
@@ -148,27 +152,24 @@ def _inspect(given: GivenModel, text: bytes) -> None:
     )
     replace_text(out, written)
     if found is not None:
-        losses = (float(of[1:].mean(dtype=np.float64)) for of in (found.losses, found.without))
-        before, after = losses
-        number = sum(map(len, slots.values()))
-        print(f"without {number} slots: {before:.4f} -> {after:.4f} nats per token ({after - before:+.4f})")
+        print(f"without {sum(map(len, found.slots.values()))} slots: {found.in_words()}")
     print(f"{out} ({len(written) / 1000:,.0f} kB): {out.resolve().as_uri()}")
 
 
-def _corpus(given: GivenModel) -> Corpus | None:
-    """Returns the corpus to read, or None if there is none, or none is wanted."""
-    if CORPUS.value is False:
-        for flag in (DATASET, PATH):
-            require(not flag.present, f"--{flag.name}", flag.value, "must not be given with --nocorpus")
-        return None
+def _reads_corpus(given: GivenModel) -> bool:
+    """Tells whether a corpus is to be read, and refuses flags that say which one if none is."""
     known = DATASET.value is not None or given.run is not None
-    wanted = known or CORPUS.value or PATH.present
-    return named_corpus(given, given.max_length)[1] if wanted else None
+    if known if CORPUS.value is None else CORPUS.value:
+        return True
+    why = "must not be given with --nocorpus" if known else "needs a corpus: --dataset must name it"
+    for flag in OF_CORPUS:
+        require(not flag.present, f"--{flag.name}", flag.value, why)
+    return False
 
 
 def _padded(batches: EvalBatches) -> Iterator[np.ndarray]:
     """Yields the ids of each batch in one shape; -1 pads the last one."""
-    for ids in texts(batches):
+    for ids in batches.texts():
         yield np.pad(ids, ((0, batches.batch_size - len(ids)), (0, 0)), constant_values=-1)
 
 
@@ -187,8 +188,7 @@ def _bar(what: str, total: int) -> Callable[[int], object]:
 # ---- edits
 
 
-def _edit(given: GivenModel, text: bytes | None) -> None:
-    save_to = SAVE_TO.value or ""
+def _edit(given: GivenModel, text: bytes | None, save_to: pathlib.Path) -> None:
     edits = [parse_edit(given.config, entry, "--edit") for entry in EDIT.value]
     if text is not None:
         _print_losses(given, edits, text)

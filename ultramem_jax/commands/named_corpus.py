@@ -1,5 +1,7 @@
 """Loads the corpus of a command: the one that the flags name, or the run's own, tokenized for the model."""
 
+from dataclasses import replace
+
 from absl import flags
 
 from ultramem_jax.commands.given_model import WORKDIR, GivenModel
@@ -19,7 +21,7 @@ def named_corpus(given: GivenModel, seq_len: int, default: str = "") -> tuple[Da
 
     Args:
         given: the model.
-        seq_len: S of a corpus that is not the run's own.
+        seq_len: S.
         default: dataset of an open model, where the flags name none.
 
     Raises:
@@ -30,11 +32,13 @@ def named_corpus(given: GivenModel, seq_len: int, default: str = "") -> tuple[Da
     dataset = DATASET.value if DATASET.value is not None or run is not None else default
     require(DATASET.value is not None or not PATH.present, "--path", PATH.value, "needs --dataset")
     if dataset is None and run is not None:
-        corpus = load_corpus(run.config.data, run.tokenizer)
+        data = replace(run.config.data, seq_len=seq_len)
+        corpus = load_corpus(data, run.tokenizer)
         check_corpus(run.corpus, corpus, WORKDIR.value)
-        return run.config.data, corpus
+        return data, corpus
     if not dataset:
-        raise UserError("--dataset: must name a dataset; the training text of an open model is not known")
+        own = "; the training text of an open model is not known" if run is None else ""
+        raise UserError(f"--dataset: must name a dataset{own}")
     # The tokenizer is at hand, so that its file needs no name of its own.
     kind = "bytes" if isinstance(given.tokenizer, ByteTokenizer) else given.title
     cache = run.config.data.cache_dir if run is not None else ""

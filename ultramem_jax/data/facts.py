@@ -68,7 +68,7 @@ def person(index: int, seed: int = 0) -> Person:
         seed: seed of the names and of all values.
 
     Raises:
-        UserError: there is no such index.
+        UserError: there is no such index, or the seed is not an integer.
     """
     name = name_of(index, seed)
     values = {
@@ -83,8 +83,9 @@ def name_of(index: int, seed: int = 0) -> str:
     """Returns the full name of a person: two different given names and a surname.
 
     Raises:
-        UserError: there is no such index.
+        UserError: there is no such index, or the seed is not an integer.
     """
+    _check_integers(seed=seed)
     there_is = isinstance(index, Integral) and 0 <= index < NUM_NAMES
     require(there_is, "index", index, f"must be an integer in [0, {NUM_NAMES}), the number of names")
     rest, last = divmod(_permuted(index, NUM_NAMES, "name", seed), len(SURNAMES))
@@ -102,8 +103,9 @@ def biography(of: Person, which: int, form: str = "statement") -> str:
         form: one of `FORMS`.
 
     Raises:
-        UserError: an unknown form.
+        UserError: an unknown form, or a number that is not an integer.
     """
+    _check_integers(which=which)
     key = ("biography", of.seed, of.index, form, which)
     order = sorted(ATTRIBUTES, key=lambda attribute: _draw(1 << 64, *key, "place", attribute))
     sentences = (_template(attribute, form, *key) for attribute in order)
@@ -126,6 +128,7 @@ def queries(people: Iterable[Person], form: str, *, max_choices: int = 100) -> I
         UserError: an unknown form, or fewer than one choice.
     """
     choice("form", form, FORMS)
+    _check_integers(max_choices=max_choices)
     at_least(1, max_choices=max_choices)
     return (_query(of, attribute, form, max_choices) for of in people for attribute in ATTRIBUTES)
 
@@ -241,6 +244,11 @@ def _query(of: Person, attribute: str, form: str, max_choices: int) -> Query:
 
 def _answer(value: str) -> str:
     return f" {value}."
+
+
+def _check_integers(**numbers: object) -> None:
+    for name, number in numbers.items():
+        require(isinstance(number, Integral), name, number, "must be an integer")
 
 
 def _draw(below: int, *key: int | str) -> int:

@@ -46,8 +46,6 @@ class Contexts:
         """(C,) filled entries."""
         self.scores = np.zeros(size, np.float32)
         """(C, k) scores of the reads."""
-        self.order = np.zeros(size, np.int64)
-        """(C, k) positions of the tokens in the whole corpus."""
         self.memories = np.zeros(size, np.int32)
         """(C, k) number of the memory among the table's readers."""
         self.blocks = np.zeros(size, np.int32)
@@ -57,7 +55,7 @@ class Contexts:
         self.windows = np.full((*size, self.before + 1 + self.after), -1, np.int32)
         """(C, k, before + 1 + after) token ids around each read; -1 where the sequence has none."""
 
-    _KEPT = ("scores", "order", "memories", "blocks", "weights", "windows")
+    _KEPT = ("scores", "memories", "blocks", "weights", "windows")
 
     def track(self, slots: np.ndarray) -> None:
         """Changes the slots, (C,) rising: those that remain keep their reads, and new ones have none."""
@@ -70,13 +68,17 @@ class Contexts:
         for name, array in kept.items():
             getattr(self, name)[here] = array
 
-    def add(self, found: Found, tokens: np.ndarray, seen: int) -> None:
+    def row_of(self, slot: int) -> int | None:
+        """Returns the row of a slot in the arrays; None if it is not tracked."""
+        row = int(np.searchsorted(self.slots, slot))
+        return row if row < len(self.slots) and self.slots[row] == slot else None
+
+    def add(self, found: Found, tokens: np.ndarray) -> None:
         """Adds the reads of a batch.
 
         Args:
             found: reads of the slots that are tracked, and of others, which are passed over.
             tokens: (B, S) ids of the batch, -1 for padding.
-            seen: tokens of the corpus before this batch.
         """
         which, rows = positions_of(found.slots, self.slots)
         if len(which) == 0:
@@ -92,16 +94,15 @@ class Contexts:
         order = order[np.lexsort((found.positions[order], -strength[order], rows[order]))]
         order = order[_rank_in_group(rows[order]) < self.k]
         for row in np.unique(rows[order]):
-            self._merge(row, found.of(order[rows[order] == row]), tokens, seen)
+            self._merge(row, found.of(order[rows[order] == row]), tokens)
 
-    def _merge(self, row: int, found: Found, tokens: np.ndarray, seen: int) -> None:
+    def _merge(self, row: int, found: Found, tokens: np.ndarray) -> None:
         """Merges reads of one slot, which come strongest first, into those that are kept."""
         there = self.counts[row]
         strengths = np.abs(np.concatenate([self.scores[row, :there], found.scores]))
         best = np.argsort(-strengths, kind="stable")[: self.k]  # earlier batches come first
         new = {
             "scores": found.scores,
-            "order": seen + found.positions,
             "memories": found.memories,
             "blocks": found.blocks,
             "weights": found.weights,

@@ -2,8 +2,8 @@
 
 What is kept grows with a table only by a count per slot. Everything else has a fixed size: k contexts, and a
 number of n-grams, of each chosen slot. The slots that are read most are not known before the end. So the pass
-also follows the slots that lead at the time, several times as many as it returns; the contexts of a slot that
-begins to lead late are those from then on.
+also follows the slots that lead at the time, several times as many as it returns; the contexts and n-grams of
+a slot that begins to lead late are those from then on.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -86,19 +86,19 @@ def corpus_pass(
     at_least(0, before=before, after=after)
     readers = table_readers(config)
     given = slots_by_table(config, slots or {})
-    chosen = {table: np.unique(given.get(table, np.empty(0))).astype(np.int64) for table in readers}
+    chosen = {table: given.get(table, np.empty(0)).astype(np.int64) for table in readers}
     passes = {
         table: _TablePass(sites, chosen[table], k, most, ngrams, (before, after))
         for table, sites in readers.items()
     }
-    seen = num_tokens = num_batches = 0
+    num_tokens = num_batches = 0
     for batch in batches:
         tokens = np.asarray(batch, np.int32)
         reads = reads_of(config, variables, np.maximum(tokens, 0))
         for table_pass in passes.values():
-            table_pass.add(reads, tokens, seen)
+            table_pass.add(reads, tokens)
         there = int((tokens >= 0).sum())
-        seen, num_tokens, num_batches = seen + tokens.size, num_tokens + there, num_batches + 1
+        num_tokens, num_batches = num_tokens + there, num_batches + 1
         if progress is not None:
             progress(there)
     require(num_batches > 0, "batches", num_batches, "must be at least 1")
@@ -124,15 +124,15 @@ class _TablePass:
         self._contexts = Contexts(chosen, k, *around, weights)
         self._ngrams = SharedRows(chosen, ngrams) if sites[0].config.address.reads_tokens else None
 
-    def add(self, reads: Reads, tokens: np.ndarray, seen: int) -> None:
-        """Adds the reads of a batch (B, S), before which `seen` positions were read."""
+    def add(self, reads: Reads, tokens: np.ndarray) -> None:
+        """Adds the reads of a batch (B, S)."""
         there = tokens.reshape(-1) >= 0
         parts = [self._found(reads, number, there) for number in range(len(self._sites))]
         found = Found(*map(np.concatenate, zip(*parts, strict=True)))
         self._count(found.slots)
         tracked = np.union1d(self._chosen, self._leaders)
         self._contexts.track(tracked)
-        self._contexts.add(found, tokens, seen)
+        self._contexts.add(found, tokens)
         if self._ngrams is not None:
             self._ngrams.track(tracked)
             for site, part in zip(self._sites, parts, strict=True):

@@ -8,6 +8,7 @@ the old variables. `save_edited_run` works on a state of its own, in place.
 
 import math
 import shutil
+import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -19,7 +20,7 @@ import numpy as np
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.model import table_readers
 from ultramem_jax.data import PeekingIterator, Tokenizer
-from ultramem_jax.errors import UserError, one_line, require, unknown, whole_number
+from ultramem_jax.errors import UserError, choice, one_line, require, unknown, whole_number
 from ultramem_jax.inspection.names import checked_slots, table_of
 from ultramem_jax.interop.hf_folder import new_folder
 from ultramem_jax.ops.rows import put_stored_rows, take_stored_rows
@@ -97,7 +98,9 @@ def parse_edit(config: ModelConfig, text: str, field: str = "edit") -> Edit:
     if action == "scale":
         return given._replace(factor=_factor(field, text, argument))
     if action == "values":
-        return given._replace(values=_row_file(argument))
+        return given._replace(
+            values=_row_file(argument, table_readers(config)[table][0].config.table.value_dim)
+        )
     other = whole_number(argument)
     require(other is not None, field, text, _FORMS)
     return given._replace(other=int(checked_slots(config, table, [other or 0])[0]))
@@ -112,14 +115,20 @@ def _factor(field: str, text: str, argument: str) -> float:
     return factor
 
 
-def _row_file(path: str) -> np.ndarray:
+def _row_file(path: str, width: int) -> np.ndarray:
+    """Returns the row (width,) that a file holds; of a file that holds none only the header is read."""
     try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # A map allocates nothing: a broken header may name any shape.
+        found = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, OverflowError, tokenize.TokenError) as error:
         raise UserError(f"{path}: must be a .npy file with one row: {one_line(error)}") from None
-    require(isinstance(found, np.ndarray), path, type(found).__name__, "must be a .npy file with one row")
-    row: np.ndarray = found
-    return row
+    _check_row(path, found, (width,))
+    return np.array(found)
+
+
+def _check_row(field: str, row: np.ndarray, shape: tuple[int, ...]) -> None:
+    require(row.shape == shape, f"{field}: shape", row.shape, f"must be {shape}, one row")
+    require(row.dtype.kind in "fiu", f"{field}: dtype", str(row.dtype), "must be of real numbers")
 
 
 def edit(config: ModelConfig, variables: Variables, edits: Sequence[Edit]) -> dict[str, ArrayTree]:
@@ -133,7 +142,7 @@ def edit(config: ModelConfig, variables: Variables, edits: Sequence[Edit]) -> di
         edits: what to change.
 
     Raises:
-        UserError: an unknown memory or slot, or values that do not fit a row or are not finite.
+        UserError: an unknown memory, slot or action, or values that do not fit a row or are not finite.
     """
     changes = row_changes(config, variables["memory"], edits)
     put = jax.jit(put_stored_rows)
@@ -164,6 +173,7 @@ def row_changes(
         return new[key]
 
     for one in edits:
+        choice("action", one.action, get_args(Action))
         table = table_of(config, one.table)
         checked_slots(config, table, [one.slot, one.other])
         for part in tables[table]:
@@ -185,8 +195,7 @@ def _edited(one: Edit, stored: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         if one.action == "values":
             given = np.asarray(one.values)
-            require(given.shape == held.shape, "values.shape", given.shape, f"must be {held.shape}, one row")
-            require(given.dtype.kind in "fiu", "values.dtype", str(given.dtype), "must be of real numbers")
+            _check_row("values", given, held.shape)
             wished = given.astype(np.float32)
         elif one.action == "zero":
             wished = np.zeros(held.shape, np.float32)

@@ -32,17 +32,24 @@ _NOWHERE = -1
 class KnockOut(NamedTuple):
     """Holds the losses of a text, in nats per token. The first token of a text has none: NaN."""
 
+    ids: np.ndarray
+    """(S,) int32, tokens of the text."""
     losses: np.ndarray
     """(S,) float32, losses with all slots."""
     without: np.ndarray
     """(S,) float32, losses without the slots that were knocked out."""
     slots: dict[str, np.ndarray]
-    """Table -> slots that were knocked out, of the tables that have some."""
+    """Table -> slots that were knocked out, rising, of the tables that have some."""
 
     @property
     def effect(self) -> float:
         """Returns the mean of what the loss of a token rises by without the slots."""
         return float((self.without - self.losses)[1:].mean(dtype=np.float64))
+
+    def in_words(self) -> str:
+        """Returns the mean loss with and without the slots, as a phrase."""
+        before, after = (float(of[1:].mean(dtype=np.float64)) for of in (self.losses, self.without))
+        return f"{before:.4f} -> {after:.4f} nats per token ({after - before:+.4f})"
 
 
 def knock_out(
@@ -76,7 +83,7 @@ def knock_out(
     for table, rows in of_tables.items():
         knocked[table][1, : len(rows)] = rows
     losses = np.asarray(_losses_without(config, variables, np.stack([ids, ids]), knocked))
-    return KnockOut(losses[0], losses[1], gone)
+    return KnockOut(ids, losses[0], losses[1], gone)
 
 
 def knock_out_each(
@@ -88,8 +95,8 @@ def knock_out_each(
     *,
     batch_size: int | None = None,
     progress: Callable[[int], object] | None = None,
-) -> np.ndarray:
-    """Returns the losses of a text without each of several slots, one at a time: (n, S) float32.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the losses of a text with all slots, and without each of several ones, one at a time.
 
     Args:
         config: the model's config.
@@ -101,6 +108,9 @@ def knock_out_each(
             take more than 256 MiB.
         progress: called with the number of slots after each batch.
 
+    Returns:
+        Losses (S,) and (n, S) float32. One program computes both, so that a slot without an effect has none.
+
     Raises:
         UserError: as for `knock_out`; `batch_size` is below 1.
     """
@@ -111,21 +121,23 @@ def knock_out_each(
         (table := table_of(config, name), checked_slots(config, table, [row])[0]) for name, row in slots
     ]
     ids = encoded(config, tokenizer, text)
-    losses = np.empty((len(checked), len(ids)), np.float32)
     if batch_size is None:
         batch_size = min(max(LOGITS_BYTES // (4 * config.vocab_size * len(ids)), 1), 8)
     tables = sorted({site.table for site in config.sites})
     tokens = np.broadcast_to(ids, (batch_size, len(ids)))
-    for first in range(0, len(checked), len(tokens)):
-        part = checked[first : first + len(tokens)]
-        knocked = {table: np.full((len(tokens), 1), _NOWHERE, np.int32) for table in tables}
+    # The first sequence has all slots.
+    sequences = [(tables[0], _NOWHERE), *checked]
+    losses = np.empty((len(sequences), len(ids)), np.float32)
+    for first in range(0, len(sequences), batch_size):
+        part = sequences[first : first + batch_size]
+        knocked = {table: np.full((batch_size, 1), _NOWHERE, np.int32) for table in tables}
         for sequence, (table, row) in enumerate(part):
             knocked[table][sequence] = row
         found = _losses_without(config, variables, tokens, knocked)
         losses[first : first + len(part)] = np.asarray(found)[: len(part)]
         if progress is not None:
-            progress(len(part))
-    return losses
+            progress(len(part) - (first == 0))
+    return losses[0], losses[1:]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -65,7 +65,7 @@ def checked_slots(config: ModelConfig, table: str, slots: Iterable[int] | np.nda
 def slots_by_table(
     config: ModelConfig, slots: Mapping[str, Iterable[int] | np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Returns the slots of each table that is named, (n,) int32, over all memories that read it.
+    """Returns the slots of each table that is named, over all memories that read it: (n,) int32, rising.
 
     Args:
         config: the model.
@@ -78,7 +78,7 @@ def slots_by_table(
     for name, rows in slots.items():
         table = table_of(config, name)
         found.setdefault(table, []).append(checked_slots(config, table, rows))
-    return {table: np.concatenate(parts) for table, parts in found.items()}
+    return {table: np.unique(np.concatenate(parts)) for table, parts in found.items()}
 
 
 def order_of_reads(site: MemorySite) -> np.ndarray:

@@ -41,7 +41,7 @@ def nearest_slots(
 
     Returns:
         Slots (n, k) int32, nearest first, and their cosines (n, k) float32. The cosine with a row of zeros is
-        zero. In a table of fewer rows k is smaller.
+        zero, and with a row that is not finite -inf. In a table of fewer rows k is smaller.
 
     Raises:
         UserError: an unknown memory or slot.
@@ -85,7 +85,7 @@ def _nearest_of_chunk(
     """
     slots = start + jnp.arange(size, dtype=jnp.int32)
     cosines = given @ _unit_rows(table, slots).T
-    counts = (slots >= first)[None] & (slots[None] != own[:, None])
+    counts = (slots >= first)[None] & (slots[None] != own[:, None]) & jnp.isfinite(cosines)
     values, places = jax.lax.top_k(jnp.where(counts, cosines, -jnp.inf), k)
     return values, slots[places]
 

@@ -19,27 +19,21 @@ import numpy as np
 from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.model import table_readers
 from ultramem_jax.data import Tokenizer
-from ultramem_jax.errors import at_least
-from ultramem_jax.inspection.cards import (
-    KNOCK_UNIT,
-    Cards,
-    Progress,
-    add_slots,
-    effects,
-    rounded,
-    strengths,
-    strongest_first,
-)
+from ultramem_jax.errors import at_least, require
+from ultramem_jax.inspection.cards import KNOCK_UNIT, Cards, Progress, effects, rounded
 from ultramem_jax.inspection.corpus import CorpusReads, corpus_pass
 from ultramem_jax.inspection.knock_outs import KnockOut
 from ultramem_jax.inspection.names import site_of
 from ultramem_jax.inspection.texts import TokenTexts, visible
 from ultramem_jax.inspection.tracing import MemoryReads, Trace, trace
 from ultramem_jax.inspection.usage import training_curves, usage
+from ultramem_jax.inspection.ways import strength_of, strengths, strongest_reads, strongest_slots, ways_of
 from ultramem_jax.tree_types import JsonDict, Variables
 
 _PROMOTED = 8
 """Tokens that a card says a slot promotes, and suppresses."""
+_NAMED = 12
+"""Slots of a knock-out that are named."""
 _CURVE_POINTS = 200
 """Most points of a curve over training."""
 _MARK = re.compile(r"<!--(title|css|js|data)-->")
@@ -81,7 +75,8 @@ def page(
         title: name of the model.
         corpus_name: name of the corpus.
         corpus_tokens: tokens of the corpus, only for the progress.
-        cards: slots of the text to look into, those read most strongly by any token.
+        cards: slots of the text to look into, those of its strongest reads: first of the strongest one of
+            each token, memory and head, then of the second ones, and so on.
         reads: reads of a token and head that are shown, the strongest ones.
         contexts: contexts of a slot.
         neighbours: nearest slots of a slot.
@@ -89,34 +84,38 @@ def page(
         progress: called at the beginning of each long part of the work.
 
     Raises:
-        UserError: as for `trace` and `corpus_pass`; a number is too small.
+        UserError: as for `trace` and `corpus_pass`; a number is too small; `knocked_out` is of another text.
     """
     at_least(1, reads=reads, contexts=contexts, most=most)
     at_least(0, cards=cards, neighbours=neighbours)
     traced = trace(config, variables, tokenizer, text)
     by = strengths(config, variables, traced)
-    ways = strongest_first(traced, by, cards)
-    given = knocked_out.slots if knocked_out is not None else {}
+    slots = strongest_slots(traced, by, cards)
+    if knocked_out is not None:
+        same = np.array_equal(knocked_out.ids, traced.ids)
+        require(same, "knocked_out.ids", knocked_out.ids, "must be the tokens of the text")
+        for table, of_table in knocked_out.slots.items():
+            slots[table] += of_table.tolist()
     corpus = None
     if batches is not None:
-        chosen = {
-            table: {*slots, *given.get(table, np.empty(0, int)).tolist()} for table, slots in ways.items()
-        }
         corpus = corpus_pass(
             config,
             variables,
             batches,
-            chosen,
+            slots,
             contexts,
             most=most,
             progress=progress("corpus", corpus_tokens),
         )
-        for table, of_table in corpus.tables.items():
-            add_slots(ways, config, corpus, table, of_table.most_read)
-    for table, slots in given.items():
-        add_slots(ways, config, corpus, table, slots)
+        for table, reads_of_table in corpus.tables.items():
+            slots[table] += reads_of_table.most_read.tolist()
     made = Cards(config, variables, tokenizer, _PROMOTED).make(
-        ways, corpus, traced, text, neighbours, progress
+        ways_of(config, slots, strongest_reads(config, traced, by), corpus),
+        corpus,
+        traced,
+        text,
+        neighbours,
+        progress,
     )
     texts = TokenTexts(tokenizer)
     memories = {name: _memory(config, name, of, by[name], reads) for name, of in traced.memories.items()}
@@ -127,14 +126,12 @@ def page(
         "tokens": [_token(traced, texts, i) for i in range(len(traced.ids))],
         "memories": memories,
         "tables": _tables(config, corpus, made, records, traced, most),
-        "corpus": None if corpus is None else {"tokens": corpus.num_tokens, "name": corpus_name},
+        "corpus": None if corpus is None else {"tokens": corpus.num_tokens, "name": visible(corpus_name)},
+        "knock_unit": KNOCK_UNIT,
     }
-    data["knock_unit"] = KNOCK_UNIT
-    if knocked_out is not None and given:
-        data["knocked"] = {
-            "effects": effects(traced, knocked_out.without)["knock"],
-            "effect": rounded(knocked_out.effect),
-        }
+    if knocked_out is not None and knocked_out.slots:
+        data["knocked"] = effects(knocked_out.losses, knocked_out.without)["knock"]
+        data["note"] = f"{_knocked(knocked_out)} {data['note']}"
     return render(title, data)
 
 
@@ -157,17 +154,25 @@ def _in_words(config: ModelConfig) -> str:
 
 
 def _note(traced: Trace) -> str:
-    nats = float(np.nansum(traced.losses.astype(np.float64)))
-    bits = nats / np.log(2) / traced.num_bytes
-    return (
-        f"{len(traced.ids):,} tokens, mean loss {traced.loss:.3f} nats, {bits:.2f} bits per byte. Arrow keys "
-        "move between tokens; underlined tokens read the slot that is shown."
-    )
+    number, losses = f"{len(traced.ids):,} tokens", traced.losses[1:].astype(np.float64)
+    broken = int((~np.isfinite(losses)).sum())
+    bits = 0.0 if broken else float(losses.sum()) / np.log(2) / traced.num_bytes
+    means = f"mean loss {traced.loss:.3f} nats, {bits:.2f} bits per byte"
+    said = f"the losses of {broken:,} are not finite" if broken else means
+    return f"{number}, {said}. Arrow keys move between tokens; underlined tokens read the slot that is shown."
+
+
+def _knocked(found: KnockOut) -> str:
+    """Returns a sentence about the slots that are missing, and the loss with and without them."""
+    names = [f"{table}:{slot}" for table, slots in found.slots.items() for slot in slots.tolist()]
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    losses = found.in_words().replace("->", "→").replace("-", "−")
+    return f"Knocked out: {', '.join(names[:_NAMED])}{more}. Mean loss {losses}."
 
 
 def _token(traced: Trace, texts: TokenTexts, i: int) -> JsonDict:
-    token, loss = int(traced.ids[i]), traced.losses[i]
-    shown: JsonDict = {"text": texts.token(token), "loss": None if np.isnan(loss) else rounded(loss)}
+    token = int(traced.ids[i])
+    shown: JsonDict = {"text": texts.token(token), "loss": rounded(traced.losses[i])}
     if texts.is_special(token):
         shown["special"] = 1
     elif b"\n" in traced.pieces[i]:
@@ -186,7 +191,7 @@ def _memory(config: ModelConfig, name: str, of: MemoryReads, scores: np.ndarray,
         heads = []
         for head in range(len(of.heads)):
             numbers = np.arange(head * per_head, (head + 1) * per_head)
-            order = numbers[np.argsort(-np.abs(scores[token, numbers]), kind="stable")]
+            order = numbers[np.argsort(-strength_of(scores[token, numbers]), kind="stable")]
             heads.append([_read(of, scores, token, read, weighs, in_blocks) for read in order[:most]])
             weaker += [
                 [int(of.slots[token, read]), token, rounded(scores[token, read], 3)] for read in order[most:]
@@ -251,11 +256,10 @@ def _tables(
             tables[table]["curves"] = {name: _thinned(*curve) for name, curve in curves[table].items()}
         if corpus is not None:
             counts = corpus.tables[table].counts
-            read = np.unique(
-                np.concatenate([of.slots.reshape(-1) for of in traced.memories.values() if of.table == table])
-            )
             tables[table]["counts"] = {
-                str(slot): int(counts[slot]) for slot in read if slot not in cards[table]
+                str(slot): int(counts[slot])
+                for slot in traced.slots_of(table).tolist()
+                if slot not in cards[table]
             }
             tables[table]["usage"] = _usage(counts, most)
     return tables

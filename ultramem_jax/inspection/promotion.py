@@ -84,7 +84,7 @@ def promoted_tokens(
 def _padded(
     slots: np.ndarray, blocks: np.ndarray, weights: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns slots, blocks and weights (ones by default), filled up to whole groups of slots."""
+    """Returns slots, blocks and weights (ones by default), padded to whole groups of slots."""
     more = -len(slots) % _TOGETHER if len(slots) else _TOGETHER
     weights = np.ones((len(slots), 1), np.float32) if weights is None else np.asarray(weights, np.float32)
     return (

@@ -67,6 +67,11 @@ class Trace:
         """Returns the mean loss of all tokens but the first, in nats."""
         return float(self.losses[1:].mean(dtype=np.float64))
 
+    def slots_of(self, table: str) -> np.ndarray:
+        """Returns the slots of a table that the text reads, (n,) int32, rising."""
+        reads = [of.slots.reshape(-1) for of in self.memories.values() if of.table == table]
+        return np.unique(np.concatenate(reads))
+
 
 def trace(config: ModelConfig, variables: Variables, tokenizer: Tokenizer, text: str | bytes) -> Trace:
     """Traces a text through a model, in one pass.

@@ -21,21 +21,23 @@
   const whole = (n) => Math.round(n).toLocaleString("en-US");
   const tiny = (x) => String(Number(x.toPrecision(2)));
   const plain = (x) => (x >= 100 ? x.toFixed(0) : x >= 10 ? x.toFixed(1) : x >= 0.1 || x === 0 ? x.toFixed(2) : tiny(x));
-  const short = (x) => (x < 0 ? "−" : "") + plain(Math.abs(x));
-  const signed = (x) => (x > 0 ? "+" : x < 0 ? "−" : "±") + (Math.abs(x) >= 0.1 ? Math.abs(x).toFixed(3) : tiny(Math.abs(x)));
+  // What is not finite is null in the data.
+  const short = (x) => x == null ? "not finite" : (x < 0 ? "−" : "") + plain(Math.abs(x));
+  const signed = (x) => x == null ? "not finite" : (x > 0 ? "+" : x < 0 ? "−" : "±") + (Math.abs(x) >= 0.1 ? Math.abs(x).toFixed(3) : tiny(Math.abs(x)));
   const percent = (x) => (100 * x).toFixed(x > 0 && x < 0.1 ? 2 : 1) + " %";
   const nats = (x) => (x == null ? null : x / data.knock_unit);
   const largest = (numbers) => numbers.reduce((most, x) => Math.max(most, Math.abs(x)), 0) || 1;
   const nothing = Object.freeze({});
 
   const names = Object.keys(data.memories);
-  const state = { tab: "text", token: 0, memory: names[0], head: 0, table: null, slot: null, colour: "loss", shown: null };
+  const state = { tab: "text", token: 0, memory: names[0], head: 0, table: null, slot: null, colour: data.knocked ? "given" : "loss", shown: null };
 
   // ---- what a state shows
 
   const memory = () => data.memories[state.memory];
   const table = (name) => data.tables[name];
   const card = (name, slot) => (table(name).cards || nothing)[slot];
+  const weighs = (name) => names.some((one) => data.memories[one].table === name && data.memories[one].weighs);
   const reads = (name, token, head) => data.memories[name].reads[token][head] || [];
   const tableShown = () => state.shown || memory().table;
 
@@ -140,12 +142,12 @@
   function colouring() {
     if (state.colour === "slot") {
       const scores = scoresOf(state.table, state.slot);
-      const weighs = names.some((one) => data.memories[one].table === state.table && data.memories[one].weighs);
-      const values = data.tokens.map((_, i) => (scores.has(i) ? (weighs ? scores.get(i) : 1) : null));
-      return { values, most: largest(values.filter((x) => x != null)), signs: weighs, up: "--up", down: "--down", unit: weighs ? "weight" : "" };
+      const signs = weighs(state.table);
+      const values = data.tokens.map((_, i) => (scores.has(i) ? (signs ? scores.get(i) : 1) : null));
+      return { values, most: largest(values.filter((x) => x != null)), signs, up: "--up", down: "--down", unit: signs ? "weight" : "" };
     }
     if (state.colour === "knock" || state.colour === "given") {
-      const values = state.colour === "given" ? data.knocked.effects.map(nats) : card(state.table, state.slot).knock.map(nats);
+      const values = state.colour === "given" ? data.knocked.map(nats) : card(state.table, state.slot).knock.map(nats);
       return { values, most: largest(values.filter((x) => x != null)), signs: true, up: "--heat", down: "--good", unit: "nats" };
     }
     const values = data.tokens.map((token) => token.loss);
@@ -165,7 +167,7 @@
       button.tabIndex = i === state.token ? 0 : -1;
       button.classList.toggle("reader", readers.has(i));
       const loss = data.tokens[i].loss;
-      const told = loss == null ? "starts the text" : `loss ${short(loss)} nats`;
+      const told = i === 0 ? "starts the text" : loss == null ? "loss not finite" : `loss ${short(loss)} nats`;
       button.title = told + (state.colour !== "loss" && value != null && unit ? `; ${unit} ${signs ? signed(value) : short(value)}` : "");
     });
     const scale = signs ? `var(${down}), var(--sunk), var(${up})` : `var(--sunk), var(${up})`;
@@ -180,12 +182,13 @@
     return el("div", { class: "bar" }, el("i", { class: negative ? "negative" : null, style: { width, ...(colour ? { background: `var(${colour})` } : {}) } }));
   }
 
-  function entry(name, slot, value, share, plain, block, weights) {
+  function entry(i, name, slot, value, share, plain, block, weights) {
     const one = card(name, slot), chosen = state.table === name && state.slot === slot;
     const words = says(one);
     return el("button", {
       class: one ? "read" : "read plain", "data-slot": slot, "aria-pressed": String(chosen), tabindex: "-1",
-      onclick: () => change({ table: name, slot }, `#list button[data-slot="${slot}"]`),
+      // By its place: a token may read a slot twice, in two blocks.
+      onclick: () => change({ table: name, slot }, `#list button:nth-child(${i + 1})`),
     },
     el("span", { class: "slot" }, whole(slot)),
     bar(share, share < 0, plain ? "--accent" : null), el("span", { class: "value" }, value),
@@ -201,13 +204,13 @@
       $("list-title").replaceChildren("Slots that ", el("span", { class: "tok" }, data.tokens[state.token].text), " reads");
       const cut = of.cut ? `, the ${list.length} strongest of ${of.per_head}` : "";
       $("list-note").textContent = `${state.memory}${of.heads[state.head] ? ", " + of.heads[state.head] : ""}${cut}. Bars show the ${of.measure}; below, what each slot promotes.`;
-      entries = list.map(([slot, score, block, weights]) =>
-        entry(of.table, slot, short(score), score / most, false, block, weights));
+      entries = list.map(([slot, score, block, weights], i) =>
+        entry(i, of.table, slot, short(score), score / most, false, block, weights));
     } else {
       const of = table(tableShown()), list = of.usage ? of.usage.most : [];
       $("list-title").textContent = "Most read slots";
       $("list-note").textContent = of.usage ? `of ${tableShown()}, in ${data.corpus.name}` : "No corpus was read.";
-      entries = list.map(([slot, count]) => entry(tableShown(), slot, whole(count), count / list[0][1], true));
+      entries = list.map(([slot, count], i) => entry(i, tableShown(), slot, whole(count), count / list[0][1], true));
     }
     $("list").replaceChildren(...entries);
     const first = $("list").querySelector("[aria-pressed=true]") || $("list").firstElementChild;
@@ -236,18 +239,19 @@
     if (data.corpus && count != null) facts.push(["read ", el("b", {}, whole(count) + "×"), ` in ${whole(data.corpus.tokens)} tokens`]);
     if (one && one.rank) facts.push(["rank ", el("b", {}, whole(one.rank)), ` of ${whole(of.slots)}`]);
     facts.push([el("b", {}, whole(scores.size)), ` of ${whole(data.tokens.length)} tokens here`]);
-    if (one && of.blocks > 1) facts.push(["block ", el("b", {}, String(one.block))]);
-    if (one && one.up && one.weight != null) facts.push(["read with ", el("b", {}, short(one.weight)), ` by ${one.memory}`]);
-    const parts = one ? [...promotion(one), ...contexts(one), ...effect(one), ...ngrams(one), ...nearest(name, one)] : [];
+    if (one && one.block != null && of.blocks > 1) facts.push(["block ", el("b", {}, String(one.block))]);
+    if (one && one.weight !== undefined) facts.push(["read with ", el("b", {}, short(one.weight)), ` by ${one.memory}`]);
+    const parts = one ? [...promotion(one), ...contexts(name, one), ...effect(one), ...ngrams(one), ...nearest(name, one)] : [];
     say(`Slot ${slot} of ${name}` + (says(one).length ? `, promotes ${says(one).join(", ")}` : ""));
     $("card").replaceChildren(
       el("div", { class: "head" }, el("h2", {}, "Slot ", el("span", { class: "slot" }, whole(slot))), el("span", { class: "note" }, name)),
       el("ul", { class: "facts" }, facts.map((fact) => el("li", {}, fact))),
       one ? el("div", { class: "parts" }, parts)
-        : el("p", { class: "note" }, "This slot was not looked into: the page has cards of the slots that the text reads most strongly. --cards makes it more."));
+        : el("p", { class: "note" }, "This slot was not looked into: the page has cards of the strongest reads of the text's tokens. --cards makes it more."));
   }
 
   function promotion(one) {
+    if (one.up === null) return [part("Promotes", true, el("p", { class: "note" }, "The row is not finite."))];
     if (!one.up) return [];
     const list = (entries, negative) => {
       const most = largest([...one.up, ...one.down].map(([, score]) => score));
@@ -257,11 +261,11 @@
     return [part("Promotes", false, list(one.up, false)), part("Suppresses", false, list(one.down, true))];
   }
 
-  function contexts(one) {
+  function contexts(name, one) {
     if (!one.contexts || !one.contexts.length) return data.corpus ? [part("Contexts", true, el("p", { class: "note" }, "No token of the corpus reads it."))] : [];
-    return [part(one.contexts[0][3] == null ? "First in the corpus" : "Strongest in the corpus", true, el("div", { class: "contexts" }, one.contexts.map(([before, token, after, score]) =>
+    return [part(weighs(name) ? "Strongest in the corpus" : "First in the corpus", true, el("div", { class: "contexts" }, one.contexts.map(([before, token, after, score]) =>
       el("div", { class: "context" }, el("span", { class: "before" }, el("bdi", {}, before + "\u200e")), el("mark", {}, token),
-        el("span", { class: "after" }, el("bdi", {}, after)), el("span", { class: "value" }, score == null ? "" : short(score))))))];
+        el("span", { class: "after" }, el("bdi", {}, after)), el("span", { class: "value" }, weighs(name) ? short(score) : "")))))];
   }
 
   function effect(one) {
@@ -270,7 +274,7 @@
     const bars = values.map((value, i) => {
       const tall = value == null ? 0 : Math.max((Math.abs(value) / most) * (height / 2 - 3), value === 0 ? 0 : 1);
       return svg("g", { onclick: () => chooseToken(i, true) },
-        svg("title", {}, `${data.tokens[i].text} ${value == null ? "" : signed(value)}`),
+        svg("title", {}, `${data.tokens[i].text} ${i ? signed(value) : ""}`),
         svg("rect", { x: i * step, y: 0, width: step, height, fill: i === state.token ? "var(--sunk)" : "transparent" }),
         svg("rect", { x: i * step + step * 0.12, width: Math.max(step * 0.76, 0.5), y: value > 0 ? height / 2 - tall : height / 2, height: tall, rx: 1,
           fill: value > 0 ? "var(--heat)" : "var(--good)" }));
@@ -285,7 +289,7 @@
 
   function ngrams(one) {
     if (!one.ngrams) return [];
-    const more = one.others ? el("span", { class: "note" }, `and ${whole(one.others)} reads of others`) : null;
+    const more = one.more ? el("span", { class: "note" }, `and ${whole(one.more)} more reads`) : null;
     return [part("N-grams on this row", true, el("div", { class: "ngrams" },
       one.ngrams.map(([text, count]) => el("span", { class: "tok" }, text, el("small", {}, whole(count)))), more))];
   }
@@ -403,6 +407,7 @@
     event.preventDefault();
     buttons[to].click();
   });
+  $("list").addEventListener("focusin", (event) => [...$("list").children].forEach((button) => { button.tabIndex = button === event.target ? 0 : -1; }));
   for (const tab of ["text", "tables"]) $("tab-" + tab).addEventListener("click", () => change({ tab }));
   document.querySelector("nav").addEventListener("keydown", (event) => {
     if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
