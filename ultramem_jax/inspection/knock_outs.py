@@ -2,8 +2,9 @@
 
 No table is changed or copied. Where a read takes one of the slots, its weight is set to zero on the way to
 the lookup, or its row is set to zero after it where the readout gets every row apart. Either gives the sums
-that a table with zeros in these rows gives. So a knock-out costs one pass over the text, and several
-knock-outs of the same text are sequences of one batch.
+that a table with zeros in these rows gives, if the rows are finite: 0 · NaN stays NaN, and such a row has to
+be edited instead. So a knock-out costs one pass over the text, and several knock-outs of the same text are
+sequences of one batch.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
