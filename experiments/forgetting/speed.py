@@ -10,7 +10,7 @@ from ultramem_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.presets import families
 
 SIDES = (256, 1024, 2048)
-"""Square roots of the slots of the tables."""
+"""Square roots of the slots of the tables. Three steps of the largest hold 10 GB."""
 TOKENS = (4, 512)
 """Sequences of a batch, and their tokens."""
 SELECTED = 512
@@ -19,7 +19,7 @@ SELECTED = 512
 
 def _run(side: int, **selection: object) -> RunConfig:
     """Returns the run of a small language model with one memory of `side`² slots, whose rows learn alone."""
-    memory = families.memory_plus(placement="2:2", num_keys=side, top_m=32, num_heads=2, value_dim=128)
+    memory = families.memory_plus(placement="2:2", num_keys=side, top_m=32, num_heads=2, value_dim=64)
     model = ModelConfig(
         embed_dim=256, num_layers=2, num_heads=4, num_kv_heads=4, mlp_dim=512, memories={"memory": memory}
     )
