@@ -80,6 +80,18 @@ def ratio(value: float | None, base: float | None) -> float | None:
     return value / base if value is not None and base else None
 
 
+def percent(share: float | None, deviation: float | None = None) -> str | None:
+    """Returns a share in whole per cent, with its standard deviation if there is one; None for None."""
+    if share is None:
+        return None
+    return f"{100 * share:.0f}{spread(None if deviation is None else 100 * deviation, '.0f')} %"
+
+
+def spread(deviation: float | None, form: str) -> str:
+    """Returns a standard deviation as it stands after a mean; nothing for None."""
+    return "" if deviation is None else f" ± {deviation:{form}}"
+
+
 def _with_suffix(path: str | os.PathLike[str], suffix: str) -> pathlib.Path:
     """Appends a suffix to a path, and makes its folder; a name with dots keeps all of them."""
     path = pathlib.Path(f"{os.fspath(path)}{suffix}")

@@ -6,7 +6,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from experiments.common.rates import at_an_end
-from experiments.common.report import write_csv
+from experiments.common.report import percent, spread, write_csv
 from experiments.common.seeds import deviation
 from experiments.forgetting import figures
 from experiments.forgetting.methods import METHODS, SPARSE, VARIANTS, Method
@@ -104,8 +104,8 @@ def _comparison(study: Study) -> list[str]:
     enough = study.runs[-1].enough
     about = (
         "Each task has people of its own. It ends at the first check at which greedy decoding completes "
-        f"{_percent(enough)} of the new facts, or after its last step; `enough` counts tasks that got so "
-        f"far. All numbers are those at which {_percent(enough)} are learned, on the line between the "
+        f"{percent(enough)} of the new facts, or after its last step; `enough` counts tasks that got so "
+        f"far. All numbers are those at which {percent(enough)} are learned, on the line between the "
         "measurement before and the last one; without that, of the last one. Means, ± one standard deviation "
         "over tasks. `lost` is the net share of the facts known before that greedy decoding does not "
         "complete any more; `risen` is the rise of the loss on the validation split of enwik8, in bits per "
@@ -125,7 +125,7 @@ def in_words(runs: Sequence[FineTuning]) -> list[str]:
         equal = {name: of for name, of in methods.items() if _mean_learned(of) >= _NEARLY * of[0].enough}
         order = sorted(equal, key=lambda name: _mean_lost(equal[name]) or 0.0)
         losses = [f"{name} {_loses(equal[name])}" for name in order]
-        few = [f"{name} ({_percent(_mean_learned(of))})" for name, of in methods.items() if name not in equal]
+        few = [f"{name} ({percent(_mean_learned(of))})" for name, of in methods.items() if name not in equal]
         if few:
             losses.append(f"too little is learned by {', '.join(few)}")
         words.append(f"{system}: {'; '.join(losses)}.")
@@ -134,11 +134,11 @@ def in_words(runs: Sequence[FineTuning]) -> list[str]:
 
 def _loses(runs: Sequence[FineTuning]) -> str:
     risen = [run.risen for run in runs]
-    rise = f"the loss rises by {statistics.fmean(risen):.3f}{_spread(deviation(risen), '.3f')}"
+    rise = f"the loss rises by {statistics.fmean(risen):.3f}{spread(deviation(risen), '.3f')}"
     lost = [run.lost for run in runs if run.lost is not None]
     if not lost:
         return f"knew no facts before, and {rise}"
-    return f"loses {_percent(statistics.fmean(lost), deviation(lost))} of the facts known before, and {rise}"
+    return f"loses {percent(statistics.fmean(lost), deviation(lost))} of the facts known before, and {rise}"
 
 
 def _mean_lost(runs: Iterable[FineTuning]) -> float | None:
@@ -183,12 +183,12 @@ def _run_row(runs: Sequence[FineTuning]) -> Row:
         "steps": round(_mean(last, "step")),
         "enough": f"{sum(run.is_enough for run in runs)} of {len(runs)}",
         "diverged": diverged or None,
-        "learned": _percent(_mean(last, "learned"), deviation([point.learned for point in last])),
-        "held-out templates": _percent(_mean(last, "learned_held_out")),
-        "known before": _percent(_mean(first, "kept")),
-        "lost": _percent(_mean_lost(runs), deviation(lost)),
+        "learned": percent(_mean(last, "learned"), deviation([point.learned for point in last])),
+        "held-out templates": percent(_mean(last, "learned_held_out")),
+        "known before": percent(_mean(first, "kept")),
+        "lost": percent(_mean_lost(runs), deviation(lost)),
         "bits/byte before": Decimal(f"{_mean(first, 'bits_per_byte'):.3f}"),
-        "risen": f"{statistics.fmean(risen):.3f}" + _spread(deviation(risen), ".3f"),
+        "risen": f"{statistics.fmean(risen):.3f}" + spread(deviation(risen), ".3f"),
     }
 
 
@@ -199,8 +199,8 @@ def _tuning_row(run: FineTuning) -> Row:
         "method": run.method,
         "rate": Decimal(f"{run.rate:g}"),
         "steps": last.step,
-        "learned": _percent(last.learned),
-        "lost": _percent(run.lost),
+        "learned": percent(last.learned),
+        "lost": percent(run.lost),
         "risen": Decimal(f"{run.risen:.3f}"),
         "diverged": "yes" if run.diverged else None,
         "seconds": round(run.seconds),
@@ -247,7 +247,7 @@ def _sequence_row(sequences: Sequence[TaskSequence], tasks: int) -> Row:
 
     def share(value: Callable[[TaskSequence], float]) -> str | None:
         values = [value(sequence) for sequence in whole]
-        return _percent(statistics.fmean(values), deviation(values)) if values else None
+        return percent(statistics.fmean(values), deviation(values)) if values else None
 
     bits = [sequence.bits_per_byte[-1] for sequence in whole]
     return {
@@ -289,13 +289,3 @@ def _systems(runs: Iterable[FineTuning]) -> list[str]:
 
 def _mean(points: Sequence[Point], field: str) -> float:
     return statistics.fmean(getattr(point, field) for point in points)
-
-
-def _percent(share: float | None, deviation: float | None = None) -> str | None:
-    if share is None:
-        return None
-    return f"{100 * share:.0f}{_spread(None if deviation is None else 100 * deviation, '.0f')} %"
-
-
-def _spread(deviation: float | None, form: str) -> str:
-    return "" if deviation is None else f" ± {deviation:{form}}"

@@ -17,7 +17,7 @@ from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.markdown import Row, significant
 
 NAME = "recall"
-_FLAT = 0.02
+_FLAT = 0.01
 """Share of all bits below which a doubling of the sparse parameters counts as no gain, on average."""
 
 
@@ -113,8 +113,8 @@ def notes(study: Study) -> list[str]:
         "after 1,000. With fewer, a model shows what it learns in that time, not what it could hold.",
         "Rows of tables learn at their memory's multiple of the rate, `value_lr_multiple` of the preset; "
         "experts learn at the rate itself.",
-        f"Sparse parameters add something if that is {_FLAT:.0%} of all bits per doubling or more, averaged "
-        "between two sizes, and more than its standard error.",
+        f"A larger size adds something to a smaller one if it holds {100 * _FLAT:.0f} % of all bits more per "
+        "doubling between them, and more than the standard error of the difference.",
         "Runs that an earlier call of the command has kept in its `--workdir` were not repeated.",
         f"{averaged}; the same people and batches for every system. tokens/s: median training speed, on a "
         "machine that other work may have shared; not a benchmark." + lost,
@@ -130,7 +130,7 @@ def in_words(study: Study) -> list[str]:
     words = []
     if dense:
         words.append(
-            f"The dense model holds {_share(study, dense):.0%} of all bits, "
+            f"The dense model holds {report.percent(_share(study, dense))} of all bits, "
             f"{significant(_mean(dense, lambda run: run.bits_per_parameter), 2)} per parameter."
         )
     for system, sizes in by_system.items():
@@ -139,22 +139,24 @@ def in_words(study: Study) -> list[str]:
 
 
 def bend(shares: dict[int, list[float]]) -> int | None:
-    """Returns the size from which on more sparse parameters add nothing; None if the largest size still does.
+    """Returns the smallest size to which no larger one adds anything; None if that is the largest.
 
-    They add something if the mean rises by `_FLAT` of all bits per doubling or more, and by more than its
-    standard error.
+    A size adds something to another if its mean is larger by `_FLAT` of all bits per doubling or more, and by
+    more than the standard error.
 
     Args:
         shares: shares of all bits, one of each run, by size, in increasing order.
     """
-    bent = None
-    for (small, low), (large, high) in reversed(list(itertools.pairwise(shares.items()))):
+
+    def adds(small: int, large: int) -> bool:
+        low, high = shares[small], shares[large]
         gain = statistics.fmean(high) - statistics.fmean(low)
         error = math.sqrt(sum(statistics.variance(of) / len(of) for of in (low, high) if len(of) > 1))
-        if gain / math.log2(large / small) >= _FLAT and gain > error:
-            break
-        bent = small
-    return bent
+        return gain / math.log2(large / small) >= _FLAT and gain > error
+
+    sizes = list(shares)
+    flat = (size for size in sizes[:-1] if not any(adds(size, larger) for larger in sizes if larger > size))
+    return next(flat, None)
 
 
 def _of_system(study: Study, sizes: dict[int, list[Run]]) -> str:
@@ -163,12 +165,13 @@ def _of_system(study: Study, sizes: dict[int, list[Run]]) -> str:
     first, last = min(shares), max(shares)
     most = max(shares, key=lambda size: shares[size])
     if first == last:
-        return f"{shares[first]:.0%} of all bits at {first}×"
+        return f"{report.percent(shares[first])} of all bits at {first}×"
     flat = bend(of_runs)
-    bends = f"more than {flat}× add nothing" if flat else f"{last}× still add something"
+    bends = f"more than {flat}× add nothing beyond the noise" if flat else f"{last}× still add something"
+    held = {size: report.percent(share) for size, share in shares.items()}
     return (
-        f"{shares[first]:.0%} of all bits at {first}×, {shares[last]:.0%} at {last}×, most at {most}× "
-        f"({shares[most]:.0%}); {bends}"
+        f"{held[first]} of all bits at {first}×, {held[last]} at {last}×, most at {most}× ({held[most]}); "
+        f"{bends}"
     )
 
 
