@@ -3,8 +3,8 @@
 Command: python launch.py recall --workdir=runs/recall
 Machine: 2 CPU cores.
 Time: about two and a half hours for 86 runs.
-Result: experiments/results/recall/recall.md: with 29 exposures of a fact only Engram gains beyond the noise. It
-    holds 12,104 bits with 32 times as many sparse parameters; the dense model holds 9,557.
+Result: experiments/results/recall/recall.md: with 29 exposures of a fact only Engram gains beyond the noise,
+    12,104 bits with 32 times as many sparse parameters; the dense model holds 9,557.
 """
 
 from ultramem_jax import DataConfig, ModelConfig, RunConfig, TrainConfig
