@@ -58,7 +58,7 @@ class Setting:
 
 FOR_GRAFTED = Setting(
     before=Population(0, 16),
-    steps_before=120,
+    steps_before=60,
     new=8,
     new_in_sequence=4,
     copies=32,
