@@ -57,10 +57,10 @@ class Setting:
 
 
 FOR_GRAFTED = Setting(
-    before=Population(0, 16),
-    steps_before=60,
-    new=8,
-    new_in_sequence=4,
+    before=Population(0, 8),
+    steps_before=80,
+    new=4,
+    new_in_sequence=2,
     copies=32,
     mixture_bytes=1_200_000,
     mixture_share=0.5,
@@ -75,11 +75,11 @@ FOR_GRAFTED = Setting(
         slots=1024,
     ),
     rates={
-        "sparse memory, AdamW": (1e-2, 3e-2, 1e-1),
+        "sparse memory, AdamW": (3e-2, 1e-1, 3e-1),
         "sparse memory, SGD": (300.0, 1000.0, 3000.0),
-        "full memory": (1e-3, 3e-3, 1e-2),
-        "LoRA": (1e-3, 3e-3, 1e-2),
-        "full fine-tuning": (1e-5, 3e-5, 1e-4),
+        "full memory": (3e-3, 1e-2, 3e-2),
+        "LoRA": (3e-4, 1e-3, 3e-3),
+        "full fine-tuning": (3e-5, 1e-4, 3e-4),
     },
     sizes=Sizes(batches=4, batch_size=4, seq_len=256),
     background_batches=100,
@@ -114,7 +114,7 @@ FOR_OWN = Setting(
 )
 
 
-_DENSE_RATE, _ROW_RATE = 2e-4, 5e-3
+_DENSE_RATE, _ROW_RATE = 5e-4, 5e-3
 """Learning rates of an open model's own parameters and of its memory's rows, before it is taught."""
 
 
