@@ -44,7 +44,7 @@ def test_losses_without_slots_are_those_of_rows_of_zeros(memory, traced):
     assert found.effect == pytest.approx(expected.loss - traced.loss, abs=1e-6)
     assert found.without[0] != found.without[0]  # no loss of the first token
     losses = f"{found.losses[1:].mean():.4f} -> {found.without[1:].mean():.4f} nats per token"
-    assert found.in_words() == f"{losses} ({found.effect:+.4f})"
+    assert found.in_words() == f"{losses} ({found.effect:+.2g})"
 
 
 def test_one_at_a_time(traced):

@@ -210,7 +210,7 @@ def _print_losses(given: GivenModel, edits: list[Edit], text: bytes) -> None:
     before, after = (
         trace(given.config, variables, given.tokenizer, text).loss for variables in (given.variables, edited)
     )
-    print(f"edited: {before:.4f} -> {after:.4f} nats per token ({after - before:+.4f})")
+    print(f"edited: {before:.4f} -> {after:.4f} nats per token ({after - before:+.2g})")
 
 
 def _changes_in_words(changes: Changes) -> str:

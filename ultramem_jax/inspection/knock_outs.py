@@ -50,7 +50,7 @@ class KnockOut(NamedTuple):
     def in_words(self) -> str:
         """Returns the mean loss with and without the slots, as a phrase."""
         before, after = (float(of[1:].mean(dtype=np.float64)) for of in (self.losses, self.without))
-        return f"{before:.4f} -> {after:.4f} nats per token ({after - before:+.4f})"
+        return f"{before:.4f} -> {after:.4f} nats per token ({after - before:+.2g})"
 
 
 def knock_out(
