@@ -72,7 +72,7 @@ FOR_GRAFTED = Setting(
         check_every=10,
         measure_every=40,
         enough=0.7,
-        slots=2048,
+        slots=1024,
     ),
     rates={
         "sparse memory, AdamW": (3e-2, 1e-1, 3e-1),
