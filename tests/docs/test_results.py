@@ -11,12 +11,14 @@ import pathlib
 import re
 import shlex
 import shutil
+import statistics
 from collections.abc import Callable
 
 import pytest
 
 from experiments.bench_step.records import Study as StepStudy
 from experiments.configs import compare
+from experiments.forgetting.records import Study as ForgettingStudy
 from tests.support.documents import ROOT, local_links
 from tests.support.result_tables import (
     Printed,
@@ -97,6 +99,13 @@ def are_rounded(printed: list[Printed], measured: list[float]) -> bool:
     return len(printed) == len(measured) and all(p.rounds(m) for p, m in zip(printed, measured, strict=True))
 
 
+def lost(system: str, method: str) -> float:
+    """Returns how many per cent of the facts known before a method loses."""
+    runs = ForgettingStudy.load(RESULTS / "forgetting" / "forgetting.json").runs
+    shares = [run.lost for run in runs if (run.system, run.method) == (system, method)]
+    return 100 * statistics.fmean(shares)
+
+
 def moe_over_ultramem(dtype: str, batch: int) -> float:
     moe, ultramem = (decoding_seconds(s, f"{dtype}, batch {batch}")[0] for s in ("MoE", "UltraMem"))
     return moe / ultramem
@@ -125,8 +134,12 @@ SENTENCES: dict[str, Callable[[], list[float]]] = {
     r"\*\*([\d.]+) times\*\* as long": lambda: [moe_over_ultramem("float32", 16)],
     r"The ([\d.]+) in bfloat16 at batch 16 is uncertain": lambda: [moe_over_ultramem("bfloat16", 16)],
     r"equal FLOPs per token, ([\d.]+ M) bytes of the standard library": lambda: [compared_bytes()],
-    r"MoE takes ([\d.]+) times as long as UltraMem at batch 64 in float32, and ([\d.]+) times in bfloat16": (
+    r"At batch 64 MoE takes ([\d.]+) and ([\d.]+) times as long as UltraMem": (
         lambda: [moe_over_ultramem(dtype, 64) for dtype in ("float32", "bfloat16")]
+    ),
+    r"New facts cost UltraMem (\d+) % of the old ones by sparse memory fine-tuning, (\d+) % by full "
+    r"fine-tuning and (\d+) % by LoRA": (
+        lambda: [lost("UltraMem", by) for by in ("sparse memory, SGD", "full fine-tuning", "LoRA")]
     ),
     r"trains on two CPU cores, in ([\d.]+) GB": lambda: [highest_gb("slots_100m")],
     r"trains in ([\d.]+) GB": lambda: [highest_gb("slots_20m")],
