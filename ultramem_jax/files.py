@@ -39,6 +39,11 @@ def replace_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def is_new_or_empty(folder: Path) -> bool:
+    """Tells whether a folder can be made at a path, or is there and has nothing in it."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until a folder and the files in it are on disk, so that a rename cannot come before its contents.
 

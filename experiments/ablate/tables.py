@@ -253,8 +253,7 @@ def _order_in_words(runs: dict[str, list[Result]]) -> str:
 
 
 def _signed(difference: Difference) -> str:
-    spread = deviation(difference.ours)
-    return f"{difference.mean:+.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+    return f"{difference.mean:+.4f}{report.spread(deviation(difference.ours), '.4f')}"
 
 
 def _ladder_rows(study: Study, runs: dict[str, list[Result]], steps: list[Difference]) -> list[markdown.Row]:

@@ -31,7 +31,8 @@ def plot_comparison(study: Study, path: Path) -> Path:
         above, below = panels[0][column], panels[1][column]
         figures.set_title(above, system)
         for run in runs:
-            points = [*(point for point in run.points if point.step < run.end.step), run.end]
+            end = run.end
+            points = [*(point for point in run.points if point.step < end.step), end]
             learned = [point.learned for point in points]
             _draw(above, run.method, learned, [point.kept for point in points])
             _draw(below, run.method, learned, [point.bits_per_byte for point in points])
@@ -76,13 +77,12 @@ def plot_sequence(study: Study, path: Path) -> Path:
 
     Sequences in which a loss became infinite are left out.
     """
-    tasks = max(len(sequence.left) for sequence in study.sequences)
     systems = list(dict.fromkeys(sequence.system for sequence in study.sequences))
     figure = figures.new_figure(4.2 * len(systems) + 1.6, 4.4)
     panels = figure.subplots(1, len(systems), squeeze=False)[0]
     for axes, system in zip(panels, systems, strict=True):
         figures.set_title(axes, system)
-        of_system = [one for one in study.sequences if one.system == system and len(one.left) == tasks > 0]
+        of_system = [one for one in study.sequences if one.system == system and study.is_whole(one)]
         for method in dict.fromkeys(sequence.method for sequence in of_system):
             _draw_left(axes, [sequence for sequence in of_system if sequence.method == method])
         axes.set_ylim(-0.03, 1.03)

@@ -34,8 +34,8 @@ def grafted_run(model: Path, text: DataConfig) -> RunConfig:
     """
     config = open_models.read_config(model)
     layers = config.num_layers
-    after = {max(layer, 1): None for layer in (layers // 3, layers * 8 // 15, layers * 11 // 15)}
-    places = "/".join(f"{layer}:{layer}" for layer in after)
+    after = (max(layer, 1) for layer in (layers // 3, layers * 8 // 15, layers * 11 // 15))
+    places = "/".join(f"{layer}:{layer}" for layer in dict.fromkeys(after))
     memory = graft(MEMORY, config).changed(placement=places, top_m=16)
     return RunConfig(
         replace(config, memories={MEMORY: memory}),

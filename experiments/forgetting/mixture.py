@@ -16,7 +16,7 @@ _PIECE = 2048
 
 
 def write_mixture(path: Path, enwik8: str, num_bytes: int, people: Population, share: float) -> Path:
-    """Writes the text and returns its path.
+    """Writes the text, unless it is there, and returns its path.
 
     Args:
         path: the file.
@@ -39,8 +39,10 @@ def write_mixture(path: Path, enwik8: str, num_bytes: int, people: Population, s
         else:
             start = next(pieces)
             text += background.data[start : start + _PIECE] + b"\n\n"
-    if path.exists() and path.read_bytes() != text:
-        raise UserError(f"{path}: holds another text than that of these people; give another --workdir")
+    if path.exists():
+        if path.read_bytes() != text:
+            raise UserError(f"{path}: holds another text than that of these people; give another --workdir")
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_bytes(text)

@@ -166,6 +166,15 @@ class Study:
     """Runs of variants of sparse memory fine-tuning."""
     sequences: list[TaskSequence]
 
+    @property
+    def tasks(self) -> int:
+        """Returns how many tasks a sequence has in which no loss became infinite; 0 if there is none."""
+        return max((len(sequence.left) for sequence in self.sequences), default=0)
+
+    def is_whole(self, sequence: TaskSequence) -> bool:
+        """Tells whether a model took all tasks of a sequence."""
+        return len(sequence.left) == self.tasks > 0
+
     def with_parts_of(self, earlier: "Study") -> "Study":
         """Returns the study with what an earlier one has beside it.
 

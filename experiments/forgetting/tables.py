@@ -218,33 +218,30 @@ def _tunings(study: Study) -> list[str]:
     ]
     about = (
         "One task at each rate, with people whom nothing else teaches. The chosen rate forgets least until "
-        "enough is learned; where no rate gets so far, until nearly as much is learned as at the best one."
+        "enough is learned; where no rate gets so far, until nearly as much is learned as at the best one. "
+        "Further rates were tried where the best was at an end."
     )
-    about += " Further rates were tried where the best was at an end."
     if ends:
         about += f" Best at an end all the same: {', '.join(ends)}."
     return [about, markdown.table([_tuning_row(run) for run in study.tunings])]
 
 
 def _sequence(study: Study) -> list[str]:
-    tasks = max(len(sequence.left) for sequence in study.sequences)
     about = (
-        f"One model takes {tasks} tasks, each with other people, and each until enough is learned or for "
-        "its last step. `of all tasks` is the share of all facts of all tasks that it completes after "
+        f"One model takes {study.tasks} tasks, each with other people, and each until enough is learned or "
+        "for its last step. `of all tasks` is the share of all facts of all tasks that it completes after "
         "the last one, `of the first` of the first task's. Means, ± one standard deviation over sequences; "
         "those in which a loss became infinite are left out."
     )
     groups: dict[tuple[str, str], list[TaskSequence]] = {}
     for sequence in study.sequences:
         groups.setdefault((sequence.system, sequence.method), []).append(sequence)
-    rows = [_sequence_row(of, tasks) for of in groups.values()]
+    rows = [_sequence_row(of, list(filter(study.is_whole, of))) for of in groups.values()]
     image = f"![what is left of each task after the last one]({NAME}_sequence.png)"
     return [about, markdown.table(rows), image]
 
 
-def _sequence_row(sequences: Sequence[TaskSequence], tasks: int) -> Row:
-    whole = [sequence for sequence in sequences if len(sequence.left) == tasks > 0]
-
+def _sequence_row(sequences: Sequence[TaskSequence], whole: Sequence[TaskSequence]) -> Row:
     def share(value: Callable[[TaskSequence], float]) -> str | None:
         values = [value(sequence) for sequence in whole]
         return percent(statistics.fmean(values), deviation(values)) if values else None

@@ -144,11 +144,12 @@ class Trials:
 
     def _kept(self, done: Path, config: RunConfig) -> Run | None:
         """Returns a result that is kept. Fields that its config did not have yet get their defaults."""
+        now = self._identity(config)
         with kept_record(done, "the result of a run") as kept:
-            identity = {name: kept[name] for name in self._identity(config)}
-            identity["config"] = to_dict(run_config_from_dict(identity["config"]))
+            then = {name: kept[name] for name in now}
+            then["config"] = to_dict(run_config_from_dict(then["config"]))
             run = Run.of(kept["run"]) if kept["run"] is not None else None
-        if identity != self._identity(config):
+        if then != now:
             raise UserError(
                 f"{done.parent} holds a run of another config, corpus or tokenizer; give another --workdir"
             )

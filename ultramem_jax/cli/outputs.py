@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ultramem_jax.errors import require
+from ultramem_jax.files import is_new_or_empty
 
 
 def output_file(flag: str, path: str | Path) -> Path:
@@ -33,8 +34,7 @@ def output_folder(flag: str, path: str | Path) -> Path:
         UserError: it has something in it, is no folder, or cannot be made.
     """
     folder = Path(path).expanduser()
-    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    require(empty, flag, str(folder), "must be a new or an empty folder")
+    require(is_new_or_empty(folder), flag, str(folder), "must be a new or an empty folder")
     there = next(parent for parent in folder.absolute().parents if parent.exists())
     require(there.is_dir() and os.access(there, os.W_OK), flag, str(folder), f"{there} cannot be written to")
     return folder

@@ -44,7 +44,7 @@ from ultramem_jax.inspection import (
     trace,
 )
 from ultramem_jax.inspection.edits import Changes
-from ultramem_jax.inspection.knock_outs import parse_slots
+from ultramem_jax.inspection.knock_outs import change_in_words, parse_slots
 from ultramem_jax.inspection.tracing import encoded
 from ultramem_jax.interop import open_models
 from ultramem_jax.reporting import markdown
@@ -210,7 +210,7 @@ def _print_losses(given: GivenModel, edits: list[Edit], text: bytes) -> None:
     before, after = (
         trace(given.config, variables, given.tokenizer, text).loss for variables in (given.variables, edited)
     )
-    print(f"edited: {before:.4f} -> {after:.4f} nats per token ({after - before:+.2g})")
+    print(f"edited: {change_in_words(before, after)}")
 
 
 def _changes_in_words(changes: Changes) -> str:

@@ -70,8 +70,8 @@ class Contexts:
 
     def row_of(self, slot: int) -> int | None:
         """Returns the row of a slot in the arrays; None if it is not tracked."""
-        row = int(np.searchsorted(self.slots, slot))
-        return row if row < len(self.slots) and self.slots[row] == slot else None
+        _, rows = positions_of(np.array([slot]), self.slots)
+        return int(rows[0]) if len(rows) else None
 
     def add(self, found: Found, tokens: np.ndarray) -> None:
         """Adds the reads of a batch.

@@ -21,6 +21,7 @@ from ultramem_jax.config import ModelConfig
 from ultramem_jax.config.model import table_readers
 from ultramem_jax.data import PeekingIterator, Tokenizer
 from ultramem_jax.errors import UserError, choice, one_line, require, unknown, whole_number
+from ultramem_jax.files import is_new_or_empty
 from ultramem_jax.inspection.names import checked_slots, table_of
 from ultramem_jax.interop.hf_folder import new_folder
 from ultramem_jax.ops.rows import put_stored_rows, take_stored_rows
@@ -260,8 +261,7 @@ def save_edited_run(
             wrong edit.
     """
     old, new = Path(workdir), Path(save_to)
-    empty = not new.exists() or (new.is_dir() and not any(new.iterdir()))
-    require(empty, "save_to", str(new), "must be a new or an empty folder")
+    require(is_new_or_empty(new), "save_to", str(new), "must be a new or an empty folder")
     position = cast(PeekingIterator, _Position())
     with Checkpoints(old / "checkpoints", read_only=True) as checkpoints:
         meta = checkpoints.read_meta(step)

@@ -50,7 +50,12 @@ class KnockOut(NamedTuple):
     def in_words(self) -> str:
         """Returns the mean loss with and without the slots, as a phrase."""
         before, after = (float(of[1:].mean(dtype=np.float64)) for of in (self.losses, self.without))
-        return f"{before:.4f} -> {after:.4f} nats per token ({after - before:+.2g})"
+        return change_in_words(before, after)
+
+
+def change_in_words(before: float, after: float) -> str:
+    """Returns two mean losses, in nats per token, as a phrase with their difference."""
+    return f"{before:.4f} -> {after:.4f} nats per token ({after - before:+.2g})"
 
 
 def knock_out(

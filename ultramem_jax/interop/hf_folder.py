@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ultramem_jax.errors import UserError, require
+from ultramem_jax.files import is_new_or_empty
 from ultramem_jax.interop.safetensors_files import DTYPES
 from ultramem_jax.interop.safetensors_stream import (
     TensorInFile,
@@ -100,8 +101,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
         UserError: the folder has something in it, or cannot be written.
     """
     try:
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        require(not taken, "folder", str(folder), "must be new or empty: nothing is overwritten")
+        require(
+            is_new_or_empty(folder), "folder", str(folder), "must be new or empty: nothing is overwritten"
+        )
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
