@@ -1,10 +1,11 @@
 """Teaches a model new facts by one method, and measures on the way what it learns and what it forgets."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,12 +18,12 @@ from experiments.forgetting.records import FineTuning, Point
 from ultramem_jax.config import ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.data import Tokenizer
 from ultramem_jax.parallel.mesh import one_device
-from ultramem_jax.training.dense_optimizer import make_optimizers
+from ultramem_jax.training.dense_optimizer import Optimizers, make_optimizers
 from ultramem_jax.training.initial import Initial
 from ultramem_jax.training.lora import merged
 from ultramem_jax.training.slot_selection import background_of
 from ultramem_jax.training.state import fresh_state, model_variables
-from ultramem_jax.training.step import make_train_step
+from ultramem_jax.training.step import StepResult, make_train_step
 from ultramem_jax.tree_types import ArrayTree
 
 
@@ -94,10 +95,9 @@ def fine_tune(
     """
     began = time.perf_counter()
     config = run_config(model, method, rate, task, seed)
-    optimizers = make_optimizers(config)
+    optimizers, step = _training_step(config)
     given = Initial(model.variables, background=background_of(config))
     state = fresh_state(config, optimizers, one_device(), np.uint32(seed), initial=given)
-    step = jax.jit(make_train_step(config, optimizers), donate_argnums=0)
     points = [evaluation.point(0, merged(model_variables(state), config.train))]
     batches, diverged = packed(task, model.tokenizer, seed), False
     with tqdm(total=task.steps, desc=f"{model.system}: {method.name}", unit="step", leave=False) as bar:
@@ -134,6 +134,13 @@ def fine_tune(
         time.perf_counter() - began,
     )
     return record, jax.tree.map(np.asarray, merged(model_variables(state), config.train))
+
+
+@functools.lru_cache(maxsize=1)
+def _training_step(config: RunConfig) -> tuple[Optimizers, Callable[..., StepResult]]:
+    """Returns the optimizers of a run and its compiled step, which tasks of a sequence share."""
+    optimizers = make_optimizers(config)
+    return optimizers, jax.jit(make_train_step(config, optimizers), donate_argnums=0)
 
 
 def run_config(model: BaseModel, method: Method, rate: float, task: Task, seed: int) -> RunConfig:

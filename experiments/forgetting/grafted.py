@@ -17,7 +17,7 @@ from ultramem_jax.training.restore import LoadedModel, load_model
 
 MEMORY = "memory_plus"
 """Family and name of the memory. It is the one that sparse memory fine-tuning was published for."""
-STEPS = 300
+STEPS = 150
 SEQ_LEN = 256
 EVAL_BATCHES = 8
 

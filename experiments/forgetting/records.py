@@ -175,6 +175,10 @@ class Study:
         """Tells whether a model took all tasks of a sequence."""
         return len(sequence.left) == self.tasks > 0
 
+    def tunings_of(self, setup: Setup) -> list[FineTuning]:
+        """Returns the runs by which rates were chosen for a system, if it was prepared in this way."""
+        return [run for run in self.tunings if run.system == setup.system and setup in self.setups]
+
     def with_parts_of(self, earlier: "Study") -> "Study":
         """Returns the study with what an earlier one has beside it.
 

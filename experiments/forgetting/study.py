@@ -33,7 +33,14 @@ _NEARLY = 0.9
 class SystemRuns:
     """Runs fine-tuning of one system. Every run that has ended is kept in a file, and is not repeated."""
 
-    def __init__(self, model: BaseModel, setting: Setting, text: DataConfig, folder: Path):
+    def __init__(
+        self,
+        model: BaseModel,
+        setting: Setting,
+        text: DataConfig,
+        folder: Path,
+        tunings: Sequence[FineTuning] = (),
+    ):
         """Prepares the evaluation.
 
         Args:
@@ -41,8 +48,10 @@ class SystemRuns:
             setting: its tasks.
             text: dataset and path of the text on which forgetting is measured.
             folder: folder of the files.
+            tunings: runs by which rates were chosen when the system was prepared in the same way before.
         """
         self._model, self._setting, self._folder = model, setting, folder
+        self._tunings = tunings
         self._evaluator = FactEvaluator(model.config, model.variables, model.tokenizer, text, setting.sizes)
         self._before = list(setting.before.people())
         checks = "check_every", "measure_every", "enough"
@@ -58,8 +67,12 @@ class SystemRuns:
     def tune(self, method: Method) -> list[FineTuning]:
         """Returns a run for each rate of a method, on people whom no other part teaches.
 
-        Further rates are tried while the best one is the lowest or the highest, see `rates.tuned`.
+        Further rates are tried while the best one is the lowest or the highest, see `rates.tuned`. Rates that
+        were tuned before are not tuned again, unless others are asked for by now.
         """
+        before = [run for run in self._tunings if run.method == method.name]
+        if {run.rate for run in before} >= set(self._setting.rates[method.name]):
+            return before
 
         def measure(rate: float) -> list[FineTuning]:
             return [self._fine_tuned(method, rate, _TUNING, 0, "tuning")]
