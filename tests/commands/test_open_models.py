@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 
 from tests.support.gguf_models import write, write_small_smollm2
+from ultramem_jax.commands.given_model import GivenModel
+from ultramem_jax.config import ModelConfig, RunConfig
+from ultramem_jax.data import ByteTokenizer
+from ultramem_jax.errors import UserError
 from ultramem_jax.interop import open_models
-from ultramem_jax.training.restore import load_model
+from ultramem_jax.training.restore import LoadedModel, load_model
 
 SHORT = [
     "--config.train.steps=2",
@@ -96,3 +100,18 @@ def test_a_vocabulary_that_does_not_fit_its_tokenizer(run, text, tmp_path):
     status, _, err = run("train", f"--init_from={path}", *text, *SHORT, f"--workdir={tmp_path / 'run'}")
     assert status == 2 and "model.vocab_size = 40: must be at least" in err, err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_context_is_at_most_what_the_model_reads():
+    config = ModelConfig(max_length=4096)
+    an_open_one = GivenModel(config, {}, ByteTokenizer(), 1024, "open", None)
+    assert [an_open_one.length(asked) for asked in (None, 8, 4096)] == [1024, 8, 4096]
+    with pytest.raises(UserError, match="--seq_len = 4097: must be at most 4096, what the model reads"):
+        an_open_one.length(4097)
+    without_limit = an_open_one._replace(config=ModelConfig())
+    assert without_limit.length(8192) == 8192
+    trained = LoadedModel(RunConfig(config), {}, ByteTokenizer(), step=1, corpus={})
+    of_run = an_open_one._replace(run=trained)
+    assert [of_run.length(asked) for asked in (None, 1024)] == [1024, 1024]
+    with pytest.raises(UserError, match="--seq_len = 1025: must be at most 1024"):
+        of_run.length(1025)

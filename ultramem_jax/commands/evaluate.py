@@ -23,11 +23,11 @@ from decimal import Decimal
 from absl import flags
 
 from ultramem_jax.cli.arguments import check_names
-from ultramem_jax.commands.given_model import MODEL, GivenModel, given_model
+from ultramem_jax.commands.given_model import MODEL, given_model
 from ultramem_jax.commands.named_corpus import named_corpus
 from ultramem_jax.config import ModelConfig, RunConfig, TrainConfig
 from ultramem_jax.data import SPLITS, Tokenizer
-from ultramem_jax.errors import UserError, require
+from ultramem_jax.errors import UserError
 from ultramem_jax.reporting import markdown
 from ultramem_jax.training.evaluation import Evaluator
 from ultramem_jax.tree_types import ArrayTree
@@ -99,15 +99,7 @@ def _evaluate_tasks() -> None:
 
     given = given_model()
     print(given.title)
-    print(task_table(given.config, given.variables, given.tokenizer, _length(given)))
-
-
-def _length(given: GivenModel) -> int:
-    """Returns the context in tokens, which must not exceed what an open model was made for."""
-    most = given.config.max_length
-    if SEQ_LEN.value and most and given.run is None:
-        require(SEQ_LEN.value <= most, "--seq_len", SEQ_LEN.value, f"must be at most {most}, the model's own")
-    return SEQ_LEN.value or given.max_length
+    print(task_table(given.config, given.variables, given.tokenizer, given.length(SEQ_LEN.value)))
 
 
 def task_table(
@@ -133,7 +125,7 @@ def _evaluate_splits() -> None:
     splits = SPLIT_NAMES.value
     check_names("splits", splits, SPLITS)
     given = given_model()
-    data, corpus = named_corpus(given, _length(given), default="stdlib")
+    data, corpus = named_corpus(given, given.length(SEQ_LEN.value), default="stdlib")
     train = given.run.config.train if given.run is not None else TrainConfig(batch_size=1)
     stride = corpus.checked_stride(STRIDE.value)
     for split in splits:

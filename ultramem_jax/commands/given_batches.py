@@ -6,7 +6,6 @@ from ultramem_jax.commands.given_model import GivenModel
 from ultramem_jax.commands.named_corpus import named_corpus
 from ultramem_jax.config import DataConfig
 from ultramem_jax.data import SPLITS, Corpus, EvalBatches, eval_batches
-from ultramem_jax.errors import require
 
 SPLIT = flags.DEFINE_enum("split", "train", SPLITS, "split of the corpus to read")
 BATCHES = flags.DEFINE_integer(
@@ -31,10 +30,8 @@ def given_batches(given: GivenModel) -> tuple[DataConfig, Corpus, EvalBatches]:
     """Returns the corpus of the command, and the batches to read, spread evenly over the split.
 
     Raises:
-        UserError: sequences that are longer than the model reads; see also `named_corpus`.
+        UserError: see `GivenModel.length` and `named_corpus`.
     """
-    length, most = SEQ_LEN.value or given.max_length, given.max_length
-    require(length <= most, "--seq_len", length, f"must be at most {most}, what the model reads")
-    data, corpus = named_corpus(given, length)
+    data, corpus = named_corpus(given, given.length(SEQ_LEN.value))
     size = BATCH_SIZE.value or (given.run.config.train.batch_size if given.run is not None else 4)
     return data, corpus, eval_batches(corpus, SPLIT.value, size, BATCHES.value)

@@ -40,6 +40,17 @@ class GivenModel(NamedTuple):
     run: LoadedModel | None
     """The run, if it is one."""
 
+    def length(self, asked: int | None) -> int:
+        """Returns the context in tokens: what `--seq_len` asks for, or else `max_length`.
+
+        Raises:
+            UserError: it is longer than in the training of a run, or than an open model was made for.
+        """
+        most = self.max_length if self.run is not None else self.config.max_length
+        if asked and most:
+            require(asked <= most, "--seq_len", asked, f"must be at most {most}, what the model reads")
+        return asked or self.max_length
+
 
 def given_model() -> GivenModel:
     """Returns the model that the flags name.
