@@ -59,20 +59,20 @@ class Setting:
 FOR_GRAFTED = Setting(
     before=Population(0, 8),
     steps_before=80,
-    new=3,
+    new=2,
     new_in_sequence=2,
     copies=32,
     mixture_bytes=1_200_000,
     mixture_share=0.5,
     task=Task(
         texts=(),
-        steps=140,
+        steps=120,
         batch_size=3,
         seq_len=96,
         check_every=10,
         measure_every=40,
         enough=0.7,
-        slots=1024,
+        slots=4096,
     ),
     rates={
         "sparse memory, AdamW": (3e-2, 1e-1, 3e-1),
