@@ -31,7 +31,7 @@ from experiments.common import model_file
 from experiments.common.model_file import ModelFile
 from experiments.common.seeds import remember_compilations
 from experiments.forgetting import speed, systems, tables
-from experiments.forgetting.methods import METHODS, SPARSE, VARIANTS
+from experiments.forgetting.methods import SPARSE, VARIANTS
 from experiments.forgetting.records import FineTuning, Setup, Study
 from experiments.forgetting.study import SystemRuns
 from ultramem_jax.cli.arguments import check_names
@@ -91,7 +91,7 @@ def main() -> None:
             study.speeds.extend(speed.measure(REPEATS.value, bar.update))
     for system, setup in _systems(work, model, earlier) if taught else ():
         study.setups.append(setup)
-        for method in METHODS:
+        for method in system.methods:
             if taught & {"comparison", "sequence"} or method == SPARSE:
                 study.tunings.extend(system.tune(method))
             if "comparison" in taught:

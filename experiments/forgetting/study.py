@@ -10,7 +10,7 @@ from experiments.common.rates import tuned
 from experiments.forgetting.evaluation import FactEvaluator
 from experiments.forgetting.fine_tuning import BaseModel, fine_tune, run_config
 from experiments.forgetting.fingerprints import background_fingerprint, fingerprint
-from experiments.forgetting.methods import SPARSE, Method
+from experiments.forgetting.methods import METHODS, SPARSE, Method
 from experiments.forgetting.records import FineTuning, TaskSequence, keep, kept
 from experiments.forgetting.systems import Setting
 from ultramem_jax.config import DataConfig, to_dict
@@ -63,6 +63,11 @@ class SystemRuns:
             "checks": {name: getattr(setting.task, name) for name in checks},
             "sizes": dataclasses.asdict(setting.sizes),
         }
+
+    @property
+    def methods(self) -> list[Method]:
+        """Returns the methods that are compared."""
+        return [method for method in METHODS if method.name in self._setting.rates]
 
     def tune(self, method: Method) -> list[FineTuning]:
         """Returns a run for each rate of a method, on people whom no other part teaches.

@@ -50,7 +50,8 @@ class Setting:
     task: Task
     """The task, without its texts."""
     rates: dict[str, tuple[float, ...]]
-    """Learning rates of each method, by its name; the best is chosen on other people, see `rates.tuned`."""
+    """Learning rates of each method that is compared, by its name; the best is chosen on other people, see
+    `rates.tuned`."""
     sizes: Sizes
     background_batches: int
     """Batches of the mixture whose reads are the background."""
@@ -66,7 +67,7 @@ FOR_GRAFTED = Setting(
     mixture_share=0.5,
     task=Task(
         texts=(),
-        steps=120,
+        steps=160,
         batch_size=3,
         seq_len=96,
         check_every=10,
@@ -75,9 +76,8 @@ FOR_GRAFTED = Setting(
         slots=2048,
     ),
     rates={
-        "sparse memory, AdamW": (3e-1, 1.0, 3.0),
-        "sparse memory, SGD": (3e3, 1e4, 3e4),
-        "full memory": (3e-3, 1e-2, 3e-2),
+        "sparse memory, AdamW": (3e-2, 1e-1, 3e-1),
+        "full memory": (1e-2, 3e-2, 1e-1),
         "LoRA": (3e-4, 1e-3, 3e-3),
         "full fine-tuning": (3e-5, 1e-4, 3e-4),
     },

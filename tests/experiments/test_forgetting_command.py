@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.forgetting import grafted, methods, speed, systems
+from experiments.forgetting import grafted, speed, systems
+from experiments.forgetting.methods import SPARSE
 from experiments.forgetting.records import Study
 from tests.experiments.test_forgetting import MODEL, SETTING
 from tests.support.gguf_models import write_small_smollm2
@@ -31,12 +32,12 @@ def enwik8(tmp_path, monkeypatch):
 
 def test_a_small_model_and_an_open_one_are_taught(run, tmp_path, monkeypatch, enwik8):
     write_small_smollm2(tmp_path / "small.gguf")
-    setting = replace(SETTING, mixture_bytes=20_000)
+    # Only methods that have rates are compared.
+    setting = replace(SETTING, mixture_bytes=20_000, rates={SPARSE.name: (1e-2,)})
     monkeypatch.setattr(systems, "preset", lambda name: MODEL)
     monkeypatch.setattr(systems, "FOR_OWN", setting)
     monkeypatch.setattr(systems, "FOR_GRAFTED", setting)
     monkeypatch.setattr(grafted, "STEPS", 2)
-    monkeypatch.setattr(methods, "METHODS", methods.METHODS[:1])
     work, results = tmp_path / "work", tmp_path / "results"
     flags = [f"--enwik8={enwik8}", f"--model={tmp_path / 'small.gguf'}", "--systems=Memory+", "--seeds=1"]
     flags += [f"--workdir={work}", f"--results={results}", "--parts=comparison,sequence", "--tasks=2"]
