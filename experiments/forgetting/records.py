@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -182,8 +182,8 @@ class Study:
     def with_parts_of(self, earlier: "Study") -> "Study":
         """Returns the study with what an earlier one has beside it.
 
-        That is all of other systems, speeds if it has none, and parts of its own systems that it lacks, if
-        they were prepared in the same way.
+        That is all of other systems, speeds if it has none, and of its own systems the parts and the methods'
+        learning rates that it lacks, if they were prepared in the same way.
         """
         now = {setup.system: setup for setup in self.setups}
         other = {setup.system for setup in earlier.setups if now.get(setup.system, setup) != setup}
@@ -191,7 +191,7 @@ class Study:
             self.environment,
             _with_others(self.setups, earlier.setups, other),
             self.speeds or earlier.speeds,
-            _with_others(self.tunings, earlier.tunings, other),
+            _with_others(self.tunings, earlier.tunings, other, lambda run: (run.system, run.method)),
             _with_others(self.runs, earlier.runs, other),
             _with_others(self.variants, earlier.variants, other),
             _with_others(self.sequences, earlier.sequences, other),
@@ -228,10 +228,23 @@ Record = TypeVar("Record", Setup, FineTuning, TaskSequence)
 Kept = TypeVar("Kept", FineTuning, TaskSequence)
 
 
-def _with_others(records: list[Record], earlier: list[Record], other: set[str]) -> list[Record]:
-    """Returns records after those of an earlier study of systems that have none, and are not `other` ones."""
-    systems = {record.system for record in records} | other
-    return [record for record in earlier if record.system not in systems] + records
+def _with_others(
+    records: list[Record],
+    earlier: list[Record],
+    other: set[str],
+    subject: Callable[[Record], Hashable] = lambda record: record.system,
+) -> list[Record]:
+    """Returns records after those of an earlier study of subjects that have none.
+
+    Args:
+        records: the later records.
+        earlier: the earlier ones.
+        other: systems whose earlier records are left out.
+        subject: returns what a record is about.
+    """
+    now = {subject(record) for record in records}
+    kept = [record for record in earlier if record.system not in other and subject(record) not in now]
+    return kept + records
 
 
 def keep(record: FineTuning | TaskSequence, path: Path, identity: JsonDict) -> None:

@@ -72,15 +72,13 @@ class SystemRuns:
     def tune(self, method: Method) -> list[FineTuning]:
         """Returns a run for each rate of a method, on people whom no other part teaches.
 
-        Further rates are tried while the best one is the lowest or the highest, see `rates.tuned`. Rates that
-        were tuned before are not tuned again, unless others are asked for by now.
+        Further rates are tried while the best one is the lowest or the highest, see `rates.tuned`. What was
+        measured at a rate before is not measured again.
         """
-        before = [run for run in self._tunings if run.method == method.name]
-        if {run.rate for run in before} >= set(self._setting.rates[method.name]):
-            return before
 
         def measure(rate: float) -> list[FineTuning]:
-            return [self._fine_tuned(method, rate, _TUNING, 0, "tuning")]
+            before = [run for run in self._tunings if (run.method, run.rate) == (method.name, rate)]
+            return before or [self._fine_tuned(method, rate, _TUNING, 0, "tuning")]
 
         return tuned(self._setting.rates[method.name], measure, best_rate)
 

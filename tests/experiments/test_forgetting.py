@@ -213,13 +213,12 @@ def test_runs_that_have_ended_are_not_repeated(model, tmp_path, monkeypatch):
     assert again.compare(method, seeds=2) == taught and again.in_sequence(method, 2, 0) == sequence
     with pytest.raises(TypeError):
         again.compare(method, seeds=3)
-    # Rates that were tuned before are taken from there, unless others are asked for now.
+    # A rate that was tried before is not tried again.
     (tuning,) = system.tune(method)
-    for known in ([replace(tuning, method="another"), tuning], [replace(tuning, rate=2e-2), tuning]):
-        tuned = SystemRuns(model, SETTING, text, tmp_path / "other", known)
-        assert tuned.tune(method) == [run for run in known if run.method == method.name]
+    known = [replace(tuning, method="another"), replace(tuning, rate=2e-2), tuning]
+    assert SystemRuns(model, SETTING, text, tmp_path / "other", known).tune(method) == [tuning]
     with pytest.raises(TypeError):
-        SystemRuns(model, SETTING, text, tmp_path / "other", [replace(tuning, rate=2e-2)]).tune(method)
+        SystemRuns(model, SETTING, text, tmp_path / "other", known[:2]).tune(method)
     # A record that something else has decided is refused, and names what it was.
     changes = {
         "run": replace(SETTING, task=replace(TASK, slots=6)),
@@ -301,6 +300,10 @@ def test_a_later_study_keeps_other_systems(tmp_path):
     assert dataclasses.asdict(again) == dataclasses.asdict(study)
     assert study.tunings_of(study.setups[0]) == study.tunings == study.runs[:1]
     assert study.tunings_of(replace(study.setups[0], words="Large.")) == []
+    # Learning rates of methods that the later study did not need stay.
+    tuning = replace(study.tunings[0], method="another", rate=1e-2)
+    together = replace(study, tunings=[tuning]).with_parts_of(study)
+    assert together.tunings == [*study.tunings, tuning]
     # What was measured of a system that was prepared in another way is not that of the system now.
     other = replace(study, setups=[replace(study.setups[0], words="Large.")], runs=[], sequences=[])
     together = other.with_parts_of(study)
