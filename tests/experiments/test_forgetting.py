@@ -213,12 +213,17 @@ def test_runs_that_have_ended_are_not_repeated(model, tmp_path, monkeypatch):
     assert again.compare(method, seeds=2) == taught and again.in_sequence(method, 2, 0) == sequence
     with pytest.raises(TypeError):
         again.compare(method, seeds=3)
-    # A rate that was tried before is not tried again.
+    # Nor is what is known from elsewhere.
     (tuning,) = system.tune(method)
-    known = [replace(tuning, method="another"), replace(tuning, rate=2e-2), tuning]
-    assert SystemRuns(model, SETTING, text, tmp_path / "other", known).tune(method) == [tuning]
+    known = Study({}, [], [], [tuning], taught[1:], taught[:1], [sequence])
+    other = SystemRuns(model, SETTING, text, tmp_path / "other", known)
+    assert other.compare(method, seeds=2) == taught and other.in_sequence(method, 2, 0) == sequence
+    for unknown in (lambda: other.in_sequence(method, 3, 0), lambda: other.tune(METHODS[1])):
+        with pytest.raises(TypeError):
+            unknown()
+    known = replace(known, tunings=[replace(tuning, rate=2e-2)])
     with pytest.raises(TypeError):
-        SystemRuns(model, SETTING, text, tmp_path / "other", known[:2]).tune(method)
+        SystemRuns(model, SETTING, text, tmp_path / "other", known).tune(method)
     # A record that something else has decided is refused, and names what it was.
     changes = {
         "run": replace(SETTING, task=replace(TASK, slots=6)),
@@ -298,8 +303,10 @@ def test_a_later_study_keeps_other_systems(tmp_path):
     assert together.speeds == study.speeds and together.sequences == study.sequences
     again = replace(study, speeds=[]).with_parts_of(study)
     assert dataclasses.asdict(again) == dataclasses.asdict(study)
-    assert study.tunings_of(study.setups[0]) == study.tunings == study.runs[:1]
-    assert study.tunings_of(replace(study.setups[0], words="Large.")) == []
+    (setup,) = study.setups
+    both = Study({}, [setup, replace(setup, system="B")], [], [], [study.runs[0], together.runs[-1]], [], [])
+    assert both.of(replace(setup, with_memory=2.41)).runs == study.runs[:1]
+    assert both.of(replace(setup, words="Large.")).runs == []
     # Learning rates of methods that the later study did not need stay.
     tuning = replace(study.tunings[0], method="another", rate=1e-2)
     together = replace(study, tunings=[tuning]).with_parts_of(study)

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import inspect
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,13 @@ def test_a_small_model_and_an_open_one_are_taught(run, tmp_path, monkeypatch, en
     assert all(len(sequence.left) == 2 for sequence in study.sequences)
     own, of_open = study.setups
     assert own.without_memory is None and "3 steps of 16 × 128 tokens" in own.words
+    # What the report has is not measured again.
+    for part in ("tuning", "comparison", "sequence"):
+        shutil.rmtree(work / part)
+    status, out, err = run("forgetting", *flags, "--reuse")
+    again = Study.load(results / "forgetting.json")
+    assert status == 0 and replace(again, environment=study.environment) == study, err
+    assert not any((work / part).exists() for part in ("tuning", "comparison", "sequence"))
     # In two steps a memory changes the loss, but by little.
     assert 0 < abs(of_open.without_memory - of_open.with_memory) < 0.1 * of_open.without_memory
     # The background is counted in batches as large as those of a task.
