@@ -181,13 +181,12 @@ class Study:
 
     def of(self, setup: Setup) -> "Study":
         """Returns what was measured of a system, if it was prepared in this way."""
+        setups = [known for known in self.setups if known.is_as(setup)]
+        systems = {known.system for known in setups}
 
         def those(records: list[Record]) -> list[Record]:
-            return [record for record in records if record.system == setup.system]
+            return [record for record in records if record.system in systems]
 
-        setups = [of for of in self.setups if of.is_as(setup)]
-        if not setups:
-            return Study(self.environment, [], [], [], [], [], [])
         parts = those(self.tunings), those(self.runs), those(self.variants), those(self.sequences)
         return Study(self.environment, setups, [], *parts)
 
