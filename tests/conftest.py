@@ -8,6 +8,7 @@ import tempfile
 
 import jax
 import pytest
+from absl import flags
 
 from tests.support.users_compiler import OLDER_FUSIONS
 from ultramem_jax.kernels import native
@@ -37,6 +38,17 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # A full collection walks over all compiled programs. At Python's thresholds hundreds would run in a suite.
 gc.set_threshold(10_000, 20, 50)
+
+
+FLAGS_OF_IMPORTS = pytest.StashKey[list[str]]()
+"""Modules of the repository that had defined flags when all tests were imported."""
+
+
+def pytest_collection_finish(session):
+    """Keeps which flags the imports of tests define: `test_imports` says what is wrong with them."""
+    modules = flags.FLAGS.flags_by_module_dict()
+    own = ("experiments.", "ultramem_jax.")
+    session.config.stash[FLAGS_OF_IMPORTS] = sorted(name for name in modules if name.startswith(own))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.conftest import FLAGS_OF_IMPORTS
 from tests.support.imports import import_statements, imported_packages
 from ultramem_jax.config.memory_kinds import ADDRESSERS, READOUTS
 
@@ -123,6 +124,11 @@ def test_imports_of_the_library_and_experiments_exist():
         names = [name for name, _ in import_statements(path) if name.partition(".")[0] in own]
         lost += [f"{module} imports {name}" for name in names if name not in known]
     assert not lost
+
+
+def test_tests_import_nothing_that_defines_flags(request):
+    """A process has one set of flags: two programs define `--workdir`, and tests are imported together."""
+    assert request.config.stash[FLAGS_OF_IMPORTS] == []
 
 
 def _of_kinds():

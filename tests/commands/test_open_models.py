@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.support.gguf_models import write, write_small_smollm2
-from ultramem_jax.commands.given_model import GivenModel
+from ultramem_jax.commands.model_and_tokenizer import GivenModel
 from ultramem_jax.config import ModelConfig, RunConfig
 from ultramem_jax.data import ByteTokenizer
 from ultramem_jax.errors import UserError

@@ -4,8 +4,8 @@ import json
 import os
 import pathlib
 
-from experiments.large_table import run as large_table
-from experiments.large_table.run import Reading
+from experiments.large_table import readings as large_table
+from experiments.large_table.readings import Reading
 
 
 def _lines(*lines):
@@ -23,14 +23,14 @@ def test_times_are_of_steps_that_did_nothing_else(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text(_lines(*lines) + '{"step": 1')
     # The first lines are warm-up. The one after step 50 has an evaluation in it, that after 100 a save, too.
     expected = [10 / (10.0 * n) for n in (3, 4, 5, 7, 8, 9, 10)]
-    assert large_table._seconds(tmp_path) == expected
+    assert large_table.seconds_of_steps(tmp_path) == expected
 
 
 def test_memory_is_that_of_the_process():
-    reading = large_table._reading(os.getpid(), "part", 3.0, pathlib.Path("nowhere"))
+    reading = large_table.reading_of(os.getpid(), "part", 3.0, pathlib.Path("nowhere"))
     assert reading.part == "part" and reading.step == 0
     assert 10**7 < reading.resident_bytes <= reading.peak_bytes
-    assert large_table._reading(2**22 + 1, "gone", 0.0, pathlib.Path("nowhere")) is None
+    assert large_table.reading_of(2**22 + 1, "gone", 0.0, pathlib.Path("nowhere")) is None
 
 
 def test_rows_and_curve(tmp_path):

@@ -12,7 +12,8 @@ import sys
 from absl import flags
 
 from ultramem_jax.commands.continuations import write_continuations
-from ultramem_jax.commands.given_model import GivenModel, given_model
+from ultramem_jax.commands.given_model import given_model
+from ultramem_jax.commands.model_and_tokenizer import GivenModel
 from ultramem_jax.data import Tokenizer
 from ultramem_jax.models.cache import CACHE_DTYPES
 from ultramem_jax.models.generation import Generator, text_generator

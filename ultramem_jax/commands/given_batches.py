@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from ultramem_jax.commands.given_model import GivenModel
+from ultramem_jax.commands.model_and_tokenizer import GivenModel
 from ultramem_jax.commands.named_corpus import named_corpus
 from ultramem_jax.config import DataConfig
 from ultramem_jax.data import SPLITS, Corpus, EvalBatches, eval_batches

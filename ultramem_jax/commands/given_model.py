@@ -1,17 +1,15 @@
 """Loads the model of a command: the checkpoint of a run, or an open model with its tokenizer."""
 
 import pathlib
-from typing import NamedTuple
 
 from absl import flags
 
-from ultramem_jax.config import ModelConfig
+from ultramem_jax.commands.model_and_tokenizer import GivenModel
 from ultramem_jax.data import ByteTokenizer, Tokenizer, open_tokenizer
 from ultramem_jax.data.tokenizers import require_vocabulary
 from ultramem_jax.errors import UserError, require
 from ultramem_jax.interop import open_models
-from ultramem_jax.training.restore import LoadedModel, load_model
-from ultramem_jax.tree_types import ArrayTree
+from ultramem_jax.training.restore import load_model
 
 _LONGEST = 1024
 """Context of an open model in tokens, unless a flag says otherwise: more takes memory that grows with it."""
@@ -24,32 +22,6 @@ MODEL = flags.DEFINE_string(
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "dtype of the computation of --model; by default float32"
 )
-
-
-class GivenModel(NamedTuple):
-    """Holds the model of a command."""
-
-    config: ModelConfig
-    variables: dict[str, ArrayTree]
-    tokenizer: Tokenizer
-    max_length: int
-    """Context in tokens. Of a run, the length in training; of an open model, the longest that it was made
-    for, but at most 1,024."""
-    title: str
-    """Name of the model, for a line of output."""
-    run: LoadedModel | None
-    """The run, if it is one."""
-
-    def length(self, asked: int | None) -> int:
-        """Returns the context in tokens: what `--seq_len` asks for, or else `max_length`.
-
-        Raises:
-            UserError: it is longer than in the training of a run, or than an open model was made for.
-        """
-        most = self.max_length if self.run is not None else self.config.max_length
-        if asked and most:
-            require(asked <= most, "--seq_len", asked, f"must be at most {most}, what the model reads")
-        return asked or self.max_length
 
 
 def given_model() -> GivenModel:

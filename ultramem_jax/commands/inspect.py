@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from ultramem_jax.cli.outputs import output_file, output_folder
 from ultramem_jax.commands.given_batches import BATCH_SIZE, BATCHES, SEQ_LEN, SPLIT, given_batches
-from ultramem_jax.commands.given_model import DTYPE, MODEL, WORKDIR, GivenModel, given_model_with_memory
+from ultramem_jax.commands.given_model import DTYPE, MODEL, WORKDIR, given_model_with_memory
+from ultramem_jax.commands.model_and_tokenizer import GivenModel
 from ultramem_jax.commands.named_corpus import DATASET, PATH, named_corpus
 from ultramem_jax.data import EvalBatches
 from ultramem_jax.errors import UserError, require

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from absl import flags
 
-from ultramem_jax.commands.given_model import WORKDIR, GivenModel
+from ultramem_jax.commands.given_model import WORKDIR
+from ultramem_jax.commands.model_and_tokenizer import GivenModel
 from ultramem_jax.config import DataConfig
 from ultramem_jax.data import ByteTokenizer, Corpus, load_corpus
 from ultramem_jax.errors import UserError, require
