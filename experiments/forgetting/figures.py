@@ -1,5 +1,6 @@
 """Draws what models forget: what is kept against what is learned, and what is left of earlier tasks."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ COLOURS = {
 }
 PUBLISHED = {"sparse memory, SGD": 0.11, "LoRA": 0.71, "full fine-tuning": 0.89}
 """Published drops of F1 on another task (arXiv 2510.15103, Memory+ of 1.3 B parameters), by method."""
+_TITLE_WIDTH = 30
+"""Letters of a title that fit above a panel; more take another line."""
 
 
 def plot_comparison(study: Study, path: Path) -> Path:
@@ -29,7 +32,7 @@ def plot_comparison(study: Study, path: Path) -> Path:
     for column, system in enumerate(systems):
         runs = [run for run in study.runs if run.system == system]
         above, below = panels[0][column], panels[1][column]
-        figures.set_title(above, system)
+        figures.set_title(above, textwrap.fill(system, _TITLE_WIDTH))
         for run in runs:
             end = run.end
             points = [*(point for point in run.points if point.step < end.step), end]
@@ -81,7 +84,7 @@ def plot_sequence(study: Study, path: Path) -> Path:
     figure = figures.new_figure(4.2 * len(systems) + 1.6, 4.4)
     panels = figure.subplots(1, len(systems), squeeze=False)[0]
     for axes, system in zip(panels, systems, strict=True):
-        figures.set_title(axes, system)
+        figures.set_title(axes, textwrap.fill(system, _TITLE_WIDTH))
         of_system = [one for one in study.sequences if one.system == system and study.is_whole(one)]
         for method in dict.fromkeys(sequence.method for sequence in of_system):
             _draw_left(axes, [sequence for sequence in of_system if sequence.method == method])
