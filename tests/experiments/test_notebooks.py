@@ -9,12 +9,12 @@ from tests.support.small_run import train_tiny
 
 NOTEBOOKS = sorted(pathlib.Path("experiments/notebooks").glob("*.ipynb"))
 SMALLER = {
-    "learn_without_forgetting": dict(PEOPLE=2, COPIES=2, STEPS=2, SLOTS=4, OLD_BATCHES=2),
+    "learn_without_forgetting": dict(PEOPLE=2, COPIES=2, STEPS=4, SLOTS=4, OLD_BATCHES=2),
     "look_inside": dict(TEXT="read a slot", BATCHES=2),
 }
 """Settings in place of those of a notebook's first cell."""
 SAYS = {
-    "learn_without_forgetting": ("full fine-tuning: 0% of the new facts", "of the slots are read"),
+    "learn_without_forgetting": ("full fine-tuning: ", "of the new facts (0% exactly)", "of the slots are read"),
     "look_inside": ("the last token reads slot", "nats per token", "kB: file:///"),
 }
 """Phrases that a notebook prints, beside the number of slots."""
