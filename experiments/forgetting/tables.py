@@ -134,7 +134,7 @@ def in_words(runs: Sequence[FineTuning]) -> list[str]:
 
 def _loses(runs: Sequence[FineTuning]) -> str:
     risen = [run.risen for run in runs]
-    rise = f"the loss rises by {statistics.fmean(risen):.3f}{spread(deviation(risen), '.3f')}"
+    rise = f"the loss rises by {statistics.fmean(risen):z.3f}{spread(deviation(risen), '.3f')}"
     lost = [run.lost for run in runs if run.lost is not None]
     if not lost:
         return f"knew no facts before, and {rise}"
@@ -188,7 +188,7 @@ def _run_row(runs: Sequence[FineTuning]) -> Row:
         "known before": percent(_mean(first, "kept")),
         "lost": percent(_mean_lost(runs), deviation(lost)),
         "bits/byte before": Decimal(f"{_mean(first, 'bits_per_byte'):.3f}"),
-        "risen": f"{statistics.fmean(risen):.3f}" + spread(deviation(risen), ".3f"),
+        "risen": f"{statistics.fmean(risen):z.3f}" + spread(deviation(risen), ".3f"),
     }
 
 
@@ -201,7 +201,7 @@ def _tuning_row(run: FineTuning) -> Row:
         "steps": last.step,
         "learned": percent(last.learned),
         "lost": percent(run.lost),
-        "risen": Decimal(f"{run.risen:.3f}"),
+        "risen": Decimal(f"{run.risen:z.3f}"),
         "diverged": "yes" if run.diverged else None,
         "seconds": round(run.seconds),
     }
