@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.common import figures
-from experiments.forgetting.records import Study, TaskSequence
+from experiments.forgetting.measurements import Study
+from experiments.forgetting.records import TaskSequence
 
 COLOURS = {
     "sparse memory, AdamW": figures.BLUE,
@@ -21,7 +22,7 @@ COLOURS = {
 PUBLISHED = {"sparse memory, SGD": 0.11, "LoRA": 0.71, "full fine-tuning": 0.89}
 """Published drops of F1 on another task (arXiv 2510.15103, Memory+ of 1.3 B parameters), by method."""
 _TITLE_WIDTH = 30
-"""Letters of a title that fit above a panel; more take another line."""
+"""Characters of a title that fit above a panel; more take another line."""
 
 
 def plot_comparison(study: Study, path: Path) -> Path:
@@ -85,7 +86,7 @@ def plot_sequence(study: Study, path: Path) -> Path:
     panels = figure.subplots(1, len(systems), squeeze=False)[0]
     for axes, system in zip(panels, systems, strict=True):
         figures.set_title(axes, textwrap.fill(system, _TITLE_WIDTH))
-        of_system = [one for one in study.sequences if one.system == system and study.is_whole(one)]
+        of_system = [one for one in study.sequences if one.system == system and one.is_whole]
         for method in dict.fromkeys(sequence.method for sequence in of_system):
             _draw_left(axes, [sequence for sequence in of_system if sequence.method == method])
         axes.set_ylim(-0.03, 1.03)

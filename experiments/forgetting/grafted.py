@@ -1,4 +1,4 @@
-"""Adds a memory to an open model, trains it alone on background text, and measures what it is worth."""
+"""Adds a memory to an open model, trains its rows and readout on background text, and measures its worth."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +67,7 @@ class Grafted(NamedTuple):
 
 
 def train_graft(model: Path, text: DataConfig, workdir: Path) -> Grafted:
-    """Trains the memory, or goes on with it, and measures the model with it and without it."""
+    """Trains rows and readout of the memory, and measures the model with it and without it."""
     config = grafted_run(model, text)
 
     def initial() -> Initial:

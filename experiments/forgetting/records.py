@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +11,7 @@ from typing import TypeVar
 from ultramem_jax.config import run_config_from_dict, to_dict
 from ultramem_jax.errors import UserError
 from ultramem_jax.files import replace_text
-from ultramem_jax.reporting.records import keep_record, kept_record
+from ultramem_jax.reporting.records import kept_record
 from ultramem_jax.tree_types import JsonDict
 
 
@@ -121,6 +121,8 @@ class TaskSequence:
     method: str
     rate: float
     seed: int
+    tasks: int
+    """How many it was to take."""
     left: list[list[float]]
     """After each task, the share of the facts of this task and of all before that greedy decoding
     completes exactly, in the order of the tasks."""
@@ -128,6 +130,11 @@ class TaskSequence:
     """After each task, the share of the facts taught before the first one."""
     bits_per_byte: list[float]
     """Loss on other text, after each task."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Tells whether the model took all tasks."""
+        return len(self.left) == self.tasks
 
     @classmethod
     def of(cls, tree: JsonDict) -> "TaskSequence":
@@ -142,6 +149,9 @@ class Setup:
     system: str
     words: str
     """Model, training and tasks, in words."""
+    settings: JsonDict
+    """All that decides what the model is and what it is taught, but for the methods and their learning rates:
+    `runs` has the configs of its training before, `setting` the rest."""
     sha256: str
     """Hash of an open model's file; blank for other models."""
     without_memory: float | None
@@ -150,112 +160,17 @@ class Setup:
     """Bits per byte of the open model with its memory, which was trained alone on such text."""
 
     def is_as(self, other: "Setup") -> bool:
-        """Tells whether two systems were prepared in the same way, which may be on two machines."""
-        return (self.system, self.words, self.sha256) == (other.system, other.words, other.sha256)
-
-
-@dataclass(frozen=True)
-class Study:
-    """Holds all measurements, and where they were made."""
-
-    environment: dict[str, str]
-    """Strings from `describe_environment()`."""
-    setups: list[Setup]
-    speeds: list[Speed]
-    tunings: list[FineTuning]
-    """Runs by which rates were chosen."""
-    runs: list[FineTuning]
-    """Runs at the chosen rates, over seeds."""
-    variants: list[FineTuning]
-    """Runs of variants of sparse memory fine-tuning."""
-    sequences: list[TaskSequence]
-
-    @property
-    def tasks(self) -> int:
-        """Returns how many tasks a sequence has in which no loss became infinite; 0 if there is none."""
-        return max((len(sequence.left) for sequence in self.sequences), default=0)
-
-    def is_whole(self, sequence: TaskSequence) -> bool:
-        """Tells whether a model took all tasks of a sequence."""
-        return len(sequence.left) == self.tasks > 0
-
-    def of(self, setup: Setup) -> "Study":
-        """Returns what was measured of a system, if it was prepared in this way."""
-        setups = [known for known in self.setups if known.is_as(setup)]
-        systems = {known.system for known in setups}
-
-        def those(records: list[Record]) -> list[Record]:
-            return [record for record in records if record.system in systems]
-
-        parts = those(self.tunings), those(self.runs), those(self.variants), those(self.sequences)
-        return Study(self.environment, setups, [], *parts)
-
-    def with_parts_of(self, earlier: "Study") -> "Study":
-        """Returns the study with what an earlier one has beside it.
-
-        That is all of other systems, speeds if it has none, and of its own systems the parts and the methods'
-        learning rates that it lacks, if they were prepared in the same way, see `Setup.is_as`.
-        """
-        now = {setup.system: setup for setup in self.setups}
-        other = {of.system for of in earlier.setups if not now.get(of.system, of).is_as(of)}
-        return Study(
-            self.environment,
-            _with_others(self.setups, earlier.setups, other),
-            self.speeds or earlier.speeds,
-            _with_others(self.tunings, earlier.tunings, other, lambda run: (run.system, run.method)),
-            _with_others(self.runs, earlier.runs, other),
-            _with_others(self.variants, earlier.variants, other),
-            _with_others(self.sequences, earlier.sequences, other),
-        )
-
-    def save(self, path: Path) -> Path:
-        """Writes the study as JSON, completely or not at all.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
-        return keep_record(path, dataclasses.asdict(self))
+        """Tells whether two systems are made and taught in the same way, which may be on two machines."""
+        return (self.system, self.settings, self.sha256) == (other.system, other.settings, other.sha256)
 
     @classmethod
-    def load(cls, path: Path) -> "Study":
-        """Reads a file that `save` wrote.
-
-        Raises:
-            UserError: the file cannot be read, or is not a study.
-        """
-        with kept_record(path, "a study of forgetting") as read:
-            return cls(
-                dict(read["environment"]),
-                [Setup(**record) for record in read["setups"]],
-                [Speed(**record) for record in read["speeds"]],
-                [FineTuning.of(record) for record in read["tunings"]],
-                [FineTuning.of(record) for record in read["runs"]],
-                [FineTuning.of(record) for record in read["variants"]],
-                [TaskSequence.of(record) for record in read["sequences"]],
-            )
+    def of(cls, tree: JsonDict) -> "Setup":
+        """Returns the setup of a record, as JSON keeps it; newer fields of configs get their defaults."""
+        runs = [to_dict(run_config_from_dict(run)) for run in tree["settings"]["runs"]]
+        return cls(**tree | {"settings": tree["settings"] | {"runs": runs}})
 
 
-Record = TypeVar("Record", Setup, FineTuning, TaskSequence)
 Kept = TypeVar("Kept", FineTuning, TaskSequence)
-
-
-def _with_others(
-    records: list[Record],
-    earlier: list[Record],
-    other: set[str],
-    subject: Callable[[Record], Hashable] = lambda record: record.system,
-) -> list[Record]:
-    """Returns records after those of an earlier study of subjects that have none.
-
-    Args:
-        records: the later records.
-        earlier: the earlier ones.
-        other: systems whose earlier records are left out.
-        subject: returns what a record is about.
-    """
-    now = {subject(record) for record in records}
-    kept = [record for record in earlier if record.system not in other and subject(record) not in now]
-    return kept + records
 
 
 def keep(record: FineTuning | TaskSequence, path: Path, identity: JsonDict) -> None:

@@ -1,8 +1,9 @@
 """Teaches models new facts in five ways, and measures what they forget.
 
 Synthetic people (`ultramem_jax.data.facts`) are taught to small models of this library with UltraMem, Memory+
-and Engram, and with --model to an open model. The open model gets a memory first, which is trained alone, on
-enwik8; then every model learns other people and text together. That is what it may forget.
+and Engram, and with --model to an open model. The open model gets a memory first, whose rows and
+readout alone are trained on enwik8; then every model learns other people and text together. That is what it
+may forget.
 
 The ways are sparse memory fine-tuning (arXiv 2510.15103), which changes only the rows of tables whose reads
 stand out against background text, by AdamW or by SGD; fine-tuning of all rows that are read; LoRA of all
@@ -31,8 +32,9 @@ from experiments.common import model_file
 from experiments.common.model_file import ModelFile
 from experiments.common.seeds import remember_compilations
 from experiments.forgetting import speed, systems, tables
+from experiments.forgetting.measurements import Study
 from experiments.forgetting.methods import SPARSE, VARIANTS
-from experiments.forgetting.records import Setup, Study
+from experiments.forgetting.records import Setup
 from experiments.forgetting.study import SystemRuns
 from ultramem_jax.cli.arguments import check_names
 from ultramem_jax.config import DataConfig
@@ -63,7 +65,7 @@ RESULTS = flags.DEFINE_string("results", "experiments/results/forgetting", "fold
 REUSE = flags.DEFINE_bool(
     "reuse",
     False,
-    "measure nothing again that the report in --results has of a system that was prepared in the same way",
+    "measure nothing again that the report in --results has of a system with the same settings",
 )
 REDRAW = flags.DEFINE_bool(
     "redraw", False, "measure nothing; only make tables and figures from the .json file in --results"
@@ -86,11 +88,15 @@ def main() -> None:
     work = pathlib.Path(make_folder(WORKDIR.value, "workdir"))
     # What is wrong is refused before anything is trained.
     earlier = Study.load(kept) if kept.exists() else None
+    if REUSE.value:
+        require(
+            earlier is not None, "results", RESULTS.value, f"must hold the {kept.name} that --reuse needs"
+        )
     model = model_file.find(MODEL.value, work) if MODEL.value else None
     if taught:
         enwik8_source(ENWIK8.value)
     remember_compilations(work / "compiled")
-    study = Study(describe_environment(), [], [], [], [], [], [])
+    environment, study = describe_environment(), Study([], [], [], [], [], [], [])
     if "speed" in PART_NAMES.value:
         with tqdm(desc="speed", unit="step") as bar:
             study.speeds.extend(speed.measure(REPEATS.value, bar.update))
@@ -107,9 +113,15 @@ def main() -> None:
                 )
         if "variants" in taught:
             study.variants.extend(run for method in VARIANTS for run in system.vary(method, SEEDS.value))
-        _write(study.with_parts_of(earlier) if earlier else study, results)
+        _write(_together(study, environment, earlier), results)
     if not taught:
-        _write(study.with_parts_of(earlier) if earlier else study, results)
+        _write(_together(study, environment, earlier), results)
+
+
+def _together(study: Study, environment: dict[str, str], earlier: Study | None) -> Study:
+    """Returns what was measured now and what there was before."""
+    now = study.measured_in(environment)
+    return now.with_parts_of(earlier) if earlier is not None else now
 
 
 def _systems(

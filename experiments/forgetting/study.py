@@ -10,8 +10,9 @@ from experiments.common.rates import tuned
 from experiments.forgetting.evaluation import FactEvaluator
 from experiments.forgetting.fine_tuning import BaseModel, fine_tune, run_config
 from experiments.forgetting.fingerprints import background_fingerprint, fingerprint
+from experiments.forgetting.measurements import Study
 from experiments.forgetting.methods import METHODS, SPARSE, Method
-from experiments.forgetting.records import FineTuning, Study, TaskSequence, keep, kept
+from experiments.forgetting.records import FineTuning, TaskSequence, keep, kept
 from experiments.forgetting.systems import Setting
 from ultramem_jax.config import DataConfig, to_dict
 from ultramem_jax.data.facts import Person, Population, biography
@@ -96,7 +97,7 @@ class SystemRuns:
         """Returns what is left of each task after the later ones, at the best rate of a method."""
         rate, new = best_rate(self.tune(method)), self._setting.new_in_sequence
         for of in self._known_sequences:
-            if (of.method, of.rate, of.seed, len(of.left)) == (method.name, rate, seed, tasks):
+            if (of.method, of.rate, of.seed, of.tasks) == (method.name, rate, seed, tasks):
                 return of
         path = self._path("sequence", method, f"{rate:g}_{tasks}_tasks_seed_{seed}")
         first = _SEQUENCE + seed * _OF_SEED
@@ -104,7 +105,7 @@ class SystemRuns:
         if path.exists():
             return kept(path, identity, TaskSequence.of)
         model, groups = self._model, []
-        sequence = TaskSequence(model.system, method.name, rate, seed, [], [], [])
+        sequence = TaskSequence(model.system, method.name, rate, seed, tasks, [], [], [])
         for number in range(tasks):
             people = list(Population(first + number * new, first + (number + 1) * new).people())
             groups.append(people)

@@ -1,7 +1,7 @@
 """Defines the models that are taught: an open model with a grafted memory, and small ones of this library."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import jax
@@ -16,7 +16,7 @@ from experiments.forgetting.fingerprints import fingerprint
 from experiments.forgetting.mixture import write_mixture
 from experiments.forgetting.records import Setup
 from ultramem_jax.accounting import count_parameters
-from ultramem_jax.config import DataConfig, RunConfig, TrainConfig
+from ultramem_jax.config import DataConfig, RunConfig, TrainConfig, to_dict
 from ultramem_jax.config.model import table_readers
 from ultramem_jax.data import eval_batches, load_corpus
 from ultramem_jax.data.facts import Population
@@ -24,6 +24,7 @@ from ultramem_jax.presets import preset
 from ultramem_jax.training.background import count_reads, load_background, save_background
 from ultramem_jax.training.initial import Initial
 from ultramem_jax.training.restore import LoadedModel, load_model
+from ultramem_jax.tree_types import JsonDict
 
 OWN = {"UltraMem": "ultramem-tiny", "Memory+": "memory-plus-tiny", "Engram": "engram-tiny"}
 """Presets of the small models, by their names in tables."""
@@ -77,6 +78,7 @@ FOR_GRAFTED = Setting(
     ),
     rates={
         "sparse memory, AdamW": (3e-2, 1e-1, 3e-1),
+        "sparse memory, SGD": (1e3, 3e3, 1e4),
         "full memory": (1e-2, 3e-2, 1e-1),
         "LoRA": (3e-4, 1e-3, 3e-3),
         "full fine-tuning": (3e-5, 1e-4, 3e-4),
@@ -141,8 +143,8 @@ def grafted_model(model: ModelFile, enwik8: str, work: Path) -> tuple[BaseModel,
     )
     name = f"{model.name} with Memory+"
     base = _prepared(name, FOR_GRAFTED, config, work / "grafted_base", lambda: Initial(alone.model.variables))
-    words = _in_words(FOR_GRAFTED, config)
-    return base, Setup(name, words, model.sha256, alone.without_memory, alone.with_memory)
+    words, settings = _in_words(FOR_GRAFTED, config), settings_of(FOR_GRAFTED, alone.model.config, config)
+    return base, Setup(name, words, settings, model.sha256, alone.without_memory, alone.with_memory)
 
 
 def own_model(name: str, enwik8: str, work: Path) -> tuple[BaseModel, Setup]:
@@ -160,7 +162,20 @@ def own_model(name: str, enwik8: str, work: Path) -> tuple[BaseModel, Setup]:
         ),
     )
     base = _prepared(name, FOR_OWN, config, work / f"{OWN[name]}_base", None)
-    return base, Setup(name, _in_words(FOR_OWN, config), "", None, None)
+    return base, Setup(name, _in_words(FOR_OWN, config), settings_of(FOR_OWN, config), "", None, None)
+
+
+def settings_of(setting: Setting, *runs: RunConfig) -> JsonDict:
+    """Returns what decides a system and its tasks, as `Setup.settings` keeps it, without paths."""
+    of_setting = {name: getattr(setting, name) for name in (field.name for field in fields(Setting))}
+    del of_setting["rates"]
+    of_task = {name: value for name, value in asdict(setting.task).items() if name != "texts"}
+    of_setting |= {"before": setting.before.key, "task": of_task, "sizes": asdict(setting.sizes)}
+    # Files count by what they hold: the mixture follows from the setting, and an open model has its hash.
+    configs = (
+        replace(run, data=replace(run.data, path="", tokenizer=Path(run.data.tokenizer).name)) for run in runs
+    )
+    return {"setting": of_setting, "runs": [to_dict(config) for config in configs]}
 
 
 def _in_words(setting: Setting, config: RunConfig) -> str:

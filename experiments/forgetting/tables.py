@@ -9,8 +9,9 @@ from experiments.common.rates import at_an_end
 from experiments.common.report import percent, spread, write_csv
 from experiments.common.seeds import deviation
 from experiments.forgetting import figures
+from experiments.forgetting.measurements import Environment, Study
 from experiments.forgetting.methods import METHODS, SPARSE, VARIANTS, Method
-from experiments.forgetting.records import FineTuning, Point, Study, TaskSequence
+from experiments.forgetting.records import FineTuning, Point, TaskSequence
 from experiments.forgetting.study import best_rate
 from ultramem_jax.reporting import markdown
 from ultramem_jax.reporting.markdown import Row
@@ -60,7 +61,7 @@ def report(study: Study) -> str:
         parts += ["## Learning rates", *_tunings(study)]
     if study.speeds:
         parts += ["## What the selection costs", *_speed(study)]
-    parts += ["## Where this was measured", markdown.listing(study.environment), _KEPT]
+    parts += ["## Where this was measured", *_environments(study.environments), _KEPT]
     return "\n\n".join(parts) + "\n"
 
 
@@ -84,6 +85,19 @@ def run_rows(runs: Iterable[FineTuning]) -> list[Row]:
         for run in runs
         for point in run.points
     ]
+
+
+def _environments(environments: Sequence[Environment]) -> list[str]:
+    """Lists what differs between environments for each, and what is the same in all once."""
+    if not environments:
+        return []
+    same = set.intersection(*(set(of.strings.items()) for of in environments))
+    shown = []
+    for of in environments if len(environments) > 1 else ():
+        own = {name: value for name, value in of.strings.items() if (name, value) not in same}
+        shown += [f"{'; '.join(of.parts)}:", markdown.listing(own)]
+    everywhere = {name: value for name, value in environments[0].strings.items() if (name, value) in same}
+    return [*shown, *(["All of it:"] if shown else []), markdown.listing(everywhere)]
 
 
 def _setups(study: Study) -> str:
@@ -227,8 +241,9 @@ def _tunings(study: Study) -> list[str]:
 
 
 def _sequence(study: Study) -> list[str]:
+    tasks = " or ".join(map(str, sorted({sequence.tasks for sequence in study.sequences})))
     about = (
-        f"One model takes {study.tasks} tasks, each with other people, and each until enough is learned or "
+        f"One model takes {tasks} tasks, each with other people, and each until enough is learned or "
         "for its last step. `of all tasks` is the share of all facts of all tasks that it completes after "
         "the last one, `of the first` of the first task's. Means, ± one standard deviation over sequences; "
         "those in which a loss became infinite are left out."
@@ -236,7 +251,7 @@ def _sequence(study: Study) -> list[str]:
     groups: dict[tuple[str, str], list[TaskSequence]] = {}
     for sequence in study.sequences:
         groups.setdefault((sequence.system, sequence.method), []).append(sequence)
-    rows = [_sequence_row(of, list(filter(study.is_whole, of))) for of in groups.values()]
+    rows = [_sequence_row(of, [one for one in of if one.is_whole]) for of in groups.values()]
     image = f"![what is left of each task after the last one]({NAME}_sequence.png)"
     return [about, markdown.table(rows), image]
 

@@ -1,4 +1,4 @@
-"""Memory and times of the trainings of `large_table`: what is read of them, as rows and as a figure."""
+"""Reads the memory and the times of the trainings of `large_table`, as rows of a table and as a figure."""
 
 import json
 import pathlib
@@ -44,7 +44,7 @@ def rows(
     found = []
     for part in dict.fromkeys(reading.part for reading in readings):
         of_part = [reading for reading in readings if reading.part == part]
-        is_small = part == of_part[0].part == readings[0].part
+        is_small = part == readings[0].part
         found.append(
             {
                 "training": part,
@@ -79,7 +79,14 @@ def plot(readings: list[Reading], path: pathlib.Path) -> None:
 
 
 def reading_of(pid: int, part: str, seconds: float, workdir: pathlib.Path) -> Reading | None:
-    """Returns the memory of a process; None if it has just ended."""
+    """Returns the resident memory of a training's process; None if it has just ended.
+
+    Args:
+        pid: of the process.
+        part: which of the trainings it is.
+        seconds: since the training began.
+        workdir: folder of the run, whose metrics say how far it is.
+    """
     lines = dict(
         line.split(":", 1) for line in read_system_file(f"/proc/{pid}/status").splitlines() if ":" in line
     )
@@ -108,7 +115,7 @@ def _config(workdir: pathlib.Path) -> JsonDict:
 
 
 def seconds_of_steps(workdir: pathlib.Path) -> list[float]:
-    """Returns the times of steps of a run, but for those that did something else, too."""
+    """Returns the seconds of a step for each line of metrics in which nothing else ran, after warm-up."""
     config = _config(workdir)
     tokens = config["train"]["batch_size"] * config["data"]["seq_len"]
     every = [config["train"][name] for name in ("checkpoint_every", "eval_every")]

@@ -18,7 +18,7 @@ import pytest
 
 from experiments.bench_step.records import Study as StepStudy
 from experiments.configs import compare
-from experiments.forgetting.records import Study as ForgettingStudy
+from experiments.forgetting.measurements import Study as ForgettingStudy
 from tests.support.documents import ROOT, local_links
 from tests.support.result_tables import (
     Printed,

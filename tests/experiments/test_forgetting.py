@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import itertools
+import json
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,16 +13,17 @@ import pytest
 
 from experiments.common.rates import at_an_end
 from experiments.forgetting import study as study_module
-from experiments.forgetting import tables
+from experiments.forgetting import systems, tables
 from experiments.forgetting.evaluation import Sizes
 from experiments.forgetting.fine_tuning import BaseModel, Task, fine_tune, packed, run_config
+from experiments.forgetting.measurements import Study
 from experiments.forgetting.methods import METHODS, VARIANTS
 from experiments.forgetting.mixture import write_mixture
-from experiments.forgetting.records import FineTuning, Point, Setup, Speed, Study, TaskSequence
+from experiments.forgetting.records import FineTuning, Point, Setup, Speed, TaskSequence
 from experiments.forgetting.study import SystemRuns, best_rate
 from experiments.forgetting.systems import Setting
 from tests.support.drawn import variables_of
-from ultramem_jax.config import DataConfig, ModelConfig
+from ultramem_jax.config import DataConfig, ModelConfig, RunConfig
 from ultramem_jax.data import ByteTokenizer, builder
 from ultramem_jax.data.facts import Population, biography, queries
 from ultramem_jax.errors import UserError
@@ -215,9 +217,12 @@ def test_runs_that_have_ended_are_not_repeated(model, tmp_path, monkeypatch):
         again.compare(method, seeds=3)
     # Nor is what is known from elsewhere.
     (tuning,) = system.tune(method)
-    known = Study({}, [], [], [tuning], taught[1:], taught[:1], [sequence])
+    known = Study([], [], [], [tuning], taught[1:], taught[:1], [sequence])
     other = SystemRuns(model, SETTING, text, tmp_path / "other", known)
     assert other.compare(method, seeds=2) == taught and other.in_sequence(method, 2, 0) == sequence
+    ended = replace(sequence, tasks=3, left=sequence.left[:1])  # diverged in its second task
+    diverged = SystemRuns(model, SETTING, text, tmp_path / "other", replace(known, sequences=[ended]))
+    assert diverged.in_sequence(method, 3, 0) == ended
     for unknown in (lambda: other.in_sequence(method, 3, 0), lambda: other.tune(METHODS[1])):
         with pytest.raises(TypeError):
             unknown()
@@ -256,14 +261,15 @@ def some_study():
         run("A", full, 0, learned=1.0, kept=0.2, bits_per_byte=3.0),
         run("A", full, 1, learned=1.0, kept=0.0, bits_per_byte=3.0),
     ]
-    sequence = TaskSequence("A", sparse, 1e-3, 0, [[1.0], [0.5, 0.75]], [0.8, 0.4], [2.0, 2.5])
-    nothing = TaskSequence("A", full, 1e-3, 0, [], [], [])  # diverged in its first task
-    setup = Setup("A", "Small.", "0123", 2.5, 2.4)
+    sequence = TaskSequence("A", sparse, 1e-3, 0, 2, [[1.0], [0.5, 0.75]], [0.8, 0.4], [2.0, 2.5])
+    nothing = TaskSequence("A", full, 1e-3, 0, 2, [], [], [])  # diverged in its first task
+    setup = Setup("A", "Small.", {"setting": {"enough": 0.7}, "runs": []}, "0123", 2.5, 2.4)
     speeds = [Speed(65536, "all rows", 10.0, 1.0, 5_000_000), Speed(65536, "kl", 11.0, 1.1, None)]
     variants = [replace(runs[0], method=VARIANTS[3].name)]
     few = [replace(run("A", "LoRA", 0, learned=0.4, kept=0.1), diverged=True)]
     sequences = [sequence, nothing]
-    return Study({"devices": "2 × cpu (cpu)"}, [setup], speeds, runs[:1], runs + few, variants, sequences)
+    study = Study([], [setup], speeds, runs[:1], runs + few, variants, sequences)
+    return study.measured_in({"devices": "2 × cpu (cpu)", "cpu": "one"})
 
 
 def test_the_report_says_what_was_measured(tmp_path):
@@ -297,25 +303,87 @@ def test_the_report_says_what_was_measured(tmp_path):
 
 def test_a_later_study_keeps_other_systems(tmp_path):
     study = some_study()
-    later = Study(study.environment, [], [], [], [replace(study.runs[0], system="B")], [], [])
+    elsewhere = {"devices": "2 × cpu (cpu)", "cpu": "another"}
+    later = Study([], [], [], [], [replace(study.runs[0], system="B")], [], []).measured_in(elsewhere)
     together = later.with_parts_of(study)
     assert [run.system for run in together.runs] == ["A"] * 5 + ["B"]
     assert together.speeds == study.speeds and together.sequences == study.sequences
     again = replace(study, speeds=[]).with_parts_of(study)
     assert dataclasses.asdict(again) == dataclasses.asdict(study)
     (setup,) = study.setups
-    both = Study({}, [setup, replace(setup, system="B")], [], [], [study.runs[0], together.runs[-1]], [], [])
+    both = Study([], [setup, replace(setup, system="B")], [], [], [study.runs[0], together.runs[-1]], [], [])
     assert both.of(replace(setup, with_memory=2.41)).runs == study.runs[:1]
-    assert both.of(replace(setup, words="Large.")).runs == []
+    assert both.of(replace(setup, settings={"setting": {"enough": 0.8}, "runs": []})).runs == []
     # Learning rates of methods that the later study did not need stay.
     tuning = replace(study.tunings[0], method="another", rate=1e-2)
     together = replace(study, tunings=[tuning]).with_parts_of(study)
     assert together.tunings == [*study.tunings, tuning]
     # What was measured of a system that was prepared in another way is not that of the system now.
-    other = replace(study, setups=[replace(study.setups[0], words="Large.")], runs=[], sequences=[])
+    other = replace(study, setups=[replace(setup, sha256="4567")], runs=[], sequences=[])
     together = other.with_parts_of(study)
     assert together.setups == other.setups and together.runs == together.sequences == []
     assert together.variants == study.variants
+
+
+def test_a_later_study_keeps_other_seeds():
+    study = some_study()
+    sparse = [run for run in study.runs if run.method == METHODS[0].name]
+    (whole, diverged), nothing = study.sequences, replace(study, runs=[], variants=[], sequences=[])
+    again = replace(sparse[0], seconds=3.0)
+    together = replace(nothing, runs=[again], sequences=[replace(whole, seed=1)]).with_parts_of(study)
+    assert [run for run in together.runs if run.method == again.method] == [sparse[1], again]
+    assert together.sequences == [whole, diverged, replace(whole, seed=1)]
+    # Another rate or number of tasks replaces what the method had.
+    other, more = replace(again, rate=1e-2), replace(whole, seed=1, tasks=3)
+    together = replace(nothing, runs=[other], sequences=[more]).with_parts_of(study)
+    assert [run for run in together.runs if run.method == other.method] == [other]
+    assert together.sequences == [diverged, more]
+
+
+def test_every_part_says_where_it_was_measured():
+    study, elsewhere = some_study(), {"devices": "2 × cpu (cpu)", "cpu": "another"}
+    assert list(study.parts()) == [
+        "speed",
+        "A, learning rates",
+        "A, comparison",
+        "A, variants",
+        "A, sequence",
+    ]
+    tuning = replace(study.tunings[0], rate=1e-2)
+    # One of two tunings is taken over, all runs are, and the sequences are measured again.
+    sequences = [replace(sequence, kept=[0.1]) for sequence in study.sequences]
+    later = replace(study, speeds=[], tunings=[study.tunings[0], tuning], variants=[], sequences=sequences)
+    then, now = later.measured_in(elsewhere).with_parts_of(study).environments
+    assert then.strings["cpu"] == "one" and now.strings["cpu"] == "another"
+    assert then.parts == ["speed", "A, learning rates", "A, comparison", "A, variants"]
+    assert now.parts == ["A, learning rates", "A, sequence"]
+    report = tables.report(later.measured_in(elsewhere).with_parts_of(study))
+    where = report.partition("## Where this was measured\n\n")[2]
+    assert where.startswith("speed; A, learning rates; A, comparison; A, variants:\n\n- cpu: `one`\n\nA, lea")
+    assert "sequence:\n\n- cpu: `another`\n\nAll of it:\n\n- devices: `2 × cpu (cpu)`\n\nRuns" in where
+    assert "\n\n- devices: `2 × cpu (cpu)`\n- cpu: `one`\n\nRuns" in tables.report(study)
+
+
+def test_what_decides_a_system_is_kept_without_its_paths():
+    config = RunConfig(ModelConfig(), DataConfig("text", "/a/text", tokenizer="/a/model.gguf"))
+    setup = Setup("A", "", systems.settings_of(SETTING, config), "", None, None)
+    moved = replace(config, data=replace(config.data, path="/b/text", tokenizer="/b/model.gguf"))
+    assert setup.is_as(replace(setup, settings=systems.settings_of(SETTING, moved)))
+    more_rates = replace(SETTING, rates={"another": (1.0,)})
+    assert setup.is_as(replace(setup, words="a", settings=systems.settings_of(more_rates, config)))
+    for setting in (
+        replace(SETTING, task=replace(TASK, slots=6)),
+        replace(SETTING, task=replace(TASK, enough=0.6)),
+        replace(SETTING, before=Population(5, 6)),
+        replace(SETTING, background_batches=2),
+    ):
+        assert not setup.is_as(replace(setup, settings=systems.settings_of(setting, config)))
+    trained = replace(config, train=replace(config.train, steps=7))
+    assert not setup.is_as(replace(setup, settings=systems.settings_of(SETTING, trained)))
+    # Configs that were kept before a field was added have its default.
+    tree = json.loads(json.dumps(dataclasses.asdict(setup)))
+    assert tree["settings"]["runs"][0]["train"].pop("slots_per_step") == 0
+    assert Setup.of(tree) == setup
 
 
 def test_sequences_that_diverge_are_counted_and_left_out(tmp_path):

@@ -14,7 +14,11 @@ SMALLER = {
 }
 """Settings in place of those of a notebook's first cell."""
 SAYS = {
-    "learn_without_forgetting": ("full fine-tuning: ", "of the new facts (0% exactly)", "of the slots are read"),
+    "learn_without_forgetting": (
+        "full fine-tuning: ",
+        "of the new facts (0% exactly)",
+        "of the slots are read",
+    ),
     "look_inside": ("the last token reads slot", "nats per token", "kB: file:///"),
 }
 """Phrases that a notebook prints, beside the number of slots."""

@@ -21,7 +21,8 @@ BATCH_SIZE = flags.DEFINE_integer(
 SEQ_LEN = flags.DEFINE_integer(
     "seq_len",
     None,
-    "tokens of a sequence; by default as many as in training, or with --model at most 1,024",
+    "tokens of a sequence; by default as many as in training, or with --model as many as that was made for, "
+    "but at most 1,024",
     lower_bound=1,
 )
 
