@@ -106,6 +106,30 @@ def lost(system: str, method: str) -> float:
     return 100 * statistics.fmean(shares)
 
 
+def test_the_guide_says_what_methods_forget():
+    tables = markdown_tables(ROOT / "docs" / "guides" / "learn_without_forgetting.md")
+    (table,) = (table for table in tables if table.header[0] == "method")
+    study = ForgettingStudy.load(RESULTS / "forgetting" / "forgetting.json")
+    assert len(table.header) == 1 + len({run.system for run in study.runs})
+    assert len(table.rows) == len({run.method for run in study.runs})
+    methods = {"all rows that are read": "full memory"}
+
+    def measured(system: str, method: str) -> str:
+        runs = [run for run in study.runs if (run.system, run.method) == (system, method)]
+        learned, rise = (
+            statistics.fmean(of) for of in ([r.end.learned for r in runs], [r.risen for r in runs])
+        )
+        # The report ranks methods that learn nearly as much as was wanted.
+        if learned < 0.95 * runs[0].enough:
+            return f"learns {100 * learned:.0f} %"
+        return f"{100 * statistics.fmean(run.lost for run in runs):.0f} %, {rise:.3f}"
+
+    systems = {run.system.partition("-")[0]: run.system for run in study.runs}
+    for method, *cells in table.rows:
+        for name, cell in zip(table.header[1:], cells, strict=True):
+            assert cell == measured(systems[name], methods.get(method, method)), (method, name)
+
+
 def moe_over_ultramem(dtype: str, batch: int) -> float:
     moe, ultramem = (decoding_seconds(s, f"{dtype}, batch {batch}")[0] for s in ("MoE", "UltraMem"))
     return moe / ultramem
