@@ -54,16 +54,26 @@ def test_sources_runs_and_fusions_of_a_program():
     assert "x" not in program.header and program.entry in program.computations
 
 
-def test_a_source_in_the_instruction_itself():
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("/a/ultramem_jax/ops/topk.py", "ultramem_jax/ops/topk.py:7"),
+        ("/a/ultramem_jax/ultramem_jax/ops/topk.py", "ultramem_jax/ops/topk.py:7"),
+        # A checkout may be called as the library is.
+        ("/a/ultramem_jax/tests/ops/test_topk.py", "ops/test_topk.py:7"),
+        ("/a/ultramem_jax/launch.py", "ultramem_jax/launch.py:7"),
+    ],
+)
+def test_a_source_in_the_instruction_itself(file, source):
     text = (
         "HloModule m\n\nENTRY main {\n"
         '  ROOT p = f32[2]{0} parameter(0), metadata={op_name="x" '
-        'source_file="/a/ultramem_jax/ops/topk.py" source_line=7}\n'
+        f'source_file="{file}" source_line=7}}\n'
         "}\n"
     )
     program = read_program(text)
     (place,) = walk(program)
-    assert program.source(place.instruction) == "ultramem_jax/ops/topk.py:7"
+    assert program.source(place.instruction) == source
     assert place.instruction.is_root and place.instruction.op_name == "x"
 
 

@@ -4,6 +4,7 @@ The text is that of `jax.jit(f).lower(...).compile().as_text()`, on CPU, GPU or 
 """
 
 import math
+import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _FRAME = re.compile(r"\bstack_frame_id=(\d+)")
 _SOURCE = re.compile(r'source_file="([^"]*)" source_line=(\d+)')
 _TABLE_ROW = re.compile(r'(\d+) (?:"([^"]*)"|\{(.*)\})$')
 _FIELD = re.compile(r"(\w+)=(\d+)")
+_LIBRARY = pathlib.Path(__file__).parents[1]
 
 
 class Array(NamedTuple):
@@ -192,10 +194,10 @@ class ProgramText:
         frame = int(found[1]) if found else 0
         innermost = ""
         while frame in self.frames:
-            place = _short(*self.frames[frame])
-            if place.startswith("ultramem_jax/"):
-                return place
-            innermost, frame = innermost or place, self.parents.get(frame, 0)
+            file, line = self.frames[frame]
+            if _library_path(file):
+                return _short(file, line)
+            innermost, frame = innermost or _short(file, line), self.parents.get(frame, 0)
         return innermost
 
 
@@ -245,11 +247,16 @@ def _frames(tables: Mapping[str, Mapping[int, str]]) -> tuple[dict[int, tuple[st
 
 
 def _short(file: str, line: int) -> str:
-    folders = file.split("/")
-    if "ultramem_jax" in folders:
-        last = len(folders) - 1 - folders[::-1].index("ultramem_jax")
-        return f"{'/'.join(folders[last:])}:{line}"
-    return f"{'/'.join(folders[-2:])}:{line}" if file else ""
+    path = _library_path(file) or "/".join(file.split("/")[-2:])
+    return f"{path}:{line}" if path else ""
+
+
+def _library_path(file: str) -> str:
+    """Returns the path of a file of this library, as in `ultramem_jax/ops/topk.py`; "" of other files."""
+    _, found, inside = f"/{file}".rpartition("/ultramem_jax/")
+    # A checkout of the repository may have the library's name, too.
+    is_own = found and (_LIBRARY / inside.partition("/")[0]).exists()
+    return f"ultramem_jax/{inside}" if is_own else ""
 
 
 def _closing(text: str, start: int) -> int:
