@@ -8,7 +8,7 @@ import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$")
@@ -251,6 +251,7 @@ def _short(file: str, line: int) -> str:
     return f"{path}:{line}" if path else ""
 
 
+@cache
 def _library_path(file: str) -> str:
     """Returns the path of a file of this library, as in `ultramem_jax/ops/topk.py`; "" of other files."""
     _, found, inside = f"/{file}".rpartition("/ultramem_jax/")
