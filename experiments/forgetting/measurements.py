@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,16 +24,16 @@ class Environment:
 class Study:
     """Holds all measurements, and where they were made."""
 
-    environments: list[Environment]
-    setups: list[Setup]
-    speeds: list[Speed]
-    tunings: list[FineTuning]
+    environments: list[Environment] = field(default_factory=list)
+    setups: list[Setup] = field(default_factory=list)
+    speeds: list[Speed] = field(default_factory=list)
+    tunings: list[FineTuning] = field(default_factory=list)
     """Runs by which rates were chosen."""
-    runs: list[FineTuning]
+    runs: list[FineTuning] = field(default_factory=list)
     """Runs at the chosen rates, over seeds."""
-    variants: list[FineTuning]
+    variants: list[FineTuning] = field(default_factory=list)
     """Runs of variants of sparse memory fine-tuning."""
-    sequences: list[TaskSequence]
+    sequences: list[TaskSequence] = field(default_factory=list)
 
     def parts(self) -> dict[str, list[object]]:
         """Returns what was measured by the name of its part: `speed`, or a system and what it was for."""

@@ -87,20 +87,18 @@ def main() -> None:
     make_folder(RESULTS.value, "results")
     work = pathlib.Path(make_folder(WORKDIR.value, "workdir"))
     # What is wrong is refused before anything is trained.
-    earlier = Study.load(kept) if kept.exists() else None
+    earlier = Study.load(kept) if kept.exists() else Study()
     if REUSE.value:
-        require(
-            earlier is not None, "results", RESULTS.value, f"must hold the {kept.name} that --reuse needs"
-        )
+        require(kept.exists(), "results", RESULTS.value, f"must hold the {kept.name} that --reuse needs")
     model = model_file.find(MODEL.value, work) if MODEL.value else None
     if taught:
         enwik8_source(ENWIK8.value)
     remember_compilations(work / "compiled")
-    environment, study = describe_environment(), Study([], [], [], [], [], [], [])
+    environment, study = describe_environment(), Study()
     if "speed" in PART_NAMES.value:
         with tqdm(desc="speed", unit="step") as bar:
             study.speeds.extend(speed.measure(REPEATS.value, bar.update))
-    for system, setup in _systems(work, model, earlier if REUSE.value else None) if taught else ():
+    for system, setup in _systems(work, model, earlier if REUSE.value else Study()) if taught else ():
         study.setups.append(setup)
         for method in system.methods:
             if taught & {"comparison", "sequence"} or method == SPARSE:
@@ -113,28 +111,20 @@ def main() -> None:
                 )
         if "variants" in taught:
             study.variants.extend(run for method in VARIANTS for run in system.vary(method, SEEDS.value))
-        _write(_together(study, environment, earlier), results)
+        _write(study.measured_in(environment).with_parts_of(earlier), results)
     if not taught:
-        _write(_together(study, environment, earlier), results)
+        _write(study.measured_in(environment).with_parts_of(earlier), results)
 
 
-def _together(study: Study, environment: dict[str, str], earlier: Study | None) -> Study:
-    """Returns what was measured now and what there was before."""
-    now = study.measured_in(environment)
-    return now.with_parts_of(earlier) if earlier is not None else now
-
-
-def _systems(
-    work: pathlib.Path, model: ModelFile | None, known: Study | None
-) -> Iterator[tuple[SystemRuns, Setup]]:
+def _systems(work: pathlib.Path, model: ModelFile | None, known: Study) -> Iterator[tuple[SystemRuns, Setup]]:
     """Yields each system, which is prepared when its turn comes."""
     text = DataConfig("enwik8", ENWIK8.value)
     for name in SYSTEMS.value:
         base, setup = systems.own_model(name, ENWIK8.value, work)
-        yield SystemRuns(base, systems.FOR_OWN, text, work, known and known.of(setup)), setup
+        yield SystemRuns(base, systems.FOR_OWN, text, work, known.of(setup)), setup
     if model is not None:
         base, setup = systems.grafted_model(model, ENWIK8.value, work)
-        yield SystemRuns(base, systems.FOR_GRAFTED, text, work, known and known.of(setup)), setup
+        yield SystemRuns(base, systems.FOR_GRAFTED, text, work, known.of(setup)), setup
 
 
 def _write(study: Study, results: pathlib.Path) -> None:

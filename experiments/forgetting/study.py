@@ -52,11 +52,9 @@ class SystemRuns:
             known: what was measured before of the system, which is not measured again.
         """
         self._model, self._setting, self._folder = model, setting, folder
-        self._known: dict[str, list[FineTuning]] = {}
-        self._known_sequences: list[TaskSequence] = []
-        if known is not None:
-            self._known = {"tuning": known.tunings, "comparison": known.runs + known.variants}
-            self._known_sequences = known.sequences
+        known = known or Study()
+        self._known = {"tuning": known.tunings, "comparison": known.runs + known.variants}
+        self._known_sequences = known.sequences
         self._evaluator = FactEvaluator(model.config, model.variables, model.tokenizer, text, setting.sizes)
         self._before = list(setting.before.people())
         checks = "check_every", "measure_every", "enough"
@@ -128,7 +126,7 @@ class SystemRuns:
         ]
 
     def _fine_tuned(self, method: Method, rate: float, first: int, seed: int, part: str) -> FineTuning:
-        for run in self._known.get(part, ()):
+        for run in self._known[part]:
             if (run.method, run.rate, run.seed) == (method.name, rate, seed):
                 return run
         path = self._path(part, method, f"{rate:g}_seed_{seed}")

@@ -167,7 +167,7 @@ def own_model(name: str, enwik8: str, work: Path) -> tuple[BaseModel, Setup]:
 
 def settings_of(setting: Setting, *runs: RunConfig) -> JsonDict:
     """Returns what decides a system and its tasks, as `Setup.settings` keeps it, without paths."""
-    of_setting = {name: getattr(setting, name) for name in (field.name for field in fields(Setting))}
+    of_setting = {field.name: getattr(setting, field.name) for field in fields(Setting)}
     del of_setting["rates"]
     of_task = {name: value for name, value in asdict(setting.task).items() if name != "texts"}
     of_setting |= {"before": setting.before.key, "task": of_task, "sizes": asdict(setting.sizes)}
